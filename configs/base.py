@@ -1,0 +1,134 @@
+"""Every field once, with its unit or its allowed values.
+
+An experiment file calls `get_config()` and says only what differs. Override
+any field with --config.section.field=value.
+"""
+
+import ml_collections
+
+
+def get_config():
+  c = ml_collections.ConfigDict()
+  c.name = 'base'  # of the experiment; part of the default workdir
+  c.seed = 0  # of everything random but the problems (data.seed)
+
+  c.model = m = ml_collections.ConfigDict()
+  m.preset = 'tiny'  # a name in model.PRESETS; 0 below = as the preset says
+  m.width = 0
+  m.layers = 0
+  m.heads = 0
+  m.kv_heads = 0
+  m.mlp = 0
+  m.dtype = 'float32'  # of the matmuls: float32 | bfloat16
+  m.param_dtype = 'float32'
+  m.remat = False  # recompute layers in the backward pass: less memory
+  m.head_chunk = 0  # completion positions per head call; 0 = all at once
+
+  c.lora = lo = ml_collections.ConfigDict()
+  lo.rank = 0  # 0 = train every parameter
+  lo.alpha = 64.0  # the adapter is scaled by alpha / rank
+  lo.targets = 'all'  # all | paper (q, k, v, up) | a regex on linears' names
+
+  c.data = d = ml_collections.ConfigDict()
+  d.task = 'sudoku'  # a name in tasks.TASKS
+  d.path = ''  # file in the field's format; '' generates problems
+  d.tokenizer = 'char'  # char | directory with tokenizer.json
+  d.style = 'bare'  # bare | chat
+  d.protocol = 'strict'  # strict (correct rules) | paper (reference rules)
+  d.prompt_length = 0  # P in tokens; 0 = the longest prompt's
+  d.attend_padding = False  # True: padding is seen, as in the papers' code
+  d.seed = 0  # of the problems and their split
+  d.train_size = 2000  # problems
+  d.validation_size = 128
+  d.test_size = 256
+  d.min_blanks = 4  # sudoku: empty cells
+  d.max_blanks = 10
+
+  c.sft = s = ml_collections.ConfigDict()
+  s.steps = 0  # supervised steps before RL; 0 = none
+  s.batch = 128  # rows
+  s.lr = 2e-3
+  s.warmup = 20  # steps
+  s.weight_decay = 0.0
+  s.clip = 1.0
+
+  c.sampler = sampler()  # of rollouts
+  c.objective = o = ml_collections.ConfigDict()
+  o.name = 'dmpo'  # a name in objectives.OBJECTIVES
+  o.alpha = 0.04  # temperature of the target; 0 = reward alone
+  o.coef = 1.0  # proximal coefficient c in (0, 1]
+  o.ess = 0.0  # 0 = c as given; else c per group for this effective size
+  o.baseline = 'individual'  # none | group | individual | model
+  o.strength = 1.0  # of the baseline
+  o.loss = 'wdce'  # wdce | ddo
+  o.ddo_alpha = 1.0  # ddo: scale of the term that pushes down
+  o.ddo_beta = 1.0  # ddo: inverse temperature of the gap
+  o.draws = 4  # K masked copies of a completion per update
+  o.low = 0.1  # mask rate ~ U(low, high)
+  o.high = 1.0
+  o.antithetic = True  # second half of the draws = complement of the first
+  o.loss_tail = True  # train the tokens after the first EOS
+  o.common_masks = False  # model, ddo: log p_old under the loss's own masks
+
+  c.logprob = e = ml_collections.ConfigDict()  # log p_ref and log p_old
+  e.estimator = 'elbo'  # elbo | trajectory (along the recorded states)
+  e.elbo = 'paper'  # paper (Bernoulli, L/m) | stratified (exact counts)
+  e.draws = 4  # masked copies
+  e.low = 0.1
+  e.high = 1.0
+  e.antithetic = True
+  e.tail = True  # count the tokens after the first EOS
+  e.states = 0  # trajectory: states to visit; 0 = all
+
+  c.train = t = ml_collections.ConfigDict()
+  t.iterations = 100  # rollout buffers
+  t.prompts = 8  # B per buffer
+  t.group = 16  # G completions of each
+  t.inner = 2  # I updates per buffer
+  t.microbatches = 4  # pieces an update's rows are cut into
+
+  c.optim = p = ml_collections.ConfigDict()
+  p.lr = 1e-4
+  p.warmup = 10  # updates
+  p.b1 = 0.9
+  p.b2 = 0.99
+  p.eps = 1e-8
+  p.weight_decay = 0.0
+  p.clip = 1.0  # by global norm; 0 = off
+
+  c.eval = v = ml_collections.ConfigDict()
+  v.every = 10  # iterations between validations; 0 = only at the end
+  v.batch = 128  # rows per call
+  v.sampler = sampler()
+  v.sampler.temperature = 0.0
+
+  c.checkpoint = k = ml_collections.ConfigDict()
+  k.every = 20  # updates between checkpoints
+  k.keep = 2
+
+  c.mesh = h = ml_collections.ConfigDict()
+  h.data = 0  # devices that replicate weights; 0 = what the others leave
+  h.fsdp = 1  # devices that split weights
+  h.tensor = 1  # devices that split heads and MLP
+
+  c.log = g = ml_collections.ConfigDict()
+  g.every_seconds = 10.0  # between log lines where there is no terminal
+  g.samples = 2  # completions per buffer written to samples.jsonl
+  return c
+
+
+def sampler():
+  c = ml_collections.ConfigDict()
+  c.length = 16  # L, tokens of a completion
+  c.block = 16  # W, unmasked block by block
+  c.steps = 16  # for picks with a schedule: confidence, random, margin
+  c.temperature = 1.0  # 0 = greedy
+  c.pick = 'confidence'  # a name in sampler.PICKS
+  c.rank = 'max'  # confidence of the best token (max) or the sampled (token)
+  c.threshold = 0.9  # pick threshold
+  c.factor = 1.0  # pick factor
+  c.entropy_bound = 0.1  # pick entropy, nats
+  c.guidance = 0.0  # classifier-free guidance; 0 = off
+  c.cache = 'none'  # none | dual
+  c.parallel = 'jit'  # jit | pmap (replicated small models)
+  return c

@@ -1,0 +1,1 @@
+"""Reinforcement learning of masked diffusion language models in JAX."""

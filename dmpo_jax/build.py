@@ -1,0 +1,386 @@
+"""Checks a config and compiles the project: every jit and the pmap live here.
+
+Below this file nobody sees a ConfigDict. `check` refuses what cannot work
+before anything is compiled; `build` returns the parts, `Steps` the compiled
+functions with their shardings.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmpo_jax import (
+    data,
+    logprob,
+    masking,
+    mesh,
+    model,
+    optim,
+    rng,
+    rollout,
+    sampler,
+    step,
+)
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.tasks import TASKS
+from dmpo_jax.types import TaskOptions, TrainBatch
+
+
+class Steps(NamedTuple):
+  """The compiled functions; arguments are host or device arrays."""
+
+  init: Callable  # () -> params
+  init_lora: Callable  # () -> {'lora': ...}
+  start: Callable  # trainable -> TrainState
+  start_sft: Callable  # params -> TrainState
+  sample: Callable  # (params, tokens, valid, row) -> (Rollouts, completion)
+  sample_eval: Callable  # the same with the evaluation's sampler
+  score: Callable  # (trainable, frozen, rollouts, row, completion) -> dict
+  pack: Callable  # (rollouts, completion, row, reward_BxG, scores) -> batch
+  update: Callable  # (state, frozen, batch, inner) -> (state, metrics)
+  sft: Callable  # (state, tokens, valid, row, step) -> (state, metrics)
+
+
+class Built(NamedTuple):
+  """All that a run is made of."""
+
+  config: Any  # the ConfigDict it came from
+  mesh: Any
+  model: model.ModelConfig
+  task: Any  # types.Task
+  tokenizer: Any
+  objective: Any  # types.Objective
+  hp: Any  # its settings
+  steps: Steps
+
+
+def nearest(section, name, table):
+  """The complaint about an unknown name, with the one perhaps meant."""
+  if name in table:
+    return []
+  close = difflib.get_close_matches(str(name), list(table), 1, 0.4)
+  hint = f'; did you mean {close[0]!r}?' if close else ''
+  return [f'{section} = {name!r} must be one of {", ".join(table)}{hint}']
+
+
+def settings(cls, section):
+  """A frozen dataclass from the fields of its name in a config section."""
+  names = [field.name for field in dataclasses.fields(cls)]
+  return cls(**{name: section[name] for name in names})
+
+
+def check(c):
+  """Raises one ValueError that lists every impossible setting of a config."""
+  found = []
+  for section, name, table in (
+      ('model.preset', c.model.preset, model.PRESETS),
+      ('data.task', c.data.task, TASKS),
+      ('objective.name', c.objective.name, OBJECTIVES),
+      ('sampler.pick', c.sampler.pick, sampler.PICKS),
+      ('eval.sampler.pick', c.eval.sampler.pick, sampler.PICKS),
+      ('data.protocol', c.data.protocol, ('strict', 'paper')),
+      ('data.style', c.data.style, ('bare', 'chat')),
+      ('logprob.estimator', c.logprob.estimator, ('elbo', 'trajectory')),
+      ('logprob.elbo', c.logprob.elbo, ('paper', 'stratified')),
+      ('model.dtype', c.model.dtype, ('float32', 'bfloat16')),
+      ('model.param_dtype', c.model.param_dtype, ('float32', 'bfloat16')),
+      ('sampler.parallel', c.sampler.parallel, ('jit', 'pmap')),
+      ('eval.sampler.parallel', c.eval.sampler.parallel, ('jit', 'pmap'))):
+    found += nearest(section, name, table)
+  for prefix, section in (('', c.sampler), ('eval.', c.eval.sampler)):
+    hp = settings(sampler.SampleConfig, section)
+    if hp.pick in sampler.PICKS:
+      found += [prefix + text for text in sampler.problems(hp)]
+  if c.objective.name in OBJECTIVES:
+    objective = OBJECTIVES[c.objective.name]
+    found += objective.check(settings(objective.hp, c.objective))
+  found += check_numbers(c) + check_rows(c) + check_logprob(c)
+  if found:
+    raise ValueError('this config cannot run:\n' + '\n'.join(
+        f'  {text}' for text in found))
+
+
+def check_numbers(c):
+  """Fields below their least value."""
+  least = {
+      'train.iterations': 0, 'train.prompts': 1, 'train.group': 2,
+      'train.inner': 1, 'train.microbatches': 1, 'sft.steps': 0,
+      'sft.batch': 1, 'logprob.draws': 1, 'logprob.states': 0, 'eval.batch': 1,
+      'eval.every': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
+      'data.train_size': 1, 'data.validation_size': 1, 'data.test_size': 1,
+      'data.prompt_length': 0, 'lora.rank': 0, 'lora.alpha': 0,
+      'optim.lr': 0, 'optim.warmup': 0, 'optim.clip': 0, 'sft.lr': 0,
+      'optim.weight_decay': 0, 'model.head_chunk': 0, 'mesh.data': 0,
+      'mesh.fsdp': 1, 'mesh.tensor': 1, 'log.samples': 0}
+  flat = flatten(c)
+  return [f'{name} = {flat[name]} must be >= {low}'
+          for name, low in least.items() if not flat[name] >= low]
+
+
+def check_rows(c):
+  """Rows against devices and microbatches, the mesh against devices."""
+  count = jax.device_count()
+  split = c.mesh.fsdp * c.mesh.tensor
+  if count % split or (c.mesh.data and c.mesh.data * split != count):
+    return [f'mesh.data, mesh.fsdp, mesh.tensor = {c.mesh.data}, '
+            f'{c.mesh.fsdp}, {c.mesh.tensor} must multiply to the {count} '
+            'devices (data = 0 takes what is left)']
+  shards = count // c.mesh.tensor
+  rows = c.train.prompts * c.train.group
+  pieces = shards * c.train.microbatches
+  found = []
+  if rows % pieces:
+    found.append(
+        f'train.prompts * train.group = {rows} rows must be a multiple of '
+        f'{shards} device shards * train.microbatches = {pieces}')
+  if c.eval.batch % shards:
+    found.append(f'eval.batch = {c.eval.batch} must be a multiple of the '
+                 f'{shards} device shards')
+  if c.sft.steps and c.sft.batch % shards:
+    found.append(f'sft.batch = {c.sft.batch} must be a multiple of the '
+                 f'{shards} device shards')
+  replicated = split == 1
+  for name, section in (('', c.sampler), ('eval.', c.eval.sampler)):
+    if section.parallel == 'pmap' and not replicated:
+      found.append(f'{name}sampler.parallel = pmap needs replicated weights: '
+                   'set mesh.fsdp = mesh.tensor = 1, or use jit')
+  if c.model.head_chunk and c.sampler.length % c.model.head_chunk:
+    found.append(f'model.head_chunk = {c.model.head_chunk} must divide '
+                 f'sampler.length = {c.sampler.length}')
+  return found
+
+
+def check_logprob(c):
+  """How log-probs are estimated, against how completions are sampled."""
+  found, e = [], c.logprob
+  if e.draws % 2 and (e.antithetic or e.elbo == 'stratified'):
+    found.append(f'logprob.draws = {e.draws} must be even with '
+                 'logprob.antithetic or logprob.elbo = stratified')
+  if not 0 <= e.low < e.high <= 1:
+    found.append(f'logprob.low = {e.low}, logprob.high = {e.high} must be '
+                 '0 <= low < high <= 1')
+  if e.estimator == 'trajectory' and not c.sampler.temperature:
+    found.append('logprob.estimator = trajectory needs sampler.temperature > '
+                 '0: greedy sampling has no density')
+  if e.estimator == 'trajectory' and not e.tail:
+    found.append('logprob.tail = False has no meaning along a trajectory: use '
+                 'logprob.estimator = elbo')
+  return found
+
+
+def flatten(c, prefix=''):
+  """{'section.field': value} of a ConfigDict."""
+  out = {}
+  for name, value in c.items():
+    if hasattr(value, 'items'):
+      out |= flatten(value, f'{prefix}{name}.')
+    else:
+      out[prefix + name] = value
+  return out
+
+
+def model_config(c, tokenizer):
+  """The ModelConfig of a config: preset, overrides, the tokenizer's ids."""
+  changed = {name: c.model[name] for name in
+             ('width', 'layers', 'heads', 'kv_heads', 'mlp') if c.model[name]}
+  fields = {**model.PRESETS[c.model.preset], **changed}
+  fields |= dict(
+      vocab=len(tokenizer), mask_id=tokenizer.mask_token_id,
+      eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+      dtype=c.model.dtype, param_dtype=c.model.param_dtype,
+      remat=c.model.remat, head_chunk=c.model.head_chunk,
+      lora_rank=c.lora.rank, lora_alpha=c.lora.alpha,
+      lora_targets=model.LORA_TARGETS.get(c.lora.targets, c.lora.targets))
+  cfg = model.ModelConfig(**fields)
+  if not cfg.head_dim and cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
+    raise ValueError(f'model.heads = {cfg.heads} must divide model.width = '
+                     f'{cfg.width} and be a multiple of model.kv_heads = '
+                     f'{cfg.kv_heads}')
+  return cfg
+
+
+def problems(built, split):
+  """The problems of a split, encoded (data.Problems)."""
+  d = built.config.data
+  options = settings(TaskOptions, d)
+  examples = built.task.load(split, options)
+  texts = [built.task.prompt(example, d.style) for example in examples]
+  found = data.encode_problems(examples, texts, built.tokenizer,
+                               d.prompt_length, d.attend_padding)
+  total = found.tokens.shape[1] + built.config.sampler.length
+  if total > built.model.positions:
+    raise ValueError(
+        f'the longest prompt ({found.tokens.shape[1]} tokens) and '
+        f'sampler.length = {built.config.sampler.length} exceed the '
+        f"model's {built.model.positions} positions")
+  return found
+
+
+def build(c):
+  """Checks the config and compiles nothing yet: jit compiles at first use."""
+  check(c)
+  tokenizer = data.load_tokenizer(c.data.tokenizer)
+  cfg = model_config(c, tokenizer)
+  grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+  objective = OBJECTIVES[c.objective.name]
+  hp = settings(objective.hp, c.objective)
+  optimizer = optim.make_optimizer(**c.optim)
+  sft_optimizer = optim.make_optimizer(
+      c.sft.lr, c.sft.warmup, 0.9, 0.99, 1e-8, c.sft.weight_decay, c.sft.clip)
+  steps = Steps(
+      *make_starts(c, cfg, grid, optimizer, sft_optimizer),
+      make_sample(c, c.sampler, 'sample', cfg, grid),
+      make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
+      *make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer))
+  return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, objective, hp,
+               steps)
+
+
+def compiled(grid, fn, **options):
+  """jit, traced and run under the mesh (model.constrain looks for it)."""
+  jitted = jax.jit(fn, **options)
+
+  def call(*args):
+    with jax.set_mesh(grid):
+      return jitted(*args)
+  return call
+
+
+def make_starts(c, cfg, grid, optimizer, sft_optimizer):
+  """init, init_lora, start, start_sft: sharded from birth, never copied."""
+  def fresh(name, stream):
+    make = lambda: {name: model.init(cfg, rng.key_for(c.seed, stream))[name]}
+    try:
+      out = mesh.shardings(jax.eval_shape(make), grid)
+    except KeyError:  # no adapters: lora.rank is 0 or its targets match none
+      return lambda: {}
+    return compiled(grid, make, out_shardings=out)
+
+  def start(optimizer):
+    def call(trainable):
+      make = lambda tree: step.init_state(jax.tree.map(jnp.copy, tree),
+                                          optimizer)
+      out = mesh.shardings(jax.eval_shape(make, trainable), grid)
+      return compiled(grid, make, out_shardings=out)(trainable)
+    return call
+
+  return (fresh('params', 'init'), fresh('lora', 'lora'), start(optimizer),
+          start(sft_optimizer))
+
+
+def make_sample(c, section, stream, cfg, grid):
+  """(params, tokens, valid, row) -> (Rollouts, completion mask)."""
+  hp = settings(sampler.SampleConfig, section)
+
+  def sample(params, tokens, valid, row):
+    keys_R = rng.row_keys(rng.key_for(c.seed, stream), row)
+    out = sampler.sample(cfg, params, tokens, valid, keys_R, hp)
+    completion = masking.completion_mask(out.tokens[:, -hp.length:],
+                                         cfg.eos_id)
+    return out, completion
+
+  if section.parallel == 'pmap':
+    return pmap_rows(sample, grid)
+  by_row = mesh.rows(grid)
+  run = compiled(grid, sample)
+
+  def call(params, tokens, valid, row):
+    return run(params, *(mesh.put(x, by_row) for x in (tokens, valid, row)))
+  return call
+
+
+def pmap_rows(sample, grid):
+  """The replicated small-model path: each device samples its own rows.
+
+  ValueError if the parameters are not replicated.
+  """
+  devices = grid.devices.ravel()
+  run = jax.pmap(sample, in_axes=(None, 0, 0, 0), devices=list(devices))
+
+  def call(params, tokens, valid, row):
+    leaves = jax.tree.leaves(params)
+    if not all(leaf.sharding.is_fully_replicated for leaf in leaves):
+      raise ValueError('sampler.parallel = pmap needs replicated parameters: '
+                       'set mesh.fsdp = mesh.tensor = 1, or use jit')
+    spread = lambda x: np.reshape(x, (len(devices), -1) + np.shape(x)[1:])
+    out, completion = jax.device_get(
+        run(params, spread(tokens), spread(valid), spread(row)))
+    by_row = mesh.rows(grid)
+    join = lambda x: mesh.put(np.reshape(x, (-1,) + x.shape[2:]), by_row)
+    forwards = out.forwards.max()
+    out = jax.tree.map(join, out._replace(forwards=row))
+    return out._replace(forwards=jnp.int32(forwards)), join(completion)
+  return call
+
+
+def make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer):
+  """score, pack, update, sft."""
+  by_row = mesh.rows(grid)
+  how = settings(logprob.LogprobConfig, c.logprob)
+  common = dict(cfg=cfg, objective=objective, hp=hp)
+  mask_key = lambda: rng.key_for(c.seed, 'mask')
+
+  def score(trainable, frozen, rollouts, row, completion):
+    return step.score(
+        trainable, frozen, rollouts, row, completion,
+        rng.key_for(c.seed, 'score'), mask_key(), **common, how=how,
+        law=settings(sampler.SampleConfig, c.sampler).law(),
+        inner=c.train.inner, microbatches=c.train.microbatches)
+
+  def pack(rollouts, completion, row, reward, scores):
+    return rollout.pack(rollouts, completion, row, reward, scores,
+                        objective=objective, hp=hp, inner=c.train.inner)
+
+  def update(state, frozen, batch, inner):
+    return step.train_step(
+        state, frozen, batch, mask_key(), inner, **common,
+        optimizer=optimizer, group=c.train.group,
+        microbatches=c.train.microbatches)
+
+  def sft(state, tokens, valid, row, at):
+    key = jax.random.fold_in(rng.key_for(c.seed, 'sft'), at)
+    return step.sft_step(state, tokens, valid, row, key, cfg=cfg,
+                         length=c.sampler.length, optimizer=sft_optimizer)
+
+  jit_score, jit_pack = compiled(grid, score), compiled(grid, pack)
+  jit_update = compiled(grid, update, donate_argnums=0)
+  jit_sft = compiled(grid, sft, donate_argnums=0)
+
+  def put_score(trainable, frozen, rollouts, row, completion):
+    return jit_score(trainable, frozen, rollouts, mesh.put(row, by_row),
+                     completion)
+
+  def put_pack(rollouts, completion, row, reward, scores):
+    return jit_pack(rollouts, completion, mesh.put(row, by_row), reward,
+                    scores)
+
+  def put_sft(state, tokens, valid, row, at):
+    return jit_sft(state, *(mesh.put(x, by_row) for x in (tokens, valid, row)),
+                   np.int32(at))
+
+  return (put_score, put_pack,
+          lambda state, frozen, batch, i: jit_update(state, frozen, batch,
+                                                     np.int32(i)), put_sft)
+
+
+def abstract_batch(built, prompt):
+  """A TrainBatch of ShapeDtypeStructs, for restoring; P = `prompt` tokens."""
+  t, length = built.config.train, built.config.sampler.length
+  rows = t.prompts * t.group
+  shapes = dict(
+      tokens=((rows, prompt + length), np.int32),
+      valid=((rows, prompt + length), bool),
+      completion=((rows, length), bool), row=((rows,), np.int32),
+      weight=((rows,), np.float32), positive=((rows,), np.float32),
+      elbo_old=((rows, t.inner), np.float32), norm=((), np.float32),
+      total=((), np.float32))
+  by_row, whole = mesh.rows(built.mesh), mesh.replicated(built.mesh)
+  return TrainBatch(**{
+      name: jax.ShapeDtypeStruct(shape, dtype,
+                                 sharding=by_row if shape else whole)
+      for name, (shape, dtype) in shapes.items()})

@@ -1,0 +1,141 @@
+"""Log-probabilities of completions: per token, by ELBO, or along a trajectory.
+
+`token_logp` is the one differentiable path from parameters to losses. It never
+builds a (R, K, L, V) array when cfg.head_chunk is set: the head is applied to
+chunks of the completion under rematerialisation.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dmpo_jax import masking, model, rng
+
+
+@dataclasses.dataclass(frozen=True)
+class LogprobConfig:
+  """How log p_ref and log p_old of a completion are estimated."""
+
+  estimator: str = 'elbo'  # elbo | trajectory
+  elbo: str = 'paper'  # paper (Bernoulli, L/m) | stratified (exact counts)
+  draws: int = 4  # masked copies per completion
+  low: float = 0.1  # paper: range of the mask rate
+  high: float = 1.0
+  antithetic: bool = True  # paper: second half of the draws = complement
+  tail: bool = True  # count the tokens after the first EOS
+  states: int = 0  # trajectory: recorded states to visit; 0 = all
+
+
+def token_logp(cfg, params, tokens_RxS, masked_RxKxL, valid_RxS=None):
+  """Log p(token | the rest, masked), (R, K, L) float32, 0 where not masked.
+
+  tokens_RxS int32 hold the true completion in their last L places;
+  masked_RxKxL bool says where the network sees the mask token instead.
+  """
+  rows, draws, length = masked_RxKxL.shape
+  noisy = masking.apply_masks(tokens_RxS, masked_RxKxL, cfg.mask_id)
+  noisy = noisy.reshape(rows * draws, -1)
+  valid = None if valid_RxS is None else jnp.repeat(valid_RxS, draws, axis=0)
+  h, _ = model.hidden(cfg, params, noisy, valid)
+  targets = jnp.repeat(tokens_RxS[:, -length:], draws, axis=0)
+  logp = chosen_logp(cfg, params, h[:, -length:], targets)
+  return jnp.where(masked_RxKxL, logp.reshape(masked_RxKxL.shape), 0.0)
+
+
+def chosen_logp(cfg, params, hidden_RxLxD, targets_RxL):
+  """(R, L) log-softmax at the targets, the head in chunks under remat."""
+  @jax.checkpoint
+  def one(hidden, targets):
+    logits = model.head(cfg, params, hidden)
+    top = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return top - jax.nn.logsumexp(logits, axis=-1)
+
+  length, chunk = targets_RxL.shape[1], cfg.head_chunk
+  if not chunk or chunk >= length:
+    return one(hidden_RxLxD, targets_RxL)
+  if length % chunk:
+    raise ValueError(f'model.head_chunk = {chunk} must divide the completion '
+                     f'length {length}')
+  pieces = [jnp.stack(jnp.split(x, length // chunk, axis=1))
+            for x in (hidden_RxLxD, targets_RxL)]
+  logp = jax.lax.map(lambda piece: one(*piece), tuple(pieces))
+  return jnp.concatenate(logp, axis=1)
+
+
+def draw(key, row_R, length, hp):
+  """Masks for the ELBO, by hp.elbo (a LogprobConfig)."""
+  if hp.elbo == 'stratified':
+    return masking.draw_stratified(key, row_R, length, hp.draws)
+  return masking.draw_bernoulli(
+      key, row_R, length, hp.draws, hp.low, hp.high, hp.antithetic)
+
+
+def seq_elbo(logp_RxKxL, weight_RxK):
+  """(R,) mean over draws of weight times the masked sum, in nats."""
+  return jnp.mean(weight_RxK * jnp.sum(logp_RxKxL, axis=-1), axis=-1)
+
+
+def elbo(cfg, params, tokens_RxS, valid_RxS, masks, counted_RxL=None):
+  """(R,) ELBO under `masks`; only counted_RxL positions enter the sum."""
+  logp = token_logp(cfg, params, tokens_RxS, masks.masked, valid_RxS)
+  if counted_RxL is not None:
+    logp = logp * counted_RxL[:, None, :]
+  return seq_elbo(logp, masks.weight)
+
+
+def state_logp(cfg, params, rollouts, step_R, law):
+  """Log-probs of the tokens revealed at each row's step `step_R`.
+
+  Returns (R,) under `params` and (R,) as recorded by the sampler. The state is the completion with everything revealed at that step or later
+  masked. law: dict(block, temperature, guidance) of the sampler; only the
+  block of the revealed tokens goes through the head.
+  """
+  length = rollouts.order.shape[1]
+  prompt = rollouts.tokens.shape[1] - length
+  hidden_yet = rollouts.order >= step_R[:, None]
+  shown = rollouts.order == step_R[:, None]
+  state = masking.apply_masks(
+      rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]
+  start_R = jnp.argmax(shown, axis=1) // law['block'] * law['block']
+  logits, _ = model.window_logits(
+      cfg, params, state, rollouts.valid, prompt + start_R, law['block'],
+      prompt, law['guidance'])
+  logp = model.sampling_logp(logits, law['temperature'])
+
+  def window(x_RxL):
+    take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, law['block'])
+    return jax.vmap(take)(x_RxL, start_R)
+
+  tokens = window(rollouts.tokens[:, prompt:])
+  logp = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+  now = jnp.sum(jnp.where(window(shown), logp, 0.0), axis=1)
+  return jnp.stack([now, jnp.sum(rollouts.logp * shown, axis=1)])
+
+
+def trajectory_logp(cfg, params, rollouts, law, states=0, key=None, row_R=None):
+  """Log-prob of each row along its recorded states, under `params` and as
+  recorded: a pair of (R,) float32, in nats.
+
+  Exact for random order, and for any rule that picks positions from the state
+  alone with the old policy's order taken as part of the environment (the
+  frozen-scheduler ratio). states = n > 0 visits n of a row's S steps, one
+  from each of n even strata, weighted S/n: unbiased for both log-probs, and
+  for their difference.
+  """
+  count_R = jnp.max(rollouts.order, axis=1) + 1
+  if not states:
+    def add(step, total):
+      step_R = jnp.full_like(count_R, step)
+      return total + state_logp(cfg, params, rollouts, step_R, law)
+    zero = jnp.zeros((2,) + count_R.shape, jnp.float32)
+    return tuple(jax.lax.fori_loop(0, jnp.max(count_R), add, zero))
+  u_R = rng.per_row(key, row_R, jax.random.uniform)
+
+  def visit(j):
+    step_R = jnp.floor((j + u_R) / states * count_R).astype(jnp.int32)
+    step_R = jnp.minimum(step_R, count_R - 1)
+    return state_logp(cfg, params, rollouts, step_R, law)
+
+  pair = jax.lax.map(visit, jnp.arange(states, dtype=jnp.float32))
+  return tuple(jnp.sum(pair, axis=0) * count_R / states)

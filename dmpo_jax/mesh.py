@@ -1,0 +1,91 @@
+"""Devices and who holds what: one mesh, one table of rules.
+
+Axes: 'data' replicates weights, 'fsdp' splits them along their first large
+dimension, 'tensor' splits heads and the MLP. Rows are split over the first
+two. RULES is ordered; a leaf that matches none is an error, so replication is
+written out.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+P = PartitionSpec
+AXES = ('data', 'fsdp', 'tensor')
+ROWS = P(('data', 'fsdp'))
+
+# (regex on the leaf's path, spec). One line serves a parameter, its adapter
+# and its optimizer moments; layers are stacked on a leading axis.
+RULES = (
+    (r'(^|/)(embedding|head)$', P('tensor', 'fsdp')),
+    (r'/(q|k|v|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
+    (r'/(o|down)/kernel$', P(None, 'tensor', 'fsdp')),
+    (r'/(q|k|v|gate|up)/bias$', P(None, 'tensor')),
+    (r'/(q|k|v|gate|up)/a$', P(None, 'fsdp', None)),
+    (r'/(q|k|v|gate|up)/b$', P(None, None, 'tensor')),
+    (r'/(o|down)/a$', P(None, 'tensor', None)),
+    (r'/(o|down)/b$', P(None, None, 'fsdp')),
+    (r'(^|/)(scale|count|step)$', P()),
+)
+
+
+def make_mesh(data=0, fsdp=1, tensor=1):
+  """A mesh over all devices; data = 0 takes what the others leave.
+
+  ValueError if the product is not the number of devices.
+  """
+  count = jax.device_count()
+  data = data or count // (fsdp * tensor)
+  if data * fsdp * tensor != count:
+    raise ValueError(
+        f'mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} '
+        f'must equal the {count} devices')
+  types = (AxisType.Auto,) * 3
+  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types)
+
+
+def path_of(path):
+  return '/'.join(str(getattr(p, 'key', getattr(p, 'name', p))) for p in path)
+
+
+def spec_of(path, leaf, mesh):
+  """The first rule that matches; axes that do not divide are left whole."""
+  for pattern, spec in RULES:
+    if re.search(pattern, path):
+      parts = list(spec)[:len(leaf.shape)]
+      for i, axis in enumerate(parts):
+        if axis and leaf.shape[i] % mesh.shape[axis]:
+          parts[i] = None
+      return P(*parts)
+  raise ValueError(f'no sharding rule matches {path!r}: add one to mesh.RULES')
+
+
+def shardings(tree, mesh):
+  """NamedShardings of a tree of arrays or shapes, by RULES."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf,
+                                                     mesh)), tree)
+
+
+def rows(mesh):
+  return NamedSharding(mesh, ROWS)
+
+
+def replicated(mesh):
+  return NamedSharding(mesh, P())
+
+
+def put(x, sharding):
+  """A host array that every process holds whole -> a global array."""
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+
+def fetch(tree):
+  """A tree of global arrays -> host arrays, whole, on every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  from jax.experimental import multihost_utils
+  return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,363 @@
+"""The LLaDA family: a bidirectional transformer that predicts masked tokens.
+
+RMSNorm, RoPE, SwiGLU, MHA or GQA, optional q/k/v bias and q/k norm, tied or
+untied head, predictions in place (LLaDA, SDAR) or shifted by one (Dream).
+Flax Linen serves as a parameter and shape factory and is seen here only; the
+layers are scanned, so the program's size does not grow with depth.
+
+`params` is everywhere the dict of Flax collections: {'params': ...} for a
+plain model, {'params': ..., 'lora': ...} with adapters. Leaving 'lora' out
+gives the reference policy and costs no second copy.
+"""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dmpo_jax.types import Array
+
+LORA_TARGETS = {
+    'all': r'^(q|k|v|o|gate|up|down)$',
+    # The names in the papers' target lists that exist in LLaDA's checkpoint.
+    'paper': r'^(q|k|v|up)$',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Static and hashable: a constant of every compiled function."""
+
+  vocab: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  mlp: int
+  mask_id: int
+  eos_id: int
+  pad_id: int
+  head_dim: int = 0  # 0 = width / heads
+  rope_theta: float = 10000.0
+  eps: float = 1e-5
+  positions: int = 4096  # longest prompt + completion
+  qkv_bias: bool = False  # Dream
+  qk_norm: bool = False  # Qwen3-style
+  tied: bool = False  # the head is the embedding
+  shift: bool = False  # Dream: the output at i - 1 predicts token i
+  lora_rank: int = 0  # 0 = no adapters
+  lora_alpha: float = 64.0
+  lora_targets: str = LORA_TARGETS['all']  # regex on the linear's name
+  dtype: str = 'bfloat16'  # of the matmuls; norms, softmax, head sum in f32
+  param_dtype: str = 'float32'
+  remat: bool = True
+  head_chunk: int = 0  # completion positions per head call in log-probs; 0=all
+
+
+PRESETS = {
+    # vocab and special ids of the small ones come from the tokenizer.
+    'tiny': dict(width=64, layers=3, heads=4, kv_heads=4, mlp=128,
+                 positions=512),
+    'small': dict(width=256, layers=8, heads=8, kv_heads=8, mlp=768,
+                  positions=2048),
+    'llada_8b': dict(
+        vocab=126464, width=4096, layers=32, heads=32, kv_heads=32, mlp=12288,
+        mask_id=126336, eos_id=126081, pad_id=126081, rope_theta=500000.0),
+    'dream_7b': dict(
+        vocab=152064, width=3584, layers=28, heads=28, kv_heads=4, mlp=18944,
+        mask_id=151666, eos_id=151643, pad_id=151643, rope_theta=1e6, eps=1e-6,
+        positions=131072, qkv_bias=True, shift=True),
+    'sdar_8b': dict(
+        vocab=151936, width=4096, layers=36, heads=32, kv_heads=8, mlp=12288,
+        head_dim=128, mask_id=151669, eos_id=151643, pad_id=151643,
+        rope_theta=1e6, eps=1e-6, positions=32768, qk_norm=True),
+}
+
+
+class Cache(NamedTuple):
+  """Keys (after RoPE) and values of every position and layer."""
+
+  keys: Array  # (N, R, S, kv_heads, C)
+  values: Array  # (N, R, S, kv_heads, C)
+
+
+class Window(NamedTuple):
+  """Where a partial forward stands in the sequence it attends to."""
+
+  cache: Cache
+  start: Array  # () int32, position of its first token
+
+
+class Linear(nn.Module):
+  """x @ kernel (+ bias) (+ the adapter, where its collection is given)."""
+
+  cfg: ModelConfig
+  features: int
+  bias: bool = False
+  gain: float = 1.0
+
+  @nn.compact
+  def __call__(self, x):
+    cfg, shape = self.cfg, (x.shape[-1], self.features)
+    dtype = jnp.dtype(cfg.dtype)
+    init = nn.initializers.variance_scaling(
+        self.gain, 'fan_in', 'truncated_normal')
+    y = x @ self.param('kernel', init, shape, cfg.param_dtype).astype(dtype)
+    if self.bias:
+      zeros = nn.initializers.zeros
+      bias = self.param('bias', zeros, shape[1:], cfg.param_dtype)
+      y += jnp.broadcast_to(bias, y.shape).astype(dtype)
+    wanted = cfg.lora_rank and re.search(cfg.lora_targets, self.name)
+    if wanted and (self.is_initializing() or self.has_variable('lora', 'a')):
+      y += self.adapter(x, shape).astype(dtype)
+    return y
+
+  def adapter(self, x, shape):
+    """PEFT's initialisation (kaiming_uniform(sqrt 5), zeros), float32."""
+    cfg, bound = self.cfg, shape[0] ** -0.5
+    a = self.variable('lora', 'a', lambda: jax.random.uniform(
+        self.make_rng('lora'), (shape[0], cfg.lora_rank), minval=-bound,
+        maxval=bound))
+    b = self.variable('lora', 'b', jnp.zeros, (cfg.lora_rank, shape[1]))
+    x = x.astype(jnp.float32)
+    return (x @ a.value) @ b.value * (cfg.lora_alpha / cfg.lora_rank)
+
+
+class Norm(nn.Module):
+  """RMSNorm in float32."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    ones = nn.initializers.ones
+    scale = self.param('scale', ones, x.shape[-1:], self.cfg.param_dtype)
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.cfg.eps)
+    y *= jnp.broadcast_to(scale, y.shape).astype(jnp.float32)
+    return y.astype(self.cfg.dtype)
+
+
+class Block(nn.Module):
+  """One layer. With a `cache` its K/V replace the cached ones from `start`."""
+
+  cfg: ModelConfig
+  keep: bool  # return this layer's keys and values
+
+  @nn.compact
+  def __call__(self, x, cache, rope, mask, start):
+    cfg = self.cfg
+    out_gain = 0.5 / cfg.layers  # keeps the residual stream's scale at depth
+    y = Norm(cfg, name='attn_norm')(x)
+    q, k, v = self.project(y)
+    q, k = rotate(q, rope), rotate(k, rope)
+    if cache is not None:
+      at = (0, start, 0, 0)
+      k = jax.lax.dynamic_update_slice(cache.keys, k, at)
+      v = jax.lax.dynamic_update_slice(cache.values, v, at)
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    y = y.reshape(x.shape[:2] + (-1,))
+    x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y)
+    y = Norm(cfg, name='mlp_norm')(x)
+    gate = nn.silu(Linear(cfg, cfg.mlp, name='gate')(y))
+    y = gate * Linear(cfg, cfg.mlp, name='up')(y)
+    x += Linear(cfg, cfg.width, gain=out_gain, name='down')(y)
+    return x, Cache(k, v) if self.keep else None
+
+  def project(self, y):
+    cfg = self.cfg
+    dim = cfg.head_dim or cfg.width // cfg.heads
+
+    def heads(name, count):
+      z = Linear(cfg, count * dim, cfg.qkv_bias, name=name)(y)
+      z = z.reshape(y.shape[:2] + (count, dim))
+      if cfg.qk_norm and name != 'v':
+        z = Norm(cfg, name=f'{name}_norm')(z)
+      return z
+
+    return (heads('q', cfg.heads), heads('k', cfg.kv_heads),
+            heads('v', cfg.kv_heads))
+
+
+class Transformer(nn.Module):
+  """Embedding, scanned layers, head."""
+
+  cfg: ModelConfig
+  keep: bool = False
+
+  def setup(self):
+    cfg = self.cfg
+    init = nn.initializers.normal(cfg.width ** -0.5)
+    shape = (cfg.vocab, cfg.width)
+    self.embedding = self.param('embedding', init, shape, cfg.param_dtype)
+    block = Block
+    if cfg.remat:
+      block = nn.remat(Block, prevent_cse=False)
+    self.layers = nn.scan(
+        block, variable_axes={'params': 0, 'lora': 0},
+        split_rngs={'params': True, 'lora': True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=cfg.layers)(cfg, self.keep)
+    self.final_norm = Norm(cfg)
+    if not cfg.tied:
+      self.head = self.param('head', init, shape, cfg.param_dtype)
+
+  def hidden(self, tokens, positions, mask, cache, start):
+    x = constrain(self.embedding[tokens].astype(self.cfg.dtype))
+    rope = rope_table(self.cfg, positions)
+    x, kept = self.layers(x, cache, rope, mask, start)
+    return self.final_norm(x), kept
+
+  def logits(self, hidden):
+    table = self.embedding if self.cfg.tied else self.head
+    return jnp.einsum('...d,vd->...v', hidden, table.astype(self.cfg.dtype),
+                      preferred_element_type=jnp.float32)
+
+  def __call__(self, tokens, positions):
+    return self.logits(self.hidden(tokens, positions, None, None, None)[0])
+
+
+def constrain(x):
+  """Keeps the hidden stream sharded by rows when a mesh is in force.
+
+  Without it XLA answers the gather from an FSDP-sharded embedding with a full
+  rematerialisation.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or 'fsdp' not in mesh.axis_names:
+    return x
+  spec = PartitionSpec(('data', 'fsdp'), None, None)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def rope_table(cfg, positions_RxT):
+  """(cos, sin), each (R, T, 1, C/2) float32."""
+  dim = cfg.head_dim or cfg.width // cfg.heads
+  inverse = cfg.rope_theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+  positions = positions_RxT[..., None, None].astype(jnp.float32)
+  angle = positions * inverse[None, None, None]
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x, rope):
+  """RoPE, NeoX's rotate-half, in float32."""
+  cos, sin = rope
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return y.astype(x.dtype)
+
+
+def positions_of(valid_RxS):
+  """Positions counted from the first real token, so padding moves nothing."""
+  return jnp.maximum(jnp.cumsum(valid_RxS, axis=1) - 1, 0)
+
+
+def init(cfg, key):
+  """Fresh {'params': ...}, with 'lora' where cfg.lora_rank > 0."""
+  token = jnp.zeros((1, 1), jnp.int32)
+  key_params, key_lora = jax.random.split(key)
+  keys = {'params': key_params, 'lora': key_lora}
+  return Transformer(cfg).init(keys, token, token)
+
+
+def hidden(cfg, params, tokens_RxS, valid_RxS=None, keep=False, window=None):
+  """The last hidden states; `head` makes logits of them.
+
+  Returns ((R, T, D), Cache or None). Without `window` T = S and index i holds
+  the prediction for position i, whatever the family. With `window` the tokens
+  are the T positions from window.start on, valid_RxS speaks of the whole
+  sequence, and the states come as the network gives them (not shifted).
+  """
+  valid = jnp.ones_like(tokens_RxS, bool) if valid_RxS is None else valid_RxS
+  if window is None and valid.shape != tokens_RxS.shape:
+    raise ValueError(f'valid has shape {valid.shape}, tokens '
+                     f'{tokens_RxS.shape}: they must be equal')
+  positions = positions_of(valid)
+  cache = start = None
+  if window is not None:
+    cache, start = window
+    positions = jax.lax.dynamic_slice_in_dim(
+        positions, start, tokens_RxS.shape[1], 1)
+  mask = None if valid_RxS is None else valid[:, None, None, :]
+  h, kept = Transformer(cfg, keep).apply(
+      params, tokens_RxS, positions, mask, cache, start,
+      method=Transformer.hidden)
+  if cfg.shift and window is None:
+    h = unshift(h, valid)
+  return h, kept
+
+
+def unshift(h_RxSxD, valid_RxS):
+  """Moves states one right; the first real token keeps its own (Dream)."""
+  previous = jnp.concatenate([h_RxSxD[:, :1], h_RxSxD[:, :-1]], axis=1)
+  real = jnp.concatenate(
+      [jnp.zeros_like(valid_RxS[:, :1]), valid_RxS[:, :-1]], axis=1)
+  return jnp.where(real[..., None], previous, h_RxSxD)
+
+
+def head(cfg, params, hidden):
+  """(..., D) -> (..., V) float32 logits."""
+  return Transformer(cfg).apply(params, hidden, method=Transformer.logits)
+
+
+def full_logits(cfg, params, tokens_RxS, valid_RxS=None):
+  """(R, S, V) float32: the prediction for position i at index i.
+
+  Holds for every family (Dream's shift is undone). valid_RxS False marks
+  padding: it is not attended and moves no position.
+  """
+  return head(cfg, params, hidden(cfg, params, tokens_RxS, valid_RxS)[0])
+
+
+def window_logits(cfg, params, tokens_RxS, valid_RxS, start, width,
+                  prompt=0, guidance=0.0, keep=False, cache=None):
+  """Logits of positions [start, start + width) under the sampling law.
+
+  start: () or (R,) int32. guidance > 0 is classifier-free guidance: a second
+  row with its prompt masked, un + (guidance + 1)(cond - un) (LLaDA
+  generate.py:81-91). The mask token has -inf: no sampler emits it. With a
+  `cache` only the window is recomputed (start must be a scalar).
+  Returns ((R, W, V) float32, Cache or None).
+  """
+  row_count = tokens_RxS.shape[0]
+  if guidance:
+    blank = jnp.arange(tokens_RxS.shape[1])[None] < prompt
+    blind = jnp.where(blank, cfg.mask_id, tokens_RxS)
+    tokens_RxS = jnp.concatenate([tokens_RxS, blind])
+    valid_RxS = jnp.concatenate([valid_RxS, valid_RxS])
+  if cache is None:
+    h, kept = hidden(cfg, params, tokens_RxS, valid_RxS, keep)
+    start_R = jnp.broadcast_to(start, (row_count,))
+    start_R = jnp.concatenate([start_R] * (1 + bool(guidance)))
+    h = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width))(
+        h, start_R)
+  else:
+    shift = int(cfg.shift)
+    part = jax.lax.dynamic_slice_in_dim(
+        tokens_RxS, start - shift, width + shift, 1)
+    h, kept = hidden(cfg, params, part, valid_RxS, keep,
+                     Window(cache, start - shift))
+    h = h[:, :width]
+  logits = head(cfg, params, h)
+  if guidance:
+    cond, blind = jnp.split(logits, 2)
+    logits = blind + (guidance + 1) * (cond - blind)
+  is_mask = jnp.arange(cfg.vocab)[None, None] == cfg.mask_id
+  return jnp.where(is_mask, -jnp.inf, logits), kept
+
+
+def sampling_logp(logits, temperature):
+  """Log-probs of the law that tokens are drawn from (float32).
+
+  At temperature 0 the law is a point mass and says nothing about the model:
+  log-probs are then those at temperature 1.
+  """
+  return jax.nn.log_softmax(logits / (temperature or 1.0), axis=-1)
+
+
+def count_params(params):
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,102 @@
+"""The reinforcement half-step: prompts -> completions -> rewards -> weights.
+
+The only place where text exists. The device scores log-probs while the host
+decodes and rewards.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from dmpo_jax import data, mesh
+from dmpo_jax.types import Scored, TrainBatch, to_groups, to_rows
+
+
+def rows_of(prompts, group, iteration):
+  """Prompts repeated per completion: tokens, valid, and global row ids."""
+  tokens = np.repeat(prompts.tokens, group, axis=0)
+  valid = np.repeat(prompts.valid, group, axis=0)
+  row = iteration * len(tokens) + np.arange(len(tokens), dtype=np.int32)
+  return tokens, valid, row.astype(np.int32)
+
+
+def collect(steps, task, tokenizer, problems, trainable, frozen, iteration, *,
+            prompts, group, seed, protocol, eos_id, samples):
+  """One buffer of rollouts of the current policy.
+
+  Returns (TrainBatch, dict of floats, list of sample dicts). ValueError on a
+  reward that is not finite.
+  """
+  batch = data.prompts_at(problems, iteration, prompts, seed)
+  tokens, valid, row = rows_of(batch, group, iteration)
+  # 1. Sample, and queue the log-prob passes behind it.
+  rollouts, completion = steps.sample(
+      {**frozen, **trainable}, tokens, valid, row)
+  scores = steps.score(trainable, frozen, rollouts, row, completion)
+  # 2. Decode and reward on the host meanwhile.
+  kept = mesh.fetch((rollouts.tokens, rollouts.order, rollouts.forwards,
+                     completion))
+  texts = data.decode(tokenizer, kept[0][:, tokens.shape[1]:], eos_id)
+  examples = [problems.examples[i] for i in np.repeat(batch.index, group)]
+  terms = [task.reward(text, example, protocol)
+           for text, example in zip(texts, examples, strict=True)]
+  reward_R = total_reward(terms, texts)
+  grades = [task.grade(text, example, protocol)
+            for text, example in zip(texts, examples, strict=True)]
+  # 3. Weigh the groups and pack the buffer.
+  train_batch, weights = steps.pack(
+      rollouts, completion, row, to_groups(reward_R, group), scores)
+  metrics = reward_metrics(terms, reward_R, grades, kept)
+  metrics |= {name: float(x) for name, x in mesh.fetch(weights).items()}
+  shown = [dict(iteration=iteration, row=int(row[i]), example=examples[i],
+                prompt=task.prompt(examples[i], 'bare'), completion=texts[i],
+                reward=terms[i], order=kept[1][i].tolist())
+           for i in range(min(samples, len(texts)))]
+  return train_batch, metrics, shown
+
+
+def total_reward(terms, texts):
+  """(R,) float32 sums of the terms; ValueError names what is not finite."""
+  total = [sum(term.values()) for term in terms]
+  for value, term, text in zip(total, terms, texts, strict=True):
+    if not math.isfinite(value):
+      raise ValueError(f'the reward {term} of the completion {text[:200]!r} is '
+                       'not finite: rewards must be finite numbers')
+  return np.array(total, np.float32)
+
+
+def reward_metrics(terms, reward_R, grades, kept):
+  _, order, forwards, completion = kept
+  names = terms[0]
+  out = {f'reward/{name}': float(np.mean([term[name] for term in terms]))
+         for name in names}
+  return out | {
+      'reward': float(np.mean(reward_R)),
+      'reward_std': float(np.std(reward_R)),
+      'accuracy': float(np.mean(grades)),
+      'length': float(np.mean(completion.sum(axis=1))),
+      'forwards': int(forwards),
+      'tokens_per_step': float(order.shape[1] / np.mean(order.max(1) + 1)),
+  }
+
+
+def pack(rollouts, completion_RxL, row_R, reward_BxG, scores, *, objective, hp,
+         inner):
+  """TrainBatch and weight metrics from rollouts, rewards and log-probs."""
+  groups, group = reward_BxG.shape
+  rows = row_R.shape[0]
+  zeros_R = jnp.zeros((rows,), jnp.float32)
+  scored = Scored(
+      reward_BxG, to_groups(jnp.sum(completion_RxL, axis=1), group),
+      to_groups(scores.get('old', zeros_R), group),
+      to_groups(scores.get('ref', zeros_R), group))
+  weight, positive, metrics = objective.weigh(scored, hp)
+  elbo_old = scores.get('elbo_old', jnp.zeros((rows, inner), jnp.float32))
+  batch = TrainBatch(
+      tokens=rollouts.tokens, valid=rollouts.valid, completion=completion_RxL,
+      row=row_R, weight=to_rows(weight), positive=to_rows(positive),
+      elbo_old=elbo_old, norm=jnp.float32(groups), total=jnp.float32(rows))
+  metrics = {**metrics, 'logp_old': jnp.mean(scored.logp_old),
+             'logp_ref': jnp.mean(scored.logp_ref)}
+  return batch, metrics

@@ -1,0 +1,80 @@
+"""Supervised training of the masked model: LLaDA's SFT loss on true answers.
+
+Makes the base model of a run that starts from nothing. Position in the data
+is a function of the step, so that it resumes to the bit.
+"""
+
+import os
+import time
+
+import jax
+import numpy as np
+from absl import logging
+
+from dmpo_jax import build, checkpoint, data, metrics
+
+
+def run(built, workdir, writer):
+  """Base parameters after sft.steps; resumes from, or reads, workdir/sft.
+
+  Returns ({'params': ...}, seconds spent in all sessions).
+  """
+  c = built.config
+  state = built.steps.start_sft(built.steps.init())
+  if not c.sft.steps:
+    return state.trainable, 0.0
+  with checkpoint.open_manager(os.path.join(workdir, 'sft'), 1) as manager:
+    start, spent = 0, 0.0
+    found = checkpoint.restore(manager, checkpoint.abstract(state))
+    if found:
+      state, _, meta = found
+      start, spent = meta['step'], meta['seconds']
+    if start < c.sft.steps:
+      state, spent = train(built, state, start, spent, writer, manager)
+  return state.trainable, spent
+
+
+def train(built, state, start, spent, writer, manager):
+  """Steps start .. sft.steps; saves at the end and every checkpoint.every."""
+  c = built.config
+  tokens, valid = encode(built)
+  logging.info('supervised training: %d steps of %d rows', c.sft.steps,
+               c.sft.batch)
+  writer.rewind('sft', start)
+  progress = metrics.Progress(c.sft.steps, 'sft', start=start,
+                              every_seconds=c.log.every_seconds)
+  begun = time.time() - spent
+  for at in range(start, c.sft.steps):
+    index = data.indices_at(at, c.sft.batch, len(tokens), c.seed)
+    state, pending = built.steps.sft(
+        state, tokens[index], valid[index],
+        np.arange(c.sft.batch, dtype=np.int32), at)
+    written = writer.late('sft', at + 1, pending)
+    progress.update(at + 1, written or {})
+    if (at + 1) % c.checkpoint.every == 0 or at + 1 == c.sft.steps:
+      stop_if_not_finite(writer.flush())
+      meta = {'step': at + 1, 'seconds': time.time() - begun}
+      checkpoint.save(manager, at + 1, state, None, meta)
+  progress.close()
+  jax.block_until_ready(state.trainable)
+  return state, time.time() - begun
+
+
+def stop_if_not_finite(written):
+  if written and not written['finite']:
+    raise FloatingPointError(
+        f"supervised loss or gradient is not finite at step {written['step']}:"
+        f" loss {written['loss']}, gradient norm {written['grad_norm']}; the "
+        'last checkpoint is intact, try a smaller sft.lr')
+
+
+def encode(built):
+  """(n, S) tokens and validity: prompts with their true completions."""
+  c = built.config
+  found = build.problems(built, 'train')
+  texts = [built.task.target(example, c.data.style)
+           for example in found.examples]
+  targets = data.encode_targets(texts, built.tokenizer, c.sampler.length)
+  tokens = np.concatenate([found.tokens, targets], axis=1)
+  valid = np.concatenate([found.valid, np.ones_like(targets, bool)], axis=1)
+  return tokens, valid

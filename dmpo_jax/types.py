@@ -1,0 +1,122 @@
+"""The data that flows between the parts, and the names of their dimensions.
+
+Dims, as they appear in array names (`logp_RxKxL`):
+
+  B prompts per step    G completions per prompt    R = B*G rows
+  P prompt length       L completion length         S = P + L
+  W block (window)      K mask draws per row        I inner steps
+  M microbatches        V vocabulary                D width
+  N layers              H heads                     C head dim
+  F mlp width           A adapter rank
+
+Rows are prompt-major: row r = b*G + g. Tokens are rows (R, S); scalars of a
+completion are groups (B, G). `to_rows` and `to_groups` are the only crossings.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Array = Any  # jax.Array or numpy.ndarray; tasks import this file without jax
+
+
+def to_rows(x_BxG):
+  """(B, G, ...) -> (B*G, ...), prompt-major."""
+  return x_BxG.reshape((-1,) + x_BxG.shape[2:])
+
+
+def to_groups(x_R, group):
+  """(R, ...) -> (R/G, G, ...); the inverse of `to_rows`."""
+  return x_R.reshape((-1, group) + x_R.shape[1:])
+
+
+class Prompts(NamedTuple):
+  tokens: Array  # (B, P) int32, left-padded
+  valid: Array  # (B, P) bool, False on padding
+  index: Array  # (B,) int32, row of the data set: how rewards find the answer
+
+
+class Rollouts(NamedTuple):
+  tokens: Array  # (R, S) int32, no mask token left
+  valid: Array  # (R, S) bool, False on prompt padding
+  order: Array  # (R, L) int32, the row's own step at which each was unmasked
+  logp: Array  # (R, L) float32, log-prob under the sampling law when unmasked
+  forwards: Array  # () int32, network evaluations spent on the batch
+
+
+class Scored(NamedTuple):
+  """All that an objective may use to weigh completions."""
+
+  reward: Array  # (B, G) float32
+  length: Array  # (B, G) int32, tokens up to and including the first EOS
+  logp_old: Array  # (B, G) float32, log p_old; zeros where not needed
+  logp_ref: Array  # (B, G) float32, log p_ref; zeros where not needed
+
+
+class Masks(NamedTuple):
+  """A draw of the forward process: a function of (key, row), never stored."""
+
+  masked: Array  # (R, K, L) bool, True where the mask token stands
+  weight: Array  # (R, K) float32, factor that makes a masked sum an ELBO
+
+
+class TrainBatch(NamedTuple):
+  """What `step.train_step` sees. Leading axis R but for `norm` and `total`."""
+
+  tokens: Array  # (R, S) int32
+  valid: Array  # (R, S) bool
+  completion: Array  # (R, L) bool, True up to and including the first EOS
+  row: Array  # (R,) int32, global over the run: the address of its masks
+  weight: Array  # (R,) float32, SIGNED: target weight minus baseline
+  positive: Array  # (R,) float32, the target weight alone
+  elbo_old: Array  # (R, I) float32, ELBO of p_old, for each inner step
+  norm: Array  # () float32, groups in the whole batch: divides every loss
+  total: Array  # () float32, rows in the whole batch
+
+
+class TrainState(NamedTuple):
+  step: Array  # () int32, optimizer updates so far
+  trainable: dict  # {'params': ...} or {'lora': ...}
+  opt_state: Any  # optax state of `trainable`
+
+
+class Objective(NamedTuple):
+  """Pure functions that never see the model; `hp` is a frozen dataclass."""
+
+  hp: type  # the dataclass of its settings
+  needs: Callable  # hp -> subset of {'old', 'ref', 'elbo_old', 'policy'}
+  check: Callable  # hp -> list of complaints
+  draw: Callable  # (key, row_R, completion_RxL, hp) -> Masks, for the loss
+  weigh: Callable  # (Scored, hp) -> (weight_BxG, positive_BxG, metrics)
+  reweigh: Callable  # (elbo_R, elbo_old_R, batch, group, hp) -> weight_R
+  loss: Callable  # (logp_RxKxL, Masks, batch, elbo_old_R, hp) -> (sum, metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+  """What a task needs to make or read its problems."""
+
+  path: str = ''  # file in the field's format; '' generates problems
+  train_size: int = 2000  # problems per split when generated
+  validation_size: int = 128
+  test_size: int = 128
+  seed: int = 0  # of generation and of the split; not the run's seed
+  min_blanks: int = 4  # sudoku: fewest empty cells
+  max_blanks: int = 10  # sudoku: most empty cells
+
+
+class Task(NamedTuple):
+  """A source of verifiable problems. Pure host functions, no jax.
+
+  `protocol` is 'paper' (the reference rules, bugs included, so that published
+  numbers compare) or 'strict' (correct rules). `style` is 'bare' (just the
+  problem and just the answer, for tiny models) or 'chat' (instructions and
+  <answer> tags, for language models).
+  """
+
+  load: Callable  # (split, TaskOptions) -> list[dict]
+  prompt: Callable  # (example, style) -> str, the user's message
+  target: Callable  # (example, style) -> str, a correct completion, for SFT
+  reward: Callable  # (text, example, protocol) -> dict of terms
+  grade: Callable  # (text, example, protocol) -> float in [0, 1]
+  extra: Callable  # (text, example) -> dict of further evaluation numbers

@@ -1,0 +1,201 @@
+"""python main.py --config=configs/quickstart.py: trains, or goes on training.
+
+Modes: train (the default: base model, RL, evaluation), sft (only the base
+model), eval (the latest checkpoint on the test split), report (curves.png and
+a summary of --workdir; with --runs a comparison of several runs).
+"""
+
+import glob
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import time
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dmpo_jax import build, evaluate, metrics, report, sft, train
+
+CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+WORKDIR = flags.DEFINE_string('workdir', '', 'default: runs/<name>-<hash>')
+MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sft', 'eval', 'report'],
+                         'what to do')
+SWEEP = flags.DEFINE_string('sweep', '', "NAME:i, point i of the config's "
+                            'sweep(NAME)')
+RUNS = flags.DEFINE_string('runs', '', 'report: glob of workdirs to compare')
+BY = flags.DEFINE_string('by', 'objective.baseline', 'report: field to compare')
+
+
+def parse(argv):
+  """Flags, with the nearest name for a misspelt config field."""
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError) as error:
+    path = next(a.split('=', 1)[1] for a in argv if a.startswith('--config='))
+    known = build.flatten(module(path).get_config())
+    for arg in argv:
+      name = arg.removeprefix('--config.').split('=')[0]
+      if arg.startswith('--config.') and name not in known:
+        sys.exit('error: ' + build.nearest('config', name, known)[0].split(
+            ' must')[0] + ' is not a field' + hint(name, known))
+    raise error
+  except flags.Error as error:
+    sys.exit(f'error: {error}')
+
+
+def hint(name, known):
+  found = build.nearest('', name, known)[0].partition(';')[2]
+  return ';' + found if found else ''
+
+
+def module(path):
+  """The config file as a module: for its sweep(name)."""
+  spec = importlib.util.spec_from_file_location(
+      'config_file', path.split(':')[0])
+  loaded = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(loaded)
+  return loaded
+
+
+def apply_sweep(c, flag, sweep):
+  """Point i of the config file's sweep; refuses a field that is set twice."""
+  name, _, index = sweep.partition(':')
+  points = module(config_flags.get_config_filename(flag)).sweep(name)
+  if not index.isdigit() or int(index) >= len(points):
+    raise ValueError(f'--sweep={sweep!r} must be {name}:i with i from 0 to '
+                     f'{len(points) - 1}')
+  point = points[int(index)]
+  twice = set(point) & set(config_flags.get_override_values(flag))
+  if twice:
+    raise ValueError(f'{sorted(twice)} set both by --sweep and by a flag')
+  c.update_from_flattened_dict(point)
+
+
+def settle(c, workdir):
+  """Makes the workdir and config.json; refuses another config's workdir."""
+  text = c.to_json(sort_keys=True, indent=2)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  workdir = workdir or os.path.join('runs', f'{c.name}-{digest}')
+  path = os.path.join(workdir, 'config.json')
+  if os.path.exists(path):
+    with open(path) as f:
+      old = build.flatten(json.load(f))
+    new = build.flatten(json.loads(text))
+    changed = [f'{k}: {old.get(k)!r} there, {new.get(k)!r} here'
+               for k in sorted(old.keys() | new.keys())
+               if old.get(k) != new.get(k) and not k.startswith('log.')]
+    if changed:
+      raise ValueError(f'--workdir={workdir} was written by another config '
+                       f'({"; ".join(changed)}): name another workdir')
+  if jax.process_index() == 0:
+    os.makedirs(workdir, exist_ok=True)
+    with open(path, 'w') as f:
+      f.write(text)
+  return workdir
+
+
+def run_train(built, workdir, only_sft):
+  """SFT, RL and the final evaluation; goes on where it was interrupted."""
+  begun = time.time()
+  built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
+  with metrics.Writer(workdir, enabled=jax.process_index() == 0) as writer:
+    base, sft_seconds = sft.run(built, workdir, writer)
+    if only_sft:
+      print(f'base model in {os.path.join(workdir, "sft")}')
+      return
+    tuned, rl_seconds = train.run(built, workdir, writer, base)
+  test = build.problems(built, 'test')
+  results = {}
+  for name, params in (('base', base), ('final', tuned)):
+    results[name], samples = evaluate.accuracy(built, params, test)
+    write_lines(os.path.join(workdir, f'test_{name}.jsonl'), samples)
+  packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+  results |= {
+      'seconds': {'sft': sft_seconds, 'rl': rl_seconds,
+                  'total': sft_seconds + rl_seconds, 
+                  'session': time.time() - begun},
+      'seed': built.config.seed, 'config': built.config.name,
+      'device': jax.devices()[0].device_kind,
+      'versions': {p: importlib.metadata.version(p) for p in packages}}
+  with open(os.path.join(workdir, 'results.json'), 'w') as f:
+    json.dump(results, f, indent=2)
+  report.curves(workdir)
+
+
+def write_lines(path, rows):
+  with open(path, 'w') as f:
+    f.writelines(json.dumps(row) + '\n' for row in rows)
+
+
+def quiet():
+  """Our own log lines and everybody's warnings; not Orbax's every step."""
+  logging.set_verbosity(logging.INFO)
+  ours = os.path.dirname(os.path.abspath(__file__))
+  logging.get_absl_handler().addFilter(
+      lambda r: r.levelno >= 30 or (r.pathname.startswith(ours)
+                                    and 'site-packages' not in r.pathname))
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise ValueError(f'unexpected arguments {argv[1:]}: flags are --name=value')
+  quiet()
+  if MODE.value == 'report':
+    return show_report()
+  c = CONFIG.value
+  if SWEEP.value:
+    apply_sweep(c, flags.FLAGS['config'], SWEEP.value)
+  built = build.build(c)
+  workdir = settle(c, WORKDIR.value)
+  done = os.path.exists(os.path.join(workdir, 'results.json'))
+  if MODE.value == 'eval':
+    return run_eval(built, workdir)
+  if done:
+    print('this run is done; another seed: --config.seed=N')
+  else:
+    logging.info('%s on %d %s, into %s', c.name, jax.device_count(),
+                 jax.devices()[0].device_kind, workdir)
+    run_train(built, workdir, MODE.value == 'sft')
+  if MODE.value == 'train':
+    print(report.summary(workdir))
+
+
+def run_eval(built, workdir):
+  """The latest checkpoint on the test split, as JSON."""
+  with metrics.Writer(workdir, enabled=False) as writer:
+    base, _ = sft.run(built, workdir, writer)
+  params = train.latest(built, workdir, base)
+  numbers, _ = evaluate.accuracy(built, params, build.problems(built, 'test'))
+  print(json.dumps(numbers))
+
+
+def show_report():
+  """Curves and summary of one run, or a comparison of several."""
+  if RUNS.value:
+    table, picture = report.compare(sorted(glob.glob(RUNS.value)), BY.value,
+                                    'comparison.png')
+    print(f'{table}\n{picture}')
+  else:
+    print(report.curves(WORKDIR.value))
+    if os.path.exists(os.path.join(WORKDIR.value, 'results.json')):
+      print(report.summary(WORKDIR.value))
+
+
+def start(argv):
+  """Bad input is one sentence, not a traceback."""
+  try:
+    main(argv)
+  except (ValueError, FloatingPointError, FileNotFoundError) as error:
+    if os.environ.get('DMPO_TRACEBACK'):
+      raise
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  jax.config.config_with_absl()
+  app.run(start, flags_parser=parse)

@@ -1,0 +1,334 @@
+"""The plain versions: NumPy in float64, one sequence, loops, no batching.
+
+Written from the formulas of the models and samplers, not from the package, so
+that a mistake there is not repeated here. Padding does not exist: a caller
+strips it.
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+
+def log_softmax(x):
+  x = x - np.max(x, axis=-1, keepdims=True)
+  return x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
+
+
+# The transformer.
+
+
+def rms_norm(x, scale, eps):
+  return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
+
+
+def rope(x_TxC, positions_T, theta):
+  """Turns the pair (x[i], x[i + C/2]) by position * theta^(-2i/C)."""
+  half = x_TxC.shape[1] // 2
+  out = np.zeros_like(x_TxC)
+  for t, position in enumerate(positions_T):
+    for i in range(half):
+      angle = position * theta ** (-2 * i / (2 * half))
+      a, b = x_TxC[t, i], x_TxC[t, i + half]
+      out[t, i] = a * math.cos(angle) - b * math.sin(angle)
+      out[t, i + half] = b * math.cos(angle) + a * math.sin(angle)
+  return out
+
+
+def attend(cfg, q, k, v):
+  """Every query sees every key; heads share keys in groups (GQA)."""
+  dim = q.shape[1] // cfg.heads
+  share = cfg.heads // cfg.kv_heads
+  outs = []
+  for head in range(cfg.heads):
+    of = slice(head * dim, (head + 1) * dim)
+    kv = slice(head // share * dim, (head // share + 1) * dim)
+    scores = q[:, of] @ k[:, kv].T / math.sqrt(dim)
+    outs.append(np.exp(log_softmax(scores)) @ v[:, kv])
+  return np.concatenate(outs, axis=1)
+
+
+def states(cfg, params, tokens_T, start=0, cache=None):
+  """Last hidden states of tokens that stand from `start` on, and the cache.
+
+  With a cache [(k, v) per layer] of the whole sequence the tokens' own keys
+  and values replace the kept ones, and only the given tokens are computed.
+  """
+  tree = params['params']
+  lora = params.get('lora', {}).get('layers', {})
+  positions = range(start, start + len(tokens_T))
+  where = slice(start, start + len(tokens_T))
+  dim = cfg.head_dim or cfg.width // cfg.heads
+  x = np.asarray(tree['embedding'], np.float64)[list(tokens_T)]
+  new = []
+  for layer in range(cfg.layers):
+    get = lambda *path, layer=layer: np.asarray(
+      pluck(tree['layers'], path)[layer], np.float64
+    )
+
+    def linear(y, name, get=get, layer=layer):
+      z = y @ get(name, 'kernel')
+      if 'bias' in tree['layers'][name]:
+        z = z + get(name, 'bias')
+      if name in lora:
+        a, b = (np.asarray(lora[name][w][layer], np.float64) for w in 'ab')
+        z = z + y @ a @ b * (cfg.lora_alpha / cfg.lora_rank)
+      return z
+
+    def heads(z, name, get=get):
+      """q/k norm and RoPE, head by head."""
+      parts = []
+      for at in range(0, z.shape[1], dim):
+        part = z[:, at : at + dim]
+        if cfg.qk_norm:
+          part = rms_norm(part, get(f'{name}_norm', 'scale'), cfg.eps)
+        parts.append(rope(part, positions, cfg.rope_theta))
+      return np.concatenate(parts, axis=1)
+
+    y = rms_norm(x, get('attn_norm', 'scale'), cfg.eps)
+    q, k = heads(linear(y, 'q'), 'q'), heads(linear(y, 'k'), 'k')
+    v = linear(y, 'v')
+    if cache is not None:
+      kept = [part.copy() for part in cache[layer]]
+      kept[0][where], kept[1][where] = k, v
+      k, v = kept
+    new.append((k, v))
+    x = x + linear(attend(cfg, q, k, v), 'o')
+    y = rms_norm(x, get('mlp_norm', 'scale'), cfg.eps)
+    gate = linear(y, 'gate')
+    gate = gate / (1 + np.exp(-gate))
+    x = x + linear(gate * linear(y, 'up'), 'down')
+  scale = np.asarray(tree['final_norm']['scale'], np.float64)
+  return rms_norm(x, scale, cfg.eps), new
+
+
+def pluck(tree, path):
+  for key in path:
+    tree = tree[key]
+  return tree
+
+
+def head(cfg, params, states_TxD):
+  table = params['params']['embedding' if cfg.tied else 'head']
+  return states_TxD @ np.asarray(table, np.float64).T
+
+
+def full_logits(cfg, params, tokens_T):
+  """(T, V): at i the prediction for i. Dream's outputs predict the next
+  position; its first token keeps the first output."""
+  logits = head(cfg, params, states(cfg, params, tokens_T)[0])
+  if cfg.shift:
+    logits = np.concatenate([logits[:1], logits[:-1]])
+  return logits
+
+
+# The ELBO.
+
+
+def subsets(length):
+  """All masks, (2^L, L) bool; row j masks the bits of j."""
+  return np.array(
+    [[bool(j >> i & 1) for i in range(length)] for j in range(2**length)]
+  )
+
+
+def index_of(masked):
+  """The row of `subsets` that equals the mask; (..., L) -> (...)."""
+  return np.sum(masked * 2 ** np.arange(masked.shape[-1]), axis=-1)
+
+
+def conditionals(cfg, params, prompt, completion):
+  """(2^L, L): log p(x_i | prompt, x with the j-th mask), 0 where unmasked."""
+  completion = np.asarray(completion)
+  table = []
+  for masked in subsets(len(completion)):
+    seen = np.where(masked, cfg.mask_id, completion)
+    logits = full_logits(cfg, params, [*prompt, *seen])[len(prompt) :]
+    logp = log_softmax(logits)[np.arange(len(completion)), completion]
+    table.append(np.where(masked, logp, 0.0))
+  return np.array(table)
+
+
+def exact_elbo(table):
+  """E over m ~ U{1..L} of (L/m) E over |S| = m of the masked sum."""
+  length = table.shape[1]
+  counts, sums = subsets(length).sum(1), table.sum(1)
+  return np.mean(
+    [length / m * np.mean(sums[counts == m]) for m in range(1, length + 1)]
+  )
+
+
+def random_order_elbo(table):
+  """E over orders of the sum of log p(x_i | what is revealed before)."""
+  length = table.shape[1]
+  totals = []
+  for order in itertools.permutations(range(length)):
+    masked = np.ones(length, bool)
+    total = 0.0
+    for i in order:
+      total += table[index_of(masked), i]
+      masked[i] = False
+    totals.append(total)
+  return np.mean(totals)
+
+
+def bernoulli_elbo(table, low, high, antithetic, weigh):
+  """E over rates in U(low, high) and masks of weigh(m, rate) * masked sum.
+
+  With `antithetic`, the mean of that and of the same for the complements.
+  """
+  length = table.shape[1]
+  nodes, weights = np.polynomial.legendre.leggauss(32)  # exact: polynomials
+  rates = low + (high - low) * (nodes + 1) / 2
+  total = 0.0
+  for rate, weight in zip(rates, weights / 2, strict=True):
+    for masked, sums in zip(subsets(length), table.sum(1), strict=True):
+      m = masked.sum()
+      law = rate**m * (1 - rate) ** (length - m)
+      if antithetic:  # the mask may come as itself or as a complement
+        law = (law + (1 - rate) ** m * rate ** (length - m)) / 2
+      total += weight * law * weigh(m, rate) * sums
+  return total
+
+
+# The samplers.
+
+
+def picks(hp, probs, confidence, quota, noise):
+  """Which of the masked positions to reveal: a list of indices into probs.
+
+  probs (M, V), confidence (M,) and noise (M,) of the positions still masked,
+  in their order; Python's stable sort gives ties to the lower one.
+  """
+
+  def best(score, count):
+    return sorted(range(len(score)), key=lambda i: -score[i])[:count]
+
+  if hp.pick == 'confidence':
+    return best(confidence, quota)
+  if hp.pick == 'random':
+    return best(noise, quota)
+  if hp.pick == 'random_order':
+    return best(noise, 1)
+  if hp.pick == 'margin':
+    two = np.sort(probs, axis=1)[:, -2:]
+    return best(two[:, 1] - two[:, 0], quota)
+  if hp.pick == 'threshold':
+    over = [i for i, c in enumerate(confidence) if c >= hp.threshold]
+    return sorted({*best(confidence, 1), *over})
+  if hp.pick == 'factor':
+    ranked = best(confidence, len(confidence))
+    kept = ranked[:1]
+    for j, i in enumerate(ranked[1:], start=2):
+      if confidence[i] < 1 - hp.factor / (j + 1):
+        break
+      kept.append(i)
+    return kept
+  if hp.pick == 'entropy':
+    entropy = [-sum(p * math.log(p) for p in row if p > 0) for row in probs]
+    ranked = sorted(range(len(entropy)), key=lambda i: entropy[i])
+    kept = ranked[:1]
+    for i in ranked[1:]:
+      values = [entropy[j] for j in [*kept, i]]
+      if sum(values) - max(values) > hp.entropy_bound:
+        break
+      kept.append(i)
+    return kept
+  raise KeyError(hp.pick)
+
+
+def combine(cfg, cond, blind, guidance):
+  """Classifier-free guidance; the mask token can never be drawn."""
+  logits = blind + (guidance + 1) * (cond - blind) if guidance else cond
+  logits = logits.copy()
+  logits[:, cfg.mask_id] = -np.inf
+  return logits
+
+
+class Network:
+  """The block's logits, from the whole sequence or through the dual cache."""
+
+  def __init__(self, cfg, params, dual):
+    self.cfg, self.params, self.dual = cfg, params, dual
+    self.cache = None
+
+  def logits(self, tokens, start, width):
+    cfg, params = self.cfg, self.params
+    if not self.dual:
+      return full_logits(cfg, params, tokens)[start : start + width]
+    first = start - cfg.shift  # the output before predicts the first token
+    if self.cache is None:
+      out, self.cache = states(cfg, params, tokens)
+      return head(cfg, params, out[first : first + width])
+    part = tokens[first : start + width]
+    out, self.cache = states(cfg, params, part, first, self.cache)
+    return head(cfg, params, out[:width])
+
+
+def sample(cfg, params, prompt, hp, noise=None):
+  """One completion, (tokens, order, logp, forwards), each but the last (L,).
+
+  noise(step) -> (gumbel (W, V), uniform (W,)): the row's randomness.
+  """
+  tokens = [int(t) for t in prompt] + [cfg.mask_id] * hp.length
+  order, logp = np.zeros(hp.length, int), np.zeros(hp.length)
+  step, per_block = 0, max(1, hp.steps // (hp.length // hp.block))
+  for at in range(0, hp.length, hp.block):
+    start = len(prompt) + at
+    quotas = [hp.block // per_block] * per_block
+    for i in range(hp.block % per_block):
+      quotas[i] += 1
+    nets = [Network(cfg, params, hp.cache == 'dual') for _ in range(2)]
+    done = 0
+    while True:
+      left = [i for i in range(hp.block) if tokens[start + i] == cfg.mask_id]
+      if not left:
+        break
+      blind = [cfg.mask_id] * len(prompt) + tokens[len(prompt) :]
+      logits = [
+        net.logits(seen, start, hp.block)
+        for net, seen in zip(nets, (tokens, blind), strict=True)
+      ]
+      logits = combine(cfg, *logits, hp.guidance)
+      gumbel, uniform = noise(step) if noise else (0.0, np.zeros(hp.block))
+      if hp.temperature:
+        proposal = np.argmax(logits / hp.temperature + gumbel, axis=1)
+      else:
+        proposal = np.argmax(logits, axis=1)
+      prob = np.exp(log_softmax(logits))
+      confidence = [
+        prob[i].max() if hp.rank == 'max' else prob[i, proposal[i]]
+        for i in left
+      ]
+      quota = quotas[done] if done < per_block else 0
+      law = log_softmax(logits / (hp.temperature or 1.0))
+      for j in picks(hp, prob[left], confidence, quota, uniform[left]):
+        i = left[j]
+        tokens[start + i] = int(proposal[i])
+        order[at + i] = step
+        logp[at + i] = law[i, proposal[i]]
+      step, done = step + 1, done + 1
+  return np.array(tokens[len(prompt) :]), order, logp, step
+
+
+def random_order_law(cfg, params, prompt, length, temperature):
+  """{completion: probability} when one token a step is drawn at random."""
+  law = {}
+
+  def visit(tokens, probability):
+    left = [i for i, t in enumerate(tokens) if t == cfg.mask_id]
+    if not left:
+      law[tokens] = law.get(tokens, 0.0) + probability
+      return
+    logits = full_logits(cfg, params, [*prompt, *tokens])[len(prompt) :]
+    logits[:, cfg.mask_id] = -np.inf
+    prob = np.exp(log_softmax(logits / temperature))
+    for i in left:
+      for token in range(cfg.vocab):
+        if token != cfg.mask_id:
+          more = tokens[:i] + (token,) + tokens[i + 1 :]
+          visit(more, probability * prob[i, token] / len(left))
+
+  visit((cfg.mask_id,) * length, 1.0)
+  return law

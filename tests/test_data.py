@@ -1,0 +1,182 @@
+"""Tokenizers, padded prompts and the order of the data."""
+
+import string
+
+import numpy as np
+import pytest
+
+from dmpo_jax import data
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return data.char_tokenizer()
+
+
+def ids(tokenizer, text):
+  return tokenizer(text, add_special_tokens=False)['input_ids']
+
+
+@pytest.mark.smoke
+def test_left_pad():
+  """Ids stand right, padding left; an empty list is all padding."""
+  tokens, valid = data.left_pad([[5, 6, 7], [], [8]], 4, 99)
+  np.testing.assert_array_equal(
+      tokens, [[99, 5, 6, 7], [99] * 4, [99, 99, 99, 8]])
+  np.testing.assert_array_equal(valid, tokens != 99)
+  assert tokens.dtype == np.int32 and valid.dtype == bool
+
+
+@pytest.mark.smoke
+def test_characters_round_trip(tokenizer):
+  """Every printable ASCII character and the line feed is one token."""
+  text = ''.join(chr(c) for c in range(32, 127)) + '\n'
+  got = ids(tokenizer, text)
+  assert len(got) == len(set(got)) == len(text) == 96
+  assert tokenizer.decode(got) == text
+  assert set(string.printable) - set(text) == set('\t\r\x0b\x0c')
+
+
+def test_text_round_trip(tokenizer):
+  """Spaces, doubled or at an end, and punctuation survive decoding."""
+  text = '  a  b .\n\n " x \' , \n n\'t  '
+  assert tokenizer.decode(ids(tokenizer, text)) == text
+
+
+def test_tags_and_specials_are_single_tokens(tokenizer):
+  """The tags are one token each, also within text, and not 'special'."""
+  for tag in data.TAGS + data.SPECIAL:
+    assert len(ids(tokenizer, tag)) == 1
+  text = '<reasoning>ab</reasoning>\n<answer>12</answer>'
+  got = ids(tokenizer, text)
+  assert len(got) == 2 + 2 + 1 + 2 + 2
+  assert tokenizer.decode(got, skip_special_tokens=True) == text
+  named = (tokenizer.pad_token_id, tokenizer.mask_token_id,
+           tokenizer.eos_token_id, tokenizer.unk_token_id)
+  assert sorted(named) == [0, 1, 2, 3]
+  assert ids(tokenizer, 'é') == [tokenizer.unk_token_id]
+
+
+def test_chat_template_ends_at_the_assistant(tokenizer):
+  """user tag, the text, assistant tag."""
+  got = data.encode_chat(tokenizer, '12 3')
+  assert tokenizer.decode(got) == '<|user|>12 3<|assistant|>'
+  assert len(got) == 6
+
+
+def test_tokenizer_on_disk(tokenizer, tmp_path):
+  """save_pretrained and load_tokenizer give the same tokenizer."""
+  tokenizer.save_pretrained(tmp_path)
+  loaded = data.load_tokenizer(str(tmp_path))
+  text = '<answer>1 + 2</answer>  \n'
+  assert len(loaded) == len(tokenizer)
+  assert ids(loaded, text) == ids(tokenizer, text)
+  assert loaded.decode(ids(loaded, text)) == text
+  assert data.encode_chat(loaded, text) == data.encode_chat(tokenizer, text)
+  assert loaded.mask_token_id == tokenizer.mask_token_id
+  assert loaded.eos_token_id == tokenizer.eos_token_id
+
+
+def test_unknown_tokenizer():
+  """A name that is neither 'char' nor a directory is never looked up."""
+  with pytest.raises(ValueError, match="data.tokenizer = 'gpt2' must be"):
+    data.load_tokenizer('gpt2')
+
+
+# --- problems
+
+
+EXAMPLES = [{'n': i} for i in range(3)]
+TEXTS = ['1', '123', '12']
+
+
+def test_problems_are_left_padded(tokenizer):
+  """Length 0 takes the longest prompt's; every row ends at the assistant."""
+  found = data.encode_problems(EXAMPLES, TEXTS, tokenizer)
+  assert found.tokens.shape == (3, 5)
+  np.testing.assert_array_equal(found.valid.sum(1), [3, 5, 4])
+  assert (found.tokens[~found.valid] == tokenizer.pad_token_id).all()
+  for row, text in enumerate(TEXTS):
+    real = found.tokens[row][found.valid[row]]
+    np.testing.assert_array_equal(real, data.encode_chat(tokenizer, text))
+    assert found.valid[row, -1]
+
+
+def test_prompt_length_and_attended_padding(tokenizer):
+  """A wider array pads more; attend_padding calls padding real."""
+  found = data.encode_problems(EXAMPLES, TEXTS, tokenizer, 9)
+  assert found.tokens.shape == (3, 9)
+  np.testing.assert_array_equal(found.valid.sum(1), [3, 5, 4])
+  seen = data.encode_problems(EXAMPLES, TEXTS, tokenizer, 9, True)
+  np.testing.assert_array_equal(seen.tokens, found.tokens)
+  assert seen.valid.all()
+
+
+def test_impossible_problems(tokenizer):
+  """Too long a prompt and no problems at all name the field."""
+  with pytest.raises(ValueError, match='data.prompt_length = 4 .* 1 of 3 .*5'):
+    data.encode_problems(EXAMPLES, TEXTS, tokenizer, 4)
+  with pytest.raises(ValueError, match='empty: data.path'):
+    data.encode_problems([], [], tokenizer)
+
+
+# --- order
+
+
+def test_every_problem_once_per_epoch():
+  """Epochs are permutations, joined end to end, also within a batch."""
+  count, batch = 7, 3
+  places = np.concatenate(
+      [data.indices_at(i, batch, count, 5) for i in range(14)])
+  epochs = places.reshape(-1, count)
+  assert len(epochs) == 6
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(count))
+  assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_position_is_a_function_of_the_step():
+  """Whatever was asked before, a step's prompts are the same."""
+  first = data.indices_at(9, 3, 7, 5)
+  for step in (2, 30, 0):
+    data.indices_at(step, 3, 7, 5)
+  data.permutation.cache_clear()
+  np.testing.assert_array_equal(data.indices_at(9, 3, 7, 5), first)
+  # One step of six is two steps of three: no draw per call.
+  np.testing.assert_array_equal(
+      data.indices_at(4, 6, 7, 5),
+      np.concatenate([data.indices_at(i, 3, 7, 5) for i in (8, 9)]))
+  assert not np.array_equal(data.indices_at(0, 7, 7, 5),
+                            data.indices_at(0, 7, 7, 6))
+
+
+def test_prompts_at(tokenizer):
+  """Rows of the data set with their index; a batch may exceed the set."""
+  found = data.encode_problems(EXAMPLES, TEXTS, tokenizer)
+  prompts = data.prompts_at(found, 1, 4, 0)
+  assert prompts.index.shape == (4,) and prompts.index.dtype == np.int32
+  np.testing.assert_array_equal(prompts.tokens, found.tokens[prompts.index])
+  np.testing.assert_array_equal(prompts.valid, found.valid[prompts.index])
+
+
+# --- completions
+
+
+def test_targets_end_in_eos(tokenizer):
+  """The tail is all EOS; a full-length target has none."""
+  got = data.encode_targets(['12', '1234', ''], tokenizer, 4)
+  eos = tokenizer.eos_token_id
+  assert got.shape == (3, 4) and got.dtype == np.int32
+  np.testing.assert_array_equal((got == eos).sum(1), [2, 0, 4])
+  assert data.decode(tokenizer, got, eos) == ['12', '1234', '']
+  with pytest.raises(ValueError, match="sampler.length = 3 .*'1234' of 4"):
+    data.encode_targets(['12', '1234'], tokenizer, 3)
+
+
+def test_decode_stops_at_the_first_eos(tokenizer):
+  """What follows it is dropped; other special tokens stay visible."""
+  eos = tokenizer.eos_token_id
+  a, b = ids(tokenizer, 'ab')
+  rows = np.array([[a, eos, b, eos], [eos, a, b, a],
+                   [a, tokenizer.pad_token_id, b, a]])
+  assert data.decode(tokenizer, rows, eos) == ['a', '', 'a<|pad|>ba']

@@ -1,0 +1,290 @@
+"""The package's layout: who may import whom, and what code may not hold.
+
+A module has a floor and imports only from lower ones, so that any of them is
+read, tested and replaced knowing only what lies below. `complaints` checks a
+tree; the tests below run it on the package, and on small trees with one fault
+each to show that it finds them.
+"""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+PACKAGE = 'dmpo_jax'
+FLOORS = {
+  '__init__': -1,  # everybody imports it, so it imports nobody
+  'types': 0, 'rng': 0, 'metrics': 0,
+  'mesh': 1, 'masking': 1, 'model': 1, 'tasks': 1, 'report': 1,
+  'logprob': 2, 'sampler': 2, 'data': 2, 'optim': 2, 'checkpoint': 2,
+  'weights': 2,
+  'objectives': 3,
+  'step': 4, 'rollout': 4,
+  'build': 5,
+  'evaluate': 6, 'plan': 6, 'export': 6,
+  'train': 7, 'sft': 7,
+}  # fmt: skip
+PLUGINS = ('tasks', 'objectives')  # folders; their files may share code
+JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax')  # each imports jax
+COMPILE = ('jit', 'pmap', 'pjit')
+CONFIG = {'cfg', 'config', 'c'}
+UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
+MAX_LINES, MAX_FUNCTION = 4000, 80
+
+
+def sources(root):
+  """{path under root: text} of all modules."""
+  return {
+    path.relative_to(root): path.read_text(encoding='utf-8')
+    for path in sorted(root.rglob('*.py'))
+  }
+
+
+def owner(path):
+  """What has the floor: the module, or its folder."""
+  return path.parts[0] if len(path.parts) > 1 else path.stem
+
+
+def imports(tree, path):
+  """(dotted name, line) of all that is imported, at any depth of the code."""
+  here = [PACKAGE, *path.parent.parts]
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name, node.lineno
+    elif isinstance(node, ast.ImportFrom):
+      start = here[: len(here) + 1 - node.level] if node.level else []
+      base = '.'.join([*start, *([node.module] if node.module else [])])
+      for alias in node.names:
+        yield f'{base}.{alias.name}', node.lineno
+
+
+def used(tree, path):
+  """Dotted names of the package's parts that are imported: {name: line}."""
+  found = {}
+  for name, line in imports(tree, path):
+    parts = name.split('.')
+    if parts[0] == PACKAGE:
+      # `from dmpo_jax import x` may mean a module or a name in __init__.
+      target = parts[1] if len(parts) > 1 else '__init__'
+      found[target if target in FLOORS else '__init__'] = line
+  return found
+
+
+def chain(node):
+  """['a', 'b', 'c'] of the expression a.b.c; of f(x).b just ['b']."""
+  names = []
+  while isinstance(node, ast.Attribute):
+    names.append(node.attr)
+    node = node.value
+  return [*([node.id] if isinstance(node, ast.Name) else []), *names[::-1]]
+
+
+def check_floors(path, tree):
+  me = owner(path)
+  if me not in FLOORS:
+    yield 1, f'unknown module {me}: give it a floor'
+    return
+  for target, line in used(tree, path).items():
+    same = target == me and me in PLUGINS
+    if not same and FLOORS[target] >= FLOORS[me] and target != '__init__':
+      yield (
+        line,
+        f'{me} (floor {FLOORS[me]}) imports {target} (floor {FLOORS[target]})',
+      )
+
+
+def check_compile(path, tree):
+  if path == pathlib.Path('build.py'):
+    return
+  bound = {'jax'}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      bound |= {
+        a.asname for a in node.names if a.asname and a.name.startswith('jax')
+      }
+  for name, line in imports(tree, path):
+    parts = name.split('.')
+    if parts[0] == 'jax' and parts[-1] in COMPILE:
+      yield line, f'imports {name}: only build.py compiles'
+  for node in ast.walk(tree):
+    names = chain(node)
+    if isinstance(node, ast.Attribute) and names[0] in bound:
+      if names[-1] in COMPILE:
+        yield node.lineno, f'uses {".".join(names)}: only build.py compiles'
+
+
+def check_linen(path, tree):
+  if path == pathlib.Path('model.py'):
+    return
+  for name, line in imports(tree, path):
+    if name.split('.')[:2] == ['flax', 'linen']:
+      yield line, 'imports flax.linen: only model.py holds modules'
+  for node in ast.walk(tree):
+    if chain(node) == ['flax', 'linen']:
+      yield node.lineno, 'uses flax.linen: only model.py holds modules'
+
+
+def check_config(path, tree):
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+      names = chain(node.func)
+      if names[-1] == 'get' and CONFIG & set(names[:-1]):
+        yield (
+          node.lineno,
+          f'{".".join(names)}(): a default belongs into the config',
+        )
+
+
+def check_functions(path, tree):
+  for node in ast.walk(tree):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      length = node.end_lineno - node.lineno + 1
+      if length > MAX_FUNCTION:
+        yield node.lineno, f'{node.name} has {length} lines'
+
+
+def check_host(trees):
+  """Tasks and what they import stay free of jax, so that hosts load fast."""
+  by_owner = {}
+  for path in trees:
+    by_owner.setdefault(owner(path), []).append(path)
+  todo, seen = ['tasks', 'types'], set()
+  while todo:
+    me = todo.pop()
+    if me in seen:
+      continue
+    seen.add(me)
+    for path in by_owner.get(me, ()):
+      # Upward imports are the business of `check_floors`.
+      below = [t for t in used(trees[path], path) if FLOORS[t] < FLOORS[me]]
+      todo += below
+      for name, line in imports(trees[path], path):
+        if name.split('.')[0] in JAX:
+          yield path, line, f'imports {name}, but tasks need it without jax'
+
+
+CHECKS = (
+  check_floors, check_compile, check_linen, check_config, check_functions,
+)  # fmt: skip
+
+
+def complaints(root):
+  """All that is wrong with the package at `root`, as 'file:line: what'."""
+  texts = sources(root)
+  trees = {path: ast.parse(text, str(path)) for path, text in texts.items()}
+  found = list(check_host(trees))
+  for path, tree in trees.items():
+    for check in CHECKS:
+      found += [(path, line, what) for line, what in check(path, tree)]
+    for number, line in enumerate(texts[path].splitlines(), 1):
+      if match := re.search(UNFINISHED, line):
+        found.append((path, number, f'unfinished: {match.group()}'))
+  total = sum(len(text.splitlines()) for text in texts.values())
+  if total > MAX_LINES:
+    found.append(('', 0, f'the package has {total} lines'))
+  return [f'{path}:{line}: {what}' for path, line, what in found]
+
+
+def test_package():
+  root = pathlib.Path(__file__).parents[1] / PACKAGE
+  assert (root / 'types.py').exists()
+  assert complaints(root) == []
+
+
+CLEAN = {
+  '__init__.py': '"""The package."""\n',
+  'types.py': 'import dataclasses\nfrom typing import Any\n',
+  'rng.py': 'import jax\n',
+  'model.py': 'import jax\nfrom flax import linen as nn\nimport flax.linen\n',
+  'tasks/__init__.py': 'from dmpo_jax.tasks import sudoku\n',
+  'tasks/sudoku.py': 'import re\nfrom dmpo_jax.types import Task\n'
+  'from dmpo_jax.tasks import common\n',
+  'tasks/common.py': 'from ..types import Task\nfrom . import sudoku\n',
+  'objectives/__init__.py': 'from dmpo_jax import logprob, types\n',
+  'logprob.py': 'from dmpo_jax import masking, model\nimport dmpo_jax.rng\n',
+  'masking.py': 'import jax\nfrom jax import numpy as jnp\n'
+  'def f(key, d, state):\n  return d.get(key), state.jit, jax.vmap\n',
+  'build.py': 'import jax\nfrom jax import jit\nf = jax.jit(jax.pmap)\n',
+  'train.py': 'from dmpo_jax import build, evaluate\n'
+  'def f(config):\n  return config.get_ref("a")\n',
+  'evaluate.py': 'from dmpo_jax import build\n',
+}
+
+# What is put into a clean tree (file, text) -> what is said of it.
+FAULTS = {
+  'upward': ('types.py', 'from dmpo_jax import rollout\n', 'imports rollout'),
+  'sideways': ('evaluate.py', 'import dmpo_jax.plan\n', 'imports plan'),
+  'sideways_relative': ('model.py', 'from . import mesh\n', 'imports mesh'),
+  'self': ('model.py', 'from dmpo_jax.model import f\n', 'imports model'),
+  'across_plugins': (
+    'tasks/sudoku.py', 'from dmpo_jax import objectives\n',
+    'tasks (floor 1) imports objectives (floor 3)',
+  ),
+  'relative_up': (
+    'tasks/sudoku.py', 'from ..train import f\n', 'imports train',
+  ),
+  'lazy': (
+    'rng.py', 'def f():\n  from dmpo_jax.step import g\n  return g\n',
+    'rng.py:2: rng (floor 0) imports step (floor 4)',
+  ),
+  'unknown': ('extra.py', 'import os\n', 'extra: give it a floor'),
+  'unknown_folder': ('extra/a.py', '', 'extra: give it a floor'),
+  'init_imports': (
+    '__init__.py', 'from dmpo_jax import types\n', 'imports types',
+  ),
+  'jit': ('step.py', 'import jax\n\n\n@jax.jit\ndef f(): ...\n', 'jax.jit'),
+  'jit_alias': ('step.py', 'import jax as j\nf = j.jit\n', 'uses j.jit'),
+  'jit_from': ('step.py', 'from jax import jit\n', 'imports jax.jit'),
+  'pmap': ('step.py', 'import jax\nf = jax.pmap(id)\n', 'jax.pmap'),
+  'pjit': (
+    'step.py', 'from jax.experimental.pjit import pjit\n', 'only build.py',
+  ),
+  'linen': ('step.py', 'from flax import linen as nn\n', 'flax.linen'),
+  'linen_import': ('step.py', 'import flax.linen as nn\n', 'flax.linen'),
+  'linen_from': ('step.py', 'from flax.linen import Dense\n', 'flax.linen'),
+  'linen_use': ('step.py', 'import flax\nf = flax.linen\n', 'flax.linen'),
+  'task_jax': ('tasks/maths.py', 'import jax.numpy as jnp\n', 'without jax'),
+  'types_jax': ('types.py', 'from jax import Array\n', 'without jax'),
+  'task_jax_below': (
+    'tasks/maths.py', 'from dmpo_jax import rng\n',
+    'rng.py:1: imports jax, but tasks need it without jax',
+  ),
+  'get': ('step.py', 'def f(cfg):\n  return cfg.get("a", 1)\n', 'cfg.get()'),
+  'get_c': ('step.py', 'def f(c):\n  return c.get("a")\n', 'c.get()'),
+  'get_deep': (
+    'step.py', 'def f(run):\n  return run.config.optim.get("a")\n',
+    'run.config.optim.get()',
+  ),
+  'unfinished': ('step.py', 'x = 1  # TODO later\n', 'unfinished: TODO'),
+  'fixme': ('step.py', '# FIXME\n', 'unfinished: FIXME'),
+  'xxx': ('step.py', '"""XXX."""\n', 'unfinished: XXX'),
+  'stub': ('step.py', 'def f():\n  raise NotImplementedError\n', 'unfinished'),
+  'long_function': (
+    'step.py', 'def f():\n' + '  pass\n' * MAX_FUNCTION, 'f has 81 lines',
+  ),
+  'long_package': ('step.py', 'x = 1\n' * MAX_LINES, 'the package has 40'),
+}  # fmt: skip
+
+
+def plant(root, files):
+  for name, text in files.items():
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_clean_tree(tmp_path):
+  fits = {'step.py': 'def f():\n' + '  pass\n' * (MAX_FUNCTION - 1)}
+  plant(tmp_path, CLEAN | fits)
+  assert complaints(tmp_path) == []
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_fault_is_found(fault, tmp_path):
+  name, text, said = FAULTS[fault]
+  plant(tmp_path, CLEAN)
+  plant(tmp_path, {name: text})
+  found = complaints(tmp_path)
+  assert len(found) == 1 and said in found[0], found

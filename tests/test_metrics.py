@@ -1,0 +1,254 @@
+"""What a run writes down survives delays, kills and resumption."""
+
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from dmpo_jax import metrics
+
+
+def scalars(workdir, phase):
+  """(step, tag, value) that a phase's event files hold, and purge steps."""
+  from tensorboardX.proto import event_pb2
+
+  values, purges = [], []
+  for path in sorted((workdir / 'tensorboard' / phase).iterdir()):
+    data = path.read_bytes()
+    while data:  # TFRecord: length, its crc, payload, its crc
+      size = int.from_bytes(data[:8], 'little')
+      event = event_pb2.Event.FromString(data[12 : 12 + size])
+      data = data[16 + size :]
+      if event.HasField('session_log'):
+        purges.append(event.step)
+      for value in event.summary.value:
+        values.append((event.step, value.tag, value.simple_value))
+  return values, purges
+
+
+def steps(workdir, phase):
+  rows = metrics.read(workdir)
+  return [row['step'] for row in rows if row['phase'] == phase]
+
+
+class Device:
+  """Stands for a device scalar; notes when it is copied and fetched."""
+
+  def __init__(self, value, log):
+    self.value, self.log = value, log
+
+  def copy_to_host_async(self):
+    self.log.append(('copy', self.value))
+
+  def __array__(self, dtype=None, copy=None):
+    self.log.append(('fetch', self.value))
+    return np.asarray(self.value, dtype)
+
+
+@pytest.mark.smoke
+def test_write_and_read(tmp_path):
+  with metrics.Writer(tmp_path / 'new' / 'run') as writer:
+    writer.write('rl', 3, {'reward': np.float32(0.5), 'n': 2, 'a': np.ones(1)})
+  (row,) = metrics.read(tmp_path / 'new' / 'run')
+  time = row.pop('time')
+  assert time == round(time, 2) > 1.6e9
+  assert row == {'phase': 'rl', 'step': 3, 'reward': 0.5, 'n': 2.0, 'a': 1.0}
+  values, purges = scalars(tmp_path / 'new' / 'run', 'rl')
+  assert (3, 'rl/reward', 0.5) in values and len(values) == 3
+  assert not purges
+
+
+def test_bad_metrics_are_named(tmp_path):
+  with metrics.Writer(tmp_path) as writer:
+    with pytest.raises(ValueError, match="'wide' has shape"):
+      writer.write('rl', 0, {'wide': np.ones(2)})
+    with pytest.raises(ValueError, match="'step'"):
+      writer.write('rl', 0, {'step': 1.0})
+  assert metrics.read(tmp_path) == []
+
+
+def test_late_fetches_one_step_late_and_per_phase(tmp_path):
+  log = []
+  with metrics.Writer(tmp_path) as writer:
+    assert writer.late('update', 1, {'loss': Device(10, log)}) is None
+    assert log == [('copy', 10)]
+    assert writer.late('rl', 1, {'loss': Device(5, log)}) is None
+    assert ('fetch', 10) not in log
+    written = writer.late('update', 2, {'loss': Device(20, log)})
+    assert written == {'step': 1, 'loss': 10.0}
+    # The copy of the new step is under way before the host waits for the old.
+    assert log[-2:] == [('copy', 20), ('fetch', 10)]
+    assert steps(tmp_path, 'update') == [1]
+    assert writer.flush() == {'step': 2, 'loss': 20.0}
+    assert writer.flush() is None
+    assert steps(tmp_path, 'rl') == [1]
+    writer.late('update', 3, {'loss': Device(30, log)})
+  assert steps(tmp_path, 'update') == [1, 2, 3]  # closing writes the last
+
+
+def test_nonfinite_round_trip(tmp_path):
+  values = {'a': math.nan, 'b': math.inf, 'c': -np.inf, 'd': np.float32('nan')}
+  with metrics.Writer(tmp_path) as writer:
+    writer.write('rl', 0, values)
+
+  def refuse(name):
+    raise AssertionError(f'{name} is not JSON')
+
+  text = (tmp_path / metrics.FILE).read_text()
+  strict = json.loads(text, parse_constant=refuse)
+  assert (strict['a'], strict['b'], strict['c']) == ('nan', 'inf', '-inf')
+  (row,) = metrics.read(tmp_path)
+  assert math.isnan(row['a']) and math.isnan(row['d'])
+  assert (row['b'], row['c']) == (math.inf, -math.inf)
+
+
+def test_rewind_drops_exactly_what_is_redone(tmp_path):
+  with metrics.Writer(tmp_path) as writer:
+    for step in range(5):
+      writer.write('rl', step, {'x': step})
+      writer.write('update', 10 * step, {'x': step})
+  path = tmp_path / metrics.FILE
+  before = path.read_text().splitlines()
+  with open(path, 'a') as f:
+    f.write('{"phase": "rl", "step": 5, "x"')
+  assert len(metrics.read(tmp_path)) == 10
+
+  with metrics.Writer(tmp_path) as writer:
+    assert path.read_text().splitlines() == before  # the torn line is gone
+    writer.late('rl', 9, {'x': 9})
+    writer.rewind('rl', 2)
+    writer.write('rl', 3, {'x': 30})
+  after = path.read_text().splitlines()
+  kept = [line for line in before if json.loads(line)['step'] not in (3, 4)]
+  assert after[:-1] == kept
+  assert steps(tmp_path, 'rl') == [0, 1, 2, 3]
+  assert steps(tmp_path, 'update') == [0, 10, 20, 30, 40]
+  assert [p.name for p in tmp_path.glob('*.tmp')] == []
+  # TensorBoard forgets the phase's later steps, and no other phase's.
+  values, purges = scalars(tmp_path, 'rl')
+  assert purges == [3] and (3, 'rl/x', 30) in values and len(values) == 6
+  assert scalars(tmp_path, 'update')[1] == []
+
+
+def test_rewind_of_open_phase_keeps_its_event_file(tmp_path):
+  with metrics.Writer(tmp_path) as writer:
+    writer.write('rl', 1, {'x': 1})
+    writer.rewind('rl', 1)
+    writer.write('rl', 2, {'x': 2})
+  values, purges = scalars(tmp_path, 'rl')
+  assert values == [(1, 'rl/x', 1), (2, 'rl/x', 2)] and purges == [2]
+
+
+def test_drop_phase(tmp_path):
+  with metrics.Writer(tmp_path) as writer:
+    writer.write('eval', 0, {'x': 1})
+    writer.write('sft', 0, {'x': 1})
+    writer.drop_phase('eval')
+    assert steps(tmp_path, 'eval') == [] and steps(tmp_path, 'sft') == [0]
+  metrics.drop_phase(tmp_path, 'sft')
+  metrics.drop_phase(tmp_path, 'never')
+  assert metrics.read(tmp_path) == []
+  assert scalars(tmp_path, 'sft')[1] == [0]
+  assert not (tmp_path / 'tensorboard' / 'never').exists()
+
+
+def test_bad_line_inside_the_file_is_an_error(tmp_path):
+  (tmp_path / metrics.FILE).write_text('{"phase": "rl"\n{"phase": "rl"}\n')
+  with pytest.raises(ValueError, match='line 1'):
+    metrics.read(tmp_path)
+
+
+def test_disabled_writes_nothing_but_returns_values(tmp_path):
+  with metrics.Writer(tmp_path / 'run', enabled=False) as writer:
+    writer.late('rl', 0, {'x': 1})
+    assert writer.late('rl', 1, {'x': 2}) == {'step': 0, 'x': 1.0}
+    writer.rewind('rl', 0)
+    assert writer.flush() is None
+  assert not (tmp_path / 'run').exists()
+  assert metrics.read(tmp_path / 'run') == []
+
+
+@pytest.fixture
+def lines(monkeypatch):
+  logged = []
+  monkeypatch.setattr(sys, 'stderr', io.StringIO())
+  monkeypatch.setattr(
+    metrics.logging, 'info', lambda form, *args: logged.append(form % args)
+  )
+  return logged
+
+
+def test_progress_logs_now_and_then_and_the_last(lines):
+  progress = metrics.Progress(100, 'rl', start=90, every_seconds=1e9)
+  for step in range(91, 101):
+    progress.update(step, {'reward': step / 100, 'unshown': 1.0})
+  progress.close()
+  assert lines == ['rl 91/100 | reward 0.91 | 0s left',
+                   'rl 100/100 | reward 1 | 0s left']  # fmt: skip
+
+
+def test_progress_logs_the_last_of_a_run_cut_short(lines):
+  progress = metrics.Progress(100, 'sft', every_seconds=1e9)
+  progress.update(1, {})
+  progress.update(2, {})
+  assert lines == ['sft 1/100 | 0s left']
+  progress.close()
+  progress.close()
+  assert lines[1:] == ['sft 2/100 | 0s left']
+
+
+def test_progress_logs_all_when_slow(lines):
+  progress = metrics.Progress(3, 'rl', every_seconds=0)
+  for step in (1, 2, 3):
+    progress.update(step, {})
+  assert len(lines) == 3
+
+
+def test_progress_bar_on_a_terminal(lines, monkeypatch):
+  terminal = io.StringIO()
+  terminal.isatty = lambda: True
+  monkeypatch.setattr(sys, 'stderr', terminal)
+  progress = metrics.Progress(10, 'rl', start=4)
+  progress.update(10, {'accuracy': 0.25})
+  progress.close()
+  shown = terminal.getvalue()
+  assert 'rl' in shown and '10/10' in shown and 'accuracy 0.25' in shown
+  assert not lines
+
+
+@pytest.mark.parametrize(
+  'seconds, text',
+  [(0.2, '0s'), (45, '45s'), (59.7, '1m00s'), (185, '3m05s'), (7620, '2h07m'),
+   (97200, '1d03h'), (math.inf, '?'), (math.nan, '?')],
+)  # fmt: skip
+def test_eta(seconds, text):
+  assert metrics.eta(seconds) == text
+
+
+def test_table():
+  text = metrics.table([('accuracy', 0.5, 3), ('b', 12.25, 40)], ('', 'x', 'n'))
+  assert text.splitlines() == [
+    '              x   n',
+    '-------------------',
+    'accuracy    0.5   3',
+    'b         12.25  40',
+  ]
+  with pytest.raises(ValueError, match='does not fit'):
+    metrics.table([(1,)], ('a', 'b'))
+
+
+def test_clock(monkeypatch):
+  now = iter([0.0, 1.0, 5.0, 7.0, 8.0, 8.5])
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(now))
+  clock = metrics.Clock()
+  with clock('sample'):
+    pass
+  with clock('sample'):
+    pass
+  with pytest.raises(KeyError), clock('train'):
+    raise KeyError
+  assert clock.take() == {'seconds/sample': 3.0, 'seconds/train': 0.5}
+  assert clock.take() == {}

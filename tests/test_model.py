@@ -1,0 +1,311 @@
+"""The transformer against its formulas, and what it must not depend on."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from dmpo_jax import model
+
+# The families: LLaDA, Dream, Qwen3-like, a tied head; GQA in two of them.
+VARIANTS = {
+  'llada': dict(),
+  'dream': dict(heads=4, kv_heads=2, qkv_bias=True, shift=True),
+  'qwen3': dict(
+    heads=4, kv_heads=1, head_dim=6, qk_norm=True, rope_theta=1e6, eps=1e-6
+  ),
+  'tied': dict(tied=True, layers=3, mlp=20),
+}
+PADS = (0, 1, 4)  # left padding of the rows
+SIZE = 9  # of every row, padding included
+
+
+def weights(cfg):
+  """Random weights everywhere, also where init gives ones and zeros."""
+  shapes = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
+  draw = np.random.default_rng(0)
+
+  def fill(path, leaf):
+    noise = 0.3 * draw.normal(size=leaf.shape) + (path[-1].key == 'scale')
+    return jnp.asarray(noise, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def batch(cfg):
+  """Rows of random ids, (R, S), and where they are real."""
+  draw = np.random.default_rng(1)
+  tokens = draw.integers(cfg.vocab, size=(len(PADS), SIZE))
+  valid = np.arange(SIZE) >= np.array(PADS)[:, None]
+  return jnp.asarray(tokens, jnp.int32), jnp.asarray(valid)
+
+
+class Net:
+  """A variant's config, weights and compiled forward."""
+
+  def __init__(self, cfg):
+    self.cfg = cfg
+    self.params = weights(cfg)
+    self.full = jax.jit(
+      lambda tokens, valid=None, params=self.params: model.full_logits(
+        cfg, params, tokens, valid
+      )
+    )
+
+
+@pytest.fixture(scope='module')
+def nets(tiny):
+  return {
+    name: Net(dataclasses.replace(tiny, **fields))
+    for name, fields in VARIANTS.items()
+  }
+
+
+@pytest.fixture(scope='module', params=VARIANTS)
+def net(request, nets):
+  return nets[request.param]
+
+
+@pytest.fixture(scope='module')
+def plain(nets):
+  return nets['llada']
+
+
+@pytest.fixture(scope='module')
+def adapted(tiny):
+  """A small model with adapters, as init leaves them."""
+  cfg = dataclasses.replace(tiny, lora_rank=3, lora_alpha=7.0)
+  fresh = jax.jit(lambda key: model.init(cfg, key))(jax.random.key(0))
+  return cfg, fresh
+
+
+def expected(cfg, params, tokens, pads=PADS):
+  """The reference's logits of each row, its padding taken off."""
+  rows = zip(np.asarray(tokens), pads, strict=True)
+  return [reference.full_logits(cfg, params, row[pad:]) for row, pad in rows]
+
+
+def test_equals_the_formulas(net):
+  """Scanned, batched and padded = unrolled NumPy of each row alone; so
+  padding on the left moves no prediction, in the shifted family too."""
+  tokens, valid = batch(net.cfg)
+  logits = net.full(tokens, valid)
+  assert logits.dtype == jnp.float32
+  for row, pad, want in zip(
+    logits, PADS, expected(net.cfg, net.params, tokens), strict=True
+  ):
+    np.testing.assert_allclose(row[pad:], want, rtol=1e-4, atol=1e-4)
+
+
+def test_valid_may_be_left_out(plain):
+  """No valid means that all is real."""
+  tokens, _ = batch(plain.cfg)
+  want = expected(plain.cfg, plain.params, tokens, pads=[0] * len(PADS))
+  np.testing.assert_allclose(plain.full(tokens), want, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_not_read(net):
+  """Other ids under the padding change no real prediction."""
+  tokens, valid = batch(net.cfg)
+  other = jnp.where(valid, tokens, (tokens + 3) % net.cfg.vocab)
+  same = jnp.where(valid[..., None], net.full(tokens, valid), 0)
+  again = jnp.where(valid[..., None], net.full(other, valid), 0)
+  np.testing.assert_array_equal(same, again)
+
+
+def test_rows_do_not_see_each_other(net):
+  tokens, valid = batch(net.cfg)
+  changed = tokens.at[1].set((tokens[1] + 1) % net.cfg.vocab)
+  logits, again = net.full(tokens, valid), net.full(changed, valid)
+  np.testing.assert_array_equal(logits[::2], again[::2])
+  assert not np.allclose(logits[1], again[1])
+
+
+def test_every_output_depends_on_every_input(net):
+  """Attention is bidirectional: another id anywhere moves every logit row,
+  ahead of it and behind."""
+  tokens = np.tile(np.arange(SIZE, dtype=np.int32), (SIZE, 1))
+  changed = tokens.copy()
+  np.fill_diagonal(changed, net.cfg.mask_id)  # row i differs in token i
+  valid = jnp.ones((len(PADS), SIZE), bool)
+  rows = lambda x: np.concatenate([
+    net.full(jnp.asarray(part), valid) for part in np.split(x, len(PADS))])
+  moved = np.abs(rows(changed) - rows(tokens)).max(-1)  # (input, output)
+  assert moved.min() > 1e-4
+
+
+def test_window(net):
+  """A window of the logits is a slice of them with the mask token ruled
+  out; through the cache the same comes out while nothing changed, and what
+  the formulas of a frozen outside say once the window's tokens change."""
+  cfg, width, start = net.cfg, 3, 5
+  tokens, valid = batch(cfg)
+
+  @jax.jit
+  def look(tokens, start, cache=None):
+    return model.window_logits(
+      cfg, net.params, tokens, valid, start, width, keep=True, cache=cache
+    )
+
+  full = np.array(net.full(tokens, valid))
+  full[..., cfg.mask_id] = -np.inf
+  logits, cache = look(tokens, start)
+  close = dict(rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(logits, full[:, start : start + width], **close)
+  again, kept = look(tokens, start, cache)
+  np.testing.assert_allclose(again, logits, **close)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close),
+               kept, cache)
+
+  changed = tokens.at[:, start : start + width].set(cfg.mask_id)
+  found, _ = look(changed, start, cache)
+  for i, pad in enumerate(PADS):
+    row = np.asarray(tokens)[i, pad:]
+    memory = reference.states(cfg, net.params, row)[1]
+    first = start - pad - cfg.shift
+    part = np.asarray(changed)[i, pad + first : start + width]
+    out = reference.states(cfg, net.params, part, first, memory)[0][:width]
+    want = reference.head(cfg, net.params, out)
+    want[:, cfg.mask_id] = -np.inf
+    np.testing.assert_allclose(found[i], want, **close)
+  # It is an approximation: the outside did not see the change.
+  exact, _ = look(changed, start)
+  assert not np.allclose(found, exact, atol=1e-3)
+
+
+def test_every_row_may_have_its_own_window(plain):
+  tokens, valid = batch(plain.cfg)
+  starts = np.array([2, 6, 4])
+  rows, _ = jax.jit(lambda starts: model.window_logits(
+    plain.cfg, plain.params, tokens, valid, starts, 3))(starts)
+  for row, full, at in zip(
+    rows, plain.full(tokens, valid), starts, strict=True
+  ):
+    other = np.arange(plain.cfg.vocab) != plain.cfg.mask_id
+    np.testing.assert_allclose(
+      row[:, other], full[at : at + 3, other], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance(plain):
+  """un + (g + 1) (cond - un), un with the prompt's ids hidden."""
+  cfg, prompt, g = plain.cfg, 5, 0.7
+  tokens, valid = batch(cfg)
+  logits, _ = jax.jit(lambda tokens: model.window_logits(
+    cfg, plain.params, tokens, valid, prompt, 4, prompt, g))(tokens)
+  blind = tokens.at[:, :prompt].set(cfg.mask_id)
+  cond, blind = (
+    np.asarray(plain.full(x, valid))[:, prompt:] for x in (tokens, blind)
+  )
+  want = blind + (g + 1) * (cond - blind)
+  want[..., cfg.mask_id] = -np.inf
+  np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.smoke
+def test_shapes_must_agree(plain):
+  tokens, valid = batch(plain.cfg)
+  with pytest.raises(ValueError, match='they must be equal'):
+    model.full_logits(plain.cfg, plain.params, tokens, valid[:, 1:])
+
+
+def test_fresh_adapters_change_nothing(adapted):
+  """b starts at zero: with and without 'lora' the logits are equal, so the
+  reference policy is the same tree without its adapters."""
+  cfg, fresh = adapted
+  tokens, valid = batch(cfg)
+  full = jax.jit(lambda p: model.full_logits(cfg, p, tokens, valid))
+  base = {'params': fresh['params']}
+  np.testing.assert_array_equal(full(fresh), full(base))
+  moved = {**base, 'lora': weights(cfg)['lora']}
+  assert np.max(np.abs(full(moved) - full(base))) > 0.1
+  for row, pad, want in zip(
+    full(moved), PADS, expected(cfg, moved, tokens), strict=True
+  ):
+    np.testing.assert_allclose(row[pad:], want, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_leave_the_base_alone(adapted, params):
+  """The base weights are those of the same key without adapters."""
+  _, fresh = adapted
+  jax.tree.map(np.testing.assert_array_equal, fresh['params'],
+               params['params'])
+
+
+@pytest.mark.parametrize('name, wanted', [
+  ('all', ['down', 'gate', 'k', 'o', 'q', 'up', 'v']),
+  ('paper', ['k', 'q', 'up', 'v']),
+])
+@pytest.mark.smoke
+def test_lora_targets(tiny, name, wanted):
+  """A target list names exactly the linears that get adapters, stacked on
+  the layers and float32 whatever the dtype of the weights."""
+  cfg = dataclasses.replace(
+    tiny, lora_rank=3, lora_targets=model.LORA_TARGETS[name],
+    dtype='bfloat16', param_dtype='bfloat16')
+  shapes = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
+  assert sorted(shapes['lora']) == ['layers']
+  assert sorted(shapes['lora']['layers']) == wanted
+  for pair in shapes['lora']['layers'].values():
+    assert pair['a'].shape[::2] == (cfg.layers, 3)
+    assert pair['b'].shape[:2] == (cfg.layers, 3)
+  kinds = lambda tree: {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
+  assert kinds(shapes['lora']) == {'float32'}
+  assert kinds(shapes['params']) == {'bfloat16'}
+
+
+def test_bfloat16_is_close(adapted):
+  """bfloat16 is for the matmuls alone: logits and the gradients of adapters
+  come in float32, and the logits are near those of float32 compute."""
+  cfg, fresh = adapted
+  tokens, valid = batch(cfg)
+  lora = jax.tree.map(lambda x: 0.3 * x, weights(cfg)['lora'])
+  found = []
+  for dtype in ('float32', 'bfloat16'):
+    one = dataclasses.replace(cfg, dtype=dtype)
+
+    def logits(lora, one=one):
+      tree = {**fresh, 'lora': lora}
+      return model.full_logits(one, tree, tokens, valid)
+
+    slopes = jax.eval_shape(jax.grad(lambda x: jnp.sum(logits(x))), lora)
+    assert {x.dtype.name for x in jax.tree.leaves(slopes)} == {'float32'}
+    found.append(jax.jit(logits)(lora)[np.asarray(valid)])
+    assert found[-1].dtype == jnp.float32
+  off = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
+  assert 1e-4 < off < 0.05
+
+
+def test_program_does_not_grow_with_depth(tiny):
+  """The layers are scanned: three times as many, the same program."""
+  sizes = []
+  for layers in (2, 6):
+    cfg = dataclasses.replace(tiny, layers=layers)
+    shapes = jax.eval_shape(
+      lambda key, cfg=cfg: model.init(cfg, key), jax.random.key(0))
+    program = jax.make_jaxpr(
+      lambda p, cfg=cfg: model.full_logits(
+        cfg, p, jnp.zeros((1, 4), jnp.int32)))(shapes)
+    sizes.append(len(re.findall('\n', str(program))))
+  assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize('name, size', [
+  # By hand from the published tables of shapes: embedding and head, layers
+  # of attention, MLP and norms, and the last norm.
+  ('llada_8b', 2 * 126464 * 4096
+   + 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096) + 4096),
+  ('dream_7b', 2 * 152064 * 3584
+   + 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3584 + 2 * 512
+           + 3 * 3584 * 18944 + 2 * 3584) + 3584),
+  ('sdar_8b', 2 * 151936 * 4096
+   + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 2 * 128
+           + 3 * 4096 * 12288 + 2 * 4096) + 4096),
+])
+def test_presets_have_the_published_size(name, size):
+  cfg = model.ModelConfig(**model.PRESETS[name])
+  shapes = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
+  assert model.count_params(shapes) == size

@@ -1,0 +1,446 @@
+"""The DMPO objective: weights, baselines and losses, against plain NumPy."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmpo_jax import masking, model, step
+from dmpo_jax.objectives import OBJECTIVES, dmpo
+from dmpo_jax.types import Masks, Scored, TrainBatch
+
+B, G, R, K, L = 3, 4, 12, 4, 6
+TINY = model.ModelConfig(
+    vocab=9, mask_id=8, eos_id=7, pad_id=7, width=16, layers=1, heads=2,
+    kv_heads=2, mlp=16, dtype='float32', remat=False)
+
+
+def close(a, b, tol=1e-5):
+  np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tol, atol=tol)
+
+
+def draw(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+REWARD = np.random.default_rng(1).uniform(0, 2, (B, G)).astype(np.float32)
+LOG_RND = draw(2, B, G)
+
+
+def softmax(x):
+  """In float64, along the last axis."""
+  e = np.exp(np.asarray(x, np.float64) - np.max(x, -1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def reference_weights(reward, log_rnd, alpha, coef):
+  """The release's formulas, one group at a time (c is that group's)."""
+  plus, minus = [], []
+  for b in range(len(reward)):
+    c = np.broadcast_to(coef, len(reward))[b]
+    if alpha:
+      plus.append(softmax(c * (log_rnd[b] + reward[b] / alpha)))
+      minus.append(softmax(c * (log_rnd[b] - reward[b] / alpha)))
+    else:
+      plus.append(softmax(c * reward[b]))
+      minus.append(softmax(-c * reward[b]))
+  return np.array(plus), np.array(minus)
+
+
+def scored(reward=REWARD, log_rnd=LOG_RND):
+  """A Scored whose log p_ref - log p_old is log_rnd."""
+  old = draw(3, *reward.shape)
+  return Scored(jnp.asarray(reward), jnp.full(reward.shape, L),
+                jnp.asarray(old), jnp.asarray(old + log_rnd))
+
+
+def batch(weight_R, positive_R, rows=R, norm=B, tokens=None):
+  """A TrainBatch with what losses look at."""
+  return TrainBatch(
+      tokens=tokens, valid=None, completion=jnp.ones((rows, L), bool),
+      row=jnp.arange(rows), weight=jnp.asarray(weight_R),
+      positive=jnp.asarray(positive_R), elbo_old=jnp.zeros((rows, 1)),
+      norm=jnp.float32(norm), total=jnp.float32(rows))
+
+
+def masks_and_logp(seed=0):
+  """Random masks (one row of them empty) and log-probs, 0 where not masked."""
+  rng = np.random.default_rng(seed)
+  masked = rng.random((R, K, L)) < 0.5
+  masked[0, 1] = False
+  logp = np.where(masked, -rng.exponential(size=(R, K, L)), 0.0)
+  count = masked.sum(-1)
+  weight = L / np.maximum(count, 1)
+  return Masks(jnp.asarray(masked), jnp.asarray(weight, jnp.float32)), \
+      jnp.asarray(logp, jnp.float32)
+
+
+# --- target weights
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize('alpha', [0.0, 0.04, 0.7])
+@pytest.mark.parametrize('coef', [1.0, 0.3, 'per group'])
+def test_target_weights_follow_the_formulas(alpha, coef):
+  """Both softmaxes, with one c for all or one per group."""
+  coef = np.array([1.0, 0.5, 0.1], np.float32) if coef == 'per group' else coef
+  got = dmpo.target_weights(REWARD, LOG_RND, alpha, coef)
+  want = reference_weights(REWARD, LOG_RND, alpha, coef)
+  for g, w in zip(got, want, strict=True):
+    close(g, w, 2e-5)  # r/alpha reaches 50: float32 loses digits there
+    close(np.sum(g, -1), np.ones(B))
+    assert (np.asarray(g) >= 0).all()
+
+
+def test_negative_alpha_is_refused():
+  """alpha = -1, the release's broken mode, is an error that names it."""
+  with pytest.raises(ValueError, match='alpha = -1.* >= 0'):
+    dmpo.target_weights(REWARD, LOG_RND, -1.0)
+
+
+def test_two_completions_are_a_sigmoid():
+  """With G = 2 the first weight is sigmoid(c (d log_rnd + d r/alpha))."""
+  reward, rnd = REWARD[:, :2], LOG_RND[:, :2]
+  plus, minus = dmpo.target_weights(reward, rnd, 0.5, 0.8)
+  for sign, got in ((1, plus), (-1, minus)):
+    gap = 0.8 * (rnd[:, 0] - rnd[:, 1]
+                 + sign * (reward[:, 0] - reward[:, 1]) / 0.5)
+    close(got[:, 0], 1 / (1 + np.exp(-gap)))
+
+
+def test_better_rewards_weigh_more():
+  """At equal log_rnd the weights are ordered as rewards, w- the other way."""
+  for alpha in (0.0, 0.5):
+    plus, minus = dmpo.target_weights(REWARD, np.zeros_like(LOG_RND), alpha)
+    order = np.argsort(REWARD, -1)
+    assert (np.diff(np.take_along_axis(np.asarray(plus), order, -1)) > 0).all()
+    assert (np.diff(np.take_along_axis(np.asarray(minus), order, -1)) < 0).all()
+
+
+def test_weights_ignore_what_a_group_shares():
+  """A constant added to a group's rewards or log_rnd changes nothing."""
+  shift = np.array([[5.0], [-3.0], [0.0]], np.float32)
+  want = dmpo.target_weights(REWARD, LOG_RND, 0.5)
+  for got in (dmpo.target_weights(REWARD + shift, LOG_RND, 0.5),
+              dmpo.target_weights(REWARD, LOG_RND + shift, 0.5)):
+    close(got, want)
+
+
+def test_alpha_zero_drops_log_rnd():
+  """alpha = 0 weighs by the reward alone."""
+  close(dmpo.target_weights(REWARD, LOG_RND, 0.0),
+        dmpo.target_weights(REWARD, 9 * LOG_RND, 0.0))
+
+
+def test_a_group_does_not_see_the_others():
+  """Weights, with c by ESS too, of a group alone and in a batch agree."""
+  for hp in (dmpo.Config(alpha=0.5), dmpo.Config(alpha=0.5, ess=0.7)):
+    whole = dmpo.weigh(scored(), hp)[:2]
+    for b in range(B):
+      part = jax.tree.map(lambda x, b=b: x[b:b + 1], scored())
+      for w, p in zip(whole, dmpo.weigh(part, hp)[:2], strict=True):
+        close(w[b:b + 1], p)
+
+
+# --- effective size and c
+
+
+def test_effective_size():
+  """1 for equal weights, 1/G for a single one, and the formula between."""
+  one = np.eye(G, dtype=np.float32)[:1]
+  close(dmpo.effective_size(np.full((1, G), 1 / G, np.float32)), [1.0])
+  close(dmpo.effective_size(one), [1 / G])
+  weight = softmax(LOG_RND)
+  close(dmpo.effective_size(jnp.asarray(weight, jnp.float32)),
+        [1 / (G * (w ** 2).sum()) for w in weight])
+
+
+@pytest.mark.parametrize('alpha', [0.0, 0.3])
+def test_adaptive_coef_hits_the_wanted_size(alpha):
+  """Where it can be reached the effective size is the wanted one."""
+  reward = REWARD * (8 if alpha == 0 else 1)
+  for wanted in (0.65, 0.8):
+    coef = dmpo.adaptive_coef(reward, LOG_RND, alpha, wanted)
+    assert ((np.asarray(coef) > 0.011) & (np.asarray(coef) < 0.989)).all()
+    size = dmpo.effective_size(
+        dmpo.target_weights(reward, LOG_RND, alpha, coef)[0])
+    close(size, np.full(B, wanted), 1e-3)
+
+
+def test_adaptive_coef_matches_a_grid_search():
+  """It minimises (ESS(c) - wanted)^2 over [0.01, 0.99], per group."""
+  grid = np.linspace(0.01, 0.99, 4901)
+  for wanted in (0.3, 0.7, 0.95):
+    got = dmpo.adaptive_coef(REWARD, LOG_RND, 0.5, wanted)
+    for b in range(B):
+      weights = softmax(grid[:, None] * (LOG_RND[b] + REWARD[b] / 0.5))
+      size = 1 / (G * (weights ** 2).sum(-1))
+      assert float(got[b]) == pytest.approx(
+          grid[np.argmin((size - wanted) ** 2)], abs=3e-4)
+
+
+def test_adaptive_coef_stops_at_its_ends():
+  """Too flat everywhere: 0.99; too sharp everywhere: 0.01."""
+  flat = np.ones((1, G), np.float32)
+  zero = np.zeros((1, G), np.float32)
+  close(dmpo.adaptive_coef(flat, zero, 0.5, 0.7), [0.99])
+  sharp = np.array([[0, 1e4, 0, 0]], np.float32)
+  close(dmpo.adaptive_coef(sharp, zero, 0.5, 0.7), [0.01])
+
+
+# --- baselines
+
+
+@pytest.mark.parametrize('baseline', ['individual', 'group'])
+def test_centred_weights_sum_to_zero(baseline):
+  """At strength 1 a group's signed weights cancel; at 0.5 half is left."""
+  hp = dmpo.Config(alpha=0.5, baseline=baseline)
+  close(dmpo.weigh(scored(), hp)[0].sum(-1), np.zeros(B))
+  hp = dataclasses.replace(hp, strength=0.5)
+  close(dmpo.weigh(scored(), hp)[0].sum(-1), np.full(B, 0.5))
+
+
+def test_baselines_follow_their_definitions():
+  """weight = w - strength * (0 | 1/G | w-); positive = w whatever it is."""
+  plus, minus = reference_weights(REWARD, LOG_RND, 0.5, 0.8)
+  for baseline, strength in itertools.product(dmpo.BASELINES, (1.0, 0.3)):
+    hp = dmpo.Config(alpha=0.5, coef=0.8, baseline=baseline, strength=strength)
+    weight, positive, _ = dmpo.weigh(scored(), hp)
+    # 'model' is subtracted at every inner step (reweigh), not here.
+    minus_what = {'group': 1 / G, 'individual': minus}.get(baseline, 0.0)
+    close(weight, plus - strength * minus_what)
+    close(positive, plus)
+
+
+def test_equal_rewards_have_no_weight_under_individual():
+  """Nothing to learn from a group whose rewards are all equal."""
+  hp = dmpo.Config(alpha=0.04)
+  equal = np.full((B, G), 0.25, np.float32)
+  weight, positive, metrics = dmpo.weigh(scored(equal), hp)
+  close(weight, np.zeros((B, G)), 1e-6)
+  close(positive, softmax(LOG_RND))
+  assert float(metrics['equal_reward_groups']) == 1
+
+
+def test_metrics_of_weighing():
+  """ESS, c, the spread of log_rnd and equal groups, as defined."""
+  reward = REWARD.copy()
+  reward[1] = 0.5
+  hp = dmpo.Config(alpha=0.5, coef=0.7)
+  weight, positive, metrics = dmpo.weigh(scored(reward), hp)
+  positive = np.asarray(positive)
+  close(metrics['ess'], np.mean(1 / (G * (positive ** 2).sum(-1))))
+  close(metrics['coef'], 0.7)
+  close(metrics['log_rnd_std'], LOG_RND.std(-1).mean())
+  close(metrics['equal_reward_groups'], 1 / 3)
+  close(metrics['weight_abs'], np.abs(weight).sum(-1).mean())
+
+
+def test_reweigh_is_a_softmax_over_each_group():
+  """The 'model' baseline is per group, not over the batch."""
+  elbo, old = draw(4, R), draw(5, R)
+  positive = softmax(LOG_RND).ravel().astype(np.float32)
+  hp = dmpo.Config(baseline='model', strength=0.6)
+  got = dmpo.reweigh(jnp.asarray(elbo), jnp.asarray(old),
+                     batch(np.zeros(R), positive), G, hp)
+  want = positive - 0.6 * softmax((elbo - old).reshape(B, G)).ravel()
+  close(got, want)
+
+
+def test_reweigh_stops_the_gradient():
+  """The baseline is a constant of the loss."""
+  positive = softmax(LOG_RND).ravel().astype(np.float32)
+  grad = jax.grad(lambda elbo: jnp.sum(dmpo.reweigh(
+      elbo, jnp.zeros(R), batch(np.zeros(R), positive), G,
+      dmpo.Config(baseline='model')) * draw(6, R)))(jnp.asarray(draw(4, R)))
+  assert (np.asarray(grad) == 0).all()
+
+
+def test_model_baseline_is_group_at_no_gap():
+  """Where policy and old policy agree, 'model' subtracts 1/G."""
+  elbo = jnp.asarray(draw(4, R))
+  hp = dmpo.Config(alpha=0.5, baseline='model', strength=0.7)
+  _, positive, _ = dmpo.weigh(scored(), hp)
+  got = dmpo.reweigh(elbo, elbo, batch(np.zeros(R), positive.ravel()), G, hp)
+  hp = dataclasses.replace(hp, baseline='group')
+  close(got, dmpo.weigh(scored(), hp)[0].ravel())
+
+
+# --- losses
+
+
+def loop_wdce(logp, masked, weight):
+  """sum_r weight_r 1/K sum_k 1/m sum_masked -logp, without vectors."""
+  total = 0.0
+  for r, k in itertools.product(range(logp.shape[0]), range(logp.shape[1])):
+    places = [i for i in range(logp.shape[2]) if masked[r, k, i]]
+    if places:  # an empty draw contributes nothing
+      nll = sum(-float(logp[r, k, i]) for i in places) / len(places)
+      total += float(weight[r]) * nll / logp.shape[1]
+  return total
+
+
+@pytest.mark.smoke
+def test_wdce_is_its_loop():
+  """The loss, an empty draw included, and its division by the groups."""
+  masks, logp = masks_and_logp()
+  weight = draw(7, R)
+  want = loop_wdce(np.asarray(logp), np.asarray(masks.masked), weight)
+  close(dmpo.wdce(logp, masks.masked, jnp.asarray(weight)), want)
+  value, metrics = dmpo.loss(logp, masks, batch(weight, weight),
+                             jnp.zeros(R), dmpo.Config())
+  close(value, want / B)
+  close(metrics['nll'], -np.asarray(logp).sum() / (K * R))
+
+
+def test_empty_draws_weigh_nothing():
+  """Rows without a masked position: loss 0 and finite gradients."""
+  empty = jnp.zeros((R, K, L), bool)
+
+  def loss(logp):
+    return dmpo.wdce(jnp.where(empty, logp, 0.0), empty,
+                     jnp.asarray(draw(7, R)))
+
+  value, grad = jax.value_and_grad(loss)(jnp.asarray(draw(8, R, K, L)))
+  assert float(value) == 0 and (np.asarray(grad) == 0).all()
+
+
+def test_ddo_is_its_loop():
+  """Two log-sigmoids of the gaps of the two halves of the draws."""
+  masks, logp = masks_and_logp(1)
+  positive, old = softmax(draw(9, R)).astype(np.float32), draw(10, R)
+  hp = dmpo.Config(loss='ddo', ddo_alpha=0.6, ddo_beta=0.4, antithetic=False)
+  lp, mw = np.asarray(logp, np.float64), np.asarray(masks.weight)
+  total = 0.0
+  for r in range(R):
+    gap = []
+    for half in (range(K // 2), range(K // 2, K)):
+      elbos = [mw[r, k] * lp[r, k].sum() for k in half]
+      gap.append(np.mean(elbos) - old[r])
+    total -= positive[r] * np.log(1 / (1 + np.exp(-0.4 * gap[0])))
+    total -= 0.6 / G * np.log(1 / (1 + np.exp(0.4 * gap[1])))
+  value, _ = dmpo.loss(logp, masks, batch(np.zeros(R), positive),
+                       jnp.asarray(old), hp)
+  close(value, total / B)
+
+
+def test_draws_without_the_tail():
+  """loss_tail=False: the same masks, but nothing after the first EOS."""
+  completion = jnp.arange(L)[None] < jnp.arange(1, R + 1)[:, None] % L + 1
+  key, row = jax.random.key(0), jnp.arange(R)
+  with_tail = dmpo.draw(key, row, completion, dmpo.Config())
+  without = dmpo.draw(key, row, completion, dmpo.Config(loss_tail=False))
+  want = np.asarray(with_tail.masked) & np.asarray(completion)[:, None]
+  np.testing.assert_array_equal(without.masked, want)
+  np.testing.assert_array_equal(
+      without.masked, masking.restrict(with_tail, completion).masked)
+  # The loss then averages over those positions only.
+  logp = jnp.where(without.masked, -1.5, 0.0)
+  weight = draw(7, R)
+  close(dmpo.wdce(logp, without.masked, jnp.asarray(weight)),
+        loop_wdce(np.asarray(logp), want, weight))
+
+
+def test_draws_are_the_settings():
+  """draws, low, high and antithetic reach the masks."""
+  key, row = jax.random.key(0), jnp.arange(64)
+  completion = jnp.ones((64, 32), bool)
+  masks = dmpo.draw(key, row, completion, dmpo.Config(draws=6))
+  assert masks.masked.shape == (64, 6, 32)
+  np.testing.assert_array_equal(masks.masked[:, 3:], ~masks.masked[:, :3])
+  rate = np.asarray(dmpo.draw(
+      key, row, completion,
+      dmpo.Config(low=0.2, high=0.4, antithetic=False)).masked).mean()
+  assert rate == pytest.approx(0.3, abs=0.03)
+
+
+# --- declarations
+
+
+def test_needs():
+  """Which log-probs a rollout must provide, for every kind of setting."""
+  cases = {
+      (): {'old', 'ref'},
+      (('alpha', 0.0),): set(),
+      (('baseline', 'model'),): {'old', 'ref', 'elbo_old', 'policy'},
+      (('baseline', 'model'), ('alpha', 0.0)): {'elbo_old', 'policy'},
+      # DDO does not use the signed weight, so it needs no policy pass.
+      (('loss', 'ddo'),): {'old', 'ref', 'elbo_old'},
+      (('loss', 'ddo'), ('baseline', 'model')): {'old', 'ref', 'elbo_old'},
+  }
+  for changes, wanted in cases.items():
+    assert dmpo.needs(dmpo.Config(**dict(changes))) == wanted
+
+
+@pytest.mark.parametrize('field, changes', [
+    ('alpha', dict(alpha=-1.0)), ('alpha', dict(alpha=float('nan'))),
+    ('coef', dict(coef=0.0)), ('coef', dict(coef=1.5)),
+    ('ess', dict(ess=1.0)), ('ess', dict(ess=-0.1)),
+    ('baseline', dict(baseline='mean')), ('loss', dict(loss='ppo')),
+    ('draws', dict(draws=3)), ('draws', dict(draws=0, antithetic=False)),
+    ('low', dict(low=0.5, high=0.5)), ('high', dict(high=1.1)),
+    ('antithetic', dict(loss='ddo')),
+    ('loss', dict(loss='ddo', draws=3, antithetic=False))])
+def test_check_names_the_field(field, changes):
+  """One sentence each, with the field by its name in the config."""
+  found = dmpo.check(dmpo.Config(**changes))
+  assert len(found) == 1 and f'objective.{field}' in found[0]
+
+
+def test_check_accepts():
+  """The defaults and every baseline and loss with fitting draws."""
+  assert OBJECTIVES['dmpo'].check(dmpo.Config()) == []
+  for baseline in dmpo.BASELINES:
+    assert dmpo.check(dmpo.Config(baseline=baseline)) == []
+  assert dmpo.check(dmpo.Config(loss='ddo', antithetic=False)) == []
+  assert dmpo.check(dmpo.Config(draws=3, antithetic=False)) == []
+
+
+# --- the gradient
+
+
+def test_gradient_by_finite_differences():
+  """d (wdce + ddo) along random directions of three parameters."""
+  rows = 4
+  tokens = jax.random.randint(jax.random.key(1), (rows, 2 + L), 0, 7)
+  weight = softmax(draw(11, rows)).astype(np.float32)
+  part = batch(weight, weight, rows, 1, tokens)._replace(
+      valid=jnp.ones((rows, 2 + L), bool))
+  params = model.init(TINY, jax.random.key(0))
+
+  def loss_fn(params):
+    hp = dmpo.Config(antithetic=False, ddo_beta=0.1)
+    logp, masks = step.batch_logp(params, part, jax.random.key(3), TINY,
+                                  dmpo.OBJECTIVE, hp)
+    return sum(dmpo.loss(logp, masks, part, jnp.full(rows, -10.0),
+                         dataclasses.replace(hp, loss=kind))[0]
+               for kind in ('wdce', 'ddo'))
+
+  both = jax.jit(jax.value_and_grad(loss_fn))
+  flat, tree = jax.tree.flatten(params)
+  grad = jax.tree.leaves(both(params)[1])
+  at = [i for i, leaf in enumerate(flat) if leaf.size > 64][:3]
+  assert len(at) == 3
+  for i in at:
+    way = draw(20 + i, *flat[i].shape)
+    way = way / np.linalg.norm(way)
+    eps = 2e-2  # float32: rounding 1e-7/eps against curvature eps^2
+    moved = [both(jax.tree.unflatten(tree, [
+        leaf + sign * eps * way if j == i else leaf
+        for j, leaf in enumerate(flat)]))[0] for sign in (1, -1)]
+    along = float((np.asarray(grad[i]) * way).sum())
+    assert abs(along) > 1e-3
+    assert (moved[0] - moved[1]) / (2 * eps) == pytest.approx(along, rel=0.02)
+
+
+def test_golden():
+  """One number for the weights of a fixed input."""
+  reward = np.array([[1.0, 0.0, 0.5, 0.25]], np.float32)
+  log_rnd = np.array([[0.1, -0.2, 0.0, 0.3]], np.float32)
+  weight, _, metrics = dmpo.weigh(scored(reward, log_rnd),
+                                  dmpo.Config(alpha=0.5, ess=0.8))
+  close(weight[0], [0.332703, -0.225356, 0.024548, -0.131895], 1e-4)
+  close(metrics['coef'], 0.609122, 1e-4)

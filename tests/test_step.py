@@ -1,0 +1,408 @@
+"""The optimizer step and the log-probs of rollouts, on a tiny model.
+
+Plain SGD with rate one stands in for Adam: the change of a parameter is then
+minus its gradient, and gradients are what the claims are about.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dmpo_jax import logprob, masking, model, sampler, step
+from dmpo_jax.objectives import dmpo
+from dmpo_jax.types import Rollouts, Scored, TrainBatch, to_groups
+
+B, G, R, P, L, INNER = 2, 2, 4, 3, 8, 2
+CFG = model.ModelConfig(
+    vocab=9, mask_id=8, eos_id=7, pad_id=6, width=16, layers=1, heads=2,
+    kv_heads=2, mlp=16, dtype='float32', remat=False)
+LORA = dataclasses.replace(CFG, lora_rank=2, lora_alpha=4.0)
+SGD = optax.sgd(1.0)
+KEY = 5  # of the masks
+HPS = {
+    'wdce': dmpo.Config(alpha=0.5),
+    'model': dmpo.Config(alpha=0.5, baseline='model', common_masks=True),
+    'ddo': dmpo.Config(alpha=0.5, loss='ddo', antithetic=False, ddo_beta=0.1),
+}
+
+
+def close(a, b, tol=1e-5):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(
+      np.asarray(x), np.asarray(y), rtol=tol, atol=tol), a, b)
+
+
+def same(a, b):
+  """Equal to the bit."""
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differ(a, b):
+  return any(not np.array_equal(x, y) for x, y in zip(
+      jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture(scope='module')
+def params():
+  return jax.jit(lambda: model.init(CFG, jax.random.key(0)))()
+
+
+@pytest.fixture(scope='module')
+def rollouts():
+  """Rollouts of no model: random tokens, some with an EOS inside."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 7, (R, P + L)).astype(np.int32)
+  tokens[1, -3:] = tokens[2, -1] = CFG.eos_id
+  valid = np.ones((R, P + L), bool)
+  valid[0, 0] = False
+  order = np.argsort(rng.random((R, L)), 1).astype(np.int32)
+  logp = -rng.exponential(size=(R, L)).astype(np.float32)
+  return jax.tree.map(jnp.asarray, Rollouts(tokens, valid, order, logp,
+                                            np.int32(L)))
+
+
+def completion_of(rollouts):
+  return masking.completion_mask(rollouts.tokens[:, -L:], CFG.eos_id)
+
+
+@functools.cache
+def compiled_logp():
+  return jax.jit(functools.partial(logprob.token_logp, CFG))
+
+
+def logp_of(params, rows, masks):
+  """(R, K, L) numpy log-probs of rollouts or a batch under 4 draws."""
+  return np.asarray(compiled_logp()(params, rows.tokens, masks.masked,
+                                    rows.valid))
+
+
+def elbo_of(params, rows, masks):
+  """(R,) the mean over draws of weight times masked sum."""
+  total = logp_of(params, rows, masks).sum(-1)
+  return (np.asarray(masks.weight) * total).mean(-1)
+
+
+def weights(baseline):
+  """(weight, positive) of fixed rewards under a baseline, each (R,)."""
+  rng = np.random.default_rng(1)
+  reward, rnd = rng.normal(size=(2, B, G)).astype(np.float32)
+  scored = Scored(jnp.asarray(reward), None, jnp.zeros((B, G)),
+                  jnp.asarray(rnd))
+  hp = dmpo.Config(alpha=0.5, baseline=baseline)
+  return [x.ravel() for x in dmpo.weigh(scored, hp)[:2]]
+
+
+def make_batch(rollouts, baseline='individual', elbo_old=None):
+  weight, positive = weights(baseline)
+  if elbo_old is None:
+    elbo_old = jnp.linspace(-20, -10, R * INNER).reshape(R, INNER)
+  return TrainBatch(
+      rollouts.tokens, rollouts.valid, completion_of(rollouts),
+      jnp.arange(R) + 40, weight, positive, elbo_old, jnp.float32(B),
+      jnp.float32(R))
+
+
+@functools.cache
+def stepper(kind, microbatches=1, cfg=CFG):
+  """The compiled train_step of a kind of objective."""
+  return jax.jit(functools.partial(
+      step.train_step, cfg=cfg, objective=dmpo.OBJECTIVE, hp=HPS[kind],
+      optimizer=SGD, group=G, microbatches=microbatches))
+
+
+def run(kind, params, batch, inner=0, microbatches=1):
+  """(new parameters, metrics) of one step from `params`."""
+  state = step.init_state(params, SGD)
+  state, metrics = stepper(kind, microbatches)(
+      state, {}, batch, jax.random.key(KEY), inner)
+  return state.trainable, metrics
+
+
+@functools.cache
+def scorer(hp, how, law=None, cfg=CFG, microbatches=1):
+  # dicts do not hash; a law comes as its items
+  return jax.jit(functools.partial(
+      step.score, cfg=cfg, objective=dmpo.OBJECTIVE, hp=hp, how=how,
+      law=dict(law or ()), inner=INNER, microbatches=microbatches))
+
+
+def score(params, rollouts, hp, how, law=None, frozen=None, **options):
+  run = scorer(hp, how, law and tuple(law.items()), **options)
+  return run(params, params if frozen is None else frozen, rollouts,
+             jnp.arange(R) + 40, completion_of(rollouts),
+             jax.random.key(9), jax.random.key(KEY))
+
+
+# --- cutting rows into pieces
+
+
+@pytest.mark.smoke
+def test_split_and_join():
+  """Stripes of rows, and back; a device's block of rows stays its own."""
+  x = jnp.arange(24).reshape(12, 2)
+  for pieces in (1, 2, 3, 4):
+    split = step.split_rows(x, pieces)
+    assert split.shape == (pieces, 12 // pieces, 2)
+    same(step.join_rows(split), x)
+  same(step.split_rows(x, 3)[0, :, 0], x[::3, 0])
+  # The first 4 of 12 rows, one of 3 devices, are the head of every piece.
+  heads = step.split_rows(jnp.arange(12), 2)[:, :2]
+  same(np.sort(np.ravel(heads)), np.arange(4))
+  same(step.in_microbatches(lambda y: y * 2, x, 3), x * 2)
+
+
+@pytest.mark.parametrize('kind, pieces', [
+    ('wdce', 2), ('wdce', 4), ('model', 4), ('ddo', 4)])
+def test_microbatches_add_up(kind, pieces, params, rollouts):
+  """The same parameters and metrics however the rows are cut."""
+  for baseline in ('none', 'group', 'individual'):
+    batch = make_batch(rollouts, baseline)
+    for inner in range(INNER):
+      whole = run(kind, params, batch, inner)
+      parts = run(kind, params, batch, inner, pieces)
+      close(whole, parts, 1e-5)
+      assert float(whole[1]['finite']) == 1
+      assert float(whole[1]['grad_norm']) > 1e-3
+
+
+def test_metrics_are_of_the_loss(params, rollouts):
+  """loss and nll are those of the draws of (key, inner, row)."""
+  batch = make_batch(rollouts)
+  seen = []
+  for inner in range(INNER):
+    _, metrics = run('wdce', params, batch, inner)
+    key = jax.random.fold_in(jax.random.key(KEY), inner)
+    masks = dmpo.draw(key, batch.row, batch.completion, HPS['wdce'])
+    logp = logp_of(params, batch, masks)
+    close(metrics['nll'], -logp.sum() / masks.weight.size)
+    close(metrics['loss'],
+          dmpo.wdce(logp, masks.masked, batch.weight) / B)
+    seen.append(np.asarray(masks.masked))
+  # No two inner steps and no two rows share their masks.
+  assert (seen[0] != seen[1]).any(axis=(1, 2)).all()
+  rows = {row.tobytes() for masks in seen for row in masks}
+  assert len(rows) == R * INNER
+
+
+def test_gradient_norm_is_of_the_update(params, rollouts):
+  """With SGD the change of the parameters is minus the gradient."""
+  new, metrics = run('wdce', params, make_batch(rollouts))
+  change = jax.tree.map(jnp.subtract, new, params)
+  close(optax.tree.norm(change), metrics['grad_norm'])
+
+
+# --- independence
+
+
+def test_groups_add_up(params, rollouts):
+  """A group's part of loss and gradient is its own, whatever stands beside."""
+  batch = make_batch(rollouts)
+  in_first = jnp.arange(R) < G
+  total, sums = run('wdce', params, batch), []
+  for mine in (in_first, ~in_first):
+    alone = batch._replace(weight=jnp.where(mine, batch.weight, 0.0))
+    other = jnp.where(mine[:, None], batch.tokens, 0)
+    got = run('wdce', params, alone)
+    # A neighbour that weighs nothing may hold anything.
+    changed = run('wdce', params, alone._replace(tokens=other))
+    close(got[0], changed[0], 1e-6)
+    close(got[1]['loss'], changed[1]['loss'], 1e-6)
+    sums.append(got)
+  close(sums[0][1]['loss'] + sums[1][1]['loss'], total[1]['loss'])
+  change = [jax.tree.map(jnp.subtract, new, params) for new, _ in sums]
+  close(jax.tree.map(jnp.add, *change),
+        jax.tree.map(jnp.subtract, total[0], params), 2e-5)
+
+
+def test_more_padding_changes_nothing(params, rollouts):
+  """Two more columns of padding on the left: the same loss and gradient."""
+  batch = make_batch(rollouts)
+  pad = jnp.full((R, 2), CFG.pad_id, jnp.int32)
+  wide = batch._replace(
+      tokens=jnp.concatenate([pad, batch.tokens], 1),
+      valid=jnp.concatenate([jnp.zeros((R, 2), bool), batch.valid], 1))
+  close(run('wdce', params, batch), run('wdce', params, wide), 1e-5)
+
+
+def test_what_padding_holds_changes_nothing(params, rollouts):
+  """The tokens under padding are never seen."""
+  batch = make_batch(rollouts)
+  assert not batch.valid.all()
+  other = jnp.where(batch.valid, batch.tokens, 3)
+  close(run('wdce', params, batch),
+        run('wdce', params, batch._replace(tokens=other)), 1e-6)
+
+
+# --- the guard
+
+
+def test_a_bad_batch_changes_nothing(params, rollouts):
+  """nan or inf in the weights: state returned as it was, finite = 0."""
+  for bad in (jnp.nan, jnp.inf):
+    batch = make_batch(rollouts)
+    batch = batch._replace(weight=batch.weight.at[1].set(bad))
+    state = step.init_state(params, SGD)
+    new, metrics = stepper('wdce')(state, {}, batch, jax.random.key(KEY), 0)
+    assert float(metrics['finite']) == 0
+    assert not np.isfinite(metrics['loss'])
+    same(new, state)
+  new, metrics = stepper('wdce')(state, {}, make_batch(rollouts),
+                                 jax.random.key(KEY), 0)
+  assert float(metrics['finite']) == 1 and int(new.step) == 1
+  assert differ(new.trainable, state.trainable)
+
+
+# --- adapters
+
+
+@pytest.fixture(scope='module')
+def lora():
+  return jax.jit(lambda: model.init(LORA, jax.random.key(0)))()
+
+
+def test_adapters_are_all_that_trains(lora, rollouts):
+  """Only 'lora' is in the state; base weights stay out of the gradient."""
+  trainable, frozen = {'lora': lora['lora']}, {'params': lora['params']}
+  state = step.init_state(trainable, SGD)
+  batch = make_batch(rollouts)
+  new, metrics = stepper('wdce', 1, LORA)(
+      state, frozen, batch, jax.random.key(KEY), 0)
+  assert set(new.trainable) == {'lora'} and float(metrics['finite']) == 1
+  moved = jax.tree_util.tree_map_with_path(
+      lambda path, a, b: (path[-1].key, bool((a != b).any())),
+      trainable, new.trainable)
+  # b starts at zero, so at first it alone has a gradient.
+  for name, changed in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(
+      x, tuple)):
+    assert changed == (name == 'b')
+
+
+def test_reference_is_the_policy_without_its_adapter(lora, rollouts):
+  """At init they agree to the bit; with b moved only the policy changes."""
+  trainable, frozen = {'lora': lora['lora']}, {'params': lora['params']}
+  how, hp = logprob.LogprobConfig(), HPS['wdce']
+  first = score(trainable, rollouts, hp, how, frozen=frozen, cfg=LORA)
+  same(first['old'], first['ref'])
+  moved = jax.tree.map(lambda x: x + 0.1, trainable)
+  then = score(moved, rollouts, hp, how, frozen=frozen, cfg=LORA)
+  same(then['ref'], first['ref'])
+  assert (np.abs(then['old'] - first['old']) > 1e-3).all()
+
+
+# --- log-probs of rollouts
+
+
+def test_old_is_ref_at_the_start(params, rollouts):
+  """log_rnd = 0 to the bit: both are taken under the same masks."""
+  hp, how = HPS['wdce'], logprob.LogprobConfig()
+  out = score(params, rollouts, hp, how)
+  assert set(out) == {'old', 'ref'}
+  same(out['old'], out['ref'])
+  masks = masking.draw_bernoulli(jax.random.key(9), jnp.arange(R) + 40, L, 4)
+  close(out['old'], elbo_of(params, rollouts, masks))
+  # However the rows are cut.
+  close(score(params, rollouts, hp, how, microbatches=2), out)
+
+
+def test_elbo_settings(params, rollouts):
+  """stratified draws its own masks; tail=False counts up to the EOS."""
+  row, completion = jnp.arange(R) + 40, completion_of(rollouts)
+  how = logprob.LogprobConfig(elbo='stratified', tail=False)
+  out = score(params, rollouts, HPS['wdce'], how)
+  masks = masking.draw_stratified(jax.random.key(9), row, L, 4)
+  logp = logp_of(params, rollouts, masks) * np.asarray(completion)[:, None]
+  want = (np.asarray(masks.weight) * logp.sum(-1)).mean(-1)
+  close(out['old'], want)
+  close(out['ref'], out['old'])
+
+
+def test_along_the_trajectory(params):
+  """p_old is what the sampler recorded; p_ref recomputes the same number."""
+  hp = sampler.SampleConfig(L, L // 2, L, 0.7, 'random_order')
+  prompts = jnp.asarray([[1, 2, 3], [3, 2, 1], [0, 0, 4], [5, 1, 1]])
+  out = jax.jit(lambda: sampler.generate(
+      CFG, params, prompts, jax.random.key(3), hp))()
+  how = logprob.LogprobConfig(estimator='trajectory')
+  got = score(params, out, HPS['wdce'], how, hp.law())
+  close(got['old'], out.logp.sum(1), 1e-6)
+  close(got['ref'], got['old'], 1e-4)
+
+
+def test_nothing_is_computed_for_alpha_zero(params, rollouts):
+  """needs() is obeyed: no log-probs where the weights use none."""
+  hp = dataclasses.replace(HPS['wdce'], alpha=0.0)
+  assert score(params, rollouts, hp, logprob.LogprobConfig()) == {}
+
+
+def test_elbo_of_the_old_policy(params, rollouts):
+  """One per inner step under its own masks, or one estimate for all."""
+  row, completion = jnp.arange(R) + 40, completion_of(rollouts)
+  hp, how = HPS['model'], logprob.LogprobConfig()
+  common = score(params, rollouts, hp, how)['elbo_old']
+  assert common.shape == (R, INNER)
+  for i in range(INNER):
+    key = jax.random.fold_in(jax.random.key(KEY), i)
+    masks = dmpo.draw(key, row, completion, hp)
+    close(common[:, i], elbo_of(params, rollouts, masks))
+  hp = dataclasses.replace(hp, common_masks=False)
+  shared = score(params, rollouts, hp, how)
+  assert shared['elbo_old'].shape == (R, INNER)
+  same(shared['elbo_old'][:, 0], shared['elbo_old'][:, 1])
+  same(shared['elbo_old'][:, 0], shared['old'])
+
+
+def test_model_baseline_is_group_at_the_start(params, rollouts):
+  """Policy = old policy and common masks: no gap, so 1/G is subtracted."""
+  old = score(params, rollouts, HPS['model'],
+              logprob.LogprobConfig())['elbo_old']
+  for inner in range(INNER):
+    got = run('model', params, make_batch(rollouts, 'model', old), inner)
+    want = run('wdce', params, make_batch(rollouts, 'group'), inner)
+    close(got, want, 1e-5)
+
+
+def test_model_baseline_follows_the_gap(params, rollouts):
+  """Its update is that of weights reweighed by hand, group by group."""
+  batch = make_batch(rollouts, 'model')
+  key = jax.random.fold_in(jax.random.key(KEY), 1)
+  masks = dmpo.draw(key, batch.row, batch.completion, HPS['model'])
+  elbo = elbo_of(params, batch, masks)
+  gap = np.asarray(to_groups(elbo - batch.elbo_old[:, 1], G))
+  share = np.exp(gap - gap.max(1, keepdims=True))
+  share /= share.sum(1, keepdims=True)
+  by_hand = batch._replace(weight=batch.positive - share.ravel())
+  close(run('model', params, batch, 1), run('wdce', params, by_hand, 1), 1e-5)
+
+
+# --- supervised
+
+
+def test_sft_step(params):
+  """LLaDA's loss by its formula; microbatches add up; the key moves it."""
+  tokens = np.random.default_rng(3).integers(0, 8, (R, P + L)).astype(np.int32)
+  valid, row = np.ones((R, P + L), bool), jnp.arange(R)
+  got = {}
+  for pieces, seeds in ((1, (0, 1)), (2, (0,))):
+    fn = jax.jit(functools.partial(
+        step.sft_step, cfg=CFG, length=L, optimizer=SGD, microbatches=pieces))
+    for seed in seeds:
+      got[pieces, seed] = fn(step.init_state(params, SGD), tokens, valid, row,
+                             jax.random.key(seed))
+  close(got[1, 0], got[2, 0])
+  assert float(got[1, 0][1]['loss']) != float(got[1, 1][1]['loss'])
+  masks = masking.draw_sft(jax.random.key(0), row, L)
+  # The compiled helper takes four draws: this one, four times.
+  four = masks._replace(masked=jnp.repeat(masks.masked, 4, axis=1))
+  logp = logp_of(params, Rollouts(tokens, valid, None, None, None), four)
+  want = -np.mean(np.asarray(masks.weight)[:, 0] * logp[:, 0].sum(-1) / L)
+  close(got[1, 0][1]['loss'], want)
+
+
+def test_golden(params, rollouts):
+  """The loss of a fixed batch."""
+  _, metrics = run('wdce', params, make_batch(rollouts))
+  assert float(metrics['loss']) == pytest.approx(0.684336, rel=1e-4)

@@ -1,0 +1,590 @@
+"""Tasks: what their data promises, and tables of (text, reward) rows."""
+
+import collections
+import dataclasses
+import fractions
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dmpo_jax import types
+from dmpo_jax.tasks import TASKS, answers, arithmetic, countdown, sudoku
+
+SPLITS = ('train', 'validation', 'test')
+SMALL = types.TaskOptions(train_size=200, validation_size=60, test_size=60)
+GRID = '1234341221434321'
+PUZZLE = '0234341221434001'  # empty: cells 0, 13, 14 -> 1, 3, 2
+SUDOKU = {'puzzle': PUZZLE, 'solution': GRID}
+COUNTDOWN = {'numbers': [7, 3, 5], 'target': 22}
+EXAMPLES = {'sudoku': SUDOKU, 'countdown': COUNTDOWN}
+
+
+def options(path, **kwargs):
+  return dataclasses.replace(SMALL, path=str(path), **kwargs)
+
+
+def valid_grid(grid):
+  groups = [range(4 * r, 4 * r + 4) for r in range(4)]
+  groups += [range(c, 16, 4) for c in range(4)]
+  groups += [(a, a + 1, a + 4, a + 5) for a in (0, 2, 8, 10)]
+  return all({grid[at] for at in group} == set('1234') for group in groups)
+
+
+def fits(puzzle, grid):
+  return all(p in ('0', g) for p, g in zip(puzzle, grid, strict=True))
+
+
+# ---- invariants of the data
+
+
+def test_the_288_grids_are_distinct_and_valid():
+  assert len(set(sudoku.grids())) == 288
+  assert all(valid_grid(grid) for grid in sudoku.grids())
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_generated_puzzles_are_distinct_and_have_one_solution(split):
+  examples = sudoku.load(split, dataclasses.replace(SMALL, max_blanks=12))
+  assert len({e['puzzle'] for e in examples}) == len(examples)
+  for e in examples:
+    found = [g for g in sudoku.grids() if fits(e['puzzle'], g)]
+    assert found == [e['solution']]
+
+
+def test_blanks_are_uniform_in_their_range():
+  examples = sudoku.load('train', dataclasses.replace(
+      SMALL, train_size=2000, min_blanks=3, max_blanks=12))
+  counts = collections.Counter(e['puzzle'].count('0') for e in examples)
+  assert sorted(counts) == list(range(3, 13))
+  assert all(140 < count < 260 for count in counts.values()), counts
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_sudoku_splits_share_no_solution(seed):
+  parts = sudoku.split_grids(seed)
+  assert [len(parts[split]) for split in SPLITS] == [201, 43, 44]
+  assert sorted(sum(parts.values(), [])) == list(sudoku.grids())
+  for split in SPLITS:
+    examples = sudoku.load(split, dataclasses.replace(SMALL, seed=seed))
+    assert {e['solution'] for e in examples} <= set(parts[split])
+
+
+def test_countdown_splits_share_no_problem():
+  problems = {}
+  for split in SPLITS:
+    examples = countdown.load(split, SMALL)
+    keys = {(*sorted(e['numbers']), e['target']) for e in examples}
+    assert len(keys) == len(examples)
+    for key in keys:
+      assert problems.setdefault(key, split) == split
+  shares = collections.Counter(
+      countdown.split_of([a, b, 1], 7) for a in range(60) for b in range(60))
+  assert 0.75 < shares['train'] / 3600 < 0.85
+  assert 0.07 < shares['test'] / 3600 < 0.13
+  # Literal, as files and runs of other years must fall into the same splits.
+  assert countdown.split_of([5, 7, 3], 22) == countdown.split_of([3, 5, 7], 22)
+  assert [countdown.split_of([3, 5, 7], t) for t in (22, 15, 27)] == [
+      'train', 'validation', 'test']
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_loading_is_a_function_of_seed_and_split(name):
+  task = TASKS[name]
+  assert task.load('train', SMALL) == task.load('train', SMALL)
+  other = dataclasses.replace(SMALL, seed=1)
+  assert task.load('train', SMALL) != task.load('train', other)
+  assert len(task.load('test', SMALL)) == 60
+
+
+def test_generation_is_fast():
+  start = time.perf_counter()
+  sudoku.load('train', types.TaskOptions(train_size=4000))
+  countdown.load('train', types.TaskOptions(train_size=3000))
+  assert time.perf_counter() - start < 4
+
+
+@pytest.mark.parametrize('protocol', answers.PROTOCOLS)
+@pytest.mark.parametrize('name', TASKS)
+def test_targets_are_right(name, protocol):
+  task = TASKS[name]
+  for e in task.load('validation', SMALL):
+    styles = ('chat',) if protocol == 'paper' else ('chat', 'bare')
+    for style in styles:  # the paper's rewards need the <answer> tags
+      text = task.target(e, style)
+      assert task.reward(text, e, protocol) == {name: 1.0}
+      assert task.grade(text, e, protocol) == 1.0
+
+
+def test_prompts_hold_the_problem():
+  for name, e in EXAMPLES.items():
+    for style in answers.STYLES:
+      assert '\n' not in TASKS[name].prompt(e, 'bare')
+      assert TASKS[name].prompt(e, style) == TASKS[name].prompt(e, style)
+  assert sudoku.prompt(SUDOKU, 'bare') == PUZZLE
+  assert f'Solve the following Sudoku puzzle: {PUZZLE}' in sudoku.prompt(
+      SUDOKU, 'chat')
+  assert countdown.prompt(COUNTDOWN, 'bare') == '7,3,5=22'
+  assert 'Numbers: [7, 3, 5]\nTarget: 22' in countdown.prompt(COUNTDOWN, 'chat')
+  assert countdown.target(COUNTDOWN, 'bare') == '7+3*5'
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_unknown_choices_name_the_allowed_ones(name):
+  task, e = TASKS[name], EXAMPLES[name]
+  for call in (task.prompt, task.target):
+    with pytest.raises(ValueError, match='bare, chat'):
+      call(e, 'terse')
+  for call in (task.reward, task.grade):
+    with pytest.raises(ValueError, match='paper, strict'):
+      call('', e, 'legacy')
+  with pytest.raises(ValueError, match='train, validation, test'):
+    task.load('dev', SMALL)
+
+
+@pytest.mark.parametrize('bad', [
+    {'min_blanks': 5, 'max_blanks': 4}, {'min_blanks': 0}, {'max_blanks': 13},
+    {'validation_size': 0},
+    {'validation_size': 689, 'min_blanks': 1, 'max_blanks': 1}])
+def test_sudoku_refuses_unusable_options(bad):
+  with pytest.raises(ValueError, match='blanks|_size|found only 688'):
+    sudoku.load('validation', dataclasses.replace(SMALL, **bad))
+
+
+def test_countdown_refuses_unusable_sizes():
+  for size in (0, 10 ** 9):
+    with pytest.raises(ValueError, match='train_size'):
+      countdown.load('train', dataclasses.replace(SMALL, train_size=size))
+
+
+def test_tasks_do_not_import_jax():
+  code = 'import sys, dmpo_jax.tasks; sys.exit("jax" in sys.modules)'
+  assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+# ---- arithmetic
+
+
+def random_tree(rng, depth):
+  """(text, value) of a random expression; value None on division by zero."""
+  if depth == 0 or rng.random() < 0.2:
+    number = rng.randrange(0, 30)
+    return str(number), fractions.Fraction(number)
+  (a, x), (b, y) = (random_tree(rng, depth - 1) for _ in range(2))
+  op = rng.choice('+-*/')
+  gap = rng.choice(['', ' '])
+  text = f'({a}){gap}{op}{gap}({b})'
+  if x is None or y is None or (op == '/' and y == 0):
+    return text, None
+  return text, {'+': lambda: x + y, '-': lambda: x - y,
+                '*': lambda: x * y, '/': lambda: x / y}[op]()
+
+
+def test_evaluate_agrees_with_random_trees():
+  rng = random.Random(0)
+  values = 0
+  for _ in range(1000):
+    text, value = random_tree(rng, 3)
+    if len(text) > arithmetic.MAX_LENGTH or value is None:
+      with pytest.raises(arithmetic.Refused):
+        arithmetic.evaluate(text)
+    else:
+      values += 1
+      assert arithmetic.evaluate(text) == value
+      assert arithmetic.evaluate(text, lenient=True) == value
+  assert values > 500
+
+
+@pytest.mark.parametrize('text, value', [
+    ('7', 7), ('2+3*4', 14), ('2-3-4', -5), ('8/4/2', 1), ('8/(4/2)', 4),
+    ('(2+3)*4', 20), (' 1 /\n3 ', fractions.Fraction(1, 3)), ('((7))', 7),
+    ('3*(5-7)', -6), ('0/5', 0)])
+def test_evaluate(text, value):
+  assert arithmetic.evaluate(text) == value
+
+
+@pytest.mark.parametrize('text, why', [
+    ('', 'empty'), ('  ', 'empty'), ('2**3', r'\*\*'), ('7//2', '//'),
+    ('1.5', 'decimal'), ('.5', 'decimal'), ('x', "'x'"), ('2^3', r'\^'),
+    ('1,2', "','"), ('\0', 'not allowed'), ('٣', 'not allowed'),
+    ('-3', 'unary -'), ('2*-3', 'unary -'), ('(+3)', r'unary \+'),
+    ('1/0', 'zero'), ('1/(3-3)', 'zero'), ('(1', r'"\)"'), ('1)', 'unexpected'),
+    ('()', 'a number'), ('2(3)', 'unexpected'), ('(2)(3)', 'unexpected'),
+    ('2 3', 'unexpected'), ('1+', 'the end'), ('* 2', 'a number'),
+    ('07', 'leading zeros'), ('1' * 10, '9 digits'), ('1=1', "'='"),
+    ('(' * 33 + '1' + ')' * 33, '32 open'), ('1+' * 200 + '1', '256')])
+def test_evaluate_refuses(text, why):
+  with pytest.raises(arithmetic.Refused, match=why):
+    arithmetic.evaluate(text)
+
+
+@pytest.mark.parametrize('text, value', [
+    ('-3+5', 2), ('--3', 3), ('2*-3', -6), ('3.5*2', 7), ('.5', .5), ('3.', 3),
+    ('-' * 255 + '1', -1), ('(1\n+2)', 3), ('2**3', None), ('7//2', None),
+    ('1..2', None), ('.', None), ('1\n+2', None), ('07', None), ('07.5', 7.5)])
+def test_lenient_takes_what_python_takes(text, value):
+  if value is None:
+    with pytest.raises(arithmetic.Refused):
+      arithmetic.evaluate(text, lenient=True)
+  else:
+    assert arithmetic.evaluate(text, lenient=True) == value
+
+
+def test_numbers():
+  assert arithmetic.numbers('(7+3)*5 - 12x') == [7, 3, 5, 12]
+  with pytest.raises(arithmetic.Refused):
+    arithmetic.numbers('1' * 10)
+
+
+def test_solver_finds_what_is_there_and_nothing_else():
+  rng = random.Random(1)
+  for _ in range(150):
+    numbers = [rng.randrange(1, 30) for _ in range(rng.randrange(2, 6))]
+    goal = rng.choice([rng.randrange(-20, 99), sum(numbers)])
+    written = countdown.solve(numbers, goal)
+    if written:
+      assert sorted(arithmetic.numbers(written)) == sorted(numbers)
+      assert arithmetic.evaluate(written) == goal
+    else:
+      assert goal != sum(numbers)
+  assert countdown.solve([3, 3, 8, 8], 24) == '8/(3-8/3)'
+  assert countdown.solve([1, 1], 5) == ''
+  assert arithmetic.evaluate(
+      countdown.solve([2, 4, 6, 8, 10, 12], 46080)) == 46080
+
+
+def test_solver_reaches_all_that_random_trees_reach():
+  rng = random.Random(2)
+  for _ in range(300):
+    numbers = [rng.randrange(1, 20) for _ in range(rng.randrange(2, 5))]
+    parts = [(str(n), fractions.Fraction(n)) for n in numbers]
+    while len(parts) > 1:
+      rng.shuffle(parts)
+      (a, x), (b, y), op = parts.pop(), parts.pop(), rng.choice('+-*/')
+      if op == '/' and y == 0:
+        op = '*'
+      value = {'+': x + y, '-': x - y, '*': x * y}.get(op)
+      parts.append((f'({a}{op}{b})', x / y if value is None else value))
+    text, value = parts[0]
+    if value.denominator == 1:
+      written = countdown.solve(numbers, int(value))
+      assert written, text
+      assert arithmetic.evaluate(written) == value
+      assert len(written) <= len(text)
+
+
+# ---- rewards
+
+A = '<answer>{}</answer>'.format
+
+
+@pytest.mark.parametrize('text, paper, strict, accuracy', [
+    (A(GRID), 1, 1, 1),
+    (GRID, 0, 1, 1),
+    (f'<reasoning>x</reasoning>\n<answer>\n{GRID}\n</answer>', 1, 1, 1),
+    (A('1234 3412\n2143 4321'), 1, 1, 1),
+    (A('2' + GRID[1:]), 2 / 3, 2 / 3, 2 / 3),
+    (A('1234341221434111'), 1 / 3, 1 / 3, 1 / 3),
+    (A('1434341221434321'), 1, 0, 1),  # changes a given cell
+    (A(GRID + '1'), 1, 0, 1),  # 17 digits
+    (A(GRID[:14]), 2 / 3, 0, 2 / 3),  # padded with 0
+    (A('4x4: ' + GRID), 1 / 3, 0, 0),  # shifted by two, one hit by luck
+    (A(f'grid: {GRID}'), 1, 0, 0),  # non-digits are dropped
+    (A('3' * 16) + A(GRID), 1, 1, 1),  # the last one counts
+    (A(GRID) + A('no'), 0, 0, 0),
+    (f'<answer>{GRID}', 0, 0, 0),  # never closed
+    (A(''), 0, 0, 0),
+    ('', 0, 0, 0)])
+def test_sudoku_reward(text, paper, strict, accuracy):
+  assert sudoku.reward(text, SUDOKU, 'paper') == {'sudoku': paper}
+  assert sudoku.reward(text, SUDOKU, 'strict') == {'sudoku': strict}
+  assert sudoku.grade(text, SUDOKU, 'strict') == (strict == 1)
+  assert sudoku.extra(text, SUDOKU) == {'cell_accuracy': accuracy}
+
+
+@pytest.mark.parametrize('text, share', [
+    (A(GRID), 1),
+    ('<answer>so\n```\n1234\n3412\n2143\n4321\n```</answer>', 1),
+    (f'<answer>{GRID}<|eot_id|>', 1),
+    (f'<answer>{GRID}', 1),  # by the last pattern
+    (f'<answer></answer> {GRID}<|endoftext|>junk', 1),
+    (f'{GRID}\n</answer>', 1),
+    (f'It is {GRID}.', 1),
+    (A(f'x{GRID}'), 0),  # non-digits are kept, so cells shift
+    (A('2' + GRID[1:]) + A(GRID), 2 / 3),  # the first one counts
+    (A('12'), 1 / 3),
+    (f'{GRID}1', 0),
+    ('', 0)])
+def test_sudoku_paper_grade(text, share):
+  assert sudoku.grade(text, SUDOKU, 'paper') == share
+
+
+def test_a_full_puzzle_is_solved_only_by_itself():
+  full = {'puzzle': GRID, 'solution': GRID}
+  assert sudoku.reward(GRID, full, 'strict') == {'sudoku': 1.0}
+  assert sudoku.reward(A(GRID), full, 'paper') == {'sudoku': 0.0}
+
+
+def reference_sudoku_answer(text):
+  """The five patterns of DMPO eval/parse_and_get_acc.py, as they stand."""
+  end = r'<\|eot_id\|>|<\|endoftext\|>'
+  patterns = [
+      r'<answer>.*?```\s*([\d\s]+)```', rf'<answer>(.*?)(?:{end}|</answer>)',
+      rf'</answer>\s*(.*?)(?:{end}|$)', r'.*?(\d{16})\s*</answer>',
+      r'\b(\d{16})\b']
+  for pattern in patterns:
+    match = re.search(pattern, text, re.DOTALL)
+    if match and match.group(1).strip():
+      return re.sub(r'\s', '', match.group(1))
+  return ''
+
+
+PIECES = [
+    '<answer>', '</answer>', '<answer>', '</answer>', '```', '`', ' ', '\n',
+    '<|eot_id|>', '<|endoftext|>', GRID, '1234', '21', 'x', '.', '٣', '\xa0',
+    '\0', '7+3*5', '22', '=', ' = 22', '(', ')', '-', '**', '//', '0.5',
+    '\\boxed{', '}', '{', '\\boxed ', '$', '\\times', '7', '3', '5', '+', '*',
+    '\ud800', '²', '<reasoning>', '9' * 30]
+
+
+def random_text(rng, pieces=PIECES, most=14):
+  return ''.join(rng.choice(pieces) for _ in range(rng.randrange(most)))
+
+
+def test_sudoku_grade_finds_what_the_five_patterns_find():
+  rng = random.Random(3)
+  found = 0
+  for _ in range(4000):
+    text = random_text(rng, PIECES[:18])
+    want = reference_sudoku_answer(text)
+    found += bool(want)
+    assert sudoku._graded(text) == want, text
+  assert 1000 < found < 3900
+
+
+@pytest.mark.parametrize('text, paper, strict, formed', [
+    (A('7+3*5'), 1, 1, 1),
+    ('7+3*5', 0, 1, 1),
+    (A('\n 5 * 3 + 7 \n'), 1, 1, 1),
+    (A('(7)+((3*5))'), 1, 1, 1),
+    (A('7+3+5'), .1, .1, 1),  # wrong value
+    (A('7+5*3-0'), .1, 0, 1),  # a number too many
+    (A('7+15'), .1, 0, 1),
+    (A('7+3*5=22'), .1, 0, 0),
+    (A('-3*-5+7'), 1, 0, 0),  # unary signs
+    (A('7+3*(5'), .1, 0, 0),
+    (A('7+3**5'), .1, 0, 0),
+    (A('7//3*5'), .1, 0, 0),
+    (A('7.3*5'), .1, 0, 0),
+    (A('7/(3-5+2)'), .1, 0, 0),
+    (A('5/(7-3)'), .1, .1, 1),
+    (A('7 3 5'), .1, 0, 0),
+    (A('07+3*5'), .1, 0, 0),
+    (A('7+\n3*5'), .1, 1, 1),  # Python stops at the line break
+    (A('junk'), .1, 0, 0),
+    (A('7+3*5') + A('no'), .1, 0, 0),  # the last one counts
+    (A('no') + A('7+3*5'), 1, 1, 1),
+    (A(''), .1, 0, 0),
+    ('<answer>7+3*5', 0, 0, 0),
+    ('', 0, 0, 0)])
+def test_countdown_reward(text, paper, strict, formed):
+  assert countdown.reward(text, COUNTDOWN, 'paper') == {'countdown': paper}
+  assert countdown.reward(text, COUNTDOWN, 'strict') == {'countdown': strict}
+  assert countdown.grade(text, COUNTDOWN, 'strict') == (strict == 1)
+  assert countdown.extra(text, COUNTDOWN) == {'well_formed': formed}
+
+
+def test_decimals_count_in_the_paper_protocol_alone():
+  example = {'numbers': [3, 5, 2], 'target': 7}
+  assert countdown.reward(A('3.5*2'), example, 'paper') == {'countdown': 1.0}
+  assert countdown.reward(A('3.5*2'), example, 'strict') == {'countdown': 0.0}
+
+
+def test_the_paper_protocol_has_a_tolerance():
+  example = {'numbers': [22, 1, 999999], 'target': 22}
+  text = A('22+1/999999')
+  assert countdown.reward(text, example, 'paper') == {'countdown': 1.0}
+  assert countdown.reward(text, example, 'strict') == {'countdown': 0.1}
+
+
+@pytest.mark.parametrize('text, right', [
+    (r'\boxed{7+3*5}', 1),
+    (r'\boxed{7+3*5=22}', 1),
+    (r'\boxed{7 + 3 \times 5 = 22.}', 1),
+    (r'\boxed{7+3\cdot5}', 1),
+    (r'\boxed{\frac{7}{1}}', 0),
+    (r'\boxed{1} \boxed{7+3*5}', 1),  # the last one counts
+    (r'\boxed{7+3*5} \boxed{1}', 0),
+    (r'so \boxed 7+3*5$ it is', 1),
+    (r'\boxed{7+3*5', 0),  # never closed: all of the text
+    (r'\boxed{1' + A('7+3*5'), 1),
+    (A('7+3*5') + A('1'), 1),  # the first one counts
+    ('7+3*5', 1),
+    ('so 7+3*5 = 22', 1),
+    ('7+3*5 = x, 7+3*5 = 22', 1),
+    ('so 7+3*5', 0),
+    (r'\boxed{7+3**5}', 0),
+    (r'\boxed{}', 0),
+    ('', 0)])
+def test_countdown_paper_grade(text, right):
+  assert countdown.grade(text, COUNTDOWN, 'paper') == right
+
+
+def test_the_expression_before_an_equals_sign_is_the_regex_match():
+  rng = random.Random(4)
+  for _ in range(3000):
+    text = random_text(rng, PIECES[9:29], 10)
+    match = re.search(r'([0-9+\-*/() ]+)=[0-9. ]+', text)
+    want = match.group(1).strip() if match else text
+    assert countdown._graded(text) == want
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_no_text_raises_or_leaves_the_range(name):
+  task, e, rng = TASKS[name], EXAMPLES[name], random.Random(5)
+  for _ in range(2500):
+    text = random_text(rng)
+    for protocol in answers.PROTOCOLS:
+      (term, value), = task.reward(text, e, protocol).items()
+      assert term == name and 0 <= value <= 1
+      assert 0 <= task.grade(text, e, protocol) <= 1
+    assert all(0 <= value <= 1 for value in task.extra(text, e).values())
+
+
+def test_no_text_takes_long():
+  long = 100_000
+  bodies = ['99**98**97', '9**9**9', '(' * long, '-' * long, '1' * long,
+            ' ' * long, '1+' * long, '1 ' * long, '`' * long, '=' * long,
+            '```1' * long, '\0' * long, '\\boxed{' * long, '<answer>' * long,
+            '</answer>' * long, '1234341221434321 ' * long, '🙂' * long]
+  texts = [t for body in bodies for t in (body, A(body), '<answer>' + body)]
+  texts += [f'{"<answer>```1" * 2000}{" " * 5000}', '1' * 16 + ' ' * 19000]
+  for (name, task), text in itertools.product(TASKS.items(), texts):
+    for protocol in answers.PROTOCOLS:
+      start = time.perf_counter()
+      task.reward(text, EXAMPLES[name], protocol)
+      task.grade(text, EXAMPLES[name], protocol)
+      task.extra(text, EXAMPLES[name])
+      assert time.perf_counter() - start < 1, (name, protocol, text[:40])
+
+
+# ---- finding answers
+
+
+def test_answers_are_what_the_regex_finds():
+  rng = random.Random(6)
+  for _ in range(2000):
+    text = random_text(rng, PIECES[:10])
+    found = re.findall('<answer>(.*?)</answer>', text, re.DOTALL) or [None]
+    assert answers.first_answer(text) == found[0]
+    assert answers.last_answer(text) == found[-1]
+
+
+@pytest.mark.parametrize('text, content', [
+    (r'\boxed{1}', '1'), (r'\boxed{\frac{1}{2}} x', r'\frac{1}{2}'),
+    (r'\boxed{1} \boxed{2}', '2'), (r'\boxed{1', None), ('1', None),
+    (r'\boxed{1} \boxed{2', None), (r'\boxed 3$ x', '3'), (r'\boxed', None)])
+def test_last_boxed(text, content):
+  assert answers.last_boxed(text) == content
+
+
+def test_long_texts_keep_their_end():
+  text = 'x' * answers.MAX_TEXT
+  assert answers.last_answer(text + A('1')) == '1'
+  assert answers.last_answer(A('1') + text) is None
+
+
+# ---- files
+
+
+def test_sudoku_csv(tmp_path):
+  path = tmp_path / 'puzzles.csv'
+  rows = [f'0{grid[1:]},{grid}' for grid in sudoku.grids()]
+  path.write_text('\ufeffPuzzle,Solution\n' + '\n'.join(rows), 'utf-8')
+  parts = sudoku.split_grids(0)
+  for split in SPLITS:
+    examples = sudoku.load(split, options(path, **{f'{split}_size': 0}))
+    assert {e['solution'] for e in examples} == set(parts[split])
+    assert examples[:5] == sudoku.load(split, options(path, **{
+        f'{split}_size': 5}))
+    assert examples[0] == {
+        'puzzle': '0' + examples[0]['solution'][1:],
+        'solution': examples[0]['solution']}
+
+
+@pytest.mark.parametrize('row, why', [
+    (f'{GRID[:15]},{GRID}', 'puzzle'), (f'5{GRID[1:]},{GRID}', 'puzzle'),
+    (f'{PUZZLE},{PUZZLE}', 'solution'), (f'{PUZZLE},{"1234" * 4}', 'rule'),
+    (f'4{PUZZLE[1:]},{GRID}', 'given'), (f'{PUZZLE}', 'cells'),
+    (f'"{PUZZLE},{GRID}', 'unexpected end'), ('\udcff,1', 'UTF-8')])
+def test_sudoku_csv_errors_name_file_and_line(tmp_path, row, why):
+  path = tmp_path / 'puzzles.csv'
+  text = f'Puzzle,Solution\n{PUZZLE},{GRID}\n{row}\n'
+  path.write_bytes(text.encode('utf-8', 'surrogateescape'))
+  with pytest.raises(ValueError, match=f'puzzles.csv:3: .*{why}'):
+    sudoku.load('train', options(path))
+
+
+@pytest.mark.parametrize('text, why', [
+    ('', 'empty'), ('Puzzle,Solution\n', 'empty'), ('\n\n', 'empty'),
+    ('Puzzle,Answer\n1,2\n', ':1: no column Solution')])
+def test_sudoku_csv_without_rows(tmp_path, text, why):
+  path = tmp_path / 'puzzles.csv'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=why):
+    sudoku.load('train', options(path))
+
+
+def test_countdown_jsonl(tmp_path):
+  path = tmp_path / 'problems.jsonl'
+  records = [
+      {'input': '30,100,93', 'output': '23'}, {'nums': [7, 3, 5], 'target': 22},
+      {'numbers': '1, 1', 'target': 5}, {'nums': [9], 'target': 9},
+      {'nums': [1, 2, 3, 4, 5, 6, 7], 'target': 9},
+      {'nums': [3, 5, 7], 'target': '15'}]
+  path.write_text('\n\n'.join(map(json.dumps, records)))
+  loaded = []
+  for split in SPLITS:
+    part = countdown.load(split, options(path))
+    assert all(
+        countdown.split_of(e['numbers'], e['target']) == split for e in part)
+    loaded += part
+  assert sorted((e['numbers'], e['target']) for e in loaded) == [
+      ([1, 1], 5), ([3, 5, 7], 15), ([7, 3, 5], 22),
+      ([30, 100, 93], 23)]
+  by_target = {e['target']: e for e in loaded}
+  assert by_target[5]['expression'] == ''
+  assert countdown.target(by_target[23], 'bare') == '30+93-100'
+  with pytest.raises(ValueError, match='no expression'):
+    countdown.target(by_target[5], 'bare')
+  path.write_text(json.dumps(records[0]))
+  with pytest.raises(ValueError, match='no example falls in the test split'):
+    countdown.load('test', options(path))
+
+
+@pytest.mark.parametrize('line, why', [
+    ('{', 'not JSON'), ('[1]', 'object'), ('{"nums": [1, 2]}', 'neither'),
+    ('{"nums": 3, "target": 4}', 'no list'), ('[' * 10 ** 5, 'not JSON'),
+    ('{"nums": [1, 2.5], "target": 4}', 'whole'),
+    ('{"nums": [1, true], "target": 4}', 'whole'),
+    ('{"nums": "1,x", "target": 4}', 'whole'),
+    ('{"nums": [1, 2], "target": "4.0"}', 'whole'),
+    ('{"nums": [0, 2], "target": 4}', 'positive'), ('"\udcff"', 'UTF-8')])
+def test_countdown_jsonl_errors_name_file_and_line(tmp_path, line, why):
+  path = tmp_path / 'problems.jsonl'
+  text = f'{{"nums": [7, 3, 5], "target": 22}}\n{line}\n'
+  path.write_bytes(text.encode('utf-8', 'surrogateescape'))
+  with pytest.raises(ValueError, match=f'problems.jsonl:2: .*{why}'):
+    countdown.load('train', options(path))
+
+
+def test_an_empty_jsonl_is_refused(tmp_path):
+  path = tmp_path / 'problems.jsonl'
+  path.write_text('\n \n')
+  with pytest.raises(ValueError, match='empty'):
+    countdown.load('train', options(path))
