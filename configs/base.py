@@ -85,6 +85,7 @@ def get_config():
   t.prompts = 8  # B per buffer
   t.group = 16  # G completions of each
   t.inner = 2  # I updates per buffer
+  t.shared_masks = False  # a group's completions draw the same loss masks
   t.microbatches = 4  # pieces an update's rows are cut into
 
   c.optim = p = ml_collections.ConfigDict()

@@ -324,17 +324,20 @@ def make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer):
   how = settings(logprob.LogprobConfig, c.logprob)
   common = dict(cfg=cfg, objective=objective, hp=hp)
   mask_key = lambda: rng.key_for(c.seed, 'mask')
+  share = c.train.group if c.train.shared_masks else 1
 
   def score(trainable, frozen, rollouts, row, completion):
     return step.score(
         trainable, frozen, rollouts, row, completion,
         rng.key_for(c.seed, 'score'), mask_key(), **common, how=how,
         law=settings(sampler.SampleConfig, c.sampler).law(),
-        inner=c.train.inner, microbatches=c.train.microbatches)
+        inner=c.train.inner, share=share,
+        microbatches=c.train.microbatches)
 
   def pack(rollouts, completion, row, reward, scores):
     return rollout.pack(rollouts, completion, row, reward, scores,
-                        objective=objective, hp=hp, inner=c.train.inner)
+                        objective=objective, hp=hp, inner=c.train.inner,
+                        share=share)
 
   def update(state, frozen, batch, inner):
     return step.train_step(

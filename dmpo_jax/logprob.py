@@ -87,9 +87,10 @@ def elbo(cfg, params, tokens_RxS, valid_RxS, masks, counted_RxL=None):
 def state_logp(cfg, params, rollouts, step_R, law):
   """Log-probs of the tokens revealed at each row's step `step_R`.
 
-  Returns (R,) under `params` and (R,) as recorded by the sampler. The state is the completion with everything revealed at that step or later
-  masked. law: dict(block, temperature, guidance) of the sampler; only the
-  block of the revealed tokens goes through the head.
+  Returns (2, R): under `params`, and as recorded by the sampler. The state is
+  the completion with everything revealed at that step or later masked. law:
+  dict(block, temperature, guidance) of the sampler; only the block of the
+  revealed tokens goes through the head.
   """
   length = rollouts.order.shape[1]
   prompt = rollouts.tokens.shape[1] - length
@@ -138,4 +139,4 @@ def trajectory_logp(cfg, params, rollouts, law, states=0, key=None, row_R=None):
     return state_logp(cfg, params, rollouts, step_R, law)
 
   pair = jax.lax.map(visit, jnp.arange(states, dtype=jnp.float32))
-  return tuple(jnp.sum(pair, axis=0) * count_R / states)
+  return tuple(jnp.sum(pair, axis=0) * count_R[None] / states)

@@ -28,13 +28,19 @@ def run(built, workdir, writer, base):
   Writes metrics, samples.jsonl and checkpoints into workdir. Resumes from
   workdir/rl. FloatingPointError if a loss or gradient is not finite.
   """
+  # `with`: what stops the run, an error too, waits for the save under way.
+  with checkpoint.open_manager(os.path.join(workdir, 'rl'),
+                               built.config.checkpoint.keep) as manager:
+    return loop(built, workdir, writer, base, manager)
+
+
+def loop(built, workdir, writer, base, manager):
+  """The iterations of `run`, from the place of the latest checkpoint on."""
   c, steps = built.config, built.steps
   problems = build.problems(built, 'train')
   held_out = build.problems(built, 'validation')
   trainable, frozen = policy_of(built, base)
   state = steps.start(trainable)
-  manager = checkpoint.open_manager(os.path.join(workdir, 'rl'),
-                                    c.checkpoint.keep)
   state, batch, place = resume(built, manager, state, problems, workdir,
                                writer)
   progress = metrics.Progress(c.train.iterations, 'rl',
@@ -70,7 +76,6 @@ def run(built, workdir, writer, base):
   progress.close()
   jax.block_until_ready(state.trainable)
   seconds = time.time() - begun
-  manager.close()
   return {**frozen, **state.trainable}, seconds
 
 

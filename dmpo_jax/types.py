@@ -66,7 +66,7 @@ class TrainBatch(NamedTuple):
   tokens: Array  # (R, S) int32
   valid: Array  # (R, S) bool
   completion: Array  # (R, L) bool, True up to and including the first EOS
-  row: Array  # (R,) int32, global over the run: the address of its masks
+  row: Array  # (R,) int32, the address of its masks, unique over the run
   weight: Array  # (R,) float32, SIGNED: target weight minus baseline
   positive: Array  # (R,) float32, the target weight alone
   elbo_old: Array  # (R, I) float32, ELBO of p_old, for each inner step

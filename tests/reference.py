@@ -26,14 +26,12 @@ def rms_norm(x, scale, eps):
 def rope(x_TxC, positions_T, theta):
   """Turns the pair (x[i], x[i + C/2]) by position * theta^(-2i/C)."""
   half = x_TxC.shape[1] // 2
-  out = np.zeros_like(x_TxC)
-  for t, position in enumerate(positions_T):
-    for i in range(half):
-      angle = position * theta ** (-2 * i / (2 * half))
-      a, b = x_TxC[t, i], x_TxC[t, i + half]
-      out[t, i] = a * math.cos(angle) - b * math.sin(angle)
-      out[t, i + half] = b * math.cos(angle) + a * math.sin(angle)
-  return out
+  angles = np.outer(positions_T, theta ** (-np.arange(half) / half))
+  a, b = x_TxC[:, :half], x_TxC[:, half:]
+  return np.concatenate([
+    a * np.cos(angles) - b * np.sin(angles),
+    b * np.cos(angles) + a * np.sin(angles),
+  ], axis=1)  # fmt: skip
 
 
 def attend(cfg, q, k, v):
@@ -238,14 +236,6 @@ def picks(hp, probs, confidence, quota, noise):
   raise KeyError(hp.pick)
 
 
-def combine(cfg, cond, blind, guidance):
-  """Classifier-free guidance; the mask token can never be drawn."""
-  logits = blind + (guidance + 1) * (cond - blind) if guidance else cond
-  logits = logits.copy()
-  logits[:, cfg.mask_id] = -np.inf
-  return logits
-
-
 class Network:
   """The block's logits, from the whole sequence or through the dual cache."""
 
@@ -286,11 +276,11 @@ def sample(cfg, params, prompt, hp, noise=None):
       if not left:
         break
       blind = [cfg.mask_id] * len(prompt) + tokens[len(prompt) :]
-      logits = [
-        net.logits(seen, start, hp.block)
-        for net, seen in zip(nets, (tokens, blind), strict=True)
-      ]
-      logits = combine(cfg, *logits, hp.guidance)
+      logits = nets[0].logits(tokens, start, hp.block)
+      if hp.guidance:
+        unled = nets[1].logits(blind, start, hp.block)
+        logits = unled + (hp.guidance + 1) * (logits - unled)
+      logits[:, cfg.mask_id] = -np.inf  # the mask token is never drawn
       gumbel, uniform = noise(step) if noise else (0.0, np.zeros(hp.block))
       if hp.temperature:
         proposal = np.argmax(logits / hp.temperature + gumbel, axis=1)
@@ -310,6 +300,25 @@ def sample(cfg, params, prompt, hp, noise=None):
         logp[at + i] = law[i, proposal[i]]
       step, done = step + 1, done + 1
   return np.array(tokens[len(prompt) :]), order, logp, step
+
+
+def trajectory_logp(cfg, params, prompt, completion, order, hp):
+  """Sum over steps of the log-probs of what each revealed (no guidance)."""
+  total = 0.0
+  for step in range(max(order) + 1):
+    seen = [
+      cfg.mask_id if at >= step else int(token)
+      for token, at in zip(completion, order, strict=True)
+    ]
+    logits = full_logits(cfg, params, [*prompt, *seen])[len(prompt) :]
+    logits[:, cfg.mask_id] = -np.inf
+    law = log_softmax(logits / (hp.temperature or 1.0))
+    total += sum(
+      law[i, token]
+      for i, (token, at) in enumerate(zip(completion, order, strict=True))
+      if at == step
+    )
+  return total
 
 
 def random_order_law(cfg, params, prompt, length, temperature):

@@ -30,7 +30,7 @@ JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax')  # each imports jax
 COMPILE = ('jit', 'pmap', 'pjit')
 CONFIG = {'cfg', 'config', 'c'}
 UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
-MAX_LINES, MAX_FUNCTION = 4000, 80
+MAX_LINES, MAX_FUNCTION = 6000, 80
 
 
 def sources(root):

@@ -71,19 +71,19 @@ def test_token_logp_is_the_logits_gathered(tiny, params, token_logp, batch):
       np.testing.assert_allclose(logp[r, k, i], value, atol=1e-5)
 
 
-def test_shifted_family(tiny, batch):
+def test_shifted_family(tiny, params, batch):
   """In Dream's family a token is read from the output before it, the first
   token of a completion from the prompt's last, and padding moves nothing."""
   cfg = dataclasses.replace(tiny, shift=True)
-  params = jax.jit(lambda key: model.init(cfg, key))(jax.random.key(3))
-  tokens, masked, valid = batch
-  logp = jax.jit(lambda *x: logprob.token_logp(cfg, params, *x))(*batch)
+  found = jax.jit(lambda *x: logprob.token_logp(cfg, params, *x))(*batch)
+  tokens, masked, valid = map(np.asarray, batch)
   for r, k in np.ndindex(2, 3):
-    real = np.asarray(tokens[r])[np.asarray(valid[r])]
-    prompt, completion = real[:-LENGTH], real[-LENGTH:]
-    rows = reference.conditionals(cfg, params, prompt, completion)
-    want = rows[reference.index_of(np.asarray(masked[r, k]))]
-    np.testing.assert_allclose(logp[r, k], want, atol=1e-5)
+    noisy = tokens[r].copy()
+    noisy[-LENGTH:][masked[r, k]] = cfg.mask_id
+    logits = reference.full_logits(cfg, params, noisy[valid[r]])[-LENGTH:]
+    logp = reference.log_softmax(logits)[range(LENGTH), tokens[r, -LENGTH:]]
+    want = np.where(masked[r, k], logp, 0.0)
+    np.testing.assert_allclose(found[r, k], want, atol=1e-5)
 
 
 def test_padding_and_neighbours(token_logp, batch):
@@ -101,21 +101,31 @@ def test_padding_and_neighbours(token_logp, batch):
   np.testing.assert_allclose(turned[::-1], logp, atol=1e-6)
 
 
-def test_head_chunk(tiny, params, batch):
+def test_head_chunk(tiny, params):
   """The head in chunks gives equal values and equal gradients."""
+  draw = np.random.default_rng(1)
+  hidden = jnp.asarray(draw.normal(size=(3, 6, tiny.width)), jnp.float32)
+  targets = jnp.asarray(draw.integers(tiny.vocab, size=(3, 6)))
+  weigh = jnp.asarray(draw.normal(size=(3, 6)), jnp.float32)
   found = []
   for chunk in (0, 2):
     cfg = dataclasses.replace(tiny, head_chunk=chunk)
 
-    def loss(params, cfg=cfg):
-      tokens, masked, valid = batch
-      logp = logprob.token_logp(cfg, params, tokens, masked, valid)
-      return jnp.sum(logp), logp
+    def loss(hidden, table, cfg=cfg):
+      tree = {'params': {**params['params'], 'head': table}}
+      logp = logprob.chosen_logp(cfg, tree, hidden, targets)
+      return jnp.sum(weigh * logp), logp
 
-    found.append(jax.jit(jax.grad(loss, has_aux=True))(params))
+    slopes = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    found.append(slopes(hidden, params['params']['head']))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found
   )
+  logits = np.asarray(hidden) @ np.asarray(params['params']['head']).T
+  want = np.take_along_axis(
+    reference.log_softmax(logits), np.asarray(targets)[..., None], -1
+  )[..., 0]
+  np.testing.assert_allclose(found[1][1], want, atol=1e-5)
 
 
 def test_head_chunk_must_divide(tiny, params, batch):
@@ -193,9 +203,7 @@ def test_elbo_counts_what_it_is_told(tiny, params, batch, token_logp):
   masks = masking.Masks(masked, weight)
   counted = jnp.asarray([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
   found = jax.jit(
-    lambda counted: logprob.elbo(
-      tiny, params, tokens, valid, masks, counted
-    )
+    lambda counted: logprob.elbo(tiny, params, tokens, valid, masks, counted)
   )(counted)
   logp = np.asarray(token_logp(*batch)) * np.asarray(counted)[:, None]
   want = np.mean(np.asarray(weight) * logp.sum(-1), axis=-1)

@@ -24,18 +24,6 @@ PADS = (0, 1, 4)  # left padding of the rows
 SIZE = 9  # of every row, padding included
 
 
-def weights(cfg):
-  """Random weights everywhere, also where init gives ones and zeros."""
-  shapes = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
-  draw = np.random.default_rng(0)
-
-  def fill(path, leaf):
-    noise = 0.3 * draw.normal(size=leaf.shape) + (path[-1].key == 'scale')
-    return jnp.asarray(noise, leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
 def batch(cfg):
   """Rows of random ids, (R, S), and where they are real."""
   draw = np.random.default_rng(1)
@@ -47,9 +35,8 @@ def batch(cfg):
 class Net:
   """A variant's config, weights and compiled forward."""
 
-  def __init__(self, cfg):
-    self.cfg = cfg
-    self.params = weights(cfg)
+  def __init__(self, cfg, params):
+    self.cfg, self.params = cfg, params
     self.full = jax.jit(
       lambda tokens, valid=None, params=self.params: model.full_logits(
         cfg, params, tokens, valid
@@ -58,11 +45,12 @@ class Net:
 
 
 @pytest.fixture(scope='module')
-def nets(tiny):
-  return {
-    name: Net(dataclasses.replace(tiny, **fields))
+def nets(tiny, weights):
+  cfgs = {
+    name: dataclasses.replace(tiny, **fields)
     for name, fields in VARIANTS.items()
   }
+  return {name: Net(cfg, weights(cfg)) for name, cfg in cfgs.items()}
 
 
 @pytest.fixture(scope='module', params=VARIANTS)
@@ -132,8 +120,9 @@ def test_every_output_depends_on_every_input(net):
   changed = tokens.copy()
   np.fill_diagonal(changed, net.cfg.mask_id)  # row i differs in token i
   valid = jnp.ones((len(PADS), SIZE), bool)
-  rows = lambda x: np.concatenate([
-    net.full(jnp.asarray(part), valid) for part in np.split(x, len(PADS))])
+  rows = lambda x: np.concatenate(
+    [net.full(jnp.asarray(part), valid) for part in np.split(x, len(PADS))]
+  )
   moved = np.abs(rows(changed) - rows(tokens)).max(-1)  # (input, output)
   assert moved.min() > 1e-4
 
@@ -158,8 +147,9 @@ def test_window(net):
   np.testing.assert_allclose(logits, full[:, start : start + width], **close)
   again, kept = look(tokens, start, cache)
   np.testing.assert_allclose(again, logits, **close)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close),
-               kept, cache)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, **close), kept, cache
+  )
 
   changed = tokens.at[:, start : start + width].set(cfg.mask_id)
   found, _ = look(changed, start, cache)
@@ -180,22 +170,29 @@ def test_window(net):
 def test_every_row_may_have_its_own_window(plain):
   tokens, valid = batch(plain.cfg)
   starts = np.array([2, 6, 4])
-  rows, _ = jax.jit(lambda starts: model.window_logits(
-    plain.cfg, plain.params, tokens, valid, starts, 3))(starts)
+  rows, _ = jax.jit(
+    lambda starts: model.window_logits(
+      plain.cfg, plain.params, tokens, valid, starts, 3
+    )
+  )(starts)
   for row, full, at in zip(
     rows, plain.full(tokens, valid), starts, strict=True
   ):
     other = np.arange(plain.cfg.vocab) != plain.cfg.mask_id
     np.testing.assert_allclose(
-      row[:, other], full[at : at + 3, other], rtol=1e-4, atol=1e-4)
+      row[:, other], full[at : at + 3, other], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_guidance(plain):
   """un + (g + 1) (cond - un), un with the prompt's ids hidden."""
   cfg, prompt, g = plain.cfg, 5, 0.7
   tokens, valid = batch(cfg)
-  logits, _ = jax.jit(lambda tokens: model.window_logits(
-    cfg, plain.params, tokens, valid, prompt, 4, prompt, g))(tokens)
+  logits, _ = jax.jit(
+    lambda tokens: model.window_logits(
+      cfg, plain.params, tokens, valid, prompt, 4, prompt, g
+    )
+  )(tokens)
   blind = tokens.at[:, :prompt].set(cfg.mask_id)
   cond, blind = (
     np.asarray(plain.full(x, valid))[:, prompt:] for x in (tokens, blind)
@@ -206,13 +203,21 @@ def test_guidance(plain):
 
 
 @pytest.mark.smoke
+def test_positions_start_at_the_first_real_token():
+  """RoPE is relative, so no logit shows it; rounding far out would."""
+  valid = jnp.asarray([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
+  found = model.positions_of(valid)
+  np.testing.assert_array_equal(found, [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
+
+
+@pytest.mark.smoke
 def test_shapes_must_agree(plain):
   tokens, valid = batch(plain.cfg)
   with pytest.raises(ValueError, match='they must be equal'):
     model.full_logits(plain.cfg, plain.params, tokens, valid[:, 1:])
 
 
-def test_fresh_adapters_change_nothing(adapted):
+def test_fresh_adapters_change_nothing(adapted, weights):
   """b starts at zero: with and without 'lora' the logits are equal, so the
   reference policy is the same tree without its adapters."""
   cfg, fresh = adapted
@@ -228,24 +233,31 @@ def test_fresh_adapters_change_nothing(adapted):
     np.testing.assert_allclose(row[pad:], want, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_leave_the_base_alone(adapted, params):
+def test_adapters_leave_the_base_alone(adapted, tiny):
   """The base weights are those of the same key without adapters."""
   _, fresh = adapted
-  jax.tree.map(np.testing.assert_array_equal, fresh['params'],
-               params['params'])
+  plain = jax.jit(lambda key: model.init(tiny, key))(jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, fresh['params'], plain['params'])
 
 
-@pytest.mark.parametrize('name, wanted', [
-  ('all', ['down', 'gate', 'k', 'o', 'q', 'up', 'v']),
-  ('paper', ['k', 'q', 'up', 'v']),
-])
+@pytest.mark.parametrize(
+  'name, wanted',
+  [
+    ('all', ['down', 'gate', 'k', 'o', 'q', 'up', 'v']),
+    ('paper', ['k', 'q', 'up', 'v']),
+  ],
+)
 @pytest.mark.smoke
 def test_lora_targets(tiny, name, wanted):
   """A target list names exactly the linears that get adapters, stacked on
   the layers and float32 whatever the dtype of the weights."""
   cfg = dataclasses.replace(
-    tiny, lora_rank=3, lora_targets=model.LORA_TARGETS[name],
-    dtype='bfloat16', param_dtype='bfloat16')
+    tiny,
+    lora_rank=3,
+    lora_targets=model.LORA_TARGETS[name],
+    dtype='bfloat16',
+    param_dtype='bfloat16',
+  )
   shapes = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
   assert sorted(shapes['lora']) == ['layers']
   assert sorted(shapes['lora']['layers']) == wanted
@@ -257,7 +269,7 @@ def test_lora_targets(tiny, name, wanted):
   assert kinds(shapes['params']) == {'bfloat16'}
 
 
-def test_bfloat16_is_close(adapted):
+def test_bfloat16_is_close(adapted, weights):
   """bfloat16 is for the matmuls alone: logits and the gradients of adapters
   come in float32, and the logits are near those of float32 compute."""
   cfg, fresh = adapted
@@ -285,26 +297,49 @@ def test_program_does_not_grow_with_depth(tiny):
   for layers in (2, 6):
     cfg = dataclasses.replace(tiny, layers=layers)
     shapes = jax.eval_shape(
-      lambda key, cfg=cfg: model.init(cfg, key), jax.random.key(0))
+      lambda key, cfg=cfg: model.init(cfg, key), jax.random.key(0)
+    )
     program = jax.make_jaxpr(
-      lambda p, cfg=cfg: model.full_logits(
-        cfg, p, jnp.zeros((1, 4), jnp.int32)))(shapes)
+      lambda p, cfg=cfg: model.full_logits(cfg, p, jnp.zeros((1, 4), jnp.int32))
+    )(shapes)
     sizes.append(len(re.findall('\n', str(program))))
   assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize('name, size', [
-  # By hand from the published tables of shapes: embedding and head, layers
-  # of attention, MLP and norms, and the last norm.
-  ('llada_8b', 2 * 126464 * 4096
-   + 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096) + 4096),
-  ('dream_7b', 2 * 152064 * 3584
-   + 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3584 + 2 * 512
-           + 3 * 3584 * 18944 + 2 * 3584) + 3584),
-  ('sdar_8b', 2 * 151936 * 4096
-   + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 2 * 128
-           + 3 * 4096 * 12288 + 2 * 4096) + 4096),
-])
+@pytest.mark.parametrize(
+  'name, size',
+  [
+    # By hand from the published tables of shapes: embedding and head, layers
+    # of attention, MLP and norms, and the last norm.
+    (
+      'llada_8b',
+      2 * 126464 * 4096
+      + 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096)
+      + 4096,
+    ),
+    (
+      'dream_7b',
+      2 * 152064 * 3584
+      + 28
+      * (
+        2 * 3584**2
+        + 2 * 3584 * 512
+        + 3584
+        + 2 * 512
+        + 3 * 3584 * 18944
+        + 2 * 3584
+      )
+      + 3584,
+    ),
+    (
+      'sdar_8b',
+      2 * 151936 * 4096
+      + 36
+      * (2 * 4096**2 + 2 * 4096 * 1024 + 2 * 128 + 3 * 4096 * 12288 + 2 * 4096)
+      + 4096,
+    ),
+  ],
+)
 def test_presets_have_the_published_size(name, size):
   cfg = model.ModelConfig(**model.PRESETS[name])
   shapes = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))

@@ -1,0 +1,67 @@
+"""Seconds per optimizer step, as one JSON line.
+
+python -m benchmarks.train_step --size=tiny [--rows=64] [--draws=4] ...
+
+A full update: K masked copies, log-probs, loss, gradient, AdamW. Compile time
+is apart; times are medians of --repeats with minimum and maximum.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common
+from dmpo_jax import optim, rng, step
+from dmpo_jax.objectives import dmpo
+from dmpo_jax.types import TrainBatch
+
+
+def make_batch(args, cfg, key, group):
+  shape = (args.rows, args.prompt + args.length)
+  rows = jnp.zeros((args.rows,))
+  return TrainBatch(
+      tokens=jax.random.randint(key, shape, 0, cfg.vocab - 1),
+      valid=jnp.ones(shape, bool),
+      completion=jnp.ones((args.rows, args.length), bool),
+      row=jnp.arange(args.rows), weight=jnp.sin(jnp.arange(args.rows) * 1.0),
+      positive=rows + 1 / group, elbo_old=rows[:, None],
+      norm=jnp.float32(args.rows / group), total=jnp.float32(args.rows))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  common.arguments(parser)
+  parser.add_argument('--draws', type=int, default=4)
+  parser.add_argument('--microbatches', type=int, default=1)
+  parser.add_argument('--lora', type=int, default=0, help='rank; 0 = full')
+  parser.add_argument('--baseline', default='individual',
+                      choices=dmpo.BASELINES)
+  args = parser.parse_args()
+  cfg, params = common.make_model(args)
+  name = 'lora' if args.lora else 'params'
+  trainable = {name: params[name]}
+  frozen = {'params': params['params']} if args.lora else {}
+  optimizer = optim.make_optimizer(1e-4, 10, 0.9, 0.99, 1e-8, 0.1, 1.0)
+  state = step.init_state(trainable, optimizer)
+  group = min(8, args.rows)
+  batch = make_batch(args, cfg, jax.random.key(1), group)
+  hp = dmpo.Config(draws=args.draws, baseline=args.baseline)
+
+  def run(state, frozen, batch):
+    return step.train_step(
+        state, frozen, batch, rng.key_for(0, 'mask'), 0, cfg=cfg,
+        objective=dmpo.OBJECTIVE, hp=hp, optimizer=optimizer, group=group,
+        microbatches=args.microbatches)
+
+  times, _ = common.measure(jax.jit(run), args.repeats, state, frozen, batch)
+  tokens = args.rows * args.draws * (args.prompt + args.length)
+  common.show(args, cfg, params, times, {
+      'seconds_per_step': times['median'],
+      'tokens_per_second': tokens / times['median'], 'draws': args.draws,
+      'microbatches': args.microbatches, 'baseline': args.baseline,
+      'lora': args.lora})
+
+
+if __name__ == '__main__':
+  main()

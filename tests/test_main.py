@@ -1,0 +1,324 @@
+"""The command line: what it refuses, in which words, and what it settles."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import main
+from configs import base
+from dmpo_jax import build, evaluate, metrics, report, sft, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = """
+from configs import base
+
+SWEEPS = ('rates',)
+
+
+def get_config():
+  c = base.get_config()
+  c.update_from_flattened_dict({
+      'name': 'mine', 'train.prompts': 2, 'train.group': 4,
+      'train.microbatches': 1, 'sft.batch': 8, 'eval.batch': 8})
+  return c
+
+
+def sweep(name):
+  return {'rates': [{'optim.lr': 1e-3}, {'optim.lr': 1e-4, 'seed': 7}]}[name]
+"""
+
+
+def tiny(**changes):
+  c = base.get_config()
+  c.update_from_flattened_dict({
+      'train.prompts': 2, 'train.group': 4, 'train.microbatches': 1,
+      'sft.batch': 8, 'eval.batch': 8})
+  c.update_from_flattened_dict(changes)
+  return c
+
+
+@pytest.fixture
+def config_file(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(CONFIG)
+  return str(path)
+
+
+@pytest.fixture
+def command(config_file, monkeypatch, tmp_path):
+  """Runs main as `python main.py --config=... args` would, in tmp_path."""
+  monkeypatch.setattr(main, 'quiet', lambda: None)
+  monkeypatch.chdir(tmp_path)
+
+  def call(*args, function=None):
+    saved = flagsaver.save_flag_values()
+    # ml_collections looks for overrides in sys.argv, whatever it is given.
+    argv = ['main.py', f'--config={config_file}', *args]
+    monkeypatch.setattr(sys, 'argv', argv)
+    try:
+      rest = main.parse(argv)
+      return (function or main.start)(rest)
+    finally:
+      flagsaver.restore_flag_values(saved)
+      flags.FLAGS.unparse_flags()
+  return call
+
+
+def sub(*args, folder):
+  """The command in a process of its own."""
+  return subprocess.run(
+      [sys.executable, ROOT / 'main.py', *args], cwd=folder,
+      env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True,
+      text=True, timeout=120)
+
+
+# --- what cannot run is refused before anything is compiled
+
+
+IMPOSSIBLE = {
+    "sampler.pick = 'confidense'.*did you mean 'confidence'":
+        {'sampler.pick': 'confidense'},
+    "eval.sampler.pick = 'margn'.*did you mean 'margin'":
+        {'eval.sampler.pick': 'margn'},
+    "data.task = 'sudoko'.*did you mean 'sudoku'": {'data.task': 'sudoko'},
+    "objective.name = 'dmppo'.*did you mean 'dmpo'":
+        {'objective.name': 'dmppo'},
+    "model.preset = 'tinny'.*did you mean 'tiny'": {'model.preset': 'tinny'},
+    "data.style = 'zzz' must be one of bare, chat$": {'data.style': 'zzz'},
+    "data.protocol = 'stric'.*'strict'": {'data.protocol': 'stric'},
+    "logprob.estimator = 'elbow'.*'elbo'": {'logprob.estimator': 'elbow'},
+    "logprob.elbo = 'paperr'.*'paper'": {'logprob.elbo': 'paperr'},
+    "model.dtype = 'float16'.*one of float32": {'model.dtype': 'float16'},
+    "sampler.parallel = 'jitt'.*'jit'": {'sampler.parallel': 'jitt'},
+    'group = 8 rows must be a multiple of 8 .*microbatches = 24':
+        {'train.microbatches': 3},
+    'group = 6 rows must be a multiple of 8': {'train.group': 3},
+    'eval.batch = 9 must be a multiple of the 8': {'eval.batch': 9},
+    'sft.batch = 9 must be a multiple of the 8':
+        {'sft.batch': 9, 'sft.steps': 1},
+    r'^  sampler.block = 5 must divide sampler.length = 16':
+        {'sampler.block': 5},
+    r'^  eval.sampler.block = 5 must divide': {'eval.sampler.block': 5},
+    'sampler.steps = 17 must be a multiple.*at most': {'sampler.steps': 17},
+    'sampler.temperature = -1.0 must be >= 0': {'sampler.temperature': -1.0},
+    'sampler.threshold = 1.5 must be in': {'sampler.threshold': 1.5},
+    'objective.draws = 3 must be even': {'objective.draws': 3},
+    'objective.alpha = -1.0 must be >= 0': {'objective.alpha': -1.0},
+    'logprob.draws = 3 must be even': {'logprob.draws': 3},
+    'logprob.low = 0.9, logprob.high = 0.5':
+        {'logprob.low': 0.9, 'logprob.high': 0.5},
+    'trajectory needs sampler.temperature > 0':
+        {'logprob.estimator': 'trajectory', 'sampler.temperature': 0.0},
+    'logprob.tail = False has no meaning':
+        {'logprob.estimator': 'trajectory', 'logprob.tail': False},
+    'train.group = 1 must be >= 2': {'train.group': 1},
+    'optim.lr = -1.0 must be >= 0': {'optim.lr': -1.0},
+    'optim.lr = nan must be >= 0': {'optim.lr': float('nan')},
+    'checkpoint.every = 0 must be >= 1': {'checkpoint.every': 0},
+    'mesh.data, mesh.fsdp, mesh.tensor = 0, 3, 1': {'mesh.fsdp': 3},
+    'sampler.parallel = pmap needs replicated':
+        {'sampler.parallel': 'pmap', 'mesh.fsdp': 2},
+    'model.head_chunk = 5 must divide': {'model.head_chunk': 5},
+    'model.heads = 3 must divide model.width = 64':
+        {'model.heads': 3, 'model.kv_heads': 3},
+    'model.kv_heads = 3': {'model.kv_heads': 3},
+    "data.tokenizer = 'nowhere' must be": {'data.tokenizer': 'nowhere'},
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize('said', IMPOSSIBLE)
+def test_refused_before_compilation(said, monkeypatch):
+  """One sentence that names the field, and no jit before it."""
+  def compiles(*_, **__):
+    raise AssertionError('compiled before the config was checked')
+  monkeypatch.setattr(build, 'compiled', compiles)
+  with pytest.raises(ValueError, match=f'(?m){said}'):
+    build.build(tiny(**IMPOSSIBLE[said]))
+
+
+def test_all_complaints_at_once():
+  """A config with three faults is told of three."""
+  with pytest.raises(ValueError) as info:
+    build.check(tiny(**{'objective.alpha': -1.0, 'sampler.block': 5,
+                        'data.task': 'chess'}))
+  assert str(info.value).startswith('this config cannot run:')
+  assert len(str(info.value).splitlines()) == 4
+
+
+def test_the_defaults_of_the_tests_can_run():
+  """The control of the table above."""
+  build.check(tiny())
+
+
+# --- flags
+
+
+def test_misspelt_field(command):
+  """The nearest field is named, and the exit is a sentence."""
+  with pytest.raises(SystemExit) as info:
+    command('--config.optim.lrr=1')
+  assert "config = 'optim.lrr' is not a field" in str(info.value)
+  assert "did you mean 'optim.lr'" in str(info.value)
+
+
+def test_wrong_type(command):
+  """A word where a number belongs is an error that names the flag."""
+  with pytest.raises(SystemExit) as info:
+    command('--config.train.group=many')
+  assert 'error:' in str(info.value) and 'train.group' in str(info.value)
+
+
+def test_stray_argument(command):
+  """`config.seed=1` without its dashes is not silently dropped."""
+  with pytest.raises(SystemExit, match='config.seed=1.*--name=value'):
+    command('config.seed=1')
+
+
+def test_sweep_points(command, config_file):
+  """Point i is applied; set twice, out of range and unknown are refused."""
+  def applied(*args):
+    def read(_):
+      c = main.CONFIG.value
+      main.apply_sweep(c, flags.FLAGS['config'], main.SWEEP.value)
+      return c
+    return command(*args, function=read)
+  c = applied('--sweep=rates:1', '--config.train.inner=3')
+  assert (c.optim.lr, c.seed, c.train.inner, c.name) == (1e-4, 7, 3, 'mine')
+  assert applied('--sweep=rates:0').optim.lr == 1e-3
+  for bad in ('rates:2', 'rates', 'rates:x', 'rates:-1'):
+    with pytest.raises(ValueError, match='rates:i with i from 0 to 1'):
+      applied(f'--sweep={bad}')
+  with pytest.raises(ValueError, match="'optim.lr'.*set both by --sweep"):
+    applied('--sweep=rates:0', '--config.optim.lr=1')
+  # A point is still only a config: the file itself is not changed.
+  assert main.module(config_file).get_config().seed == 0
+
+
+# --- the workdir
+
+
+def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
+  """Same config, same folder; any field moves it; config.json is inside."""
+  monkeypatch.chdir(tmp_path)
+  first = main.settle(tiny(), '')
+  assert main.settle(tiny(), '') == first
+  assert first.startswith('runs/base-')
+  others = [main.settle(tiny(**change), '') for change in (
+      {'seed': 1}, {'optim.lr': 1.0}, {'name': 'x'})]
+  assert len({first, *others}) == 4
+  written = json.loads((tmp_path / first / 'config.json').read_text())
+  assert build.flatten(written) == build.flatten(tiny())
+
+
+def test_workdir_of_another_config(tmp_path):
+  """It is refused, and what differs is listed; log.* may differ."""
+  workdir = str(tmp_path / 'run')
+  assert main.settle(tiny(), workdir) == workdir
+  before = (tmp_path / 'run' / 'config.json').read_text()
+  with pytest.raises(ValueError) as info:
+    main.settle(tiny(**{'optim.lr': 0.5, 'train.inner': 7}), workdir)
+  said = str(info.value)
+  assert f'--workdir={workdir}' in said and 'seed' not in said
+  assert f'optim.lr: {tiny().optim.lr!r} there, 0.5 here' in said
+  assert 'train.inner: ' in said and ', 7 here' in said
+  assert (tmp_path / 'run' / 'config.json').read_text() == before
+  main.settle(tiny(**{'log.samples': 9}), workdir)
+
+
+def test_command_settles_and_trains_once(command, monkeypatch, tmp_path,
+                                         capsys):
+  """Training leaves results; the same command then says that it is done."""
+  params = {'params': {}}
+  monkeypatch.setattr(sft, 'run', lambda *_: (params, 2.0))
+  monkeypatch.setattr(train, 'run', lambda *_: (params, 3.0))
+  monkeypatch.setattr(
+      evaluate, 'accuracy', lambda *_: ({'accuracy': 0.5, 'reward': 1.0},
+                                        [{'completion': 'x'}]))
+  monkeypatch.setattr(report, 'curves', lambda workdir: None)
+  monkeypatch.setattr(report, 'summary', lambda workdir: 'the summary')
+  command('--workdir=run', '--config.seed=3')
+  assert capsys.readouterr().out == 'the summary\n'
+  results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+  assert results['base'] == results['final'] == {
+      'accuracy': 0.5, 'reward': 1.0}
+  assert results['seconds']['total'] == 5.0 and results['seed'] == 3
+  assert results['config'] == 'mine' and 'jax' in results['versions']
+  assert (tmp_path / 'run' / 'test_final.jsonl').read_text() == (
+      '{"completion": "x"}\n')
+  assert (tmp_path / 'run' / 'tokenizer' / 'tokenizer.json').exists()
+
+  def again(*_):
+    raise AssertionError('a finished run was run again')
+  monkeypatch.setattr(train, 'run', again)
+  command('--workdir=run', '--config.seed=3')
+  out = capsys.readouterr().out
+  assert 'this run is done' in out and 'the summary' in out
+  with pytest.raises(SystemExit, match='seed: 3 there, 4 here'):
+    command('--workdir=run', '--config.seed=4')
+
+
+def test_only_the_base_model(command, monkeypatch, capsys):
+  """--mode=sft stops after supervised training and leaves no results."""
+  monkeypatch.setattr(sft, 'run', lambda *_: ({}, 2.0))
+  command('--workdir=run', '--mode=sft')
+  assert 'base model in run/sft' in capsys.readouterr().out
+  assert not os.path.exists('run/results.json')
+
+
+def test_bad_numbers_are_one_sentence(command, monkeypatch):
+  """A run that stops on nan ends with the sentence, not with a traceback."""
+  def stop(*_):
+    raise FloatingPointError('not finite at update 3')
+  monkeypatch.setattr(sft, 'run', stop)
+  monkeypatch.delenv('DMPO_TRACEBACK', raising=False)
+  with pytest.raises(SystemExit, match='^error: not finite at update 3$'):
+    command('--workdir=run')
+  monkeypatch.setenv('DMPO_TRACEBACK', '1')
+  with pytest.raises(FloatingPointError):
+    command('--workdir=run')
+
+
+def test_report_mode(command, monkeypatch, capsys):
+  """It needs a workdir only: curves, and a summary of a finished run."""
+  monkeypatch.setattr(report, 'curves', lambda workdir: f'{workdir}/c.png')
+  os.makedirs('run')
+  with metrics.Writer('run') as writer:
+    writer.write('rl', 0, {'reward': 1.0})
+  command('--workdir=run', '--mode=report')
+  assert capsys.readouterr().out == 'run/c.png\n'
+
+
+# --- data files
+
+
+def test_bad_data_file_names_its_line(tmp_path):
+  """Before anything is compiled, as file:line."""
+  path = tmp_path / 'bad.csv'
+  path.write_text('Puzzle,Solution\n' + '0' * 16 + ',oops\n')
+  built = build.build(tiny(**{'data.path': str(path)}))
+  with pytest.raises(ValueError, match=r'bad\.csv:2: '):
+    build.problems(built, 'train')
+
+
+def test_errors_of_the_real_command(tmp_path):
+  """In a process of its own: one line on stderr, exit code 1."""
+  config = str(ROOT / 'configs' / 'quickstart.py')
+  done = sub(f'--config={config}', '--config.sampler.pik=random',
+             folder=tmp_path)
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  assert "did you mean 'sampler.pick'" in done.stderr
+  done = sub(f'--config={config}', '--config.sampler.block=5',
+             folder=tmp_path)
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  assert 'error: this config cannot run' in done.stderr
+  assert 'sampler.block = 5 must divide' in done.stderr
+  assert list(tmp_path.iterdir()) == []  # nothing was begun
+  assert jax.device_count() == 8  # and nothing here was touched

@@ -1,0 +1,202 @@
+"""Sharding rules, and that no mesh changes what an update computes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from configs import base
+from dmpo_jax import build, mesh, model, optim, rng, step
+from dmpo_jax.types import TrainBatch
+
+MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2))
+R, PROMPT, L = 8, 4, 16
+
+
+def grid(*shape):
+  return mesh.make_mesh(*shape)
+
+
+def settings(shape):
+  """A tiny config on a mesh; an update has eight rows."""
+  c = base.get_config()
+  c.update_from_flattened_dict({
+      'model.width': 16, 'model.layers': 1, 'model.heads': 2,
+      'model.kv_heads': 2, 'model.mlp': 16, 'train.prompts': 2,
+      'train.group': 4, 'train.microbatches': 1, 'objective.draws': 2,
+      'mesh.data': shape[0], 'mesh.fsdp': shape[1], 'mesh.tensor': shape[2]})
+  return c
+
+
+def every_leaf():
+  """Shapes of a state with every kind of parameter, adapter and moment."""
+  cfg = model.ModelConfig(
+      vocab=8, mask_id=7, eos_id=6, pad_id=6, width=16, layers=2, heads=4,
+      kv_heads=2, mlp=24, lora_rank=4, qkv_bias=True, qk_norm=True)
+  params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+  optimizer = optim.make_optimizer(1e-3, 5, 0.9, 0.99, 1e-8, 0.1, 1.0)
+  return jax.eval_shape(lambda p: step.init_state(p, optimizer), params)
+
+
+def leaves(tree):
+  return {mesh.path_of(path): leaf for path, leaf in
+          jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+@pytest.mark.smoke
+def test_every_leaf_has_a_rule():
+  """Parameters, biases, adapters, moments and counters: all are matched."""
+  state = every_leaf()
+  for shape in MESHES:
+    found = leaves(mesh.shardings(state, grid(*shape)))
+    assert found.keys() == leaves(state).keys()
+  names = '\n'.join(found)
+  for part in ('q/kernel', 'q/bias', 'q_norm/scale', 'down/a', 'down/b',
+               'mu/params/embedding', 'nu/lora', 'count', 'step', 'head'):
+    assert part in names
+
+
+def test_moments_lie_as_their_parameters():
+  """One rule serves a parameter and Adam's two numbers for it."""
+  found = leaves(mesh.shardings(every_leaf(), grid(2, 2, 2)))
+  for path, sharding in found.items():
+    for moment in ('/mu/', '/nu/'):
+      if moment in path:
+        own = 'trainable/' + path.split(moment)[1]
+        assert found[own].spec == sharding.spec
+
+
+def test_every_rule_is_used():
+  """No line of the table is dead: each is some leaf's first match."""
+  import re
+  first = {next(i for i, (pattern, _) in enumerate(mesh.RULES)
+                if re.search(pattern, path)) for path in leaves(every_leaf())}
+  assert first == set(range(len(mesh.RULES)))
+
+
+def test_matrices_are_split():
+  """On (2, 2, 2) every matrix of the model is split over four devices."""
+  found = leaves(mesh.shardings(every_leaf().trainable['params'],
+                                grid(2, 2, 2)))
+  for path, sharding in found.items():
+    used = {axis for axis in sharding.spec if axis}
+    if path.endswith(('kernel', 'embedding', 'head')):
+      assert used == {'fsdp', 'tensor'}, path
+    else:
+      assert used == ({'tensor'} if path.endswith('bias') else set()), path
+
+
+def test_unknown_leaf():
+  """A leaf without a rule is an error: nothing is replicated silently."""
+  tree = {'params': {'router': {'table': jax.ShapeDtypeStruct((4, 4), 'f4')}}}
+  with pytest.raises(ValueError, match='params/router/table.*mesh.RULES'):
+    mesh.shardings(tree, grid())
+
+
+def test_axes_that_do_not_divide():
+  """A dimension that the devices do not divide stays whole."""
+  leaf = jax.ShapeDtypeStruct((3, 6, 10), jnp.float32)
+  spec = functools.partial(mesh.spec_of, 'layers/q/kernel')
+  assert spec(leaf, grid(2, 2, 2)) == P(None, 'fsdp', 'tensor')
+  assert spec(leaf, grid(2, 4, 1)) == P(None, None, 'tensor')
+  assert spec(leaf, grid(2, 1, 4)) == P(None, 'fsdp', None)
+  # Adafactor-like moments of a lower rank keep the axes that they have.
+  vector = jax.ShapeDtypeStruct((8,), jnp.float32)
+  assert mesh.spec_of('embedding', vector, grid(2, 2, 2)) == P('tensor')
+
+
+def test_mesh_errors():
+  """The product must be the devices; 0 takes what is left."""
+  assert dict(grid(0, 2, 2).shape) == dict(data=2, fsdp=2, tensor=2)
+  assert dict(grid().shape) == dict(data=8, fsdp=1, tensor=1)
+  for shape in ((3, 1, 1), (0, 3, 1), (0, 16, 1), (8, 2, 1)):
+    with pytest.raises(ValueError, match='mesh.data .* the 8 devices'):
+      mesh.make_mesh(*shape)
+
+
+def test_put_and_fetch():
+  """Host -> devices -> host, whole or by rows, keeps values and types."""
+  for shape in MESHES:
+    for make in (mesh.rows, mesh.replicated):
+      for x in (np.arange(48, dtype=np.int32).reshape(16, 3),
+                np.arange(16) % 3 == 0):
+        y = mesh.put(x, make(grid(*shape)))
+        assert y.dtype == x.dtype and len(y.sharding.device_set) == 8
+        back = mesh.fetch({'x': y})['x']
+        assert isinstance(back, np.ndarray)
+        np.testing.assert_array_equal(back, x)
+  by_row = mesh.put(np.arange(16), mesh.rows(grid(2, 2, 2)))
+  assert {s.data.shape for s in by_row.addressable_shards} == {(4,)}
+
+
+# --- an update
+
+
+def random_batch():
+  rng_ = np.random.default_rng(0)
+  tokens = rng_.integers(0, 90, (R, PROMPT + L)).astype(np.int32)
+  valid = np.ones((R, PROMPT + L), bool)
+  valid[::2, :2] = False
+  weight = rng_.normal(size=R).astype(np.float32)
+  return TrainBatch(tokens, valid, np.ones((R, L), bool),
+                    np.arange(R, dtype=np.int32), weight, weight,
+                    np.zeros((R, 2), np.float32), np.float32(2), np.float32(R))
+
+
+def placed(tree, shape):
+  """A tree of host arrays on a mesh by RULES."""
+  return jax.tree.map(mesh.put, tree, mesh.shardings(tree, grid(*shape)))
+
+
+@pytest.fixture(scope='module')
+def plain():
+  """(params, new params, metrics) of step.train_step on one device."""
+  built = build.build(settings(MESHES[0]))
+  c = built.config
+  optimizer = optim.make_optimizer(**c.optim)
+  params = jax.jit(lambda: model.init(
+      built.model, rng.key_for(0, 'init')))()
+  fn = jax.jit(functools.partial(
+      step.train_step, cfg=built.model, objective=built.objective,
+      hp=built.hp, optimizer=optimizer, group=c.train.group))
+  state, metrics = fn(step.init_state(params, optimizer), {}, random_batch(),
+                      rng.key_for(0, 'mask'), 1)
+  return jax.device_get((params, state, metrics))
+
+
+@pytest.mark.parametrize('shape', MESHES)
+def test_update_is_the_same_on_every_mesh(shape, plain):
+  """The compiled update against the plain one: state and metrics."""
+  params, want, metrics = plain
+  built = build.build(settings(shape))
+  state = built.steps.start(placed(params, shape))
+  for path, leaf in leaves(state).items():
+    spec = mesh.spec_of(path, leaf, built.mesh)
+    assert leaf.sharding.is_equivalent_to(
+        jax.sharding.NamedSharding(built.mesh, spec), leaf.ndim), path
+  abstract = build.abstract_batch(built, PROMPT)
+  batch = jax.tree.map(lambda x, to: mesh.put(x, to.sharding),
+                       random_batch(), abstract)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
+      lambda x: (x.shape, x.dtype), abstract)
+  new, numbers = built.steps.update(state, {}, batch, 1)
+  numbers = mesh.fetch(numbers)
+  assert float(numbers['finite']) == 1 and float(numbers['grad_norm']) > 1e-2
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, numbers, metrics)
+  got = mesh.fetch(new)
+  # Adam divides by the root of the square: compare its moments, which are
+  # the gradient, tightly, and the weights within a fraction of the rate.
+  jax.tree.map(close, got.opt_state, want.opt_state)
+  jax.tree.map(functools.partial(close, atol=2e-6), got.trainable,
+               want.trainable)
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), got.trainable, params)
+  assert min(jax.tree.leaves(moved)) > 5e-6  # lr/warmup = 1e-5
+
+
+def test_golden(plain):
+  """The gradient norm of the fixed update."""
+  assert float(plain[2]['grad_norm']) == pytest.approx(3.59372, rel=1e-3)

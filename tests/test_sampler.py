@@ -1,0 +1,416 @@
+"""The sampler against a plain loop, and what its draws must not depend on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from dmpo_jax import logprob, mesh, rng, sampler
+from dmpo_jax.sampler import SampleConfig
+from dmpo_jax.types import Rollouts
+
+ROWS, PROMPT = 8, 4
+KEY = rng.key_for(0, 'sample', 5)
+# 2 blocks of 4; 3 steps a block, so the schedule reveals 2, 1 and 1.
+BASE = SampleConfig(
+  length=8,
+  block=4,
+  steps=6,
+  temperature=0.8,
+  threshold=0.6,
+  factor=0.9,
+  entropy_bound=0.8,
+)
+QUOTA = [2, 1, 1]
+RANKED = ('confidence', 'threshold', 'factor')  # that look at hp.rank
+
+
+def case(shift=False, **fields):
+  return shift, dataclasses.replace(BASE, **fields)
+
+
+CASES = {pick: case(pick=pick) for pick in sampler.PICKS}
+CASES |= {f'{p} max': case(pick=p, rank='max') for p in RANKED}
+# At temperature 0 both ranks are one: the proposal is the best token.
+CASES |= {
+  'greedy confidence': case(temperature=0.0),
+  'greedy threshold': case(temperature=0.0, pick='threshold', rank='max'),
+  'greedy margin': case(temperature=0.0, pick='margin'),
+  'greedy entropy': case(temperature=0.0, pick='entropy', entropy_bound=2.0),
+  'guidance': case(pick='random', guidance=0.7),
+  'shift, guidance': case(True, pick='threshold', guidance=0.7),
+  'dual': case(cache='dual'),
+  'dual, shift, guidance': case(
+    True, cache='dual', pick='threshold', guidance=0.7
+  ),
+}
+EXACT = [name for name in CASES if 'dual' not in name]
+
+
+@pytest.fixture(scope='module')
+def sharp(params):
+  """Weights whose confidences are spread over (0, 1)."""
+  tree = params['params']
+  return {'params': {**tree, 'head': 1.5 * tree['head']}}
+
+
+@pytest.fixture(scope='module')
+def prompts():
+  """(prompts, valid, row ids): left padding of 0 to 3, ids in no order."""
+  draw = np.random.default_rng(0)
+  tokens = draw.integers(8, size=(ROWS, PROMPT)).astype(np.int32)
+  valid = np.arange(PROMPT) >= np.arange(ROWS)[:, None] % 4
+  return tokens, valid, np.array([5, 3, 900, 4, 0, 1, 77, 2])
+
+
+def config(tiny, shift):
+  return dataclasses.replace(tiny, shift=shift)
+
+
+def sampling(cfg, hp):
+  """The sampler as a function of arrays."""
+
+  def run(params, prompts, valid, row):
+    keys = rng.row_keys(KEY, row)
+    return sampler.sample(cfg, params, prompts, valid, keys, hp)
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def run(tiny, sharp, prompts):
+  """run(name, weights, batch) -> Rollouts on the host; compiled once."""
+
+  @functools.cache
+  def compiled(name):
+    shift, hp = CASES[name]
+    return jax.jit(sampling(config(tiny, shift), hp))
+
+  @functools.cache
+  def usual(name):
+    return jax.device_get(compiled(name)(sharp, *prompts))
+
+  def run(name, weights=None, batch=None):
+    if weights is None and batch is None:
+      return usual(name)
+    return jax.device_get(compiled(name)(weights or sharp, *(batch or prompts)))
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def noise(tiny, prompts):
+  """noise(row)(step): what the row's key gives at that step."""
+
+  @jax.jit
+  def table(row):
+    def one(key, step):
+      gumbel, uniform = jax.random.split(jax.random.fold_in(key, step))
+      return (
+        jax.random.gumbel(gumbel, (BASE.block, tiny.vocab)),
+        jax.random.uniform(uniform, (BASE.block,)),
+      )
+
+    keys = rng.row_keys(KEY, row)
+    steps = jnp.arange(BASE.length)
+    return jax.vmap(lambda k: jax.vmap(lambda s: one(k, s))(steps))(keys)
+
+  gumbel, uniform = jax.device_get(table(prompts[2]))
+  return lambda row: lambda step: (gumbel[row, step], uniform[row, step])
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_equals_the_plain_loop(name, tiny, sharp, prompts, run, noise):
+  """Tokens, order and log-probs of a row are those of a loop over one
+  sequence without padding."""
+  shift, hp = CASES[name]
+  out = run(name)
+  for row in range(4):  # one of each amount of padding
+    prompt = prompts[0][row][prompts[1][row]]
+    tokens, order, logp, steps = reference.sample(
+      config(tiny, shift), sharp, prompt, hp, noise(row)
+    )
+    np.testing.assert_array_equal(out.tokens[row, PROMPT:], tokens)
+    np.testing.assert_array_equal(out.order[row], order)
+    assert out.order[row].max() + 1 == steps
+    np.testing.assert_allclose(out.logp[row], logp, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_invariants(name, tiny, prompts, run):
+  """Each position is revealed once, blocks from left to right, a step
+  reveals what its rule says, and the prompt stays."""
+  _, hp = CASES[name]
+  out = run(name)
+  assert [x.dtype.name for x in out] == [
+    'int32', 'bool', 'int32', 'float32', 'int32'
+  ]  # fmt: skip
+  np.testing.assert_array_equal(out.tokens[:, :PROMPT], prompts[0])
+  np.testing.assert_array_equal(out.valid[:, :PROMPT], prompts[1])
+  assert out.valid[:, PROMPT:].all()
+  assert (out.tokens[:, PROMPT:] != tiny.mask_id).all()
+  assert (out.logp < 0).all()
+  blocks = out.order.reshape(ROWS, -1, hp.block)
+  spent = blocks.max(2) - blocks.min(2) + 1
+  assert out.forwards == spent.max(0).sum()
+  assert (blocks[:, 0].max(1) < blocks[:, 1].min(1)).all()
+  for order in out.order:
+    counts = np.bincount(order)
+    assert counts.min() > 0  # the row's own steps, without gaps
+    if hp.pick in sampler.SCHEDULED:
+      assert list(counts) == QUOTA * 2
+    elif hp.pick == 'random_order':
+      assert list(counts) == [1] * hp.length
+  if hp.pick in ('threshold', 'factor', 'entropy'):
+    # The settings matter: neither one token a step nor the whole block.
+    assert ((spent > 1) & (spent < hp.block)).any()
+
+
+@pytest.mark.parametrize('name', ['confidence', 'threshold', 'factor'])
+def test_rank_matters(name, run):
+  """Confidence of the sampled token is not that of the best one."""
+  assert not np.array_equal(run(name).order, run(f'{name} max').order)
+
+
+@pytest.mark.parametrize('name', ['guidance', 'random_order', 'dual'])
+def test_mask_token_is_never_emitted(name, tiny, sharp, prompts, run):
+  """Though the head is all for it: the loop ends with real tokens, and the
+  recorded law is that of the others."""
+  tree = sharp['params']
+  blank = [*prompts[0][0], *[tiny.mask_id] * BASE.length]
+  best = lambda params: reference.full_logits(tiny, params, blank).argmax(1)
+  usual = tree['head'][best(sharp)[-1]]
+  head = tree['head'].at[tiny.mask_id].set(5 * usual)
+  keen = {'params': {**tree, 'head': head}}
+  assert best(keen)[-1] == tiny.mask_id
+  out = run(name, keen)
+  assert (out.tokens[:, PROMPT:] != tiny.mask_id).all()
+  np.testing.assert_array_equal(out.tokens, run(name).tokens)
+  np.testing.assert_allclose(out.logp, run(name).logp, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['greedy confidence', 'greedy margin'])
+def test_ties_go_to_the_lower_position(name, sharp, run):
+  """With a head of zeros all is equal: tokens are the first id, positions
+  come from left to right."""
+  tree = sharp['params']
+  level = {'params': {**tree, 'head': 0 * tree['head']}}
+  out = run(name, level)
+  assert (out.tokens[:, PROMPT:] == 0).all()
+  np.testing.assert_array_equal(out.order, [[0, 0, 1, 2, 3, 3, 4, 5]] * ROWS)
+
+
+@pytest.mark.parametrize('name', ['threshold', 'random', 'dual'])
+def test_rows_ignore_their_neighbours(name, prompts, run):
+  """Rows in another order, and with others in place of half of them, give
+  the same completions: draws belong to row ids."""
+  same = run(name)
+  turned = run(name, batch=tuple(x[::-1].copy() for x in prompts))
+  tokens, valid, row = (x.copy() for x in prompts)
+  tokens[4:], valid[4:], row[4:] = 1, True, np.arange(50, 54)
+  other = run(name, batch=(tokens, valid, row))
+  for field in ('tokens', 'order'):
+    whole = getattr(same, field)
+    np.testing.assert_array_equal(getattr(turned, field)[::-1], whole)
+    np.testing.assert_array_equal(getattr(other, field)[:4], whole[:4])
+  assert not np.array_equal(other.tokens[4:], same.tokens[4:])
+
+
+def test_padding_moves_nothing(prompts, run):
+  """Two more places of padding, whatever they hold, change no completion."""
+  tokens, valid, row = prompts
+  wide = np.pad(tokens, ((0, 0), (2, 0)), constant_values=6)
+  more = np.pad(valid, ((0, 0), (2, 0)))
+  same, out = run('threshold'), run('threshold', batch=(wide, more, row))
+  np.testing.assert_array_equal(out.tokens[:, 2:], same.tokens)
+  np.testing.assert_array_equal(out.order, same.order)
+  np.testing.assert_allclose(out.logp, same.logp, atol=1e-4)
+
+
+def test_devices(tiny, sharp, prompts, run):
+  """One device, a mesh of eight (weights split two ways) and pmap over
+  eight give the same completions."""
+  name = 'threshold'
+  one, go = run(name), sampling(tiny, CASES[name][1])
+  grid = mesh.make_mesh(data=2, fsdp=2, tensor=2)
+  weights = jax.tree.map(mesh.put, sharp, mesh.shardings(sharp, grid))
+  rows = [mesh.put(x, mesh.rows(grid)) for x in prompts]
+  with jax.set_mesh(grid):
+    split = mesh.fetch(jax.jit(go)(weights, *rows))
+  each = [x[:, None] for x in prompts]
+  mapped = jax.device_get(jax.pmap(go, in_axes=(None, 0, 0, 0))(sharp, *each))
+  for other in (split, mapped):
+    for field in ('tokens', 'order'):
+      found = getattr(other, field).reshape(ROWS, -1)
+      np.testing.assert_array_equal(found, getattr(one, field))
+    found = other.logp.reshape(ROWS, -1)
+    np.testing.assert_allclose(found, one.logp, atol=1e-4)
+
+
+# Distributions.
+
+
+def test_one_token_has_the_law_of_the_temperature(tiny, sharp):
+  """Frequencies of a completion of one token = softmax(logits / T) without
+  the mask token (chi square over 10 tokens); `generate` makes its own keys."""
+  count, prompt = 4000, [3, 1, 4]
+  hp = SampleConfig(length=1, block=1, steps=1, temperature=0.7)
+  out = jax.jit(
+    lambda prompts: sampler.generate(tiny, sharp, prompts, KEY, hp)
+  )(jnp.asarray([prompt] * count))
+  logits = reference.full_logits(tiny, sharp, [*prompt, tiny.mask_id])[-1]
+  logits[tiny.mask_id] = -np.inf
+  law = reference.log_softmax(logits / 0.7)
+  drawn = np.asarray(out.tokens[:, -1])
+  np.testing.assert_allclose(out.logp[:, 0], law[drawn], atol=1e-4)
+  chi_square(np.bincount(drawn, minlength=tiny.vocab), np.exp(law))
+
+
+def test_random_order_has_the_enumerated_law(tiny, params):
+  """All 27 completions of 3 tokens come as often as the sum over the 6
+  orders says."""
+  cfg = dataclasses.replace(tiny, vocab=4, mask_id=3, eos_id=2, pad_id=1)
+  tree = params['params']
+  small = {'params': {
+    **tree, 'embedding': tree['embedding'][:4], 'head': 2 * tree['head'][:4]
+  }}  # fmt: skip
+  hp = SampleConfig(3, 3, 1, temperature=0.9, pick='random_order')
+  law = reference.random_order_law(cfg, small, (1, 2), 3, 0.9)
+  assert len(law) == 27 and abs(sum(law.values()) - 1) < 1e-9
+  out = jax.jit(lambda prompts: sampler.generate(cfg, small, prompts, KEY, hp))(
+    jnp.asarray([[1, 2]] * 6000)
+  )
+  names, seen = np.unique(out.tokens[:, 2:], axis=0, return_counts=True)
+  seen = dict(zip(map(tuple, names.tolist()), seen, strict=True))
+  chi_square([seen.get(x, 0) for x in law], list(law.values()))
+
+
+def chi_square(seen, law):
+  """Counts against their law; passes but for 1 in 10,000 true laws."""
+  seen, law = np.asarray(seen), np.asarray(law)
+  assert (seen[law == 0] == 0).all()
+  want = seen.sum() * law[law > 0]
+  free = len(want) - 1
+  statistic = np.sum((seen[law > 0] - want) ** 2 / want)
+  # Wilson and Hilferty's normal approximation, at 3.72 deviations.
+  limit = free * (1 - 2 / (9 * free) + 3.72 * (2 / (9 * free)) ** 0.5) ** 3
+  assert statistic < limit
+
+
+# Trajectories.
+
+
+@pytest.fixture(scope='module')
+def trajectory(tiny):
+  """trajectory(name, weights, rollouts): compiled once for each law."""
+
+  @functools.cache
+  def compiled(shift, law):
+    return jax.jit(
+      lambda params, rollouts: logprob.trajectory_logp(
+        config(tiny, shift), params, rollouts, dict(law)
+      )
+    )
+
+  def run(name, weights, rollouts):
+    shift, hp = CASES[name]
+    law = tuple(hp.law().items())
+    return jax.device_get(compiled(shift, law)(weights, rollouts))
+
+  return run
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_trajectory_is_what_was_recorded(name, sharp, run, trajectory):
+  """Scoring the recorded states under the same weights gives back the
+  recorded log-probs, whatever picked the positions."""
+  out = run(name)
+  now, then = trajectory(name, sharp, out)
+  np.testing.assert_allclose(then, out.logp.sum(1), rtol=1e-5)
+  np.testing.assert_allclose(now, then, rtol=1e-4, atol=1e-3)
+
+
+def test_trajectory_under_other_weights(
+  tiny, sharp, params, prompts, run, trajectory
+):
+  """Under another policy: its log-probs on the recorded states."""
+  out = run('threshold')
+  now, then = trajectory('threshold', params, out)
+  np.testing.assert_allclose(then, out.logp.sum(1), rtol=1e-5)
+  assert np.max(np.abs(now - then)) > 0.5
+  for row in range(3):
+    want = reference.trajectory_logp(
+      tiny, params, prompts[0][row][prompts[1][row]],
+      out.tokens[row, PROMPT:], out.order[row], BASE,
+    )  # fmt: skip
+    np.testing.assert_allclose(now[row], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize('states', [4, 3])
+def test_some_states_stand_for_all(states, tiny, sharp, run):
+  """With n of S = 8 states the mean over keys is the whole sum, under the
+  weights and as recorded. If n divides S an even stratum is a residue: the
+  estimate then takes S/n values, each as often, whose mean is exact."""
+  copies = 400
+  out = run('random_order')
+  rows = Rollouts(*(np.repeat(x[:1], copies, 0) for x in out[:4]), np.int32(0))
+  found = jax.jit(
+    lambda rows: logprob.trajectory_logp(
+      tiny, sharp, rows, BASE.law(), states, KEY, jnp.arange(copies)
+    )
+  )(rows)
+  by_step = out.logp[0][np.argsort(out.order[0])]
+  for values in map(np.asarray, found):
+    error = values.std() / copies**0.5
+    assert abs(values.mean() - by_step.sum()) < 4 * error
+    if states == 4:
+      options = np.array([2 * by_step[::2].sum(), 2 * by_step[1::2].sum()])
+      off = np.abs(values[:, None] - options)
+      assert off.min(1).max() < 1e-3 < abs(options[0] - options[1])
+      assert 140 < off.argmin(1).sum() < 260
+  np.testing.assert_allclose(found[0], found[1], atol=1e-3)
+
+
+# Settings.
+
+
+@pytest.mark.parametrize('fields, says', [
+  (dict(block=3), 'sampler.block = 3 must divide sampler.length = 8'),
+  (dict(block=0), 'sampler.block = 0'),
+  (dict(length=0), 'sampler.length = 0'),
+  (dict(steps=5), 'sampler.steps = 5 must be a multiple of the 2 blocks'),
+  (dict(steps=1), 'sampler.steps = 1'),
+  (dict(steps=10), 'sampler.steps = 10'),
+  (dict(pick='best'), "sampler.pick = 'best' must be one of confidence, "),
+  (dict(rank='top'), "sampler.rank = 'top' must be one of token, max"),
+  (dict(cache='full'), "sampler.cache = 'full' must be one of none, dual"),
+  (dict(threshold=1.5), 'sampler.threshold = 1.5 must be in [0, 1]'),
+  (dict(temperature=-1.0), 'sampler.temperature = -1.0 must be >= 0'),
+  (dict(temperature=float('nan')), 'sampler.temperature = nan'),
+  (dict(factor=-0.1), 'sampler.factor = -0.1'),
+  (dict(entropy_bound=-0.1), 'sampler.entropy_bound = -0.1'),
+  (dict(guidance=-2.0), 'sampler.guidance = -2.0'),
+])  # fmt: skip
+@pytest.mark.smoke
+def test_problems(fields, says):
+  """Each impossible setting is one sentence that names the field, and
+  sampling refuses it."""
+  hp = dataclasses.replace(BASE, **fields)
+  found = sampler.problems(hp)
+  assert len(found) == 1 and says in found[0]
+  with pytest.raises(ValueError, match='sampler'):
+    sampler.sample(None, None, None, None, None, hp)
+
+
+@pytest.mark.smoke
+def test_no_problems():
+  """Good settings have none; `steps` binds the scheduled picks alone."""
+  assert sampler.problems(BASE) == []
+  for pick in set(sampler.PICKS) - set(sampler.SCHEDULED):
+    assert sampler.problems(dataclasses.replace(BASE, pick=pick, steps=5)) == []
+  both = dataclasses.replace(BASE, block=3, rank='top')
+  assert len(sampler.problems(both)) == 2

@@ -1,0 +1,385 @@
+"""A whole tiny run, interrupted in every way that matters, and resumed."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from dmpo_jax import (
+    build,
+    checkpoint,
+    data,
+    evaluate,
+    mesh,
+    metrics,
+    sft,
+    train,
+)
+
+INNER, ITERATIONS = 3, 2
+
+
+def tiny():
+  """A run of seconds: eight rows, for the eight devices of the tests."""
+  c = base.get_config()
+  changes = {
+      'model.width': 16, 'model.layers': 1, 'model.heads': 2,
+      'model.kv_heads': 2, 'model.mlp': 16, 'data.train_size': 16,
+      'data.validation_size': 11, 'data.test_size': 8, 'sampler.steps': 4,
+      'eval.sampler.steps': 4, 'eval.batch': 8, 'eval.every': 1,
+      'sft.steps': 3, 'sft.batch': 8, 'objective.draws': 2,
+      'logprob.draws': 2, 'train.iterations': ITERATIONS, 'train.prompts': 2,
+      'train.group': 4, 'train.inner': INNER, 'train.microbatches': 1,
+      'optim.lr': 1e-3, 'checkpoint.every': 1, 'log.samples': 2}
+  c.update_from_flattened_dict(changes)
+  return c
+
+
+def letters(text, example, protocol):
+  """A reward that an untrained model earns: sudoku's would all be zero."""
+  return {'letters': sum(map(str.isalpha, text)) / 16}
+
+
+@pytest.fixture(scope='module')
+def built():
+  """Compiled once; what the loops alone read is changed by `vary`."""
+  parts = build.build(tiny())
+  return parts._replace(task=parts.task._replace(reward=letters))
+
+
+def vary(built, **sections):
+  """The same compiled parts under a config that differs for the loops."""
+  c = built.config.copy_and_resolve_references()
+  for section, fields in sections.items():
+    c[section].update(fields)
+  return built._replace(config=c)
+
+
+def run(built, workdir, base_params, kill=False):
+  """train.run; `kill` leaves the writer as a killed process would."""
+  writer = metrics.Writer(workdir)
+  try:
+    params, _ = train.run(built, str(workdir), writer, base_params)
+  except BaseException:
+    if not kill:
+      writer.close()
+    raise
+  writer.close()
+  return mesh.fetch(params)
+
+
+@pytest.fixture(scope='module')
+def base_params(built, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('base')
+  with metrics.Writer(workdir) as writer:
+    params, seconds = sft.run(built, str(workdir), writer)
+  assert seconds > 0
+  rows = metrics.read(workdir)
+  assert [(r['phase'], r['step']) for r in rows] == [
+      ('sft', i) for i in (1, 2, 3)]
+  return params
+
+
+@pytest.fixture(scope='module')
+def whole(built, base_params, tmp_path_factory):
+  """(workdir, final parameters) of the run that nothing interrupts."""
+  workdir = tmp_path_factory.mktemp('whole')
+  return workdir, run(built, workdir, base_params)
+
+
+def same(a, b):
+  """Equal to the bit."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def rows(workdir):
+  """{phase: rows in order} without what the clock says."""
+  out = {}
+  for row in metrics.read(workdir):
+    kept = {k: v for k, v in row.items()
+            if k != 'time' and not k.startswith('seconds')}
+    out.setdefault(row['phase'], []).append(kept)
+  return out
+
+
+def samples(workdir):
+  with open(os.path.join(workdir, 'samples.jsonl')) as f:
+    return [json.loads(line) for line in f]
+
+
+def fail_at(built, call, how):
+  """`built` whose `call`-th update is preceded by how(batch) -> batch."""
+  calls = []
+
+  def update(state, frozen, batch, inner):
+    calls.append(inner)
+    if len(calls) == call:
+      batch = how(batch)
+    return built.steps.update(state, frozen, batch, inner)
+  return built._replace(steps=built.steps._replace(update=update))
+
+
+def interrupt(batch):
+  raise KeyboardInterrupt
+
+
+# --- a run
+
+
+def test_base_model_is_trained(built, base_params):
+  """Supervised steps change every matrix of the fresh model."""
+  fresh = mesh.fetch(built.steps.init())
+  moved = jax.tree.map(lambda a, b: (a != b).any(), fresh,
+                       mesh.fetch(base_params))
+  assert all(jax.tree.leaves(moved))
+
+
+def test_no_sft_is_the_fresh_model(built, tmp_path):
+  """sft.steps = 0 gives the initial weights and writes nothing."""
+  none = vary(built, sft={'steps': 0})
+  params, seconds = sft.run(none, str(tmp_path), None)
+  same(mesh.fetch(params), mesh.fetch(built.steps.init()))
+  assert seconds == 0 and not list(tmp_path.iterdir())
+
+
+def test_what_a_run_writes(whole, built):
+  """Every iteration and update once, with the numbers that reports show."""
+  workdir, params = whole
+  found = rows(workdir)
+  assert set(found) == {'rl', 'update', 'eval'}
+  assert [r['step'] for r in found['rl']] == list(range(ITERATIONS))
+  assert [r['step'] for r in found['update']] == list(
+      range(1, ITERATIONS * INNER + 1))
+  # eval.every = 1: before every iteration, and at the end.
+  assert [r['step'] for r in found['eval']] == [0, 1, 2]
+  for row in found['rl']:
+    assert {'reward', 'reward_std', 'accuracy', 'length', 'forwards', 'ess',
+            'coef', 'log_rnd_std', 'logp_old', 'logp_ref', 'reward/letters',
+            'tokens_per_step'} <= set(row)
+    assert row['tokens_per_step'] == 4 and row['forwards'] == 4
+    assert row['logp_old'] < 0
+  # Before the first update the policy is the reference.
+  assert found['rl'][0]['log_rnd_std'] == 0
+  assert found['rl'][1]['log_rnd_std'] > 0
+  for row in found['update']:
+    assert row['finite'] == 1 and row['grad_norm'] > 0 and 'loss' in row
+  for row in found['eval']:
+    assert {'accuracy', 'reward', 'cell_accuracy', 'forwards'} <= set(row)
+  timed = [r for r in metrics.read(workdir) if r['phase'] == 'rl']
+  assert all(r['seconds/rollout'] > 0 for r in timed)
+  assert timed[-1]['seconds/update'] > 0
+  assert set(params) == {'params'}
+
+
+def test_samples(whole, built):
+  """log.samples per buffer, with what the reward saw and in which order."""
+  found = samples(whole[0])
+  assert [s['iteration'] for s in found] == [0, 0, 1, 1]
+  assert [s['row'] for s in found] == [0, 1, 8, 9]
+  for sample in found:
+    assert sorted(set(sample['order'])) == [0, 1, 2, 3]
+    assert len(sample['order']) == 16
+    terms = built.task.reward(sample['completion'], sample['example'],
+                              'strict')
+    assert terms == sample['reward']
+    assert sample['prompt'] == sample['example']['puzzle']
+
+
+def test_training_moves_the_policy_only(whole, base_params):
+  """All weights have changed; the reference they started from has not."""
+  moved = jax.tree.map(lambda a, b: (a != b).any(), mesh.fetch(base_params),
+                       whole[1])
+  assert all(jax.tree.leaves(moved))
+
+
+def test_same_run_twice(built, base_params, whole, tmp_path):
+  """The seed decides everything, and a finished run is not run again."""
+  params = run(built, tmp_path, base_params)
+  same(params, whole[1])
+  assert rows(tmp_path) == rows(whole[0])
+  never = fail_at(built, 1, interrupt)  # no update is left to be done
+  same(run(never, tmp_path, base_params), params)
+  assert rows(tmp_path) == rows(whole[0])
+  assert samples(tmp_path) == samples(whole[0])
+
+
+# --- interruptions
+
+
+@pytest.mark.parametrize('every, call, kill', [
+    (1, 5, False),  # in the middle of a buffer, saved just before
+    (2, 6, True),  # an update after the checkpoint is done again
+    (3, 5, False),  # saved at the end of a buffer
+    (4, 3, True)])  # nothing saved: from the start
+def test_resumes_to_the_bit(every, call, kill, built, base_params, whole,
+                            tmp_path):
+  """Stopped before update `call`, the run ends as if it had not been.
+
+  `kill`: the numbers that were still pending are lost.
+  """
+  part = vary(built, checkpoint={'every': every})
+  with pytest.raises(KeyboardInterrupt):
+    run(fail_at(part, call, interrupt), tmp_path, base_params, kill)
+  saved = (call - 1) // every * every
+  with checkpoint.open_manager(tmp_path / 'rl', 2) as manager:
+    assert (manager.latest_step() or 0) == saved
+  params = run(part, tmp_path, base_params)
+  same(params, whole[1])
+  assert rows(tmp_path) == rows(whole[0])
+  assert samples(tmp_path) == samples(whole[0])
+
+
+def test_resumes_from_a_rollout(built, base_params, whole, tmp_path):
+  """Stopped while sampling, after validation: both are written once."""
+  calls = []
+
+  def sample(*args):
+    calls.append(0)
+    if len(calls) == 2:  # iteration 1 validates first
+      raise KeyboardInterrupt
+    return built.steps.sample(*args)
+
+  broken = built._replace(steps=built.steps._replace(sample=sample))
+  with pytest.raises(KeyboardInterrupt):
+    run(broken, tmp_path, base_params)
+  assert [r['step'] for r in rows(tmp_path)['eval']] == [0, 1]
+  same(run(built, tmp_path, base_params), whole[1])
+  assert rows(tmp_path) == rows(whole[0])
+  assert samples(tmp_path) == samples(whole[0])
+
+
+def test_supervised_training_resumes_to_the_bit(built, base_params, tmp_path):
+  """Stopped before its last step; afterwards the result is only read."""
+  calls = []
+
+  def step(*args):
+    calls.append(0)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    return built.steps.sft(*args)
+  broken = built._replace(steps=built.steps._replace(sft=step))
+  with metrics.Writer(tmp_path) as writer:
+    with pytest.raises(KeyboardInterrupt):
+      sft.run(broken, str(tmp_path), writer)
+  for _ in range(2):
+    calls.clear()
+    with metrics.Writer(tmp_path) as writer:
+      params, _ = sft.run(broken, str(tmp_path), writer)
+    same(mesh.fetch(params), mesh.fetch(base_params))
+    assert [r['step'] for r in rows(tmp_path)['sft']] == [1, 2, 3]
+  assert not calls  # the second time no step was taken
+
+
+# --- what is not finite
+
+
+def test_poisoned_update_stops_the_run(built, base_params, whole, tmp_path):
+  """The error names the update; batch kept, last checkpoint intact."""
+  poison = lambda batch: batch._replace(weight=batch.weight * np.nan)  # noqa: E731
+  with pytest.raises(FloatingPointError, match='update 5:.*optim.lr') as info:
+    run(fail_at(built, 5, poison), tmp_path, base_params)
+  path = tmp_path / 'failed' / 'update_5.npz'
+  assert str(path) in str(info.value)
+  with np.load(path) as failed:
+    assert failed['tokens'].shape[0] == 8
+    assert set(failed) == set(build.TrainBatch._fields)
+  with checkpoint.open_manager(tmp_path / 'rl', 2) as manager:
+    assert manager.latest_step() == 4
+  # Going on from there without the poison ends as the whole run did.
+  same(run(built, tmp_path, base_params), whole[1])
+  assert rows(tmp_path) == rows(whole[0])
+
+
+def test_poisoned_supervised_step(built, tmp_path):
+  """Supervised training stops in the same way."""
+  def step(state, *args):
+    state, numbers = built.steps.sft(state, *args)
+    return state, {**numbers, 'finite': 0.0}
+  broken = built._replace(steps=built.steps._replace(sft=step))
+  with metrics.Writer(tmp_path) as writer:
+    with pytest.raises(FloatingPointError, match='step 1: .*sft.lr'):
+      sft.run(broken, str(tmp_path), writer)
+
+
+def test_reward_that_is_not_finite(built, base_params, tmp_path):
+  """A nan reward is an error with the completion, not a silent weight."""
+  task = built.task._replace(reward=lambda *_: {'broken': float('nan')})
+  with pytest.raises(ValueError, match="'broken': nan.*not finite"):
+    run(vary(built, eval={'every': 0})._replace(task=task), tmp_path,
+        base_params)
+
+
+# --- parts
+
+
+@pytest.mark.smoke
+def test_checkpoints(tmp_path):
+  """State, batch and place come back equal; the latest `keep` stay."""
+  from dmpo_jax.types import TrainState
+  grid = mesh.make_mesh()
+  whole = mesh.replicated(grid)
+  state = TrainState(*(mesh.put(x, whole) for x in (
+      np.int32(3), np.arange(6.0, dtype=np.float32), np.ones(2, np.float32))))
+  state = state._replace(trainable={'params': state.trainable})
+  with checkpoint.open_manager(tmp_path, 2) as manager:
+    assert checkpoint.restore(manager, checkpoint.abstract(state)) is None
+    for step in (1, 2, 5):
+      checkpoint.save(manager, step, state, None, {'step': step})
+    got, batch, meta = checkpoint.restore(manager, checkpoint.abstract(state))
+    assert batch is None and meta == {'step': 5}
+    same(mesh.fetch(got), mesh.fetch(state))
+    manager.wait_until_finished()
+    assert sorted(manager.all_steps()) == [2, 5]
+
+
+def test_evaluation_counts_every_problem_once(built, whole):
+  """11 problems in batches of 8: the padding of the last does not count."""
+  problems = build.problems(built, 'validation')
+  params = jax.device_put(whole[1], mesh.replicated(built.mesh))
+  numbers, found = evaluate.accuracy(built, params, problems)
+  assert len(found) == len(problems.examples) == 11
+  assert [s['example'] for s in found] == problems.examples
+  grades = [built.task.grade(s['completion'], s['example'], 'strict')
+            for s in found]
+  rewards = [sum(s['reward'].values()) for s in found]
+  assert numbers['accuracy'] == pytest.approx(np.mean(grades))
+  assert numbers['reward'] == pytest.approx(np.mean(rewards))
+  again, _ = evaluate.accuracy(built, params, problems)
+  assert again == numbers
+  # The last row of the run's own validation is of the same parameters.
+  last = rows(whole[0])['eval'][-1]
+  assert {k: last[k] for k in numbers} == numbers
+
+
+def test_pmap_and_jit_sample_the_same(built, base_params):
+  """sampler.parallel decides where rows are sampled, not what comes out."""
+  c = tiny()
+  c.sampler.parallel = 'pmap'
+  other = build.build(c)
+  problems = build.problems(built, 'train')
+  prompts = data.prompts_at(problems, 0, 8, 0)
+  args = (base_params, prompts.tokens, prompts.valid,
+          np.arange(8, dtype=np.int32))
+  one, two = (mesh.fetch(b.steps.sample(*args)) for b in (built, other))
+  for name in ('tokens', 'valid', 'order', 'forwards'):
+    same(getattr(one[0], name), getattr(two[0], name))
+  same(one[1], two[1])
+  np.testing.assert_allclose(one[0].logp, two[0].logp, rtol=1e-5, atol=1e-5)
+
+
+def test_too_long_for_the_model(built):
+  """Prompts and completions beyond the model's positions are refused."""
+  small = built._replace(model=built.model.__class__(
+      **{**vars(built.model), 'positions': 20}))
+  with pytest.raises(ValueError, match='sampler.length = 16 exceed .* 20'):
+    build.problems(small, 'train')
+
+
+def test_golden(whole):
+  """The loss of the last update of the tiny run."""
+  assert rows(whole[0])['update'][-1]['loss'] == pytest.approx(
+      -1.02331, rel=1e-3)
