@@ -41,8 +41,7 @@ def parse(argv):
     for arg in argv:
       name = arg.removeprefix('--config.').split('=')[0]
       if arg.startswith('--config.') and name not in known:
-        sys.exit('error: ' + build.nearest('config', name, known)[0].split(
-            ' must')[0] + ' is not a field' + hint(name, known))
+        sys.exit(f'error: config.{name} is not a field' + hint(name, known))
     raise error
   except flags.Error as error:
     sys.exit(f'error: {error}')
@@ -66,6 +65,10 @@ def apply_sweep(c, flag, sweep):
   """Point i of the config file's sweep; refuses a field that is set twice."""
   name, _, index = sweep.partition(':')
   points = module(config_flags.get_config_filename(flag)).sweep(name)
+  known = build.flatten(c)
+  for field in {field for point in points for field in point} - set(known):
+    raise ValueError(f'sweep({name!r}) sets {field!r}, which is not a field' +
+                     hint(field, known))
   if not index.isdigit() or int(index) >= len(points):
     raise ValueError(f'--sweep={sweep!r} must be {name}:i with i from 0 to '
                      f'{len(points) - 1}')
@@ -117,7 +120,7 @@ def run_train(built, workdir, only_sft):
   packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
   results |= {
       'seconds': {'sft': sft_seconds, 'rl': rl_seconds,
-                  'total': sft_seconds + rl_seconds, 
+                  'total': sft_seconds + rl_seconds,
                   'session': time.time() - begun},
       'seed': built.config.seed, 'config': built.config.name,
       'device': jax.devices()[0].device_kind,
@@ -151,6 +154,8 @@ def main(argv):
   if SWEEP.value:
     apply_sweep(c, flags.FLAGS['config'], SWEEP.value)
   built = build.build(c)
+  for split in ('train', 'validation', 'test'):  # a bad file: refuse it now
+    build.problems(built, split)
   workdir = settle(c, WORKDIR.value)
   done = os.path.exists(os.path.join(workdir, 'results.json'))
   if MODE.value == 'eval':

@@ -14,13 +14,13 @@ def get_config():
 
   c.model = m = ml_collections.ConfigDict()
   m.preset = 'tiny'  # a name in model.PRESETS; 0 below = as the preset says
-  m.width = 0
-  m.layers = 0
-  m.heads = 0
-  m.kv_heads = 0
-  m.mlp = 0
+  m.width = 0  # D
+  m.layers = 0  # N
+  m.heads = 0  # H
+  m.kv_heads = 0  # fewer than heads: grouped-query attention
+  m.mlp = 0  # F, inner width of the SwiGLU
   m.dtype = 'float32'  # of the matmuls: float32 | bfloat16
-  m.param_dtype = 'float32'
+  m.param_dtype = 'float32'  # as stored: float32 | bfloat16
   m.remat = False  # recompute layers in the backward pass: less memory
   m.head_chunk = 0  # completion positions per head call; 0 = all at once
 
@@ -39,18 +39,18 @@ def get_config():
   d.attend_padding = False  # True: padding is seen, as in the papers' code
   d.seed = 0  # of the problems and their split
   d.train_size = 2000  # problems
-  d.validation_size = 128
-  d.test_size = 256
-  d.min_blanks = 4  # sudoku: empty cells
-  d.max_blanks = 10
+  d.validation_size = 128  # problems
+  d.test_size = 256  # problems
+  d.min_blanks = 4  # sudoku: fewest empty cells
+  d.max_blanks = 10  # sudoku: most empty cells
 
   c.sft = s = ml_collections.ConfigDict()
   s.steps = 0  # supervised steps before RL; 0 = none
   s.batch = 128  # rows
-  s.lr = 2e-3
+  s.lr = 2e-3  # after warm-up, constant
   s.warmup = 20  # steps
-  s.weight_decay = 0.0
-  s.clip = 1.0
+  s.weight_decay = 0.0  # of matrices
+  s.clip = 1.0  # by global norm; 0 = off
 
   c.sampler = sampler()  # of rollouts
   c.objective = o = ml_collections.ConfigDict()
@@ -65,7 +65,7 @@ def get_config():
   o.ddo_beta = 1.0  # ddo: inverse temperature of the gap
   o.draws = 4  # K masked copies of a completion per update
   o.low = 0.1  # mask rate ~ U(low, high)
-  o.high = 1.0
+  o.high = 1.0  # the release's range; its comment says 0.9
   o.antithetic = True  # second half of the draws = complement of the first
   o.loss_tail = True  # train the tokens after the first EOS
   o.common_masks = False  # model, ddo: log p_old under the loss's own masks
@@ -74,9 +74,9 @@ def get_config():
   e.estimator = 'elbo'  # elbo | trajectory (along the recorded states)
   e.elbo = 'paper'  # paper (Bernoulli, L/m) | stratified (exact counts)
   e.draws = 4  # masked copies
-  e.low = 0.1
-  e.high = 1.0
-  e.antithetic = True
+  e.low = 0.1  # paper: mask rate ~ U(low, high)
+  e.high = 1.0  # paper
+  e.antithetic = True  # paper: second half of the draws = complement
   e.tail = True  # count the tokens after the first EOS
   e.states = 0  # trajectory: states to visit; 0 = all
 
@@ -89,23 +89,23 @@ def get_config():
   t.microbatches = 4  # pieces an update's rows are cut into
 
   c.optim = p = ml_collections.ConfigDict()
-  p.lr = 1e-4
+  p.lr = 1e-4  # after warm-up, constant
   p.warmup = 10  # updates
-  p.b1 = 0.9
-  p.b2 = 0.99
-  p.eps = 1e-8
-  p.weight_decay = 0.0
+  p.b1 = 0.9  # AdamW
+  p.b2 = 0.99  # AdamW
+  p.eps = 1e-8  # AdamW
+  p.weight_decay = 0.0  # of matrices
   p.clip = 1.0  # by global norm; 0 = off
 
   c.eval = v = ml_collections.ConfigDict()
   v.every = 10  # iterations between validations; 0 = only at the end
   v.batch = 128  # rows per call
-  v.sampler = sampler()
-  v.sampler.temperature = 0.0
+  v.sampler = sampler()  # of evaluation
+  v.sampler.temperature = 0.0  # greedy
 
   c.checkpoint = k = ml_collections.ConfigDict()
   k.every = 20  # updates between checkpoints
-  k.keep = 2
+  k.keep = 2  # latest checkpoints
 
   c.mesh = h = ml_collections.ConfigDict()
   h.data = 0  # devices that replicate weights; 0 = what the others leave

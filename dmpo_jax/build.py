@@ -7,6 +7,7 @@ functions with their shardings.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -197,11 +198,24 @@ def model_config(c, tokenizer):
       lora_rank=c.lora.rank, lora_alpha=c.lora.alpha,
       lora_targets=model.LORA_TARGETS.get(c.lora.targets, c.lora.targets))
   cfg = model.ModelConfig(**fields)
+  check_targets(cfg)
   if not cfg.head_dim and cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
     raise ValueError(f'model.heads = {cfg.heads} must divide model.width = '
                      f'{cfg.width} and be a multiple of model.kv_heads = '
                      f'{cfg.kv_heads}')
   return cfg
+
+
+def check_targets(cfg):
+  """Refuses adapters that adapt nothing."""
+  try:
+    matched = any(re.search(cfg.lora_targets, name) for name in model.LINEARS)
+  except re.error as error:
+    raise ValueError(f'lora.targets = {cfg.lora_targets!r} is no regular '
+                     f'expression: {error}') from None
+  if cfg.lora_rank and not matched:
+    raise ValueError(f'lora.targets = {cfg.lora_targets!r} matches none of '
+                     f'{", ".join(model.LINEARS)}')
 
 
 def problems(built, split):
@@ -212,12 +226,14 @@ def problems(built, split):
   texts = [built.task.prompt(example, d.style) for example in examples]
   found = data.encode_problems(examples, texts, built.tokenizer,
                                d.prompt_length, d.attend_padding)
-  total = found.tokens.shape[1] + built.config.sampler.length
-  if total > built.model.positions:
-    raise ValueError(
-        f'the longest prompt ({found.tokens.shape[1]} tokens) and '
-        f'sampler.length = {built.config.sampler.length} exceed the '
-        f"model's {built.model.positions} positions")
+  prompt = found.tokens.shape[1]
+  for name, section in (('', built.config.sampler),
+                        ('eval.', built.config.eval.sampler)):
+    if prompt + section.length > built.model.positions:
+      raise ValueError(
+          f'the longest prompt ({prompt} tokens) and {name}sampler.length = '
+          f"{section.length} exceed the model's {built.model.positions} "
+          'positions')
   return found
 
 
@@ -257,7 +273,7 @@ def make_starts(c, cfg, grid, optimizer, sft_optimizer):
     make = lambda: {name: model.init(cfg, rng.key_for(c.seed, stream))[name]}
     try:
       out = mesh.shardings(jax.eval_shape(make), grid)
-    except KeyError:  # no adapters: lora.rank is 0 or its targets match none
+    except KeyError:  # no adapters: lora.rank is 0
       return lambda: {}
     return compiled(grid, make, out_shardings=out)
 

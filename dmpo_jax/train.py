@@ -46,6 +46,7 @@ def loop(built, workdir, writer, base, manager):
   progress = metrics.Progress(c.train.iterations, 'rl',
                               start=place['iteration'],
                               every_seconds=c.log.every_seconds)
+  total = c.train.iterations * c.train.inner
   clock, begun, shown = metrics.Clock(), time.time() - place['seconds'], {}
   for it in range(place['iteration'], c.train.iterations):
     if batch is None:
@@ -65,7 +66,7 @@ def loop(built, workdir, writer, base, manager):
             writer.late('update', it * c.train.inner + inner + 1, pending),
             batch, workdir)
       done = it * c.train.inner + inner + 1
-      if done % c.checkpoint.every == 0:
+      if done % c.checkpoint.every == 0 or done == total:
         stop_if_not_finite(writer.flush(), batch, workdir)
         checkpoint.save(manager, done, state, batch, dict(
             iteration=it, inner=inner + 1, seconds=time.time() - begun))
@@ -77,6 +78,19 @@ def loop(built, workdir, writer, base, manager):
   jax.block_until_ready(state.trainable)
   seconds = time.time() - begun
   return {**frozen, **state.trainable}, seconds
+
+
+def latest(built, workdir, base):
+  """Parameters of the newest checkpoint; the base's where there is none."""
+  trainable, frozen = policy_of(built, base)
+  state = built.steps.start(trainable)
+  folder = os.path.join(workdir, 'rl')
+  if not os.path.isdir(folder):
+    return base
+  with checkpoint.open_manager(folder,
+                               built.config.checkpoint.keep) as manager:
+    found = checkpoint.restore(manager, checkpoint.abstract(state))
+  return {**frozen, **found[0].trainable} if found else base
 
 
 def resume(built, manager, state, problems, workdir, writer):

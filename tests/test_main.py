@@ -165,7 +165,7 @@ def test_misspelt_field(command):
   """The nearest field is named, and the exit is a sentence."""
   with pytest.raises(SystemExit) as info:
     command('--config.optim.lrr=1')
-  assert "config = 'optim.lrr' is not a field" in str(info.value)
+  assert "config.optim.lrr is not a field" in str(info.value)
   assert "did you mean 'optim.lr'" in str(info.value)
 
 
