@@ -85,12 +85,12 @@ def get_config():
   t.prompts = 8  # B per buffer
   t.group = 16  # G completions of each
   t.inner = 2  # I updates per buffer
-  t.shared_masks = False  # a group's completions draw the same loss masks
   t.microbatches = 4  # pieces an update's rows are cut into
 
   c.optim = p = ml_collections.ConfigDict()
-  p.lr = 1e-4  # after warm-up, constant
+  p.lr = 1e-4  # after warm-up
   p.warmup = 10  # updates
+  p.decay_steps = 0  # updates until the rate is zero; 0 = constant
   p.b1 = 0.9  # AdamW
   p.b2 = 0.99  # AdamW
   p.eps = 1e-8  # AdamW

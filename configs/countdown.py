@@ -10,7 +10,7 @@ def get_config():
   c = quickstart.get_config()
   c.name = 'countdown'
   c.data.task = 'countdown'
-  c.data.train_size = 8000
+  c.data.train_size = 20000
   c.sampler.length = c.sampler.block = c.sampler.steps = 12
   e = c.eval.sampler
   e.length = e.block = e.steps = 12

@@ -115,7 +115,8 @@ def check_numbers(c):
       'eval.every': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
       'data.train_size': 1, 'data.validation_size': 1, 'data.test_size': 1,
       'data.prompt_length': 0, 'lora.rank': 0, 'lora.alpha': 0,
-      'optim.lr': 0, 'optim.warmup': 0, 'optim.clip': 0, 'sft.lr': 0,
+      'optim.lr': 0, 'optim.warmup': 0,
+      'optim.decay_steps': 0, 'optim.clip': 0, 'sft.lr': 0,
       'optim.weight_decay': 0, 'model.head_chunk': 0, 'mesh.data': 0,
       'mesh.fsdp': 1, 'mesh.tensor': 1, 'log.samples': 0}
   flat = flatten(c)
@@ -340,20 +341,17 @@ def make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer):
   how = settings(logprob.LogprobConfig, c.logprob)
   common = dict(cfg=cfg, objective=objective, hp=hp)
   mask_key = lambda: rng.key_for(c.seed, 'mask')
-  share = c.train.group if c.train.shared_masks else 1
 
   def score(trainable, frozen, rollouts, row, completion):
     return step.score(
         trainable, frozen, rollouts, row, completion,
         rng.key_for(c.seed, 'score'), mask_key(), **common, how=how,
         law=settings(sampler.SampleConfig, c.sampler).law(),
-        inner=c.train.inner, share=share,
-        microbatches=c.train.microbatches)
+        inner=c.train.inner, microbatches=c.train.microbatches)
 
   def pack(rollouts, completion, row, reward, scores):
     return rollout.pack(rollouts, completion, row, reward, scores,
-                        objective=objective, hp=hp, inner=c.train.inner,
-                        share=share)
+                        objective=objective, hp=hp, inner=c.train.inner)
 
   def update(state, frozen, batch, inner):
     return step.train_step(

@@ -1,17 +1,22 @@
-"""AdamW with warm-up, then constant; clipping by the global norm."""
+"""AdamW with warm-up, constant or falling; clipping by the global norm."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
-def make_optimizer(lr, warmup, b1, b2, eps, weight_decay, clip):
+def make_optimizer(lr, warmup, b1, b2, eps, weight_decay, clip, decay_steps=0):
   """The papers' optimizer. warmup in updates; clip 0 = off.
 
-  Decay spares norms and biases, as the Hugging Face trainer does.
+  decay_steps > 0 lets the rate fall linearly to zero over so many updates.
+  Weight decay spares norms and biases, as the Hugging Face trainer does.
   """
-  schedule = optax.linear_schedule(0.0, lr, warmup) if warmup else lr
-  if warmup:  # the first update must not be lost to a rate of zero
-    schedule = optax.linear_schedule(lr / warmup, lr, max(warmup - 1, 1))
+  def schedule(count):
+    rate = lr * jnp.minimum(1.0, (count + 1) / max(warmup, 1))
+    if decay_steps:
+      rate *= jnp.maximum(0.0, 1 - count / decay_steps)
+    return rate
+
   parts = [optax.clip_by_global_norm(clip)] if clip else []
   parts.append(optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay,
                            mask=decayed))

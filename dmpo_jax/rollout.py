@@ -82,11 +82,8 @@ def reward_metrics(terms, reward_R, grades, kept):
 
 
 def pack(rollouts, completion_RxL, row_R, reward_BxG, scores, *, objective, hp,
-         inner, share):
-  """TrainBatch and weight metrics from rollouts, rewards and log-probs.
-
-  share: neighbouring rows that draw the same masks (1, or the group).
-  """
+         inner):
+  """TrainBatch and weight metrics from rollouts, rewards and log-probs."""
   groups, group = reward_BxG.shape
   rows = row_R.shape[0]
   zeros_R = jnp.zeros((rows,), jnp.float32)
@@ -98,7 +95,7 @@ def pack(rollouts, completion_RxL, row_R, reward_BxG, scores, *, objective, hp,
   elbo_old = scores.get('elbo_old', jnp.zeros((rows, inner), jnp.float32))
   batch = TrainBatch(
       tokens=rollouts.tokens, valid=rollouts.valid, completion=completion_RxL,
-      row=row_R // share, weight=to_rows(weight), positive=to_rows(positive),
+      row=row_R, weight=to_rows(weight), positive=to_rows(positive),
       elbo_old=elbo_old, norm=jnp.float32(groups), total=jnp.float32(rows))
   metrics = {**metrics, 'logp_old': jnp.mean(scored.logp_old),
              'logp_ref': jnp.mean(scored.logp_ref)}

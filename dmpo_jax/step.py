@@ -137,14 +137,13 @@ def sft_step(state, tokens_RxS, valid_RxS, row_R, key, *, cfg, length,
 
 
 def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
-          cfg, objective, hp, how, law, inner, share=1, microbatches=1):
+          cfg, objective, hp, how, law, inner, microbatches=1):
   """Log-probs of rollouts: dict of 'old', 'ref' (R,) and 'elbo_old' (R, I).
 
   `how` is a LogprobConfig. p_old is {**frozen, **trainable} as it stands now;
   p_ref is `frozen` alone. Old and ref share their masks or states. With
   hp.common_masks elbo_old is taken under each inner step's own masks (the
-  noise of the gap to p_theta cancels); else one estimate serves all. share:
-  neighbouring rows that draw the same masks for the loss.
+  noise of the gap to p_theta cancels); else one estimate serves all.
   """
   needs, length = objective.needs(hp), completion_RxL.shape[1]
   policy, reference = {**frozen, **trainable}, frozen
@@ -164,7 +163,7 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
   def loss_elbo(i):
     def fn(part, completion):
       masks = objective.draw(jax.random.fold_in(loss_key, i),
-                             part.forwards // share, completion, hp)
+                             part.forwards, completion, hp)
       return logprob.elbo(cfg, policy, part.tokens, part.valid, masks)
     return over_rows(fn)
 

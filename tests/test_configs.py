@@ -67,7 +67,7 @@ def tiny(**changes):
       'logprob.antithetic': True, 'logprob.tail': True, 'logprob.draws': 4,
       'train.iterations': 3, 'train.prompts': 2, 'train.group': 4,
       'train.inner': 2, 'train.microbatches': 1,
-      'train.shared_masks': False, 'eval.every': 2,
+      'eval.every': 2,
       'eval.batch': 8, 'checkpoint.every': 2, 'checkpoint.keep': 2})
   c.update_from_flattened_dict(changes)
   return c
@@ -264,9 +264,9 @@ PROGRAMS = {
     'logprob.tail': (False, 'score'),
     'logprob.states': (2, 'score', {'logprob.estimator': 'trajectory'}),
     'train.microbatches': (2, 'update', {'train.prompts': 4}),
-    'train.shared_masks': (True, 'pack'),
     'optim.lr': (1e-3, 'update'),
     'optim.warmup': (3, 'update'),
+    'optim.decay_steps': (50, 'update'),
     'optim.b1': (0.8, 'update'),
     'optim.b2': (0.9, 'update'),
     'optim.eps': (1e-6, 'update'),

@@ -99,3 +99,15 @@ def test_golden():
   got = moves([filled(g) for g in (1.0, -0.5, 0.25)], warmup=2, clip=1.0,
               weight_decay=0.1)[2]
   assert float(got['embedding'][0, 0]) == pytest.approx(-0.0597419, abs=1e-6)
+
+
+def test_decay_ends_at_zero():
+  """Half the rate half-way, nothing from decay_steps on."""
+  optimizer = optim.make_optimizer(1.0, 0, 0.0, 0.0, 1e-30, 0.0, 0.0, 10)
+  params = {'kernel': jnp.ones(1)}
+  state, rates = optimizer.init(params), []
+  for _ in range(12):
+    updates, state = optimizer.update(params, state, params)
+    rates.append(-float(updates['kernel'][0]))
+  np.testing.assert_allclose(rates[0:11:5], [1.0, 0.5, 0.0], atol=1e-6)
+  assert rates[11] == 0.0

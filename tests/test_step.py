@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from dmpo_jax import logprob, masking, model, rollout, sampler, step
+from dmpo_jax import logprob, masking, model, sampler, step
 from dmpo_jax.objectives import dmpo
 from dmpo_jax.types import Rollouts, Scored, TrainBatch, to_groups
 
@@ -123,12 +123,11 @@ def run(kind, params, batch, inner=0, microbatches=1):
 
 
 @functools.cache
-def scorer(hp, how, law=None, cfg=CFG, microbatches=1, share=1):
+def scorer(hp, how, law=None, cfg=CFG, microbatches=1):
   # dicts do not hash; a law comes as its items
   return jax.jit(functools.partial(
       step.score, cfg=cfg, objective=dmpo.OBJECTIVE, hp=hp, how=how,
-      law=dict(law or ()), inner=INNER, microbatches=microbatches,
-      share=share))
+      law=dict(law or ()), inner=INNER, microbatches=microbatches))
 
 
 def score(params, rollouts, hp, how, law=None, frozen=None, **options):
@@ -354,26 +353,6 @@ def test_elbo_of_the_old_policy(params, rollouts):
   assert shared['elbo_old'].shape == (R, INNER)
   same(shared['elbo_old'][:, 0], shared['elbo_old'][:, 1])
   same(shared['elbo_old'][:, 0], shared['old'])
-
-
-def test_a_group_can_share_its_masks(params, rollouts):
-  """share = G: one address per group, in the loss and in elbo_old."""
-  row, completion = jnp.arange(R) + 40, completion_of(rollouts)
-  reward = jnp.arange(R, dtype=jnp.float32).reshape(B, G)
-  for share in (1, G):
-    batch, _ = rollout.pack(
-        rollouts, completion, row, reward, {}, objective=dmpo.OBJECTIVE,
-        hp=HPS['model'], inner=INNER, share=share)
-    masks = dmpo.draw(jax.random.fold_in(jax.random.key(KEY), 0), batch.row,
-                      completion, HPS['model'])
-    alike = to_groups(masks.masked, G)
-    alike = (alike == alike[:, :1]).all(axis=(1, 2, 3))
-    assert alike.all() if share == G else not alike.any()
-    assert not (masks.masked[0] == masks.masked[G]).all()
-  # The last one is shared: the old ELBO is taken under the very same masks.
-  out = score(params, rollouts, HPS['model'], logprob.LogprobConfig(),
-              share=G)
-  close(out['elbo_old'][:, 0], elbo_of(params, rollouts, masks))
 
 
 def test_model_baseline_is_group_at_the_start(params, rollouts):
