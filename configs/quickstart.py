@@ -24,16 +24,16 @@ def get_config():
   c.data.max_blanks = 6
   c.sft.steps = 120
   c.sft.lr = 3e-3
-  c.train.iterations = 100
+  c.train.iterations = 80
   c.train.prompts = 64
   c.train.group = 8
-  c.train.inner = 1
+  c.train.inner = 2
   c.objective.baseline = 'individual'
   c.objective.strength = 0.5
   c.sampler.temperature = 0.8
   c.logprob.estimator = 'trajectory'
-  c.optim.lr = 7e-4
-  c.optim.decay_steps = c.train.get_ref('iterations')
+  c.optim.lr = 3e-4
+  c.optim.decay_steps = 2 * c.train.get_ref('iterations')
   c.optim.b2 = 0.999
   c.eval.every = 5
   return c

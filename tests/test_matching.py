@@ -16,7 +16,7 @@ from dmpo_jax import logprob, model, optim, rng, sampler, step
 from dmpo_jax.objectives import dmpo
 from dmpo_jax.types import Scored, TrainBatch, to_groups
 
-L, SYMBOLS, ALPHA, GROUP = 4, 3, 0.5, 512
+L, SYMBOLS, ALPHA, GROUP = 4, 3, 0.7, 512
 CFG = model.ModelConfig(
     vocab=4, mask_id=3, eos_id=-1, pad_id=-1, width=32, layers=2, heads=2,
     kv_heads=2, mlp=64, dtype='float32', remat=False)
@@ -67,16 +67,16 @@ def tv(p, q):
 
 @pytest.fixture(scope='module')
 def reference():
-  """Not uniform, and not so peaked that few samples miss most of it."""
-  params = model.init(CFG, jax.random.key(1))
-  params['params']['head'] *= 0.4
-  return params
+  return model.init(CFG, jax.random.key(1))
 
 
-def train(reference, hp, iterations, flip=1.0, anchored=True, inner=2, lr=2e-3,
-          decay=0):
-  """The trainer's own functions: sample, score, weigh, step."""
-  optimizer = optim.make_optimizer(lr, 0, 0.9, 0.99, 1e-8, 0.0, 1.0, decay)
+def train(reference, hp, iterations, flip=1.0, anchored=True, inner=4):
+  """The trainer's own functions: sample, score, weigh, step.
+
+  Many small updates: at three times the rate it stays 0.2 away.
+  """
+  optimizer = optim.make_optimizer(1e-3, 0, 0.9, 0.99, 1e-8, 0.0, 1.0,
+                                   decay_steps=iterations * inner)
   state = step.init_state(jax.tree.map(jnp.copy, reference), optimizer)
   prompts = jnp.full((GROUP, 1), PROMPT, jnp.int32)
 
@@ -114,10 +114,9 @@ def test_enumeration_is_a_distribution(reference):
   assert distribution(reference).sum() == pytest.approx(1, abs=1e-5)
 
 
-def fit(reference, iterations=90, **changes):
-  hp = dmpo.Config(alpha=ALPHA, baseline='group', low=0.0)
-  return train(reference, hp, iterations, lr=2e-3, decay=2 * iterations,
-               **changes)[0]
+def fit(reference, iterations=60, **changes):
+  hp = dmpo.Config(alpha=ALPHA, baseline='group', low=0.0, draws=2)
+  return train(reference, hp, iterations, **changes)[0]
 
 
 def test_policy_becomes_the_target(reference):
@@ -131,4 +130,4 @@ def test_policy_becomes_the_target(reference):
 def test_it_needs_sign_and_reference(reference, wrong):
   """With the reward turned, or without log p_ref, it ends elsewhere."""
   goal = target(reference, ALPHA)
-  assert tv(distribution(fit(reference, 30, **wrong)), goal) > 0.15
+  assert tv(distribution(fit(reference, 15, **wrong)), goal) > 0.15
