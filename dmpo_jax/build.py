@@ -58,6 +58,7 @@ class Built(NamedTuple):
   objective: Any  # types.Objective
   hp: Any  # its settings
   steps: Steps
+  encoded: dict  # split -> data.Problems, filled by `problems`
 
 
 def nearest(section, name, table):
@@ -115,9 +116,9 @@ def check_numbers(c):
       'eval.every': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
       'data.train_size': 1, 'data.validation_size': 1, 'data.test_size': 1,
       'data.prompt_length': 0, 'lora.rank': 0, 'lora.alpha': 0,
-      'optim.lr': 0, 'optim.warmup': 0,
-      'optim.decay_steps': 0, 'optim.clip': 0, 'sft.lr': 0,
-      'optim.weight_decay': 0, 'model.head_chunk': 0, 'mesh.data': 0,
+      'optim.lr': 0, 'optim.warmup': 0, 'optim.decay_steps': 0,
+      'optim.clip': 0, 'sft.lr': 0, 'optim.weight_decay': 0,
+      'model.head_chunk': 0, 'mesh.data': 0,
       'mesh.fsdp': 1, 'mesh.tensor': 1, 'log.samples': 0}
   flat = flatten(c)
   return [f'{name} = {flat[name]} must be >= {low}'
@@ -220,13 +221,14 @@ def check_targets(cfg):
 
 
 def problems(built, split):
-  """The problems of a split, encoded (data.Problems)."""
-  d = built.config.data
-  options = settings(TaskOptions, d)
-  examples = built.task.load(split, options)
-  texts = [built.task.prompt(example, d.style) for example in examples]
-  found = data.encode_problems(examples, texts, built.tokenizer,
-                               d.prompt_length, d.attend_padding)
+  """The problems of a split (data.Problems), loaded and encoded once."""
+  if split not in built.encoded:
+    d = built.config.data
+    examples = built.task.load(split, settings(TaskOptions, d))
+    texts = [built.task.prompt(example, d.style) for example in examples]
+    built.encoded[split] = data.encode_problems(
+        examples, texts, built.tokenizer, d.prompt_length, d.attend_padding)
+  found = built.encoded[split]
   prompt = found.tokens.shape[1]
   for name, section in (('', built.config.sampler),
                         ('eval.', built.config.eval.sampler)):
@@ -255,7 +257,7 @@ def build(c):
       make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
       *make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer))
   return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, objective, hp,
-               steps)
+               steps, {})
 
 
 def compiled(grid, fn, **options):

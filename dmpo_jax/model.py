@@ -23,7 +23,7 @@ from dmpo_jax.types import Array
 
 LINEARS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')  # of a layer
 LORA_TARGETS = {
-    'all': r'^(q|k|v|o|gate|up|down)$',
+    'all': f'^({"|".join(LINEARS)})$',
     # The names in the papers' target lists that exist in LLaDA's checkpoint.
     'paper': r'^(q|k|v|up)$',
 }
