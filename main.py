@@ -1,8 +1,10 @@
 """python main.py --config=configs/quickstart.py: trains, or goes on training.
 
 Modes: train (the default: base model, RL, evaluation), sft (only the base
-model), eval (the latest checkpoint on the test split), report (curves.png and
-a summary of --workdir; with --runs a comparison of several runs).
+model), eval (the latest checkpoint on the test split), export (the latest
+checkpoint as a Hugging Face directory or PEFT adapter), plan (memory, FLOPs
+and time of a run, before anything is loaded), report (curves.png and a summary
+of --workdir; with --runs a comparison of several runs).
 """
 
 import glob
@@ -19,15 +21,20 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmpo_jax import build, evaluate, metrics, report, sft, train
+from dmpo_jax import build, evaluate, export, metrics, plan, report, sft, train
 
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', '', 'default: runs/<name>-<hash>')
-MODE = flags.DEFINE_enum('mode', 'train', ['train', 'sft', 'eval', 'report'],
-                         'what to do')
+MODES = ('train', 'sft', 'eval', 'export', 'plan', 'report')
+MODE = flags.DEFINE_enum('mode', 'train', MODES, 'what to do')
 SWEEP = flags.DEFINE_string('sweep', '', "NAME:i, point i of the config's "
                             'sweep(NAME)')
 RUNS = flags.DEFINE_string('runs', '', 'report: glob of workdirs to compare')
+FORMAT = flags.DEFINE_enum('format', 'merged', ['merged', 'adapter'],
+                           'export: Hugging Face weights, or a PEFT adapter')
+OUT = flags.DEFINE_string('out', '', 'export: default WORKDIR/export-FORMAT')
+TOPOLOGY = flags.DEFINE_string('topology', '', 'plan: such as v5p:4x4x4, in '
+                               'place of the devices here; needs libtpu')
 BY = flags.DEFINE_string('by', 'objective.baseline', 'report: field to compare')
 
 
@@ -111,6 +118,7 @@ def run_train(built, workdir, only_sft):
     if only_sft:
       print(f'base model in {os.path.join(workdir, "sft")}')
       return
+    base = built.steps.quantize(base)
     tuned, rl_seconds = train.run(built, workdir, writer, base)
   test = build.problems(built, 'test')
   results = {}
@@ -144,22 +152,42 @@ def quiet():
                                     and 'site-packages' not in r.pathname))
 
 
+def cache_programs():
+  """Compiled programs are kept in runs/jax_cache, but for CPUs.
+
+  JAX_COMPILATION_CACHE_DIR names another place.
+  """
+  if not jax.config.jax_compilation_cache_dir and (
+      jax.default_backend() != 'cpu'):
+    jax.config.update('jax_compilation_cache_dir',
+                      os.path.abspath(os.path.join('runs', 'jax_cache')))
+
+
 def main(argv):
   if len(argv) > 1:
     raise ValueError(f'unexpected arguments {argv[1:]}: flags are --name=value')
   quiet()
+  cache_programs()
   if MODE.value == 'report':
     return show_report()
   c = CONFIG.value
   if SWEEP.value:
     apply_sweep(c, flags.FLAGS['config'], SWEEP.value)
+  if MODE.value == 'plan':
+    return print(plan.run(c, TOPOLOGY.value))
   built = build.build(c)
+  if built.tokenizer is None:
+    raise ValueError(f'model.preset = {c.model.preset!r} is a published model: '
+                     'set model.checkpoint to its directory or hub name '
+                     '(without it there is only --mode=plan)')
   for split in ('train', 'validation', 'test'):  # a bad file: refuse it now
     build.problems(built, split)
   workdir = settle(c, WORKDIR.value)
   done = os.path.exists(os.path.join(workdir, 'results.json'))
   if MODE.value == 'eval':
     return run_eval(built, workdir)
+  if MODE.value == 'export':
+    return run_export(built, workdir)
   if done:
     print('this run is done; another seed: --config.seed=N')
   else:
@@ -172,11 +200,24 @@ def main(argv):
 
 def run_eval(built, workdir):
   """The latest checkpoint on the test split, as JSON."""
-  with metrics.Writer(workdir, enabled=False) as writer:
-    base, _ = sft.run(built, workdir, writer)
-  params = train.latest(built, workdir, base)
+  base = base_of(built, workdir)
+  params = train.latest(built, workdir, built.steps.quantize(base))
   numbers, _ = evaluate.accuracy(built, params, build.problems(built, 'test'))
   print(json.dumps(numbers))
+
+
+def base_of(built, workdir):
+  """The base model of a run: trained, or read from workdir/sft."""
+  with metrics.Writer(workdir, enabled=False) as writer:
+    return sft.run(built, workdir, writer)[0]
+
+
+def run_export(built, workdir):
+  """The latest checkpoint in a format that others read, as JSON what it is."""
+  base = base_of(built, workdir)
+  folder = OUT.value or os.path.join(workdir, f'export-{FORMAT.value}')
+  params = train.latest(built, workdir, base)
+  print(json.dumps(export.run(built, params, base, folder, FORMAT.value)))
 
 
 def show_report():

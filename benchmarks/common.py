@@ -26,7 +26,8 @@ def make_model(args):
             **model.PRESETS[args.size]}
   rank = getattr(args, 'lora', 0)
   cfg = model.ModelConfig(**fields, dtype=args.dtype, param_dtype=args.dtype,
-                          remat=args.size.endswith('b'), lora_rank=rank)
+                          remat='full' if args.size.endswith('b') else 'none',
+                          lora_rank=rank)
   params = jax.jit(lambda: model.init(cfg, jax.random.key(0)))()
   return cfg, params
 

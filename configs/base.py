@@ -13,6 +13,7 @@ def get_config():
   c.seed = 0  # of everything random but the problems (data.seed)
 
   c.model = m = ml_collections.ConfigDict()
+  m.checkpoint = ''  # Hugging Face directory or hub name; '' = from nothing
   m.preset = 'tiny'  # a name in model.PRESETS; 0 below = as the preset says
   m.width = 0  # D
   m.layers = 0  # N
@@ -21,21 +22,26 @@ def get_config():
   m.mlp = 0  # F, inner width of the SwiGLU
   m.dtype = 'float32'  # of the matmuls: float32 | bfloat16
   m.param_dtype = 'float32'  # as stored: float32 | bfloat16
-  m.remat = False  # recompute layers in the backward pass: less memory
+  m.quantize = 'none'  # the frozen base under adapters: none | int8 | nf4
+  m.remat = 'none'  # none | dots (keep linears' results) | full: less memory
   m.head_chunk = 0  # completion positions per head call; 0 = all at once
 
   c.lora = lo = ml_collections.ConfigDict()
   lo.rank = 0  # 0 = train every parameter
   lo.alpha = 64.0  # the adapter is scaled by alpha / rank
   lo.targets = 'all'  # all | paper (q, k, v, up) | a regex on linears' names
+  lo.dropout = 0.0  # of the adapters' input, in updates
+  lo.path = ''  # PEFT adapter directory to start from
 
   c.data = d = ml_collections.ConfigDict()
   d.task = 'sudoku'  # a name in tasks.TASKS
   d.path = ''  # file in the field's format; '' generates problems
-  d.tokenizer = 'char'  # char | directory with tokenizer.json
+  d.tokenizer = ''  # char | a directory; '' = the checkpoint's, else char
   d.style = 'bare'  # bare | chat
   d.protocol = 'strict'  # strict (correct rules) | paper (reference rules)
   d.prompt_length = 0  # P in tokens; 0 = the longest prompt's
+  d.overlong = 'error'  # longer prompts: error | drop | cut (from the left)
+  d.bucket = 0  # P of a buffer: multiple of this; 0 = one P for all
   d.attend_padding = False  # True: padding is seen, as in the papers' code
   d.seed = 0  # of the problems and their split
   d.train_size = 2000  # problems
@@ -60,6 +66,7 @@ def get_config():
   o.ess = 0.0  # 0 = c as given; else c per group for this effective size
   o.baseline = 'individual'  # none | group | individual | model
   o.strength = 1.0  # of the baseline
+  o.best = 0.0  # the largest reward; groups far from it count less; 0 = off
   o.loss = 'wdce'  # wdce | ddo
   o.ddo_alpha = 1.0  # ddo: scale of the term that pushes down
   o.ddo_beta = 1.0  # ddo: inverse temperature of the gap

@@ -26,6 +26,7 @@ from dmpo_jax import (
     rollout,
     sampler,
     step,
+    weights,
 )
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.tasks import TASKS
@@ -45,6 +46,7 @@ class Steps(NamedTuple):
   pack: Callable  # (rollouts, completion, row, reward_BxG, scores) -> batch
   update: Callable  # (state, frozen, batch, inner) -> (state, metrics)
   sft: Callable  # (state, tokens, valid, row, step) -> (state, metrics)
+  quantize: Callable  # params -> params, kernels as model.quantize says
 
 
 class Built(NamedTuple):
@@ -59,6 +61,9 @@ class Built(NamedTuple):
   hp: Any  # its settings
   steps: Steps
   encoded: dict  # split -> data.Problems, filled by `problems`
+
+
+SIZES = ('width', 'layers', 'heads', 'kv_heads', 'mlp')  # of config.model
 
 
 def nearest(section, name, table):
@@ -76,8 +81,11 @@ def settings(cls, section):
   return cls(**{name: section[name] for name in names})
 
 
-def check(c):
-  """Raises one ValueError that lists every impossible setting of a config."""
+def check(c, count):
+  """Raises one ValueError that lists every impossible setting of a config.
+
+  count: devices that the run will have.
+  """
   found = []
   for section, name, table in (
       ('model.preset', c.model.preset, model.PRESETS),
@@ -87,6 +95,9 @@ def check(c):
       ('eval.sampler.pick', c.eval.sampler.pick, sampler.PICKS),
       ('data.protocol', c.data.protocol, ('strict', 'paper')),
       ('data.style', c.data.style, ('bare', 'chat')),
+      ('data.overlong', c.data.overlong, ('error', 'drop', 'cut')),
+      ('model.quantize', c.model.quantize, ('none', *model.QUANT)),
+      ('model.remat', c.model.remat, model.REMAT),
       ('logprob.estimator', c.logprob.estimator, ('elbo', 'trajectory')),
       ('logprob.elbo', c.logprob.elbo, ('paper', 'stratified')),
       ('model.dtype', c.model.dtype, ('float32', 'bfloat16')),
@@ -101,7 +112,8 @@ def check(c):
   if c.objective.name in OBJECTIVES:
     objective = OBJECTIVES[c.objective.name]
     found += objective.check(settings(objective.hp, c.objective))
-  found += check_numbers(c) + check_rows(c) + check_logprob(c)
+  found += check_numbers(c) + check_rows(c, count) + check_logprob(c)
+  found += check_model(c)
   if found:
     raise ValueError('this config cannot run:\n' + '\n'.join(
         f'  {text}' for text in found))
@@ -115,7 +127,8 @@ def check_numbers(c):
       'sft.batch': 1, 'logprob.draws': 1, 'logprob.states': 0, 'eval.batch': 1,
       'eval.every': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
       'data.train_size': 1, 'data.validation_size': 1, 'data.test_size': 1,
-      'data.prompt_length': 0, 'lora.rank': 0, 'lora.alpha': 0,
+      'data.prompt_length': 0, 'data.bucket': 0, 'lora.rank': 0,
+      'lora.alpha': 0,
       'optim.lr': 0, 'optim.warmup': 0, 'optim.decay_steps': 0,
       'optim.clip': 0, 'sft.lr': 0, 'optim.weight_decay': 0,
       'model.head_chunk': 0, 'mesh.data': 0,
@@ -125,9 +138,25 @@ def check_numbers(c):
           for name, low in least.items() if not flat[name] >= low]
 
 
-def check_rows(c):
+def check_model(c):
+  """What a checkpoint, a quantized base and adapters allow."""
+  found, m = [], c.model
+  sizes = [f'model.{name} = {m[name]}' for name in SIZES if m[name]]
+  if m.checkpoint and sizes:
+    found.append(f'{", ".join(sizes)}: the sizes are those of '
+                 'model.checkpoint, leave them 0')
+  if m.quantize != 'none' and not c.lora.rank:
+    found.append(f'model.quantize = {m.quantize} freezes the base: it needs '
+                 'lora.rank > 0')
+  if not 0 <= c.lora.dropout < 1:
+    found.append(f'lora.dropout = {c.lora.dropout} must be in [0, 1)')
+  if not c.lora.rank and (c.lora.dropout or c.lora.path):
+    found.append('lora.dropout and lora.path need lora.rank > 0')
+  return found
+
+
+def check_rows(c, count):
   """Rows against devices and microbatches, the mesh against devices."""
-  count = jax.device_count()
   split = c.mesh.fsdp * c.mesh.tensor
   if count % split or (c.mesh.data and c.mesh.data * split != count):
     return [f'mesh.data, mesh.fsdp, mesh.tensor = {c.mesh.data}, '
@@ -187,24 +216,43 @@ def flatten(c, prefix=''):
   return out
 
 
-def model_config(c, tokenizer):
-  """The ModelConfig of a config: preset, overrides, the tokenizer's ids."""
-  changed = {name: c.model[name] for name in
-             ('width', 'layers', 'heads', 'kv_heads', 'mlp') if c.model[name]}
-  fields = {**model.PRESETS[c.model.preset], **changed}
-  fields |= dict(
-      vocab=len(tokenizer), mask_id=tokenizer.mask_token_id,
-      eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-      dtype=c.model.dtype, param_dtype=c.model.param_dtype,
+def tokenizer_of(c, folder):
+  """The tokenizer: data.tokenizer, else the checkpoint's, else 'char'."""
+  ids = {}
+  if folder:
+    fields = weights.read_config(folder)
+    ids = {name: fields[name] for name in ('mask_id', 'eos_id', 'pad_id')}
+  elif not c.data.tokenizer and 'vocab' in model.PRESETS[c.model.preset]:
+    return None  # a published model's, which is not here: only to plan
+  return data.load_tokenizer(c.data.tokenizer or folder or 'char', ids)
+
+
+def model_config(c, tokenizer, folder=''):
+  """The ModelConfig of a config: a checkpoint's, or a preset with overrides."""
+  if folder:
+    fields = weights.read_config(folder)
+  else:
+    changed = {name: c.model[name] for name in SIZES if c.model[name]}
+    fields = {**model.PRESETS[c.model.preset], **changed}
+    if tokenizer is not None:
+      fields |= dict(
+          vocab=max(len(tokenizer), fields.get('vocab', 0)),
+          mask_id=tokenizer.mask_token_id, eos_id=tokenizer.eos_token_id,
+          pad_id=tokenizer.pad_token_id)
+  cfg = model.ModelConfig(
+      **fields, dtype=c.model.dtype, param_dtype=c.model.param_dtype,
       remat=c.model.remat, head_chunk=c.model.head_chunk,
       lora_rank=c.lora.rank, lora_alpha=c.lora.alpha,
+      lora_dropout=c.lora.dropout,
       lora_targets=model.LORA_TARGETS.get(c.lora.targets, c.lora.targets))
-  cfg = model.ModelConfig(**fields)
   check_targets(cfg)
   if not cfg.head_dim and cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
     raise ValueError(f'model.heads = {cfg.heads} must divide model.width = '
                      f'{cfg.width} and be a multiple of model.kv_heads = '
                      f'{cfg.kv_heads}')
+  if tokenizer is not None and len(tokenizer) > cfg.vocab:
+    raise ValueError(f'the tokenizer has {len(tokenizer)} tokens, the model '
+                     f'{cfg.vocab}: data.tokenizer is not this model\'s')
   return cfg
 
 
@@ -227,7 +275,8 @@ def problems(built, split):
     examples = built.task.load(split, settings(TaskOptions, d))
     texts = [built.task.prompt(example, d.style) for example in examples]
     built.encoded[split] = data.encode_problems(
-        examples, texts, built.tokenizer, d.prompt_length, d.attend_padding)
+        examples, texts, built.tokenizer, d.prompt_length, d.attend_padding,
+        d.overlong)
   found = built.encoded[split]
   prompt = found.tokens.shape[1]
   for name, section in (('', built.config.sampler),
@@ -240,12 +289,21 @@ def problems(built, split):
   return found
 
 
-def build(c):
-  """Checks the config and compiles nothing yet: jit compiles at first use."""
-  check(c)
-  tokenizer = data.load_tokenizer(c.data.tokenizer)
-  cfg = model_config(c, tokenizer)
-  grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+def build(c, devices=None):
+  """Checks the config and compiles nothing yet: jit compiles at first use.
+
+  `devices`: those of a topology that is not here (plan).
+  """
+  check(c, len(devices or jax.devices()))
+  folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
+  tokenizer = tokenizer_of(c, folder)
+  cfg = model_config(c, tokenizer, folder)
+  if cfg.block_causal and c.train.iterations:
+    raise ValueError(
+        f'model.checkpoint = {c.model.checkpoint!r} attends block by block '
+        '(SDAR): it can be evaluated (train.iterations = 0), but the losses '
+        'here mask completions as a whole, which is not its forward process')
+  grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   objective = OBJECTIVES[c.objective.name]
   hp = settings(objective.hp, c.objective)
   optimizer = optim.make_optimizer(**c.optim)
@@ -255,23 +313,58 @@ def build(c):
       *make_starts(c, cfg, grid, optimizer, sft_optimizer),
       make_sample(c, c.sampler, 'sample', cfg, grid),
       make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
-      *make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer))
+      *make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer),
+      make_quantize(c, grid))
   return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, objective, hp,
                steps, {})
 
 
 def compiled(grid, fn, **options):
-  """jit, traced and run under the mesh (model.constrain looks for it)."""
+  """jit, traced and run under the mesh (model.constrain looks for it).
+
+  `.trace(*args)` is for `plan`: it takes ShapeDtypeStructs and compiles
+  nothing yet.
+  """
   jitted = jax.jit(fn, **options)
 
-  def call(*args):
-    with jax.set_mesh(grid):
-      return jitted(*args)
+  def under_mesh(fn):
+    def call(*args):
+      with jax.set_mesh(grid):
+        return fn(*args)
+    return call
+
+  call = under_mesh(jitted)
+  call.trace = under_mesh(jitted.trace)
   return call
 
 
+def make_quantize(c, grid):
+  """params -> params with the layers' kernels quantized, one at a time."""
+  kind = c.model.quantize
+
+  def one(path, leaf):
+    if not mesh.path_of(path).endswith('/kernel'):
+      return leaf
+    make = lambda kernel: model.quantize(kernel, kind)
+    shapes = {'kernel': jax.eval_shape(make, leaf)}
+    out = jax.tree_util.tree_map_with_path(
+        lambda part, x: jax.NamedSharding(grid, mesh.spec_of(
+            mesh.path_of((*path, *part[1:])), x, grid)), shapes)['kernel']
+    done = compiled(grid, make, out_shardings=out, donate_argnums=0)(leaf)
+    return jax.block_until_ready(done)
+
+  def quantize(params):
+    if kind == 'none':
+      return params
+    return jax.tree_util.tree_map_with_path(one, params)
+  return quantize
+
+
 def make_starts(c, cfg, grid, optimizer, sft_optimizer):
-  """init, init_lora, start, start_sft: sharded from birth, never copied."""
+  """init, init_lora, start, start_sft: sharded from birth, never copied.
+
+  With a checkpoint init reads it, with lora.path init_lora the adapter.
+  """
   def fresh(name, stream):
     make = lambda: {name: model.init(cfg, rng.key_for(c.seed, stream))[name]}
     try:
@@ -288,8 +381,17 @@ def make_starts(c, cfg, grid, optimizer, sft_optimizer):
       return compiled(grid, make, out_shardings=out)(trainable)
     return call
 
-  return (fresh('params', 'init'), fresh('lora', 'lora'), start(optimizer),
-          start(sft_optimizer))
+  def read():
+    folder = weights.locate(c.model.checkpoint)
+    return weights.read_params(folder, cfg, grid)
+
+  def read_adapter():
+    folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
+    return weights.read_adapter(c.lora.path, cfg, folder, grid)
+
+  return (read if c.model.checkpoint else fresh('params', 'init'),
+          read_adapter if c.lora.path else fresh('lora', 'lora'),
+          start(optimizer), start(sft_optimizer))
 
 
 def make_sample(c, section, stream, cfg, grid):
@@ -310,6 +412,7 @@ def make_sample(c, section, stream, cfg, grid):
 
   def call(params, tokens, valid, row):
     return run(params, *(mesh.put(x, by_row) for x in (tokens, valid, row)))
+  call.trace = run.trace
   return call
 
 
@@ -378,13 +481,15 @@ def make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer):
     return jit_pack(rollouts, completion, mesh.put(row, by_row), reward,
                     scores)
 
+  def put_update(state, frozen, batch, inner):
+    return jit_update(state, frozen, batch, np.int32(inner))
+
   def put_sft(state, tokens, valid, row, at):
     return jit_sft(state, *(mesh.put(x, by_row) for x in (tokens, valid, row)),
                    np.int32(at))
 
-  return (put_score, put_pack,
-          lambda state, frozen, batch, i: jit_update(state, frozen, batch,
-                                                     np.int32(i)), put_sft)
+  put_score.trace, put_update.trace = jit_score.trace, jit_update.trace
+  return put_score, put_pack, put_update, put_sft
 
 
 def abstract_batch(built, prompt):

@@ -27,13 +27,18 @@ def save(manager, step, state, batch, meta):
   manager.save(step, args=ocp.args.Composite(**items), force=True)
 
 
+def latest(manager):
+  """The newest step, or None."""
+  return manager.latest_step()
+
+
 def restore(manager, state, batch=None):
   """(state, batch, meta) of the latest step, or None if there is none.
 
   `state` and `batch` are trees of ShapeDtypeStructs that carry shardings, so
   that a checkpoint can be read onto another mesh.
   """
-  step = manager.latest_step()
+  step = latest(manager)
   if step is None:
     return None
   items = {'state': ocp.args.StandardRestore(state._asdict()),

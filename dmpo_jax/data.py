@@ -9,6 +9,7 @@ import os
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from dmpo_jax.types import Array, Prompts
 
@@ -17,6 +18,19 @@ CHAT = ('{% for message in messages %}<|{{ message.role }}|>'
         '{% if add_generation_prompt %}<|assistant|>{% endif %}')
 SPECIAL = ('<|pad|>', '<|mask|>', '<|eos|>', '<|unk|>', '<|user|>',
            '<|assistant|>')
+# Chat templates by a token that tells the family, for checkpoints without one.
+TEMPLATES = {
+    '<|start_header_id|>': (
+        '{{ bos_token }}{% for message in messages %}<|start_header_id|>'
+        "{{ message.role }}<|end_header_id|>\n\n{{ message.content }}<|eot_id|>"
+        '{% endfor %}{% if add_generation_prompt %}<|start_header_id|>'
+        'assistant<|end_header_id|>\n\n{% endif %}'),
+    '<|im_start|>': (
+        '{% for message in messages %}<|im_start|>{{ message.role }}\n'
+        '{{ message.content }}<|im_end|>\n{% endfor %}'
+        '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'),
+    '<|assistant|>': CHAT,
+}
 TAGS = ('<reasoning>', '</reasoning>', '<answer>', '</answer>')
 
 
@@ -48,15 +62,52 @@ def char_tokenizer():
       clean_up_tokenization_spaces=False)
 
 
-def load_tokenizer(name):
-  """'char', or a directory with a tokenizer.json (never remote code)."""
+def load_tokenizer(name, ids=None):
+  """'char', or the tokenizer of a directory; never remote code, no questions.
+
+  `ids` (mask_id, eos_id, pad_id) name the special tokens where the files do
+  not. ValueError if a file or the chat template is missing.
+  """
   if name == 'char':
     return char_tokenizer()
   if not os.path.isdir(name):
     raise ValueError(f"data.tokenizer = {name!r} must be 'char' or a directory "
                      'that holds tokenizer.json')
-  from transformers import PreTrainedTokenizerFast
-  return PreTrainedTokenizerFast.from_pretrained(name)
+  tokenizer = read_tokenizer(name)
+  for token, value in (ids or {}).items():
+    field = token.replace('_id', '_token')
+    if getattr(tokenizer, field) is None:
+      setattr(tokenizer, field, tokenizer.convert_ids_to_tokens(value))
+  vocab = tokenizer.get_vocab()
+  if not tokenizer.chat_template:
+    fits = [t for mark, t in TEMPLATES.items() if mark in vocab]
+    if not fits:
+      raise ValueError(f'{name} has no chat template (tokenizer_config.json, '
+                       'chat_template.jinja), and its vocabulary has none of '
+                       f'{", ".join(TEMPLATES)} to tell which one is meant')
+    tokenizer.chat_template = fits[0]
+  return tokenizer
+
+
+def read_tokenizer(folder):
+  """tokenizer.json, or Qwen's vocab.json and merges.txt (Dream has these)."""
+  import transformers
+  has = lambda name: os.path.exists(os.path.join(folder, name))
+  if has('tokenizer.json'):
+    kind = transformers.PreTrainedTokenizerFast
+  elif has('vocab.json') and has('merges.txt'):
+    kind = transformers.Qwen2Tokenizer
+  else:
+    raise ValueError(f'{folder} has no tokenizer.json, nor vocab.json and '
+                     'merges.txt: set data.tokenizer to a directory that has')
+  return kind.from_pretrained(folder)
+
+
+def stop_ids(tokenizer):
+  """Ids that end a completion's text: EOS and the chat's end of turn."""
+  vocab = tokenizer.get_vocab()
+  found = {vocab[t] for t in ('<|eot_id|>', '<|im_end|>') if t in vocab}
+  return tuple(sorted(found | {tokenizer.eos_token_id}))
 
 
 def encode_chat(tokenizer, text):
@@ -78,16 +129,29 @@ def left_pad(ids, length, pad_id):
 
 
 def encode_problems(examples, texts, tokenizer, length=0,
-                    attend_padding=False):
+                    attend_padding=False, overlong='error'):
   """Problems of a split. length 0 takes the longest prompt's.
 
   attend_padding marks padding as real tokens, as the papers' code treats it.
-  ValueError if a prompt is longer than `length` or there are none.
+  Prompts longer than `length`: 'error', 'drop' the problem, or 'cut' the
+  prompt's beginning, as the papers' code does. ValueError also if nothing is
+  left.
   """
   if not examples:
     raise ValueError('the data set is empty: data.path holds no problem of '
                      'this split')
   ids = [encode_chat(tokenizer, text) for text in texts]
+  if length and overlong == 'cut':
+    ids = [row[-length:] for row in ids]
+  elif length and overlong == 'drop':
+    kept = [i for i, row in enumerate(ids) if len(row) <= length]
+    if len(kept) < len(ids):
+      logging.info('%d of %d prompts have more than %d tokens: dropped',
+                   len(ids) - len(kept), len(ids), length)
+    if not kept:
+      raise ValueError(f'data.prompt_length = {length} drops all {len(ids)} '
+                       'prompts')
+    examples, ids = [examples[i] for i in kept], [ids[i] for i in kept]
   longest = max(map(len, ids))
   if length and longest > length:
     raise ValueError(
@@ -111,10 +175,21 @@ def indices_at(step, batch, count, seed):
                    for p in places], np.int32)
 
 
-def prompts_at(problems, step, batch, seed):
-  """The B prompts of rollout `step`."""
+def prompts_at(problems, step, batch, seed, bucket=0):
+  """The B prompts of rollout `step`, padding cut to a multiple of `bucket`."""
   index = indices_at(step, batch, len(problems.examples), seed)
-  return Prompts(problems.tokens[index], problems.valid[index], index)
+  tokens, valid = problems.tokens[index], problems.valid[index]
+  length = bucketed(valid, bucket)
+  return Prompts(tokens[:, -length:], valid[:, -length:], index)
+
+
+def bucketed(valid_RxP, bucket):
+  """The longest prompt, rounded up to a multiple of `bucket`; 0: all of P."""
+  whole = valid_RxP.shape[1]
+  if not bucket:
+    return whole
+  longest = whole - int(np.argmax(valid_RxP.any(axis=0)))
+  return min(whole, -(-longest // bucket) * bucket)
 
 
 def encode_targets(texts, tokenizer, length):
@@ -132,11 +207,11 @@ def encode_targets(texts, tokenizer, length):
   return out
 
 
-def decode(tokenizer, completion_RxL, eos_id):
-  """Texts up to the first EOS (kept out), special tokens left in."""
+def decode(tokenizer, completion_RxL, stop):
+  """Texts up to the first of the `stop` ids, other special tokens left in."""
   texts = []
   for row in np.asarray(completion_RxL):
-    end = np.flatnonzero(row == eos_id)
+    end = np.flatnonzero(np.isin(row, stop))
     row = row[:end[0]] if len(end) else row
     texts.append(tokenizer.decode(row, skip_special_tokens=False))
   return texts

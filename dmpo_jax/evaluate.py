@@ -13,7 +13,7 @@ def accuracy(built, params, problems):
   """
   c = built.config
   batch, count = c.eval.batch, len(problems.examples)
-  rows, samples = [], []
+  rows, samples, stop = [], [], data.stop_ids(built.tokenizer)
   for start in range(0, count, batch):
     row = np.arange(start, start + batch, dtype=np.int32)
     at = np.minimum(row, count - 1)
@@ -22,7 +22,7 @@ def accuracy(built, params, problems):
     tokens, order, forwards = mesh.fetch(
         (rollouts.tokens, rollouts.order, rollouts.forwards))
     texts = data.decode(built.tokenizer, tokens[:, problems.tokens.shape[1]:],
-                        built.model.eos_id)
+                        stop)
     for i in range(min(batch, count - start)):
       example = problems.examples[start + i]
       terms = built.task.reward(texts[i], example, c.data.protocol)

@@ -27,17 +27,22 @@ class LogprobConfig:
   states: int = 0  # trajectory: recorded states to visit; 0 = all
 
 
-def token_logp(cfg, params, tokens_RxS, masked_RxKxL, valid_RxS=None):
+def token_logp(cfg, params, tokens_RxS, masked_RxKxL, valid_RxS=None,
+               dropout_R=None):
   """Log p(token | the rest, masked), (R, K, L) float32, 0 where not masked.
 
   tokens_RxS int32 hold the true completion in their last L places;
   masked_RxKxL bool says where the network sees the mask token instead.
+  dropout_R are the rows' keys for the adapters' dropout; None: no dropout.
   """
   rows, draws, length = masked_RxKxL.shape
   noisy = masking.apply_masks(tokens_RxS, masked_RxKxL, cfg.mask_id)
   noisy = noisy.reshape(rows * draws, -1)
   valid = None if valid_RxS is None else jnp.repeat(valid_RxS, draws, axis=0)
-  h, _ = model.hidden(cfg, params, noisy, valid)
+  keys = dropout_R
+  if keys is not None:  # every draw of a row its own
+    keys = jax.vmap(lambda key: jax.random.split(key, draws))(keys).ravel()
+  h, _ = model.hidden(cfg, params, noisy, valid, dropout_R=keys)
   targets = jnp.repeat(tokens_RxS[:, -length:], draws, axis=0)
   logp = chosen_logp(cfg, params, h[:, -length:], targets)
   return jnp.where(masked_RxKxL, logp.reshape(masked_RxKxL.shape), 0.0)

@@ -20,8 +20,9 @@ ROWS = P(('data', 'fsdp'))
 # and its optimizer moments; layers are stacked on a leading axis.
 RULES = (
     (r'(^|/)(embedding|head)$', P('tensor', 'fsdp')),
-    (r'/(q|k|v|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
-    (r'/(o|down)/kernel$', P(None, 'tensor', 'fsdp')),
+    # A quantized kernel has two parts; its scales lie along the same axes.
+    (r'/(q|k|v|gate|up)/kernel(/qvalue|/scale)?$', P(None, 'fsdp', 'tensor')),
+    (r'/(o|down)/kernel(/qvalue|/scale)?$', P(None, 'tensor', 'fsdp')),
     (r'/(q|k|v|gate|up)/bias$', P(None, 'tensor')),
     (r'/(q|k|v|gate|up)/a$', P(None, 'fsdp', None)),
     (r'/(q|k|v|gate|up)/b$', P(None, None, 'tensor')),
@@ -31,19 +32,21 @@ RULES = (
 )
 
 
-def make_mesh(data=0, fsdp=1, tensor=1):
+def make_mesh(data=0, fsdp=1, tensor=1, devices=None):
   """A mesh over all devices; data = 0 takes what the others leave.
 
-  ValueError if the product is not the number of devices.
+  `devices` may be those of a topology that is not here (plan). ValueError if
+  the product is not the number of devices.
   """
-  count = jax.device_count()
+  count = len(devices or jax.devices())
   data = data or count // (fsdp * tensor)
   if data * fsdp * tensor != count:
     raise ValueError(
         f'mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} '
         f'must equal the {count} devices')
   types = (AxisType.Auto,) * 3
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types)
+  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types,
+                       devices=devices)
 
 
 def path_of(path):

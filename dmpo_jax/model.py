@@ -12,6 +12,7 @@ gives the reference policy and costs no second copy.
 
 import dataclasses
 import re
+import zlib
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -27,6 +28,16 @@ LORA_TARGETS = {
     # The names in the papers' target lists that exist in LLaDA's checkpoint.
     'paper': r'^(q|k|v|up)$',
 }
+
+# What a layer's backward pass recomputes: nothing, everything, or everything
+# but the results of the linears.
+REMAT = {
+    'none': None,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+# Kinds of quantized kernels: qwix's type, and inputs that share a scale.
+QUANT = {'int8': ('int8', 0), 'nf4': ('nf4', 64)}  # 0 = a whole column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +61,14 @@ class ModelConfig:
   qk_norm: bool = False  # Qwen3-style
   tied: bool = False  # the head is the embedding
   shift: bool = False  # Dream: the output at i - 1 predicts token i
+  block_causal: int = 0  # SDAR: attention ends with one's own block of so many
   lora_rank: int = 0  # 0 = no adapters
   lora_alpha: float = 64.0
+  lora_dropout: float = 0.0  # of the adapters' input, where keys are given
   lora_targets: str = LORA_TARGETS['all']  # regex on the linear's name
   dtype: str = 'bfloat16'  # of the matmuls; norms, softmax, head sum in f32
   param_dtype: str = 'float32'
-  remat: bool = True
+  remat: str = 'full'  # of a layer, in the backward pass: a name in REMAT
   head_chunk: int = 0  # completion positions per head call in log-probs; 0=all
 
 
@@ -104,20 +117,34 @@ class Linear(nn.Module):
   gain: float = 1.0
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, keys=None):
     cfg, shape = self.cfg, (x.shape[-1], self.features)
     dtype = jnp.dtype(cfg.dtype)
     init = nn.initializers.variance_scaling(
         self.gain, 'fan_in', 'truncated_normal')
-    y = x @ self.param('kernel', init, shape, cfg.param_dtype).astype(dtype)
+    kernel = self.param('kernel', init, shape, cfg.param_dtype)
+    y = x @ dense(kernel).astype(dtype)
     if self.bias:
       zeros = nn.initializers.zeros
       bias = self.param('bias', zeros, shape[1:], cfg.param_dtype)
       y += jnp.broadcast_to(bias, y.shape).astype(dtype)
     wanted = cfg.lora_rank and re.search(cfg.lora_targets, self.name)
     if wanted and (self.is_initializing() or self.has_variable('lora', 'a')):
-      y += self.adapter(x, shape).astype(dtype)
+      y += self.adapter(self.drop(x, keys), shape).astype(dtype)
     return y
+
+  def drop(self, x, keys):
+    """Dropout of the adapter's input; keys_R are the rows' own."""
+    rate = self.cfg.lora_dropout
+    if keys is None or not rate:
+      return x
+    name = zlib.crc32(self.name.encode())
+
+    def one(row, key):
+      key = jax.random.fold_in(key, name)
+      kept = jax.random.bernoulli(key, 1 - rate, row.shape)
+      return jnp.where(kept, row / (1 - rate), 0).astype(row.dtype)
+    return jax.vmap(one)(x, keys)
 
   def adapter(self, x, shape):
     """PEFT's initialisation (kaiming_uniform(sqrt 5), zeros), float32."""
@@ -128,6 +155,29 @@ class Linear(nn.Module):
     b = self.variable('lora', 'b', jnp.zeros, (cfg.lora_rank, shape[1]))
     x = x.astype(jnp.float32)
     return (x @ a.value) @ b.value * (cfg.lora_alpha / cfg.lora_rank)
+
+
+def dense(kernel):
+  """A kernel as matmuls take it: one stored by `quantize` is restored."""
+  if not hasattr(kernel, 'qvalue'):
+    return kernel
+  import qwix
+  return qwix.dequantize(kernel)
+
+
+def quantize(kernel_NxDxF, kind):
+  """A layer-stacked kernel as a qwix.QArray; `kind` is a name in QUANT.
+
+  int8 has one scale for a column (an output), nf4 one for 64 inputs of it.
+  ValueError if the inputs do not divide by that.
+  """
+  import qwix
+  qtype, tile = QUANT[kind]
+  if tile and kernel_NxDxF.shape[1] % tile:
+    raise ValueError(f'model.quantize = {kind} needs linears whose inputs are '
+                     f'a multiple of {tile}; one has {kernel_NxDxF.shape[1]}')
+  return qwix.quantize(kernel_NxDxF, qtype, channelwise_axes=(0, 2),
+                       tiled_axes={1: tile} if tile else None)
 
 
 class Norm(nn.Module):
@@ -152,11 +202,11 @@ class Block(nn.Module):
   keep: bool  # return this layer's keys and values
 
   @nn.compact
-  def __call__(self, x, cache, rope, mask, start):
-    cfg = self.cfg
+  def __call__(self, x, per_layer, rope, mask, start):
+    cfg, (cache, keys) = self.cfg, per_layer
     out_gain = 0.5 / cfg.layers  # keeps the residual stream's scale at depth
     y = Norm(cfg, name='attn_norm')(x)
-    q, k, v = self.project(y)
+    q, k, v = self.project(y, keys)
     q, k = rotate(q, rope), rotate(k, rope)
     if cache is not None:
       at = (0, start, 0, 0)
@@ -164,19 +214,19 @@ class Block(nn.Module):
       v = jax.lax.dynamic_update_slice(cache.values, v, at)
     y = jax.nn.dot_product_attention(q, k, v, mask=mask)
     y = y.reshape(x.shape[:2] + (-1,))
-    x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y)
+    x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y, keys)
     y = Norm(cfg, name='mlp_norm')(x)
-    gate = nn.silu(Linear(cfg, cfg.mlp, name='gate')(y))
-    y = gate * Linear(cfg, cfg.mlp, name='up')(y)
-    x += Linear(cfg, cfg.width, gain=out_gain, name='down')(y)
+    gate = nn.silu(Linear(cfg, cfg.mlp, name='gate')(y, keys))
+    y = gate * Linear(cfg, cfg.mlp, name='up')(y, keys)
+    x += Linear(cfg, cfg.width, gain=out_gain, name='down')(y, keys)
     return x, Cache(k, v) if self.keep else None
 
-  def project(self, y):
+  def project(self, y, keys):
     cfg = self.cfg
     dim = cfg.head_dim or cfg.width // cfg.heads
 
     def heads(name, count):
-      z = Linear(cfg, count * dim, cfg.qkv_bias, name=name)(y)
+      z = Linear(cfg, count * dim, cfg.qkv_bias, name=name)(y, keys)
       z = z.reshape(y.shape[:2] + (count, dim))
       if cfg.qk_norm and name != 'v':
         z = Norm(cfg, name=f'{name}_norm')(z)
@@ -198,8 +248,8 @@ class Transformer(nn.Module):
     shape = (cfg.vocab, cfg.width)
     self.embedding = self.param('embedding', init, shape, cfg.param_dtype)
     block = Block
-    if cfg.remat:
-      block = nn.remat(Block, prevent_cse=False)
+    if cfg.remat != 'none':
+      block = nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
     self.layers = nn.scan(
         block, variable_axes={'params': 0, 'lora': 0},
         split_rngs={'params': True, 'lora': True},
@@ -209,10 +259,14 @@ class Transformer(nn.Module):
     if not cfg.tied:
       self.head = self.param('head', init, shape, cfg.param_dtype)
 
-  def hidden(self, tokens, positions, mask, cache, start):
+  def hidden(self, tokens, positions, mask, cache, start, keys):
     x = constrain(self.embedding[tokens].astype(self.cfg.dtype))
     rope = rope_table(self.cfg, positions)
-    x, kept = self.layers(x, cache, rope, mask, start)
+    if keys is not None:  # each layer its own
+      layer = jnp.arange(self.cfg.layers)
+      fold = jax.vmap(jax.random.fold_in, (0, None))
+      keys = jax.vmap(fold, (None, 0))(keys, layer)
+    x, kept = self.layers(x, (cache, keys), rope, mask, start)
     return self.final_norm(x), kept
 
   def logits(self, hidden):
@@ -221,7 +275,7 @@ class Transformer(nn.Module):
                       preferred_element_type=jnp.float32)
 
   def __call__(self, tokens, positions):
-    return self.logits(self.hidden(tokens, positions, None, None, None)[0])
+    return self.logits(self.hidden(tokens, positions, *[None] * 4)[0])
 
 
 def constrain(x):
@@ -267,27 +321,40 @@ def init(cfg, key):
   return Transformer(cfg).init(keys, token, token)
 
 
-def hidden(cfg, params, tokens_RxS, valid_RxS=None, keep=False, window=None):
+def attention_mask(cfg, valid_RxS, positions_RxS, queries_RxT):
+  """What each query sees, (R, 1 or T, S) bool: no padding, no later block."""
+  mask = valid_RxS[:, None, :]
+  if cfg.block_causal:
+    block = lambda x: x // cfg.block_causal
+    mask &= block(positions_RxS)[:, None] <= block(queries_RxT)[..., None]
+  return mask
+
+
+def hidden(cfg, params, tokens_RxS, valid_RxS=None, keep=False, window=None,
+           dropout_R=None):
   """The last hidden states; `head` makes logits of them.
 
   Returns ((R, T, D), Cache or None). Without `window` T = S and index i holds
   the prediction for position i, whatever the family. With `window` the tokens
   are the T positions from window.start on, valid_RxS speaks of the whole
   sequence, and the states come as the network gives them (not shifted).
+  dropout_R are keys, one a row, for cfg.lora_dropout; without them it is off.
   """
   valid = jnp.ones_like(tokens_RxS, bool) if valid_RxS is None else valid_RxS
   if window is None and valid.shape != tokens_RxS.shape:
     raise ValueError(f'valid has shape {valid.shape}, tokens '
                      f'{tokens_RxS.shape}: they must be equal')
   positions = positions_of(valid)
-  cache = start = None
+  cache, start, queries = None, None, positions
   if window is not None:
     cache, start = window
-    positions = jax.lax.dynamic_slice_in_dim(
+    queries = jax.lax.dynamic_slice_in_dim(
         positions, start, tokens_RxS.shape[1], 1)
-  mask = None if valid_RxS is None else valid[:, None, None, :]
+  mask = None
+  if valid_RxS is not None or cfg.block_causal:
+    mask = attention_mask(cfg, valid, positions, queries)[:, None]
   h, kept = Transformer(cfg, keep).apply(
-      params, tokens_RxS, positions, mask, cache, start,
+      params, tokens_RxS, queries, mask, cache, start, dropout_R,
       method=Transformer.hidden)
   if cfg.shift and window is None:
     h = unshift(h, valid)

@@ -22,13 +22,13 @@ def rows_of(prompts, group, iteration):
 
 
 def collect(steps, task, tokenizer, problems, trainable, frozen, iteration, *,
-            prompts, group, seed, protocol, eos_id, samples):
+            prompts, group, seed, protocol, samples, bucket=0):
   """One buffer of rollouts of the current policy.
 
   Returns (TrainBatch, dict of floats, list of sample dicts). ValueError on a
   reward that is not finite.
   """
-  batch = data.prompts_at(problems, iteration, prompts, seed)
+  batch = data.prompts_at(problems, iteration, prompts, seed, bucket)
   tokens, valid, row = rows_of(batch, group, iteration)
   # 1. Sample, and queue the log-prob passes behind it.
   rollouts, completion = steps.sample(
@@ -37,7 +37,8 @@ def collect(steps, task, tokenizer, problems, trainable, frozen, iteration, *,
   # 2. Decode and reward on the host meanwhile.
   kept = mesh.fetch((rollouts.tokens, rollouts.order, rollouts.forwards,
                      completion))
-  texts = data.decode(tokenizer, kept[0][:, tokens.shape[1]:], eos_id)
+  texts = data.decode(tokenizer, kept[0][:, tokens.shape[1]:],
+                      data.stop_ids(tokenizer))
   examples = [problems.examples[i] for i in np.repeat(batch.index, group)]
   terms = [task.reward(text, example, protocol)
            for text, example in zip(texts, examples, strict=True)]

@@ -20,9 +20,9 @@ def run(built, workdir, writer):
   Returns ({'params': ...}, seconds spent in all sessions).
   """
   c = built.config
-  state = built.steps.start_sft(built.steps.init())
   if not c.sft.steps:
-    return state.trainable, 0.0
+    return built.steps.init(), 0.0
+  state = built.steps.start_sft(built.steps.init())
   with checkpoint.open_manager(os.path.join(workdir, 'sft'), 1) as manager:
     start, spent = 0, 0.0
     found = checkpoint.restore(manager, checkpoint.abstract(state))

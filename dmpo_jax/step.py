@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmpo_jax import logprob, masking
+from dmpo_jax import logprob, masking, rng
 from dmpo_jax.types import TrainState
 
 SCALARS = ('norm', 'total')  # fields of TrainBatch without a row axis
+DROPOUT = 1 << 20  # folded into an inner step's key: beyond any inner step
 
 
 def init_state(trainable, optimizer):
@@ -43,11 +44,12 @@ def split_batch(batch, microbatches):
       else split_rows(x, microbatches) for name, x in batch._asdict().items()})
 
 
-def batch_logp(params, batch, key, cfg, objective, hp):
+def batch_logp(params, batch, key, cfg, objective, hp, dropout=False):
   """(logp_RxKxL, Masks) of a batch under the loss's masks of this key."""
   masks = objective.draw(key, batch.row, batch.completion, hp)
+  keys = rng.row_keys(jax.random.fold_in(key, DROPOUT), batch.row)
   logp = logprob.token_logp(cfg, params, batch.tokens, masks.masked,
-                            batch.valid)
+                            batch.valid, keys if dropout else None)
   return logp, masks
 
 
@@ -86,7 +88,7 @@ def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
 
   def loss_fn(trainable, part):
     logp, masks = batch_logp({**frozen, **trainable}, part, key, cfg,
-                             objective, hp)
+                             objective, hp, bool(cfg.lora_dropout))
     return objective.loss(logp, masks, part, part.elbo_old[:, inner], hp)
 
   return update(state, loss_fn, split_batch(batch, microbatches), optimizer)

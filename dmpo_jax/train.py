@@ -13,7 +13,16 @@ import jax
 import numpy as np
 from absl import logging
 
-from dmpo_jax import build, checkpoint, evaluate, mesh, metrics, rollout
+from dmpo_jax import (
+    build,
+    checkpoint,
+    data,
+    evaluate,
+    mesh,
+    metrics,
+    plan,
+    rollout,
+)
 
 
 def policy_of(built, base):
@@ -43,6 +52,8 @@ def loop(built, workdir, writer, base, manager):
   state = steps.start(trainable)
   state, batch, place = resume(built, manager, state, problems, workdir,
                                writer)
+  if c.data.bucket:  # what would not fit fails now, not at the long prompt
+    plan.compile_longest(built, data.bucketed(problems.valid, c.data.bucket))
   progress = metrics.Progress(c.train.iterations, 'rl',
                               start=place['iteration'],
                               every_seconds=c.log.every_seconds)
@@ -55,8 +66,8 @@ def loop(built, workdir, writer, base, manager):
         batch, numbers, samples = rollout.collect(
             steps, built.task, built.tokenizer, problems, state.trainable,
             frozen, it, prompts=c.train.prompts, group=c.train.group,
-            seed=c.seed, protocol=c.data.protocol, eos_id=built.model.eos_id,
-            samples=c.log.samples)
+            seed=c.seed, protocol=c.data.protocol, samples=c.log.samples,
+            bucket=c.data.bucket)
       append(workdir, samples)
       shown |= writer.write('rl', it, {**numbers, **clock.take()})
     for inner in range(place['inner'], c.train.inner):
@@ -98,8 +109,11 @@ def resume(built, manager, state, problems, workdir, writer):
   place = dict(iteration=0, inner=0, seconds=0.0)
   batch, c = None, built.config
   shapes = checkpoint.abstract(state)
+  done = checkpoint.latest(manager) or 1
+  prompts = data.prompts_at(problems, (done - 1) // c.train.inner,
+                            c.train.prompts, c.seed, c.data.bucket)
   found = checkpoint.restore(
-      manager, shapes, build.abstract_batch(built, problems.tokens.shape[1]))
+      manager, shapes, build.abstract_batch(built, prompts.tokens.shape[1]))
   if found:
     state, batch, place = found
     logging.info('resuming at iteration %d, inner step %d',

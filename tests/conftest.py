@@ -43,7 +43,7 @@ def tiny():
     eos_id=9,
     pad_id=8,
     dtype='float32',
-    remat=False,
+    remat='none',
   )
 
 

@@ -6,9 +6,12 @@ strips it.
 """
 
 import itertools
+import json
 import math
+import pathlib
 
 import numpy as np
+from safetensors.numpy import load_file
 
 
 def log_softmax(x):
@@ -341,3 +344,72 @@ def random_order_law(cfg, params, prompt, length, temperature):
 
   visit((cfg.mask_id,) * length, 1.0)
   return law
+
+
+# --- Hugging Face directories, in their own names and layouts
+
+
+def hf_logits(folder, tokens_T):
+  """(T, V): what the network that config.json describes says, not unshifted.
+
+  A plain loop over torch's tensors (out, in) by their own names; attention is
+  bidirectional, or block by block where config.json has a block_size.
+  """
+  folder = pathlib.Path(folder)
+  c = json.loads((folder / 'config.json').read_text())
+  t = {}
+  for path in folder.glob('*.safetensors'):
+    t |= {k: np.asarray(v, np.float64) for k, v in load_file(path).items()}
+  llada = c['model_type'] == 'llada'
+  get = lambda a, b, default=None: c.get(a if llada else b, default)
+  heads = get('n_heads', 'num_attention_heads')
+  kv = get('n_kv_heads', 'num_key_value_heads', heads)
+  eps, theta = c['rms_norm_eps'], c['rope_theta']
+  root, top = (('model.transformer.blocks', 'model.transformer') if llada
+               else ('model.layers', 'model'))
+  names = (dict(zip('qkvogud', (
+      'q_proj', 'k_proj', 'v_proj', 'attn_out', 'ff_proj', 'up_proj',
+      'ff_out'), strict=True)) if llada else dict(zip('qkvogud', (
+          'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj',
+          'self_attn.o_proj', 'mlp.gate_proj', 'mlp.up_proj',
+          'mlp.down_proj'), strict=True)))
+  norms = (('attn_norm', 'ff_norm') if llada else
+           ('input_layernorm', 'post_attention_layernorm'))
+  table = t[f'{top}.wte.weight' if llada else 'model.embed_tokens.weight']
+  x = table[tokens_T]
+  place = np.arange(len(tokens_T))
+  block = c.get('block_size')
+  seen = np.ones((len(x), len(x)), bool)
+  if block:
+    seen = place[None] // block <= place[:, None] // block
+
+  def linear(i, name, y):
+    stem = f'{root}.{i}.{names[name]}'
+    return y @ t[f'{stem}.weight'].T + t.get(f'{stem}.bias', 0.0)
+
+  def split(i, name, y, count):
+    z = linear(i, name, y).reshape(len(y), count, -1)
+    scale = t.get(f'{root}.{i}.self_attn.{name}_norm.weight')
+    z = z if scale is None else rms_norm(z, scale, eps)
+    if name == 'v':
+      return z
+    return np.stack([rope(z[:, h], place, theta) for h in range(count)], 1)
+
+  for i in range(get('n_layers', 'num_hidden_layers')):
+    y = rms_norm(x, t[f'{root}.{i}.{norms[0]}.weight'], eps)
+    q, k, v = (split(i, n, y, heads if n == 'q' else kv) for n in 'qkv')
+    out = []
+    for h in range(heads):
+      g = h * kv // heads
+      score = q[:, h] @ k[:, g].T / math.sqrt(q.shape[-1])
+      score = np.where(seen, score, -np.inf)
+      out.append(np.exp(log_softmax(score)) @ v[:, g])
+    x = x + linear(i, 'o', np.concatenate(out, -1))
+    y = rms_norm(x, t[f'{root}.{i}.{norms[1]}.weight'], eps)
+    gate = linear(i, 'g', y)
+    x = x + linear(i, 'd', gate / (1 + np.exp(-gate)) * linear(i, 'u', y))
+  x = rms_norm(x, t[f'{top}.ln_f.weight' if llada else 'model.norm.weight'],
+               eps)
+  tied = get('weight_tying', 'tie_word_embeddings')
+  head = f'{top}.ff_out.weight' if llada else 'lm_head.weight'
+  return x @ (table if tied else t[head]).T

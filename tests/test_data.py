@@ -120,6 +120,23 @@ def test_impossible_problems(tokenizer):
     data.encode_problems([], [], tokenizer)
 
 
+def test_overlong_prompts(tokenizer, caplog):
+  """'cut' keeps a prompt's end, 'drop' drops the problem and says how many."""
+  whole = data.encode_problems(EXAMPLES, TEXTS, tokenizer)
+  lengths = whole.valid.sum(1)
+  limit = int(lengths.max()) - 1
+  cut = data.encode_problems(EXAMPLES, TEXTS, tokenizer, limit, overlong='cut')
+  np.testing.assert_array_equal(cut.tokens, whole.tokens[:, 1:])
+  np.testing.assert_array_equal(cut.valid.sum(1), np.minimum(lengths, limit))
+  dropped = data.encode_problems(EXAMPLES, TEXTS, tokenizer, limit,
+                                 overlong='drop')
+  kept = np.flatnonzero(lengths <= limit)
+  assert dropped.examples == [EXAMPLES[i] for i in kept]
+  np.testing.assert_array_equal(dropped.tokens, whole.tokens[kept, 1:])
+  with pytest.raises(ValueError, match='data.prompt_length = 1 drops all 3'):
+    data.encode_problems(EXAMPLES, TEXTS, tokenizer, 1, overlong='drop')
+
+
 # --- order
 
 
@@ -159,6 +176,20 @@ def test_prompts_at(tokenizer):
   np.testing.assert_array_equal(prompts.valid, found.valid[prompts.index])
 
 
+def test_buckets_cut_padding_only(tokenizer):
+  """P of a batch is the next multiple, never less than its longest prompt."""
+  found = data.encode_problems(EXAMPLES, TEXTS, tokenizer, 9)
+  for step in range(4):
+    whole = data.prompts_at(found, step, 1, 0)
+    short = data.prompts_at(found, step, 1, 0, bucket=4)
+    length = short.tokens.shape[1]
+    assert length == {3: 4, 4: 4, 5: 8}[int(whole.valid.sum())]
+    np.testing.assert_array_equal(short.tokens, whole.tokens[:, -length:])
+    assert short.valid.sum() == whole.valid.sum()
+    np.testing.assert_array_equal(short.index, whole.index)
+  assert data.bucketed(np.ones((2, 9), bool), 4) == 9  # no wider than P
+
+
 # --- completions
 
 
@@ -180,3 +211,4 @@ def test_decode_stops_at_the_first_eos(tokenizer):
   rows = np.array([[a, eos, b, eos], [eos, a, b, a],
                    [a, tokenizer.pad_token_id, b, a]])
   assert data.decode(tokenizer, rows, eos) == ['a', '', 'a<|pad|>ba']
+  assert data.decode(tokenizer, rows, (eos, b)) == ['a', '', 'a<|pad|>']

@@ -148,14 +148,14 @@ def test_all_complaints_at_once():
   """A config with three faults is told of three."""
   with pytest.raises(ValueError) as info:
     build.check(tiny(**{'objective.alpha': -1.0, 'sampler.block': 5,
-                        'data.task': 'chess'}))
+                        'data.task': 'chess'}), 8)
   assert str(info.value).startswith('this config cannot run:')
   assert len(str(info.value).splitlines()) == 4
 
 
 def test_the_defaults_of_the_tests_can_run():
   """The control of the table above."""
-  build.check(tiny())
+  build.check(tiny(), 8)
 
 
 # --- flags

@@ -19,7 +19,7 @@ from dmpo_jax.types import Scored, TrainBatch, to_groups
 L, SYMBOLS, ALPHA, GROUP = 4, 3, 0.7, 512
 CFG = model.ModelConfig(
     vocab=4, mask_id=3, eos_id=-1, pad_id=-1, width=32, layers=2, heads=2,
-    kv_heads=2, mlp=64, dtype='float32', remat=False)
+    kv_heads=2, mlp=64, dtype='float32', remat='none')
 OUTPUTS = np.array(list(itertools.product(range(SYMBOLS), repeat=L)), np.int32)
 ORDERS = np.array(list(itertools.permutations(range(L))), np.int32)
 HOW = sampler.SampleConfig(L, L, L, temperature=1.0, pick='random_order')

@@ -15,7 +15,7 @@ from dmpo_jax.types import Masks, Scored, TrainBatch
 B, G, R, K, L = 3, 4, 12, 4, 6
 TINY = model.ModelConfig(
     vocab=9, mask_id=8, eos_id=7, pad_id=7, width=16, layers=1, heads=2,
-    kv_heads=2, mlp=16, dtype='float32', remat=False)
+    kv_heads=2, mlp=16, dtype='float32', remat='none')
 
 
 def close(a, b, tol=1e-5):
@@ -239,6 +239,35 @@ def test_metrics_of_weighing():
   close(metrics['weight_abs'], np.abs(weight).sum(-1).mean())
 
 
+def test_coverage_scales_a_group_by_its_best():
+  """exp((max r - best) / alpha), 1 where it is reached; sums stay zero."""
+  reward = np.array([[1.0, 0.2, 0.0, 0.5], [0.9, 0.1, 0.9, 0.0],
+                     [0.0, 0.0, 0.0, 0.0]], np.float32)
+  plain = dmpo.Config(alpha=0.2)
+  hp = dataclasses.replace(plain, best=1.0)
+  scale = np.exp((reward.max(-1, keepdims=True) - 1.0) / 0.2)
+  assert scale[0, 0] == 1 and 0.5 < scale[1, 0] < 0.7 and scale[2, 0] < 0.01
+  weight, positive, metrics = dmpo.weigh(scored(reward), hp)
+  whole, sure, before = dmpo.weigh(scored(reward), plain)
+  close(weight, whole * scale)
+  close(positive, sure * scale)
+  close(np.sum(weight, -1), np.zeros(B))
+  close(metrics['coverage'], scale.mean())
+  close(metrics['ess'], before['ess'])  # of the target's own weights
+  # A best that is beaten scales nothing up.
+  beaten = dmpo.weigh(scored(reward), dataclasses.replace(hp, best=0.5))[0]
+  close(beaten[0], whole[0])
+
+
+def test_coverage_reaches_the_model_baseline():
+  """What is subtracted shrinks with the group, so that sums stay zero."""
+  positive = (softmax(LOG_RND) * [[1.0], [0.3], [0.01]]).astype(np.float32)
+  got = dmpo.reweigh(
+      jnp.asarray(draw(4, R)), jnp.asarray(draw(5, R)),
+      batch(np.zeros(R), positive.ravel()), G, dmpo.Config(baseline='model'))
+  close(np.reshape(got, (B, G)).sum(-1), np.zeros(B))
+
+
 def test_reweigh_is_a_softmax_over_each_group():
   """The 'model' baseline is per group, not over the batch."""
   elbo, old = draw(4, R), draw(5, R)
@@ -382,7 +411,7 @@ def test_needs():
     ('baseline', dict(baseline='mean')), ('loss', dict(loss='ppo')),
     ('draws', dict(draws=3)), ('draws', dict(draws=0, antithetic=False)),
     ('low', dict(low=0.5, high=0.5)), ('high', dict(high=1.1)),
-    ('antithetic', dict(loss='ddo')),
+    ('best', dict(best=1.0, alpha=0.0)), ('antithetic', dict(loss='ddo')),
     ('loss', dict(loss='ddo', draws=3, antithetic=False))])
 def test_check_names_the_field(field, changes):
   """One sentence each, with the field by its name in the config."""

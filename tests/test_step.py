@@ -20,7 +20,7 @@ from dmpo_jax.types import Rollouts, Scored, TrainBatch, to_groups
 B, G, R, P, L, INNER = 2, 2, 4, 3, 8, 2
 CFG = model.ModelConfig(
     vocab=9, mask_id=8, eos_id=7, pad_id=6, width=16, layers=1, heads=2,
-    kv_heads=2, mlp=16, dtype='float32', remat=False)
+    kv_heads=2, mlp=16, dtype='float32', remat='none')
 LORA = dataclasses.replace(CFG, lora_rank=2, lora_alpha=4.0)
 SGD = optax.sgd(1.0)
 KEY = 5  # of the masks

@@ -10,7 +10,8 @@ completions of one prompt, drawn from p_old:
   loss = sum_g weight_g 1/K sum_k 1/m_k sum_masked -log p_theta(x_i|q, x_masked)
 
 `weight` is fixed at rollout time, but for the 'model' baseline. c < 1 is the
-proximal form: its target is p_old^(1-c) p_ref^c exp(c r/alpha).
+proximal form: its target is p_old^(1-c) p_ref^c exp(c r/alpha). `best` scales
+groups by how near they come to the target's mass (`coverage`; ours).
 
 Where we differ from the released code (dmpo_trainer.py), on purpose:
 * c by ESS, the reported ESS, the group mean and the softmax of the 'model'
@@ -46,6 +47,7 @@ class Config:
   ess: float = 0.0  # 0 = c as given; else c per group for this ESS in (0, 1)
   baseline: str = 'individual'  # none | group | individual | model
   strength: float = 1.0  # of the baseline
+  best: float = 0.0  # the largest reward there is: see `coverage`; 0 = off
   loss: str = 'wdce'  # wdce | ddo
   ddo_alpha: float = 1.0  # scale of the term that pushes down
   ddo_beta: float = 1.0  # inverse temperature of the ELBO gap
@@ -98,6 +100,18 @@ def adaptive_coef(reward_BxG, log_rnd_BxG, alpha, ess):
   return (low + high) / 2
 
 
+def coverage(reward_BxG, alpha, best):
+  """(B, 1) in (0, 1]: how near a group's best comes to the target's mass.
+
+  p* of a perfect completion exceeds that of the group's best by
+  exp((best - max r) / alpha). Where a group has none, its weights, which sum
+  to one all the same, would teach the least bad: they are scaled down by this.
+  Ours, not the paper's.
+  """
+  gap = jnp.max(reward_BxG, axis=-1, keepdims=True) - best
+  return jnp.exp(jnp.minimum(gap, 0.0) / alpha)
+
+
 def weigh(scored, hp):
   """Signed weights and target weights, each (B, G), and metrics."""
   log_rnd = scored.logp_ref - scored.logp_old
@@ -107,15 +121,19 @@ def weigh(scored, hp):
   positive, negative = target_weights(scored.reward, log_rnd, hp.alpha, coef)
   baseline = {'group': 1 / positive.shape[-1], 'individual': negative}
   weight = positive - hp.strength * baseline.get(hp.baseline, 0.0)
+  scale = jnp.ones_like(positive[:, :1])
+  if hp.best:
+    scale = coverage(scored.reward, hp.alpha, hp.best)
   best = jnp.max(scored.reward, -1) == jnp.min(scored.reward, -1)
   metrics = {
       'ess': jnp.mean(effective_size(positive)),
       'coef': jnp.mean(coef),
       'log_rnd_std': jnp.mean(jnp.std(log_rnd, axis=-1)),
       'equal_reward_groups': jnp.mean(best),
-      'weight_abs': jnp.mean(jnp.sum(jnp.abs(weight), axis=-1)),
+      'coverage': jnp.mean(scale),
+      'weight_abs': jnp.mean(jnp.sum(jnp.abs(weight * scale), axis=-1)),
   }
-  return weight, positive, metrics
+  return weight * scale, positive * scale, metrics
 
 
 def reweigh(elbo_R, elbo_old_R, batch, group, hp):
@@ -125,8 +143,9 @@ def reweigh(elbo_R, elbo_old_R, batch, group, hp):
   variate whose expectation vanishes under p_theta. dmpo_trainer.py:166-174.
   """
   gap = to_groups(elbo_R - elbo_old_R, group)
-  baseline = to_rows(jax.nn.softmax(jax.lax.stop_gradient(gap), axis=-1))
-  return batch.positive - hp.strength * baseline
+  baseline = jax.nn.softmax(jax.lax.stop_gradient(gap), axis=-1)
+  held = jnp.sum(to_groups(batch.positive, group), -1, keepdims=True)
+  return batch.positive - hp.strength * to_rows(baseline * held)
 
 
 def draw(key, row_R, completion_RxL, hp):
@@ -194,6 +213,8 @@ def check(hp):
                  '(0 weighs by the reward alone)')
   if not 0 < hp.coef <= 1 and hp.alpha:
     found.append(f'objective.coef = {hp.coef} must be in (0, 1]')
+  if hp.best and not hp.alpha:
+    found.append(f'objective.best = {hp.best} needs objective.alpha > 0')
   if not 0 <= hp.ess < 1:
     found.append(f'objective.ess = {hp.ess} must be in [0, 1); 0 = off')
   if hp.baseline not in BASELINES:

@@ -1,0 +1,452 @@
+"""Published checkpoints, in each family's true format, written by hand here."""
+
+import builtins
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+from safetensors.numpy import save_file
+
+from dmpo_jax import data, mesh, model, weights
+
+V, D, N, F = 40, 16, 2, 24
+MASK, EOS = 33, 30
+
+LLADA = dict(  # every field of the published file
+    activation_type='silu', alibi=False, alibi_bias_max=8.0,
+    architectures=['LLaDAModelLM'], attention_dropout=0.0,
+    attention_layer_norm=False, attention_layer_norm_with_affine=True,
+    auto_map={'AutoConfig': 'configuration_llada.LLaDAConfig',
+              'AutoModel': 'modeling_llada.LLaDAModelLM'},
+    bias_for_layer_norm=False, block_group_size=1, block_type='llama',
+    d_model=D, embedding_dropout=0.0, embedding_size=V, eos_token_id=EOS,
+    flash_attention=False, include_bias=False, include_qkv_bias=False,
+    init_cutoff_factor=None, init_device='meta', init_fn='mitchell',
+    init_std=0.02, input_emb_norm=False, layer_norm_type='rms',
+    layer_norm_with_affine=True, mask_token_id=MASK, max_sequence_length=4096,
+    mlp_hidden_size=F, mlp_ratio=4, model_type='llada',
+    multi_query_attention=None, n_heads=4, n_kv_heads=4, n_layers=N,
+    pad_token_id=EOS, precision='amp_bf16', residual_dropout=0.0,
+    rms_norm_eps=1e-05, rope=True, rope_full_precision=True,
+    rope_theta=500000.0, scale_logits=False, transformers_version='4.46.3',
+    use_cache=False, vocab_size=V, weight_tying=False)
+DREAM = dict(
+    architectures=['DreamModel'], attention_dropout=0.0,
+    auto_map={'AutoModel': 'modeling_dream.DreamModel'}, bos_token_id=EOS,
+    eos_token_id=EOS, hidden_act='silu', hidden_size=D, initializer_range=0.02,
+    intermediate_size=F, mask_token_id=MASK, max_position_embeddings=131072,
+    max_window_layers=N, model_type='Dream', num_attention_heads=4,
+    num_hidden_layers=N, num_key_value_heads=2, pad_token_id=EOS,
+    rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000.0,
+    sliding_window=None, tie_word_embeddings=False, torch_dtype='bfloat16',
+    transformers_version='4.46.2', use_cache=True, use_mrope=False,
+    use_sliding_window=False, vocab_size=V)
+QWEN3 = dict(
+    architectures=['A2DQwen3LMHeadModel'], attention_bias=False,
+    attention_dropout=0.0, bos_token_id=EOS, eos_token_id=EOS, head_dim=6,
+    hidden_act='silu', hidden_size=D, initializer_range=0.02,
+    intermediate_size=F, mask_token_id=MASK, max_position_embeddings=32768,
+    max_window_layers=N, model_type='a2d-qwen3', num_attention_heads=4,
+    num_hidden_layers=N, num_key_value_heads=1, rms_norm_eps=1e-06,
+    rope_scaling=None, rope_theta=1000000, sliding_window=None,
+    tie_word_embeddings=True, torch_dtype='bfloat16', use_cache=True,
+    use_sliding_window=False, vocab_size=V)
+CONFIGS = {
+    'llada': LLADA,
+    'llada_gqa': {**LLADA, 'n_kv_heads': 2},
+    'dream': DREAM,
+    'qwen3': QWEN3,
+    'sdar': {**QWEN3, 'model_type': 'sdar', 'block_size': 4,
+             'tie_word_embeddings': False, 'fuse_cross_entropy': True},
+    'llama': {k: v for k, v in {
+        **QWEN3, 'model_type': 'llama', 'tie_word_embeddings': False,
+        'mlp_bias': False}.items() if k != 'head_dim'},
+}
+
+
+def shapes(c):
+  """{tensor: shape} as torch has them, (out, in), for a config.json."""
+  if c['model_type'] == 'llada':
+    kv = D // c['n_heads'] * c['n_kv_heads']
+    out = {'model.transformer.wte.weight': (V, D),
+           'model.transformer.ln_f.weight': (D,),
+           'model.transformer.ff_out.weight': (V, D)}
+    for i in range(N):
+      block = f'model.transformer.blocks.{i}.'
+      out |= {block + name + '.weight': shape for name, shape in dict(
+          attn_norm=(D,), ff_norm=(D,), q_proj=(D, D), k_proj=(kv, D),
+          v_proj=(kv, D), attn_out=(D, D), ff_proj=(F, D), up_proj=(F, D),
+          ff_out=(D, F)).items()}
+    return out
+  heads, kv = c['num_attention_heads'], c['num_key_value_heads']
+  dim = c.get('head_dim', D // heads)
+  out = {'model.embed_tokens.weight': (V, D), 'model.norm.weight': (D,)}
+  if not c['tie_word_embeddings']:
+    out['lm_head.weight'] = (V, D)
+  for i in range(N):
+    layer = f'model.layers.{i}.'
+    out |= {layer + name + '.weight': shape for name, shape in {
+        'input_layernorm': (D,), 'post_attention_layernorm': (D,),
+        'self_attn.q_proj': (heads * dim, D),
+        'self_attn.k_proj': (kv * dim, D), 'self_attn.v_proj': (kv * dim, D),
+        'self_attn.o_proj': (D, heads * dim), 'mlp.gate_proj': (F, D),
+        'mlp.up_proj': (F, D), 'mlp.down_proj': (D, F)}.items()}
+    if c['model_type'] == 'Dream':
+      out |= {f'{layer}self_attn.{n}_proj.bias': (k * dim,)
+              for n, k in (('q', heads), ('k', kv), ('v', kv))}
+    if c['model_type'] in ('a2d-qwen3', 'sdar'):
+      out |= {f'{layer}self_attn.{n}_norm.weight': (dim,) for n in 'qk'}
+  return out
+
+
+def write(folder, c, shards=1, dtype=np.float32, tensors=None):
+  """A Hugging Face directory with random weights."""
+  folder.mkdir(exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(c))
+  if tensors is None:
+    draw = np.random.default_rng(0)
+    tensors = {name: (0.3 * draw.normal(size=shape)
+                      + ('norm' in name or 'ln_f' in name)).astype(dtype)
+               for name, shape in shapes(c).items()}
+  names = list(tensors)
+  index = {}
+  for i in range(shards):
+    file = ('model.safetensors' if shards == 1 else
+            f'model-{i + 1:05d}-of-{shards:05d}.safetensors')
+    save_file({n: tensors[n] for n in names[i::shards]}, folder / file)
+    index |= dict.fromkeys(names[i::shards], file)
+  if shards > 1:
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(
+        {'metadata': {}, 'weight_map': index}))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+  root = tmp_path_factory.mktemp('checkpoints')
+  return {name: write(root / name, c, shards=1 + 2 * (name == 'llada'))
+          for name, c in CONFIGS.items()}
+
+
+@pytest.fixture(scope='module')
+def loaded(folders):
+  return {name: weights.load_hf(str(folder))
+          for name, folder in folders.items()}
+
+
+TOKENS = np.random.default_rng(1).integers(0, V, 11).astype(np.int32)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize('name', CONFIGS)
+def test_logits_are_those_of_a_plain_forward(name, folders, loaded):
+  """float32 within 1e-4; index i predicts position i, for Dream too."""
+  cfg, params = loaded[name]
+  assert cfg.shift == (name == 'dream')
+  got = model.full_logits(cfg, params, TOKENS[None])[0]
+  want = reference.hf_logits(folders[name], TOKENS)
+  if name == 'dream':
+    want = np.concatenate([want[:1], want[:-1]])
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_padding_moves_nothing(name, loaded):
+  """Rows of a left-padded batch equal the rows alone within 1e-5."""
+  cfg, params = loaded[name]
+  pad = 5
+  rows = np.stack([TOKENS, np.r_[[EOS] * pad, TOKENS[pad:]]])
+  valid = np.ones_like(rows, bool)
+  valid[1, :pad] = False
+  both = model.full_logits(cfg, params, rows, valid)
+  alone = model.full_logits(cfg, params, TOKENS[None, pad:])
+  np.testing.assert_allclose(both[1, pad:], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['llada', 'dream', 'qwen3'])
+def test_sharded_as_on_one_device(name, folders, loaded):
+  """Eight devices hold the same numbers, each its part by mesh.RULES."""
+  grid = mesh.make_mesh(fsdp=4, tensor=2)
+  cfg, params = weights.load_hf(str(folders[name]), mesh=grid)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(params),
+               jax.device_get(loaded[name][1]))
+  wanted = mesh.shardings(params, grid)
+  assert jax.tree.all(jax.tree.map(
+      lambda x, s: x.sharding == s, params, wanted))
+  up = params['params']['layers']['up']['kernel']
+  assert up.addressable_shards[0].data.shape == (N, D // 4, F // 2)
+  with jax.set_mesh(grid):
+    got = jax.jit(lambda p: model.full_logits(cfg, p, TOKENS[None]))(params)
+  np.testing.assert_allclose(
+      got, model.full_logits(*loaded[name], TOKENS[None]), atol=1e-5)
+
+
+def test_blocks_see_no_later_block(loaded):
+  """SDAR: a token's change reaches its own block and later ones, no other."""
+  cfg, params = loaded['sdar']
+  assert cfg.block_causal == 4
+  other = TOKENS.copy()
+  other[5] = (other[5] + 1) % V
+  a, b = (model.full_logits(cfg, params, t[None])[0] for t in (TOKENS, other))
+  moved = np.abs(np.asarray(a - b)).max(-1) > 1e-6
+  assert moved.tolist() == [False] * 4 + [True] * 7
+
+
+def test_dtype_is_as_asked(tmp_path):
+  """bfloat16 files load as bfloat16 to the bit, or widen to float32."""
+  folder = write(tmp_path / 'x', LLADA, dtype=ml_dtypes.bfloat16)
+  _, wide = weights.load_hf(str(folder))
+  cfg, narrow = weights.load_hf(str(folder), 'bfloat16')
+  assert cfg.param_dtype == 'bfloat16'
+  for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow),
+                  strict=True):
+    assert a.dtype == jnp.float32 and b.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(a, b.astype(jnp.float32))
+
+
+# --- special ids
+
+
+def test_special_ids(tmp_path):
+  """From config.json, tokenizer_config.json, or the usual names, in order."""
+  bare = {k: v for k, v in LLADA.items() if k not in
+          ('mask_token_id', 'pad_token_id')} | {'eos_token_id': [EOS, 31]}
+  folder = write(tmp_path / 'x', bare)
+  added = [{'content': '<|mdm_mask|>', 'id': 35}, {'content': '<m>', 'id': 36}]
+  (folder / 'tokenizer.json').write_text(json.dumps({'added_tokens': added}))
+  cfg, _ = weights.load_hf(str(folder))
+  assert (cfg.mask_id, cfg.eos_id, cfg.pad_id) == (35, EOS, EOS)
+  (folder / 'tokenizer_config.json').write_text(json.dumps(
+      {'mask_token': {'content': '<m>'}}))
+  assert weights.load_hf(str(folder))[0].mask_id == 36
+  (folder / 'config.json').write_text(json.dumps(
+      bare | {'mask_token_id': 34}))
+  with pytest.raises(ValueError, match="= 34, but tokenizer_.*'<m>' = 36"):
+    weights.load_hf(str(folder))
+
+
+# --- bad input
+
+
+def without(c, *names):
+  return {k: v for k, v in c.items() if k not in names}
+
+
+@pytest.mark.parametrize('c, message', [
+    ({**LLADA, 'model_type': 'lada'}, "'lada' is none of .*mean 'llada'"),
+    ({**LLADA, 'experts': 8}, "experts = 8 is an unknown field"),
+    ({**LLADA, 'alibi': True}, 'alibi = True: only False is implemented'),
+    (without(LLADA, 'n_layers', 'd_model'),
+     'd_model is missing.*n_layers is missing'),
+    ({**LLADA, 'mask_token_id': V}, f'{V} is outside the vocabulary of {V}'),
+    ({**LLADA, 'mask_token_id': EOS}, 'mask_token_id = eos_token_id'),
+    (without(LLADA, 'mask_token_id'), 'mask_token_id is missing'),
+    ({**DREAM, 'rope_scaling': {'rope_type': 'yarn'}}, 'rope_scaling = .*yarn'),
+    ({**DREAM, 'layer_types': ['sliding_attention'] * N}, 'layer_types'),
+    ({**LLADA, 'quantization_config': {'bits': 4}}, 'quantization_config'),
+])
+def test_configs_that_are_refused(c, message, tmp_path):
+  """One sentence that names the file, the field and what would be right."""
+  folder = write(tmp_path / 'x', c, tensors={'a': np.zeros(1)})
+  with pytest.raises(ValueError, match=message) as info:
+    weights.load_hf(str(folder))
+  assert 'config.json' in str(info.value)
+
+
+def test_all_wrong_tensors_in_one_error(tmp_path, monkeypatch):
+  """Missing, unexpected and mis-shaped ones, before anything is read."""
+  monkeypatch.setattr(weights, 'read_leaf', None)
+  tensors = {n: np.zeros(s, np.float32) for n, s in shapes(LLADA).items()}
+  q = 'model.transformer.blocks.0.q_proj.weight'
+  tensors[q] = np.zeros((D, D + 1), np.float32)
+  del tensors['model.transformer.ln_f.weight']
+  tensors['model.visual.weight'] = np.zeros(2, np.float32)
+  folder = write(tmp_path / 'x', LLADA, tensors=tensors)
+  with pytest.raises(ValueError) as info:
+    weights.load_hf(str(folder))
+  for part in (f'{q} is ({D}, {D + 1}), config.json means ({D}, {D})',
+               'ln_f.weight is missing', 'model.visual.weight is unexpected'):
+    assert part in str(info.value)
+
+
+def test_directories_that_are_refused(tmp_path, monkeypatch):
+  """No config, broken JSON, no or damaged weights, no directory at all."""
+  load = lambda path: weights.load_hf(str(path))
+  folder = tmp_path / 'x'
+  folder.mkdir()
+  with pytest.raises(ValueError, match='has no config.json'):
+    load(folder)
+  (folder / 'config.json').write_text('{')
+  with pytest.raises(ValueError, match='config.json is no valid JSON'):
+    load(folder)
+  (folder / 'config.json').write_text(json.dumps(LLADA))
+  (folder / 'pytorch_model.bin').write_bytes(b'')
+  with pytest.raises(ValueError, match=r'no \*.safetensors file.*\.bin'):
+    load(folder)
+  write(folder, LLADA, shards=2)
+  lost = folder / 'model-00002-of-00002.safetensors'
+  whole = lost.read_bytes()
+  lost.write_bytes(whole[:-10])
+  with pytest.raises(ValueError, match='00002.* is damaged or truncated'):
+    load(folder)
+  lost.unlink()
+  with pytest.raises(ValueError, match='index.json names .*00002'):
+    load(folder)
+  with pytest.raises(ValueError, match="no directory, and no hub name"):
+    load(tmp_path / 'nowhere')
+
+  def offline(*_, **__):
+    raise OSError('no network\nmore')
+  monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
+  with pytest.raises(ValueError, match='could not be had .*: no network$'):
+    load('GSAI-ML/LLaDA-8B-Instruct')
+
+
+# --- memory
+
+MEASURE = """
+import resource, sys, threading, time
+import jax
+from dmpo_jax import mesh, weights
+
+def anonymous():  # pages of mapped files are the kernel's to drop
+  text = open('/proc/self/status').read()
+  return int(text.split('RssAnon:')[1].split()[0]) * 1024
+
+grid = mesh.make_mesh(fsdp=8)
+jax.block_until_ready(jax.device_put(0, mesh.replicated(grid)))
+before, peak, done = anonymous(), [0], threading.Event()
+
+def watch():
+  while not done.wait(0.002):
+    held = sum(x.nbytes for x in jax.live_arrays())
+    peak[0] = max(peak[0], anonymous() - before - held)
+
+thread = threading.Thread(target=watch)
+thread.start()
+_, params = weights.load_hf(sys.argv[1], 'bfloat16', grid)
+jax.block_until_ready(params)
+done.set(); thread.join()
+sizes = [sum(s.data.nbytes for x in jax.tree.leaves(params)
+             for s in x.addressable_shards if s.device == d)
+         for d in jax.devices()]
+print(peak[0], max(sizes), sum(x.nbytes for x in jax.tree.leaves(params)))
+"""
+
+
+def test_loading_needs_little_host_memory(tmp_path):
+  """LLaDA at 1/64: what the host holds for a moment is less than 1.5 shards.
+
+  Device arrays lie in the same memory on CPUs: they are taken out.
+  """
+  width, mlp, layers, vocab = 384, 1152, 16, 126464
+  c = {**LLADA, 'd_model': width, 'mlp_hidden_size': mlp, 'n_layers': layers,
+       'n_heads': 3, 'n_kv_heads': 3, 'vocab_size': vocab,
+       'embedding_size': vocab, 'mask_token_id': 126336,
+       'eos_token_id': 126081, 'pad_token_id': 126081}
+  blocks = {}
+  for i in range(layers):
+    blocks |= {f'model.transformer.blocks.{i}.{n}.weight': s for n, s in dict(
+        attn_norm=(width,), ff_norm=(width,), q_proj=(width, width),
+        k_proj=(width, width), v_proj=(width, width), attn_out=(width, width),
+        ff_proj=(mlp, width), up_proj=(mlp, width),
+        ff_out=(width, mlp)).items()}
+  names = list(blocks)
+  parts = [{'model.transformer.wte.weight': (vocab, width)},
+           {n: blocks[n] for n in names[:len(names) // 2]},
+           {n: blocks[n] for n in names[len(names) // 2:]},
+           {'model.transformer.ff_out.weight': (vocab, width),
+            'model.transformer.ln_f.weight': (width,)}]
+  (tmp_path / 'config.json').write_text(json.dumps(c))
+  index, largest = {}, 0
+  for i, part in enumerate(parts):
+    file = f'model-{i + 1:05d}-of-00004.safetensors'
+    save_file({n: np.ones(s, ml_dtypes.bfloat16) for n, s in part.items()},
+              tmp_path / file)
+    largest = max(largest, (tmp_path / file).stat().st_size)
+    index |= dict.fromkeys(part, file)
+  (tmp_path / weights.INDEX).write_text(json.dumps({'weight_map': index}))
+  told = subprocess.run(
+      [sys.executable, '-c', MEASURE, str(tmp_path)], capture_output=True,
+      text=True, check=True)
+  peak, device, total = map(int, told.stdout.split())
+  assert total > 240e6 and device < total / 7  # an eighth, and the norms
+  assert peak < 1.5 * largest, (peak, largest)
+
+
+# --- tokenizers
+
+
+@pytest.fixture
+def silent(monkeypatch):
+  def refuse(*_):
+    raise AssertionError('asked on the terminal')
+  monkeypatch.setattr(builtins, 'input', refuse)
+
+
+def test_llada_tokenizer(tmp_path, silent):
+  """tokenizer.json beside an auto_map: only data, with LLaDA's template."""
+  tokenizer = data.char_tokenizer()
+  tokenizer.add_tokens(['<|start_header_id|>', '<|end_header_id|>',
+                        '<|eot_id|>', '<|startoftext|>'], special_tokens=True)
+  tokenizer.bos_token = '<|startoftext|>'
+  tokenizer.chat_template = None
+  tokenizer.save_pretrained(tmp_path)
+  told = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  told |= {'auto_map': {'AutoTokenizer': ['evil.Tokenizer', None]}}
+  told.pop('mask_token')
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(told))
+  (tmp_path / 'config.json').write_text(json.dumps(LLADA))
+  mask = tokenizer.convert_tokens_to_ids('<|mask|>')
+  got = data.load_tokenizer(str(tmp_path), {'mask_id': mask})
+  assert got.mask_token_id == mask
+  text = got.decode(data.encode_chat(got, 'hi'))
+  assert text == ('<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n'
+                  'hi<|eot_id|><|start_header_id|>assistant<|end_header_id|>'
+                  '\n\n')
+  vocab = got.get_vocab()
+  assert set(data.stop_ids(got)) == {vocab['<|eos|>'], vocab['<|eot_id|>']}
+
+
+def test_dream_tokenizer(tmp_path, silent):
+  """Qwen's vocab.json and merges.txt, without tokenizer.json."""
+  vocab = {c: i for i, c in enumerate(
+      ['h', 'i', 'hi', 'u', 's', 'e', 'r', 'a', 't', 'n', 'Ċ', 'Ġ',
+       '<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|mask|>'])}
+  (tmp_path / 'vocab.json').write_text(json.dumps(vocab))
+  (tmp_path / 'merges.txt').write_text('#version: 0.2\nh i\n')
+  special = {str(i): {'content': t, 'special': True, 'lstrip': False,
+                      'rstrip': False, 'normalized': False,
+                      'single_word': False}
+             for t, i in vocab.items() if t.startswith('<|')}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({
+      'added_tokens_decoder': special, 'eos_token': '<|endoftext|>',
+      'pad_token': '<|endoftext|>', 'tokenizer_class': 'DreamTokenizer',
+      'auto_map': {'AutoTokenizer': ['tokenization_dream.X', None]}}))
+  got = data.load_tokenizer(str(tmp_path), {'mask_id': 15})
+  assert (got.mask_token_id, got.eos_token_id) == (15, 12)
+  assert got('hi', add_special_tokens=False)['input_ids'] == [2]
+  text = got.decode(data.encode_chat(got, 'hi'))
+  assert text == ('<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n')
+  assert set(data.stop_ids(got)) == {12, 14}
+
+
+def test_tokenizers_that_are_refused(tmp_path):
+  """No files; no chat template and nothing that tells which one to take."""
+  with pytest.raises(ValueError, match='no tokenizer.json, nor vocab.json'):
+    data.load_tokenizer(str(tmp_path))
+  plain = data.char_tokenizer()
+  plain.chat_template = None
+  plain.save_pretrained(tmp_path)
+  text = (tmp_path / 'tokenizer.json').read_text()
+  (tmp_path / 'tokenizer.json').write_text(
+      text.replace('<|assistant|>', '<|helper|>'))
+  with pytest.raises(ValueError, match='has no chat template'):
+    data.load_tokenizer(str(tmp_path))
