@@ -4,6 +4,7 @@ What was written is read back and compared with the model in hand; a model that
 training did not change is refused, for that is how lost adapters show.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -198,8 +199,8 @@ def run(built, params, base, folder, kind):
     again, cfg_again = {**base, **lora}, cfg
   else:
     save_hf(folder, cfg, params, built.tokenizer, source)
-    cfg_again, again = weights.load_hf(
-        folder, cfg.param_dtype, built.mesh, dtype=cfg.dtype)
+    cfg_again, again = weights.load_hf(folder, cfg.param_dtype, built.mesh)
+    cfg_again = dataclasses.replace(cfg_again, dtype=cfg.dtype)
   tokens = probe(cfg)
   before, after = (np.asarray(mesh.fetch(model.full_logits(c, p, tokens)))
                    for c, p in ((cfg, params), (cfg_again, again)))

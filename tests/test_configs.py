@@ -326,8 +326,8 @@ LOOPS = {
     'log.samples': (3, {}),
 }
 # objective.name has one allowed value; the other two have tests at the end.
-# data.overlong is in test_data; what comes from files, and what only a checkpoint's base shows, have theirs
-# in test_weights, test_export and test_adapters.
+# data.overlong is in test_data; what comes from files, and what only a
+# checkpoint's base shows, in test_weights and test_export.
 ELSEWHERE = {'name', 'objective.name', 'mesh.data', 'model.checkpoint',
              'model.quantize', 'lora.path', 'data.overlong'}
 

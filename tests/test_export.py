@@ -1,0 +1,260 @@
+"""What is written is what others read, and what we read back."""
+
+import dataclasses
+import json
+import os
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from configs import base
+from dmpo_jax import build, data, export, mesh, model, weights
+
+KINDS = {
+    'llada': dict(),
+    'a2d-qwen3': dict(qk_norm=True, kv_heads=1, head_dim=6),
+    'Dream': dict(qkv_bias=True, shift=True, kv_heads=1),
+    'a2d-llama': dict(head_dim=10, tied=True),
+    'sdar': dict(qk_norm=True, block_causal=4),
+}
+
+
+def close(a, b):
+  np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize('kind', KINDS)
+def test_merged_weights_read_back(kind, tiny, weights_of, tmp_path):
+  """The same logits from the directory as from base and adapters here."""
+  cfg = dataclasses.replace(tiny, lora_rank=2, **KINDS[kind])
+  params = weights_of(cfg)
+  assert weights.kind_of(cfg) == kind
+  export.save_hf(tmp_path, cfg, params, shard_bytes=4000)
+  again, read = weights.load_hf(str(tmp_path))
+  tokens = export.probe(cfg)
+  close(model.full_logits(again, read, tokens),
+        model.full_logits(cfg, params, tokens))
+  alone = {'params': params['params']}
+  assert np.abs(model.full_logits(cfg, alone, tokens) - model.full_logits(
+      cfg, params, tokens)).max() > 1e-2  # the adapters matter
+
+
+@pytest.fixture
+def weights_of(weights):
+  return weights
+
+
+def test_shards_and_index(tiny, params, tmp_path):
+  """Every tensor once, in the file the index says; no file over the limit."""
+  limit = 3000
+  export.save_hf(tmp_path, tiny, params, shard_bytes=limit)
+  index = json.loads((tmp_path / weights.INDEX).read_text())
+  files = sorted(set(index['weight_map'].values()))
+  assert len(files) > 2
+  assert files[0] == f'model-00001-of-{len(files):05d}.safetensors'
+  found = {}
+  for name in files:
+    held = load_file(tmp_path / name)
+    assert not set(held) & set(found)
+    assert set(held) == {k for k, v in index['weight_map'].items()
+                         if v == name}
+    assert len(held) == 1 or sum(x.nbytes for x in held.values()) <= limit
+    found |= held
+  total = sum(x.nbytes for x in found.values())
+  assert total == index['metadata']['total_size']
+  assert total == 4 * model.count_params(params)
+
+
+def test_sharded_parameters_are_written_whole(tiny, params, tmp_path):
+  """Eight devices write what one device writes."""
+  grid = mesh.make_mesh(fsdp=4, tensor=2)
+  spread = jax.device_put(params, mesh.shardings(params, grid))
+  for name, tree in (('one', params), ('eight', spread)):
+    export.save_hf(tmp_path / name, tiny, tree)
+  one, eight = (load_file(tmp_path / n / 'model.safetensors')
+                for n in ('one', 'eight'))
+  assert one.keys() == eight.keys()
+  for name in one:
+    np.testing.assert_array_equal(one[name], eight[name])
+
+
+def test_small_files_of_the_source_are_kept(tiny, params, tmp_path):
+  """config.json, tokenizer and remote code are taken over, weights are not."""
+  source = tmp_path / 'source'
+  export.save_hf(source, tiny, params, data.char_tokenizer(), shard_bytes=3000)
+  (source / 'modeling_llada.py').write_text('# theirs')
+  config = (source / 'config.json').read_text()
+  export.save_hf(tmp_path / 'out', tiny, params, source=str(source))
+  names = set(os.listdir(tmp_path / 'out'))
+  assert {'config.json', 'tokenizer.json', 'modeling_llada.py',
+          'model.safetensors'} <= names
+  assert not any('-of-' in n or n == weights.INDEX for n in names)
+  assert (tmp_path / 'out' / 'config.json').read_text() == config
+
+
+def test_adapter_round_trip(tiny, weights_of, tmp_path):
+  """To the bit, with the scale; the targets are the layers' linears alone."""
+  cfg = dataclasses.replace(tiny, lora_rank=3, lora_alpha=7.0)
+  params = weights_of(cfg)
+  export.save_adapter(tmp_path, cfg, params, 'owner/base')
+  read = weights.read_adapter(str(tmp_path), cfg)
+  jax.tree.map(np.testing.assert_array_equal, read, {'lora': params['lora']})
+  told = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert (told['r'], told['lora_alpha'], told['base_model_name_or_path']) == (
+      3, 7.0, 'owner/base')
+  matches = lambda name: re.fullmatch(told['target_modules'], name)
+  assert matches('model.transformer.blocks.13.ff_out')
+  assert not matches('model.transformer.ff_out')  # the head
+  held = load_file(tmp_path / 'adapter_model.safetensors')
+  assert held['base_model.model.model.transformer.blocks.1.ff_out.lora_A.'
+              'weight'].shape == (3, tiny.mlp)
+  stems = {re.match(r'base_model\.model\.(.*)\.lora_', n)[1] for n in held}
+  assert len(stems) == 7 * cfg.layers and all(map(matches, stems))
+
+
+def test_adapters_that_are_refused(tiny, weights_of, tmp_path):
+  """Another rank, scale, kind, target or base; one sentence each."""
+  cfg = dataclasses.replace(tiny, lora_rank=3)
+  export.save_adapter(tmp_path, cfg, weights_of(cfg), 'owner/base')
+  change = lambda **fields: dataclasses.replace(cfg, **fields)
+  for other, message in (
+      (change(lora_rank=4), 'r = 3, but lora.rank = 4'),
+      (change(lora_alpha=1.0), 'lora_alpha = 64.0, but lora.alpha = 1.0'),
+      (change(lora_targets='^q$'), 'unexpected.*owner/base'),
+      (change(mlp=8), r'is \(3, 24\), config.json means \(3, 8\)'),
+      (change(layers=3), 'blocks.2.* is missing')):
+    with pytest.raises(ValueError, match=message):
+      weights.read_adapter(str(tmp_path), other)
+  path = tmp_path / 'adapter_config.json'
+  path.write_text(json.dumps(json.loads(path.read_text())
+                             | {'use_dora': True}))
+  with pytest.raises(ValueError, match='use_dora = True: only False'):
+    weights.read_adapter(str(tmp_path), cfg)
+  with pytest.raises(ValueError, match='has no adapter_config.json'):
+    weights.read_adapter(str(tmp_path / 'nowhere'), cfg)
+
+
+def fake_run(cfg):
+  """What export.run needs of a Built."""
+  return types.SimpleNamespace(
+      model=cfg, config=base.get_config(), tokenizer=data.char_tokenizer(),
+      mesh=mesh.make_mesh())
+
+
+def test_a_run_is_exported_and_compared(tiny, weights_of, tmp_path):
+  """Both formats report how far what was read back is off: next to nothing."""
+  ids = data.char_tokenizer()
+  cfg = dataclasses.replace(
+      tiny, lora_rank=2, vocab=len(ids), mask_id=ids.mask_token_id,
+      eos_id=ids.eos_token_id, pad_id=ids.pad_token_id)
+  params = weights_of(cfg)
+  params = jax.device_put(
+      params, mesh.shardings(params, mesh.make_mesh()))
+  frozen = {'params': params['params']}
+  for kind in ('merged', 'adapter'):
+    told = export.run(fake_run(cfg), params, frozen, str(tmp_path / kind), kind)
+    assert told['max_logit_difference'] < 1e-5 * told['max_logit']
+
+
+def test_exports_that_are_refused(tiny, weights_of, tmp_path):
+  """Nothing trained, nothing to adapt, somebody else's directory."""
+  cfg = dataclasses.replace(tiny, lora_rank=2)
+  params = weights_of(cfg)
+  frozen = {'params': params['params']}
+  same = {**frozen, 'lora': jax.tree_util.tree_map_with_path(
+      lambda path, x: x * (path[-1].key == 'a'), params['lora'])}
+  refused = lambda *args: pytest.raises(ValueError, match=args[0])
+  folder = str(tmp_path / 'new')
+  with refused('equals its base in every weight'):
+    export.run(fake_run(cfg), same, frozen, folder, 'merged')
+  with refused('equals its base in every weight'):
+    export.run(fake_run(tiny), frozen, frozen, folder, 'merged')
+  with refused('trained all parameters'):
+    export.run(fake_run(tiny), frozen, frozen, folder, 'adapter')
+  (tmp_path / 'x').write_text('')
+  with refused('is not empty'):
+    export.run(fake_run(cfg), params, frozen, str(tmp_path), 'merged')
+
+
+# --- adapters and the frozen base
+
+
+def test_dropout_is_addressed(tiny, weights_of):
+  """Off without keys; with them a row's mask depends on its own key alone."""
+  cfg = dataclasses.replace(tiny, lora_rank=2, lora_dropout=0.5)
+  params, tokens = weights_of(cfg), export.probe(cfg)[:, :6]
+  run = jax.jit(lambda tokens, keys: model.hidden(
+      cfg, params, tokens, dropout_R=keys)[0])
+  keys = jax.random.split(jax.random.key(1), 2)
+  plain = dataclasses.replace(cfg, lora_dropout=0.0)
+  close(model.hidden(cfg, params, tokens)[0],
+        model.hidden(plain, params, tokens, dropout_R=keys)[0])
+  both = run(tokens, keys)
+  assert np.abs(both - model.hidden(cfg, params, tokens)[0]).max() > 1e-2
+  close(run(tokens[::-1], keys[::-1])[::-1], both)
+  close(run(tokens[:1].repeat(2, 0), keys)[0], both[0])
+  same = run(tokens[:1].repeat(2, 0), keys)
+  assert np.abs(same[0] - same[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize('kind, bound', [('int8', 0.5), ('nf4', 0.16)])
+def test_quantized_kernels_are_near(kind, bound):
+  """Half a step of int8 from its column's scale; nf4 half its widest gap."""
+  kernel = np.random.default_rng(0).normal(size=(2, 128, 6)).astype(np.float32)
+  stored = model.quantize(kernel, kind)
+  got = np.asarray(model.dense(stored))
+  size = dict(int8=128, nf4=64)[kind]
+  parts = kernel.reshape(2, -1, size, 6)
+  unit = np.abs(parts).max(2, keepdims=True) / (127 if kind == 'int8' else 1)
+  error = np.abs(parts - got.reshape(parts.shape))
+  assert (error <= bound * unit * 1.01).all() and error.max() > 0
+  with pytest.raises(ValueError, match='nf4 needs .* multiple of 64.* has 24'):
+    model.quantize(kernel[:, :24], 'nf4')
+
+
+def test_a_quantized_base_trains_its_adapters(tiny, weights_of):
+  """Sharded like its kernel; gradients reach the adapters; close to float32."""
+  cfg = dataclasses.replace(tiny, lora_rank=2)
+  params, grid = weights_of(cfg), mesh.make_mesh(fsdp=4, tensor=2)
+  c = base.get_config()
+  c.model.quantize = 'int8'
+  frozen = {'params': jax.device_put(
+      params['params'], mesh.shardings(params['params'], grid))}
+  stored = build.make_quantize(c, grid)(jax.tree.map(jax.numpy.copy, frozen))
+  up = stored['params']['layers']['up']['kernel']
+  assert up.qvalue.dtype == np.int8 and up.qvalue.addressable_shards[
+      0].data.shape == (tiny.layers, tiny.width // 4, tiny.mlp // 2)
+  np.testing.assert_array_equal(stored['params']['head'],
+                                params['params']['head'])
+  tokens = export.probe(cfg)
+
+  def total(lora, frozen):
+    return (model.full_logits(cfg, {**frozen, 'lora': lora}, tokens) ** 2
+            ).mean()
+
+  grads = jax.jit(jax.grad(total))
+  a, b = (grads(params['lora'], f) for f in (stored, params))
+  flat = lambda tree: np.concatenate(
+      [np.ravel(x) for x in jax.tree.leaves(tree)])
+  cosine = flat(a) @ flat(b) / np.linalg.norm(flat(a)) / np.linalg.norm(flat(b))
+  assert 0.99 < cosine < 1 - 1e-9
+
+
+def test_remat_changes_no_gradient(tiny, params):
+  """All policies give the loss and gradient of none."""
+  tokens = export.probe(tiny)[:, :5]
+
+  def value(cfg):
+    return jax.jit(jax.value_and_grad(lambda p: (
+        model.full_logits(cfg, p, tokens) ** 2).mean()))(params)
+
+  want = value(tiny)
+  for policy in model.REMAT:
+    got = value(dataclasses.replace(tiny, remat=policy))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5,
+                                                         atol=1e-6), got, want)
