@@ -35,7 +35,7 @@ def get_config():
 
   c.data = d = ml_collections.ConfigDict()
   d.task = 'sudoku'  # a name in tasks.TASKS
-  d.path = ''  # file in the field's format; '' generates problems
+  d.path = ''  # file, or directory with train and test; '' generates
   d.tokenizer = ''  # char | a directory; '' = the checkpoint's, else char
   d.style = 'bare'  # bare | chat
   d.protocol = 'strict'  # strict (correct rules) | paper (reference rules)
@@ -44,7 +44,7 @@ def get_config():
   d.bucket = 0  # P of a buffer: multiple of this; 0 = one P for all
   d.attend_padding = False  # True: padding is seen, as in the papers' code
   d.seed = 0  # of the problems and their split
-  d.train_size = 2000  # problems
+  d.train_size = 2000  # problems; 0 = all of a file
   d.validation_size = 128  # problems
   d.test_size = 256  # problems
   d.min_blanks = 4  # sudoku: fewest empty cells

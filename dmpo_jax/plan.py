@@ -6,10 +6,12 @@ alone, and reads memory and collectives off the compiled programs. FLOPs and
 bytes are those of the matmuls in the traced programs, recomputation included.
 """
 
+import glob
 import importlib.util
 import math
 import os
 import re
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -237,11 +239,12 @@ def compiled(built, chip, devices, name, program, args, trips):
   tensor = built.mesh.shape['tensor']
   flops, moved = matmuls(traced.jaxpr.jaxpr, trips, devices, tensor)
   begun = time.time()
-  done = traced.lower(lowering_platforms=(
-      built.mesh.devices.flat[0].platform,)).compile()
+  lowered = traced.lower(lowering_platforms=(
+      built.mesh.devices.flat[0].platform,))
+  done = lowered.compile()
   spent = time.time() - begun
   memory = done.memory_analysis()
-  found = collectives(done.as_text(), trips)
+  found = collectives(hlo_text(lowered, done), trips)
   seconds = math.nan
   if chip:
     sent = sum(size * (2 if kind == 'all-reduce' else 1)
@@ -251,6 +254,24 @@ def compiled(built, chip, devices, name, program, args, trips):
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return Program(name, memory.temp_size_in_bytes, max(0, output), flops,
                  moved, found, spent, seconds)
+
+
+def hlo_text(lowered, done):
+  """The compiled program as text.
+
+  libtpu cannot hand back some programs (fused asynchronous collectives of many
+  hosts); those are compiled once more and dumped by the compiler itself.
+  """
+  try:
+    return done.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    logging.info('compiling again to read the program: %s',
+                 str(error).splitlines()[0])
+  with tempfile.TemporaryDirectory() as folder:
+    lowered.compile({'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
+    found, = glob.glob(os.path.join(folder, '*.after_optimizations.txt'))
+    with open(found) as f:
+      return f.read()
 
 
 # --- counting

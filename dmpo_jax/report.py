@@ -282,7 +282,7 @@ def summary(workdir):
     for name in base
     if name in final
   ]
-  text = metrics.table(rows, ('validation', 'before', 'after', 'change'))
+  text = metrics.table(rows, ('test', 'before', 'after', 'change'))
   seconds = _pick(results, 'seconds', path)
   spent = ', '.join(f'{k} {metrics.eta(v)}' for k, v in seconds.items())
   return f'{text}\nseed {_pick(results, "seed", path)}; time: {spent}'

@@ -96,8 +96,8 @@ class Objective(NamedTuple):
 class TaskOptions:
   """What a task needs to make or read its problems."""
 
-  path: str = ''  # file in the field's format; '' generates problems
-  train_size: int = 2000  # problems per split when generated
+  path: str = ''  # file or directory in the field's format; '' generates
+  train_size: int = 2000  # problems per split; 0 = all of a file
   validation_size: int = 128
   test_size: int = 128
   seed: int = 0  # of generation and of the split; not the run's seed

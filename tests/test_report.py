@@ -148,6 +148,6 @@ def test_summary(tmp_path):
     report.summary(tmp_path)
   write_run(tmp_path, length=1)
   lines = report.summary(tmp_path).splitlines()
-  assert lines[0].split() == ['validation', 'before', 'after', 'change']
+  assert lines[0].split() == ['test', 'before', 'after', 'change']
   assert lines[2].split() == ['accuracy', '0.2', '0.6', '0.4']
   assert lines[-1] == 'seed 0; time: sft 20s, rl 1m20s, total 1m40s'

@@ -7,10 +7,14 @@ they cannot read.
 
 import csv
 import json
+import os
+import re
+import zlib
 
 MAX_TEXT = 20000  # characters; a longer text is cut to its last ones
 PROTOCOLS = ('paper', 'strict')
 STYLES = ('bare', 'chat')
+TAGS = ('<reasoning>', '</reasoning>', '<answer>', '</answer>')
 SPLITS = ('train', 'validation', 'test')
 
 
@@ -60,12 +64,35 @@ def last_boxed(text):
   start = text.rfind('\\boxed')
   if start < 0 or not text.startswith('\\boxed{', start):
     return None
-  start, depth = start + len('\\boxed{'), 1
-  for at in range(start, len(text)):
-    depth += (text[at] == '{') - (text[at] == '}')
+  return braced(text, start + len('\\boxed'))
+
+
+def braced(text, at):
+  """What the brace at `at` holds up to the one that closes it, or None."""
+  if text[at : at + 1] != '{':
+    return None
+  depth = 0
+  for end in range(at, len(text)):
+    depth += (text[end] == '{') - (text[end] == '}')
     if depth == 0:
-      return text[start:at]
+      return text[at + 1 : end]
   return None
+
+
+def formatted(text, end=''):
+  """Whether text is <reasoning>..</reasoning>, <answer>..</answer>, each once.
+
+  With end = '\\n' every tag stands on a line of its own.
+  """
+  if any(text.count(tag) != 1 for tag in TAGS):
+    return False
+  opened, thought, answer, closed = TAGS
+  _, _, rest = text.partition(opened + end)
+  rest, _, after = rest.partition(end + thought)
+  between, _, found = after.partition(answer + end)
+  _, shut, behind = found.partition(end + closed)
+  return (text.startswith(opened + end) and bool(shut) and behind == end
+          and not between.strip() and between[: len(end)] == end)
 
 
 def read_lines(path):
@@ -126,17 +153,92 @@ def read_jsonl(path):
     raise ValueError(f'{path}: the data set is empty')
 
 
-def take(examples, split, options):
-  """The split's examples of a file, at most `{split}_size` if that is > 0.
+def read_parquet(path, columns):
+  """Yields (row number, dict of `columns`); ValueError if one is missing."""
+  from pyarrow import parquet
+  try:
+    file = parquet.ParquetFile(path)
+  except Exception as error:  # pyarrow's kinds
+    raise ValueError(f'{path}: not a parquet file: {error}') from error
+  there = file.schema_arrow.names
+  missing = [name for name in columns if name not in there]
+  if missing:
+    raise ValueError(f'{path}: no column {", ".join(missing)}; there are '
+                     f'{", ".join(there)}')
+  row = 0
+  for batch in file.iter_batches(columns=list(columns)):
+    for record in batch.to_pylist():
+      row += 1
+      yield row, record
+  if not row:
+    raise ValueError(f'{path}: the data set is empty')
 
-  `examples` yields (split, example), and is read to its end so that every line
-  is checked. Raises ValueError if the split gets none.
+
+def read_texts(path, columns):
+  """Yields dicts of text `columns` of a JSONL, parquet or CSV file.
+
+  ValueError names the file and the line of what is missing or is no text.
   """
-  chosen = [example for place, example in examples if place == split]
-  if not chosen:
-    raise ValueError(f'{options.path}: no example falls in the {split} split')
+  if path.endswith('.parquet'):
+    rows = read_parquet(path, columns)
+  elif path.endswith('.csv'):
+    rows = read_csv(path, columns)
+  else:
+    rows = read_jsonl(path)
+  for line, record in rows:
+    for name in columns:
+      if not isinstance(record.get(name), str) or not record[name].strip():
+        raise ValueError(
+            f'{path}:{line}: {name} must be a text, there is '
+            f'{record.get(name)!r} (columns: {", ".join(record)})')
+    yield line, {name: record[name] for name in columns}
+
+
+def source(path, split):
+  """(file, splits whose share of it is wanted) for `split` of data.path.
+
+  A directory with a train and a test file: the test file is the test split,
+  whole; validation is held out of the train file. A single file is shared
+  among all three. ValueError if there is no such file.
+  """
+  if os.path.isfile(path):
+    return path, (split,)
+  if not os.path.isdir(path):
+    raise ValueError(f'data.path = {path!r}: no such file or directory')
+  name = 'test' if split == 'test' else 'train'
+  found = sorted(
+      f for f in os.listdir(path) if re.match(rf'{name}\b', f)
+      and f.endswith(('.jsonl', '.json', '.parquet', '.csv')))
+  if len(found) != 1:
+    raise ValueError(
+        f'data.path = {path!r} must hold one {name} file ({name}.jsonl, '
+        f'.parquet or .csv), there are: {", ".join(found) or "none"}')
+  owners = {'test': SPLITS, 'validation': ('validation',),
+            'train': ('train', 'test')}[split]
+  return os.path.join(path, found[0]), owners
+
+
+def take(read, split, options):
+  """The split's examples of data.path, at most `{split}_size` if that is > 0.
+
+  `read(file)` yields (owning split, example), and is read to its end so that
+  every line is checked. Raises ValueError if the split gets none.
+  """
   size = size_of(split, options)
+  path, owners = source(options.path, split)
+  chosen = [example for place, example in read(path) if place in owners]
+  if not chosen:
+    raise ValueError(f'{path}: no example falls in the {split} split')
   return chosen[:size] if size > 0 else chosen
+
+
+def split_by(text):
+  """The split that owns a problem, by a hash of its text which never changes.
+
+  85 % train, 5 % validation, 10 % test.
+  """
+  bucket = zlib.crc32(text.encode()) % 20
+  return SPLITS[0 if bucket < 17 else 1 if bucket < 18 else 2]
 
 
 def size_of(split, options):

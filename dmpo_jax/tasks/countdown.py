@@ -65,7 +65,7 @@ def load(split, options):
   """
   size = answers.size_of(split, options)
   if options.path:
-    chosen = answers.take(_read(options.path), split, options)
+    chosen = answers.take(_read, split, options)
     return [
         dict(e, expression=solve(e['numbers'], e['target'])) for e in chosen]
   if not 1 <= size <= MAX_GENERATED:

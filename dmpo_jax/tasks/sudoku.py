@@ -74,7 +74,8 @@ def load(split, options):
   owned = split_grids(options.seed)
   if options.path:
     places = {grid: name for name, part in owned.items() for grid in part}
-    return answers.take(_read(options.path, places), split, options)
+    return answers.take(
+        functools.partial(_read, places=places), split, options)
   if not 1 <= options.min_blanks <= options.max_blanks <= MAX_BLANKS:
     raise ValueError(
         f'min_blanks={options.min_blanks}, max_blanks={options.max_blanks}: '

@@ -1,0 +1,330 @@
+"""GSM8K and MATH: tables of (completion, reward terms, grade), and files."""
+
+import dataclasses
+import json
+import random
+import re
+
+import pytest
+
+from dmpo_jax import types
+from dmpo_jax.tasks import TASKS, answers, gsm8k, math
+
+OPTIONS = types.TaskOptions(train_size=0, validation_size=0, test_size=0)
+GSM = {'question': 'How many clips?',
+       'answer': 'In May 48/2 = <<48/2=24>>24.\n#### 1,072'}
+MATH = {'problem': 'Half of one?',
+        'solution': r'As \boxed{2} is wrong, it is $\boxed{\frac{1}{2}}$.'}
+R = '<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>'.format
+
+
+def terms(task, text, example, protocol):
+  return [round(x, 6) for x in task.reward(text, example, protocol).values()]
+
+
+# ---- GSM8K
+
+# (completion, [correctness, int, strict_format, soft_format, xmlcount], grade)
+PAPER = [
+    # Gold is compared as a string, comma and all; a comma is no digit.
+    (R('x', '1,072') + '\n', [2, 0, 0.5, 0, 0.5], 0),
+    (R('x', '1072') + '\n', [0, 0.5, 0.5, 0, 0.5], 1),
+    # No line break at the end: 0.001 for each of the 50 characters of it all,
+    # and one thousandth back, as the other term counts len - 1.
+    (R('x', '1072'), [0, 0.5, 0, 0, 0.451], 1),
+    # Reasoning of two lines is in no format.
+    (R('x\ny', '1072') + '\n', [0, 0.5, 0, 0, 0.5], 1),
+    # The soft format wants one line and the very beginning.
+    ('<reasoning>x</reasoning> <answer>1,072</answer>', [2, 0, 0, 0.5, 0], 0),
+    ('<reasoning>x</reasoning>\n\n<answer>7</answer>', [0, 0.5, 0, 0.5, 0], 0),
+    (' <reasoning>x</reasoning><answer>7</answer>', [0, 0.5, 0, 0, 0], 0),
+    # Text behind the answer costs by the character.
+    (R('x', '1,072') + '\nwell', [2, 0, 0, 0, 0.492], 0),
+    # Without tags the whole text is the answer.
+    ('1,072', [2, 0, 0, 0, 0], 0),
+    ('\u00b2', [0, 0.5, 0, 0, 0], 0),  # isdigit() is true of superscripts
+    ('', [0, 0, 0, 0, 0], 0),
+    # The grade reads the first boxed number, and of text its first number...
+    (r'\boxed{1072} \boxed{3}', [0, 0, 0, 0, 0], 1),
+    (r'\boxed{...} \boxed{1072}', [0, 0, 0, 0, 0], 1),
+    (r'\boxed{1,072}', [0, 0, 0, 0, 0], 0),  # reads 1
+    (r'\boxed{\text{1072} clips}', [0, 0, 0, 0, 0], 1),
+    (r'\boxed{\frac{1072}{1}}', [0, 0, 0, 0, 0], 1),  # cut at the first }
+    (r'\boxed{1.072e3}', [0, 0, 0, 0, 0], 1),
+    (r'\boxed{1072.} is it', [0, 0, 0, 0, 0], 1),
+    (r'\boxed{none} <answer>1072</answer>', [0, 0.5, 0, 0, 0], 1),
+    # ... and of the first answer the last one.
+    ('<answer>7, no, 1072 clips</answer>', [0, 0, 0, 0, 0], 1),
+    ('<answer>1072</answer><answer>7</answer>', [0, 0.5, 0, 0, 0], 1),
+    ('<answer>1,072</answer>', [2, 0, 0, 0, 0], 0),  # reads 072
+    ('<answer>1072', [0, 0.5, 0, 0, 0], 0),
+]
+STRICT = [
+    (R('x', '1,072') + '\n', [2, 0.5, 0.5, 0.5, 0.5], 1),
+    (R('x\ny', '1072') + '\n', [2, 0.5, 0.5, 0.5, 0.5], 1),
+    (R('x', '1072'), [2, 0.5, 0, 0.5, 0.5], 1),
+    (R('x', '$1,072.00') + '\n', [2, 0, 0.5, 0.5, 0.5], 1),
+    (R('x', '1072 clips.') + '\n', [2, 0, 0.5, 0.5, 0.5], 1),
+    (R('x', r'\boxed{1072}') + '\n', [2, 0.5, 0.5, 0.5, 0.5], 1),
+    (R('x', '7 or 1072') + '\n', [0, 0, 0.5, 0.5, 0.5], 0),
+    (R('x', '\N{MINUS SIGN}1072') + '\n', [0, 0, 0.5, 0.5, 0.5], 0),
+    (R('x', '') + '\n', [0, 0, 0.5, 0.5, 0.5], 0),
+    (R('x', '1072') + '\nwell', [2, 0.5, 0, 0, 0.496], 1),
+    (R('x', '1072') * 2, [2, 0.5, 0, 0, 0], 1),
+    (R('<answer>', '1072'), [2, 0, 0, 0, 0.375], 1),
+    ('<reasoning>x</reasoning> <answer>1072</answer>',
+     [2, 0.5, 0, 0.5, 0.5], 1),
+    ('<answer>1072</answer><reasoning>x</reasoning>',
+     [2, 0.5, 0, 0, 0.476], 1),
+    (r'so \boxed{1072}', [2, 0.5, 0, 0, 0], 1),
+    ('1072', [0, 0, 0, 0, 0], 0),
+    ('<answer>1072', [0, 0, 0, 0, 0.125], 0),
+    ('<answer>' + '9' * 5000 + '</answer>', [0, 0.5, 0, 0, 0.25], 0),
+]
+
+
+@pytest.mark.parametrize('text, want, right', PAPER)
+def test_gsm8k_as_the_papers(text, want, right):
+  assert terms(gsm8k, text, GSM, 'paper') == want
+  assert gsm8k.grade(text, GSM, 'paper') == right
+
+
+@pytest.mark.parametrize('text, want, right', STRICT)
+def test_gsm8k_strict(text, want, right):
+  assert terms(gsm8k, text, GSM, 'strict') == want
+  assert gsm8k.grade(text, GSM, 'strict') == right
+
+
+@pytest.mark.parametrize('text, value', [
+    ('5', 5), ('-5', -5), ('+5', 5), ('5.50', 5.5), ('.5', .5), ('1,000', 1000),
+    ('1,00', None), ('5 6', None), ('5%', 5), ('$5.', 5), ('five', None),
+    ('', None), ('1.2.3', None), ('\u0665', None),
+    ('12,345,678.5', 12345678.5)])
+def test_one_number(text, value):
+  assert gsm8k.number(text) == value
+
+
+def test_the_length_penalty_grows_with_the_whole_text():
+  """The release's: 100 more characters of reasoning cost 0.1."""
+  short, long = (gsm8k.reward(R('x' * n, '7'), GSM, 'paper')['xmlcount']
+                 for n in (10, 110))
+  assert short - long == pytest.approx(0.1)
+  short, long = (gsm8k.reward(R('x' * n, '7') + '\n', GSM, 'paper')['xmlcount']
+                 for n in (10, 110))
+  assert short == long
+
+
+def test_formats_are_what_the_regexes_find():
+  """`answers.formatted` against a regex on texts of few pieces."""
+  loose = re.compile(r'<reasoning>.*</reasoning>\s*<answer>.*</answer>', re.S)
+  lines = re.compile(r'<reasoning>\n.*\n</reasoning>\n\s*<answer>\n.*\n'
+                     r'</answer>\n', re.S)
+  pieces, rng = (*answers.TAGS, '\n', '\n', 'x', ' '), random.Random(0)
+  found = 0
+  for _ in range(20000):
+    text = ''.join(rng.choices(pieces, k=rng.randint(0, 3)))
+    text = rng.choice((text, R('x', 'y') + text, text + R('x', 'y\n') + '\n'))
+    for i in range(rng.randint(0, 2)):
+      at = rng.randint(0, len(text))
+      text = text[:at] + rng.choice('\n x') + text[at + i:]
+    once = all(text.count(tag) == 1 for tag in answers.TAGS)
+    assert answers.formatted(text) == bool(once and loose.fullmatch(text))
+    assert answers.formatted(text, '\n') == bool(
+        once and lines.fullmatch(text)), text
+    found += answers.formatted(text, '\n')
+  assert found > 100
+
+
+# ---- MATH
+
+HALF = r'\boxed{\frac{1}{2}}'
+# (completion, paper [correctness, format], grade, strict terms, grade)
+ROWS = [
+    (R('x', HALF), [2, 1], 1, [2, 1], 1),
+    (R('x', HALF) + '\n', [2, 1], 1, [2, 1], 1),
+    (f'<answer>{HALF}', [2, 1], 1, [2, 0], 1),  # an unclosed tag pays in full
+    (HALF, [2, 0.5], 1, [2, 0], 1),
+    (R('x', r'\frac12'), [0, 0.75], 1, [0, 0.5], 0),
+    (R(HALF, r'0.5'), [2, 0.75], 1, [0, 0.5], 0),  # boxed in the reasoning
+    (R('x', r'\boxed{\dfrac{1}{2}}'), [2, 1], 1, [2, 1], 1),
+    (R('x', r'\boxed{1/2}'), [2, 1], 1, [2, 1], 1),
+    (R('x', r'\boxed{.5}'), [2, 1], 1, [2, 1], 1),
+    (R('x', r'\boxed{0.50}'), [0, 1], 0, [2, 1], 1),
+    (R('x', r'\boxed{2/4}'), [0, 1], 0, [2, 1], 1),
+    (R('x', r'\boxed{x = \frac12}'), [2, 1], 1, [2, 1], 1),
+    (R('x', r'\boxed{xy=\frac12}'), [2, 1], 1, [2, 1], 1),
+    (R('x', r'\boxed{x y=\frac12}'), [0, 1], 0, [0, 1], 0),
+    (R('x', r'\boxed{\frac{1}{2}'), [0, 1], 0, [0, 0.5], 0),
+    (R('x', r'\boxed{1} \boxed{\frac{1}{2}}'), [2, 1], 1, [2, 1], 1),
+    (R('x', r'\boxed{\frac{1}{2}} \boxed{1}'), [0, 1], 0, [0, 1], 0),
+    (r'\frac{1}{2}', [2, 0.25], 0, [0, 0], 0),  # the text as a whole
+    (r'\boxed \frac{1}{2}$ then', [2, 0.5], 1, [2, 0], 1),
+    (r'\fbox{\frac{1}{2}}', [0, 0.25], 0, [0, 0], 0),
+    ('<answer></answer>', [0, 0.75], 0, [0, 0], 0),
+    ('', [0, 0.25], 0, [0, 0], 0),
+]
+
+
+@pytest.mark.parametrize('text, paper, paper_grade, strict, strict_grade', ROWS)
+def test_math(text, paper, paper_grade, strict, strict_grade):
+  assert terms(math, text, MATH, 'paper') == paper
+  assert math.grade(text, MATH, 'paper') == paper_grade
+  assert terms(math, text, MATH, 'strict') == strict
+  assert math.grade(text, MATH, 'strict') == strict_grade
+
+
+@pytest.mark.parametrize('left, right, same', [
+    (r'\tfrac12', r'\frac{1}{2}', True), (r'\frac1{72}', r'\frac{1}{72}', True),
+    (r'\frac{72}1', r'\frac{72}{1}', False), (r'\sqrt3', r'\sqrt{3}', True),
+    (r'\left(1, 2\right)', '(1,2)', True), (r'90^\circ', '90', True),
+    (r'90^{\circ}', '90', True), (r'\$5', '5', True), (r'50\%', '50', True),
+    (r'5\text{ cm}', '5', True), (r'5\text{cm}', '5', False),
+    (r'k = 5', '5', True), ('k  = 5', '5', False), ('k=5', '5', True),
+    ('xy=5', '5', True),
+    ('xyz=5', '5', False), ('.5', '0.5', True), ('0.5', r'\frac12', True),
+    ('-.5', '-0.5', False), ('3/4', r'\frac{3}{4}', True),
+    ('a/b', r'\frac{a}{b}', False), ('a/b', 'a/b', True),
+    ('a/ b', 'a/b', False),  # no integers: the reference gives up on both
+    ('1\n0', '10', True), (r'1\!0', '10', True), ('1 0', '10', True),
+    (r'a\\b', r'a\b', True), (r'\frac', r'\frac', True),
+    (r'\frac ', r'\frac', False), (r'\sqrt', r'\sqrt', True),
+    (r'\text{ a}\text{ b}', r'\text{ a}\text{ b}', True), ('', '', True),
+    ('1,000', '1000', False), ('0.50', '0.5', False), ('x', 'X', False)])
+def test_the_fields_equality(left, right, same):
+  assert math.equal_text(left, right) == same == math.equal_text(right, left)
+
+
+@pytest.mark.parametrize('text, value', [
+    ('7', 7), ('-7', -7), ('1,234', 1234), ('1{,}234', 1234),
+    (r'1,\!234', 1234),
+    (r'\$3.50', 3.5), ('3/4', .75), (r'-\frac{3}{4}', -.75),
+    (r'\frac{-3}{4}', -.75), (r'\dfrac34', .75), (r'45^\circ', 45),
+    ('1/0', None), (r'\frac{1}{0}', None), ('', None), ('-', None), ('.', None),
+    ('1,2', None), ('(1,2)', None), (r'50\%', None), ('x', None),
+    ('9' * 101, None), (r'\frac', None), ('\u0663', None)])
+def test_values(text, value):
+  assert math.value(text) == value
+  if value is not None:
+    assert math.equal(text, str(value))
+
+
+# ---- both
+
+EXAMPLES = {'gsm8k': GSM, 'math': MATH}
+
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_solutions_are_right(name):
+  task, example = TASKS[name], EXAMPLES[name]
+  text = task.target(example, 'chat')
+  for protocol in answers.PROTOCOLS:
+    if (name, protocol) != ('gsm8k', 'paper'):  # reads 072: see the table
+      assert task.grade(text, example, protocol) == 1
+  most = sum(task.reward(text, example, 'strict').values())
+  assert most == {'gsm8k': 4.0, 'math': 3.0}[name]
+  assert '<<' not in text
+
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_prompts_hold_the_problem(name):
+  task, example = TASKS[name], EXAMPLES[name]
+  told = next(iter(example.values()))
+  assert task.prompt(example, 'bare') == told
+  text = task.prompt(example, 'chat')
+  assert text.endswith(told) and all(tag in text for tag in answers.TAGS)
+  assert '{{' not in text and '\\\n' not in text
+
+
+def write(path, name, count, first=0):
+  """A file in the field's format; also returns the problems in order."""
+  field, told = list(EXAMPLES[name])
+  records = [{'id': i, field: f'Problem {i}?', told: EXAMPLES[name][told]}
+             for i in range(first, first + count)]
+  if path.suffix == '.parquet':
+    pa = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+    parquet.write_table(pa.Table.from_pylist(records), path)
+  elif path.suffix == '.csv':
+    import csv
+    with open(path, 'w', newline='') as f:
+      writer = csv.DictWriter(f, ('id', field, told))
+      writer.writeheader()
+      writer.writerows(records)
+  else:
+    path.write_text('\n'.join(map(json.dumps, records)))
+  return [record[field] for record in records]
+
+
+@pytest.mark.parametrize('suffix', ['jsonl', 'parquet', 'csv'])
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_a_directory_keeps_its_test(name, suffix, tmp_path):
+  """Test whole and in order; train and validation disjoint, together all."""
+  train = write(tmp_path / f'train-00000-of-00001.{suffix}', name, 200)
+  test = write(tmp_path / f'test.{suffix}', name, 30, first=1000)
+  options = dataclasses.replace(OPTIONS, path=str(tmp_path))
+  field = next(iter(EXAMPLES[name]))
+  split = {s: [e[field] for e in TASKS[name].load(s, options)]
+           for s in answers.SPLITS}
+  assert split['test'] == test
+  assert sorted(split['train'] + split['validation']) == sorted(train)
+  assert 2 < len(split['validation']) < 20
+  few = dataclasses.replace(options, test_size=7)
+  assert [e[field] for e in TASKS[name].load('test', few)] == test[:7]
+
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_a_file_is_shared_by_all_splits(name, tmp_path):
+  path = tmp_path / 'all.jsonl'
+  problems = write(path, name, 300)
+  options = dataclasses.replace(OPTIONS, path=str(path))
+  field = next(iter(EXAMPLES[name]))
+  found = [e[field] for s in answers.SPLITS
+           for e in TASKS[name].load(s, options)]
+  assert sorted(found) == sorted(problems)
+
+
+@pytest.mark.parametrize('name', ['countdown', 'sudoku'])
+def test_generated_tasks_read_directories_too(name, tmp_path):
+  """A test file is taken whole, as published numbers need it."""
+  grids = ['1234341221434321', '1234341223414123', '2143341212344321',
+           '4321123434122143', '3412123443212143', '1243341221344321']
+  for split, part in (('train', grids[:4]), ('test', grids[4:])):
+    if name == 'sudoku':
+      (tmp_path / f'{split}.csv').write_text('\n'.join(
+          ['Puzzle,Solution', *(f'0{g[1:]},{g}' for g in part)]))
+    else:
+      (tmp_path / f'{split}.jsonl').write_text('\n'.join(
+          json.dumps({'nums': [1, 2, int(g[:2])], 'target': 5}) for g in part))
+  options = dataclasses.replace(OPTIONS, path=str(tmp_path))
+  assert len(TASKS[name].load('test', options)) == 2
+
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_files_that_are_refused(name, tmp_path):
+  """What is missing, and where it would come from."""
+  task = TASKS[name]
+  field, told = list(EXAMPLES[name])
+
+  def refused(message, path):
+    with pytest.raises(ValueError, match=message):
+      task.load('train', dataclasses.replace(OPTIONS, path=str(path)))
+
+  refused('needs data.path: a directory with train.jsonl', '')
+  refused('no such file or directory', tmp_path / 'nowhere')
+  refused('must hold one train file.*there are: none', tmp_path)
+  path = tmp_path / 'train.jsonl'
+  good = EXAMPLES[name]
+  for bad, message in (
+      ({told: good[told]}, f'train.jsonl:2: {field} must be a text.*{told}'),
+      ({**good, field: ' '}, f'train.jsonl:2: {field} must be a text'),
+      ({**good, told: 7}, f'train.jsonl:2: {told} must be a text.*is 7'),
+      ({**good, told: 'I do not know'}, 'train.jsonl:2: the (ans|sol)')):
+    path.write_text(json.dumps(good) + '\n' + json.dumps(bad))
+    refused(message, path)
+  path.write_text('{"a": 1}\n{')
+  refused(f'train.jsonl:1: {field} must be a text', path)
+  (tmp_path / 'train.csv').write_text('a,b\n1,2\n')
+  refused('no column', tmp_path / 'train.csv')
+  refused('must hold one train file.*train.csv, train.jsonl', tmp_path)
+  (tmp_path / 'x.parquet').write_text('PAR1')
+  refused('x.parquet: not a parquet file', tmp_path / 'x.parquet')
