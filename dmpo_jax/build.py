@@ -126,7 +126,7 @@ def check_numbers(c):
       'train.inner': 1, 'train.microbatches': 1, 'sft.steps': 0,
       'sft.batch': 1, 'logprob.draws': 1, 'logprob.states': 0, 'eval.batch': 1,
       'eval.every': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
-      'data.train_size': 1, 'data.validation_size': 1, 'data.test_size': 1,
+      'data.train_size': 0, 'data.validation_size': 0, 'data.test_size': 0,
       'data.prompt_length': 0, 'data.bucket': 0, 'lora.rank': 0,
       'lora.alpha': 0,
       'optim.lr': 0, 'optim.warmup': 0, 'optim.decay_steps': 0,
