@@ -69,3 +69,9 @@ def weights():
 def params(tiny, weights):
   """Weights of `tiny`."""
   return weights(tiny)
+
+
+@pytest.fixture(scope='session')
+def weights_of(weights):
+  """The same, where a test imports the module `weights`."""
+  return weights

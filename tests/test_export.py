@@ -44,11 +44,6 @@ def test_merged_weights_read_back(kind, tiny, weights_of, tmp_path):
       cfg, params, tokens)).max() > 1e-2  # the adapters matter
 
 
-@pytest.fixture
-def weights_of(weights):
-  return weights
-
-
 def test_shards_and_index(tiny, params, tmp_path):
   """Every tensor once, in the file the index says; no file over the limit."""
   limit = 3000
