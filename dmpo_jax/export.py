@@ -181,13 +181,18 @@ def run(built, params, base, folder, kind):
 
   params: {'params', 'lora'?} as trained, base: as training began, neither of
   them quantized. ValueError if they do not differ, if `folder` is not empty,
-  or if an adapter is asked of a full fine-tuning.
+  or if an adapter is asked of a full fine-tuning or of a base trained here.
   """
   cfg, source = built.model, built.config.model.checkpoint
   source = source and weights.locate(source, False)
   if kind == 'adapter' and 'lora' not in params:
     raise ValueError('--format=adapter: this run trained all parameters '
                      '(lora.rank = 0); --format=merged writes them')
+  if kind == 'adapter' and built.config.sft.steps:
+    raise ValueError(
+        f'--format=adapter: sft.steps = {built.config.sft.steps} changed the '
+        'base too, so an adapter would fit no published model; '
+        '--format=merged writes all')
   if os.path.isdir(folder) and os.listdir(folder):
     raise ValueError(f'--out={folder} is not empty: name another directory')
   if not changed(params, base):

@@ -1,5 +1,6 @@
 """The command line: what it refuses, in which words, and what it settles."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,13 +8,24 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 import main
-from configs import base
-from dmpo_jax import build, evaluate, metrics, report, sft, train
+from configs import base, quickstart
+from dmpo_jax import (
+    build,
+    data,
+    evaluate,
+    export,
+    metrics,
+    report,
+    sft,
+    train,
+    weights,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -322,3 +334,61 @@ def test_errors_of_the_real_command(tmp_path):
   assert 'sampler.block = 5 must divide' in done.stderr
   assert list(tmp_path.iterdir()) == []  # nothing was begun
   assert jax.device_count() == 8  # and nothing here was touched
+
+
+def test_quickstart_from_a_checkpoint(
+    command, config_file, tiny_checkpoint, tmp_path, capsys):
+  """LLaDA's format, adapters on an int8 base, and out again in both formats."""
+  pathlib.Path(config_file).write_text(
+      'from configs.quickstart import get_config  # as it stands')
+  settings = (
+      f'--config.model.checkpoint={tiny_checkpoint}', '--workdir=run',
+      '--config.model.quantize=int8', '--config.lora.rank=2',
+      '--config.lora.dropout=0.1', '--config.sft.steps=2',
+      '--config.sft.batch=8', '--config.train.iterations=2',
+      '--config.train.prompts=2', '--config.train.group=4',
+      '--config.train.microbatches=1', '--config.optim.warmup=1',
+      '--config.data.train_size=8', '--config.data.validation_size=8',
+      '--config.data.test_size=8', '--config.eval.batch=8')
+  command(*settings)
+  results = json.loads((tmp_path / 'run' / 'results.json').read_text())
+  assert set(results['final']) == set(results['base'])
+  assert results['final']['forwards'] <= 16
+  command(*settings, '--mode=export', '--out=merged')
+  told = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert told['max_logit_difference'] < 1e-4 * told['max_logit']
+  before, after = (weights.load_hf(str(f))[1] for f in (
+      tiny_checkpoint, tmp_path / 'merged'))
+  assert not all(jax.tree.leaves(jax.tree.map(
+      lambda x, y: bool((x == y).all()), before, after)))
+  with pytest.raises(SystemExit, match='sft.steps = 2 changed the base'):
+    command(*settings, '--mode=export', '--format=adapter')
+
+
+def test_a_published_adapter_is_where_training_starts(
+    tiny_checkpoint, weights_of, tmp_path):
+  """lora.path: the policy starts as base and adapter, the reference as base."""
+  c = quickstart.get_config()
+  c.update_from_flattened_dict({
+      'model.checkpoint': str(tiny_checkpoint), 'lora.rank': 2,
+      'lora.path': str(tmp_path / 'adapter'), 'sft.steps': 0})
+  cfg, _ = weights.load_hf(str(tiny_checkpoint), lora_rank=2)
+  lora = weights_of(cfg)['lora']
+  export.save_adapter(
+      str(tmp_path / 'adapter'),
+      dataclasses.replace(cfg, lora_alpha=c.lora.alpha), {'lora': lora})
+  read = build.build(c).steps.init_lora()['lora']
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), read, lora)
+
+
+@pytest.fixture
+def tiny_checkpoint(request, weights_of, tmp_path):
+  """A LLaDA directory with the character tokenizer, in two shards."""
+  ids = data.char_tokenizer()
+  cfg = dataclasses.replace(
+      request.getfixturevalue('tiny'), vocab=len(ids), eos_id=ids.eos_token_id,
+      mask_id=ids.mask_token_id, pad_id=ids.pad_token_id)
+  folder = tmp_path / 'llada'
+  export.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
+  assert (folder / weights.INDEX).exists()
+  return folder
