@@ -281,6 +281,21 @@ def test_adapters_are_all_that_trains(lora, rollouts):
     assert changed == (name == 'b')
 
 
+def test_dropout_follows_the_row(lora, rollouts):
+  """It changes the step, but not with the microbatches; the key moves it."""
+  cfg = dataclasses.replace(LORA, lora_dropout=0.5)
+  batch, key = make_batch(rollouts), jax.random.key(KEY)
+  state = step.init_state({'lora': lora['lora']}, SGD)
+  frozen = {'params': lora['params']}
+  new = lambda cfg, pieces, inner: stepper('wdce', pieces, cfg)(
+      state, frozen, batch, key, inner)[0].trainable
+  whole = new(cfg, 1, 0)
+  close(whole, new(cfg, 4, 0), 1e-5)
+  for other in (new(LORA, 1, 0), new(cfg, 1, 1)):
+    assert not all(np.allclose(x, y, atol=1e-4) for x, y in zip(
+        jax.tree.leaves(whole), jax.tree.leaves(other), strict=True))
+
+
 def test_reference_is_the_policy_without_its_adapter(lora, rollouts):
   """At init they agree to the bit; with b moved only the policy changes."""
   trainable, frozen = {'lora': lora['lora']}, {'params': lora['params']}
