@@ -1,10 +1,12 @@
 """python main.py --config=configs/quickstart.py: trains, or goes on training.
 
 Modes: train (the default: base model, RL, evaluation), sft (only the base
-model), eval (the latest checkpoint on the test split), export (the latest
-checkpoint as a Hugging Face directory or PEFT adapter), plan (memory, FLOPs
-and time of a run, before anything is loaded), report (curves.png and a summary
-of --workdir; with --runs a comparison of several runs).
+model), eval (a results card for each of eval.lengths), score (saved
+generations graded anew), sample (a test problem being unmasked, step by step),
+export (the latest checkpoint as a Hugging Face directory or PEFT adapter),
+plan (memory, FLOPs and time of a run, before anything is loaded), report
+(curves.png and a summary of --workdir; with --runs a comparison of several
+runs, with --cards one of results cards).
 """
 
 import glob
@@ -18,14 +20,27 @@ import time
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmpo_jax import build, evaluate, export, metrics, plan, report, sft, train
+from dmpo_jax import (
+    build,
+    data,
+    evaluate,
+    export,
+    metrics,
+    plan,
+    report,
+    sft,
+    train,
+    watch,
+)
 
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', '', 'default: runs/<name>-<hash>')
-MODES = ('train', 'sft', 'eval', 'export', 'plan', 'report')
+MODES = ('train', 'sft', 'eval', 'score', 'sample', 'export', 'plan',
+         'report')
 MODE = flags.DEFINE_enum('mode', 'train', MODES, 'what to do')
 SWEEP = flags.DEFINE_string('sweep', '', "NAME:i, point i of the config's "
                             'sweep(NAME)')
@@ -35,7 +50,18 @@ FORMAT = flags.DEFINE_enum('format', 'merged', ['merged', 'adapter'],
 OUT = flags.DEFINE_string('out', '', 'export: default WORKDIR/export-FORMAT')
 TOPOLOGY = flags.DEFINE_string('topology', '', 'plan: such as v5p:4x4x4, in '
                                'place of the devices here; needs libtpu')
+OF = flags.DEFINE_enum('of', 'latest', ['latest', 'base'],
+                       'eval, sample: which parameters of the run')
+GENERATIONS = flags.DEFINE_string('generations', '', 'score: file to grade')
+PROBLEM = flags.DEFINE_integer('problem', 0, 'sample: which of the test split')
+HTML = flags.DEFINE_string('html', '', 'sample: also as a page, into this file')
+CARDS = flags.DEFINE_string('cards', '', 'report: glob of *.card.json')
 BY = flags.DEFINE_string('by', 'objective.baseline', 'report: field to compare')
+
+
+# Fields of an evaluation, which may differ from those of the run it judges.
+JUDGING = ('log.', 'eval.', 'reward.', 'data.protocol', 'data.test_size',
+           'data.path', 'mesh.')
 
 
 def parse(argv):
@@ -86,8 +112,11 @@ def apply_sweep(c, flag, sweep):
   c.update_from_flattened_dict(point)
 
 
-def settle(c, workdir):
-  """Makes the workdir and config.json; refuses another config's workdir."""
+def settle(c, workdir, free=('log.',)):
+  """Makes the workdir and config.json; refuses another config's workdir.
+
+  free: beginnings of the fields that may differ from the workdir's.
+  """
   text = c.to_json(sort_keys=True, indent=2)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   workdir = workdir or os.path.join('runs', f'{c.name}-{digest}')
@@ -98,11 +127,11 @@ def settle(c, workdir):
     new = build.flatten(json.loads(text))
     changed = [f'{k}: {old.get(k)!r} there, {new.get(k)!r} here'
                for k in sorted(old.keys() | new.keys())
-               if old.get(k) != new.get(k) and not k.startswith('log.')]
+               if old.get(k) != new.get(k) and not k.startswith(free)]
     if changed:
       raise ValueError(f'--workdir={workdir} was written by another config '
                        f'({"; ".join(changed)}): name another workdir')
-  if jax.process_index() == 0:
+  elif jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
     with open(path, 'w') as f:
       f.write(text)
@@ -176,16 +205,20 @@ def main(argv):
   if MODE.value == 'plan':
     return print(plan.run(c, TOPOLOGY.value))
   built = build.build(c)
+  if MODE.value == 'score':
+    return score(built)
   if built.tokenizer is None:
     raise ValueError(f'model.preset = {c.model.preset!r} is a published model: '
                      'set model.checkpoint to its directory or hub name '
                      '(without it there is only --mode=plan)')
+  if MODE.value in ('eval', 'sample'):
+    build.problems(built, 'test')
+    workdir = settle(c, WORKDIR.value, JUDGING)
+    return {'eval': run_eval, 'sample': run_sample}[MODE.value](built, workdir)
   for split in ('train', 'validation', 'test'):  # a bad file: refuse it now
     build.problems(built, split)
   workdir = settle(c, WORKDIR.value)
   done = os.path.exists(os.path.join(workdir, 'results.json'))
-  if MODE.value == 'eval':
-    return run_eval(built, workdir)
   if MODE.value == 'export':
     return run_export(built, workdir)
   if done:
@@ -198,12 +231,56 @@ def main(argv):
     print(report.summary(workdir))
 
 
+def params_of(built, workdir):
+  """(parameters, what they are) for --of."""
+  base = built.steps.quantize(base_of(built, workdir))
+  if OF.value == 'base':
+    return base, 'base'
+  params = train.latest(built, workdir, base)
+  return params, 'base' if params is base else 'latest'
+
+
 def run_eval(built, workdir):
-  """The latest checkpoint on the test split, as JSON."""
-  base = base_of(built, workdir)
-  params = train.latest(built, workdir, built.steps.quantize(base))
-  numbers, _ = evaluate.accuracy(built, params, build.problems(built, 'test'))
-  print(json.dumps(numbers))
+  """Results cards of the test split, one for each length."""
+  c = built.config
+  params, what = params_of(built, workdir)
+  fields = {k: v for k, v in build.flatten(c).items() if k.startswith(JUDGING)}
+  digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+  folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
+  for card in evaluate.run(built, params, folder, what):
+    print(evaluate.as_text(card).split('\n\n')[0].strip('*'),
+          f"at {card['length']} tokens, {card['steps']} steps")
+  print(f'generations and cards in {folder}')
+
+
+def score(built):
+  """The card of saved generations, graded as this config says."""
+  if not GENERATIONS.value:
+    raise ValueError('--mode=score needs --generations=FILE.json')
+  card = evaluate.rescore(built, GENERATIONS.value)
+  print(evaluate.as_text(card))
+
+
+def run_sample(built, workdir):
+  """A test problem being unmasked, on the terminal and as a page."""
+  problems = build.problems(built, 'test')
+  if not 0 <= PROBLEM.value < len(problems.examples):
+    raise ValueError(f'--problem={PROBLEM.value} must be in 0 to '
+                     f'{len(problems.examples) - 1}')
+  params, what = params_of(built, workdir)
+  one = data.Problems(*([part[PROBLEM.value]] for part in problems[:3]))
+  one = one._replace(tokens=np.stack(one.tokens), valid=np.stack(one.valid))
+  row, = evaluate.generate(built, params, one, built.steps.sample_eval, 1, 0)
+  example = one.examples[0]
+  grade = built.task.grade(row['text'], example, built.config.data.protocol)
+  told = (f"{row['forwards']} steps, {row['tokens']} tokens, grade {grade:g}; "
+          f'the answer: {built.task.record(example)[1]}')
+  steps = watch.pieces(row['ids'], row['order'], built.tokenizer.decode)
+  prompt = built.task.prompt(example, 'bare')
+  print(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{told}')
+  if HTML.value:
+    with open(HTML.value, 'w', encoding='utf-8') as f:
+      f.write(watch.page(steps, f'{built.config.name}, {what}', prompt, told))
 
 
 def base_of(built, workdir):
@@ -222,7 +299,11 @@ def run_export(built, workdir):
 
 def show_report():
   """Curves and summary of one run, or a comparison of several."""
-  if RUNS.value:
+  if CARDS.value:
+    table, picture = report.compare_cards(sorted(glob.glob(CARDS.value)),
+                                          OUT.value or 'cards.png')
+    print(f'{table}\n{picture}')
+  elif RUNS.value:
     table, picture = report.compare(sorted(glob.glob(RUNS.value)), BY.value,
                                     'comparison.png')
     print(f'{table}\n{picture}')

@@ -37,7 +37,8 @@ def get_config():
   d.task = 'sudoku'  # a name in tasks.TASKS
   d.path = ''  # file, or directory with train and test; '' generates
   d.tokenizer = ''  # char | a directory; '' = the checkpoint's, else char
-  d.style = 'bare'  # bare | chat
+  d.style = 'bare'  # how problems are put: bare | chat | eval | ... (types)
+  d.template = ''  # file with {field}s, in place of a style
   d.protocol = 'strict'  # strict (correct rules) | paper (reference rules)
   d.prompt_length = 0  # P in tokens; 0 = the longest prompt's
   d.overlong = 'error'  # longer prompts: error | drop | cut (from the left)
@@ -49,6 +50,13 @@ def get_config():
   d.test_size = 256  # problems
   d.min_blanks = 4  # sudoku: fewest empty cells
   d.max_blanks = 10  # sudoku: most empty cells
+
+  c.reward = w = ml_collections.ConfigDict()
+  w.workers = 0  # processes that compare expressions; 0 = one a core
+  w.deadline = 3.0  # seconds one comparison may take
+  w.weights = dict(  # factor of each term a task pays
+      correctness=1.0, int=1.0, strict_format=1.0, soft_format=1.0,
+      xmlcount=1.0, format=1.0, countdown=1.0, sudoku=1.0)
 
   c.sft = s = ml_collections.ConfigDict()
   s.steps = 0  # supervised steps before RL; 0 = none
@@ -107,6 +115,10 @@ def get_config():
   c.eval = v = ml_collections.ConfigDict()
   v.every = 10  # iterations between validations; 0 = only at the end
   v.batch = 128  # rows per call
+  v.style = ''  # of validation and test prompts; '' = as training's
+  v.template = ''  # the same for a template
+  v.lengths = ()  # --mode=eval: completion lengths; () = eval.sampler.length
+  v.samples = 1  # --mode=eval: completions of a problem
   v.sampler = sampler()  # of evaluation
   v.sampler.temperature = 0.0  # greedy
 

@@ -7,6 +7,7 @@ functions with their shardings.
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from dmpo_jax import (
     weights,
 )
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks import TASKS, answers, symbolic
 from dmpo_jax.types import TaskOptions, TrainBatch
 
 
@@ -42,6 +43,7 @@ class Steps(NamedTuple):
   start_sft: Callable  # params -> TrainState
   sample: Callable  # (params, tokens, valid, row) -> (Rollouts, completion)
   sample_eval: Callable  # the same with the evaluation's sampler
+  sampler_of: Callable  # config section -> the same with that sampler
   score: Callable  # (trainable, frozen, rollouts, row, completion) -> dict
   pack: Callable  # (rollouts, completion, row, reward_BxG, scores) -> batch
   update: Callable  # (state, frozen, batch, inner) -> (state, metrics)
@@ -94,7 +96,6 @@ def check(c, count):
       ('sampler.pick', c.sampler.pick, sampler.PICKS),
       ('eval.sampler.pick', c.eval.sampler.pick, sampler.PICKS),
       ('data.protocol', c.data.protocol, ('strict', 'paper')),
-      ('data.style', c.data.style, ('bare', 'chat')),
       ('data.overlong', c.data.overlong, ('error', 'drop', 'cut')),
       ('model.quantize', c.model.quantize, ('none', *model.QUANT)),
       ('model.remat', c.model.remat, model.REMAT),
@@ -105,6 +106,10 @@ def check(c, count):
       ('sampler.parallel', c.sampler.parallel, ('jit', 'pmap')),
       ('eval.sampler.parallel', c.eval.sampler.parallel, ('jit', 'pmap'))):
     found += nearest(section, name, table)
+  if c.data.task in TASKS:
+    styles = TASKS[c.data.task].styles
+    found += nearest('data.style', c.data.style, styles)
+    found += nearest('eval.style', c.eval.style, ('', *styles))
   for prefix, section in (('', c.sampler), ('eval.', c.eval.sampler)):
     hp = settings(sampler.SampleConfig, section)
     if hp.pick in sampler.PICKS:
@@ -113,7 +118,7 @@ def check(c, count):
     objective = OBJECTIVES[c.objective.name]
     found += objective.check(settings(objective.hp, c.objective))
   found += check_numbers(c) + check_rows(c, count) + check_logprob(c)
-  found += check_model(c)
+  found += check_model(c) + check_eval(c)
   if found:
     raise ValueError('this config cannot run:\n' + '\n'.join(
         f'  {text}' for text in found))
@@ -125,7 +130,8 @@ def check_numbers(c):
       'train.iterations': 0, 'train.prompts': 1, 'train.group': 2,
       'train.inner': 1, 'train.microbatches': 1, 'sft.steps': 0,
       'sft.batch': 1, 'logprob.draws': 1, 'logprob.states': 0, 'eval.batch': 1,
-      'eval.every': 0, 'checkpoint.every': 1, 'checkpoint.keep': 1,
+      'eval.every': 0, 'eval.samples': 1, 'reward.workers': 0,
+      'checkpoint.every': 1, 'checkpoint.keep': 1,
       'data.train_size': 0, 'data.validation_size': 0, 'data.test_size': 0,
       'data.prompt_length': 0, 'data.bucket': 0, 'lora.rank': 0,
       'lora.alpha': 0,
@@ -136,6 +142,24 @@ def check_numbers(c):
   flat = flatten(c)
   return [f'{name} = {flat[name]} must be >= {low}'
           for name, low in least.items() if not flat[name] >= low]
+
+
+def check_eval(c):
+  """Templates that are there, deadlines and samples that make sense."""
+  found = []
+  for name, path in (('data.template', c.data.template),
+                     ('eval.template', c.eval.template)):
+    if path and not os.path.isfile(path):
+      found.append(f'{name} = {path!r}: no such file')
+  if c.eval.samples > 1 and not c.eval.sampler.temperature:
+    found.append(f'eval.samples = {c.eval.samples} needs '
+                 'eval.sampler.temperature > 0: greedy ones are all the same')
+  if not c.reward.deadline > 0:
+    found.append(f'reward.deadline = {c.reward.deadline} must be > 0 seconds')
+  if not all(isinstance(n, int) for n in c.eval.lengths):
+    found.append(f'eval.lengths = {c.eval.lengths} must be whole numbers, such '
+                 'as "(128, 256, 512)"')
+  return found
 
 
 def check_model(c):
@@ -273,10 +297,10 @@ def problems(built, split):
   if split not in built.encoded:
     d = built.config.data
     examples = built.task.load(split, settings(TaskOptions, d))
-    texts = [built.task.prompt(example, d.style) for example in examples]
+    texts, prefill = ask(built, examples, split)
     built.encoded[split] = data.encode_problems(
         examples, texts, built.tokenizer, d.prompt_length, d.attend_padding,
-        d.overlong)
+        d.overlong, prefill)
   found = built.encoded[split]
   prompt = found.tokens.shape[1]
   for name, section in (('', built.config.sampler),
@@ -289,12 +313,41 @@ def problems(built, split):
   return found
 
 
+def ask(built, examples, split):
+  """(the user's messages, how the answers begin) of a split's examples.
+
+  A template is a file with {field}s of the examples, in place of a style.
+  """
+  style, path = built.config.data.style, built.config.data.template
+  if split != 'train' and (built.config.eval.style or
+                           built.config.eval.template):
+    style, path = built.config.eval.style, built.config.eval.template
+  if not path:
+    return ([built.task.prompt(example, style) for example in examples],
+            answers.PREFILL.get(style, ''))
+  with open(path, encoding='utf-8') as f:
+    template = f.read()
+  fields = [name for name in examples[0] if f'{{{name}}}' in template]
+  if not fields:
+    raise ValueError(
+        f'the template {path} has no field of {built.config.data.task}: '
+        f'{", ".join(f"{{{name}}}" for name in examples[0])}')
+  texts = []
+  for example in examples:
+    text = template
+    for name in fields:
+      text = text.replace(f'{{{name}}}', str(example[name]))
+    texts.append(text)
+  return texts, ''
+
+
 def build(c, devices=None):
   """Checks the config and compiles nothing yet: jit compiles at first use.
 
   `devices`: those of a topology that is not here (plan).
   """
   check(c, len(devices or jax.devices()))
+  symbolic.configure(c.reward.workers, c.reward.deadline)
   folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
   tokenizer = tokenizer_of(c, folder)
   cfg = model_config(c, tokenizer, folder)
@@ -313,6 +366,7 @@ def build(c, devices=None):
       *make_starts(c, cfg, grid, optimizer, sft_optimizer),
       make_sample(c, c.sampler, 'sample', cfg, grid),
       make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
+      lambda section: make_sample(c, section, 'evaluate', cfg, grid),
       *make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer),
       make_quantize(c, grid))
   return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, objective, hp,

@@ -38,6 +38,7 @@ class Problems(NamedTuple):
   examples: list  # of dicts, in the task's field names
   tokens: Array  # (n, P) int32, prompts left-padded
   valid: Array  # (n, P) bool
+  changed: int = 0  # over-long prompts that were dropped or cut
 
 
 def char_tokenizer():
@@ -110,11 +111,17 @@ def stop_ids(tokenizer):
   return tuple(sorted(found | {tokenizer.eos_token_id}))
 
 
-def encode_chat(tokenizer, text):
-  """Token ids of a user's message, up to where the assistant begins."""
-  return tokenizer.apply_chat_template(
+def encode_chat(tokenizer, text, prefill=''):
+  """Token ids of a user's message, up to where the assistant begins.
+
+  prefill: the beginning of the assistant's answer.
+  """
+  ids = tokenizer.apply_chat_template(
       [{'role': 'user', 'content': text}], add_generation_prompt=True,
       tokenize=True, return_dict=False)
+  if prefill:
+    ids = ids + tokenizer(prefill, add_special_tokens=False)['input_ids']
+  return ids
 
 
 def left_pad(ids, length, pad_id):
@@ -129,7 +136,7 @@ def left_pad(ids, length, pad_id):
 
 
 def encode_problems(examples, texts, tokenizer, length=0,
-                    attend_padding=False, overlong='error'):
+                    attend_padding=False, overlong='error', prefill=''):
   """Problems of a split. length 0 takes the longest prompt's.
 
   attend_padding marks padding as real tokens, as the papers' code treats it.
@@ -140,14 +147,15 @@ def encode_problems(examples, texts, tokenizer, length=0,
   if not examples:
     raise ValueError('the data set is empty: data.path holds no problem of '
                      'this split')
-  ids = [encode_chat(tokenizer, text) for text in texts]
+  ids = [encode_chat(tokenizer, text, prefill) for text in texts]
+  long = sum(len(row) > length for row in ids) if length else 0
   if length and overlong == 'cut':
     ids = [row[-length:] for row in ids]
   elif length and overlong == 'drop':
     kept = [i for i, row in enumerate(ids) if len(row) <= length]
     if len(kept) < len(ids):
-      logging.info('%d of %d prompts have more than %d tokens: dropped',
-                   len(ids) - len(kept), len(ids), length)
+      logging.info('%d of %d prompts have more than %d tokens: dropped', long,
+                   len(ids), length)
     if not kept:
       raise ValueError(f'data.prompt_length = {length} drops all {len(ids)} '
                        'prompts')
@@ -160,7 +168,7 @@ def encode_problems(examples, texts, tokenizer, length=0,
         f'longer, the longest has {longest} tokens')
   pad = tokenizer.pad_token_id
   tokens, valid = left_pad(ids, length or longest, pad)
-  return Problems(examples, tokens, valid | attend_padding)
+  return Problems(examples, tokens, valid | attend_padding, long)
 
 
 @functools.lru_cache(maxsize=4)

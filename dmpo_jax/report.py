@@ -286,3 +286,62 @@ def summary(workdir):
   seconds = _pick(results, 'seconds', path)
   spent = ', '.join(f'{k} {metrics.eta(v)}' for k, v in seconds.items())
   return f'{text}\nseed {_pick(results, "seed", path)}; time: {spent}'
+
+
+# What two cards must share for their numbers to be comparable at all.
+SAME = ('task', 'protocol', 'split', 'style', 'problems')
+
+
+def compare_cards(paths, out):
+  """Results cards in one table and picture; returns (markdown, PNG's path).
+
+  A line per card, best first within its length; a star marks those whose
+  interval overlaps that of the best. ValueError names cards that cannot be
+  compared, as for different protocols.
+  """
+  cards = [(str(path), json.loads(pathlib.Path(path).read_text('utf-8')))
+           for path in paths]
+  if not cards:
+    raise ValueError('no card to compare')
+  first, reference = cards[0]
+  for path, card in cards:
+    wrong = [f'{name}: {reference.get(name)!r} and {card.get(name)!r}'
+             for name in SAME if card.get(name) != reference.get(name)]
+    if wrong:
+      raise ValueError(f'{first} and {path} cannot be compared '
+                       f'({"; ".join(wrong)})')
+  lines = [f'{reference["task"]}, protocol {reference["protocol"]}, '
+           f'{reference["problems"]} problems; * = not distinguishable from '
+           'the best of its length (95 % intervals overlap)', '',
+           '| length | model | parameters | steps | accuracy | interval | '
+           'forwards |', '|---|---|---|---|---|---|---|']
+  figure = Figure(figsize=(6.4, 4.0), layout='constrained')
+  ax = figure.subplots()
+  _style(ax, 'accuracy', 'completion length, tokens')
+  by_name = {}
+  for _, card in cards:
+    by_name.setdefault((card['model'], card['parameters']), []).append(card)
+  for length in sorted({card['length'] for _, card in cards}):
+    here = sorted((card for _, card in cards if card['length'] == length),
+                  key=lambda card: -card['accuracy'])
+    for card in here:
+      low, high = card['interval']
+      near = card is not here[0] and high >= here[0]['interval'][0]
+      lines.append(
+          f"| {length} | {card['model']} | {card['parameters']} | "
+          f"{card['steps']} | {card['accuracy']:.3f}{' *' * near} | "
+          f"{low:.3f} to {high:.3f} | "
+          f"{card.get('forwards', float('nan')):.0f} |")
+  for i, (name, group) in enumerate(by_name.items()):
+    group.sort(key=lambda card: card['length'])
+    rate = np.array([card['accuracy'] for card in group])
+    error = np.abs(np.array([card['interval'] for card in group]).T - rate)
+    ax.errorbar([card['length'] for card in group], rate, error, marker='o',
+                capsize=3, color=CYCLE[i % len(CYCLE)], label=', '.join(name))
+  ax.legend(fontsize=8, frameon=False)
+  out = pathlib.Path(out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  _save(figure, out)
+  markdown = '\n'.join(lines) + '\n'
+  out.with_suffix('.md').write_text(markdown, encoding='utf-8')
+  return markdown, out

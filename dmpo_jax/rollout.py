@@ -4,12 +4,10 @@ The only place where text exists. The device scores log-probs while the host
 decodes and rewards.
 """
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import data, mesh
+from dmpo_jax import data, grader, mesh
 from dmpo_jax.types import Scored, TrainBatch, to_groups, to_rows
 
 
@@ -22,11 +20,11 @@ def rows_of(prompts, group, iteration):
 
 
 def collect(steps, task, tokenizer, problems, trainable, frozen, iteration, *,
-            prompts, group, seed, protocol, samples, bucket=0):
+            prompts, group, seed, protocol, samples, bucket=0, weights):
   """One buffer of rollouts of the current policy.
 
-  Returns (TrainBatch, dict of floats, list of sample dicts). ValueError on a
-  reward that is not finite.
+  Returns (TrainBatch, dict of floats, {file name: list of dicts to append}).
+  ValueError on a reward that is not finite.
   """
   batch = data.prompts_at(problems, iteration, prompts, seed, bucket)
   tokens, valid, row = rows_of(batch, group, iteration)
@@ -40,42 +38,32 @@ def collect(steps, task, tokenizer, problems, trainable, frozen, iteration, *,
   texts = data.decode(tokenizer, kept[0][:, tokens.shape[1]:],
                       data.stop_ids(tokenizer))
   examples = [problems.examples[i] for i in np.repeat(batch.index, group)]
-  terms = [task.reward(text, example, protocol)
-           for text, example in zip(texts, examples, strict=True)]
-  reward_R = total_reward(terms, texts)
-  grades = [task.grade(text, example, protocol)
-            for text, example in zip(texts, examples, strict=True)]
+  graded = grader.judge(task, protocol, texts, examples, weights)
   # 3. Weigh the groups and pack the buffer.
   train_batch, weights = steps.pack(
-      rollouts, completion, row, to_groups(reward_R, group), scores)
-  metrics = reward_metrics(terms, reward_R, grades, kept)
+      rollouts, completion, row, to_groups(graded.reward, group), scores)
+  metrics = reward_metrics(graded, kept)
+  metrics['prompts_changed'] = problems.changed
   metrics |= {name: float(x) for name, x in mesh.fetch(weights).items()}
   shown = [dict(iteration=iteration, row=int(row[i]), example=examples[i],
                 prompt=task.prompt(examples[i], 'bare'), completion=texts[i],
-                reward=terms[i], order=kept[1][i].tolist())
+                reward=graded.terms[i], order=kept[1][i].tolist())
            for i in range(min(samples, len(texts)))]
-  return train_batch, metrics, shown
+  lost = [dict(iteration=iteration, **question) for question in graded.failed]
+  return train_batch, metrics, {'samples.jsonl': shown,
+                                'failed_grades.jsonl': lost}
 
 
-def total_reward(terms, texts):
-  """(R,) float32 sums of the terms; ValueError names what is not finite."""
-  total = [sum(term.values()) for term in terms]
-  for value, term, text in zip(total, terms, texts, strict=True):
-    if not math.isfinite(value):
-      raise ValueError(f'the reward {term} of the completion {text[:200]!r} is '
-                       'not finite: rewards must be finite numbers')
-  return np.array(total, np.float32)
-
-
-def reward_metrics(terms, reward_R, grades, kept):
+def reward_metrics(graded, kept):
   _, order, forwards, completion = kept
-  names = terms[0]
+  terms, reward_R = graded.terms, graded.reward
   out = {f'reward/{name}': float(np.mean([term[name] for term in terms]))
-         for name in names}
+         for name in terms[0]}
   return out | {
       'reward': float(np.mean(reward_R)),
       'reward_std': float(np.std(reward_R)),
-      'accuracy': float(np.mean(grades)),
+      'accuracy': float(np.mean(graded.grades)),
+      'grades_failed': len(graded.failed),
       'length': float(np.mean(completion.sum(axis=1))),
       'forwards': int(forwards),
       'tokens_per_step': float(order.shape[1] / np.mean(order.max(1) + 1)),

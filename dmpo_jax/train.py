@@ -67,7 +67,7 @@ def loop(built, workdir, writer, base, manager):
             steps, built.task, built.tokenizer, problems, state.trainable,
             frozen, it, prompts=c.train.prompts, group=c.train.group,
             seed=c.seed, protocol=c.data.protocol, samples=c.log.samples,
-            bucket=c.data.bucket)
+            bucket=c.data.bucket, weights=c.reward.weights)
       append(workdir, samples)
       shown |= writer.write('rl', it, {**numbers, **clock.take()})
     for inner in range(place['inner'], c.train.inner):
@@ -127,7 +127,8 @@ def resume(built, manager, state, problems, workdir, writer):
   writer.rewind('rl', last)
   writer.rewind('eval', last)
   writer.rewind('update', int(state.step))
-  rewind_samples(workdir, last)
+  for name in ('samples.jsonl', 'failed_grades.jsonl'):
+    rewind_lines(os.path.join(workdir, name), last)
   return state, batch, place
 
 
@@ -158,15 +159,16 @@ def stop_if_not_finite(written, batch, workdir):
       f'in {path}, the last checkpoint is intact. Try a smaller optim.lr')
 
 
-def append(workdir, samples):
-  if jax.process_index() == 0:
-    with open(os.path.join(workdir, 'samples.jsonl'), 'a') as f:
-      f.writelines(json.dumps(sample) + '\n' for sample in samples)
+def append(workdir, lines):
+  """Adds to the files of `lines`, {name: dicts}; none for nothing."""
+  for name, rows in lines.items():
+    if rows and jax.process_index() == 0:
+      with open(os.path.join(workdir, name), 'a') as f:
+        f.writelines(json.dumps(row) + '\n' for row in rows)
 
 
-def rewind_samples(workdir, last):
-  """Drops samples of iterations after `last`, and a torn last line."""
-  path = os.path.join(workdir, 'samples.jsonl')
+def rewind_lines(path, last):
+  """Drops lines of iterations after `last`, and a torn last line."""
   if jax.process_index() or not os.path.exists(path):
     return
   with open(path) as f:

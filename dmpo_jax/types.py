@@ -109,9 +109,13 @@ class Task(NamedTuple):
   """A source of verifiable problems. Pure host functions, no jax.
 
   `protocol` is 'paper' (the reference rules, bugs included, so that published
-  numbers compare) or 'strict' (correct rules). `style` is 'bare' (just the
-  problem and just the answer, for tiny models) or 'chat' (instructions and
-  <answer> tags, for language models).
+  numbers compare) or 'strict' (correct rules). `style` is how a problem is put:
+  'bare' (just the problem and just the answer, for tiny models), 'chat'
+  (instructions and <answer> tags, as the papers train), 'eval' (as the d1 and
+  DMPO evaluations ask, `answers.PREFILL` in the assistant's mouth), 'boxed'
+  (as LLaDA's and ESPO's do), sudoku's 'one_shot' (ESPO) and 'three_shot' (SPG).
+  The papers' structure in our words: `data.template` takes others' to the
+  letter.
   """
 
   load: Callable  # (split, TaskOptions) -> list[dict]
@@ -120,3 +124,8 @@ class Task(NamedTuple):
   reward: Callable  # (text, example, protocol) -> dict of terms
   grade: Callable  # (text, example, protocol) -> float in [0, 1]
   extra: Callable  # (text, example) -> dict of further evaluation numbers
+  answer: Callable  # (text, example, protocol) -> str or None, for majorities
+  record: Callable  # example -> (question, truth), as generations are saved
+  recall: Callable  # (question, truth) -> example; ValueError if it cannot
+  styles: tuple = ('bare', 'chat')  # names that `prompt` knows
+  threads: bool = False  # judging waits for other processes: do many at once

@@ -300,6 +300,10 @@ LOOPS = {
     'data.path': ('{csv}', {}),
     'data.tokenizer': ('{tokenizer}', {}),
     'data.style': ('chat', {'sft.steps': 0}),
+    'data.template': ('{template}', {}),
+    'eval.style': ('chat', {}),
+    'eval.template': ('{template}', {}),
+    'reward.weights.sudoku': (2.0, {}),
     'data.protocol': ('paper', {}),
     'data.prompt_length': (30, {}),
     'data.bucket': (16, {'data.prompt_length': 40}),
@@ -327,9 +331,14 @@ LOOPS = {
 }
 # objective.name has one allowed value; the other two have tests at the end.
 # data.overlong is in test_data; what comes from files, and what only a
-# checkpoint's base shows, in test_weights and test_export.
+# checkpoint's base shows, in test_weights and test_export; what --mode=eval
+# reads, and the weights of other tasks' terms, in test_evaluate.
 ELSEWHERE = {'name', 'objective.name', 'mesh.data', 'model.checkpoint',
-             'model.quantize', 'lora.path', 'data.overlong'}
+             'model.quantize', 'lora.path', 'data.overlong', 'eval.lengths',
+             'eval.samples', 'reward.workers', 'reward.deadline'}
+ELSEWHERE |= {f'reward.weights.{name}' for name in (
+    'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
+    'countdown')}
 
 
 def test_every_field_is_in_a_table():
@@ -472,7 +481,9 @@ def places(tmp_path_factory):
   lines = ['Puzzle,Solution'] + [
       f'{"0" * 4 + grid[4:]},{grid}' for grid in sudoku.grids()]
   (folder / 'data.csv').write_text('\n'.join(lines) + '\n')
-  return {'{csv}': str(folder / 'data.csv'), '{tokenizer}': str(folder)}
+  (folder / 'template').write_text('Solve {puzzle}!')
+  return {'{csv}': str(folder / 'data.csv'), '{tokenizer}': str(folder),
+          '{template}': str(folder / 'template')}
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,7 @@ FLOORS = {
   'types': 0, 'rng': 0, 'metrics': 0,
   'mesh': 1, 'masking': 1, 'model': 1, 'tasks': 1, 'report': 1,
   'logprob': 2, 'sampler': 2, 'data': 2, 'optim': 2, 'checkpoint': 2,
-  'weights': 2,
+  'weights': 2, 'grader': 2, 'watch': 1,
   'objectives': 3,
   'step': 4, 'rollout': 4,
   'build': 5,

@@ -392,3 +392,99 @@ def tiny_checkpoint(request, weights_of, tmp_path):
   export.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
   assert (folder / weights.INDEX).exists()
   return folder
+
+
+# --- evaluation
+
+
+def write_gsm8k(folder):
+  """Files in the field's format; the answers are single digits."""
+  folder.mkdir()
+  for name, count in (('train', 200), ('test', 9)):
+    (folder / f'{name}.jsonl').write_text('\n'.join(json.dumps(
+        {'question': f'{i} and {name}?', 'answer': f'So.\n#### {i % 10}'})
+        for i in range(count)))
+  return folder
+
+
+def test_train_evaluate_and_score_again(
+    command, config_file, tiny_checkpoint, tmp_path, capsys):
+  """GSM8K files, three lengths, k samples; others' parsers and ours agree."""
+  path = write_gsm8k(tmp_path / 'files')
+  pathlib.Path(config_file).write_text(
+      'from configs.quickstart import get_config  # as it stands')
+  settings = (
+      f'--config.model.checkpoint={tiny_checkpoint}', '--workdir=run',
+      '--config.data.task=gsm8k', f'--config.data.path={path}',
+      '--config.data.test_size=0', '--config.data.train_size=0',
+      '--config.lora.rank=2', '--config.sft.steps=0',
+      '--config.train.iterations=1', '--config.train.prompts=2',
+      '--config.train.group=4', '--config.train.microbatches=1',
+      '--config.eval.batch=8', '--config.data.validation_size=8')
+  command(*settings)
+  judged = (*settings, '--config.eval.lengths=(16, 32, 48)', '--mode=eval',
+            '--config.eval.samples=2',
+            '--config.eval.sampler.temperature=1.0', '--out=cards')
+  command(*judged)
+  said = capsys.readouterr().out
+  cards = {length: json.loads((tmp_path / f'cards/gsm8k_latest_{length}_'
+                               f'{length}.card.json').read_text())
+           for length in (16, 32, 48)}
+  for length, card in cards.items():
+    assert f'at {length} tokens, {length} steps' in said
+    assert card['problems'] == 9 and card['samples'] == 2
+    assert card['forwards'] == length and 1 <= card['tokens'] <= length
+    assert card['accuracy'] <= card['pass@2'] <= 1
+    assert card['interval'] == evaluate.wilson(card['accuracy'], 9)
+    assert {'protocol', 'pick', 'block', 'temperature', 'batch', 'dtype',
+            'device', 'seed', 'versions', 'seconds'} <= card.keys()
+    file = f'cards/gsm8k_latest_{length}_{length}_0_generations.json'
+    saved = json.loads((tmp_path / file).read_text())
+    assert saved['gen_length'] == length and len(saved['generations']) == 18
+    assert {type(item['ground_truth']) for item in saved['generations']} == {
+        float}
+    command(*settings, '--mode=score', f'--generations={file}')
+    again = f"{100 * card['accuracy']:.1f} %"
+    assert again in capsys.readouterr().out
+  # What is there is not sampled again; what is torn off is, to the same.
+  lines = tmp_path / 'cards/gsm8k_latest_16_16.jsonl'
+  whole = [strip(line) for line in lines.read_text().splitlines()]
+  lines.write_text(''.join(lines.read_text().splitlines(True)[:11]) + '{"row')
+  command(*judged)
+  assert [strip(line) for line in lines.read_text().splitlines()] == whole
+  with pytest.raises(SystemExit, match='lengths has 24, which must be a mult'):
+    command(*settings, '--mode=eval', '--config.eval.lengths=(24,)')
+  with pytest.raises(SystemExit, match='samples = 2 needs .*temperature > 0'):
+    command(*settings, '--mode=eval', '--config.eval.samples=2')
+  capsys.readouterr()
+  command('--mode=report', '--cards=cards/*.card.json')
+  assert '| 48 |' in capsys.readouterr().out
+  assert (tmp_path / 'cards.png').stat().st_size > 1000
+  command(*settings, '--mode=sample', '--problem=3', '--html=page.html')
+  said = capsys.readouterr().out
+  assert '3 and test?' in said and '16 steps' in said
+  assert '<table>' in (tmp_path / 'page.html').read_text()
+
+
+def strip(line):
+  """A saved generation without its time."""
+  return {k: v for k, v in json.loads(line).items() if k != 'seconds'}
+
+
+def test_generations_that_are_refused(command, tmp_path):
+  """One sentence: which file, which generation, what it lacks."""
+  path = tmp_path / 'x.json'
+  good = {'question': '0' * 16, 'generations': '', 'ground_truth': '1' * 16}
+  for value, message in (
+      ('{', 'x.json: not JSON'), ('[]', 'no list of generations'),
+      ('{"generations": []}', 'no list of generations, or an empty'),
+      (json.dumps({'generations': [{**good, 'ground_truth': None}]}),
+       'generation 0 has no ground_truth'),
+      (json.dumps({'generations': [{**good, 'question': 'x'}]}),
+       'generation 0: no puzzle in the question'),
+      (json.dumps({'generations': [good]}), 'does not solve')):
+    path.write_text(value)
+    with pytest.raises(SystemExit, match=message):
+      command('--mode=score', '--generations=x.json')
+  with pytest.raises(SystemExit, match='needs --generations'):
+    command('--mode=score')

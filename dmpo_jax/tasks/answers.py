@@ -13,16 +13,17 @@ import zlib
 
 MAX_TEXT = 20000  # characters; a longer text is cut to its last ones
 PROTOCOLS = ('paper', 'strict')
-STYLES = ('bare', 'chat')
+STYLES = ('bare', 'chat')  # every task has these; Task.styles has all it has
+PREFILL = {'eval': '<reasoning>'}  # put into the assistant's mouth
 TAGS = ('<reasoning>', '</reasoning>', '<answer>', '</answer>')
 SPLITS = ('train', 'validation', 'test')
 
 
 def choose(what, value, allowed):
-  """`value`, or a ValueError which names the allowed ones."""
+  """`value`, or what a dict has for it; ValueError names the allowed ones."""
   if value not in allowed:
     raise ValueError(f'{what} {value!r} is not one of {", ".join(allowed)}')
-  return value
+  return allowed[value] if isinstance(allowed, dict) else value
 
 
 def clip(text):

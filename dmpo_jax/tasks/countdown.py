@@ -47,6 +47,21 @@ Numbers: {numbers}
 Target: {target}
 """
 
+EVAL = r"""Find an arithmetic expression that uses every number of the list \
+once and whose value is the target. The operations are +, -, * and /. Reason \
+step by step, and put the expression in \boxed{{}}. Answer in this form:
+
+<reasoning>
+your reasoning
+</reasoning>
+<answer>
+\boxed{{...}}
+</answer>
+
+Numbers: {numbers}
+Target: {target}""".replace('\\\n', '')
+TEMPLATES = {'bare': '{written}={target}', 'chat': CHAT, 'eval': EVAL}
+
 _BEFORE_EQUALS = '0123456789+-*/() '
 _AFTER_EQUALS = '0123456789. '
 
@@ -212,16 +227,15 @@ def _search(numbers, goal):
 
 def prompt(example, style):
   """The user's message; ValueError for an unknown style."""
-  answers.choose('style', style, answers.STYLES)
-  numbers, value = example['numbers'], example['target']
-  if style == 'bare':
-    return f'{",".join(map(str, numbers))}={value}'
-  return CHAT.format(numbers=list(numbers), target=value)
+  numbers = list(example['numbers'])
+  return answers.choose('style', style, TEMPLATES).format(
+      numbers=numbers, target=example['target'],
+      written=','.join(map(str, numbers)))
 
 
 def target(example, style):
   """A correct completion; ValueError if unsolvable or the style is unknown."""
-  answers.choose('style', style, answers.STYLES)
+  answers.choose('style', style, TEMPLATES)
   written = example.get('expression') or solve(
       example['numbers'], example['target'])
   if not written:
@@ -259,6 +273,13 @@ def extra(text, example):
   except arithmetic.Refused:
     return {'well_formed': 0.0}
   return {'well_formed': 1.0}
+
+
+def answer(text, example, protocol):
+  """What a majority vote counts: the value reached; None if not a legal one."""
+  value = (_value(_answer(text), example) if protocol == 'strict'
+           else _value(_graded(text), example, lenient=True))
+  return None if value is None else str(value)
 
 
 def _answer(text):
@@ -302,6 +323,22 @@ def _graded(text):
   return answer
 
 
+def record(example):
+  """(the problem, [numbers, target])."""
+  return prompt(example, 'bare'), [list(example['numbers']), example['target']]
+
+
+def recall(question, truth):
+  """The example of a saved generation; ValueError if truth is none."""
+  del question
+  if not isinstance(truth, list) or len(truth) != 2:
+    raise ValueError(f'ground_truth {truth!r} is not [numbers, target]')
+  numbers, value = _problem(
+      {'nums': truth[0], 'target': truth[1]}, 'ground_truth')
+  return {'numbers': numbers, 'target': value}
+
+
 TASK = Task(
     load=load, prompt=prompt, target=target, reward=reward, grade=grade,
-    extra=extra)
+    extra=extra, answer=answer, record=record, recall=recall,
+    styles=tuple(TEMPLATES))

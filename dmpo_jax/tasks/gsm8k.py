@@ -32,6 +32,21 @@ and </answer>:
 
 {question}"""
 
+EVAL = r"""You are an expert in mathematics. Solve the problem step by step, \
+and put the final answer in \boxed{{}}. Answer in this form:
+
+<reasoning>
+your reasoning
+</reasoning>
+<answer>
+\boxed{{...}}
+</answer>
+
+{question}""".replace('\\\n', '')
+TEMPLATES = {'bare': '{question}', 'chat': CHAT, 'eval': EVAL,
+             'boxed': '{question}\nPlease reason step by step, and put your '
+                      'final answer within \\boxed{{}}.'}
+
 STRICT = re.compile(r'^<reasoning>\n.*?\n</reasoning>\n'
                     r'<answer>\n.*?\n</answer>\n$')
 SOFT = re.compile(r'<reasoning>.*?</reasoning>\s*<answer>.*?</answer>')
@@ -68,14 +83,13 @@ def gold(example):
 
 def prompt(example, style):
   """The user's message; ValueError for an unknown style."""
-  answers.choose('style', style, answers.STYLES)
-  question = example['question']
-  return question if style == 'bare' else CHAT.format(question=question)
+  return answers.choose('style', style, TEMPLATES).format(
+      question=example['question'])
 
 
 def target(example, style):
   """The solution in the wanted format; ValueError for an unknown style."""
-  answers.choose('style', style, answers.STYLES)
+  answers.choose('style', style, TEMPLATES)
   if style == 'bare':
     return gold(example)
   steps = NOTE.sub('', example['answer'].partition('####')[0]).strip()
@@ -195,6 +209,29 @@ def extra(text, example):
   return {'well_formed': float(value is not None)}
 
 
+def answer(text, example, protocol):
+  """What a majority vote counts: the number as a string; None without one."""
+  del example
+  text = answers.clip(text)
+  value = (number(_strict_answer(text)) if protocol == 'strict'
+           else _graded(text))
+  return None if value is None else str(value)
+
+
+def record(example):
+  """(question, the number as a float)."""
+  return example['question'], float(gold(example).replace(',', ''))
+
+
+def recall(question, truth):
+  """The example of a saved generation; ValueError if truth is no number."""
+  if isinstance(truth, bool) or not isinstance(truth, (int, float)):
+    raise ValueError(f'ground_truth {truth!r} is not a number')
+  exact = int(truth) if truth == int(truth) else truth
+  return {'question': question, 'answer': f'#### {exact}'}
+
+
 TASK = Task(
     load=load, prompt=prompt, target=target, reward=reward, grade=grade,
-    extra=extra)
+    extra=extra, answer=answer, record=record, recall=recall,
+    styles=tuple(TEMPLATES))

@@ -11,13 +11,14 @@ there is no \boxed the grade reads the first <answer>, as the reference means
 to; its helper hands back the whole text there. Only the last MAX_TEXT
 characters are read.
 'strict' reads the last \boxed with balanced braces, of the last <answer> if
-there is one, and also compares numbers as numbers.
+there is one, and also compares numbers as numbers and expressions as
+expressions (symbolic.py: math-verify in a process that may be killed).
 """
 
 import fractions
 import re
 
-from dmpo_jax.tasks import answers
+from dmpo_jax.tasks import answers, gsm8k, symbolic
 from dmpo_jax.types import Task
 
 CHAT = r"""You are an expert in mathematics. Solve the problem step by step. \
@@ -33,6 +34,10 @@ Think between <reasoning> and </reasoning>, then write the final answer in \
 
 {problem}""".replace('\\\n', '')
 
+TEMPLATES = {'bare': '{problem}', 'chat': CHAT,
+             # The lineage's evaluation asks of MATH what it asks of GSM8K.
+             'eval': gsm8k.EVAL.replace('{question}', '{problem}'),
+             'boxed': gsm8k.TEMPLATES['boxed'].replace('question', 'problem')}
 MAX_DIGITS = 100  # of a number that is compared exactly
 DECIMAL = r'(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)'
 FRACTION = re.compile(r'(-?)\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}')
@@ -63,14 +68,13 @@ def gold(example):
 
 def prompt(example, style):
   """The user's message; ValueError for an unknown style."""
-  answers.choose('style', style, answers.STYLES)
-  problem = example['problem']
-  return problem if style == 'bare' else CHAT.format(problem=problem)
+  return answers.choose('style', style, TEMPLATES).format(
+      problem=example['problem'])
 
 
 def target(example, style):
   """The solution in the wanted format; ValueError for an unknown style."""
-  answers.choose('style', style, answers.STYLES)
+  answers.choose('style', style, TEMPLATES)
   boxed = f'\\boxed{{{gold(example)}}}'
   if style == 'bare':
     return boxed
@@ -113,6 +117,21 @@ def extra(text, example):
   return {'well_formed': float(_strict_answer(answers.clip(text)) is not None)}
 
 
+def answer(text, example, protocol):
+  """What a majority vote counts: the answer, normalised; None without one."""
+  del example
+  text = answers.clip(text)
+  found = (_strict_answer(text) if protocol == 'strict'
+           else answers.last_boxed(text) or answers.first_answer(text))
+  if not found:
+    return None
+  exact = value(found)
+  try:
+    return normal(found) if exact is None else str(exact)
+  except (ValueError, IndexError):
+    return found
+
+
 def _rewarded(text):
   r"""What the reward compares: the last \boxed, else the whole text.
 
@@ -147,13 +166,17 @@ def equal_text(left, right):
 
 
 def equal(left, right):
-  """As `equal_text`, or two numbers of the same value; None equals nothing."""
+  """As `equal_text`, or as numbers, or as expressions; None equals nothing.
+
+  Expressions are compared in a process that is killed at its deadline.
+  """
   if left is None or right is None:
     return False
   values = value(left), value(right)
   if None not in values:
     return values[0] == values[1]
-  return equal_text(left, right)
+  return equal_text(left, right) or bool(
+      left.strip()) and symbolic.equal(left.strip(), right.strip())
 
 
 def normal(text):
@@ -244,6 +267,19 @@ def value(text):
   return ratio / divisor if divisor else None
 
 
+def record(example):
+  """(problem, the answer as LaTeX)."""
+  return example['problem'], gold(example)
+
+
+def recall(question, truth):
+  """The example of a saved generation; ValueError if truth is no text."""
+  if not isinstance(truth, str) or not truth.strip():
+    raise ValueError(f'ground_truth {truth!r} is not an answer')
+  return {'problem': question, 'solution': f'\\boxed{{{truth}}}'}
+
+
 TASK = Task(
     load=load, prompt=prompt, target=target, reward=reward, grade=grade,
-    extra=extra)
+    extra=extra, answer=answer, record=record, recall=recall,
+    styles=tuple(TEMPLATES), threads=True)

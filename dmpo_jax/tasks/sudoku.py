@@ -38,6 +38,17 @@ grid between <answer> and </answer>: 16 digits, nothing between them.
 Solve the following Sudoku puzzle: {puzzle}
 """
 
+SHOWN = (  # worked examples; their grids are 3 of the 288
+    ('0102300023010020', '4132321423411423'),
+    ('0040140242000004', '2341143242133124'),
+    ('0010000230011403', '2314413232411423'))
+TEMPLATES = {'bare': '{puzzle}', 'chat': CHAT, 'eval': CHAT}
+TEMPLATES |= {name: CHAT.replace('Solve the following', '\n\n'.join(
+    f'Solve the following Sudoku puzzle: {puzzle}\n\n'
+    f'<answer>\n{solution}\n</answer>' for puzzle, solution in SHOWN[:count])
+    + '\n\nSolve the following') for name, count in (
+        ('one_shot', 1), ('three_shot', 3))}
+
 _FENCE = re.compile(r'```([\d\s]+)```')
 _CLOSED = re.compile(r'(\d{16})\s*</answer>')
 _ALONE = re.compile(r'\b(\d{16})\b')
@@ -151,15 +162,13 @@ def _count(puzzles_NxC):
 
 def prompt(example, style):
   """The user's message; ValueError for an unknown style."""
-  answers.choose('style', style, answers.STYLES)
-  if style == 'bare':
-    return example['puzzle']
-  return CHAT.format(puzzle=example['puzzle'])
+  return answers.choose('style', style, TEMPLATES).format(
+      puzzle=example['puzzle'])
 
 
 def target(example, style):
   """A correct completion; ValueError for an unknown style."""
-  answers.choose('style', style, answers.STYLES)
+  answers.choose('style', style, TEMPLATES)
   if style == 'bare':
     return example['solution']
   return f'<answer>\n{example["solution"]}\n</answer>'
@@ -187,6 +196,13 @@ def grade(text, example, protocol):
 def extra(text, example):
   """{'cell_accuracy'}: the strict answer, compared where it has a cell."""
   return {'cell_accuracy': _share(_answer(text), example)}
+
+
+def answer(text, example, protocol):
+  """What a majority vote counts: the grid as written; None without one."""
+  del example
+  return (_answer(text) if protocol == 'strict'
+          else _graded(answers.clip(text))) or None
 
 
 def _share(answer, example):
@@ -238,6 +254,24 @@ def _graded(text):
   return next((''.join(f.split()) for f in found if f and f.strip()), '')
 
 
+def record(example):
+  """(puzzle, solution)."""
+  return example['puzzle'], example['solution']
+
+
+def recall(question, truth):
+  """The example of a saved generation: the puzzle begins the question, or
+  stands behind 'Sudoku puzzle: '. ValueError if there is none, or no grid."""
+  found = re.match(r'[0-4]{16}', question) or re.search(
+      r'(?<=Sudoku puzzle: )[0-4]{16}', question)
+  if not found:
+    raise ValueError(f'no puzzle in the question {question[-60:]!r}')
+  if truth not in grids() or not _keeps(found[0], truth):
+    raise ValueError(f'ground_truth {truth!r} does not solve {found[0]}')
+  return {'puzzle': found[0], 'solution': truth}
+
+
 TASK = Task(
     load=load, prompt=prompt, target=target, reward=reward, grade=grade,
-    extra=extra)
+    extra=extra, answer=answer, record=record, recall=recall,
+    styles=tuple(TEMPLATES))

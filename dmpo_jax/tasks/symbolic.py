@@ -1,0 +1,146 @@
+"""Whether two LaTeX answers are equal, asked of math-verify in a process apart.
+
+A model can write what no computer algebra finishes (99**98**97), or what fills
+the memory, and no limit set within Python stops that. So every question goes
+to a pool of worker processes and is killed at its deadline while the others go
+on. A question without an answer counts as unequal and is kept for `drain`.
+"""
+
+import atexit
+import functools
+import logging
+import multiprocessing
+import os
+import resource
+import sys
+import threading
+import types
+
+import pebble
+
+MEMORY = 4 << 30  # bytes of address space of a worker
+MAX_LENGTH = 300  # characters; longer answers are compared as strings alone
+_state = {'pool': None, 'workers': 0, 'deadline': 3.0, 'failed': []}
+_lock = threading.Lock()
+
+
+def configure(workers=0, deadline=3.0):
+  """Sets the number of processes (0: one a core) and the seconds a question
+  may take, from the next question on."""
+  if (workers, deadline) != (_state['workers'], _state['deadline']):
+    close()
+    _state.update(workers=workers, deadline=deadline)
+
+
+def equal(left, right):
+  """math-verify's verdict; False if it gives none in time. Thread-safe."""
+  if max(len(left), len(right)) > MAX_LENGTH:
+    return False
+  return _ask(left, right)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _ask(left, right):
+  for again in (True, False):
+    try:
+      return _pool().schedule(
+          verify, (left, right), timeout=_state['deadline']).result()
+    except TimeoutError:
+      return _fail(left, right, 'killed at its deadline')
+    except Exception as error:  # a dead worker, a lost pool, math-verify's own
+      if not again:
+        return _fail(left, right, f'{type(error).__name__}: {error}')
+      if not _pool().active:
+        close()
+
+
+def _fail(left, right, reason):
+  with _lock:
+    _state['failed'].append(dict(answer=left, truth=right, reason=reason))
+  return False
+
+
+def drain():
+  """The questions that got no answer since the last call, as dicts."""
+  with _lock:
+    failed, _state['failed'] = _state['failed'], []
+  return failed
+
+
+def _pool():
+  with _lock:
+    if _state['pool'] is None or not _state['pool'].active:
+      context = _Context()
+      # Loaded before the workers fork, so that a killed one is soon replaced.
+      context.set_forkserver_preload(['dmpo_jax.tasks.symbolic', 'math_verify'])
+      _state['pool'] = pebble.ProcessPool(
+          _state['workers'] or os.cpu_count(), initializer=_confine,
+          context=context)
+    return _state['pool']
+
+
+class _Process(multiprocessing.context.ForkServerProcess):
+  """A worker that does not run the caller's script again.
+
+  multiprocessing would import the main module, with all of jax, or without end
+  where a script has no `if __name__ == '__main__'`; the workers need none of
+  it.
+  """
+
+  @staticmethod
+  def _Popen(process):
+    main = sys.modules['__main__']
+    sys.modules['__main__'] = types.ModuleType('__main__')
+    try:
+      return multiprocessing.context.ForkServerProcess._Popen(process)
+    finally:
+      sys.modules['__main__'] = main
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+  Process = _Process
+
+
+def close():
+  """Ends the workers; the next question starts new ones."""
+  with _lock:
+    pool, _state['pool'] = _state['pool'], None
+  if pool is not None:
+    pool.stop()
+    pool.join()
+
+
+atexit.register(close)
+
+# ---- in the worker
+
+
+def _confine():
+  """A worker is silent, and gets a MemoryError where it wants all memory."""
+  logging.disable(logging.CRITICAL)
+  _, most = resource.getrlimit(resource.RLIMIT_AS)
+  limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+  resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+
+
+def verify(left, right):
+  """Whether `left` is what `right`, the truth, is; both without \\boxed.
+
+  An unevaluated sum or power of numbers is not an answer: math-verify would
+  pay 1+1 for 2.
+  """
+  import math_verify  # half a second, and sympy: only here
+  parsed = [math_verify.parse(f'${text}$', parsing_timeout=None,
+                              extraction_config=[
+                                  math_verify.LatexExtractionConfig()])
+            for text in (right, left)]
+  if not all(parsed) or _sums_numbers(left) and not _sums_numbers(right):
+    return False
+  return bool(math_verify.verify(*parsed, timeout_seconds=None))
+
+
+def _sums_numbers(text):
+  """Whether digits are still to be added or multiplied: '1+1', '2\\cdot3'."""
+  plain = text.replace('\\cdot', '*').replace('\\times', '*').replace(' ', '')
+  return any(a.isdigit() and op in '+*' and b.isdigit()
+             for a, op, b in zip(plain, plain[1:], plain[2:], strict=False))
