@@ -35,7 +35,7 @@ def row(name, kind, p):
   by_name = {program.name: program for program in p.programs}
   temporary = max(program.temporaries for program in p.programs)
   sent = {k: v for program in p.programs
-          for k, v in program.collectives.items() if v[1] > 2 ** 20}
+          for k, v in (program.collectives or {}).items() if v[1] > 2 ** 20}
   fits = 'yes' if p.total < 0.95 * p.memory else 'no'
   compiled = sum(program.compile_seconds for program in p.programs)
   return (f'| {name} | {kind} | {p.rows} | {gib(p.parameters)} | '

@@ -26,6 +26,7 @@ def get_config():
   c.data.train_size = 20000
   c.data.min_blanks = 2
   c.data.max_blanks = 4
+  c.data.test_size = 512
   c.sft.steps = 75
   c.sft.lr = 3e-3
   c.train.iterations = 220
@@ -35,6 +36,7 @@ def get_config():
   c.train.microbatches = 8
   c.sampler.temperature = 0.8
   c.sampler.pick = 'entropy'
+  c.sampler.entropy_bound = 0.02
   c.objective.draws = 2
   c.objective.strength = 0.3
   c.objective.best = 1.0

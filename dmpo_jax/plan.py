@@ -55,7 +55,7 @@ class Program(NamedTuple):
   output: int  # bytes that are not donated arguments
   flops: float
   bytes: float  # that its matmuls read and write
-  collectives: dict  # kind -> (count, bytes)
+  collectives: dict  # kind -> (count, bytes); None if it does not compile
   compile_seconds: float
   seconds: float  # roofline, at least; nan without a data sheet
 
@@ -241,19 +241,30 @@ def compiled(built, chip, devices, name, program, args, trips):
   begun = time.time()
   lowered = traced.lower(lowering_platforms=(
       built.mesh.devices.flat[0].platform,))
-  done = lowered.compile()
+  least = max(flops / chip.flops, moved / chip.bandwidth) if chip else math.nan
+  try:
+    done = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return Program(name, wanted(str(error), chip), 0, flops, moved, None,
+                   time.time() - begun, least)
   spent = time.time() - begun
   memory = done.memory_analysis()
   found = collectives(hlo_text(lowered, done), trips)
-  seconds = math.nan
   if chip:
     sent = sum(size * (2 if kind == 'all-reduce' else 1)
                for kind, (_, size) in found.items())
-    seconds = max(flops / chip.flops, moved / chip.bandwidth,
-                  sent / chip.network)
+    least = max(least, sent / chip.network)
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return Program(name, memory.temp_size_in_bytes, max(0, output), flops,
-                 moved, found, spent, seconds)
+                 moved, found, spent, least)
+
+
+def wanted(error, chip):
+  """Bytes that a program which the compiler refuses would have needed."""
+  told = re.search(r'\(([\d.]+)G\) exceeds', error)
+  return int((float(told[1]) if told else chip.memory if chip else 0) * GIB)
 
 
 def hlo_text(lowered, done):
@@ -421,8 +432,9 @@ def show(plan, c):
   lines += [f'  at the worst    {gib(plan.total)}: {fits}', '',
             'program   TFLOP  GiB moved   at least  compile  collectives']
   for p in plan.programs:
-    sent = ', '.join(f'{n} {kind} {gib(size)}' for kind, (n, size)
-                     in sorted(p.collectives.items())) or 'none'
+    sent = 'unknown: too large to compile' if p.collectives is None else (
+        ', '.join(f'{n} {kind} {gib(size)}' for kind, (n, size)
+                  in sorted(p.collectives.items())) or 'none')
     lines.append(f'{p.name:8}{p.flops / 1e12:7.2f}{p.bytes / GIB:11.2f}'
                  f'{duration(p.seconds):>11}{p.compile_seconds:7.0f} s  {sent}')
   lines += ['', ', '.join(f'{name} at least {duration(s)}'

@@ -409,6 +409,9 @@ class Stubs:
 
   sample_eval = sample
 
+  def sampler_of(self, section):
+    return self.sample
+
   def score(self, *_):
     return {}
 

@@ -215,3 +215,31 @@ def test_the_real_size_from_shapes_alone():
   assert held / 8 < plan.per_device(state.trainable) < held
   int8 = plan.quantized({'params': frozen['params']}, 'int8')
   assert dataclasses.is_dataclass(int8['params']['layers']['q']['kernel'])
+
+
+def test_what_does_not_compile_does_not_fit():
+  """The compiler's own number, and a plan in place of a traceback."""
+  class Stub:
+    jaxpr = jax.make_jaxpr(lambda: 0)()
+
+    def trace(self):
+      return self
+
+    def lower(self, **_):
+      return self
+
+    def compile(self):
+      raise jax.errors.JaxRuntimeError(self.said)
+
+  built, chip = build.build(small()), plan.CHIPS['TPU v5 lite']
+  stub = Stub()
+  stub.said = ('RESOURCE_EXHAUSTED: the total memory required for HLO '
+               'temporaries (16.30G) exceeds available HBM (15.75G)')
+  made = plan.compiled(built, chip, 8, 'update', stub, (), 1)
+  assert made.temporaries == int(16.3 * plan.GIB) and made.collectives is None
+  stub.said = 'RESOURCE_EXHAUSTED'
+  made = plan.compiled(built, chip, 8, 'update', stub, (), 1)
+  assert made.temporaries == 16 * plan.GIB
+  stub.said = 'INTERNAL'
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    plan.compiled(built, chip, 8, 'update', stub, (), 1)
