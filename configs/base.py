@@ -35,7 +35,7 @@ def get_config():
 
   c.data = d = ml_collections.ConfigDict()
   d.task = 'sudoku'  # a name in tasks.TASKS
-  d.path = ''  # file, or directory with train and test; '' generates
+  d.path = ''  # file, folder with train and test, or tfds; '' generates
   d.tokenizer = ''  # char | a directory; '' = the checkpoint's, else char
   d.style = 'bare'  # how problems are put: bare | chat | eval | ... (types)
   d.template = ''  # file with {field}s, in place of a style

@@ -153,7 +153,7 @@ ROWS = [
     (R('x', r'\boxed{2/4}'), [0, 1], 0, [2, 1], 1),
     (R('x', r'\boxed{x = \frac12}'), [2, 1], 1, [2, 1], 1),
     (R('x', r'\boxed{xy=\frac12}'), [2, 1], 1, [2, 1], 1),
-    (R('x', r'\boxed{x y=\frac12}'), [0, 1], 0, [0, 1], 0),
+    (R('x', r'\boxed{x y=\frac12}'), [0, 1], 0, [2, 1], 1),  # math-verify
     (R('x', r'\boxed{\frac{1}{2}'), [0, 1], 0, [0, 0.5], 0),
     (R('x', r'\boxed{1} \boxed{\frac{1}{2}}'), [2, 1], 1, [2, 1], 1),
     (R('x', r'\boxed{\frac{1}{2}} \boxed{1}'), [0, 1], 0, [0, 1], 0),
@@ -238,7 +238,7 @@ def test_prompts_hold_the_problem(name):
 def write(path, name, count, first=0):
   """A file in the field's format; also returns the problems in order."""
   field, told = list(EXAMPLES[name])
-  records = [{'id': i, field: f'Problem {i}?', told: EXAMPLES[name][told]}
+  records = [{field: f'Problem {i}?', told: EXAMPLES[name][told]}
              for i in range(first, first + count)]
   if path.suffix == '.parquet':
     pa = pytest.importorskip('pyarrow')
@@ -247,7 +247,7 @@ def write(path, name, count, first=0):
   elif path.suffix == '.csv':
     import csv
     with open(path, 'w', newline='') as f:
-      writer = csv.DictWriter(f, ('id', field, told))
+      writer = csv.DictWriter(f, (field, told))
       writer.writeheader()
       writer.writerows(records)
   else:
@@ -328,3 +328,62 @@ def test_files_that_are_refused(name, tmp_path):
   refused('must hold one train file.*train.csv, train.jsonl', tmp_path)
   (tmp_path / 'x.parquet').write_text('PAR1')
   refused('x.parquet: not a parquet file', tmp_path / 'x.parquet')
+
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_a_test_that_is_trained_on_is_refused(name, tmp_path):
+  """A few problems of the test in the train file are left out; most are not
+  an accident."""
+  load = lambda split: TASKS[name].load(
+      split, dataclasses.replace(OPTIONS, path=str(tmp_path)))
+  write(tmp_path / 'train.jsonl', name, 200)
+  write(tmp_path / 'test.jsonl', name, 30, first=190)
+  test = {json.dumps(e) for e in load('test')}
+  train = {json.dumps(e) for e in load('train') + load('validation')}
+  assert len(test) == 30 and len(train) == 190 and not test & train
+  write(tmp_path / 'test.jsonl', name, 30, first=100)
+  with pytest.raises(ValueError, match='training would see the test'):
+    load('train')
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_prepared_by_tfds(name, tmp_path, monkeypatch):
+  """The same problems as from the files, stored and read without TensorFlow."""
+  import sys
+
+  import tensorflow_datasets as tfds
+  monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path / 'tfds'))
+  files = tmp_path / 'tfds' / 'downloads' / 'manual' / name
+  files.mkdir(parents=True)
+  if name in EXAMPLES:
+    write(files / 'train.jsonl', name, 60)
+    write(files / 'test.jsonl', name, 7, first=100)
+  elif name == 'sudoku':
+    from dmpo_jax.tasks import sudoku
+    for split, part in (('train', sudoku.grids()[:60]),
+                        ('test', sudoku.grids()[60:67])):
+      (files / f'{split}.csv').write_text('\n'.join(
+          ['Puzzle,Solution', *(f'0{g[1:]},{g}' for g in part)]))
+  else:
+    for split, part in (('train', range(60)), ('test', range(100, 107))):
+      (files / f'{split}.jsonl').write_text('\n'.join(json.dumps(
+          {'nums': [1, 2, i + 3], 'target': 5}) for i in part))
+  local = {split: files / f'{split}.jsonl' for split in ('train', 'test')}
+  monkeypatch.setattr(tfds.download.DownloadManager, 'download_and_extract',
+                      lambda self, urls: local)
+  load = lambda split, path: TASKS[name].load(
+      split, dataclasses.replace(OPTIONS, path=str(path)))
+  for split in answers.SPLITS:
+    key = lambda e: json.dumps(e, sort_keys=True)
+    found = load(split, 'tfds')
+    assert sorted(map(key, found)) == sorted(map(key, load(split, files)))
+    assert len(found) == 7 or split != 'test'
+  assert 'tensorflow' not in sys.modules
+
+
+def test_tfds_says_which_files_it_wants(tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+  monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
+  with pytest.raises(ValueError, match=r'math cannot be prepared[\s\S]*ankner'
+                                       r'/math-500.*manual/math'):
+    TASKS['math'].load('test', dataclasses.replace(OPTIONS, path='tfds'))

@@ -195,42 +195,63 @@ def read_texts(path, columns):
     yield line, {name: record[name] for name in columns}
 
 
-def source(path, split):
-  """(file, splits whose share of it is wanted) for `split` of data.path.
-
-  A directory with a train and a test file: the test file is the test split,
-  whole; validation is held out of the train file. A single file is shared
-  among all three. ValueError if there is no such file.
-  """
-  if os.path.isfile(path):
-    return path, (split,)
-  if not os.path.isdir(path):
-    raise ValueError(f'data.path = {path!r}: no such file or directory')
-  name = 'test' if split == 'test' else 'train'
+def file_of(folder, name):
+  """The one data file of a folder that begins with `name`; ValueError."""
   found = sorted(
-      f for f in os.listdir(path) if re.match(rf'{name}\b', f)
+      f for f in (os.listdir(folder) if os.path.isdir(folder) else ())
+      if re.match(rf'{name}\b', f)
       and f.endswith(('.jsonl', '.json', '.parquet', '.csv')))
   if len(found) != 1:
     raise ValueError(
-        f'data.path = {path!r} must hold one {name} file ({name}.jsonl, '
-        f'.parquet or .csv), there are: {", ".join(found) or "none"}')
-  owners = {'test': SPLITS, 'validation': ('validation',),
-            'train': ('train', 'test')}[split]
-  return os.path.join(path, found[0]), owners
+        f'{folder} must hold one {name} file ({name}.jsonl, .parquet or .csv),'
+        f' there are: {", ".join(found) or "none"}')
+  return os.path.join(folder, found[0])
 
 
-def take(read, split, options):
+def take(task, read, place, split, options):
   """The split's examples of data.path, at most `{split}_size` if that is > 0.
 
-  `read(file)` yields (owning split, example), and is read to its end so that
-  every line is checked. Raises ValueError if the split gets none.
+  data.path: a file, which place(example) shares among the splits; a directory
+  with a train and a test file, or 'tfds': the test file is the test split,
+  whole, and place says what of the train file is validation. `read(file)`
+  yields examples, and is read to its end so that every line is checked.
+  ValueError if the split gets none, or if the train file has the test's.
   """
-  size = size_of(split, options)
-  path, owners = source(options.path, split)
-  chosen = [example for place, example in read(path) if place in owners]
+  size, path = size_of(split, options), options.path
+  whole = path == 'tfds' or os.path.isdir(path)
+  if not whole and not os.path.isfile(path):
+    raise ValueError(f'data.path = {path!r}: no such file or directory')
+
+  def examples(name):
+    if path == 'tfds':
+      from dmpo_jax.tasks import prepared  # slow to import
+      return prepared.records(task, name, read, file_of)
+    return read(file_of(path, name) if whole else path)
+
+  if not whole:
+    chosen = [e for e in examples('') if place(e) == split]
+  elif split == 'test':
+    chosen = list(examples('test'))
+  else:
+    held = (split == 'validation')
+    chosen = [e for e in examples('train')
+              if (place(e) == 'validation') == held]
+    chosen = without(chosen, list(examples('test')), path)
   if not chosen:
     raise ValueError(f'{path}: no example falls in the {split} split')
   return chosen[:size] if size > 0 else chosen
+
+
+def without(examples, test, path):
+  """Examples that are not in the test; ValueError if they are the test."""
+  key = lambda example: json.dumps(example, sort_keys=True)
+  seen = set(map(key, test))
+  kept = [example for example in examples if key(example) not in seen]
+  found = len(examples) - len(kept)
+  if 2 * found > len(test):
+    raise ValueError(f'{path}: {found} of the {len(test)} test problems are in '
+                     'the train file: training would see the test')
+  return kept
 
 
 def split_by(text):

@@ -80,7 +80,7 @@ def load(split, options):
   """
   size = answers.size_of(split, options)
   if options.path:
-    chosen = answers.take(_read, split, options)
+    chosen = answers.take('countdown', _read, _place, split, options)
     return [
         dict(e, expression=solve(e['numbers'], e['target'])) for e in chosen]
   if not 1 <= size <= MAX_GENERATED:
@@ -109,7 +109,11 @@ def _read(path):
   for line, record in answers.read_jsonl(path):
     numbers, value = _problem(record, f'{path}:{line}')
     if 2 <= len(numbers) <= 6:
-      yield split_of(numbers, value), {'numbers': numbers, 'target': value}
+      yield {'numbers': numbers, 'target': value}
+
+
+def _place(example):
+  return split_of(example['numbers'], example['target'])
 
 
 def _problem(record, where):

@@ -64,8 +64,10 @@ def load(split, options):
     raise ValueError(
         'data.task = gsm8k needs data.path: a directory with train.jsonl and '
         'test.jsonl, or one such file (github.com/openai/grade-school-math, '
-        'grade_school_math/data), or its parquet files from the hub')
-  return answers.take(_read, split, options)
+        'grade_school_math/data), or its parquet files from the hub; or tfds, '
+        'which downloads them')
+  return answers.take('gsm8k', _read, lambda e: answers.split_by(e['question']),
+                      split, options)
 
 
 def _read(path):
@@ -73,7 +75,7 @@ def _read(path):
     if number(gold(record)) is None:
       raise ValueError(f'{path}:{line}: the answer must end with "#### '
                        f'number", there is {record["answer"][-60:]!r}')
-    yield answers.split_by(record['question']), record
+    yield record
 
 
 def gold(example):

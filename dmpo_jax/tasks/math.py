@@ -51,14 +51,15 @@ def load(split, options):
         'data.task = math needs data.path: a directory with train.jsonl and '
         'test.jsonl, with columns problem and solution (on the hub: '
         'ankner/math-500 for training, HuggingFaceH4/MATH-500 for the test)')
-  return answers.take(_read, split, options)
+  return answers.take('math', _read, lambda e: answers.split_by(e['problem']),
+                      split, options)
 
 
 def _read(path):
   for line, record in answers.read_texts(path, ('problem', 'solution')):
     if gold(record) is None:
       raise ValueError(f'{path}:{line}: the solution has no \\boxed answer')
-    yield answers.split_by(record['problem']), record
+    yield record
 
 
 def gold(example):

@@ -85,8 +85,8 @@ def load(split, options):
   owned = split_grids(options.seed)
   if options.path:
     places = {grid: name for name, part in owned.items() for grid in part}
-    return answers.take(
-        functools.partial(_read, places=places), split, options)
+    return answers.take('sudoku', _read, lambda e: places[e['solution']],
+                        split, options)
   if not 1 <= options.min_blanks <= options.max_blanks <= MAX_BLANKS:
     raise ValueError(
         f'min_blanks={options.min_blanks}, max_blanks={options.max_blanks}: '
@@ -102,7 +102,7 @@ def load(split, options):
   return [next(pools[k]) for k in blanks.tolist()]
 
 
-def _read(path, places):
+def _read(path):
   for line, row in answers.read_csv(path, ('Puzzle', 'Solution')):
     puzzle, solution = row['Puzzle'], row['Solution']
     where = f'{path}:{line}'
@@ -110,11 +110,11 @@ def _read(path, places):
       raise ValueError(f'{where}: puzzle {puzzle!r} is not 16 digits 0-4')
     if len(solution) != CELLS or solution.strip('1234'):
       raise ValueError(f'{where}: solution {solution!r} is not 16 digits 1-4')
-    if solution not in places:
+    if solution not in grids():
       raise ValueError(f'{where}: solution {solution!r} breaks a Sudoku rule')
     if not _keeps(puzzle, solution):
       raise ValueError(f'{where}: solution {solution!r} changes a given cell')
-    yield places[solution], {'puzzle': puzzle, 'solution': solution}
+    yield {'puzzle': puzzle, 'solution': solution}
 
 
 def _keeps(puzzle, grid):
