@@ -236,8 +236,10 @@ def params_of(built, workdir):
   base = built.steps.quantize(base_of(built, workdir))
   if OF.value == 'base':
     return base, 'base'
-  params = train.latest(built, workdir, base)
-  return params, 'base' if params is base else 'latest'
+  what = 'adapter' if built.config.lora.path else 'base'
+  if os.path.isdir(os.path.join(workdir, 'rl')):
+    what = 'latest'
+  return train.latest(built, workdir, base), what
 
 
 def run_eval(built, workdir):

@@ -66,6 +66,7 @@ def quantized():
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--only', default='', help='such as v5e-16')
+  parser.add_argument('--kind', default='', help='LoRA or full')
   args = parser.parse_args()
   print('| slice | trained | rows | parameters | reference | optimizer | '
         'temporaries | worst, GiB | update, TFLOP | rollout | update | run | '
@@ -73,6 +74,8 @@ def main():
   for name, topology, prompts, settings in SLICES:
     if args.only in ('', name):
       for kind, more in (('LoRA', LORA), ('full', FULL)):
+        if args.kind not in ('', kind):
+          continue
         made = planned(topology, prompts, {**settings, **more})
         print(row(name, kind, made), flush=True)
   quantized()

@@ -104,13 +104,15 @@ def run(built, params, folder, what, split='test'):
     begun = time.time()
     rows, before = collected(built, params, held, section, f'{stem}.jsonl')
     examples = [held.examples[row['problem']] for row in rows]
-    numbers = numbers_of(built, rows, examples)
+    numbers, failed = numbers_of(built, rows, examples)
     seconds = before + time.time() - begun
     made = card(built, section, what, split, numbers, seconds, held.changed)
     if jax.process_index() == 0:
       write(f'{stem}_0_generations.json',
             generations(built, section, rows, examples, made))
       write(f'{stem}.card.json', made)
+      if failed:
+        write(f'{stem}.failed_grades.json', failed)
       with open(f'{stem}.card.md', 'w') as f:
         f.write(as_text(made))
     cards.append(made)
@@ -173,8 +175,11 @@ def resumed(path, batch, total):
 
 
 def numbers_of(built, rows, examples):
-  """What a card tells of graded generations; several of a problem give
-  pass@1 (the accuracy), pass@k (any is right) and the majority's accuracy."""
+  """(what a card tells of generations, the comparisons that failed).
+
+  Several of a problem give pass@1 (the accuracy), pass@k (any is right) and
+  the accuracy of the majority.
+  """
   graded = judged(built, rows, examples)
   protocol, task = built.config.data.protocol, built.task
   extras = [task.extra(row['text'], e)
@@ -199,7 +204,7 @@ def numbers_of(built, rows, examples):
             f'pass@{samples}': float(np.mean([
                 max(grade for _, grade in group) for group in groups])),
             'majority': float(np.mean([vote(group) for group in groups]))}
-  return out
+  return out, graded.failed
 
 
 def vote(group):
@@ -287,7 +292,8 @@ def rescore(built, path):
       'task': c.data.task, 'protocol': c.data.protocol, 'file': path,
       'model': made.get('model', saved.get('model_path', 'unknown')),
       'length': saved.get('gen_length'), 'steps': saved.get('diffusion_steps'),
-      'block': saved.get('block_length'), **numbers_of(built, rows, examples)}
+      'block': saved.get('block_length'),
+      **numbers_of(built, rows, examples)[0]}
 
 
 def write(path, value):

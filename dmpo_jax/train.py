@@ -92,16 +92,16 @@ def loop(built, workdir, writer, base, manager):
 
 
 def latest(built, workdir, base):
-  """Parameters of the newest checkpoint; the base's where there is none."""
+  """Parameters of the newest checkpoint, else what training starts from."""
   trainable, frozen = policy_of(built, base)
-  state = built.steps.start(trainable)
   folder = os.path.join(workdir, 'rl')
   if not os.path.isdir(folder):
-    return base
+    return {**frozen, **trainable}
+  state = built.steps.start(trainable)
   with checkpoint.open_manager(folder,
                                built.config.checkpoint.keep) as manager:
     found = checkpoint.restore(manager, checkpoint.abstract(state))
-  return {**frozen, **found[0].trainable} if found else base
+  return {**frozen, **(found[0].trainable if found else trainable)}
 
 
 def resume(built, manager, state, problems, workdir, writer):
