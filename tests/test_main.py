@@ -103,7 +103,8 @@ IMPOSSIBLE = {
     "objective.name = 'dmppo'.*did you mean 'dmpo'":
         {'objective.name': 'dmppo'},
     "model.preset = 'tinny'.*did you mean 'tiny'": {'model.preset': 'tinny'},
-    "data.style = 'zzz' must be one of bare, chat, eval, one_shot": {'data.style': 'zzz'},
+    "data.style = 'zzz' must be one of bare, chat, eval, one_shot":
+        {'data.style': 'zzz'},
     "data.protocol = 'stric'.*'strict'": {'data.protocol': 'stric'},
     "logprob.estimator = 'elbow'.*'elbo'": {'logprob.estimator': 'elbow'},
     "logprob.elbo = 'paperr'.*'paper'": {'logprob.elbo': 'paperr'},
