@@ -12,7 +12,8 @@ needs no checkpoint, and on a machine without TPUs --topology=v5e:4x4
 The settings are the release's (adapters on q, k, v, up; G 16, 8 updates a
 buffer, alpha 0.04, weights against those of the turned reward), with its
 length of 256 tokens at two tokens a step, on 16-bit weights.
-Planned for 16 TPU v5e (mesh.fsdp=16): docs/plans.md has memory and time.
+Planned for 16 TPU v5e (mesh.fsdp=16): 11.3 GiB of a chip's 16, at least 42 s a
+rollout, 3.5 s an update, 9.8 h in all. docs/plans.md has larger slices.
 Published, the field's 256 test problems at 128 / 256 / 512 tokens: base 20.7 /
 19.5 / 16.0, d1 34.8 / 32.0 / 42.2, SPG 68.8 / 70.7 / 70.3, DMPO best 83.2 (one
 token a step). Standard error of one number: 2.4 to 3.1.
