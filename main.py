@@ -9,6 +9,7 @@ plan (memory, FLOPs and time of a run, before anything is loaded), report
 runs, with --cards one of results cards).
 """
 
+import copy
 import glob
 import hashlib
 import importlib.metadata
@@ -112,14 +113,32 @@ def apply_sweep(c, flag, sweep):
   c.update_from_flattened_dict(point)
 
 
+def as_json(c):
+  return c.to_json(sort_keys=True, indent=2)
+
+
+def default_workdir(c, free):
+  """runs/NAME-HASH of the config; that of a run which differs from it only in
+  the evaluation (what the file has of it, not the flags) if there is one."""
+  folder = lambda c: os.path.join('runs', f'{c.name}-' + hashlib.sha256(
+      as_json(c).encode()).hexdigest()[:8])
+  if free != JUDGING or os.path.isdir(folder(c)):
+    return folder(c)
+  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  file = build.flatten(module(path).get_config())
+  plain = copy.deepcopy(c)
+  plain.update_from_flattened_dict({
+      k: v for k, v in file.items() if k.startswith(('eval.', 'reward.'))})
+  return folder(plain) if os.path.isdir(folder(plain)) else folder(c)
+
+
 def settle(c, workdir, free=('log.',)):
   """Makes the workdir and config.json; refuses another config's workdir.
 
   free: beginnings of the fields that may differ from the workdir's.
   """
-  text = c.to_json(sort_keys=True, indent=2)
-  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-  workdir = workdir or os.path.join('runs', f'{c.name}-{digest}')
+  text = as_json(c)
+  workdir = workdir or default_workdir(c, free)
   path = os.path.join(workdir, 'config.json')
   if os.path.exists(path):
     with open(path) as f:

@@ -29,7 +29,7 @@ def get_config():
   c.data.test_size = 512
   c.sft.steps = 75
   c.sft.lr = 3e-3
-  c.train.iterations = 220
+  c.train.iterations = 190
   c.train.prompts = 64
   c.train.group = 8
   c.train.inner = 1

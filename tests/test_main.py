@@ -490,3 +490,19 @@ def test_generations_that_are_refused(command, tmp_path):
       command('--mode=score', '--generations=x.json')
   with pytest.raises(SystemExit, match='needs --generations'):
     command('--mode=score')
+
+
+def test_evaluation_finds_its_run(command, monkeypatch, tmp_path):
+  """Without --workdir, whatever eval.* and reward.* are set to."""
+  found = []
+  monkeypatch.setattr(main, 'run_train', lambda *args: found.append(args[1]))
+  monkeypatch.setattr(main, 'run_eval', lambda *args: found.append(args[1]))
+  monkeypatch.setattr(main.report, 'summary', lambda workdir: '')
+  trained = ('--config.seed=5', '--config.optim.lr=1e-3')
+  command(*trained)
+  command(*trained, '--mode=eval', '--config.eval.lengths=(32,)',
+          '--config.reward.deadline=1.0')
+  command('--mode=eval', '--config.eval.lengths=(32,)')  # was never trained
+  assert found[0] == found[1] != found[2]
+  text = (tmp_path / found[0] / 'config.json').read_text()
+  assert json.loads(text)['eval']['lengths'] == []

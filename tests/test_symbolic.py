@@ -133,8 +133,8 @@ def test_attacks_are_wrong_and_quick(name):
         terms = task.reward(text, example, protocol)
         assert np.isfinite(list(terms.values())).all()
         assert sum(terms.values()) <= MOST[name]
-        assert task.grade(text, example, protocol) in (0.0, 1.0) or (
-            name == 'sudoku')
+        if name != 'sudoku':  # which pays the share of cells
+          assert task.grade(text, example, protocol) == 0.0
         task.extra(text, example)
         task.answer(text, example, protocol)
         assert time.perf_counter() - begun < 4, (name, protocol, body[:40])

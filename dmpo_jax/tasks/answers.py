@@ -119,7 +119,8 @@ def read_csv(path, columns):
         missing = [name for name in columns if name not in row]
         if missing:
           raise ValueError(
-              f'{path}:{rows.line_num}: no column {", ".join(missing)}')
+              f'{path}:{rows.line_num}: no column {", ".join(missing)}; there '
+              f'are {", ".join(row)}')
         places, width = {name: row.index(name) for name in columns}, len(row)
       elif len(row) != width:
         raise ValueError(
