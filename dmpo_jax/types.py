@@ -124,8 +124,11 @@ class Task(NamedTuple):
   reward: Callable  # (text, example, protocol) -> dict of terms
   grade: Callable  # (text, example, protocol) -> float in [0, 1]
   extra: Callable  # (text, example) -> dict of further evaluation numbers
-  answer: Callable  # (text, example, protocol) -> str or None, for majorities
-  record: Callable  # example -> (question, truth), as generations are saved
-  recall: Callable  # (question, truth) -> example; ValueError if it cannot
+  # (text, example, protocol) -> str or None: what a majority vote counts
+  answer: Callable = lambda text, example, protocol: text.strip() or None
+  # example -> (question, truth), as generations are saved; and back, or
+  # ValueError
+  record: Callable = lambda example: ('', example)
+  recall: Callable = lambda question, truth: truth
   styles: tuple = ('bare', 'chat')  # names that `prompt` knows
   threads: bool = False  # judging waits for other processes: do many at once
