@@ -130,6 +130,7 @@ def get_config():
   h.data = 0  # devices that replicate weights; 0 = what the others leave
   h.fsdp = 1  # devices that split weights
   h.tensor = 1  # devices that split heads and MLP
+  h.cpu = 1  # devices that a CPU is split into, where there is no other
 
   c.log = g = ml_collections.ConfigDict()
   g.every_seconds = 10.0  # between log lines where there is no terminal

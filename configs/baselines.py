@@ -24,6 +24,7 @@ def get_config():
   c.data.min_blanks = 3
   c.data.max_blanks = 5
   c.sft.steps = 95
+  c.sampler.entropy_bound = 0.1
   c.logprob.states = 4
   c.train.iterations = 100
   c.train.prompts = 32

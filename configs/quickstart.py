@@ -9,9 +9,9 @@ that were never trained on.
 
 What matters here (docs/quickstart.md has the numbers):
 * many puzzles: 64 a buffer, one update each, two masked copies a completion;
-* pick `entropy` unmasks what is certain at once, so that a completion takes
-  five or six forwards instead of sixteen; it looks at the state alone, so that
-  the recorded trajectory gives log p_old exactly, log p_ref in two states;
+* pick `entropy` unmasks what is certain at once; it looks at the state alone,
+  so that the recorded trajectory gives log p_old exactly, and log p_ref from
+  two of its states;
 * `best` = 1: where none of the eight answers is right the group has little
   of the target's mass, and would else teach the least wrong one.
 """
@@ -29,7 +29,7 @@ def get_config():
   c.data.test_size = 512
   c.sft.steps = 75
   c.sft.lr = 3e-3
-  c.train.iterations = 190
+  c.train.iterations = 220
   c.train.prompts = 64
   c.train.group = 8
   c.train.inner = 1
@@ -47,4 +47,5 @@ def get_config():
   c.optim.decay_steps = c.train.get_ref('iterations')
   c.optim.b2 = 0.999
   c.eval.every = 20
+  c.mesh.cpu = 2
   return c

@@ -138,7 +138,7 @@ def check_numbers(c):
       'optim.lr': 0, 'optim.warmup': 0, 'optim.decay_steps': 0,
       'optim.clip': 0, 'sft.lr': 0, 'optim.weight_decay': 0,
       'model.head_chunk': 0, 'mesh.data': 0,
-      'mesh.fsdp': 1, 'mesh.tensor': 1, 'log.samples': 0}
+      'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.cpu': 1, 'log.samples': 0}
   flat = flatten(c)
   return [f'{name} = {flat[name]} must be >= {low}'
           for name, low in least.items() if not flat[name] >= low]

@@ -335,7 +335,7 @@ LOOPS = {
 # reads, and the weights of other tasks' terms, in test_evaluate.
 ELSEWHERE = {'name', 'objective.name', 'mesh.data', 'model.checkpoint',
              'model.quantize', 'lora.path', 'data.overlong', 'eval.lengths',
-             'eval.samples', 'reward.workers', 'reward.deadline'}
+             'eval.samples', 'reward.workers', 'reward.deadline', 'mesh.cpu'}
 OTHERS = {f'reward.weights.{name}' for name in (
     'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
     'countdown')}
@@ -545,7 +545,7 @@ def test_every_field_is_read(tmp_path, monkeypatch):
   monkeypatch.setattr(build, 'flatten', quietly)
   numbers(c, tmp_path)
   monkeypatch.undo()
-  assert set(flatten(c)) - read == {'name'} | OTHERS
+  assert set(flatten(c)) - read == {'name', 'mesh.cpu'} | OTHERS
 
 
 def test_name_is_in_the_workdir(tmp_path, monkeypatch):

@@ -506,3 +506,16 @@ def test_evaluation_finds_its_run(command, monkeypatch, tmp_path):
   assert found[0] == found[1] != found[2]
   text = (tmp_path / found[0] / 'config.json').read_text()
   assert json.loads(text)['eval']['lengths'] == []
+
+
+def test_a_cpu_can_be_several_devices():
+  """mesh.cpu splits it, unless XLA_FLAGS already has."""
+  code = ('import main, sys, jax; main.split_cpu(int(sys.argv[1]));'
+          'print(jax.device_count())')
+  for flags_, count, devices in (
+      ('', 2, 2), ('', 1, 1),
+      ('--xla_force_host_platform_device_count=3', 2, 3)):
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(count)], cwd=ROOT, text=True,
+        env={**os.environ, 'XLA_FLAGS': flags_}, capture_output=True)
+    assert done.stdout == f'{devices}\n', done.stderr
