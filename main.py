@@ -22,7 +22,6 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # on torch missing
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -56,6 +55,7 @@ OF = flags.DEFINE_enum('of', 'latest', ['latest', 'base'],
                        'eval, sample: which parameters of the run')
 GENERATIONS = flags.DEFINE_string('generations', '', 'score: file to grade')
 PROBLEM = flags.DEFINE_integer('problem', 0, 'sample: which of the test split')
+PROMPT = flags.DEFINE_string('prompt', '', 'sample: a prompt of your own')
 HTML = flags.DEFINE_string('html', '', 'sample: also as a page, into this file')
 CARDS = flags.DEFINE_string('cards', '', 'report: glob of *.card.json')
 BY = flags.DEFINE_string('by', 'objective.baseline', 'report: field to compare')
@@ -296,25 +296,35 @@ def score(built):
 
 
 def run_sample(built, workdir):
-  """A test problem being unmasked, on the terminal and as a page."""
-  problems = build.problems(built, 'test')
-  if not 0 <= PROBLEM.value < len(problems.examples):
-    raise ValueError(f'--problem={PROBLEM.value} must be in 0 to '
-                     f'{len(problems.examples) - 1}')
+  """A prompt being unmasked, on the terminal and as a page."""
+  one, prompt = shown_prompt(built)
   params, what = params_of(built, workdir)
-  one = data.Problems(*([part[PROBLEM.value]] for part in problems[:3]))
-  one = one._replace(tokens=np.stack(one.tokens), valid=np.stack(one.valid))
   row, = evaluate.generate(built, params, one, built.steps.sample_eval, 1, 0)
-  example = one.examples[0]
-  grade = built.task.grade(row['text'], example, built.config.data.protocol)
-  told = (f"{row['forwards']} steps, {row['tokens']} tokens, grade {grade:g}; "
-          f'the answer: {built.task.record(example)[1]}')
+  told = f"{row['forwards']} steps, {row['tokens']} tokens"
+  if one.examples[0]:
+    example, protocol = one.examples[0], built.config.data.protocol
+    told += (f", grade {built.task.grade(row['text'], example, protocol):g}; "
+             f'the answer: {built.task.record(example)[1]}')
   steps = watch.pieces(row['ids'], row['order'], built.tokenizer.decode)
-  prompt = built.task.prompt(example, 'bare')
   print(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{told}')
   if HTML.value:
     with open(HTML.value, 'w', encoding='utf-8') as f:
       f.write(watch.page(steps, f'{built.config.name}, {what}', prompt, told))
+
+
+def shown_prompt(built):
+  """(data.Problems of one, its text): --prompt, else --problem of the test."""
+  if PROMPT.value:
+    return data.encode_problems(
+        [{}], [PROMPT.value], built.tokenizer), PROMPT.value
+  problems, at = build.problems(built, 'test'), PROBLEM.value
+  if not 0 <= at < len(problems.examples):
+    raise ValueError(f'--problem={at} must be in 0 to '
+                     f'{len(problems.examples) - 1}')
+  example = problems.examples[at]
+  return data.Problems([example], problems.tokens[at:at + 1],
+                       problems.valid[at:at + 1]), built.task.prompt(
+                           example, 'bare')
 
 
 def base_of(built, workdir):

@@ -466,6 +466,11 @@ def test_train_evaluate_and_score_again(
   said = capsys.readouterr().out
   assert '3 and test?' in said and '16 steps' in said
   assert '<table>' in (tmp_path / 'page.html').read_text()
+  command(*settings, '--mode=sample', '--prompt=How much is it?')
+  said = capsys.readouterr().out
+  assert said.startswith('How much is it?') and 'grade' not in said
+  with pytest.raises(SystemExit, match='--problem=9 must be in 0 to 8'):
+    command(*settings, '--mode=sample', '--problem=9')
 
 
 def strip(line):
