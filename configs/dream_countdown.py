@@ -5,7 +5,7 @@ python main.py --config=configs/dream_countdown.py \
 
 Dream predicts token i at place i - 1; the model here undoes that, so nothing
 else differs from llada_countdown but the adapters, on all seven linears.
-Planned as llada_countdown: 16 TPU v5e, at least 9.8 h (a body of 7.6 billion).
+Planned for 16 TPU v5e (mesh.fsdp=16): 13.1 GiB of a chip's 16, at least 9.2 h.
 Published: base 11.2, ESPO 66.8 (mean over 128, 256, 512 tokens).
 """
 

@@ -5,7 +5,7 @@ python main.py --config=configs/dream_math.py \
     --config.data.path=DIR
 
 Data as llada_math, the model's settings as dream_countdown.
-Planned as llada_countdown: 16 TPU v5e, at least 9.8 h (a body of 7.6 billion).
+Planned for 16 TPU v5e (mesh.fsdp=16): 13.1 GiB of a chip's 16, at least 9.2 h.
 Published (mean over 128, 256, 512 tokens): base 44.0, ESPO 46.0.
 """
 
