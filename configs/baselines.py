@@ -10,7 +10,8 @@ python main.py --mode=report --runs='runs/baselines-*' --by=objective.baseline
 
 The objective is the paper's: full strength, no `best`. One or two more
 cells are empty than in the quickstart, a buffer has half its puzzles, the rate
-is half. docs/quickstart.md has the result.
+is half. With one update a buffer `model` is `group` but for rounding: its
+softmax is of zeros. docs/quickstart.md has the result.
 """
 
 from configs import quickstart
