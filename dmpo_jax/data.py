@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+from dmpo_jax.tasks.answers import TAGS
 from dmpo_jax.types import Array, Prompts
 
 CHAT = ('{% for message in messages %}<|{{ message.role }}|>'
@@ -31,7 +32,6 @@ TEMPLATES = {
         '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'),
     '<|assistant|>': CHAT,
 }
-TAGS = ('<reasoning>', '</reasoning>', '<answer>', '</answer>')
 
 
 class Problems(NamedTuple):

@@ -1,7 +1,6 @@
 """Completions of a batch judged, many at once where judging waits.
 
-Also the names of the reward terms and their weights: the reward of a
-completion is the weighted sum of its task's terms.
+The reward of a completion is the weighted sum of its task's terms.
 """
 
 import concurrent.futures

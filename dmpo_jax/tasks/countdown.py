@@ -47,19 +47,19 @@ Numbers: {numbers}
 Target: {target}
 """
 
-EVAL = r"""Find an arithmetic expression that uses every number of the list \
+EVAL = """Find an arithmetic expression that uses every number of the list \
 once and whose value is the target. The operations are +, -, * and /. Reason \
-step by step, and put the expression in \boxed{{}}. Answer in this form:
+step by step, and put the expression in \\boxed{{}}. Answer in this form:
 
 <reasoning>
 your reasoning
 </reasoning>
 <answer>
-\boxed{{...}}
+\\boxed{{...}}
 </answer>
 
 Numbers: {numbers}
-Target: {target}""".replace('\\\n', '')
+Target: {target}"""
 TEMPLATES = {'bare': '{written}={target}', 'chat': CHAT, 'eval': EVAL}
 
 _BEFORE_EQUALS = '0123456789+-*/() '

@@ -32,17 +32,17 @@ and </answer>:
 
 {question}"""
 
-EVAL = r"""You are an expert in mathematics. Solve the problem step by step, \
-and put the final answer in \boxed{{}}. Answer in this form:
+EVAL = """You are an expert in mathematics. Solve the problem step by step, \
+and put the final answer in \\boxed{{}}. Answer in this form:
 
 <reasoning>
 your reasoning
 </reasoning>
 <answer>
-\boxed{{...}}
+\\boxed{{...}}
 </answer>
 
-{question}""".replace('\\\n', '')
+{question}"""
 TEMPLATES = {'bare': '{question}', 'chat': CHAT, 'eval': EVAL,
              'boxed': '{question}\nPlease reason step by step, and put your '
                       'final answer within \\boxed{{}}.'}

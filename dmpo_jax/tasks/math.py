@@ -21,18 +21,18 @@ import re
 from dmpo_jax.tasks import answers, gsm8k, symbolic
 from dmpo_jax.types import Task
 
-CHAT = r"""You are an expert in mathematics. Solve the problem step by step. \
+CHAT = """You are an expert in mathematics. Solve the problem step by step. \
 Think between <reasoning> and </reasoning>, then write the final answer in \
-\boxed{{}} between <answer> and </answer>:
+\\boxed{{}} between <answer> and </answer>:
 
 <reasoning>
 ...
 </reasoning>
 <answer>
-\boxed{{...}}
+\\boxed{{...}}
 </answer>
 
-{problem}""".replace('\\\n', '')
+{problem}"""
 
 TEMPLATES = {'bare': '{problem}', 'chat': CHAT,
              # The lineage's evaluation asks of MATH what it asks of GSM8K.
