@@ -10,8 +10,9 @@ python main.py --mode=report --runs='runs/baselines-*' --by=objective.baseline
 
 The objective is the paper's: full strength, no `best`. One or two more
 cells are empty than in the quickstart, a buffer has half its puzzles, the rate
-is half. With one update a buffer `model` is `group` but for rounding: its
-softmax is of zeros. docs/quickstart.md has the result.
+is half. Two updates a buffer: with one, `model` would be `group`, since its
+softmax is of log p_theta - log p_old, which are zeros until the policy moves.
+docs/quickstart.md has the result.
 """
 
 from configs import quickstart
@@ -27,7 +28,8 @@ def get_config():
   c.sft.steps = 95
   c.sampler.entropy_bound = 0.1
   c.logprob.states = 4
-  c.train.iterations = 100
+  c.train.iterations = 50
+  c.train.inner = 2
   c.train.prompts = 32
   c.objective.strength = 1.0
   c.objective.best = 0.0

@@ -44,7 +44,8 @@ def get_config():
   c.logprob.states = 2
   c.optim.lr = 8e-4
   c.optim.warmup = 20
-  c.optim.decay_steps = c.train.get_ref('iterations')
+  updates = c.train.get_ref('iterations') * c.train.get_ref('inner')
+  c.optim.decay_steps = updates  # to zero at the end
   c.optim.b2 = 0.999
   c.eval.every = 20
   c.mesh.cpu = 2
