@@ -144,12 +144,21 @@ def sampler():
   c.block = 16  # W, unmasked block by block
   c.steps = 16  # for picks with a schedule: confidence, random, margin
   c.temperature = 1.0  # 0 = greedy
-  c.pick = 'confidence'  # a name in sampler.PICKS
+  c.pick = 'confidence'  # a name in picks.PICKS, or wino
   c.rank = 'max'  # confidence of the best token (max) or the sampled (token)
-  c.threshold = 0.9  # pick threshold
+  c.rank_law = 'model'  # judged at: model (T = 1) | sampling (Dream)
+  c.rank_temperature = 0.0  # > 0: positions drawn, not the best (alg_temp)
+  c.schedule = 'even'  # of picks with one: even (LLaDA) | dream
+  c.threshold = 0.9  # picks threshold and wino
+  c.fallback = 'best'  # where no token reaches it: best | leftmost (Fork-dLLM)
+  c.verify = 0.9  # pick wino: below this in hindsight is masked again
   c.factor = 1.0  # pick factor
   c.entropy_bound = 0.1  # pick entropy, nats
+  c.top_p = 1.0  # nucleus of tokens; 1 = all
+  c.top_k = 0  # most probable tokens; 0 = all
   c.guidance = 0.0  # classifier-free guidance; 0 = off
-  c.cache = 'none'  # none | dual
+  c.cache = 'none'  # none (exact) | prefix | dual: what a block keeps
+  c.refresh = 0  # steps between full forwards with a cache; 0 = once a block
+  c.eos_stop = False  # a row ends when all before its first EOS is there
   c.parallel = 'jit'  # jit | pmap (replicated small models)
   return c

@@ -93,8 +93,8 @@ def check(c, count):
       ('model.preset', c.model.preset, model.PRESETS),
       ('data.task', c.data.task, TASKS),
       ('objective.name', c.objective.name, OBJECTIVES),
-      ('sampler.pick', c.sampler.pick, sampler.PICKS),
-      ('eval.sampler.pick', c.eval.sampler.pick, sampler.PICKS),
+      ('sampler.pick', c.sampler.pick, sampler.NAMES),
+      ('eval.sampler.pick', c.eval.sampler.pick, sampler.NAMES),
       ('data.protocol', c.data.protocol, ('strict', 'paper')),
       ('data.overlong', c.data.overlong, ('error', 'drop', 'cut')),
       ('model.quantize', c.model.quantize, ('none', *model.QUANT)),
@@ -112,7 +112,7 @@ def check(c, count):
     found += nearest('eval.style', c.eval.style, ('', *styles))
   for prefix, section in (('', c.sampler), ('eval.', c.eval.sampler)):
     hp = settings(sampler.SampleConfig, section)
-    if hp.pick in sampler.PICKS:
+    if hp.pick in sampler.NAMES:
       found += [prefix + text for text in sampler.problems(hp)]
   if c.objective.name in OBJECTIVES:
     objective = OBJECTIVES[c.objective.name]
@@ -220,12 +220,27 @@ def check_logprob(c):
   if not 0 <= e.low < e.high <= 1:
     found.append(f'logprob.low = {e.low}, logprob.high = {e.high} must be '
                  '0 <= low < high <= 1')
-  if e.estimator == 'trajectory' and not c.sampler.temperature:
+  if e.estimator == 'trajectory':
+    found += check_trajectory(c)
+  return found
+
+
+def check_trajectory(c):
+  """What leaves no density along the recorded states."""
+  found, s = [], c.sampler
+  if not s.temperature:
     found.append('logprob.estimator = trajectory needs sampler.temperature > '
                  '0: greedy sampling has no density')
-  if e.estimator == 'trajectory' and not e.tail:
+  if not c.logprob.tail:
     found.append('logprob.tail = False has no meaning along a trajectory: use '
                  'logprob.estimator = elbo')
+  if s.top_p < 1 or s.top_k:
+    found.append(f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: '
+                 'logprob.estimator = trajectory needs 1 and 0, for p_ref has '
+                 'tokens that are cut here')
+  if s.pick == 'wino':
+    found.append('sampler.pick = wino takes tokens back, its states are not '
+                 'recorded: use logprob.estimator = elbo')
   return found
 
 

@@ -100,6 +100,7 @@ def state_logp(cfg, params, rollouts, step_R, law):
   length = rollouts.order.shape[1]
   prompt = rollouts.tokens.shape[1] - length
   hidden_yet = rollouts.order >= step_R[:, None]
+  hidden_yet |= rollouts.order < 0  # the tail that eos_stop has left masked
   shown = rollouts.order == step_R[:, None]
   state = masking.apply_masks(
       rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]

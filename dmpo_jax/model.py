@@ -384,13 +384,14 @@ def full_logits(cfg, params, tokens_RxS, valid_RxS=None):
 
 
 def window_logits(cfg, params, tokens_RxS, valid_RxS, start, width,
-                  prompt=0, guidance=0.0, keep=False, cache=None):
+                  prompt=0, guidance=0.0, keep=False, cache=None, span=0):
   """Logits of positions [start, start + width) under the sampling law.
 
   start: () or (R,) int32. guidance > 0 is classifier-free guidance: a second
   row with its prompt masked, un + (guidance + 1)(cond - un) (LLaDA
   generate.py:81-91). The mask token has -inf: no sampler emits it. With a
-  `cache` only the window is recomputed (start must be a scalar).
+  `cache` only `span` positions from start (a scalar) on are recomputed, those
+  of the window if span = 0.
   Returns ((R, W, V) float32, Cache or None).
   """
   row_count = tokens_RxS.shape[0]
@@ -408,7 +409,7 @@ def window_logits(cfg, params, tokens_RxS, valid_RxS, start, width,
   else:
     shift = int(cfg.shift)
     part = jax.lax.dynamic_slice_in_dim(
-        tokens_RxS, start - shift, width + shift, 1)
+        tokens_RxS, start - shift, (span or width) + shift, 1)
     h, kept = hidden(cfg, params, part, valid_RxS, keep,
                      Window(cache, start - shift))
     h = h[:, :width]
@@ -416,17 +417,71 @@ def window_logits(cfg, params, tokens_RxS, valid_RxS, start, width,
   if guidance:
     cond, blind = jnp.split(logits, 2)
     logits = blind + (guidance + 1) * (cond - blind)
+  return without_mask(cfg, logits), kept
+
+
+def without_mask(cfg, logits):
   is_mask = jnp.arange(cfg.vocab)[None, None] == cfg.mask_id
-  return jnp.where(is_mask, -jnp.inf, logits), kept
+  return jnp.where(is_mask, -jnp.inf, logits)
+
+
+def shadow_logits(cfg, params, tokens_RxS, valid_RxS, start_R, width):
+  """Logits of each row's window, and what they would be in hindsight.
+
+  A shadow of the window, masks at the same positions that no real token sees,
+  is appended; it sees everything but its twin, so it tells how probable a
+  token is given all others (WINO). Where the family shifts, the output before
+  predicts: there the shadow stands for the tokens before, which it repeats.
+  Returns two (R, W, V) float32, -inf for the mask token.
+  """
+  size, shift = tokens_RxS.shape[1], int(cfg.shift)
+  part = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width))
+  positions = positions_of(valid_RxS)
+  places = jnp.concatenate([positions, part(positions, start_R - shift)], 1)
+  shadow = (part(tokens_RxS, start_R - 1) if shift else
+            jnp.full((len(start_R), width), cfg.mask_id, jnp.int32))
+  # Which real token each column is; a shadow of a mask is none (-1).
+  window = start_R[:, None] + jnp.arange(width)[None]
+  real = jnp.broadcast_to(jnp.arange(size)[None], tokens_RxS.shape)
+  column = jnp.concatenate(
+      [real, window - 1 if shift else jnp.full_like(window, -1)], axis=1)
+  mask = attention_mask(cfg, valid_RxS, positions, places)
+  mask = jnp.broadcast_to(mask, (len(start_R), size + width, size))
+  is_shadow = jnp.arange(size + width) >= size
+  seen = jnp.broadcast_to(is_shadow[None, :, None], mask.shape[:2] + (width,))
+  mask = jnp.concatenate([mask, seen], axis=2)
+  twin = jnp.concatenate([jnp.full_like(real, -2), window], axis=1)
+  mask &= column[:, None, :] != twin[:, :, None]
+  h, _ = Transformer(cfg).apply(
+      params, jnp.concatenate([tokens_RxS, shadow], axis=1), places,
+      mask[:, None], None, None, None, method=Transformer.hidden)
+  return tuple(without_mask(cfg, head(cfg, params, x)) for x in (
+      part(h[:, :size], start_R - shift), h[:, size:]))
+
+
+def sampling_logits(logits, temperature, top_p=1.0, top_k=0):
+  """Logits whose softmax is the law that tokens are drawn from (float32).
+
+  Temperature, then the nucleus that top_p needs (with the token that crosses
+  it), then the top_k most probable: Dream's order. At temperature 0 the law is
+  a point mass and says nothing about the model: it is then that at 1.
+  """
+  logits = logits / (temperature or 1.0)
+  if top_p < 1:
+    best = -jnp.sort(-logits, axis=-1)
+    prob = jax.nn.softmax(best, axis=-1)
+    kept = jnp.cumsum(prob, axis=-1) - prob < top_p
+    least = jnp.min(jnp.where(kept, best, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  if 0 < top_k < logits.shape[-1]:
+    least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  return logits
 
 
 def sampling_logp(logits, temperature):
-  """Log-probs of the law that tokens are drawn from (float32).
-
-  At temperature 0 the law is a point mass and says nothing about the model:
-  log-probs are then those at temperature 1.
-  """
-  return jax.nn.log_softmax(logits / (temperature or 1.0), axis=-1)
+  """Log-probs of the sampling law (float32); see `sampling_logits`."""
+  return jax.nn.log_softmax(sampling_logits(logits, temperature), axis=-1)
 
 
 def count_params(params):

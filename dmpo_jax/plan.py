@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dmpo_jax import build, mesh, model, optim, sampler, step
+from dmpo_jax import build, mesh, model, optim, picks, step
 from dmpo_jax.types import Rollouts
 
 GIB = 2 ** 30
@@ -216,21 +216,26 @@ def jobs(built, prompt):
   valid = row((prompt + length,), jnp.bool_)
   count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh.replicated(grid))
   rollouts = Rollouts(tokens, valid, row((length,), jnp.int32),
-                      row((length,), jnp.float32), count)
+                      row((length,), jnp.float32), count,
+                      row((length,), jnp.float32))
   steps = c.sampler.length
-  if c.sampler.pick in sampler.SCHEDULED:
+  if c.sampler.pick in picks.SCHEDULED:
     steps = c.sampler.steps
-  blocks = length // c.sampler.block
+  trips = (steps,)
+  if c.sampler.cache != 'none':  # laps of a block, cached steps of a lap
+    a_block = steps // (length // c.sampler.block)
+    a_lap = min(a_block, c.sampler.refresh or a_block)
+    trips = (-(-a_block // a_lap), a_lap - 1)
   return [
       ('sample', built.steps.sample,
        ({**frozen, **state.trainable}, row((prompt,), jnp.int32),
-        row((prompt,), jnp.bool_), row((), jnp.int32)), steps // blocks),
+        row((prompt,), jnp.bool_), row((), jnp.int32)), trips),
       ('score', built.steps.score,
        (state.trainable, frozen, rollouts, row((), jnp.int32),
-        row((length,), jnp.bool_)), steps),
+        row((length,), jnp.bool_)), (steps,)),
       ('update', built.steps.update,
        (state, frozen, build.abstract_batch(built, prompt),
-        jax.ShapeDtypeStruct((), jnp.int32)), 1)]
+        jax.ShapeDtypeStruct((), jnp.int32)), (1,))]
 
 
 def compiled(built, chip, devices, name, program, args, trips):
@@ -292,8 +297,9 @@ def matmuls(jaxpr, trips, devices, tensor=1):
   """(FLOPs, bytes) a device spends on the matmuls of a traced program.
 
   Loops count as often as they run; those without a fixed number (unmasking
-  steps) `trips` times. Operands of two dimensions are weights: whole on every
-  device but for the tensor axis; all others are split over the devices.
+  steps) trips[0] times, such loops inside of them trips[1] times. Operands of
+  two dimensions are weights: whole on every device but for the tensor axis; all
+  others are split over the devices.
   """
   flops = moved = 0.0
   for eqn in jaxpr.eqns:
@@ -305,10 +311,11 @@ def matmuls(jaxpr, trips, devices, tensor=1):
       moved += sum(x.size * x.dtype.itemsize / (
           tensor if x.ndim <= 2 else devices) for x in shapes)
       continue
-    times = {'scan': eqn.params.get('length', 1), 'while': trips}.get(
-        eqn.primitive.name, 1)
+    is_open = eqn.primitive.name == 'while'
+    times = trips[0] if is_open else eqn.params.get('length', 1)
+    inside = trips[1:] or trips if is_open else trips
     for part in inner_jaxprs(eqn.params):
-      f, m = matmuls(part, trips, devices, tensor)
+      f, m = matmuls(part, inside, devices, tensor)
       flops, moved = flops + times * f, moved + times * m
   return flops, moved
 
@@ -341,15 +348,18 @@ def collectives(text, trips):
   computations, entry = parse(text)
   seen = {}
 
-  def visit(name, times):
+  def visit(name, times, trips):
     for kind, size, channel, calls in computations.get(name, ()):
       if kind:
         key = (channel, kind)
         seen[key] = max(seen.get(key, (0, 0)), (times, size))
       for child, own in calls:
-        visit(child, times * (trips if own is None else own))
+        if own is None:  # an open loop
+          visit(child, times * trips[0], trips[1:] or trips)
+        else:
+          visit(child, times * own, trips)
 
-  visit(entry, 1)
+  visit(entry, 1, trips)
   out = {}
   for (_, kind), (times, size) in seen.items():
     count, total = out.get(kind, (0, 0))

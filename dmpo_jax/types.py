@@ -39,9 +39,12 @@ class Prompts(NamedTuple):
 class Rollouts(NamedTuple):
   tokens: Array  # (R, S) int32, no mask token left
   valid: Array  # (R, S) bool, False on prompt padding
-  order: Array  # (R, L) int32, the row's own step at which each was unmasked
+  # (R, L) int32, the row's own step at which each was unmasked; -1: never, an
+  # EOS that stands for what was left when the row ended (sampler.eos_stop)
+  order: Array
   logp: Array  # (R, L) float32, log-prob under the sampling law when unmasked
   forwards: Array  # () int32, network evaluations spent on the batch
+  confidence: Array  # (R, L) float32, its probability at temperature 1 then
 
 
 class Scored(NamedTuple):

@@ -37,8 +37,8 @@ def rope(x_TxC, positions_T, theta):
   ], axis=1)  # fmt: skip
 
 
-def attend(cfg, q, k, v):
-  """Every query sees every key; heads share keys in groups (GQA)."""
+def attend(cfg, q, k, v, seen=True):
+  """Every query sees the keys of `seen`; heads share keys in groups (GQA)."""
   dim = q.shape[1] // cfg.heads
   share = cfg.heads // cfg.kv_heads
   outs = []
@@ -46,6 +46,7 @@ def attend(cfg, q, k, v):
     of = slice(head * dim, (head + 1) * dim)
     kv = slice(head // share * dim, (head // share + 1) * dim)
     scores = q[:, of] @ k[:, kv].T / math.sqrt(dim)
+    scores = np.where(seen, scores, -np.inf)
     outs.append(np.exp(log_softmax(scores)) @ v[:, kv])
   return np.concatenate(outs, axis=1)
 
@@ -56,9 +57,19 @@ def states(cfg, params, tokens_T, start=0, cache=None):
   With a cache [(k, v) per layer] of the whole sequence the tokens' own keys
   and values replace the kept ones, and only the given tokens are computed.
   """
+  positions = range(start, start + len(tokens_T))
+  return layers(cfg, params, tokens_T, positions, True, start, cache)
+
+
+def masked_states(cfg, params, tokens_T, positions, seen_TxT):
+  """Last hidden states of tokens with their own positions and attention."""
+  return layers(cfg, params, tokens_T, positions, seen_TxT)[0]
+
+
+def layers(cfg, params, tokens_T, positions, seen, start=0, cache=None):
+  """The network of `states`."""
   tree = params['params']
   lora = params.get('lora', {}).get('layers', {})
-  positions = range(start, start + len(tokens_T))
   where = slice(start, start + len(tokens_T))
   dim = cfg.head_dim or cfg.width // cfg.heads
   x = np.asarray(tree['embedding'], np.float64)[list(tokens_T)]
@@ -95,7 +106,7 @@ def states(cfg, params, tokens_T, start=0, cache=None):
       kept[0][where], kept[1][where] = k, v
       k, v = kept
     new.append((k, v))
-    x = x + linear(attend(cfg, q, k, v), 'o')
+    x = x + linear(attend(cfg, q, k, v, seen), 'o')
     y = rms_norm(x, get('mlp_norm', 'scale'), cfg.eps)
     gate = linear(y, 'gate')
     gate = gate / (1 + np.exp(-gate))
@@ -196,28 +207,44 @@ def bernoulli_elbo(table, low, high, antithetic, weigh):
 # The samplers.
 
 
-def picks(hp, probs, confidence, quota, noise):
+def best(score, count):
+  """The places of the `count` highest; stable: ties go to the lower one."""
+  return sorted(range(len(score)), key=lambda i: -score[i])[:count]
+
+
+def entropies(probs):
+  return [-sum(p * math.log(p) for p in row if p > 0) for row in probs]
+
+
+def picks(hp, probs, confidence, quota, share, noise):
   """Which of the masked positions to reveal: a list of indices into probs.
 
   probs (M, V), confidence (M,) and noise (M,) of the positions still masked,
-  in their order; Python's stable sort gives ties to the lower one.
+  in their order.
   """
 
-  def best(score, count):
-    return sorted(range(len(score)), key=lambda i: -score[i])[:count]
+  def scored(score):
+    if hp.rank_temperature:
+      gumbel = -np.log(-np.log(np.maximum(noise, 1e-30)))
+      score = np.asarray(score) / hp.rank_temperature + gumbel
+    return best(score, quota)
 
   if hp.pick == 'confidence':
-    return best(confidence, quota)
+    return scored(confidence)
   if hp.pick == 'random':
     return best(noise, quota)
   if hp.pick == 'random_order':
     return best(noise, 1)
+  if hp.pick == 'origin':
+    return [i for i, u in enumerate(noise) if u < share]
   if hp.pick == 'margin':
     two = np.sort(probs, axis=1)[:, -2:]
-    return best(two[:, 1] - two[:, 0], quota)
+    return scored(two[:, 1] - two[:, 0])
+  if hp.pick == 'lowest_entropy':
+    return scored([-e for e in entropies(probs)])
   if hp.pick == 'threshold':
     over = [i for i, c in enumerate(confidence) if c >= hp.threshold]
-    return sorted({*best(confidence, 1), *over})
+    return over or ([0] if hp.fallback == 'leftmost' else best(confidence, 1))
   if hp.pick == 'factor':
     ranked = best(confidence, len(confidence))
     kept = ranked[:1]
@@ -227,7 +254,7 @@ def picks(hp, probs, confidence, quota, noise):
       kept.append(i)
     return kept
   if hp.pick == 'entropy':
-    entropy = [-sum(p * math.log(p) for p in row if p > 0) for row in probs]
+    entropy = entropies(probs)
     ranked = sorted(range(len(entropy)), key=lambda i: entropy[i])
     kept = ranked[:1]
     for i in ranked[1:]:
@@ -240,41 +267,82 @@ def picks(hp, probs, confidence, quota, noise):
 
 
 class Network:
-  """The block's logits, from the whole sequence or through the dual cache."""
+  """The block's logits, from the whole sequence or through a cache.
 
-  def __init__(self, cfg, params, dual):
-    self.cfg, self.params, self.dual = cfg, params, dual
-    self.cache = None
+  A cached network is asked about one block; all later positions are computed
+  again with `prefix`, none but the block with `dual`. Every `refresh`-th time
+  everything is.
+  """
+
+  def __init__(self, cfg, params, cache, refresh=0):
+    self.cfg, self.params, self.mode = cfg, params, cache
+    self.refresh, self.calls, self.cache = refresh, 0, None
 
   def logits(self, tokens, start, width):
     cfg, params = self.cfg, self.params
-    if not self.dual:
+    if self.mode == 'none':
       return full_logits(cfg, params, tokens)[start : start + width]
     first = start - cfg.shift  # the output before predicts the first token
-    if self.cache is None:
+    if self.calls == 0 or self.refresh and self.calls % self.refresh == 0:
       out, self.cache = states(cfg, params, tokens)
-      return head(cfg, params, out[first : first + width])
-    part = tokens[first : start + width]
-    out, self.cache = states(cfg, params, part, first, self.cache)
+      out = out[first:]
+    else:
+      end = start + width if self.mode == 'dual' else len(tokens)
+      part = tokens[first:end]
+      out, self.cache = states(cfg, params, part, first, self.cache)
+    self.calls += 1
     return head(cfg, params, out[:width])
 
 
+def schedule(hp):
+  """[(quota or None, share)] of the steps of a block; None: share of masks."""
+  per_block = max(1, hp.steps // (hp.length // hp.block))
+  if hp.schedule == 'dream':
+    t = np.linspace(1, 1e-3, per_block + 1, dtype=np.float32)
+    shares = [1 - t[i + 1] / t[i] for i in range(per_block - 1)] + [1.0]
+    return [(None, share) for share in shares]
+  more = hp.block % per_block
+  return [(hp.block // per_block + (i < more), 1 / (per_block - i))
+          for i in range(per_block)]
+
+
+def law_of(logits, hp):
+  """Log-probs of the law that tokens are drawn from."""
+  logp = log_softmax(logits / (hp.temperature or 1.0))
+  for row in logp:
+    if hp.top_p < 1:
+      total = 0.0
+      for token in np.argsort(-row, kind='stable'):
+        total, before = total + np.exp(row[token]), total
+        if before >= hp.top_p:
+          row[token] = -np.inf
+    if hp.top_k:
+      row[row < np.sort(row)[-hp.top_k]] = -np.inf
+  return log_softmax(logp)
+
+
+def unfinished(hp, cfg, completion):
+  """The places of masks that must go: with eos_stop none after an EOS."""
+  end = len(completion)
+  if hp.eos_stop and cfg.eos_id in completion:
+    end = completion.index(cfg.eos_id)
+  return [i for i in range(end) if completion[i] == cfg.mask_id]
+
+
 def sample(cfg, params, prompt, hp, noise=None):
-  """One completion, (tokens, order, logp, forwards), each but the last (L,).
+  """One completion, (tokens, order, logp, confidence, forwards).
 
   noise(step) -> (gumbel (W, V), uniform (W,)): the row's randomness.
   """
   tokens = [int(t) for t in prompt] + [cfg.mask_id] * hp.length
-  order, logp = np.zeros(hp.length, int), np.zeros(hp.length)
-  step, per_block = 0, max(1, hp.steps // (hp.length // hp.block))
+  order = np.full(hp.length, -1)
+  logp, sure = np.zeros(hp.length), np.zeros(hp.length)
+  step = 0
   for at in range(0, hp.length, hp.block):
     start = len(prompt) + at
-    quotas = [hp.block // per_block] * per_block
-    for i in range(hp.block % per_block):
-      quotas[i] += 1
-    nets = [Network(cfg, params, hp.cache == 'dual') for _ in range(2)]
-    done = 0
-    while True:
+    nets = [Network(cfg, params, hp.cache, hp.refresh) for _ in range(2)]
+    plan, done = schedule(hp), 0
+    while unfinished(hp, cfg, tokens[len(prompt) :]):
       left = [i for i in range(hp.block) if tokens[start + i] == cfg.mask_id]
       if not left:
         break
@@ -284,25 +352,94 @@ def sample(cfg, params, prompt, hp, noise=None):
         unled = nets[1].logits(blind, start, hp.block)
         logits = unled + (hp.guidance + 1) * (logits - unled)
       logits[:, cfg.mask_id] = -np.inf  # the mask token is never drawn
-      gumbel, uniform = noise(step) if noise else (0.0, np.zeros(hp.block))
-      if hp.temperature:
-        proposal = np.argmax(logits / hp.temperature + gumbel, axis=1)
-      else:
-        proposal = np.argmax(logits, axis=1)
-      prob = np.exp(log_softmax(logits))
-      confidence = [
-        prob[i].max() if hp.rank == 'max' else prob[i, proposal[i]]
-        for i in left
-      ]
-      quota = quotas[done] if done < per_block else 0
-      law = log_softmax(logits / (hp.temperature or 1.0))
-      for j in picks(hp, prob[left], confidence, quota, uniform[left]):
+      proposal, law, prob, own, confidence = proposed(
+        logits, hp, noise(step) if noise else (0.0, None))
+      uniform = noise(step)[1] if noise else np.zeros(hp.block)
+      quota, share = plan[min(done, len(plan) - 1)]
+      if quota is None:
+        quota = int(np.float32(len(left)) * share)
+      for j in picks(hp, prob[left], confidence[left], quota, share,
+                     uniform[left]):
         i = left[j]
         tokens[start + i] = int(proposal[i])
-        order[at + i] = step
+        order[at + i], sure[at + i] = step, own[i]
         logp[at + i] = law[i, proposal[i]]
       step, done = step + 1, done + 1
-  return np.array(tokens[len(prompt) :]), order, logp, step
+  tokens = np.array(tokens[len(prompt) :])
+  tokens[tokens == cfg.mask_id] = cfg.eos_id
+  return tokens, order, logp, sure, step
+
+
+def proposed(logits, hp, noise):
+  """(tokens, law, what is judged by, the tokens' probability, confidence)."""
+  law = law_of(logits, hp)
+  score = law + noise[0] if hp.temperature else law
+  proposal = np.argmax(score, axis=1)
+  prob = np.exp(law if hp.rank_law == 'sampling' else log_softmax(logits))
+  own = np.take_along_axis(prob, proposal[:, None], 1)[:, 0]
+  return proposal, law, prob, own, prob.max(1) if hp.rank == 'max' else own
+
+
+def shadow_logits(cfg, params, tokens, start, width):
+  """(logits of the window, logits of its shadow): WINO's one forward.
+
+  Attention as a plain mask over the sequence with a shadow block behind it.
+  """
+  size, shift = len(tokens), int(cfg.shift)
+  window = list(range(start, start + width))
+  shadow = [tokens[i - 1] if shift else cfg.mask_id for i in window]
+  ids = [*tokens, *shadow]
+  positions = [*range(size), *[i - shift for i in window]]
+  seen = np.zeros((len(ids), len(ids)), bool)
+  seen[:, :size] = True
+  seen[size:] = True
+  for j, i in enumerate(window):
+    seen[size + j, i] = False  # the twin
+    if shift and j + 1 < width:
+      seen[size + j, size + j + 1] = False  # the next repeats the twin
+  out = head(cfg, params, masked_states(cfg, params, ids, positions, seen))
+  return out[start - shift : start - shift + width], out[size:]
+
+
+def wino(cfg, params, prompt, hp, noise=None):
+  """Draft and verify; as `sample`."""
+  tokens = [int(t) for t in prompt] + [cfg.mask_id] * hp.length
+  order = np.full(hp.length, -1)
+  logp, sure = np.zeros(hp.length), np.zeros(hp.length)
+  step = 0
+  for at in range(0, hp.length, hp.block):
+    start = len(prompt) + at
+    before, done = 30, 0
+    while unfinished(hp, cfg, tokens[len(prompt) :]):
+      left = [i for i in range(hp.block) if tokens[start + i] == cfg.mask_id]
+      there = [i for i in range(hp.block) if i not in left]
+      if not left:
+        break
+      logits, shadow = shadow_logits(cfg, params, tokens, start, hp.block)
+      logits[:, cfg.mask_id] = shadow[:, cfg.mask_id] = -np.inf
+      proposal, law, _, own, confidence = proposed(
+        logits, hp, noise(step) if noise else (0.0, None))
+      hindsight = np.exp(log_softmax(shadow))
+      over = [j for j in range(len(left)) if confidence[left[j]] > hp.threshold]
+      most = min(max(int(0.7 * len(left)), 5), 20)
+      if len(over) > most:
+        over = best(confidence[left], most)
+      taken = [left[j] for j in over or best(confidence[left], 1)]
+      again = []
+      if len(taken) > 1 and done < hp.block:
+        doubt = {i: hindsight[i, tokens[start + i]] for i in there}
+        doubt = {i: p for i, p in doubt.items() if p < hp.verify}
+        again = sorted(doubt, key=lambda i: doubt[i])[: before - 1]
+      for i in taken:
+        tokens[start + i] = int(proposal[i])
+        order[at + i], sure[at + i] = step, own[i]
+        logp[at + i] = law[i, proposal[i]]
+      for i in again:
+        tokens[start + i] = cfg.mask_id
+      before, step, done = len(taken), step + 1, done + 1
+  tokens = np.array(tokens[len(prompt) :])
+  tokens[tokens == cfg.mask_id] = cfg.eos_id
+  return tokens, order, logp, sure, step
 
 
 def trajectory_logp(cfg, params, prompt, completion, order, hp):

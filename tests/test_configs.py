@@ -199,8 +199,9 @@ def program(name, changes, whole=False):
   tokens = np.zeros((rows, PROMPT + length), np.int32)
   valid = np.ones_like(tokens, bool)
   prompts = tokens[:, :PROMPT], valid[:, :PROMPT], row
-  rollouts = Rollouts(tokens, valid, tokens[:, PROMPT:],
-                      np.zeros((rows, length), np.float32), np.int32(0))
+  zeros = np.zeros((rows, length), np.float32)
+  rollouts = Rollouts(tokens, valid, tokens[:, PROMPT:], zeros, np.int32(0),
+                      zeros)
   completion = valid[:, PROMPT:]
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
                        build.abstract_batch(built, PROMPT))
@@ -288,6 +289,15 @@ SAMPLER = {
     'entropy_bound': (0.5, {'pick': 'entropy'}),
     'guidance': (0.5, {}),
     'cache': ('dual', {}),
+    'refresh': (3, {'cache': 'dual'}),
+    'eos_stop': (True, {}),
+    'fallback': ('leftmost', {'pick': 'threshold'}),
+    'schedule': ('dream', {}),
+    'rank_law': ('sampling', {'temperature': 0.5}),
+    'rank_temperature': (0.5, {}),
+    'top_p': (0.5, {}),
+    'top_k': (2, {}),
+    'verify': (0.5, {'pick': 'wino'}),
     'parallel': ('pmap', {}),
 }
 for section, name in (('sampler', 'sample'), ('eval.sampler', 'sample_eval')):
@@ -406,7 +416,7 @@ class Stubs:
     self.calls.append(('sample', tokens.tolist(), valid.tolist()))
     full = np.concatenate([valid, np.ones_like(text, bool)], 1)
     return Rollouts(out, full, np.zeros_like(text), text * 0.0,
-                    np.int32(length)), np.ones_like(text, bool)
+                    np.int32(length), text * 0.0), np.ones_like(text, bool)
 
   sample_eval = sample
 

@@ -15,7 +15,7 @@ A, B = np.zeros((4, 6), np.float32), np.zeros((6, 8), np.float32)
 ONE = 2 * 4 * 6 * 8  # FLOPs of A @ B
 
 
-def flops(fn, *args, trips=1):
+def flops(fn, *args, trips=(1,)):
   return plan.matmuls(jax.make_jaxpr(fn)(*args).jaxpr, trips, 1)[0]
 
 
@@ -33,7 +33,12 @@ def test_flops_of_loops_and_branches():
   assert flops(jnp.matmul, A, B) == ONE
   assert flops(scan, A, B) == 5 * ONE
   assert flops(nested, A, B) == 15 * ONE
-  assert flops(open_loop, A, B, trips=7) == 7 * ONE
+  def around(a, b):
+    return jax.lax.while_loop(lambda c: c < 1, lambda c: c + open_loop(a, b),
+                              0.0)
+
+  assert flops(open_loop, A, B, trips=(7,)) == 7 * ONE
+  assert flops(around, A, B, trips=(2, 7)) == 14 * ONE
   assert flops(jax.jit(scan), A, B) == 5 * ONE
 
 
@@ -97,7 +102,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_collectives_of_a_text():
   """Trip counts told, found in the condition, or given; async pairs once."""
-  assert plan.collectives(HLO, trips=9) == {
+  assert plan.collectives(HLO, trips=(9,)) == {
       'all-gather': (5, 5 * 64 * 4), 'all-reduce': (9, 9 * 6 * 2),
       'reduce-scatter': (1, 16 * 4)}
 
@@ -114,7 +119,7 @@ def test_collectives_of_a_program():
   mapped = jax.shard_map(fn, mesh=grid, in_specs=jax.P(None),
                          out_specs=jax.P(None), check_vma=False)
   text = jax.jit(mapped).lower(np.zeros(6, np.float32)).compile().as_text()
-  assert plan.collectives(text, trips=100) == {'all-reduce': (5, 5 * 6 * 4)}
+  assert plan.collectives(text, trips=(100,)) == {'all-reduce': (5, 5 * 6 * 4)}
 
 
 def small(**changes):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from dmpo_jax import logprob, mesh, rng, sampler
+from dmpo_jax import logprob, mesh, model, picks, rng, sampler
 from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.types import Rollouts
 
@@ -27,13 +28,23 @@ BASE = SampleConfig(
 )
 QUOTA = [2, 1, 1]
 RANKED = ('confidence', 'threshold', 'factor')  # that look at hp.rank
+# Those whose rows fill W tokens a block by a fixed plan.
+QUOTAS = tuple(p for p in picks.SCHEDULED if p != 'origin')
+DREAM = dict(
+  block=8,
+  schedule='dream',
+  rank_law='sampling',
+  top_p=0.9,
+  temperature=0.7,
+  rank='token',
+)
 
 
 def case(shift=False, **fields):
   return shift, dataclasses.replace(BASE, **fields)
 
 
-CASES = {pick: case(pick=pick) for pick in sampler.PICKS}
+CASES = {pick: case(pick=pick) for pick in sampler.NAMES}
 CASES |= {f'{p} max': case(pick=p, rank='max') for p in RANKED}
 # At temperature 0 both ranks are one: the proposal is the best token.
 CASES |= {
@@ -41,14 +52,43 @@ CASES |= {
   'greedy threshold': case(temperature=0.0, pick='threshold', rank='max'),
   'greedy margin': case(temperature=0.0, pick='margin'),
   'greedy entropy': case(temperature=0.0, pick='entropy', entropy_bound=2.0),
+  'greedy wino': case(temperature=0.0, pick='wino', threshold=0.3, block=8),
+  'wino, shift': case(True, pick='wino', threshold=0.3, verify=0.4, block=8),
   'guidance': case(pick='random', guidance=0.7),
   'shift, guidance': case(True, pick='threshold', guidance=0.7),
-  'dual': case(cache='dual'),
-  'dual, shift, guidance': case(
-    True, cache='dual', pick='threshold', guidance=0.7
+  'leftmost': case(pick='threshold', fallback='leftmost'),
+  'top_p': case(top_p=0.7),
+  'top_k': case(pick='threshold', top_k=2, rank_law='sampling'),
+  'drawn positions': case(rank_temperature=0.3),
+  'dream entropy': case(True, pick='lowest_entropy', **DREAM),
+  'dream margin': case(True, pick='margin', rank_temperature=0.2, **DREAM),
+  'dream maskgit_plus': case(True, pick='confidence', **DREAM),
+  'dream origin': case(True, pick='origin', **DREAM),
+  'eos': case(eos_stop=True, temperature=3.0),
+  'eos, threshold': case(
+    eos_stop=True, pick='threshold', block=2, temperature=2.0
   ),
 }
-EXACT = [name for name in CASES if 'dual' not in name]
+# Every cache with every pick but wino; every third also shifts and guides.
+CACHED = {}
+for i, (cache, pick) in enumerate(
+  itertools.product(('prefix', 'dual'), picks.PICKS)
+):
+  odd = dict(guidance=0.7) if i % 3 == 0 else {}
+  CACHED[f'{cache}, {pick}'] = case(i % 3 == 0, cache=cache, pick=pick, **odd)
+CACHED |= {
+  'dual, refresh': case(cache='dual', refresh=2, temperature=0.0),
+  'prefix, refresh': case(cache='prefix', refresh=2, pick='random_order'),
+  'dual, eos': case(
+    cache='dual', eos_stop=True, pick='threshold', block=2, temperature=2.0
+  ),
+  'prefix, eos': case(
+    cache='prefix', eos_stop=True, block=2, steps=4, temperature=3.0
+  ),
+}
+EXACT = [name for name in CASES if 'wino' not in name and 'top_' not in name
+         and 'dream' not in name]
+CASES |= CACHED
 
 
 @pytest.fixture(scope='module')
@@ -104,40 +144,45 @@ def run(tiny, sharp, prompts):
 
 @pytest.fixture(scope='module')
 def noise(tiny, prompts):
-  """noise(row)(step): what the row's key gives at that step."""
+  """noise(row, width)(step): what the row's key gives at that step."""
 
-  @jax.jit
-  def table(row):
+  @functools.cache
+  def table(width):
     def one(key, step):
       gumbel, uniform = jax.random.split(jax.random.fold_in(key, step))
       return (
-        jax.random.gumbel(gumbel, (BASE.block, tiny.vocab)),
-        jax.random.uniform(uniform, (BASE.block,)),
+        jax.random.gumbel(gumbel, (width, tiny.vocab)),
+        jax.random.uniform(uniform, (width,)),
       )
 
-    keys = rng.row_keys(KEY, row)
-    steps = jnp.arange(BASE.length)
-    return jax.vmap(lambda k: jax.vmap(lambda s: one(k, s))(steps))(keys)
+    keys = rng.row_keys(KEY, prompts[2])
+    steps = jnp.arange(2 * BASE.length)
+    each = jax.vmap(lambda k: jax.vmap(lambda s: one(k, s))(steps))
+    return jax.device_get(jax.jit(each)(keys))
 
-  gumbel, uniform = jax.device_get(table(prompts[2]))
-  return lambda row: lambda step: (gumbel[row, step], uniform[row, step])
+  return lambda row, width: lambda step: [x[row, step] for x in table(width)]
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_plain_loop(name, tiny, sharp, prompts, run, noise):
   """Tokens, order and log-probs of a row are those of a loop over one
-  sequence without padding."""
+  sequence without padding, and so is the number of forwards of a batch."""
   shift, hp = CASES[name]
   out = run(name)
+  plain = reference.wino if hp.pick == 'wino' else reference.sample
   for row in range(4):  # one of each amount of padding
     prompt = prompts[0][row][prompts[1][row]]
-    tokens, order, logp, steps = reference.sample(
-      config(tiny, shift), sharp, prompt, hp, noise(row)
+    tokens, order, logp, sure, steps = plain(
+      config(tiny, shift), sharp, prompt, hp, noise(row, hp.block)
     )
     np.testing.assert_array_equal(out.tokens[row, PROMPT:], tokens)
     np.testing.assert_array_equal(out.order[row], order)
-    assert out.order[row].max() + 1 == steps
+    # Dream's plan may reveal nothing in a step, wino may take a token back.
+    assert out.order[row].max() + 1 <= steps <= out.forwards
+    if hp.pick not in ('origin', 'wino') and hp.schedule == 'even':
+      assert out.order[row].max() + 1 == steps
     np.testing.assert_allclose(out.logp[row], logp, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out.confidence[row], sure, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -147,27 +192,56 @@ def test_invariants(name, tiny, prompts, run):
   _, hp = CASES[name]
   out = run(name)
   assert [x.dtype.name for x in out] == [
-    'int32', 'bool', 'int32', 'float32', 'int32'
+    'int32', 'bool', 'int32', 'float32', 'int32', 'float32'
   ]  # fmt: skip
   np.testing.assert_array_equal(out.tokens[:, :PROMPT], prompts[0])
   np.testing.assert_array_equal(out.valid[:, :PROMPT], prompts[1])
   assert out.valid[:, PROMPT:].all()
-  assert (out.tokens[:, PROMPT:] != tiny.mask_id).all()
-  assert (out.logp < 0).all()
+  completion = out.tokens[:, PROMPT:]
+  assert (completion != tiny.mask_id).all()
+  skipped = out.order < 0
+  assert skipped.any() == hp.eos_stop
+  assert (completion[skipped] == tiny.eos_id).all()
+  assert (out.logp[~skipped] < 0).all() or hp.top_k or hp.top_p < 1
+  sure = out.confidence[~skipped]
+  assert ((sure > 0) & (sure <= 1)).all()
   blocks = out.order.reshape(ROWS, -1, hp.block)
-  spent = blocks.max(2) - blocks.min(2) + 1
-  assert out.forwards == spent.max(0).sum()
-  assert (blocks[:, 0].max(1) < blocks[:, 1].min(1)).all()
+  last = np.maximum.accumulate(blocks.max(2), axis=1)
+  for at in range(1, blocks.shape[1]):
+    real = blocks[:, at] >= 0
+    assert (np.where(real, blocks[:, at], 99).min(1) > last[:, at - 1]).all()
+  least, most = forwards(hp, blocks)
+  assert least <= out.forwards <= most
   for order in out.order:
-    counts = np.bincount(order)
-    assert counts.min() > 0  # the row's own steps, without gaps
-    if hp.pick in sampler.SCHEDULED:
-      assert list(counts) == QUOTA * 2
+    if hp.pick in QUOTAS and hp.schedule == 'even' and not hp.eos_stop:
+      assert list(np.bincount(order)) == QUOTA * 2
     elif hp.pick == 'random_order':
-      assert list(counts) == [1] * hp.length
-  if hp.pick in ('threshold', 'factor', 'entropy'):
+      assert list(np.bincount(order)) == [1] * hp.length
+    elif hp.pick not in ('origin', 'wino') and hp.schedule == 'even':
+      counts = np.bincount(order[order >= 0])
+      assert counts.min() > 0  # the row's own steps, without gaps
+  if hp.pick in ('threshold', 'factor', 'entropy') and hp.block > 2:
     # The settings matter: neither one token a step nor the whole block.
+    spent = blocks.max(2) - blocks.min(2) + 1
     assert ((spent > 1) & (spent < hp.block)).any()
+
+
+def forwards(hp, blocks):
+  """(least, most) that the batch may cost. Without a cache the slowest row's
+  steps, with one the sum over blocks of the slowest row's; where the order
+  does not tell a row's steps (they may reveal nothing), bounds."""
+  count = hp.length // hp.block
+  if hp.pick == 'wino':
+    return blocks.max() + 1, 2 * hp.length
+  if hp.schedule == 'dream' or hp.pick == 'origin':
+    return blocks.max() + 1, hp.steps
+  if hp.cache == 'none':
+    return [blocks.max() + 1] * 2
+  real = blocks >= 0
+  first = np.where(real, blocks, 99).min(2, keepdims=True)
+  spent = np.where(real, blocks - first + 1, 0).max(2)  # (R, blocks)
+  assert spent.shape == (ROWS, count)
+  return [spent.max(0).sum()] * 2
 
 
 @pytest.mark.parametrize('name', ['confidence', 'threshold', 'factor'])
@@ -176,7 +250,9 @@ def test_rank_matters(name, run):
   assert not np.array_equal(run(name).order, run(f'{name} max').order)
 
 
-@pytest.mark.parametrize('name', ['guidance', 'random_order', 'dual'])
+@pytest.mark.parametrize('name', [
+  'guidance', 'random_order', 'dual, random', 'prefix, margin', 'wino'
+])  # fmt: skip
 def test_mask_token_is_never_emitted(name, tiny, sharp, prompts, run):
   """Though the head is all for it: the loop ends with real tokens, and the
   recorded law is that of the others."""
@@ -204,7 +280,10 @@ def test_ties_go_to_the_lower_position(name, sharp, run):
   np.testing.assert_array_equal(out.order, [[0, 0, 1, 2, 3, 3, 4, 5]] * ROWS)
 
 
-@pytest.mark.parametrize('name', ['threshold', 'random', 'dual'])
+@pytest.mark.parametrize('name', [
+  'threshold', 'random', 'dual, random', 'prefix, margin', 'wino',
+  'eos, threshold', 'dual, eos'
+])  # fmt: skip
 def test_rows_ignore_their_neighbours(name, prompts, run):
   """Rows in another order, and with others in place of half of them, give
   the same completions: draws belong to row ids."""
@@ -220,22 +299,26 @@ def test_rows_ignore_their_neighbours(name, prompts, run):
   assert not np.array_equal(other.tokens[4:], same.tokens[4:])
 
 
-def test_padding_moves_nothing(prompts, run):
+@pytest.mark.parametrize('name', [
+  'threshold', 'dual, threshold', 'prefix, margin', 'wino'])  # fmt: skip
+def test_padding_moves_nothing(name, prompts, run):
   """Two more places of padding, whatever they hold, change no completion."""
   tokens, valid, row = prompts
   wide = np.pad(tokens, ((0, 0), (2, 0)), constant_values=6)
   more = np.pad(valid, ((0, 0), (2, 0)))
-  same, out = run('threshold'), run('threshold', batch=(wide, more, row))
+  same, out = run(name), run(name, batch=(wide, more, row))
   np.testing.assert_array_equal(out.tokens[:, 2:], same.tokens)
   np.testing.assert_array_equal(out.order, same.order)
   np.testing.assert_allclose(out.logp, same.logp, atol=1e-4)
 
 
-def test_devices(tiny, sharp, prompts, run):
+@pytest.mark.parametrize('name', [
+  'threshold', 'dual, threshold', 'prefix, factor'])  # fmt: skip
+def test_devices(name, tiny, sharp, prompts, run):
   """One device, a mesh of eight (weights split two ways) and pmap over
   eight give the same completions."""
-  name = 'threshold'
-  one, go = run(name), sampling(tiny, CASES[name][1])
+  shift, hp = CASES[name]
+  one, go = run(name), sampling(config(tiny, shift), hp)
   grid = mesh.make_mesh(data=2, fsdp=2, tensor=2)
   weights = jax.tree.map(mesh.put, sharp, mesh.shardings(sharp, grid))
   rows = [mesh.put(x, mesh.rows(grid)) for x in prompts]
@@ -249,6 +332,85 @@ def test_devices(tiny, sharp, prompts, run):
       np.testing.assert_array_equal(found, getattr(one, field))
     found = other.logp.reshape(ROWS, -1)
     np.testing.assert_allclose(found, one.logp, atol=1e-4)
+  assert split.forwards == mapped.forwards.max() == one.forwards
+
+
+# Less work, the same completions.
+
+
+@pytest.mark.parametrize('fields', [
+  dict(cache='prefix', steps=2), dict(cache='dual', steps=2),
+  dict(cache='dual', refresh=1), dict(cache='prefix', refresh=1)])  # fmt: skip
+def test_caches_that_are_exact(fields, tiny, sharp, prompts):
+  """Where every step is a full forward (blocks of one step, or refreshed at
+  each) a cache changes nothing."""
+  hp = dataclasses.replace(BASE, **fields)
+  plain = dataclasses.replace(hp, cache='none', refresh=0)
+  one, other = (jax.device_get(jax.jit(sampling(tiny, x))(sharp, *prompts))
+                for x in (hp, plain))
+  np.testing.assert_array_equal(one.tokens, other.tokens)
+  np.testing.assert_array_equal(one.order, other.order)
+  np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['eos', 'eos, threshold'])
+def test_eos_stop_changes_no_text(name, tiny, sharp, prompts, run):
+  """A row that stops early has the same tokens, steps and log-probs up to its
+  first EOS, and the batch takes no more forwards."""
+  _, hp = CASES[name]
+  hp = dataclasses.replace(hp, eos_stop=False)
+  whole = jax.device_get(jax.jit(sampling(tiny, hp))(sharp, *prompts))
+  out = run(name)
+  ends = 0
+  for row in range(ROWS):
+    text = whole.tokens[row, PROMPT:].tolist()
+    end = text.index(tiny.eos_id) + 1 if tiny.eos_id in text else hp.length
+    ends += end < hp.length
+    for field in ('order', 'logp', 'confidence'):
+      found, want = getattr(out, field)[row], getattr(whole, field)[row]
+      np.testing.assert_allclose(found[:end], want[:end], atol=1e-5)
+    assert text[:end] == out.tokens[row, PROMPT:PROMPT + end].tolist()
+  assert ends and out.forwards <= whole.forwards
+
+
+def test_rows_do_not_wait_for_each_other(prompts, run):
+  """Without a cache a batch takes the slowest row's steps, fewer than the sum
+  over blocks of the slowest (rows 6 and 7: 1 + 2 and 2 + 1)."""
+  out = run('threshold', batch=tuple(x[[6, 7] * 4] for x in prompts))
+  blocks = out.order.reshape(ROWS, -1, BASE.block)
+  spent = blocks.max(2) - blocks.min(2) + 1
+  assert out.forwards == spent.sum(1).max() < spent.max(0).sum()
+
+
+def test_wino_takes_tokens_back_but_ends(tiny, sharp, prompts):
+  """However much is doubted, a block takes at most 2 W steps; and doubt
+  costs forwards."""
+  hp = dataclasses.replace(BASE, pick='wino', threshold=0.0, verify=1.0,
+                           block=8)
+  bold = dataclasses.replace(hp, verify=0.0)
+  run = lambda hp: jax.device_get(jax.jit(sampling(tiny, hp))(sharp, *prompts))
+  doubted, sure = run(hp), run(bold)
+  # 5 of 8, then the other 3 in one step.
+  assert sure.forwards == 2 < doubted.forwards <= 2 * hp.length
+  assert (doubted.tokens[:, PROMPT:] != tiny.mask_id).all()
+
+
+def test_nucleus_and_best():
+  """top_p keeps the token that crosses it, top_k the k best; what is left is
+  renormalised, after the temperature."""
+  prob = np.array([0.5, 0.05, 0.25, 0.2])
+  logits = jnp.log(jnp.asarray(prob))
+
+  def law(**fields):
+    return jax.nn.softmax(model.sampling_logits(logits, **fields))
+
+  near = functools.partial(np.testing.assert_allclose, atol=1e-6)
+  near(law(temperature=0.0), prob)
+  near(law(temperature=1.0, top_p=0.5), [1, 0, 0, 0])
+  near(law(temperature=1.0, top_p=0.51), [2 / 3, 0, 1 / 3, 0])
+  near(law(temperature=1.0, top_k=3), np.array([10, 0, 5, 4]) / 19)
+  near(law(temperature=0.5, top_p=0.95, top_k=2), [0.8, 0, 0.2, 0])
+  near(law(temperature=1.0, top_k=9), prob)
 
 
 # Distributions.
@@ -357,7 +519,9 @@ def test_some_states_stand_for_all(states, tiny, sharp, run):
   estimate then takes S/n values, each as often, whose mean is exact."""
   copies = 400
   out = run('random_order')
-  rows = Rollouts(*(np.repeat(x[:1], copies, 0) for x in out[:4]), np.int32(0))
+  rows = Rollouts(
+    *(np.repeat(x[:1], copies, 0) for x in out[:4]), np.int32(0), None
+  )
   found = jax.jit(
     lambda rows: logprob.trajectory_logp(
       tiny, sharp, rows, BASE.law(), states, KEY, jnp.arange(copies)
@@ -387,7 +551,17 @@ def test_some_states_stand_for_all(states, tiny, sharp, run):
   (dict(steps=10), 'sampler.steps = 10'),
   (dict(pick='best'), "sampler.pick = 'best' must be one of confidence, "),
   (dict(rank='top'), "sampler.rank = 'top' must be one of token, max"),
-  (dict(cache='full'), "sampler.cache = 'full' must be one of none, dual"),
+  (dict(cache='full'), "sampler.cache = 'full' must be one of none, prefix, d"),
+  (dict(rank_law='raw'), "sampler.rank_law = 'raw' must be one of model, sa"),
+  (dict(verify=-0.1), 'sampler.verify = -0.1 must be in [0, 1]'),
+  (dict(top_p=0.0), 'sampler.top_p = 0.0 must be in (0, 1]'),
+  (dict(top_k=-1), 'sampler.top_k = -1 must be >= 0'),
+  (dict(refresh=2), 'sampler.refresh = 2 needs sampler.cache = prefix or'),
+  (dict(fallback='leftmost'), 'needs sampler.pick = threshold'),
+  (dict(pick='entropy', schedule='dream'), "schedule = 'dream' needs sampler"),
+  (dict(pick='random', rank_temperature=0.1), 'rank_temperature = 0.1 needs '),
+  (dict(pick='wino', cache='dual'), "sampler.cache = 'dual' needs another p"),
+  (dict(pick='wino', guidance=1.0), 'sampler.guidance = 1.0 needs another p'),
   (dict(threshold=1.5), 'sampler.threshold = 1.5 must be in [0, 1]'),
   (dict(temperature=-1.0), 'sampler.temperature = -1.0 must be >= 0'),
   (dict(temperature=float('nan')), 'sampler.temperature = nan'),
@@ -410,7 +584,7 @@ def test_problems(fields, says):
 def test_no_problems():
   """Good settings have none; `steps` binds the scheduled picks alone."""
   assert sampler.problems(BASE) == []
-  for pick in set(sampler.PICKS) - set(sampler.SCHEDULED):
+  for pick in set(sampler.NAMES) - set(picks.SCHEDULED):
     assert sampler.problems(dataclasses.replace(BASE, pick=pick, steps=5)) == []
   both = dataclasses.replace(BASE, block=3, rank='top')
   assert len(sampler.problems(both)) == 2

@@ -62,7 +62,7 @@ def rollouts():
   order = np.argsort(rng.random((R, L)), 1).astype(np.int32)
   logp = -rng.exponential(size=(R, L)).astype(np.float32)
   return jax.tree.map(jnp.asarray, Rollouts(tokens, valid, order, logp,
-                                            np.int32(L)))
+                                            np.int32(L), np.exp(logp)))
 
 
 def completion_of(rollouts):
@@ -412,7 +412,7 @@ def test_sft_step(params):
   masks = masking.draw_sft(jax.random.key(0), row, L)
   # The compiled helper takes four draws: this one, four times.
   four = masks._replace(masked=jnp.repeat(masks.masked, 4, axis=1))
-  logp = logp_of(params, Rollouts(tokens, valid, None, None, None), four)
+  logp = logp_of(params, Rollouts(tokens, valid, *[None] * 4), four)
   want = -np.mean(np.asarray(masks.weight)[:, 0] * logp[:, 0].sum(-1) / L)
   close(got[1, 0][1]['loss'], want)
 
