@@ -1,61 +1,142 @@
 """What the benchmarks share: sizes, arguments, timing, the JSON line."""
 
+import dataclasses
 import json
 import platform
+import resource
 import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 
-from dmpo_jax import model
+from dmpo_jax import model, plan, sampler
+
+SMALL_IDS = dict(vocab=4096, mask_id=4095, eos_id=4094, pad_id=4094)
+SIZES = {
+    # Eight layers of 256, 8.9 M parameters: what two cores can do.
+    'tiny': {**model.PRESETS['small'], **SMALL_IDS},
+    # The quickstart's.
+    'quickstart': {**model.PRESETS['tiny'], 'vocab': 128, 'mask_id': 127,
+                   'eos_id': 126, 'pad_id': 126},
+    **{name: fields for name, fields in model.PRESETS.items()
+       if 'vocab' in fields},
+}
 
 
 def arguments(parser):
-  parser.add_argument('--size', default='tiny', choices=tuple(model.PRESETS))
+  parser.add_argument('--size', default='tiny', choices=tuple(SIZES))
   parser.add_argument('--rows', type=int, default=16)
-  parser.add_argument('--prompt', type=int, default=32, help='tokens')
-  parser.add_argument('--length', type=int, default=64, help='tokens')
+  parser.add_argument('--prompt', type=int, default=64, help='tokens')
+  parser.add_argument('--length', type=int, default=128, help='tokens')
   parser.add_argument('--dtype', default='float32',
                       choices=('float32', 'bfloat16'))
   parser.add_argument('--repeats', type=int, default=5)
 
 
+def sampling_arguments(parser):
+  parser.add_argument('--steps', type=int, default=64)
+  parser.add_argument('--block', type=int, default=32)
+  parser.add_argument('--temperature', type=float, default=0.0)
+  parser.add_argument('--pick', default='confidence', choices=sampler.NAMES)
+  parser.add_argument('--threshold', type=float, default=0.9)
+  parser.add_argument('--cache', default='none', choices=sampler.CACHES)
+  parser.add_argument('--refresh', type=int, default=0)
+
+
+def sample_config(args, **changes):
+  hp = sampler.SampleConfig(
+      args.length, args.block, args.steps, args.temperature, args.pick,
+      threshold=args.threshold, cache=args.cache, refresh=args.refresh)
+  return dataclasses.replace(hp, **changes)
+
+
 def make_model(args):
-  """Random weights of a preset; small sizes get a vocabulary of 128."""
-  fields = {'vocab': 128, 'mask_id': 127, 'eos_id': 126, 'pad_id': 126,
-            **model.PRESETS[args.size]}
+  """Random weights of a size."""
   rank = getattr(args, 'lora', 0)
-  cfg = model.ModelConfig(**fields, dtype=args.dtype, param_dtype=args.dtype,
-                          remat='full' if args.size.endswith('b') else 'none',
-                          lora_rank=rank)
+  cfg = model.ModelConfig(
+      **SIZES[args.size], dtype=args.dtype, param_dtype=args.dtype,
+      remat='full' if args.size.endswith('b') else 'none', lora_rank=rank)
   params = jax.jit(lambda: model.init(cfg, jax.random.key(0)))()
   return cfg, params
 
 
+def prompts_of(args, cfg):
+  """Random prompts, and rows' keys."""
+  shape = (args.rows, args.prompt)
+  prompts = jax.random.randint(jax.random.key(1), shape, 0, cfg.vocab - 2)
+  return prompts, jax.random.split(jax.random.key(2), args.rows)
+
+
+def sampling(cfg, hp):
+  """The sampler as a jitted function of (params, prompts, keys)."""
+  def run(params, prompts, keys):
+    valid = jnp.ones(prompts.shape, bool)
+    return sampler.sample(cfg, params, prompts, valid, keys, hp)
+  return jax.jit(run)
+
+
 def measure(run, repeats, *inputs):
-  """({compile, median, min, max} in seconds, the last output)."""
+  """({compile, warm_up, median, min, max} in seconds, the last output)."""
   begun = time.perf_counter()
   compiled = run.lower(*inputs).compile()
   times = {'compile': time.perf_counter() - begun}
-  out = jax.block_until_ready(compiled(*inputs))  # warm-up
+  begun = time.perf_counter()
+  out = jax.block_until_ready(compiled(*inputs))
+  times['warm_up'] = time.perf_counter() - begun
   spent = []
   for _ in range(repeats):
     begun = time.perf_counter()
     out = jax.block_until_ready(compiled(*inputs))
     spent.append(time.perf_counter() - begun)
-  times |= {'median': statistics.median(spent), 'min': min(spent),
-            'max': max(spent)}
-  return times, out
+  return times | spread(spent), out
 
 
-def show(args, cfg, params, times, results):
-  device = jax.devices()[0]
-  stats = device.memory_stats() or {}
+def spread(spent):
+  return {'median': statistics.median(spent), 'min': min(spent),
+          'max': max(spent)}
+
+
+def flops_of(run, trips, *inputs):
+  """FLOPs of the matmuls of a jitted function; `trips` as plan.matmuls."""
+  return plan.matmuls(run.trace(*inputs).jaxpr.jaxpr, trips, 1)[0]
+
+
+def trips_of(hp, forwards):
+  """How often the sampler's open loops ran, for `flops_of`."""
+  if hp.cache == 'none':
+    return (forwards,)
+  blocks = hp.length // hp.block
+  a_block = forwards / blocks
+  a_lap = min(a_block, hp.refresh or a_block)
+  return a_block / a_lap, a_lap - 1
+
+
+def matmul_rate(dtype, size=0, repeats=5):
+  """FLOP/s of one large square matmul here and now: the yardstick."""
+  size = size or (1536 if jax.default_backend() == 'cpu' else 8192)
+  x = jax.random.normal(jax.random.key(3), (size, size), dtype)
+  times, _ = measure(jax.jit(lambda a, b: a @ b), repeats, x, x)
+  return 2 * size ** 3 / times['median']
+
+
+def peak_bytes():
+  """Of the device; of the process where there is only a CPU."""
+  stats = jax.devices()[0].memory_stats() or {}
+  return stats.get('peak_bytes_in_use',
+                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def show(args, params, times, flops, results):
+  """Prints the JSON line; `flops` of one run."""
+  peak = peak_bytes()
+  rate = matmul_rate(args.dtype)
   print(json.dumps({
       'size': args.size, 'parameters': model.count_params(params),
       'rows': args.rows, 'prompt': args.prompt, 'length': args.length,
       'dtype': args.dtype, **results, 'seconds': times,
-      'peak_bytes': stats['peak_bytes_in_use']
-      if 'peak_bytes_in_use' in stats else None,
-      'device': device.device_kind, 'devices': jax.device_count(),
-      'jax': jax.__version__, 'python': platform.python_version()}))
+      'matmul_flops': flops, 'matmul_rate': rate,
+      'share_of_rate': flops / times['median'] / rate, 'peak_bytes': peak,
+      'device': jax.devices()[0].device_kind, 'devices': jax.device_count(),
+      'jax': jax.__version__, 'python': platform.python_version()}),
+      flush=True)

@@ -1,9 +1,9 @@
 """Seconds per optimizer step, as one JSON line.
 
-python -m benchmarks.train_step --size=tiny [--rows=64] [--draws=4] ...
+python -m benchmarks.train_step --size=tiny [--rows=16] [--draws=4] ...
 
 A full update: K masked copies, log-probs, loss, gradient, AdamW. Compile time
-is apart; times are medians of --repeats with minimum and maximum.
+and warm-up are apart; times are medians of --repeats with minimum and maximum.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def make_batch(args, cfg, key, group):
   shape = (args.rows, args.prompt + args.length)
   rows = jnp.zeros((args.rows,))
   return TrainBatch(
-      tokens=jax.random.randint(key, shape, 0, cfg.vocab - 1),
+      tokens=jax.random.randint(key, shape, 0, cfg.vocab - 2),
       valid=jnp.ones(shape, bool),
       completion=jnp.ones((args.rows, args.length), bool),
       row=jnp.arange(args.rows), weight=jnp.sin(jnp.arange(args.rows) * 1.0),
@@ -29,16 +29,16 @@ def make_batch(args, cfg, key, group):
       norm=jnp.float32(args.rows / group), total=jnp.float32(args.rows))
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  common.arguments(parser)
+def arguments(parser):
   parser.add_argument('--draws', type=int, default=4)
-  parser.add_argument('--microbatches', type=int, default=1)
+  parser.add_argument('--microbatches', type=int, default=4)
   parser.add_argument('--lora', type=int, default=0, help='rank; 0 = full')
   parser.add_argument('--baseline', default='individual',
                       choices=dmpo.BASELINES)
-  args = parser.parse_args()
-  cfg, params = common.make_model(args)
+
+
+def make_step(args, cfg, params):
+  """(the jitted update, its inputs)."""
   name = 'lora' if args.lora else 'params'
   trainable = {name: params[name]}
   frozen = {'params': params['params']} if args.lora else {}
@@ -53,10 +53,19 @@ def main():
         state, frozen, batch, rng.key_for(0, 'mask'), 0, cfg=cfg,
         objective=dmpo.OBJECTIVE, hp=hp, optimizer=optimizer, group=group,
         microbatches=args.microbatches)
+  return jax.jit(run), (state, frozen, batch)
 
-  times, _ = common.measure(jax.jit(run), args.repeats, state, frozen, batch)
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  common.arguments(parser)
+  arguments(parser)
+  args = parser.parse_args()
+  cfg, params = common.make_model(args)
+  run, inputs = make_step(args, cfg, params)
+  times, _ = common.measure(run, args.repeats, *inputs)
   tokens = args.rows * args.draws * (args.prompt + args.length)
-  common.show(args, cfg, params, times, {
+  common.show(args, params, times, common.flops_of(run, (1,), *inputs), {
       'seconds_per_step': times['median'],
       'tokens_per_second': tokens / times['median'], 'draws': args.draws,
       'microbatches': args.microbatches, 'baseline': args.baseline,

@@ -94,6 +94,7 @@ def get_config():
   e.antithetic = True  # paper: second half of the draws = complement
   e.tail = True  # count the tokens after the first EOS
   e.states = 0  # trajectory: states to visit; 0 = all
+  e.fuse = False  # with adapters: old and ref in one pass of twice the rows
 
   c.train = t = ml_collections.ConfigDict()
   t.iterations = 100  # rollout buffers

@@ -1,7 +1,7 @@
 """The paper's finding at laptop size: which baseline to subtract.
 
-Twelve runs at equal budgets, four baselines by three seeds, two to three
-minutes each on two cores:
+Twelve runs at equal budgets, four baselines by three seeds, two
+minutes each on two quiet cores:
 
 for i in $(seq 0 11); do
   python main.py --config=configs/baselines.py --sweep=baseline:$i

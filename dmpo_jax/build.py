@@ -220,6 +220,9 @@ def check_logprob(c):
   if not 0 <= e.low < e.high <= 1:
     found.append(f'logprob.low = {e.low}, logprob.high = {e.high} must be '
                  '0 <= low < high <= 1')
+  if e.fuse and (not c.lora.rank or e.estimator != 'elbo'):
+    found.append('logprob.fuse = True needs lora.rank > 0 and '
+                 'logprob.estimator = elbo: only adapters share their base')
   if e.estimator == 'trajectory':
     found += check_trajectory(c)
   return found

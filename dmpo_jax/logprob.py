@@ -25,6 +25,7 @@ class LogprobConfig:
   antithetic: bool = True  # paper: second half of the draws = complement
   tail: bool = True  # count the tokens after the first EOS
   states: int = 0  # trajectory: recorded states to visit; 0 = all
+  fuse: bool = False  # elbo with adapters: log p_old and log p_ref in one pass
 
 
 def token_logp(cfg, params, tokens_RxS, masked_RxKxL, valid_RxS=None,

@@ -162,6 +162,15 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
                           None if tail else completion)
     return over_rows(fn)
 
+  def pair(part, completion):
+    # One pass of twice the rows: adapters that are zero are the reference.
+    masks = logprob.draw(key, part.forwards, length, how)
+    lora = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]),
+                        trainable['lora'])
+    return jax.vmap(lambda lora: logprob.elbo(
+        cfg, {**frozen, 'lora': lora}, part.tokens, part.valid, masks,
+        None if how.tail else completion))(lora).T
+
   def loss_elbo(i):
     def fn(part, completion):
       masks = objective.draw(jax.random.fold_in(loss_key, i),
@@ -176,6 +185,8 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
   out = {}
   if how.estimator == 'trajectory' and 'ref' in needs:
     out['ref'], out['old'] = over_rows(along)
+  elif how.fuse and {'old', 'ref'} <= set(needs):
+    out['old'], out['ref'] = over_rows(pair).T
   elif how.estimator == 'elbo':
     for name, params in (('old', policy), ('ref', reference)):
       if name in needs:

@@ -267,6 +267,7 @@ PROGRAMS = {
     'logprob.antithetic': (False, 'score'),
     'logprob.tail': (False, 'score'),
     'logprob.states': (2, 'score', {'logprob.estimator': 'trajectory'}),
+    'logprob.fuse': (True, 'score', {'lora.rank': 2}),
     'train.microbatches': (2, 'update', {'train.prompts': 4}),
     'optim.lr': (1e-3, 'update'),
     'optim.warmup': (3, 'update'),

@@ -131,6 +131,13 @@ IMPOSSIBLE = {
         {'logprob.estimator': 'trajectory', 'sampler.temperature': 0.0},
     'logprob.tail = False has no meaning':
         {'logprob.estimator': 'trajectory', 'logprob.tail': False},
+    'logprob.estimator = trajectory needs 1 and 0':
+        {'logprob.estimator': 'trajectory', 'sampler.top_p': 0.9},
+    'sampler.pick = wino takes tokens back':
+        {'logprob.estimator': 'trajectory', 'sampler.pick': 'wino'},
+    'logprob.fuse = True needs lora.rank > 0': {'logprob.fuse': True},
+    'eval.sampler.refresh = 2 needs sampler.cache = prefix or dual':
+        {'eval.sampler.refresh': 2},
     'train.group = 1 must be >= 2': {'train.group': 1},
     'optim.lr = -1.0 must be >= 0': {'optim.lr': -1.0},
     'optim.lr = nan must be >= 0': {'optim.lr': float('nan')},

@@ -308,6 +308,19 @@ def test_reference_is_the_policy_without_its_adapter(lora, rollouts):
   assert (np.abs(then['old'] - first['old']) > 1e-3).all()
 
 
+@pytest.mark.parametrize('pieces', [1, 2])
+def test_fused_scores_are_the_same(lora, rollouts, pieces):
+  """One pass of both policies says what two passes say."""
+  trainable = jax.tree.map(lambda x: x + 0.1, {'lora': lora['lora']})
+  frozen, hp = {'params': lora['params']}, HPS['wdce']
+  how = logprob.LogprobConfig(tail=False)
+  two, one = (score(trainable, rollouts, hp, x, frozen=frozen, cfg=LORA,
+                    microbatches=pieces)
+              for x in (how, dataclasses.replace(how, fuse=True)))
+  close(one, two)
+  assert (np.abs(one['old'] - one['ref']) > 1e-3).all()
+
+
 # --- log-probs of rollouts
 
 
