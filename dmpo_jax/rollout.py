@@ -81,6 +81,8 @@ def finish(steps, task, tokenizer, problems, started, *, group, protocol,
       started.rollouts, started.completion, row,
       to_groups(graded.reward, group), started.scores)
   metrics = reward_metrics(graded, kept)
+  unended = kept[0][:, -length:] != tokenizer.eos_token_id
+  metrics['cut'] = float(np.mean(unended.all(axis=1)))  # by the length
   metrics['policy_age'] = started.age
   metrics['prompts_changed'] = problems.changed
   metrics |= {name: float(x) for name, x in mesh.fetch(weights).items()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 
 import jax
 import numpy as np
@@ -15,9 +16,11 @@ from dmpo_jax import (
     evaluate,
     mesh,
     metrics,
+    rollout,
     sft,
     train,
 )
+from dmpo_jax.tasks import TASKS
 
 INNER, ITERATIONS = 3, 2
 
@@ -508,6 +511,26 @@ def test_checkpoints(tmp_path):
     same(mesh.fetch(got), mesh.fetch(state))
     manager.wait_until_finished()
     assert sorted(manager.all_steps()) == [2, 5]
+
+
+@pytest.mark.smoke
+def test_cut_counts_completions_without_eos():
+  """At the end, before it or first: an EOS ends one; a prompt's does not."""
+  tokenizer = data.char_tokenizer()
+  tokens = np.full((4, 3 + 5), tokenizer.convert_tokens_to_ids('1'), np.int32)
+  eos = tokenizer.eos_token_id
+  tokens[0, 2] = tokens[1, 7] = tokens[2, 5] = tokens[3, 3] = eos
+  mask = np.ones((4, 5), bool)
+  task = TASKS['sudoku']._replace(reward=letters, grade=lambda *_: 0.0)
+  steps = types.SimpleNamespace(pack=lambda *_: (None, {}))
+  started = rollout.Started(
+      0, 0, np.zeros(2, np.int32), np.arange(4), None, mask, {},
+      (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask))
+  problems = data.Problems([{'puzzle': '1'}], tokens[:1, :3], None)
+  _, numbers, _ = rollout.finish(
+      steps, task, tokenizer, problems, started, group=2, protocol='strict',
+      samples=1, weights={})
+  assert numbers['cut'] == 0.25
 
 
 def test_evaluation_counts_every_problem_once(built, whole):
