@@ -1,7 +1,8 @@
 """Training state on disk: Orbax, by optimizer step, latest n kept.
 
-A checkpoint holds the state, the rollout buffer in use and the place in it, so
-that a run resumes to the bit from the middle of a buffer.
+A checkpoint holds the state, the rollout buffer in use, the place in it and the
+buffer sampled ahead, if there is one, so that a run resumes to the bit from the
+middle of a buffer.
 """
 
 import os
@@ -18,12 +19,13 @@ def open_manager(directory, keep=2):
   return ocp.CheckpointManager(os.path.abspath(directory), options=options)
 
 
-def save(manager, step, state, batch, meta):
-  """Saves TrainState, TrainBatch (or None) and a JSON-able dict at `step`."""
+def save(manager, step, state, batch, meta, ahead=None):
+  """Saves TrainState, TrainBatches (or None) and a JSON-able dict at `step`."""
   items = {'state': ocp.args.StandardSave(state._asdict()),
            'meta': ocp.args.JsonSave(meta)}
-  if batch is not None:
-    items['batch'] = ocp.args.StandardSave(batch._asdict())
+  for name, buffer in (('batch', batch), ('ahead', ahead)):
+    if buffer is not None:
+      items[name] = ocp.args.StandardSave(buffer._asdict())
   manager.save(step, args=ocp.args.Composite(**items), force=True)
 
 
@@ -32,22 +34,25 @@ def latest(manager):
   return manager.latest_step()
 
 
-def restore(manager, state, batch=None):
-  """(state, batch, meta) of the latest step, or None if there is none.
+def restore(manager, state, batch=None, ahead=None):
+  """(state, batch, ahead, meta) of the latest step, or None if there is none.
 
-  `state` and `batch` are trees of ShapeDtypeStructs that carry shardings, so
-  that a checkpoint can be read onto another mesh.
+  The arguments are trees of ShapeDtypeStructs that carry shardings, so that a
+  checkpoint can be read onto another mesh; None leaves a buffer out.
   """
   step = latest(manager)
   if step is None:
     return None
   items = {'state': ocp.args.StandardRestore(state._asdict()),
            'meta': ocp.args.JsonRestore()}
-  if batch is not None:
-    items['batch'] = ocp.args.StandardRestore(batch._asdict())
+  wanted = {name: buffer for name, buffer in (('batch', batch),
+                                              ('ahead', ahead)) if buffer}
+  for name, buffer in wanted.items():
+    items[name] = ocp.args.StandardRestore(buffer._asdict())
   got = manager.restore(step, args=ocp.args.Composite(**items))
-  batch = type(batch)(**got['batch']) if batch is not None else None
-  return type(state)(**got['state']), batch, got['meta']
+  batch, ahead = (type(wanted[name])(**got[name]) if name in wanted else None
+                  for name in ('batch', 'ahead'))
+  return type(state)(**got['state']), batch, ahead, got['meta']
 
 
 def abstract(tree):

@@ -1,14 +1,39 @@
 """The reinforcement half-step: prompts -> completions -> rewards -> weights.
 
-The only place where text exists. The device scores log-probs while the host
-decodes and rewards.
+The only place where text exists. The device scores log-probs, and does what
+else the caller gives it, while the host decodes and rewards.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from dmpo_jax import data, grader, mesh
-from dmpo_jax.types import Scored, TrainBatch, to_groups, to_rows
+from dmpo_jax.types import (
+    Array,
+    Rollouts,
+    Scored,
+    TrainBatch,
+    to_groups,
+    to_rows,
+)
+
+
+class Started(NamedTuple):
+  """A buffer that is sampled and not yet graded; its scores may be under way.
+
+  `scores` are those of the policy that sampled.
+  """
+
+  iteration: int
+  age: int  # updates between that policy and the buffer's first update
+  index: Array  # (B,) int32, problems
+  row: Array  # (R,) int32
+  rollouts: Rollouts  # on the device, as the next two
+  completion: Array  # (R, L) bool
+  scores: dict
+  kept: tuple  # on the host: tokens, order, forwards, completion
 
 
 def rows_of(prompts, group, iteration):
@@ -19,30 +44,46 @@ def rows_of(prompts, group, iteration):
   return tokens, valid, row.astype(np.int32)
 
 
-def collect(steps, task, tokenizer, problems, trainable, frozen, iteration, *,
-            prompts, group, seed, protocol, samples, bucket=0, weights):
-  """One buffer of rollouts of the current policy.
+def start(steps, problems, trainable, frozen, iteration, age=0, *, prompts,
+          group, seed, bucket=0):
+  """Samples a buffer and queues its log-prob passes behind: a Started.
+
+  Waits for the completions alone, so that what the caller then puts on the
+  device (updates that donate `trainable`, too) runs while the host grades.
+  """
+  batch = data.prompts_at(problems, iteration, prompts, seed, bucket)
+  tokens, valid, row = rows_of(batch, group, iteration)
+  rollouts, completion = steps.sample(
+      {**frozen, **trainable}, tokens, valid, row)
+  scores = steps.score(trainable, frozen, rollouts, row, completion)
+  # Not left to `finish`: with several processes fetching is a program, which
+  # would stand behind the caller's updates.
+  kept = mesh.fetch((rollouts.tokens, rollouts.order, rollouts.forwards,
+                     completion))
+  return Started(iteration, age, batch.index, row, rollouts, completion, scores,
+                 kept)
+
+
+def finish(steps, task, tokenizer, problems, started, *, group, protocol,
+           samples, weights):
+  """Grades a Started buffer on the host, weighs its groups and packs it.
 
   Returns (TrainBatch, dict of floats, {file name: list of dicts to append}).
   ValueError on a reward that is not finite.
   """
-  batch = data.prompts_at(problems, iteration, prompts, seed, bucket)
-  tokens, valid, row = rows_of(batch, group, iteration)
-  # 1. Sample, and queue the log-prob passes behind it.
-  rollouts, completion = steps.sample(
-      {**frozen, **trainable}, tokens, valid, row)
-  scores = steps.score(trainable, frozen, rollouts, row, completion)
-  # 2. Decode and reward on the host meanwhile.
-  kept = mesh.fetch((rollouts.tokens, rollouts.order, rollouts.forwards,
-                     completion))
-  texts = data.decode(tokenizer, kept[0][:, tokens.shape[1]:],
+  iteration, row, kept = started.iteration, started.row, started.kept
+  length = kept[3].shape[1]
+  texts = data.decode(tokenizer, kept[0][:, -length:],
                       data.stop_ids(tokenizer))
-  examples = [problems.examples[i] for i in np.repeat(batch.index, group)]
+  examples = [problems.examples[i] for i in np.repeat(started.index, group)]
   graded = grader.judge(task, protocol, texts, examples, weights)
-  # 3. Weigh the groups and pack the buffer.
-  train_batch, weights = steps.pack(
-      rollouts, completion, row, to_groups(graded.reward, group), scores)
+  batch, weights = steps.pack(
+      started.rollouts, started.completion, row,
+      to_groups(graded.reward, group), started.scores)
   metrics = reward_metrics(graded, kept)
+  unended = kept[0][:, -length:] != tokenizer.eos_token_id
+  metrics['cut'] = float(np.mean(unended.all(axis=1)))  # by the length
+  metrics['policy_age'] = started.age
   metrics['prompts_changed'] = problems.changed
   metrics |= {name: float(x) for name, x in mesh.fetch(weights).items()}
   shown = [dict(iteration=iteration, row=int(row[i]), example=examples[i],
@@ -50,8 +91,7 @@ def collect(steps, task, tokenizer, problems, trainable, frozen, iteration, *,
                 reward=graded.terms[i], order=kept[1][i].tolist())
            for i in range(min(samples, len(texts)))]
   lost = [dict(iteration=iteration, **question) for question in graded.failed]
-  return train_batch, metrics, {'samples.jsonl': shown,
-                                'failed_grades.jsonl': lost}
+  return batch, metrics, {'samples.jsonl': shown, 'failed_grades.jsonl': lost}
 
 
 def reward_metrics(graded, kept):

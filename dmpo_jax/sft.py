@@ -27,7 +27,7 @@ def run(built, workdir, writer):
     start, spent = 0, 0.0
     found = checkpoint.restore(manager, checkpoint.abstract(state))
     if found:
-      state, _, meta = found
+      state, _, _, meta = found
       start, spent = meta['step'], meta['seconds']
     if start < c.sft.steps:
       state, spent = train(built, state, start, spent, writer, manager)

@@ -331,6 +331,7 @@ LOOPS = {
     'train.prompts': (4, {}),
     'train.group': (8, {}),
     'train.inner': (3, {}),
+    'train.overlap': (True, {}),
     'eval.every': (1, {}),
     'eval.batch': (16, {}),
     'checkpoint.every': (3, {}),
@@ -460,7 +461,7 @@ def numbers(c, workdir):
     asked.append(['keep', directory[-3:], keep])
     return contextlib.nullcontext(directory[-3:])
 
-  def save(manager, step, state, batch, meta):
+  def save(manager, step, state, batch, meta, ahead=None):
     meta = {k: v for k, v in meta.items() if k != 'seconds'}
     asked.append(['save', manager, step, meta])
 

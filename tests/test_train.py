@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 
 import jax
 import numpy as np
@@ -15,9 +16,11 @@ from dmpo_jax import (
     evaluate,
     mesh,
     metrics,
+    rollout,
     sft,
     train,
 )
+from dmpo_jax.tasks import TASKS
 
 INNER, ITERATIONS = 3, 2
 
@@ -274,6 +277,179 @@ def test_supervised_training_resumes_to_the_bit(built, base_params, tmp_path):
   assert not calls  # the second time no step was taken
 
 
+# --- the next buffer sampled ahead
+
+
+@pytest.fixture(scope='module')
+def early(built):
+  """Three iterations with overlap; saved at the very end only."""
+  return vary(built, train={'overlap': True, 'iterations': 3},
+              checkpoint={'every': 100})
+
+
+@pytest.fixture(scope='module')
+def ahead(early, base_params, tmp_path_factory):
+  """(workdir, final parameters) of `early`, not interrupted."""
+  workdir = tmp_path_factory.mktemp('ahead')
+  return workdir, run(early, workdir, base_params)
+
+
+def same_files(workdir, other):
+  """Equal lines in an equal order, but for what the clock says."""
+  assert rows(workdir) == rows(other)
+  assert samples(workdir) == samples(other)
+  order = [[(r['phase'], r['step']) for r in metrics.read(folder)]
+           for folder in (workdir, other)]
+  assert order[0] == order[1]
+
+
+def watched(built, watch):
+  """`built` whose steps and rewards are preceded by watch(name, args)."""
+  def on(name, call):
+    def watching(*args):
+      watch(name, args)
+      return call(*args)
+    return watching
+  steps = {name: on(name, getattr(built.steps, name))
+           for name in ('sample', 'score', 'pack', 'update')}
+  return built._replace(
+      steps=built.steps._replace(**steps),
+      task=built.task._replace(reward=on('reward', built.task.reward)))
+
+
+def test_policy_age(whole, ahead):
+  """Updates behind: none without overlap, a buffer's with it, first none."""
+  age = lambda run: [r['policy_age'] for r in rows(run[0])['rl']]
+  assert age(whole) == [0, 0]
+  assert age(ahead) == [0, INNER, INNER]
+  # Until a buffer sampled ahead is used, the two runs are the same.
+  for phase, count in (('rl', 1), ('eval', 2), ('update', INNER)):
+    assert rows(ahead[0])[phase][:count] == rows(whole[0])[phase][:count]
+  assert rows(ahead[0])['update'][INNER] != rows(whole[0])['update'][INNER]
+  assert [s['iteration'] for s in samples(ahead[0])] == [0, 0, 1, 1, 2, 2]
+
+
+def test_buffer_ahead_is_of_the_policy_before_the_updates(
+    built, early, base_params, ahead, tmp_path):
+  """Its completions and its log-probs: replayed, from the base on."""
+  packed, batches = [], []
+
+  def watch(name, args):
+    if name == 'pack':
+      packed.append(args)
+    if name == 'update':
+      batches.append(args[2])
+  params = run(watched(early, watch), tmp_path, base_params)
+  same(params, ahead[1])
+  problems = build.problems(built, 'train')
+  state, scores = built.steps.start(base_params), []
+  for it, (rollouts, completion, row, _, got) in enumerate(packed):
+    prompts = data.prompts_at(problems, it, 2, 0)
+    out, mask = built.steps.sample(
+        state.trainable, np.repeat(prompts.tokens, 4, 0),
+        np.repeat(prompts.valid, 4, 0), row)
+    scores.append(mesh.fetch(built.steps.score(
+        state.trainable, base_params, out, row, mask)))
+    same(mesh.fetch((out, mask)), mesh.fetch((rollouts, completion)))
+    same(scores[it], mesh.fetch(got))
+    for inner in range(INNER) if it else ():  # buffer 1 was before any update
+      state, _ = built.steps.update(
+          state, base_params, batches[(it - 1) * INNER], inner)
+  # The control: a buffer later its log-probs are others.
+  now = mesh.fetch(built.steps.score(state.trainable, base_params, out, row,
+                                     mask))
+  assert not np.array_equal(now['old'], scores[-1]['old'])
+  for inner in range(INNER):
+    state, _ = built.steps.update(state, base_params, batches[-1], inner)
+  same(mesh.fetch(state.trainable), params)
+
+
+def test_grading_ahead_waits_for_no_update(early, base_params, tmp_path,
+                                           monkeypatch):
+  """All updates of a buffer are under way before the next one is graded."""
+  events, late = [], metrics.Writer.late
+  note = lambda name, _=None: events.append(name)
+
+  def noted(*args):  # the numbers of an update are fetched
+    events.append('late')
+    return late(*args)
+  monkeypatch.setattr(metrics.Writer, 'late', noted)
+  quiet = vary(early, eval={'every': 0}, train={'iterations': 2})
+  run(watched(quiet, note), tmp_path, base_params)
+  graded = ['reward'] * 8
+  expected = (['sample', 'score', *graded, 'pack', 'sample', 'score'] +
+              ['update'] * INNER + [*graded, 'pack'] + ['late'] * INNER +
+              ['update', 'late'] * INNER)
+  assert events[:len(expected)] == expected  # then the last validation
+
+
+@pytest.mark.parametrize('every, call, kill', [
+    *((place, place + 1, place % 2 == 0) for place in range(1, 9)),
+    (2, 8, True),  # an update after the checkpoint is done again
+    (5, 9, False),  # a buffer after it, too
+    (100, 5, True)])  # nothing saved: from the start
+def test_overlap_resumes_to_the_bit(every, call, kill, early, base_params,
+                                    ahead, tmp_path):
+  """Saved at every place; the policy of the buffer ahead is no more."""
+  part = vary(early, checkpoint={'every': every})
+  with pytest.raises(KeyboardInterrupt):
+    run(fail_at(part, call, interrupt), tmp_path, base_params, kill)
+  same(run(part, tmp_path, base_params), ahead[1])
+  same_files(tmp_path, ahead[0])
+
+
+@pytest.mark.parametrize('name, call', [
+    ('sample', 3), ('score', 2), ('reward', 8 * 2 + 3), ('pack', 3)])
+def test_overlap_resumes_from_a_rollout(name, call, early, base_params, ahead,
+                                        tmp_path):
+  """Stopped while the buffer ahead is sampled, scored, graded or packed."""
+  part, calls = vary(early, checkpoint={'every': 2}), []
+
+  def watch(here, _):
+    calls.append(here)
+    if calls.count(name) == call and here == name:
+      raise KeyboardInterrupt
+  with pytest.raises(KeyboardInterrupt):
+    run(watched(part, watch), tmp_path, base_params, kill=True)
+  same(run(part, tmp_path, base_params), ahead[1])
+  same_files(tmp_path, ahead[0])
+
+
+def test_buffer_ahead_with_longer_prompts_resumes(early, base_params, tmp_path):
+  """data.bucket: it comes back in its own shape, not in that of the other."""
+  problems = build.problems(early, 'train')
+  count, width = problems.tokens.shape
+  valid = np.pad(problems.valid, ((0, 0), (4, 0)))
+  valid[data.indices_at(1, 2, count, 0), 0] = True  # those of iteration 1
+  longer = problems._replace(
+      tokens=np.pad(problems.tokens, ((0, 0), (4, 0)), constant_values=9),
+      valid=valid)
+  part = vary(early, data={'bucket': 1}, checkpoint={'every': 2},
+              train={'iterations': 2})
+  part = part._replace(encoded={**part.encoded, 'train': longer})
+  assert [train.shapes_at(part, longer, it).tokens.shape[1] for it in (0, 1)
+          ] == [width + 16, width + 4 + 16]
+  once = run(part, tmp_path / 'once', base_params)
+  with pytest.raises(KeyboardInterrupt):
+    run(fail_at(part, 3, interrupt), tmp_path / 'twice', base_params)
+  same(run(part, tmp_path / 'twice', base_params), once)
+  same_files(tmp_path / 'twice', tmp_path / 'once')
+
+
+@pytest.mark.parametrize('every', [1, 100])
+def test_poisoned_update_with_overlap(every, early, base_params, ahead,
+                                      tmp_path):
+  """The error and the batch are those of the update, not of a later one."""
+  part = vary(early, checkpoint={'every': every})
+  poison = lambda batch: batch._replace(weight=batch.weight * np.nan)
+  with pytest.raises(FloatingPointError, match='not finite at update 5:'):
+    run(fail_at(part, 5, poison), tmp_path, base_params)
+  with np.load(tmp_path / 'failed' / 'update_5.npz') as failed:
+    assert failed['row'].tolist() == list(range(8, 16))
+  same(run(part, tmp_path, base_params), ahead[1])
+  same_files(tmp_path, ahead[0])
+
+
 # --- what is not finite
 
 
@@ -329,11 +505,32 @@ def test_checkpoints(tmp_path):
     assert checkpoint.restore(manager, checkpoint.abstract(state)) is None
     for step in (1, 2, 5):
       checkpoint.save(manager, step, state, None, {'step': step})
-    got, batch, meta = checkpoint.restore(manager, checkpoint.abstract(state))
-    assert batch is None and meta == {'step': 5}
+    got, batch, ahead, meta = checkpoint.restore(
+        manager, checkpoint.abstract(state))
+    assert batch is ahead is None and meta == {'step': 5}
     same(mesh.fetch(got), mesh.fetch(state))
     manager.wait_until_finished()
     assert sorted(manager.all_steps()) == [2, 5]
+
+
+@pytest.mark.smoke
+def test_cut_counts_completions_without_eos():
+  """At the end, before it or first: an EOS ends one; a prompt's does not."""
+  tokenizer = data.char_tokenizer()
+  tokens = np.full((4, 3 + 5), tokenizer.convert_tokens_to_ids('1'), np.int32)
+  eos = tokenizer.eos_token_id
+  tokens[0, 2] = tokens[1, 7] = tokens[2, 5] = tokens[3, 3] = eos
+  mask = np.ones((4, 5), bool)
+  task = TASKS['sudoku']._replace(reward=letters, grade=lambda *_: 0.0)
+  steps = types.SimpleNamespace(pack=lambda *_: (None, {}))
+  started = rollout.Started(
+      0, 0, np.zeros(2, np.int32), np.arange(4), None, mask, {},
+      (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask))
+  problems = data.Problems([{'puzzle': '1'}], tokens[:1, :3], None)
+  _, numbers, _ = rollout.finish(
+      steps, task, tokenizer, problems, started, group=2, protocol='strict',
+      samples=1, weights={})
+  assert numbers['cut'] == 0.25
 
 
 def test_evaluation_counts_every_problem_once(built, whole):
