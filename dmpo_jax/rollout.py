@@ -33,7 +33,7 @@ class Started(NamedTuple):
   rollouts: Rollouts  # on the device, as the next two
   completion: Array  # (R, L) bool
   scores: dict
-  kept: tuple  # on the host: tokens, order, forwards, completion
+  kept: tuple  # on the host: tokens, order, forwards, completion, confidence
 
 
 def rows_of(prompts, group, iteration):
@@ -59,7 +59,7 @@ def start(steps, problems, trainable, frozen, iteration, age=0, *, prompts,
   # Not left to `finish`: with several processes fetching is a program, which
   # would stand behind the caller's updates.
   kept = mesh.fetch((rollouts.tokens, rollouts.order, rollouts.forwards,
-                     completion))
+                     completion, rollouts.confidence))
   return Started(iteration, age, batch.index, row, rollouts, completion, scores,
                  kept)
 
@@ -95,7 +95,7 @@ def finish(steps, task, tokenizer, problems, started, *, group, protocol,
 
 
 def reward_metrics(graded, kept):
-  _, order, forwards, completion = kept
+  _, order, forwards, completion, confidence = kept
   terms, reward_R = graded.terms, graded.reward
   out = {f'reward/{name}': float(np.mean([term[name] for term in terms]))
          for name in terms[0]}
@@ -106,7 +106,33 @@ def reward_metrics(graded, kept):
       'grades_failed': len(graded.failed),
       'length': float(np.mean(completion.sum(axis=1))),
       'forwards': int(forwards),
-      'tokens_per_step': float(order.shape[1] / np.mean(order.max(1) + 1)),
+      **unmasking_metrics(order, confidence),
+  }
+
+
+# How many tokens a row's forward reveals: upper ends of the histogram's bins.
+BINS = {'0': 0, '1': 1, '2': 2, '3-4': 4, '5-8': 8, '9+': 1 << 30}
+
+
+def unmasking_metrics(order_RxL, confidence_RxL):
+  """How the sampler went: tokens a forward (with the shares of the bins), and
+  the probabilities of the tokens when they were revealed."""
+  steps_R = order_RxL.max(axis=1) + 1
+  most = int(steps_R.max())
+  revealed = order_RxL >= 0
+  row, _ = np.nonzero(revealed)
+  cell = np.bincount(row * most + order_RxL[revealed],
+                     minlength=len(order_RxL) * most).reshape(-1, most)
+  counts = cell[np.arange(most) < steps_R[:, None]]
+  place = np.searchsorted(list(BINS.values()), counts)
+  share = np.bincount(place, minlength=len(BINS)) / len(counts)
+  sure = confidence_RxL[revealed]
+  return {
+      'tokens_per_step': float(np.sum(revealed) / len(counts)),
+      **{f'tokens_per_forward/{name}': float(x)
+         for name, x in zip(BINS, share, strict=True)},
+      'confidence': float(np.mean(sure)),
+      'confidence_low': float(np.quantile(sure, 0.1)),  # a tenth is below
   }
 
 

@@ -514,6 +514,21 @@ def test_checkpoints(tmp_path):
 
 
 @pytest.mark.smoke
+def test_unmasking_metrics():
+  """Forwards by how many tokens they reveal; what EOS has replaced (-1) is
+  not revealed, and counts nowhere."""
+  order = np.array([[0, 0, 0, 1, 2, 2], [0, 1, 3, 3, -1, -1]])
+  sure = np.where(order < 0, 9.0, 0.5)
+  found = rollout.unmasking_metrics(order, sure)
+  shares = {name: found[f'tokens_per_forward/{name}'] for name in rollout.BINS}
+  # Row 0: 3, 1, 2 tokens; row 1: 1, 1, 0, 2.
+  want = {'0': 1, '1': 3, '2': 2, '3-4': 1, '5-8': 0, '9+': 0}
+  assert {k: round(7 * x) for k, x in shares.items()} == want
+  assert abs(found['tokens_per_step'] - 10 / 7) < 1e-12
+  assert found['confidence'] == found['confidence_low'] == 0.5
+
+
+@pytest.mark.smoke
 def test_cut_counts_completions_without_eos():
   """At the end, before it or first: an EOS ends one; a prompt's does not."""
   tokenizer = data.char_tokenizer()
@@ -525,7 +540,8 @@ def test_cut_counts_completions_without_eos():
   steps = types.SimpleNamespace(pack=lambda *_: (None, {}))
   started = rollout.Started(
       0, 0, np.zeros(2, np.int32), np.arange(4), None, mask, {},
-      (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask))
+      (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask,
+       np.ones((4, 5))))
   problems = data.Problems([{'puzzle': '1'}], tokens[:1, :3], None)
   _, numbers, _ = rollout.finish(
       steps, task, tokenizer, problems, started, group=2, protocol='strict',
