@@ -208,7 +208,7 @@ class Block(nn.Module):
     out_gain = 0.5 / cfg.layers  # keeps the residual stream's scale at depth
     y = Norm(cfg, name='attn_norm')(x)
     q, k, v = self.project(y, keys)
-    q, k = rotate(q, rope), rotate(k, rope)
+    q, k = rotate(q, rope, q.shape[-1] ** -0.5), rotate(k, rope)
     if cache is not None:
       at = (0, 0, start, 0)
       k = jax.lax.dynamic_update_slice(cache.keys, k, at)
@@ -301,33 +301,35 @@ def rope_table(cfg, positions_RxT):
   return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x, rope):
-  """RoPE, NeoX's rotate-half, in float32."""
+def rotate(x, rope, gain=1.0):
+  """RoPE, NeoX's rotate-half, and a factor, in float32."""
   cos, sin = rope
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return y.astype(x.dtype)
+  return (y * gain).astype(x.dtype)
 
 
 def attend(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask):
-  """Softmax attention, (R, H, T, C); each K/V head serves H/K queries.
+  """Softmax attention, (R, H, T, C), of scaled queries, H/K to a K/V head.
 
-  mask: what broadcasts to (R, 1, T, S) bool, or None. Heads come before
-  positions so that both products are batched matrices as they lie, and the
-  sum divides the result, which is smaller than the weights: on CPUs half the
-  time of jax.nn.dot_product_attention. Weights are float32 until multiplied.
+  mask: (R, 1, 1 or T, S) bool, or None. Heads come before positions so that
+  both products are batched matrices as they lie, the mask is added, and the
+  sum divides the result, which is smaller than the weights: XLA's CPU
+  compiler then makes one kernel of softmax and second product, and nothing is
+  lost elsewhere. Weights are float32 until they are multiplied.
   """
-  rows, count, length, dim = q_RxHxTxC.shape
+  rows, count, _, dim = q_RxHxTxC.shape
   heads = k_RxKxSxC.shape[1]
-  q = q_RxHxTxC.reshape(rows, heads, count // heads, length, dim)
   product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-  w = product('rkgtc,rksc->rkgts', q, k_RxKxSxC) * dim ** -0.5
+  q = q_RxHxTxC.reshape(rows, heads, -1, dim)
+  w = product('rkqc,rksc->rkqs', q, k_RxKxSxC)
   if mask is not None:
-    # Added, for a sum's gradient does not look at the mask again.
-    w += jnp.where(mask, 0.0, -1e30)[:, :, None]
+    if mask.shape[2] > 1:
+      mask = jnp.tile(mask, (1, 1, count // heads, 1))
+    w += jnp.where(mask, 0.0, -1e30)
   w = jnp.exp(w - jax.lax.stop_gradient(jnp.max(w, -1, keepdims=True)))
-  y = product('rkgts,rksc->rkgtc', w.astype(v_RxKxSxC.dtype), v_RxKxSxC)
-  y /= jnp.sum(w, axis=-1)[..., None]
+  y = product('rkqs,rksc->rkqc', w.astype(v_RxKxSxC.dtype), v_RxKxSxC)
+  y /= jnp.sum(w, axis=-1, keepdims=True)
   return y.reshape(q_RxHxTxC.shape).astype(v_RxKxSxC.dtype)
 
 
