@@ -13,6 +13,7 @@ gives the reference policy and costs no second copy.
 import dataclasses
 import re
 import zlib
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -97,8 +98,8 @@ PRESETS = {
 class Cache(NamedTuple):
   """Keys (after RoPE) and values of every position and layer."""
 
-  keys: Array  # (N, R, S, kv_heads, C)
-  values: Array  # (N, R, S, kv_heads, C)
+  keys: Array  # (N, R, kv_heads, S, C)
+  values: Array  # (N, R, kv_heads, S, C)
 
 
 class Window(NamedTuple):
@@ -207,13 +208,13 @@ class Block(nn.Module):
     out_gain = 0.5 / cfg.layers  # keeps the residual stream's scale at depth
     y = Norm(cfg, name='attn_norm')(x)
     q, k, v = self.project(y, keys)
-    q, k = rotate(q, rope), rotate(k, rope)
+    q, k = rotate(q, rope, q.shape[-1] ** -0.5), rotate(k, rope)
     if cache is not None:
-      at = (0, start, 0, 0)
+      at = (0, 0, start, 0)
       k = jax.lax.dynamic_update_slice(cache.keys, k, at)
       v = jax.lax.dynamic_update_slice(cache.values, v, at)
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    y = y.reshape(x.shape[:2] + (-1,))
+    y = attend(q, k, v, mask)
+    y = jnp.swapaxes(y, 1, 2).reshape(x.shape[:2] + (-1,))
     x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y, keys)
     y = Norm(cfg, name='mlp_norm')(x)
     gate = nn.silu(Linear(cfg, cfg.mlp, name='gate')(y, keys))
@@ -230,7 +231,7 @@ class Block(nn.Module):
       z = z.reshape(y.shape[:2] + (count, dim))
       if cfg.qk_norm and name != 'v':
         z = Norm(cfg, name=f'{name}_norm')(z)
-      return z
+      return jnp.swapaxes(z, 1, 2)
 
     return (heads('q', cfg.heads), heads('k', cfg.kv_heads),
             heads('v', cfg.kv_heads))
@@ -292,20 +293,44 @@ def constrain(x):
 
 
 def rope_table(cfg, positions_RxT):
-  """(cos, sin), each (R, T, 1, C/2) float32."""
+  """(cos, sin), each (R, 1, T, C/2) float32."""
   dim = cfg.head_dim or cfg.width // cfg.heads
   inverse = cfg.rope_theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-  positions = positions_RxT[..., None, None].astype(jnp.float32)
+  positions = positions_RxT[:, None, :, None].astype(jnp.float32)
   angle = positions * inverse[None, None, None]
   return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x, rope):
-  """RoPE, NeoX's rotate-half, in float32."""
+def rotate(x, rope, gain=1.0):
+  """RoPE, NeoX's rotate-half, and a factor, in float32."""
   cos, sin = rope
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return y.astype(x.dtype)
+  return (y * gain).astype(x.dtype)
+
+
+def attend(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask):
+  """Softmax attention, (R, H, T, C), of scaled queries, H/K to a K/V head.
+
+  mask: (R, 1, 1 or T, S) bool, or None. Heads come before positions so that
+  both products are batched matrices as they lie, the mask is added, and the
+  sum divides the result, which is smaller than the weights: XLA's CPU
+  compiler then makes one kernel of softmax and second product, and nothing is
+  lost elsewhere. Weights are float32 until they are multiplied.
+  """
+  rows, count, _, dim = q_RxHxTxC.shape
+  heads = k_RxKxSxC.shape[1]
+  product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+  q = q_RxHxTxC.reshape(rows, heads, -1, dim)
+  w = product('rkqc,rksc->rkqs', q, k_RxKxSxC)
+  if mask is not None:
+    if mask.shape[2] > 1:
+      mask = jnp.tile(mask, (1, 1, count // heads, 1))
+    w += jnp.where(mask, 0.0, -1e30)
+  w = jnp.exp(w - jax.lax.stop_gradient(jnp.max(w, -1, keepdims=True)))
+  y = product('rkqs,rksc->rkqc', w.astype(v_RxKxSxC.dtype), v_RxKxSxC)
+  y /= jnp.sum(w, axis=-1, keepdims=True)
+  return y.reshape(q_RxHxTxC.shape).astype(v_RxKxSxC.dtype)
 
 
 def positions_of(valid_RxS):
