@@ -24,6 +24,7 @@ def get_config():
   m.param_dtype = 'float32'  # as stored: float32 | bfloat16
   m.quantize = 'none'  # the frozen base under adapters: none | int8 | nf4
   m.remat = 'none'  # none | dots (keep linears' results) | full: less memory
+  m.attention = 'xla'  # xla | cudnn (GPU, bfloat16) | splash (TPU)
   m.head_chunk = 0  # completion positions per head call; 0 = all at once
 
   c.lora = lo = ml_collections.ConfigDict()

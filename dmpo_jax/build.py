@@ -83,10 +83,10 @@ def settings(cls, section):
   return cls(**{name: section[name] for name in names})
 
 
-def check(c, count):
+def check(c, count, platform=''):
   """Raises one ValueError that lists every impossible setting of a config.
 
-  count: devices that the run will have.
+  count: devices that the run will have; platform: theirs, '' = jax's default.
   """
   found = []
   for section, name, table in (
@@ -99,6 +99,7 @@ def check(c, count):
       ('data.overlong', c.data.overlong, ('error', 'drop', 'cut')),
       ('model.quantize', c.model.quantize, ('none', *model.QUANT)),
       ('model.remat', c.model.remat, model.REMAT),
+      ('model.attention', c.model.attention, model.ATTENTION),
       ('logprob.estimator', c.logprob.estimator, ('elbo', 'trajectory')),
       ('logprob.elbo', c.logprob.elbo, ('paper', 'stratified')),
       ('model.dtype', c.model.dtype, ('float32', 'bfloat16')),
@@ -119,6 +120,7 @@ def check(c, count):
     found += objective.check(settings(objective.hp, c.objective))
   found += check_numbers(c) + check_rows(c, count) + check_logprob(c)
   found += check_model(c) + check_eval(c)
+  found += check_attention(c, platform or jax.default_backend())
   if found:
     raise ValueError('this config cannot run:\n' + '\n'.join(
         f'  {text}' for text in found))
@@ -176,6 +178,23 @@ def check_model(c):
     found.append(f'lora.dropout = {c.lora.dropout} must be in [0, 1)')
   if not c.lora.rank and (c.lora.dropout or c.lora.path):
     found.append('lora.dropout and lora.path need lora.rank > 0')
+  return found
+
+
+def check_attention(c, platform):
+  """Kernels against the devices and the samplers' masks."""
+  found, kind = [], c.model.attention
+  need = {'cudnn': 'gpu', 'splash': 'tpu'}.get(kind, platform)
+  if need != platform:
+    found.append(f'model.attention = {kind} needs a {need}, this is a '
+                 f'{platform}: use xla')
+  if kind == 'cudnn' and c.model.dtype != 'bfloat16':
+    found.append(f'model.attention = cudnn needs model.dtype = bfloat16, not '
+                 f'{c.model.dtype}')
+  picks_ = (c.sampler.pick, c.eval.sampler.pick)
+  if kind == 'splash' and 'wino' in picks_:
+    found.append('sampler.pick = wino needs model.attention = xla: splash '
+                 'shows all queries the same keys')
   return found
 
 
@@ -284,6 +303,7 @@ def model_config(c, tokenizer, folder=''):
   cfg = model.ModelConfig(
       **fields, dtype=c.model.dtype, param_dtype=c.model.param_dtype,
       remat=c.model.remat, head_chunk=c.model.head_chunk,
+      attention=c.model.attention,
       lora_rank=c.lora.rank, lora_alpha=c.lora.alpha,
       lora_dropout=c.lora.dropout,
       lora_targets=model.LORA_TARGETS.get(c.lora.targets, c.lora.targets))
@@ -364,7 +384,8 @@ def build(c, devices=None):
 
   `devices`: those of a topology that is not here (plan).
   """
-  check(c, len(devices or jax.devices()))
+  there = devices or jax.devices()
+  check(c, len(there), there[0].platform)
   symbolic.configure(c.reward.workers, c.reward.deadline)
   folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
   tokenizer = tokenizer_of(c, folder)

@@ -70,6 +70,7 @@ class ModelConfig:
   dtype: str = 'bfloat16'  # of the matmuls; norms, softmax, head sum in f32
   param_dtype: str = 'float32'
   remat: str = 'full'  # of a layer, in the backward pass: a name in REMAT
+  attention: str = 'xla'  # a name in ATTENTION
   head_chunk: int = 0  # completion positions per head call in log-probs; 0=all
 
 
@@ -124,7 +125,9 @@ class Linear(nn.Module):
     init = nn.initializers.variance_scaling(
         self.gain, 'fan_in', 'truncated_normal')
     kernel = self.param('kernel', init, shape, cfg.param_dtype)
-    y = x @ dense(kernel).astype(dtype)
+    # A base under adapters has no gradient of its kernels.
+    product = jnp.matmul if cfg.lora_rank else matmul
+    y = product(x, dense(kernel).astype(dtype))
     if self.bias:
       zeros = nn.initializers.zeros
       bias = self.param('bias', zeros, shape[1:], cfg.param_dtype)
@@ -156,6 +159,34 @@ class Linear(nn.Module):
     b = self.variable('lora', 'b', jnp.zeros, (cfg.lora_rank, shape[1]))
     x = x.astype(jnp.float32)
     return (x @ a.value) @ b.value * (cfg.lora_alpha / cfg.lora_rank)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x, kernel, dtype=None):
+  """x @ kernel, (..., D) and (D, F), summed and given in `dtype`.
+
+  The gradient of the kernel transposes the narrower of its two operands.
+  JAX's own rule takes the outputs', and XLA's CPU compiler then computes the
+  elementwise chain before it once more, in that order: half of an update.
+  """
+  return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def matmul_fwd(x, kernel, dtype):
+  return matmul(x, kernel, dtype), (x, kernel)
+
+
+def matmul_bwd(dtype, kept, dy):
+  x, kernel = kept
+  dy = dy.astype(x.dtype)
+  dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+  rows_x, rows_dy = (z.reshape(-1, z.shape[-1]) for z in (x, dy))
+  if x.shape[-1] <= dy.shape[-1]:
+    return dx, rows_x.T @ rows_dy
+  return dx, (rows_dy.T @ rows_x).T
+
+
+matmul.defvjp(matmul_fwd, matmul_bwd)
 
 
 def dense(kernel):
@@ -213,7 +244,7 @@ class Block(nn.Module):
       at = (0, 0, start, 0)
       k = jax.lax.dynamic_update_slice(cache.keys, k, at)
       v = jax.lax.dynamic_update_slice(cache.values, v, at)
-    y = attend(q, k, v, mask)
+    y = ATTENTION[cfg.attention](q, k, v, mask)
     y = jnp.swapaxes(y, 1, 2).reshape(x.shape[:2] + (-1,))
     x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y, keys)
     y = Norm(cfg, name='mlp_norm')(x)
@@ -272,8 +303,10 @@ class Transformer(nn.Module):
 
   def logits(self, hidden):
     table = self.embedding if self.cfg.tied else self.head
-    return jnp.einsum('...d,vd->...v', hidden, table.astype(self.cfg.dtype),
-                      preferred_element_type=jnp.float32)
+    table = table.astype(self.cfg.dtype).T
+    if self.cfg.lora_rank:
+      return jnp.matmul(hidden, table, preferred_element_type=jnp.float32)
+    return matmul(hidden, table, jnp.float32)
 
   def __call__(self, tokens, positions):
     return self.logits(self.hidden(tokens, positions, *[None] * 4)[0])
@@ -315,8 +348,8 @@ def attend(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask):
   mask: (R, 1, 1 or T, S) bool, or None. Heads come before positions so that
   both products are batched matrices as they lie, the mask is added, and the
   sum divides the result, which is smaller than the weights: XLA's CPU
-  compiler then makes one kernel of softmax and second product, and nothing is
-  lost elsewhere. Weights are float32 until they are multiplied.
+  compiler puts softmax and second product into one kernel. Weights are float32
+  until they are multiplied.
   """
   rows, count, _, dim = q_RxHxTxC.shape
   heads = k_RxKxSxC.shape[1]
@@ -331,6 +364,63 @@ def attend(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask):
   y = product('rkqs,rksc->rkqc', w.astype(v_RxKxSxC.dtype), v_RxKxSxC)
   y /= jnp.sum(w, axis=-1, keepdims=True)
   return y.reshape(q_RxHxTxC.shape).astype(v_RxKxSxC.dtype)
+
+
+def attend_cudnn(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask):
+  """`attend` by cuDNN's fused kernel: GPUs, bfloat16, C a multiple of 8."""
+  if mask is not None:  # it takes no mask of one row for all queries
+    mask = jnp.broadcast_to(mask, (
+        *mask.shape[:2], q_RxHxTxC.shape[2], mask.shape[3]))
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_RxHxTxC, k_RxKxSxC, v_RxKxSxC))
+  y = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0,
+                                   implementation='cudnn')
+  return jnp.swapaxes(y, 1, 2)
+
+
+def attend_splash(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask, interpret=False):
+  """`attend` by Pallas' splash kernel: TPUs; mask (R, 1, 1, S) or None.
+
+  Lengths are padded to its tiles of 128. A kernel is not partitioned by the
+  compiler, so under a mesh each device runs its own rows and heads.
+  ValueError on a mask that differs between queries.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+      splash_attention_kernel as splash,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+      splash_attention_mask as masks,
+  )
+  if mask is None:
+    mask = jnp.ones((q_RxHxTxC.shape[0], 1, 1, k_RxKxSxC.shape[2]), bool)
+  if mask.shape[2] > 1:
+    raise ValueError('model.attention = splash hides keys from all queries or '
+                     'from none: block-causal models and wino need xla')
+
+  def local(q, k, v, real_RxS):
+    wide = lambda x, axis: jnp.pad(x, [
+        (0, -n % 128 if i == axis else 0) for i, n in enumerate(x.shape)])
+    length = q.shape[2]
+    k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    q, k, v, real = wide(q, 2), wide(k, 2), wide(v, 2), wide(real_RxS, 1)
+    full = masks.FullMask((q.shape[2], k.shape[2]))
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([full] * q.shape[1]), head_shards=1,
+        q_seq_shards=1, interpret=interpret)
+    seen = splash.SegmentIds(jnp.ones((len(q), q.shape[2]), jnp.int32), real)
+    return jax.vmap(kernel)(q, k, v, seen)[:, :, :length]
+
+  args = q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask[:, 0, 0].astype(jnp.int32)
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or 'fsdp' not in mesh.axis_names:
+    return local(*args)
+  rows = PartitionSpec(('data', 'fsdp'), 'tensor', None, None)
+  return jax.shard_map(
+      local, mesh=mesh, in_specs=(rows, rows, rows,
+                                  PartitionSpec(('data', 'fsdp'), None)),
+      out_specs=rows, check_vma=False)(*args)
+
+
+ATTENTION = {'xla': attend, 'cudnn': attend_cudnn, 'splash': attend_splash}
 
 
 def positions_of(valid_RxS):

@@ -346,6 +346,7 @@ LOOPS = {
 # checkpoint's base shows, in test_weights and test_export; what --mode=eval
 # reads, and the weights of other tasks' terms, in test_evaluate.
 ELSEWHERE = {'name', 'objective.name', 'mesh.data', 'model.checkpoint',
+             'model.attention',  # other kernels need other devices
              'model.quantize', 'lora.path', 'data.overlong', 'eval.lengths',
              'eval.samples', 'reward.workers', 'reward.deadline', 'mesh.cpu'}
 OTHERS = {f'reward.weights.{name}' for name in (

@@ -108,6 +108,12 @@ IMPOSSIBLE = {
     "data.protocol = 'stric'.*'strict'": {'data.protocol': 'stric'},
     "logprob.estimator = 'elbow'.*'elbo'": {'logprob.estimator': 'elbow'},
     "logprob.elbo = 'paperr'.*'paper'": {'logprob.elbo': 'paperr'},
+    "model.attention = 'flash' must be one of xla, cudnn, splash":
+        {'model.attention': 'flash'},
+    'model.attention = splash needs a tpu, this is a cpu':
+        {'model.attention': 'splash'},
+    'model.attention = cudnn needs model.dtype = bfloat16':
+        {'model.attention': 'cudnn'},
     "model.dtype = 'float16'.*one of float32": {'model.dtype': 'float16'},
     "sampler.parallel = 'jitt'.*'jit'": {'sampler.parallel': 'jitt'},
     'group = 8 rows must be a multiple of 8 .*microbatches = 24':

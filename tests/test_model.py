@@ -1,6 +1,7 @@
 """The transformer against its formulas, and what it must not depend on."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from dmpo_jax import model
+from dmpo_jax import mesh, model
 
 # The families: LLaDA, Dream, Qwen3-like, a tied head; GQA in two of them.
 VARIANTS = {
@@ -344,3 +345,55 @@ def test_presets_have_the_published_size(name, size):
   cfg = model.ModelConfig(**model.PRESETS[name])
   shapes = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
   assert model.count_params(shapes) == size
+
+
+# Attention by other kernels, and the gradient's products.
+
+
+@pytest.fixture(scope='module')
+def heads():
+  """(q, k, v, mask) of 4 rows, 4 heads on 2; the first keys are padding."""
+  draw = np.random.default_rng(1)
+  q, k, v = (jnp.asarray(draw.normal(size=(4, n, t, 128)) / 4, jnp.float32)
+             for n, t in ((4, 5), (2, 9), (2, 9)))
+  mask = np.arange(9)[None] >= np.arange(4)[:, None]
+  return q, k, v, jnp.asarray(mask[:, None, None])
+
+
+def test_cudnn_is_asked_for_the_same(heads, monkeypatch):
+  """What the GPU's kernel is given means what `attend` computes, where XLA
+  answers in its place; it takes a mask of every query alone."""
+  real = jax.nn.dot_product_attention
+
+  def instead(q, k, v, mask, scale, implementation):
+    assert implementation == 'cudnn' and mask.shape == (4, 1, 5, 9)
+    return real(q, k, v, mask=mask, scale=scale)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', instead)
+  found, want = model.attend_cudnn(*heads), model.attend(*heads)
+  np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+def test_splash_is_the_same(heads):
+  """The TPU's kernel, interpreted: alone, and where a mesh splits rows and
+  heads; it refuses masks that it cannot express."""
+  run = jax.jit(functools.partial(model.attend_splash, interpret=True))
+  want = model.attend(*heads)
+  np.testing.assert_allclose(run(*heads), want, atol=1e-5)
+  with jax.set_mesh(mesh.make_mesh(data=2, fsdp=2, tensor=2)):
+    np.testing.assert_allclose(run(*heads), want, atol=1e-5)
+  with pytest.raises(ValueError, match='splash hides keys from all'):
+    model.attend_splash(*heads[:3], jnp.ones((4, 1, 5, 9), bool))
+
+
+@pytest.mark.parametrize('wide', [6, 2])
+def test_gradients_of_matmul(wide):
+  """Both orders of the kernel's gradient are JAX's own."""
+  draw = np.random.default_rng(0)
+  x, kernel = draw.normal(size=(2, 3, 4)), draw.normal(size=(4, wide))
+  x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+  loss = lambda fn: lambda x, kernel: jnp.sum(jnp.sin(fn(x, kernel)))
+  found, want = (jax.grad(loss(fn), (0, 1))(x, kernel)
+                 for fn in (model.matmul, jnp.matmul))
+  for one, other in zip(found, want, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
