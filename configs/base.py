@@ -103,9 +103,7 @@ def get_config():
   t.group = 16  # G completions of each
   t.inner = 2  # I updates per buffer
   t.microbatches = 4  # pieces an update's rows are cut into
-  # Sample the next buffer before this one's updates, with a policy one buffer
-  # old, and grade it while the device updates.
-  t.overlap = False
+  t.overlap = False  # sample the next buffer before this one's updates
 
   c.optim = p = ml_collections.ConfigDict()
   p.lr = 1e-4  # after warm-up
