@@ -33,6 +33,7 @@ from dmpo_jax import (
     guard,
     metrics,
     plan,
+    provenance,
     report,
     sft,
     train,
@@ -159,6 +160,7 @@ def settle(c, workdir, free=build.FREE):
 def run_train(built, workdir, only_sft, dog):
   """SFT, RL and the final evaluation; goes on where it was interrupted."""
   begun = time.time()
+  note_start(built.config, workdir)
   built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
   with metrics.Writer(workdir, enabled=jax.process_index() == 0) as writer:
     base, sft_seconds = sft.run(built, workdir, writer, dog.beat)
@@ -188,6 +190,18 @@ def run_train(built, workdir, only_sft, dog):
   report.curves(workdir)
 
 
+def note_start(c, workdir):
+  """Adds this start to workdir/provenance.json."""
+  if jax.process_index():
+    return
+  flag = flags.FLAGS['config']
+  fields = config_flags.get_override_values(flag)
+  if SWEEP.value:
+    fields = {**fields, 'sweep': SWEEP.value}
+  provenance.append(workdir, provenance.record(
+      fields, {'seed': c.seed, 'data.seed': c.data.seed}))
+
+
 def write_lines(path, rows):
   with open(path, 'w') as f:
     f.writelines(json.dumps(row) + '\n' for row in rows)
@@ -202,15 +216,24 @@ def quiet():
                                     and 'site-packages' not in r.pathname))
 
 
-def cache_programs():
-  """Compiled programs are kept in runs/jax_cache, but for CPUs.
+def cache_programs(c):
+  """Compiled programs are kept in the user's cache directory, but for CPUs.
 
-  JAX_COMPILATION_CACHE_DIR names another place.
+  Not in a place that others may write to: who writes there runs code here.
+  JAX_COMPILATION_CACHE_DIR names another. ValueError if the directory is
+  another user's.
   """
-  if not jax.config.jax_compilation_cache_dir and (
-      jax.default_backend() != 'cpu'):
-    jax.config.update('jax_compilation_cache_dir',
-                      os.path.abspath(os.path.join('runs', 'jax_cache')))
+  if not c.cache:
+    return jax.config.update('jax_enable_compilation_cache', False)
+  if jax.config.jax_compilation_cache_dir or jax.default_backend() == 'cpu':
+    return
+  root = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  folder = os.path.join(root, 'dmpo_jax', 'programs')
+  os.makedirs(folder, mode=0o700, exist_ok=True)
+  if os.stat(folder).st_uid != os.getuid():
+    raise ValueError(f'{folder} belongs to another user: set XDG_CACHE_HOME or '
+                     'JAX_COMPILATION_CACHE_DIR, or --config.cache=False')
+  jax.config.update('jax_compilation_cache_dir', folder)
 
 
 def split_cpu(count):
@@ -232,7 +255,7 @@ def main(argv):
     return show_report()
   c = CONFIG.value
   split_cpu(c.mesh.cpu)
-  cache_programs()
+  cache_programs(c)
   if SWEEP.value:
     apply_sweep(c, flags.FLAGS['config'], SWEEP.value)
   if MODE.value == 'plan':

@@ -11,6 +11,7 @@ def get_config():
   c = ml_collections.ConfigDict()
   c.name = 'base'  # of the experiment; part of the default workdir
   c.seed = 0  # of everything random but the problems (data.seed)
+  c.cache = True  # compiled programs stay in ~/.cache/dmpo_jax, but for CPUs
 
   c.model = m = ml_collections.ConfigDict()
   m.checkpoint = ''  # Hugging Face directory or hub name; '' = from nothing

@@ -35,6 +35,24 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.tasks import TASKS, answers, symbolic
 from dmpo_jax.types import TaskOptions, TrainBatch
 
+_compiled = [0, 0.0]  # programs so far in this process, and their seconds
+
+
+def _note_compilation(event, seconds, **_):
+  # Told of programs found in the persistent cache, too: quickly.
+  if event == '/jax/core/compile/backend_compile_duration':
+    _compiled[:] = _compiled[0] + 1, _compiled[1] + seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_note_compilation)
+
+
+def compilations():
+  """Programs compiled since the last call, and their seconds, as metrics."""
+  count, seconds = _compiled
+  _compiled[:] = 0, 0.0
+  return {'compilations': count, 'seconds/compile': seconds}
+
 
 class Steps(NamedTuple):
   """The compiled functions; arguments are host or device arrays."""
@@ -266,7 +284,8 @@ def flatten(c, prefix=''):
 # Fields that change nothing of what a run computes (but for the rounding of
 # another mesh): they may differ when it goes on. And those that an evaluation
 # may judge a run with.
-FREE = ('log.', 'checkpoint.', 'mesh.', 'reward.workers', 'reward.deadline')
+FREE = ('log.', 'checkpoint.', 'mesh.', 'reward.workers', 'reward.deadline',
+        'cache')
 JUDGING = (*FREE, 'eval.', 'reward.', 'data.protocol', 'data.test_size',
            'data.path')
 

@@ -139,7 +139,8 @@ def finish(built, problems, workdir, writer, clock, started):
         weights=c.reward.weights, clock=clock)
   append(workdir, samples)
   return batch, writer.write('rl', started.iteration,
-                             {**numbers, **clock.take()})
+                             {**numbers, **build.compilations(),
+                              **clock.take()})
 
 
 def latest(built, workdir, base, best=False):

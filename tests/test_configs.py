@@ -350,7 +350,7 @@ LOOPS = {
 ELSEWHERE = {'name', 'objective.name', 'mesh.data', 'model.checkpoint',
              'model.quantize', 'lora.path', 'data.overlong', 'eval.lengths',
              'eval.samples', 'reward.workers', 'reward.deadline', 'mesh.cpu',
-             'log.stuck_minutes'}
+             'cache', 'log.stuck_minutes'}
 OTHERS = {f'reward.weights.{name}' for name in (
     'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
     'countdown')}
@@ -493,7 +493,7 @@ def numbers(c, workdir):
       train.run(built, str(workdir), writer, params)
   test, _ = evaluate.accuracy(built, params, build.problems(built, 'test'))
   rows = [{k: v for k, v in row.items()
-           if k != 'time' and not k.startswith('seconds')}
+           if k not in ('time', 'compilations') and not k.startswith('seconds')}
           for row in metrics.read(workdir)]
   return json.dumps([rows, (workdir / 'samples.jsonl').read_text(), test,
                      asked, dict(built.mesh.shape), len(built.tokenizer)])
@@ -571,7 +571,7 @@ def test_every_field_is_read(tmp_path, monkeypatch):
   numbers(c, tmp_path)
   monkeypatch.undo()
   assert set(flatten(c)) - read == {
-      'name', 'mesh.cpu', 'log.stuck_minutes'} | OTHERS
+      'name', 'mesh.cpu', 'cache', 'log.stuck_minutes'} | OTHERS
 
 
 def test_name_is_in_the_workdir(tmp_path, monkeypatch):

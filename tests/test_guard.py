@@ -3,6 +3,7 @@
 In processes of their own: it is about how they end.
 """
 
+import json
 import os
 import pathlib
 import signal
@@ -11,7 +12,7 @@ import sys
 
 import pytest
 
-from dmpo_jax import guard
+from dmpo_jax import guard, provenance
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -150,3 +151,68 @@ with guard.Watchdog(0, sys.argv[1]):
 """, str(tmp_path / 'stuck.txt'))
   assert done.returncode == 0, done.stderr
   assert not list(tmp_path.iterdir())
+
+
+# --- provenance
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+  """A project of one file, committed, in which provenance thinks it lives."""
+  root = tmp_path / 'project'
+  (root / 'package').mkdir(parents=True)
+  (root / 'package' / 'provenance.py').write_text('x = 1\n')
+  monkeypatch.setattr(provenance, '__file__',
+                      str(root / 'package' / 'provenance.py'))
+  for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'):
+    monkeypatch.delenv(name, raising=False)
+  return root
+
+
+def git(root, *args):
+  subprocess.run(('git', '-C', root, '-c', 'user.name=a', '-c', 'user.email=b',
+                  *args), check=True, capture_output=True)
+
+
+def test_code_is_known_to_the_line(repository):
+  """Revision, what was changed since, and what git does not have."""
+  assert provenance.code() == {}  # no repository
+  git(repository, 'init', '-q')
+  git(repository, 'add', '.')
+  git(repository, 'commit', '-qm', 'one')
+  clean = provenance.code()
+  assert len(clean['revision']) == 40 and clean['diff'] == ''
+  (repository / 'package' / 'provenance.py').write_text('x = 2\n')
+  (repository / 'new.py').write_text('')
+  dirty = provenance.code()
+  assert '-x = 1\n+x = 2' in dirty['diff']
+  assert dirty['untracked'] == ['new.py']
+  assert dirty['revision'] == clean['revision']
+
+
+def test_repository_around_the_project_is_not_its_own(repository):
+  git(repository.parent, 'init', '-q')
+  assert provenance.code() == {}
+
+
+def test_no_git(repository, monkeypatch):
+  monkeypatch.setenv('PATH', '')
+  assert provenance.code() == {}
+
+
+def test_every_start_is_recorded(tmp_path, monkeypatch):
+  """A list that grows; a damaged one is kept beside the new one."""
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_tpu_x=1')
+  one = provenance.record({'optim.lr': 0.5}, {'seed': 3})
+  assert one['flags']['LIBTPU_INIT_ARGS'] == '--xla_tpu_x=1'
+  assert one['overrides'] == {'optim.lr': 0.5} and one['seeds'] == {'seed': 3}
+  assert one['device'] and one['devices'] == 8 and one['processes'] == 1
+  assert {'python', 'jax', 'orbax-checkpoint'} <= one['versions'].keys()
+  for _ in range(2):
+    provenance.append(tmp_path, one)
+  path = tmp_path / provenance.FILE
+  assert json.loads(path.read_text()) == [one, one]
+  path.write_text(path.read_text()[:50])
+  provenance.append(tmp_path, one)
+  assert json.loads(path.read_text()) == [one]
+  assert len((tmp_path / 'provenance.json.damaged').read_text()) == 50

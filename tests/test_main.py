@@ -335,6 +335,19 @@ def test_report_mode(command, monkeypatch, capsys):
 # --- what main alone does
 
 
+def test_starts_are_recorded(command, monkeypatch, tmp_path):
+  """What the command line changed and the seeds, once for each start."""
+  monkeypatch.setattr(sft, 'run', lambda *_: ({}, 2.0))
+  for _ in range(2):
+    command('--workdir=run', '--mode=sft', '--config.seed=3',
+            '--sweep=rates:0')
+  found = json.loads((tmp_path / 'run' / 'provenance.json').read_text())
+  assert len(found) == 2
+  for entry in found:
+    assert entry['overrides'] == {'seed': 3, 'sweep': 'rates:0'}
+    assert entry['seeds'] == {'seed': 3, 'data.seed': 0}
+
+
 def test_watchdog_of_a_run(command, monkeypatch):
   """log.stuck_minutes is its limit; it writes into the workdir."""
   dogs = []
@@ -355,6 +368,38 @@ def test_hanging_start(config_file, tmp_path):
              '--config.data.train_size=20000', folder=tmp_path)
   assert done.returncode == guard.STUCK and 'most recent call' in done.stderr
   assert "no progress for 0.03 seconds in 'data, train'" in done.stderr
+
+
+@pytest.fixture
+def updates(monkeypatch, tmp_path):
+  """What is changed in jax.config, by main, as if there were a GPU."""
+  found = {}
+  monkeypatch.setattr(jax.config, 'update', found.__setitem__)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'mine'))
+  return found
+
+
+def test_programs_are_cached_per_user(updates, monkeypatch, tmp_path):
+  """In a directory that nobody else may enter; not for CPUs."""
+  main.cache_programs(tiny())
+  folder = tmp_path / 'mine' / 'dmpo_jax' / 'programs'
+  assert updates == {'jax_compilation_cache_dir': str(folder)}
+  assert folder.stat().st_mode & 0o777 == 0o700
+  monkeypatch.setattr(os, 'getuid', lambda: folder.stat().st_uid + 1)
+  with pytest.raises(ValueError, match='belongs to another user: set XDG_'):
+    main.cache_programs(tiny())
+  updates.clear()
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+  main.cache_programs(tiny())
+  assert updates == {}
+
+
+def test_no_cache_of_programs(updates, tmp_path):
+  """config.cache = False turns it off, that of the environment, too."""
+  main.cache_programs(tiny(cache=False))
+  assert updates == {'jax_enable_compilation_cache': False}
+  assert not (tmp_path / 'mine').exists()
 
 
 # --- data files

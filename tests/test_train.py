@@ -105,11 +105,12 @@ def same(a, b):
 
 
 def rows(workdir):
-  """{phase: rows in order} without what the clock says."""
+  """{phase: rows in order} without what the clock and the compiler say."""
   out = {}
   for row in metrics.read(workdir):
     kept = {k: v for k, v in row.items()
-            if k != 'time' and not k.startswith('seconds')}
+            if k not in ('time', 'compilations')
+            and not k.startswith('seconds')}
     out.setdefault(row['phase'], []).append(kept)
   return out
 
@@ -320,6 +321,13 @@ def watched(built, watch):
   return built._replace(
       steps=built.steps._replace(**steps),
       task=built.task._replace(reward=on('reward', built.task.reward)))
+
+
+def test_compilations_are_counted(whole, ahead):
+  """The first buffers compile; once all has been done, nothing is compiled."""
+  counts = [[r['compilations'] for r in metrics.read(run[0])
+             if r['phase'] == 'rl'] for run in (whole, ahead)]
+  assert counts[0][0] > 0 and counts[1][-1] == 0, counts
 
 
 def test_policy_age(whole, ahead):
