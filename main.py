@@ -30,8 +30,10 @@ from dmpo_jax import (
     data,
     evaluate,
     export,
+    guard,
     metrics,
     plan,
+    provenance,
     report,
     sft,
     train,
@@ -51,19 +53,14 @@ FORMAT = flags.DEFINE_enum('format', 'merged', ['merged', 'adapter'],
 OUT = flags.DEFINE_string('out', '', 'export: default WORKDIR/export-FORMAT')
 TOPOLOGY = flags.DEFINE_string('topology', '', 'plan: such as v5p:4x4x4, in '
                                'place of the devices here; needs libtpu')
-OF = flags.DEFINE_enum('of', 'latest', ['latest', 'base'],
-                       'eval, sample: which parameters of the run')
+OF = flags.DEFINE_enum('of', 'latest', ['latest', 'best', 'base'],
+                       'eval, sample, export: which parameters of the run')
 GENERATIONS = flags.DEFINE_string('generations', '', 'score: file to grade')
 PROBLEM = flags.DEFINE_integer('problem', 0, 'sample: which of the test split')
 PROMPT = flags.DEFINE_string('prompt', '', 'sample: a prompt of your own')
 HTML = flags.DEFINE_string('html', '', 'sample: also as a page, into this file')
 CARDS = flags.DEFINE_string('cards', '', 'report: glob of *.card.json')
 BY = flags.DEFINE_string('by', 'objective.baseline', 'report: field to compare')
-
-
-# Fields of an evaluation, which may differ from those of the run it judges.
-JUDGING = ('log.', 'eval.', 'reward.', 'data.protocol', 'data.test_size',
-           'data.path', 'mesh.')
 
 
 def parse(argv):
@@ -123,7 +120,7 @@ def default_workdir(c, free):
   the evaluation (what the file has of it, not the flags) if there is one."""
   folder = lambda c: os.path.join('runs', f'{c.name}-' + hashlib.sha256(
       as_json(c).encode()).hexdigest()[:8])
-  if free != JUDGING or os.path.isdir(folder(c)):
+  if free != build.JUDGING or os.path.isdir(folder(c)):
     return folder(c)
   path = config_flags.get_config_filename(flags.FLAGS['config'])
   file = build.flatten(module(path).get_config())
@@ -133,46 +130,52 @@ def default_workdir(c, free):
   return folder(plain) if os.path.isdir(folder(plain)) else folder(c)
 
 
-def settle(c, workdir, free=('log.',)):
+def settle(c, workdir, free=build.FREE):
   """Makes the workdir and config.json; refuses another config's workdir.
 
   free: beginnings of the fields that may differ from the workdir's.
   """
-  text = as_json(c)
   workdir = workdir or default_workdir(c, free)
   path = os.path.join(workdir, 'config.json')
   if os.path.exists(path):
     with open(path) as f:
-      old = build.flatten(json.load(f))
-    new = build.flatten(json.loads(text))
-    changed = [f'{k}: {old.get(k)!r} there, {new.get(k)!r} here'
-               for k in sorted(old.keys() | new.keys())
-               if old.get(k) != new.get(k) and not k.startswith(free)]
+      try:
+        old = build.flatten(json.load(f))
+      except ValueError as error:
+        raise ValueError(f'{path} is damaged ({error}): remove it if this is '
+                         'the config of that run') from None
+    changed = build.changes(old, build.plain(c), free)
     if changed:
-      raise ValueError(f'--workdir={workdir} was written by another config '
-                       f'({"; ".join(changed)}): name another workdir')
+      raise ValueError(
+          f'--workdir={workdir} was written by another config ({changed}): '
+          f'name another workdir (only {", ".join(free)} may change)')
   elif jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
-    with open(path, 'w') as f:
-      f.write(text)
+    with open(path + '.new', 'w') as f:
+      f.write(as_json(c))
+    os.replace(path + '.new', path)  # whole, or not there
   return workdir
 
 
-def run_train(built, workdir, only_sft):
+def run_train(built, workdir, only_sft, dog):
   """SFT, RL and the final evaluation; goes on where it was interrupted."""
   begun = time.time()
+  note_start(built.config, workdir)
   built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
   with metrics.Writer(workdir, enabled=jax.process_index() == 0) as writer:
-    base, sft_seconds = sft.run(built, workdir, writer)
+    base, sft_seconds = sft.run(built, workdir, writer, dog.beat)
     if only_sft:
       print(f'base model in {os.path.join(workdir, "sft")}')
       return
     base = built.steps.quantize(base)
-    tuned, rl_seconds = train.run(built, workdir, writer, base)
+    tuned, rl_seconds = train.run(built, workdir, writer, base,
+                                  dog.beat)
   test = build.problems(built, 'test')
   results = {}
+  updates = built.config.train.iterations * built.config.train.inner
   for name, params in (('base', base), ('final', tuned)):
-    results[name], samples = evaluate.accuracy(built, params, test)
+    results[name], samples = evaluate.accuracy(
+        built, params, test, lambda: dog.beat('final evaluation', updates))
     write_lines(os.path.join(workdir, f'test_{name}.jsonl'), samples)
   packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
   results |= {
@@ -185,6 +188,18 @@ def run_train(built, workdir, only_sft):
   with open(os.path.join(workdir, 'results.json'), 'w') as f:
     json.dump(results, f, indent=2)
   report.curves(workdir)
+
+
+def note_start(c, workdir):
+  """Adds this start to workdir/provenance.json."""
+  if jax.process_index():
+    return
+  flag = flags.FLAGS['config']
+  fields = config_flags.get_override_values(flag)
+  if SWEEP.value:
+    fields = {**fields, 'sweep': SWEEP.value}
+  provenance.append(workdir, provenance.record(
+      fields, {'seed': c.seed, 'data.seed': c.data.seed}))
 
 
 def write_lines(path, rows):
@@ -201,15 +216,24 @@ def quiet():
                                     and 'site-packages' not in r.pathname))
 
 
-def cache_programs():
-  """Compiled programs are kept in runs/jax_cache, but for CPUs.
+def cache_programs(c):
+  """Compiled programs are kept in the user's cache directory, but for CPUs.
 
-  JAX_COMPILATION_CACHE_DIR names another place.
+  Not in a place that others may write to: who writes there runs code here.
+  JAX_COMPILATION_CACHE_DIR names another. ValueError if the directory is
+  another user's.
   """
-  if not jax.config.jax_compilation_cache_dir and (
-      jax.default_backend() != 'cpu'):
-    jax.config.update('jax_compilation_cache_dir',
-                      os.path.abspath(os.path.join('runs', 'jax_cache')))
+  if not c.cache:
+    return jax.config.update('jax_enable_compilation_cache', False)
+  if jax.config.jax_compilation_cache_dir or jax.default_backend() == 'cpu':
+    return
+  root = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  folder = os.path.join(root, 'dmpo_jax', 'programs')
+  os.makedirs(folder, mode=0o700, exist_ok=True)
+  if os.stat(folder).st_uid != os.getuid():
+    raise ValueError(f'{folder} belongs to another user: set XDG_CACHE_HOME or '
+                     'JAX_COMPILATION_CACHE_DIR, or --config.cache=False')
+  jax.config.update('jax_compilation_cache_dir', folder)
 
 
 def split_cpu(count):
@@ -231,7 +255,7 @@ def main(argv):
     return show_report()
   c = CONFIG.value
   split_cpu(c.mesh.cpu)
-  cache_programs()
+  cache_programs(c)
   if SWEEP.value:
     apply_sweep(c, flags.FLAGS['config'], SWEEP.value)
   if MODE.value == 'plan':
@@ -245,11 +269,20 @@ def main(argv):
                      '(without it there is only --mode=plan)')
   if MODE.value in ('eval', 'sample'):
     build.problems(built, 'test')
-    workdir = settle(c, WORKDIR.value, JUDGING)
+    workdir = settle(c, WORKDIR.value, build.JUDGING)
     return {'eval': run_eval, 'sample': run_sample}[MODE.value](built, workdir)
+  with guard.Preemption(at_once=True), guard.Watchdog(
+      60 * c.log.stuck_minutes) as dog:
+    run_main(c, built, dog)
+
+
+def run_main(c, built, dog):
+  """The modes that make parameters, or write them."""
   for split in ('train', 'validation', 'test'):  # a bad file: refuse it now
+    dog.beat(f'data, {split}', 0)
     build.problems(built, split)
   workdir = settle(c, WORKDIR.value)
+  dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
   done = os.path.exists(os.path.join(workdir, 'results.json'))
   if MODE.value == 'export':
     return run_export(built, workdir)
@@ -258,7 +291,7 @@ def main(argv):
   else:
     logging.info('%s on %d %s, into %s', c.name, jax.device_count(),
                  jax.devices()[0].device_kind, workdir)
-    run_train(built, workdir, MODE.value == 'sft')
+    run_train(built, workdir, MODE.value == 'sft', dog)
   if MODE.value == 'train':
     print(report.summary(workdir))
 
@@ -270,15 +303,16 @@ def params_of(built, workdir):
     return base, 'base'
   what = 'adapter' if built.config.lora.path else 'base'
   if os.path.isdir(os.path.join(workdir, 'rl')):
-    what = 'latest'
-  return train.latest(built, workdir, base), what
+    what = OF.value
+  return train.latest(built, workdir, base, OF.value == 'best'), what
 
 
 def run_eval(built, workdir):
   """Results cards of the test split, one for each length."""
   c = built.config
   params, what = params_of(built, workdir)
-  fields = {k: v for k, v in build.flatten(c).items() if k.startswith(JUDGING)}
+  fields = {k: v for k, v in build.flatten(c).items()
+            if k.startswith(build.JUDGING)}
   digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
   folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
   for card in evaluate.run(built, params, folder, what):
@@ -334,10 +368,11 @@ def base_of(built, workdir):
 
 
 def run_export(built, workdir):
-  """The latest checkpoint in a format that others read, as JSON what it is."""
+  """A checkpoint in a format that others read, as JSON what it is."""
   base = base_of(built, workdir)
   folder = OUT.value or os.path.join(workdir, f'export-{FORMAT.value}')
-  params = train.latest(built, workdir, base)
+  params = base if OF.value == 'base' else train.latest(
+      built, workdir, base, OF.value == 'best')
   print(json.dumps(export.run(built, params, base, folder, FORMAT.value)))
 
 

@@ -11,6 +11,7 @@ def get_config():
   c = ml_collections.ConfigDict()
   c.name = 'base'  # of the experiment; part of the default workdir
   c.seed = 0  # of everything random but the problems (data.seed)
+  c.cache = True  # compiled programs stay in ~/.cache/dmpo_jax, but for CPUs
 
   c.model = m = ml_collections.ConfigDict()
   m.checkpoint = ''  # Hugging Face directory or hub name; '' = from nothing
@@ -127,7 +128,8 @@ def get_config():
 
   c.checkpoint = k = ml_collections.ConfigDict()
   k.every = 20  # updates between checkpoints
-  k.keep = 2  # latest checkpoints
+  k.every_minutes = 0.0  # and after so long, at the next update; 0 = off
+  k.keep = 2  # latest checkpoints; the best by validation is kept beside them
 
   c.mesh = h = ml_collections.ConfigDict()
   h.data = 0  # devices that replicate weights; 0 = what the others leave
@@ -138,6 +140,9 @@ def get_config():
   c.log = g = ml_collections.ConfigDict()
   g.every_seconds = 10.0  # between log lines where there is no terminal
   g.samples = 2  # completions per buffer written to samples.jsonl
+  # Without progress for so long a run says where it hangs and ends (exit code
+  # 76). More than the longest compilation and rollout; 0 = off.
+  g.stuck_minutes = 0.0
   return c
 
 

@@ -7,6 +7,7 @@ functions with their shardings.
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmpo_jax import (
+    checkpoint,
     data,
     logprob,
     masking,
@@ -32,6 +34,24 @@ from dmpo_jax import (
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.tasks import TASKS, answers, symbolic
 from dmpo_jax.types import TaskOptions, TrainBatch
+
+_compiled = [0, 0.0]  # programs so far in this process, and their seconds
+
+
+def _note_compilation(event, seconds, **_):
+  # Told of programs found in the persistent cache, too: quickly.
+  if event == '/jax/core/compile/backend_compile_duration':
+    _compiled[:] = _compiled[0] + 1, _compiled[1] + seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_note_compilation)
+
+
+def compilations():
+  """Programs compiled since the last call, and their seconds, as metrics."""
+  count, seconds = _compiled
+  _compiled[:] = 0, 0.0
+  return {'compilations': count, 'seconds/compile': seconds}
 
 
 class Steps(NamedTuple):
@@ -49,6 +69,7 @@ class Steps(NamedTuple):
   update: Callable  # (state, frozen, batch, inner) -> (state, metrics)
   sft: Callable  # (state, tokens, valid, row, step) -> (state, metrics)
   quantize: Callable  # params -> params, kernels as model.quantize says
+  digest: Callable  # tree -> uint32 of all its bits
 
 
 class Built(NamedTuple):
@@ -134,13 +155,15 @@ def check_numbers(c):
       'sft.batch': 1, 'logprob.draws': 1, 'logprob.states': 0, 'eval.batch': 1,
       'eval.every': 0, 'eval.samples': 1, 'reward.workers': 0,
       'checkpoint.every': 1, 'checkpoint.keep': 1,
+      'checkpoint.every_minutes': 0,
       'data.train_size': 0, 'data.validation_size': 0, 'data.test_size': 0,
       'data.prompt_length': 0, 'data.bucket': 0, 'lora.rank': 0,
       'lora.alpha': 0,
       'optim.lr': 0, 'optim.warmup': 0, 'optim.decay_steps': 0,
       'optim.clip': 0, 'sft.lr': 0, 'optim.weight_decay': 0,
       'model.head_chunk': 0, 'mesh.data': 0,
-      'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.cpu': 1, 'log.samples': 0}
+      'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.cpu': 1, 'log.samples': 0,
+      'log.stuck_minutes': 0}
   flat = flatten(c)
   return [f'{name} = {flat[name]} must be >= {low}'
           for name, low in least.items() if not flat[name] >= low]
@@ -277,6 +300,35 @@ def flatten(c, prefix=''):
   return out
 
 
+# Fields that change nothing of what a run computes (but for the rounding of
+# another mesh): they may differ when it goes on. And those that an evaluation
+# may judge a run with.
+FREE = ('log.', 'checkpoint.', 'mesh.', 'reward.workers', 'reward.deadline',
+        'cache')
+JUDGING = (*FREE, 'eval.', 'reward.', 'data.protocol', 'data.test_size',
+           'data.path')
+
+
+def plain(c):
+  """{'section.field': value} as JSON gives it back: tuples are lists."""
+  return flatten(json.loads(c.to_json()))
+
+
+def changes(old, new, free):
+  """What differs between two of `plain`, but in fields that begin as `free`."""
+  return '; '.join(f'{k}: {old.get(k)!r} there, {new.get(k)!r} here'
+                   for k in sorted(old.keys() | new.keys())
+                   if old.get(k) != new.get(k) and not k.startswith(free))
+
+
+def refuse(c, free=JUDGING):
+  """meta -> why a checkpoint is not of this config, or ''."""
+  def why(meta):
+    found = changes(meta['config'], plain(c), free) if 'config' in meta else ''
+    return found and f'it is of another config ({found})'
+  return why
+
+
 def tokenizer_of(c, folder):
   """The tokenizer: data.tokenizer, else the checkpoint's, else 'char'."""
   ids = {}
@@ -407,7 +459,7 @@ def build(c, devices=None):
       make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
       lambda section: make_sample(c, section, 'evaluate', cfg, grid),
       *make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer),
-      make_quantize(c, grid))
+      make_quantize(c, grid), compiled(grid, checkpoint.digest))
   return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, objective, hp,
                steps, {})
 

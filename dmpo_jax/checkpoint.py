@@ -1,58 +1,167 @@
-"""Training state on disk: Orbax, by optimizer step, latest n kept.
+"""Training state on disk: Orbax, by optimizer step; the latest n and the best.
 
 A checkpoint holds the state, the rollout buffer in use, the place in it and the
 buffer sampled ahead, if there is one, so that a run resumes to the bit from the
-middle of a buffer.
+middle of a buffer. Orbax moves it into place when it is whole, but the arrays
+in it are not checked when read: `digest` is stored beside them. What cannot be
+read is skipped for the checkpoint before it; nothing is ever deleted for it.
 """
 
 import os
+import shutil
+import time
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import LatestN
+from absl import logging
+
+from dmpo_jax import mesh
+
+UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
+
+
+class Kept:
+  """Orbax' preservation policy: the latest `count`, and the step `best`.
+
+  Orbax' own BestN wants the metric when a step is saved; a place that is saved
+  and then validated is the best all the same.
+  """
+
+  def __init__(self, count):
+    self.count, self.best = count, None
+
+  def should_preserve(self, checkpoints, *, context):
+    steps = [info.step for info in checkpoints]
+    return [step in steps[-self.count:] or step == self.best for step in steps]
+
+
+class Manager(ocp.CheckpointManager):
+  """A CheckpointManager that can be told which step is the best."""
+
+  def __init__(self, directory, keep):
+    self.kept = Kept(keep)
+    super().__init__(os.path.abspath(directory),
+                     options=ocp.CheckpointManagerOptions(
+                         preservation_policy=self.kept,
+                         enable_async_checkpointing=True))
 
 
 def open_manager(directory, keep=2):
-  """A CheckpointManager that keeps the latest `keep` steps."""
-  options = ocp.CheckpointManagerOptions(
-      preservation_policy=LatestN(keep), enable_async_checkpointing=True)
-  return ocp.CheckpointManager(os.path.abspath(directory), options=options)
+  """A manager that keeps the latest `keep` steps and the best."""
+  return Manager(directory, keep)
 
 
-def save(manager, step, state, batch, meta, ahead=None):
-  """Saves TrainState, TrainBatches (or None) and a JSON-able dict at `step`."""
-  items = {'state': ocp.args.StandardSave(state._asdict()),
-           'meta': ocp.args.JsonSave(meta)}
-  for name, buffer in (('batch', batch), ('ahead', ahead)):
-    if buffer is not None:
-      items[name] = ocp.args.StandardSave(buffer._asdict())
-  manager.save(step, args=ocp.args.Composite(**items), force=True)
+def save(manager, step, state, batch, meta, ahead=None, digest=None):
+  """Saves TrainState, TrainBatches (or None) and a JSON-able dict at `step`.
 
-
-def latest(manager):
-  """The newest step, or None."""
-  return manager.latest_step()
-
-
-def restore(manager, state, batch=None, ahead=None):
-  """(state, batch, ahead, meta) of the latest step, or None if there is none.
-
-  The arguments are trees of ShapeDtypeStructs that carry shardings, so that a
-  checkpoint can be read onto another mesh; None leaves a buffer out.
+  meta['best'], if there: {'step': ...} of the checkpoint that is kept however
+  old it gets. digest: the function below, compiled.
   """
-  step = latest(manager)
-  if step is None:
-    return None
-  items = {'state': ocp.args.StandardRestore(state._asdict()),
-           'meta': ocp.args.JsonRestore()}
-  wanted = {name: buffer for name, buffer in (('batch', batch),
-                                              ('ahead', ahead)) if buffer}
-  for name, buffer in wanted.items():
-    items[name] = ocp.args.StandardRestore(buffer._asdict())
-  got = manager.restore(step, args=ocp.args.Composite(**items))
-  batch, ahead = (type(wanted[name])(**got[name]) if name in wanted else None
-                  for name in ('batch', 'ahead'))
-  return type(state)(**got['state']), batch, ahead, got['meta']
+  trees = {'state': state, 'batch': batch, 'ahead': ahead}
+  trees = {name: tree._asdict() for name, tree in trees.items()
+           if tree is not None}
+  if digest:
+    meta = {**meta, 'digest': {
+        name: int(digest(tree)) for name, tree in trees.items()}}
+  items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+  manager.kept.best = (meta.get('best') or {'step': None})['step']
+  manager.save(step, force=True, args=ocp.args.Composite(
+      **items, meta=ocp.args.JsonSave(meta)))
+
+
+def is_due(section, done, saved):
+  """Whether to save: by updates `done`, or by the minutes since `saved`."""
+  if done % section.every == 0:
+    return True
+  spent = time.monotonic() - saved
+  return bool(section.every_minutes) and mesh.agree(
+      spent >= 60 * section.every_minutes)
+
+
+def restore(manager, state, buffers=lambda step: (None, None), digest=None,
+            refuse=lambda meta: '', only=None):
+  """(state, batch, ahead, meta) of the newest step that can be read, or None.
+
+  `state` and the two of buffers(step) are trees of ShapeDtypeStructs that carry
+  shardings, so that a checkpoint can be read onto another mesh; None leaves a
+  buffer out. refuse(meta) says why a checkpoint is not this run's, or ''. A
+  step that cannot be used is skipped with a warning. ValueError if none can be.
+  only: no other step than this.
+  """
+  faults = {}
+  steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
+  for step in steps:
+    try:
+      found = read(manager, step, state, *buffers(step), digest)
+      fault = refuse(found[3])
+    except Exception as error:  # whatever a damaged file makes others raise
+      fault = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    if not mesh.agree(fault):  # skipped by one process, skipped by all
+      return found
+    faults[step] = fault or 'another process cannot read it'
+    logging.warning('checkpoint %s cannot be used: %s',
+                    os.path.join(manager.directory, str(step)), faults[step])
+  if faults:
+    told = '\n'.join(f'  {step}: {fault}' for step, fault in faults.items())
+    raise ValueError(
+        f'no checkpoint in {manager.directory} can be used:\n{told}\nBring one '
+        'back from a copy, or move the directory away to begin from nothing')
+  return None
+
+
+def read(manager, step, state, batch, ahead, digest):
+  """What is at `step`; ValueError if it is not what was saved."""
+  wanted = {name: tree for name, tree in (
+      ('state', state), ('batch', batch), ('ahead', ahead)) if tree}
+  items = {name: ocp.args.StandardRestore(tree._asdict())
+           for name, tree in wanted.items()}
+  got = manager.restore(step, args=ocp.args.Composite(
+      **items, meta=ocp.args.JsonRestore()))
+  for name, value in got.meta.get('digest', {}).items():
+    if digest and name in wanted and int(digest(got[name])) != value:
+      raise ValueError(f'the bytes of {name!r} are not those that were saved')
+  return (*(type(wanted[name])(**got[name]) if name in wanted else None
+            for name in ('state', 'batch', 'ahead')), got.meta)
+
+
+def set_aside(manager, step):
+  """Moves what is newer than `step` out of the way, so that it can be redone.
+
+  Into DIRECTORY.damaged, where a person can look at it.
+  """
+  newer = [s for s in manager.all_steps() if s > step]
+  if not newer:
+    return
+  folder = f'{manager.directory}.damaged'
+  if jax.process_index() == 0:
+    os.makedirs(folder, exist_ok=True)
+    for s in newer:
+      shutil.move(os.path.join(manager.directory, str(s)),
+                  os.path.join(folder, f'{s}-{time.time_ns()}'))
+  mesh.agree(False)  # nobody goes on before they are moved
+  manager.reload()
+
+
+def digest(tree):
+  """A uint32 of all bits of a tree; any element that changes, changes it.
+
+  Sums modulo 2**32, in which no order matters: the same on any mesh. Factors
+  are odd, so that no difference of one element is lost.
+  """
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(tree):
+    if leaf.dtype == bool:
+      leaf = leaf.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(leaf, UINTS[leaf.dtype.itemsize])
+    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis, size in reversed(list(enumerate(leaf.shape))):
+      at = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+      place += at * jnp.uint32(stride % 2**32)
+      stride *= size
+    terms = bits.astype(jnp.uint32) * (2 * place + 1)
+    total = total * jnp.uint32(1000003) + jnp.sum(terms, dtype=jnp.uint32)
+  return total
 
 
 def abstract(tree):

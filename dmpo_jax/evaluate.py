@@ -22,14 +22,18 @@ from dmpo_jax.build import problems as load_problems
 PACKAGES = ('jax', 'flax', 'numpy', 'transformers', 'math-verify')
 
 
-def accuracy(built, params, problems):
+def accuracy(built, params, problems, beat=lambda: None):
   """Mean grade, reward and the task's extra numbers over all problems.
 
   Samples with eval.sampler in batches of eval.batch; the last one is padded
-  with repeats that do not count. Returns (dict of floats, list of samples).
+  with repeats that do not count; beat() is called now and then. Returns (dict
+  of floats, list of samples).
   """
-  rows = list(generate(built, params, problems, built.steps.sample_eval,
-                       len(problems.examples), 0))
+  rows = []
+  for row in generate(built, params, problems, built.steps.sample_eval,
+                      len(problems.examples), 0):
+    rows.append(row)
+    beat()
   examples = [problems.examples[row['problem']] for row in rows]
   graded = judged(built, rows, examples)
   numbers = [{'accuracy': grade, 'reward': float(reward),

@@ -92,3 +92,11 @@ def fetch(tree):
     return jax.device_get(tree)
   from jax.experimental import multihost_utils
   return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def agree(flag):
+  """Whether `flag` is true on any process; the same answer on all of them."""
+  if jax.process_count() == 1:
+    return bool(flag)
+  from jax.experimental import multihost_utils
+  return bool(multihost_utils.process_allgather(np.bool_(bool(flag))).any())

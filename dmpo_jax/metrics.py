@@ -184,6 +184,10 @@ class Writer:
     if (self._path.parent / 'tensorboard' / phase).exists():
       self._board(phase, purge_step=step + 1)
 
+  def count(self, phase):
+    """Rows of the phase that are in the file."""
+    return sum(row['phase'] == phase for _, row in _load(self._path))
+
   def drop_phase(self, phase):
     """Forgets all that the phase wrote."""
     self.rewind(phase, -1)
@@ -266,20 +270,29 @@ class Progress:
 class Clock:
   """Sums seconds per name: `with clock('sample'): ...`.
 
-  Host time: device work counts where the host waits for it.
+  Host time: device work counts where the host waits for it. Each begin and end
+  is told to beat(name, step), a watchdog's; `step` is the caller's to set.
   """
 
-  def __init__(self):
-    self._seconds = {}
+  def __init__(self, beat=lambda phase, step: None):
+    self.step, self._seconds, self._open, self._beat = 0, {}, ['between'], beat
 
   @contextlib.contextmanager
   def __call__(self, name):
     begin = time.perf_counter()
+    self._open.append(name)
+    self.beat()
     try:
       yield
     finally:
+      self._open.pop()
+      self.beat()
       spent = time.perf_counter() - begin
       self._seconds[name] = self._seconds.get(name, 0.0) + spent
+
+  def beat(self):
+    """Says that the innermost of what is open makes progress."""
+    self._beat(self._open[-1], self.step)
 
   def take(self):
     """The sums so far as metrics, `seconds/<name>`; starts again from zero."""

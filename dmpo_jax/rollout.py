@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmpo_jax import data, grader, mesh
+from dmpo_jax.metrics import Clock
 from dmpo_jax.types import (
     Array,
     Rollouts,
@@ -45,13 +46,14 @@ def rows_of(prompts, group, iteration):
 
 
 def start(steps, problems, trainable, frozen, iteration, age=0, *, prompts,
-          group, seed, bucket=0):
+          group, seed, bucket=0, clock=None):
   """Samples a buffer and queues its log-prob passes behind: a Started.
 
   Waits for the completions alone, so that what the caller then puts on the
   device (updates that donate `trainable`, too) runs while the host grades.
   """
-  batch = data.prompts_at(problems, iteration, prompts, seed, bucket)
+  with (clock or Clock())('data'):
+    batch = data.prompts_at(problems, iteration, prompts, seed, bucket)
   tokens, valid, row = rows_of(batch, group, iteration)
   rollouts, completion = steps.sample(
       {**frozen, **trainable}, tokens, valid, row)
@@ -65,7 +67,7 @@ def start(steps, problems, trainable, frozen, iteration, age=0, *, prompts,
 
 
 def finish(steps, task, tokenizer, problems, started, *, group, protocol,
-           samples, weights):
+           samples, weights, clock=None):
   """Grades a Started buffer on the host, weighs its groups and packs it.
 
   Returns (TrainBatch, dict of floats, {file name: list of dicts to append}).
@@ -76,7 +78,8 @@ def finish(steps, task, tokenizer, problems, started, *, group, protocol,
   texts = data.decode(tokenizer, kept[0][:, -length:],
                       data.stop_ids(tokenizer))
   examples = [problems.examples[i] for i in np.repeat(started.index, group)]
-  graded = grader.judge(task, protocol, texts, examples, weights)
+  with (clock or Clock())('reward'):
+    graded = grader.judge(task, protocol, texts, examples, weights)
   batch, weights = steps.pack(
       started.rollouts, started.completion, row,
       to_groups(graded.reward, group), started.scores)

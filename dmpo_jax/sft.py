@@ -11,30 +11,36 @@ import jax
 import numpy as np
 from absl import logging
 
-from dmpo_jax import build, checkpoint, data, metrics
+from dmpo_jax import build, checkpoint, data, guard, metrics
 
 
-def run(built, workdir, writer):
+def run(built, workdir, writer, beat=lambda phase, step: None):
   """Base parameters after sft.steps; resumes from, or reads, workdir/sft.
 
-  Returns ({'params': ...}, seconds spent in all sessions).
+  Returns ({'params': ...}, seconds spent in all sessions). ValueError if there
+  are checkpoints and none can be used; SystemExit, saved, after SIGTERM.
   """
   c = built.config
   if not c.sft.steps:
     return built.steps.init(), 0.0
   state = built.steps.start_sft(built.steps.init())
-  with checkpoint.open_manager(os.path.join(workdir, 'sft'), 1) as manager:
+  with checkpoint.open_manager(os.path.join(workdir, 'sft'), 2) as manager:
     start, spent = 0, 0.0
-    found = checkpoint.restore(manager, checkpoint.abstract(state))
+    found = checkpoint.restore(manager, checkpoint.abstract(state),
+                               digest=built.steps.digest,
+                               refuse=build.refuse(c))
     if found:
       state, _, _, meta = found
       start, spent = meta['step'], meta['seconds']
     if start < c.sft.steps:
-      state, spent = train(built, state, start, spent, writer, manager)
+      checkpoint.set_aside(manager, start)
+      with guard.Preemption() as asked:
+        state, spent = train(built, state, start, spent, writer, manager,
+                             metrics.Clock(beat), asked)
   return state.trainable, spent
 
 
-def train(built, state, start, spent, writer, manager):
+def train(built, state, start, spent, writer, manager, clock, asked):
   """Steps start .. sft.steps; saves at the end and every checkpoint.every."""
   c = built.config
   tokens, valid = encode(built)
@@ -43,18 +49,26 @@ def train(built, state, start, spent, writer, manager):
   writer.rewind('sft', start)
   progress = metrics.Progress(c.sft.steps, 'sft', start=start,
                               every_seconds=c.log.every_seconds)
-  begun = time.time() - spent
+  begun, saved = time.time() - spent, time.monotonic()
   for at in range(start, c.sft.steps):
     index = data.indices_at(at, c.sft.batch, len(tokens), c.seed)
-    state, pending = built.steps.sft(
-        state, tokens[index], valid[index],
-        np.arange(c.sft.batch, dtype=np.int32), at)
-    written = writer.late('sft', at + 1, pending)
+    clock.step = at
+    with clock('supervised update'):
+      state, pending = built.steps.sft(
+          state, tokens[index], valid[index],
+          np.arange(c.sft.batch, dtype=np.int32), at)
+      written = writer.late('sft', at + 1, pending)
     progress.update(at + 1, written or {})
-    if (at + 1) % c.checkpoint.every == 0 or at + 1 == c.sft.steps:
+    stop, last = asked(), at + 1 == c.sft.steps
+    if stop or last or checkpoint.is_due(c.checkpoint, at + 1, saved):
       stop_if_not_finite(writer.flush())
-      meta = {'step': at + 1, 'seconds': time.time() - begun}
-      checkpoint.save(manager, at + 1, state, None, meta)
+      saved = time.monotonic()
+      with clock('checkpoint'):
+        checkpoint.save(manager, at + 1, state, None, dict(
+            step=at + 1, seconds=time.time() - begun, config=build.plain(c)),
+                        digest=built.steps.digest)
+    if stop:
+      guard.leave()
   progress.close()
   jax.block_until_ready(state.trainable)
   return state, time.time() - begun

@@ -20,6 +20,7 @@ from dmpo_jax import (
     checkpoint,
     data,
     evaluate,
+    guard,
     mesh,
     metrics,
     plan,
@@ -33,39 +34,44 @@ def policy_of(built, base):
   return (lora or base), base
 
 
-def run(built, workdir, writer, base):
+def run(built, workdir, writer, base, beat=lambda phase, step: None):
   """Trains from the base parameters; returns (params, seconds).
 
   Writes metrics, samples.jsonl and checkpoints into workdir. Resumes from
-  workdir/rl. FloatingPointError if a loss or gradient is not finite.
+  workdir/rl. beat: a watchdog's. FloatingPointError if a loss or gradient is
+  not finite; SystemExit, saved, after SIGTERM.
   """
+  clock = metrics.Clock(beat)
   # `with`: what stops the run, an error too, waits for the save under way.
-  with checkpoint.open_manager(os.path.join(workdir, 'rl'),
-                               built.config.checkpoint.keep) as manager:
-    return loop(built, workdir, writer, base, manager)
+  with guard.Preemption() as asked, checkpoint.open_manager(
+      os.path.join(workdir, 'rl'), built.config.checkpoint.keep) as manager:
+    return loop(built, workdir, writer, base, manager, clock, asked)
 
 
-def loop(built, workdir, writer, base, manager):
+def loop(built, workdir, writer, base, manager, clock, asked):
   """The iterations of `run`, from the place of the latest checkpoint on."""
   c, steps = built.config, built.steps
   problems = build.problems(built, 'train')
   held_out = build.problems(built, 'validation')
   trainable, frozen = policy_of(built, base)
   state = steps.start(trainable)
-  state, batch, ahead, place = resume(built, manager, state, problems, workdir,
-                                      writer)
+  with clock('checkpoint'):
+    state, batch, ahead, place = resume(built, manager, state, problems,
+                                        workdir, writer)
   if c.data.bucket:  # what would not fit fails now, not at the long prompt
     plan.compile_longest(built, data.bucketed(problems.valid, c.data.bucket))
   progress = metrics.Progress(c.train.iterations, 'rl',
                               start=place['iteration'],
                               every_seconds=c.log.every_seconds)
   total = c.train.iterations * c.train.inner
-  clock, begun, shown = metrics.Clock(), time.time() - place['seconds'], {}
+  begun, saved, shown = time.time() - place['seconds'], time.monotonic(), {}
   begin = functools.partial(start, built, problems, frozen, clock)
   end = functools.partial(finish, built, problems, workdir, writer, clock)
+  check = functools.partial(validate, built, frozen, held_out, writer, clock)
+  best = place['best']
+  if not place['inner']:
+    shown, best = check(state, place['iteration'], best)
   for it in range(place['iteration'], c.train.iterations):
-    if not place['inner']:
-      shown |= validate(built, state, frozen, held_out, it, writer, clock)
     if batch is None:
       batch, numbers = end(begin(state, it, age=0))
       shown |= numbers
@@ -74,31 +80,43 @@ def loop(built, workdir, writer, base, manager):
       # Before the updates: they donate the parameters that sample here.
       coming = begin(state, it + 1, age=c.train.inner)
     for inner in range(place['inner'], c.train.inner):
-      done = it * c.train.inner + inner + 1
-      due = done % c.checkpoint.every == 0 or done == total
+      done, last = it * c.train.inner + inner + 1, inner + 1 == c.train.inner
+      clock.step = done
       with clock('update'):
         state, pending = steps.update(state, frozen, batch, inner)
         held.append((done, pending))
         # Nothing waits for an update while there is a buffer to be graded.
         if coming is None:
           write_late(writer, held, batch, workdir)
-      if coming and (due or inner + 1 == c.train.inner):
+      stop = asked()
+      due = stop or done == total or checkpoint.is_due(c.checkpoint, done,
+                                                       saved)
+      if coming and (due or last):
         ahead, numbers = end(coming)
         shown |= numbers
         write_late(writer, held, batch, workdir)
         coming = None
-      if due:
+      if due or last:
         stop_if_not_finite(writer.flush(), batch, workdir)
-        checkpoint.save(manager, done, state, batch, dict(
-            iteration=it, inner=inner + 1, seconds=time.time() - begun), ahead)
-    stop_if_not_finite(writer.flush(), batch, workdir)
+      if last and not stop:  # before it is saved: with the best so far
+        before = best
+        numbers, best = check(state, it + 1, best)
+        shown, due = shown | numbers, due or best != before
+      if due:
+        saved = time.monotonic()
+        with clock('checkpoint'):
+          checkpoint.save(manager, done, state, batch, dict(
+              iteration=it, inner=inner + 1, seconds=time.time() - begun,
+              best=best, config=build.plain(c)), ahead, steps.digest)
+      if stop:
+        guard.leave()
     batch, ahead, place['inner'] = ahead, None, 0
     progress.update(it + 1, shown)
-  validate(built, state, frozen, held_out, c.train.iterations, writer, clock)
   progress.close()
+  with clock('checkpoint'):
+    manager.wait_until_finished()
   jax.block_until_ready(state.trainable)
-  seconds = time.time() - begun
-  return {**frozen, **state.trainable}, seconds
+  return {**frozen, **state.trainable}, time.time() - begun
 
 
 def start(built, problems, frozen, clock, state, it, age):
@@ -108,7 +126,7 @@ def start(built, problems, frozen, clock, state, it, age):
     return rollout.start(
         built.steps, problems, state.trainable, frozen, it, age,
         prompts=c.train.prompts, group=c.train.group, seed=c.seed,
-        bucket=c.data.bucket)
+        bucket=c.data.bucket, clock=clock)
 
 
 def finish(built, problems, workdir, writer, clock, started):
@@ -118,22 +136,32 @@ def finish(built, problems, workdir, writer, clock, started):
     batch, numbers, samples = rollout.finish(
         built.steps, built.task, built.tokenizer, problems, started,
         group=c.train.group, protocol=c.data.protocol, samples=c.log.samples,
-        weights=c.reward.weights)
+        weights=c.reward.weights, clock=clock)
   append(workdir, samples)
   return batch, writer.write('rl', started.iteration,
-                             {**numbers, **clock.take()})
+                             {**numbers, **build.compilations(),
+                              **clock.take()})
 
 
-def latest(built, workdir, base):
-  """Parameters of the newest checkpoint, else what training starts from."""
+def latest(built, workdir, base, best=False):
+  """Parameters of the newest checkpoint, else what training starts from.
+
+  best: those that validated best so far. ValueError if they are gone.
+  """
   trainable, frozen = policy_of(built, base)
   folder = os.path.join(workdir, 'rl')
   if not os.path.isdir(folder):
     return {**frozen, **trainable}
-  state = built.steps.start(trainable)
+  state = checkpoint.abstract(built.steps.start(trainable))
+  how = dict(digest=built.steps.digest, refuse=build.refuse(built.config))
   with checkpoint.open_manager(folder,
                                built.config.checkpoint.keep) as manager:
-    found = checkpoint.restore(manager, checkpoint.abstract(state))
+    found = checkpoint.restore(manager, state, **how)
+    top = found and found[3].get('best')
+    if best and top and not top['step']:
+      found = None  # nothing was better than the start
+    elif best and top and top['step'] != int(found[0].step):
+      found = checkpoint.restore(manager, state, only=top['step'], **how)
   return {**frozen, **(found[0].trainable if found else trainable)}
 
 
@@ -141,22 +169,32 @@ def resume(built, manager, state, problems, workdir, writer):
   """(state, batch, ahead, place): the latest checkpoint, or a fresh start.
 
   The buffers, in use and sampled ahead, are None where there is none.
+  ValueError if there are checkpoints and none can be used.
   """
-  place = dict(iteration=0, inner=0, seconds=0.0)
+  place = dict(iteration=0, inner=0, seconds=0.0, best=None)
   batch, ahead, c = None, None, built.config
-  it = ((checkpoint.latest(manager) or 1) - 1) // c.train.inner
-  more = c.train.overlap and it + 1 < c.train.iterations
-  found = checkpoint.restore(manager, checkpoint.abstract(state),
-                             shapes_at(built, problems, it),
-                             shapes_at(built, problems, it + 1) if more
-                             else None)
+
+  def buffers(step):
+    it = (step - 1) // c.train.inner
+    more = c.train.overlap and it + 1 < c.train.iterations
+    return (shapes_at(built, problems, it),
+            shapes_at(built, problems, it + 1) if more else None)
+
+  found = checkpoint.restore(manager, checkpoint.abstract(state), buffers,
+                             built.steps.digest, build.refuse(c, build.FREE))
   if found:
-    state, batch, ahead, place = found
+    state, batch, ahead, meta = found
+    place |= meta
+    checkpoint.set_aside(manager, int(state.step))
     logging.info('resuming at iteration %d, inner step %d',
                  place['iteration'], place['inner'])
     if place['inner'] == c.train.inner:
       batch, ahead = ahead, None
       place = {**place, 'iteration': place['iteration'] + 1, 'inner': 0}
+  elif lost := writer.count('update'):
+    logging.warning('no checkpoint in %s: from the start, and the %d updates '
+                    'that are in the metrics are done again',
+                    os.path.join(workdir, 'rl'), lost)
   # Everything after the checkpoint is forgotten and done again. What buffers
   # in hand have written stays; their validation is that of the iteration begun.
   last = place['iteration'] - (batch is None) + (ahead is not None)
@@ -176,17 +214,22 @@ def shapes_at(built, problems, it):
   return build.abstract_batch(built, prompts.tokens.shape[1])
 
 
-def validate(built, state, frozen, held_out, it, writer, clock):
-  """Greedy accuracy on the validation split, when it is due."""
+def validate(built, frozen, held_out, writer, clock, state, it, best):
+  """Greedy accuracy on the validation split, when it is due.
+
+  Returns (numbers to show, the best so far: {'step', 'accuracy'} or None).
+  """
   c = built.config
   last = it == c.train.iterations
   if not last and (not c.eval.every or it % c.eval.every):
-    return {}
+    return {}, best
   with clock('evaluate'):
     params = {**frozen, **state.trainable}
-    numbers, _ = evaluate.accuracy(built, params, held_out)
+    numbers, _ = evaluate.accuracy(built, params, held_out, clock.beat)
   writer.write('eval', it, numbers)
-  return {'validation': numbers['accuracy']}
+  if best is None or numbers['accuracy'] > best['accuracy']:
+    best = {'step': it * c.train.inner, 'accuracy': numbers['accuracy']}
+  return {'validation': numbers['accuracy']}, best
 
 
 def stop_if_not_finite(written, batch, workdir):

@@ -335,6 +335,7 @@ LOOPS = {
     'eval.every': (1, {}),
     'eval.batch': (16, {}),
     'checkpoint.every': (3, {}),
+    'checkpoint.every_minutes': (1e-9, {}),
     'checkpoint.keep': (1, {}),
     'mesh.fsdp': (2, {}),
     'mesh.tensor': (2, {}),
@@ -344,11 +345,13 @@ LOOPS = {
 # objective.name has one allowed value; the other two have tests at the end.
 # data.overlong is in test_data; what comes from files, and what only a
 # checkpoint's base shows, in test_weights and test_export; what --mode=eval
-# reads, and the weights of other tasks' terms, in test_evaluate.
+# reads, and the weights of other tasks' terms, in test_evaluate; what main
+# alone reads, in test_main.
 ELSEWHERE = {'name', 'objective.name', 'mesh.data', 'model.checkpoint',
              'model.attention',  # other kernels need other devices
              'model.quantize', 'lora.path', 'data.overlong', 'eval.lengths',
-             'eval.samples', 'reward.workers', 'reward.deadline', 'mesh.cpu'}
+             'eval.samples', 'reward.workers', 'reward.deadline', 'mesh.cpu',
+             'cache', 'log.stuck_minutes'}
 OTHERS = {f'reward.weights.{name}' for name in (
     'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
     'countdown')}
@@ -394,6 +397,9 @@ class Stubs:
 
   def _leaf(self, value):
     return mesh.put(np.float32(value), self.whole)
+
+  def digest(self, tree):
+    return 0
 
   def init(self):
     return {'params': {'scale': self._leaf(0)}}
@@ -450,6 +456,13 @@ class Stubs:
     return self.update(state, None, None, 0)
 
 
+class Saves(str):
+  """A manager by its folder's name, that has nothing to wait for."""
+
+  def wait_until_finished(self):
+    pass
+
+
 def numbers(c, workdir):
   """All that a run on the host leaves behind, and what it asked for."""
   asked, real = [], metrics.Progress
@@ -460,10 +473,10 @@ def numbers(c, workdir):
 
   def manager(directory, keep=2):
     asked.append(['keep', directory[-3:], keep])
-    return contextlib.nullcontext(directory[-3:])
+    return contextlib.nullcontext(Saves(directory[-3:]))
 
-  def save(manager, step, state, batch, meta, ahead=None):
-    meta = {k: v for k, v in meta.items() if k != 'seconds'}
+  def save(manager, step, state, batch, meta, ahead=None, digest=None):
+    meta = {k: v for k, v in meta.items() if k not in ('seconds', 'config')}
     asked.append(['save', manager, step, meta])
 
   built = build.build(c)
@@ -474,14 +487,14 @@ def numbers(c, workdir):
     patch.setattr(metrics, 'Progress', progress)
     patch.setattr(checkpoint, 'open_manager', manager)
     patch.setattr(checkpoint, 'save', save)
-    patch.setattr(checkpoint, 'restore', lambda *_: None)
-    patch.setattr(checkpoint, 'latest', lambda *_: None)
+    patch.setattr(checkpoint, 'restore', lambda *_, **__: None)
+    patch.setattr(checkpoint, 'set_aside', lambda *_: None)
     with metrics.Writer(workdir) as writer:
       params, _ = sft.run(built, str(workdir), writer)
       train.run(built, str(workdir), writer, params)
   test, _ = evaluate.accuracy(built, params, build.problems(built, 'test'))
   rows = [{k: v for k, v in row.items()
-           if k != 'time' and not k.startswith('seconds')}
+           if k not in ('time', 'compilations') and not k.startswith('seconds')}
           for row in metrics.read(workdir)]
   return json.dumps([rows, (workdir / 'samples.jsonl').read_text(), test,
                      asked, dict(built.mesh.shape), len(built.tokenizer)])
@@ -528,7 +541,7 @@ def test_runs_on_the_host_repeat(tmp_path, numbers_of):
 
 
 def test_every_field_is_read(tmp_path, monkeypatch):
-  """Building, tracing and a run read all fields but `name`; main reads it."""
+  """Building, tracing and a run read all fields but those that main reads."""
   read, silent = set(), []
   c = tiny()
   names = {}
@@ -558,7 +571,8 @@ def test_every_field_is_read(tmp_path, monkeypatch):
   monkeypatch.setattr(build, 'flatten', quietly)
   numbers(c, tmp_path)
   monkeypatch.undo()
-  assert set(flatten(c)) - read == {'name', 'mesh.cpu'} | OTHERS
+  assert set(flatten(c)) - read == {
+      'name', 'mesh.cpu', 'cache', 'log.stuck_minutes'} | OTHERS
 
 
 def test_name_is_in_the_workdir(tmp_path, monkeypatch):

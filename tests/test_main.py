@@ -20,6 +20,7 @@ from dmpo_jax import (
     data,
     evaluate,
     export,
+    guard,
     metrics,
     report,
     sft,
@@ -148,6 +149,9 @@ IMPOSSIBLE = {
     'optim.lr = -1.0 must be >= 0': {'optim.lr': -1.0},
     'optim.lr = nan must be >= 0': {'optim.lr': float('nan')},
     'checkpoint.every = 0 must be >= 1': {'checkpoint.every': 0},
+    'checkpoint.every_minutes = -1.0 must be >= 0':
+        {'checkpoint.every_minutes': -1.0},
+    'log.stuck_minutes = -1.0 must be >= 0': {'log.stuck_minutes': -1.0},
     'mesh.data, mesh.fsdp, mesh.tensor = 0, 3, 1': {'mesh.fsdp': 3},
     'sampler.parallel = pmap needs replicated':
         {'sampler.parallel': 'pmap', 'mesh.fsdp': 2},
@@ -246,7 +250,7 @@ def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
 
 
 def test_workdir_of_another_config(tmp_path):
-  """It is refused, and what differs is listed; log.* may differ."""
+  """It is refused, and what differs is listed; what may differ is named."""
   workdir = str(tmp_path / 'run')
   assert main.settle(tiny(), workdir) == workdir
   before = (tmp_path / 'run' / 'config.json').read_text()
@@ -257,7 +261,18 @@ def test_workdir_of_another_config(tmp_path):
   assert f'optim.lr: {tiny().optim.lr!r} there, 0.5 here' in said
   assert 'train.inner: ' in said and ', 7 here' in said
   assert (tmp_path / 'run' / 'config.json').read_text() == before
-  main.settle(tiny(**{'log.samples': 9}), workdir)
+  assert 'only log., checkpoint., mesh.' in said
+  main.settle(tiny(**{'log.samples': 9, 'checkpoint.every': 3}), workdir)
+
+
+def test_damaged_config_of_a_workdir(tmp_path):
+  """A sentence that names the file, and what to do."""
+  workdir = str(tmp_path / 'run')
+  main.settle(tiny(), workdir)
+  path = tmp_path / 'run' / 'config.json'
+  path.write_text(path.read_text()[:100])
+  with pytest.raises(ValueError, match='config.json is damaged.*remove it'):
+    main.settle(tiny(), workdir)
 
 
 def test_command_settles_and_trains_once(command, monkeypatch, tmp_path,
@@ -321,6 +336,76 @@ def test_report_mode(command, monkeypatch, capsys):
     writer.write('rl', 0, {'reward': 1.0})
   command('--workdir=run', '--mode=report')
   assert capsys.readouterr().out == 'run/c.png\n'
+
+
+# --- what main alone does
+
+
+def test_starts_are_recorded(command, monkeypatch, tmp_path):
+  """What the command line changed and the seeds, once for each start."""
+  monkeypatch.setattr(sft, 'run', lambda *_: ({}, 2.0))
+  for _ in range(2):
+    command('--workdir=run', '--mode=sft', '--config.seed=3',
+            '--sweep=rates:0')
+  found = json.loads((tmp_path / 'run' / 'provenance.json').read_text())
+  assert len(found) == 2
+  for entry in found:
+    assert entry['overrides'] == {'seed': 3, 'sweep': 'rates:0'}
+    assert entry['seeds'] == {'seed': 3, 'data.seed': 0}
+
+
+def test_watchdog_of_a_run(command, monkeypatch):
+  """log.stuck_minutes is its limit; it writes into the workdir."""
+  dogs = []
+
+  def run(built, workdir, writer, beat):
+    dogs.append(beat.__self__)
+    return {}, 0.0
+  monkeypatch.setattr(sft, 'run', run)
+  command('--workdir=run', '--mode=sft', '--config.log.stuck_minutes=2')
+  command('--workdir=run', '--mode=sft')
+  assert [dog._limit for dog in dogs] == [120, 0]
+  assert dogs[0].path == os.path.join('run', 'stuck_0.txt')
+
+
+def test_hanging_start(config_file, tmp_path):
+  """In a process of its own: its code, and a stack of what takes so long."""
+  done = sub(f'--config={config_file}', '--config.log.stuck_minutes=0.0005',
+             '--config.data.train_size=20000', folder=tmp_path)
+  assert done.returncode == guard.STUCK and 'most recent call' in done.stderr
+  assert "no progress for 0.03 seconds in 'data, train'" in done.stderr
+
+
+@pytest.fixture
+def updates(monkeypatch, tmp_path):
+  """What is changed in jax.config, by main, as if there were a GPU."""
+  found = {}
+  monkeypatch.setattr(jax.config, 'update', found.__setitem__)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'mine'))
+  return found
+
+
+def test_programs_are_cached_per_user(updates, monkeypatch, tmp_path):
+  """In a directory that nobody else may enter; not for CPUs."""
+  main.cache_programs(tiny())
+  folder = tmp_path / 'mine' / 'dmpo_jax' / 'programs'
+  assert updates == {'jax_compilation_cache_dir': str(folder)}
+  assert folder.stat().st_mode & 0o777 == 0o700
+  monkeypatch.setattr(os, 'getuid', lambda: folder.stat().st_uid + 1)
+  with pytest.raises(ValueError, match='belongs to another user: set XDG_'):
+    main.cache_programs(tiny())
+  updates.clear()
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+  main.cache_programs(tiny())
+  assert updates == {}
+
+
+def test_no_cache_of_programs(updates, tmp_path):
+  """config.cache = False turns it off, that of the environment, too."""
+  main.cache_programs(tiny(cache=False))
+  assert updates == {'jax_enable_compilation_cache': False}
+  assert not (tmp_path / 'mine').exists()
 
 
 # --- data files

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
+import shutil
+import signal
 import types
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
@@ -14,6 +18,7 @@ from dmpo_jax import (
     checkpoint,
     data,
     evaluate,
+    guard,
     mesh,
     metrics,
     rollout,
@@ -100,11 +105,12 @@ def same(a, b):
 
 
 def rows(workdir):
-  """{phase: rows in order} without what the clock says."""
+  """{phase: rows in order} without what the clock and the compiler say."""
   out = {}
   for row in metrics.read(workdir):
     kept = {k: v for k, v in row.items()
-            if k != 'time' and not k.startswith('seconds')}
+            if k not in ('time', 'compilations')
+            and not k.startswith('seconds')}
     out.setdefault(row['phase'], []).append(kept)
   return out
 
@@ -317,6 +323,13 @@ def watched(built, watch):
       task=built.task._replace(reward=on('reward', built.task.reward)))
 
 
+def test_compilations_are_counted(whole, ahead):
+  """The first buffers compile; once all has been done, nothing is compiled."""
+  counts = [[r['compilations'] for r in metrics.read(run[0])
+             if r['phase'] == 'rl'] for run in (whole, ahead)]
+  assert counts[0][0] > 0 and counts[1][-1] == 0, counts
+
+
 def test_policy_age(whole, ahead):
   """Updates behind: none without overlap, a buffer's with it, first none."""
   age = lambda run: [r['policy_age'] for r in rows(run[0])['rl']]
@@ -448,6 +461,353 @@ def test_poisoned_update_with_overlap(every, early, base_params, ahead,
     assert failed['row'].tolist() == list(range(8, 16))
   same(run(part, tmp_path, base_params), ahead[1])
   same_files(tmp_path, ahead[0])
+
+
+# --- asked to stop, and hanging
+
+
+@pytest.mark.parametrize('name, call, saved', [
+    ('update', 2, 2),  # within a buffer
+    ('update', 3, 3),  # at the end of one: it is not validated any more
+    ('reward', 30 + 3, 4),  # while a buffer is graded: after its first update
+    ('update', 6, 6),  # the last one
+    ('reward', 38 + 3, 6)])  # the last validation: nothing is left to save
+def test_sigterm_saves_and_resumes_to_the_bit(
+    name, call, saved, built, base_params, whole, tmp_path):
+  """The exit code says so, the handler is put back, the next start goes on."""
+  before, calls = signal.getsignal(signal.SIGTERM), []
+
+  def watch(here, _):
+    calls.append(here)
+    if here == name and calls.count(name) == call:
+      os.kill(os.getpid(), signal.SIGTERM)
+  part = vary(built, checkpoint={'every': 100})
+  with pytest.raises(SystemExit) as info:
+    run(watched(part, watch), tmp_path, base_params)
+  assert info.value.code == guard.PREEMPTED == 75
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert saved_steps(tmp_path) == [saved]
+  assert calls.count('update') == saved
+  same(run(part, tmp_path, base_params), whole[1])
+  same_files(tmp_path, whole[0])
+
+
+def test_sigterm_with_overlap(early, base_params, ahead, tmp_path):
+  """The buffer that is sampled ahead is graded and saved, too."""
+  def terminate(batch):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return batch
+  with pytest.raises(SystemExit, match='75'):
+    run(fail_at(early, 4, terminate), tmp_path, base_params)
+  assert saved_steps(tmp_path) == [4]
+  same(run(early, tmp_path, base_params), ahead[1])
+  same_files(tmp_path, ahead[0])
+
+
+def test_sigterm_in_supervised_training(built, base_params, tmp_path):
+  calls = []
+
+  def step(*args):
+    calls.append(0)
+    if len(calls) == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return built.steps.sft(*args)
+  broken = vary(built, checkpoint={'every': 100})
+  broken = broken._replace(steps=built.steps._replace(sft=step))
+  with metrics.Writer(tmp_path) as writer:
+    with pytest.raises(SystemExit, match='75'):
+      sft.run(broken, str(tmp_path), writer)
+    params, _ = sft.run(broken, str(tmp_path), writer)
+  assert len(calls) == 3
+  same(mesh.fetch(params), mesh.fetch(base_params))
+
+
+def test_watchdog_is_told_of_every_phase(early, base_params, tmp_path,
+                                         monkeypatch):
+  """The last beat before each part that may hang names it, and the update."""
+  told, seen = [], []
+  beat = lambda phase, step: told.append((phase, step))
+
+  def note(name, _=None):
+    seen.append((name, *told[-1]))
+
+  def noted(name, call):
+    def noting(*args, **options):
+      note(name)
+      return call(*args, **options)
+    return noting
+  for module, name in ((data, 'prompts_at'), (checkpoint, 'save'),
+                       (checkpoint, 'restore')):
+    monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+  part = watched(vary(early, train={'iterations': 2},
+                      checkpoint={'every': 2}), note)
+  with metrics.Writer(tmp_path) as writer:
+    train.run(part, str(tmp_path), writer, base_params, beat)
+  found = {name: {phase for n, phase, _ in seen if n == name}
+           for name, *_ in seen}
+  assert found == {
+      'restore': {'checkpoint'}, 'save': {'checkpoint'}, 'prompts_at': {'data'},
+      'sample': {'rollout'}, 'score': {'rollout'}, 'pack': {'rollout'},
+      'reward': {'reward', 'evaluate'}, 'update': {'update'}}
+  assert [step for n, _, step in seen if n == 'update'] == list(range(1, 7))
+  assert [step for n, _, step in seen if n == 'save'] == [2, 4, 6]
+
+
+# --- the best, and damage
+
+
+def scored(built, *accuracies):
+  """`built` that validates with these, one after the other."""
+  left = list(accuracies)
+
+  def accuracy(*_):
+    return {'accuracy': left.pop(0), 'reward': 0.0}, []
+  return accuracy
+
+
+def saved_steps(workdir):
+  return sorted(int(p.name) for p in (workdir / 'rl').iterdir())
+
+
+def meta_of(workdir, step):
+  return json.loads((workdir / 'rl' / str(step) / 'meta' / 'metadata'
+                     ).read_text())
+
+
+@pytest.mark.parametrize('every', [1, 100])
+def test_best_is_kept_and_found(every, built, base_params, tmp_path,
+                                monkeypatch):
+  """Saved where no save was due, kept when the latest have moved on, and
+  still known after a kill."""
+  part = vary(built, train={'iterations': 5},
+              checkpoint={'every': every, 'keep': 1})
+  seen = {}
+
+  def watch(name, args):  # the policy after iteration 1: it samples for 2
+    if name == 'sample':
+      seen[len(seen)] = mesh.fetch(args[0])
+  part = watched(part, watch)
+  monkeypatch.setattr(evaluate, 'accuracy', scored(
+      built, 0.1, 0.1, 0.7, 0.7, 0.3, 0.3, 0.2))
+  with pytest.raises(KeyboardInterrupt):
+    run(fail_at(part, 4 * INNER, interrupt), tmp_path, base_params, kill=True)
+  assert saved_steps(tmp_path) == ([6, 11] if every == 1 else [6])
+  # Every 1: up to validation 4 is written, the kill is in iteration 3.
+  monkeypatch.setattr(evaluate, 'accuracy', scored(
+      built, *([0.2, 0.3] if every == 1 else [0.7, 0.2, 0.2, 0.3])))
+  run(part, tmp_path, base_params)
+  assert saved_steps(tmp_path) == [6, 15]
+  assert meta_of(tmp_path, 15)['best'] == {'step': 6, 'accuracy': 0.7}
+  top = mesh.fetch(train.latest(part, tmp_path, base_params, best=True))
+  same(top, seen[2])
+  last = mesh.fetch(train.latest(part, tmp_path, base_params))
+  assert not np.array_equal(jax.tree.leaves(top)[0], jax.tree.leaves(last)[0])
+
+
+def test_best_may_be_the_start(built, base_params, tmp_path, monkeypatch):
+  """Nothing validates better: the best is what training started from."""
+  monkeypatch.setattr(evaluate, 'accuracy', scored(built, 0.5, 0.5, 0.1))
+  run(built, tmp_path, base_params)
+  assert meta_of(tmp_path, 6)['best'] == {'step': 0, 'accuracy': 0.5}
+  same(mesh.fetch(train.latest(built, tmp_path, base_params, best=True)),
+       mesh.fetch(base_params))
+
+
+@pytest.mark.parametrize('minutes, steps', [(0.0, [6]), (1e-9, [1, 2, 3, 4, 5])
+                                            ])
+def test_saves_by_time(minutes, steps, built, base_params, tmp_path):
+  """checkpoint.every_minutes, where the number of updates would not."""
+  part = vary(built, checkpoint={'every': 100, 'keep': 9,
+                                 'every_minutes': minutes}, eval={'every': 0})
+  if minutes:
+    with pytest.raises(KeyboardInterrupt):
+      run(fail_at(part, 6, interrupt), tmp_path, base_params)
+  else:
+    run(part, tmp_path, base_params)
+  assert saved_steps(tmp_path) == steps
+
+
+def pieces(step):
+  """The files of a checkpoint that hold the arrays of its state."""
+  return [p for p in (step / 'state').rglob('d/*') if p.is_file()]
+
+
+def truncate(step):
+  for path in pieces(step):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def remove(step):
+  for path in pieces(step):
+    path.unlink()
+
+
+def zero(step):
+  for path in pieces(step):
+    size = path.stat().st_size
+    with open(path, 'r+b') as f:
+      f.seek(size // 2)
+      f.write(bytes(size // 4))
+
+
+def resave(step, change, meta=lambda meta: meta):
+  """Writes the checkpoint anew, whole, with other arrays or another meta."""
+  folder, at = step.parent, int(step.name)
+  with ocp.CheckpointManager(folder) as manager:
+    got = manager.restore(at, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(), batch=ocp.args.StandardRestore(),
+        meta=ocp.args.JsonRestore()))
+  shutil.rmtree(step)
+  with ocp.CheckpointManager(folder) as manager:
+    manager.save(at, force=True, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(change(got.state)),
+        batch=ocp.args.StandardSave(got.batch),
+        meta=ocp.args.JsonSave(meta(got.meta))))
+
+
+def wider(state):
+  kernel = state['trainable']['params']['embedding']
+  state['trainable']['params']['embedding'] = np.zeros(
+      (kernel.shape[0] + 8, *kernel.shape[1:]), np.float32)
+  return state
+
+
+def one_bit(state):
+  """What a disk may do in silence: Orbax reads it without a word."""
+  kernel = np.array(state['trainable']['params']['embedding'])
+  kernel.reshape(-1).view(np.uint32)[5] ^= 1
+  state['trainable']['params']['embedding'] = kernel
+  return state
+
+
+def foreign(meta):
+  return {**meta, 'config': {**meta['config'], 'optim.lr': 0.5}}
+
+
+def empty(step):
+  shutil.rmtree(step)
+  step.mkdir()
+
+
+DAMAGE = {
+    'truncated': (truncate, 'Error|error'),
+    'missing': (remove, 'Error|error'),
+    'zeroed': (zero, 'Error|error'),
+    'shape': (lambda step: resave(step, wider), 'shape'),
+    'config': (lambda step: resave(step, lambda state: state, foreign),
+               'another config .*optim.lr: 0.5 there, 0.001 here'),
+    'empty': (empty, 'was not found'),
+    'one bit': (lambda step: resave(step, one_bit),
+                "the bytes of 'state' are not those"),
+}
+
+
+@pytest.fixture(scope='module')
+def stopped(built, base_params, tmp_path_factory):
+  """A run that was killed with the checkpoints 3 and 4."""
+  workdir = tmp_path_factory.mktemp('stopped')
+  with pytest.raises(KeyboardInterrupt):
+    run(fail_at(built, 5, interrupt), workdir, base_params, kill=True)
+  assert saved_steps(workdir) == [3, 4]
+  return workdir
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_damaged_checkpoint_is_skipped(kind, built, base_params, whole,
+                                       stopped, tmp_path, monkeypatch):
+  """A warning that names it, the one before is used, and it stays on disk;
+  the run ends as if nothing had happened."""
+  workdir, said = tmp_path / 'run', []
+  shutil.copytree(stopped, workdir)
+  damage, words = DAMAGE[kind]
+  damage(workdir / 'rl' / '4')
+  monkeypatch.setattr(checkpoint.logging, 'warning',
+                      lambda text, *args: said.append(text % args))
+  same(run(built, workdir, base_params), whole[1])
+  assert rows(workdir) == rows(whole[0])
+  said = [text for text in said if 'cannot be used' in text]  # Orbax has more
+  assert len(said) == 1 and re.search(f'rl/4 cannot .*({words})', said[0]), said
+  assert [p.name[:2] for p in (workdir / 'rl.damaged').iterdir()] == ['4-']
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_nothing_but_damage_is_an_error(kind, built, base_params, stopped,
+                                        tmp_path):
+  """It lists each with its fault and what to do; nothing is begun anew."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(stopped, workdir)
+  damage, words = DAMAGE[kind]
+  for step in ('3', '4'):
+    damage(workdir / 'rl' / step)
+  before = (workdir / 'metrics.jsonl').read_text()
+  with pytest.raises(ValueError, match=f'(?s)no checkpoint.*4: .*({words}).*3: '
+                     '.*back from a copy, or move'):
+    run(built, workdir, base_params)
+  assert (workdir / 'metrics.jsonl').read_text() == before
+  assert saved_steps(workdir) == [3, 4]
+
+
+def test_lost_checkpoints_are_not_lost_silently(built, base_params, whole,
+                                                stopped, tmp_path, monkeypatch):
+  """No checkpoint left, but metrics: a warning, then from the start."""
+  workdir, said = tmp_path / 'run', []
+  shutil.copytree(stopped, workdir)
+  shutil.rmtree(workdir / 'rl')
+  monkeypatch.setattr(train.logging, 'warning',
+                      lambda text, *args: said.append(text % args))
+  same(run(built, workdir, base_params), whole[1])
+  assert len(said) == 1 and 'from the start, and the 4 updates' in said[0]
+  assert rows(workdir) == rows(whole[0])
+
+
+@pytest.mark.smoke
+def test_digest_sees_every_bit():
+  """One bit of any element, two elements swapped, a leaf moved: all differ;
+  the mesh that holds the arrays does not matter."""
+  grid = mesh.make_mesh(2, 4)
+  draw = np.random.default_rng(0)
+  tree = {'a': draw.normal(size=(8, 4)).astype(np.float32),
+          'b': draw.normal(size=(8,)).astype(jax.numpy.bfloat16),
+          'c': draw.integers(0, 2, (8, 3)) > 0, 'd': np.int32(5)}
+  digest = jax.jit(checkpoint.digest)
+  value = int(digest(tree))
+  by_row = {name: mesh.put(x, mesh.rows(grid) if x.shape else
+                           mesh.replicated(grid)) for name, x in tree.items()}
+  assert int(digest(by_row)) == value
+  seen = {value}
+  for name, at, bit in (('a', 0, 0), ('a', 31, 31), ('b', 7, 15), ('d', 0, 3)):
+    other = {k: np.array(x) for k, x in tree.items()}
+    flat = other[name].reshape(-1).view(np.uint8)
+    flat[at * other[name].dtype.itemsize + bit // 8] ^= 1 << bit % 8
+    seen.add(int(digest(other)))
+  swapped = tree['a'].copy()
+  swapped[[0, 1]] = swapped[[1, 0]]
+  seen |= {int(digest({**tree, 'a': swapped})),
+           int(digest({**tree, 'c': ~tree['c']}))}
+  assert len(seen) == 7
+
+
+def test_restores_onto_another_mesh(built, stopped):
+  """Saved by eight replicas, read where weights are split four ways."""
+  c = tiny()
+  c.mesh.fsdp = 4
+  other = build.build(c)
+  def restored(part):
+    state = checkpoint.abstract(part.steps.start(part.steps.init()))
+    batch = train.shapes_at(part, build.problems(part, 'train'), 1)
+    with checkpoint.open_manager(stopped / 'rl', 2) as manager:
+      found = checkpoint.restore(manager, state, lambda step: (batch, None),
+                                 part.steps.digest,
+                                 build.refuse(part.config, build.FREE))
+    for got, want in zip(jax.tree.leaves(found[0]), jax.tree.leaves(state),
+                         strict=True):
+      assert got.sharding.is_equivalent_to(want.sharding, got.ndim)
+    return found[:2]
+
+  found = restored(other)
+  same(mesh.fetch(restored(built)), mesh.fetch(found))
+  kernels = found[0].trainable['params']['layers']['q']['kernel']
+  assert not kernels.sharding.is_fully_replicated
 
 
 # --- what is not finite

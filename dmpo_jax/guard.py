@@ -1,0 +1,113 @@
+"""A run that is asked to stop, and a run that hangs: exit codes of their own.
+
+PREEMPTED (75): SIGTERM; all is saved, the same command goes on. STUCK (76): no
+progress for too long; a file in the workdir says where.
+"""
+
+import contextlib
+import faulthandler
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+PREEMPTED, STUCK = 75, 76
+_asked = itertools.count()  # over SFT and RL, as JAX wants: never back
+
+
+class Preemption:
+  """`with ... as asked`: after each update, asked() is whether to stop there.
+
+  In one process SIGTERM sets a flag; at_once: it ends the process as `leave`
+  does. Under jax.distributed JAX has a handler of its own, by which all
+  processes stop at the same update; one from here would replace it.
+  """
+
+  def __init__(self, at_once=False):
+    self._flag, self._at_once, self._old = False, at_once, None
+
+  def __enter__(self):
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and not jax.distributed.is_initialized():
+      self._old = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def _note(self, *_):
+    self._flag = True
+    if self._at_once:
+      leave()
+
+  def __call__(self):
+    if jax.distributed.is_initialized():
+      return multihost_utils.reached_preemption_sync_point(next(_asked))
+    return self._flag
+
+  def __exit__(self, kind, *_):
+    if self._old is not None:
+      signal.signal(signal.SIGTERM, self._old)
+    if self._flag and kind is None:  # it came after the last update
+      leave()
+
+
+def leave():
+  """SystemExit with PREEMPTED: what `with` has open is saved and closed."""
+  logging.warning('SIGTERM: the same command goes on from the last checkpoint')
+  sys.exit(PREEMPTED)
+
+
+class Watchdog:
+  """Ends the process when `beat` was not called for `seconds`; 0 = never.
+
+  The phase, the step and the stacks of all threads go to stderr and to the
+  file `path` (which may be set later); the exit code is STUCK. Where not even
+  this thread can run, faulthandler dumps the stacks to stderr after twice the
+  time, and the code is 1.
+  """
+
+  def __init__(self, seconds, path=os.devnull):
+    self.path, self._limit, self._over = path, seconds, threading.Event()
+    self.beat('start', 0)
+
+  def beat(self, phase, step):
+    """Notes that the run lives, and in which phase and at which update."""
+    self._last = time.monotonic(), phase, step
+
+  def __enter__(self):
+    if self._limit:
+      self._thread = threading.Thread(target=self._watch, daemon=True)
+      self._thread.start()
+    return self
+
+  def __exit__(self, *_):
+    if self._limit:
+      self._over.set()
+      self._thread.join()
+      faulthandler.cancel_dump_traceback_later()
+
+  def _watch(self):
+    while not self._over.is_set():
+      # Armed anew each time: it goes off when this thread is held up, too.
+      faulthandler.dump_traceback_later(2 * self._limit, exit=True,
+                                        file=sys.__stderr__)
+      self._over.wait(min(10, self._limit / 10))
+      last, phase, step = self._last
+      if not self._over.is_set() and time.monotonic() - last > self._limit:
+        self._bark(phase, step)
+
+  def _bark(self, phase, step):
+    text = (f'error: no progress for {self._limit:g} seconds in {phase!r} at '
+            f'update {step}; the same command goes on from the last '
+            'checkpoint. The stacks of all threads:\n')
+    for file in (lambda: contextlib.nullcontext(sys.__stderr__),
+                 lambda: open(self.path, 'a')):
+      with contextlib.suppress(OSError), file() as f:
+        f.write(text)
+        f.flush()
+        faulthandler.dump_traceback(file=f, all_threads=True)
+    os._exit(STUCK)  # sys.exit would wait for what hangs

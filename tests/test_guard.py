@@ -1,0 +1,218 @@
+"""A run that is asked to stop stops, one that hangs ends and says where.
+
+In processes of their own: it is about how they end.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dmpo_jax import guard, provenance
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def python(code, *args, **variables):
+  """The code in a process of its own."""
+  return subprocess.run(
+      [sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True,
+      text=True, timeout=120,
+      env={**os.environ, 'PYTHONPATH': str(ROOT), **variables})
+
+
+# --- SIGTERM
+
+
+def test_at_once_ends_through_with():
+  """Outside of the loops SIGTERM ends the run at once, and closes files."""
+  done = python("""
+import os, signal, time
+from dmpo_jax import guard
+with guard.Preemption(at_once=True):
+  try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+  finally:
+    print('closed')
+""")
+  assert (done.returncode, done.stdout) == (guard.PREEMPTED, 'closed\n')
+  assert 'the same command goes on' in done.stderr
+
+
+def test_under_distributed_jax_asks():
+  """Its own handler stays, and tells; ours would have taken its place."""
+  done = python("""
+import os, signal, socket, time
+import jax
+with socket.socket() as s:
+  s.bind(('localhost', 0))
+  port = s.getsockname()[1]
+jax.distributed.initialize(f'localhost:{port}', 1, 0)
+from dmpo_jax import guard
+before = signal.getsignal(signal.SIGTERM)
+with guard.Preemption(at_once=True):
+  with guard.Preemption() as asked:
+    assert signal.getsignal(signal.SIGTERM) is before
+    answers = [asked()]
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(100):
+      time.sleep(0.1)
+      answers.append(asked())
+      if answers[-1]:
+        break
+print(answers[0], answers[-1])
+""", XLA_FLAGS='')
+  assert done.stdout == 'False True\n', done.stderr
+
+
+@pytest.mark.smoke
+def test_one_process_is_asked(monkeypatch):
+  """A flag, not an end; the handler of before is put back."""
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(SystemExit) as info, guard.Preemption() as asked:
+    assert not asked()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert asked()
+  assert info.value.code == 75
+  assert signal.getsignal(signal.SIGTERM) is before
+  with guard.Preemption() as asked:  # the next one begins anew
+    assert not asked()
+
+
+# --- the watchdog
+
+
+SLEEPING = """
+import sys, time, types
+import numpy as np
+from dmpo_jax import data, guard, metrics, rollout
+from dmpo_jax.tasks import TASKS
+
+def sleeps(*_):
+  time.sleep(60)
+
+tokenizer = data.char_tokenizer()
+task = TASKS['sudoku']._replace(reward=sleeps, threads=sys.argv[2] == 'pool')
+tokens, mask = np.full((4, 8), 5, np.int32), np.ones((4, 5), bool)
+started = rollout.Started(
+    0, 0, np.zeros(2, np.int32), np.arange(4), None, mask, {},
+    (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5))))
+with guard.Watchdog(1.0, sys.argv[1]) as dog:
+  clock = metrics.Clock(dog.beat)
+  for clock.step in range(8):  # longer than the limit, but it makes progress
+    with clock('update'):
+      time.sleep(0.3)
+  rollout.finish(None, task, tokenizer, data.Problems([{}], tokens, None),
+                 started, group=2, protocol='strict', samples=1, weights={},
+                 clock=clock)
+"""
+
+
+@pytest.mark.parametrize('where', ['pool', 'here'])
+def test_reward_that_sleeps_is_named(where, tmp_path):
+  """The phase, the update and the line, on stderr and in the file; code 76."""
+  done = python(SLEEPING, str(tmp_path / 'stuck.txt'), where)
+  assert done.returncode == guard.STUCK == 76
+  for text in (done.stderr, (tmp_path / 'stuck.txt').read_text()):
+    assert "no progress for 1 seconds in 'reward' at update 7" in text
+    assert 'in sleeps' in text and 'grader.py' in text
+    assert text.count('Thread 0x') + text.count('Current thread') >= 2
+
+
+def test_interpreter_that_is_held_up_ends(tmp_path):
+  """A C call that never lets go of the lock: faulthandler ends the process."""
+  done = python("""
+import ctypes
+from dmpo_jax import guard
+with guard.Watchdog(0.5):
+  ctypes.PyDLL(None).sleep(60)
+""")
+  assert done.returncode == 1 and 'Timeout' in done.stderr
+  assert 'File "<string>", line 5' in done.stderr
+
+
+def test_run_that_makes_progress_is_left_alone(tmp_path):
+  """So is one without a limit, and one that has ended."""
+  done = python("""
+import sys, time
+from dmpo_jax import guard
+with guard.Watchdog(0.5, sys.argv[1]) as dog:
+  for step in range(10):
+    time.sleep(0.1)
+    dog.beat('update', step)
+time.sleep(1.5)
+with guard.Watchdog(0, sys.argv[1]):
+  time.sleep(0.3)
+""", str(tmp_path / 'stuck.txt'))
+  assert done.returncode == 0, done.stderr
+  assert not list(tmp_path.iterdir())
+
+
+# --- provenance
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+  """A project of one file, committed, in which provenance thinks it lives."""
+  root = tmp_path / 'project'
+  (root / 'package').mkdir(parents=True)
+  (root / 'package' / 'provenance.py').write_text('x = 1\n')
+  monkeypatch.setattr(provenance, '__file__',
+                      str(root / 'package' / 'provenance.py'))
+  for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'):
+    monkeypatch.delenv(name, raising=False)
+  return root
+
+
+def git(root, *args):
+  subprocess.run(('git', '-C', root, '-c', 'user.name=a', '-c', 'user.email=b',
+                  *args), check=True, capture_output=True)
+
+
+def test_code_is_known_to_the_line(repository):
+  """Revision, what was changed since, and what git does not have."""
+  assert provenance.code() == {}  # no repository
+  git(repository, 'init', '-q')
+  git(repository, 'add', '.')
+  git(repository, 'commit', '-qm', 'one')
+  clean = provenance.code()
+  assert len(clean['revision']) == 40 and clean['diff'] == ''
+  (repository / 'package' / 'provenance.py').write_text('x = 2\n')
+  (repository / 'new.py').write_text('')
+  dirty = provenance.code()
+  assert '-x = 1\n+x = 2' in dirty['diff']
+  assert dirty['untracked'] == ['new.py']
+  assert dirty['revision'] == clean['revision']
+
+
+def test_repository_around_the_project_is_not_its_own(repository):
+  git(repository.parent, 'init', '-q')
+  assert provenance.code() == {}
+
+
+def test_no_git(repository, monkeypatch):
+  monkeypatch.setenv('PATH', '')
+  assert provenance.code() == {}
+
+
+def test_every_start_is_recorded(tmp_path, monkeypatch):
+  """A list that grows; a damaged one is kept beside the new one."""
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_tpu_x=1')
+  one = provenance.record({'optim.lr': 0.5}, {'seed': 3})
+  assert one['flags']['LIBTPU_INIT_ARGS'] == '--xla_tpu_x=1'
+  assert one['overrides'] == {'optim.lr': 0.5} and one['seeds'] == {'seed': 3}
+  assert one['device'] and one['devices'] == 8 and one['processes'] == 1
+  assert {'python', 'jax', 'orbax-checkpoint'} <= one['versions'].keys()
+  for _ in range(2):
+    provenance.append(tmp_path, one)
+  path = tmp_path / provenance.FILE
+  assert json.loads(path.read_text()) == [one, one]
+  path.write_text(path.read_text()[:50])
+  provenance.append(tmp_path, one)
+  assert json.loads(path.read_text()) == [one]
+  assert len((tmp_path / 'provenance.json.damaged').read_text()) == 50
