@@ -140,9 +140,7 @@ def get_config():
   c.log = g = ml_collections.ConfigDict()
   g.every_seconds = 10.0  # between log lines where there is no terminal
   g.samples = 2  # completions per buffer written to samples.jsonl
-  # Without progress for so long a run says where it hangs and ends (exit code
-  # 76). More than the longest compilation and rollout; 0 = off.
-  g.stuck_minutes = 0.0
+  g.stuck_minutes = 0.0  # no progress so long: says where, exits 76; 0 = off
   return c
 
 
