@@ -103,9 +103,8 @@ def get_config():
   t.group = 16  # G completions of each
   t.inner = 2  # I updates per buffer
   t.microbatches = 4  # pieces an update's rows are cut into
-  # Sample the next buffer before this one's updates, with a policy one buffer
-  # old, and grade it while the device updates.
-  t.overlap = False
+  # Sample the next buffer before this one's updates, and grade it during them:
+  t.overlap = False  # its policy is a buffer old
 
   c.optim = p = ml_collections.ConfigDict()
   p.lr = 1e-4  # after warm-up
@@ -141,9 +140,8 @@ def get_config():
   c.log = g = ml_collections.ConfigDict()
   g.every_seconds = 10.0  # between log lines where there is no terminal
   g.samples = 2  # completions per buffer written to samples.jsonl
-  # Without progress for so long a run says where it hangs and ends (exit code
-  # 76). More than the longest compilation and rollout; 0 = off.
-  g.stuck_minutes = 0.0
+  # More than the longest compilation or rollout takes:
+  g.stuck_minutes = 0.0  # without progress: say where, exit 76; 0 = off
   return c
 
 
