@@ -153,7 +153,7 @@ def test_a_run_is_exported_and_compared(tiny, weights_of, tmp_path):
   frozen = {'params': params['params']}
   for kind in ('merged', 'adapter'):
     told = export.run(fake_run(cfg), params, frozen, str(tmp_path / kind), kind)
-    assert told['max_logit_difference'] < 1e-5 * told['max_logit']
+    assert told['max_logit_difference'] < 3e-5 * told['max_logit']
 
 
 def test_exports_that_are_refused(tiny, weights_of, tmp_path):
