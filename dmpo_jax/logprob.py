@@ -53,9 +53,7 @@ def chosen_logp(cfg, params, hidden_RxLxD, targets_RxL):
   """(R, L) log-softmax at the targets, the head in chunks under remat."""
   @jax.checkpoint
   def one(hidden, targets):
-    logits = model.head(cfg, params, hidden)
-    top = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return top - jax.nn.logsumexp(logits, axis=-1)
+    return model.logp_of(model.head(cfg, params, hidden), targets)
 
   length, chunk = targets_RxL.shape[1], cfg.head_chunk
   if not chunk or chunk >= length:

@@ -594,6 +594,12 @@ def sampling_logits(logits, temperature, top_p=1.0, top_k=0):
   return logits
 
 
+def logp_of(logits, tokens):
+  """Log-softmax of (..., V) logits at (...) tokens alone."""
+  own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+  return own - jax.nn.logsumexp(logits, axis=-1)
+
+
 def sampling_logp(logits, temperature):
   """Log-probs of the sampling law (float32); see `sampling_logits`."""
   return jax.nn.log_softmax(sampling_logits(logits, temperature), axis=-1)

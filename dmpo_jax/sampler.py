@@ -232,7 +232,8 @@ def reveal(setting, loop, logits_RxWxV, start_R, live_R):
   """One unmasking step: propose at every mask of the window, keep the picks."""
   proposal = propose(setting, loop, logits_RxWxV, start_R)
   take = PICKS[setting.hp.pick](proposal.look, setting.hp) & live_R[:, None]
-  return record(setting, loop, proposal, take, start_R, live_R)
+  again = jnp.zeros_like(take)
+  return record(setting, loop, proposal, take, again, start_R, live_R)
 
 
 def propose(setting, loop, logits_RxWxV, start_R):
@@ -248,14 +249,9 @@ def propose(setting, loop, logits_RxWxV, start_R):
     noise = jax.vmap(lambda k: jax.random.gumbel(k, score.shape[1:]))
     score = score + noise(gumbel_key)
   token = jnp.argmax(score, axis=-1).astype(jnp.int32)
-
-  def logp_of(logits):
-    own = jnp.take_along_axis(logits, token[..., None], -1)[..., 0]
-    return own - jax.nn.logsumexp(logits, axis=-1)
-
   # Confidence is at temperature 1 whatever the sampling, but for Dream's.
   judged = law if hp.rank_law == 'sampling' else logits_RxWxV
-  own = confidence = jnp.exp(logp_of(judged))
+  own = confidence = jnp.exp(model.logp_of(judged, token))
   if hp.rank == 'max':
     best = jnp.max(judged, axis=-1)
     confidence = jnp.exp(best - jax.nn.logsumexp(judged, axis=-1))
@@ -263,17 +259,22 @@ def propose(setting, loop, logits_RxWxV, start_R):
   quota, share = picks.schedule(hp, masked, loop.since)
   look = picks.Look(jax.nn.softmax(judged, axis=-1), confidence, masked, quota,
                     share, noise)
-  return Proposal(token, logp_of(law), own, look)
+  return Proposal(token, model.logp_of(law, token), own, look)
 
 
-def record(setting, loop, proposal, take, start_R, live_R):
-  """Writes what is taken: tokens, the row's own step, how sure it was."""
+def record(setting, loop, proposal, take, again, start_R, live_R):
+  """Writes what is taken: tokens, the row's own step, how sure it was.
+
+  What `again` names is masked once more; both are (R, W) bool.
+  """
   at_R, masked = start_R - setting.prompt, proposal.look.masked
   step = jnp.broadcast_to(loop.count[:, None], take.shape)
-  done_R = ~jnp.any(masked & ~take, axis=1)  # the row leaves its block
+  token = jnp.where(again, setting.cfg.mask_id, proposal.token)
+  # Whether the row leaves its block.
+  done_R = ~jnp.any(masked & ~take | again, axis=1)
   busy_R = live_R & jnp.any(masked, axis=1)
   return Loop(
-      write(loop.tokens, start_R, take, proposal.token),
+      write(loop.tokens, start_R, take | again, token),
       write(loop.order, at_R, take, step),
       write(loop.logp, at_R, take, proposal.logp),
       write(loop.confidence, at_R, take, proposal.confidence),
@@ -303,14 +304,8 @@ def wino(setting, loop):
     take = draft(proposal.look, setting.hp) & live_R[:, None]
     again = doubtful(setting, loop, shadow, take, before_R, start_R)
     again &= live_R[:, None]
-    taken_R = jnp.sum(take, axis=1)
-    loop = record(setting, loop, proposal, take, start_R, live_R)
-    blank = jnp.full_like(proposal.token, setting.cfg.mask_id)
-    loop = loop._replace(tokens=write(loop.tokens, start_R, again, blank))
-    left_R = jnp.any(proposal.look.masked & ~take | again, axis=1)
-    since_R = jnp.where(left_R, state[0].since + live_R, 0)
-    return (loop._replace(since=since_R),
-            jnp.where(left_R & live_R, taken_R, FIRST_DRAFT))
+    loop = record(setting, loop, proposal, take, again, start_R, live_R)
+    return loop, jnp.where(loop.since > 0, jnp.sum(take, axis=1), FIRST_DRAFT)
 
   before_R = jnp.full_like(loop.count, FIRST_DRAFT)
   loop, _ = jax.lax.while_loop(
@@ -336,8 +331,7 @@ def doubtful(setting, loop, shadow_RxWxV, take, before_R, start_R):
   hp = setting.hp
   token = windows(loop.tokens, start_R, hp.block)
   there = token != setting.cfg.mask_id
-  own = jnp.take_along_axis(shadow_RxWxV, token[..., None], -1)[..., 0]
-  hindsight = jnp.exp(own - jax.nn.logsumexp(shadow_RxWxV, axis=-1))
+  hindsight = jnp.exp(model.logp_of(shadow_RxWxV, token))
   doubt = there & (hindsight < hp.verify)
   rank = picks.rank_of(-hindsight, doubt)
   may_R = (jnp.sum(take, axis=1) > 1) & (loop.since < hp.block)

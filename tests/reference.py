@@ -329,15 +329,19 @@ def unfinished(hp, cfg, completion):
   return [i for i in range(end) if completion[i] == cfg.mask_id]
 
 
+def canvas(cfg, prompt, hp):
+  """A completion before its first step: (tokens, order, logp, sure, step)."""
+  tokens = [int(t) for t in prompt] + [cfg.mask_id] * hp.length
+  return (tokens, np.full(hp.length, -1), np.zeros(hp.length),
+          np.zeros(hp.length), 0)
+
+
 def sample(cfg, params, prompt, hp, noise=None):
   """One completion, (tokens, order, logp, confidence, forwards).
 
   noise(step) -> (gumbel (W, V), uniform (W,)): the row's randomness.
   """
-  tokens = [int(t) for t in prompt] + [cfg.mask_id] * hp.length
-  order = np.full(hp.length, -1)
-  logp, sure = np.zeros(hp.length), np.zeros(hp.length)
-  step = 0
+  tokens, order, logp, sure, step = canvas(cfg, prompt, hp)
   for at in range(0, hp.length, hp.block):
     start = len(prompt) + at
     nets = [Network(cfg, params, hp.cache, hp.refresh) for _ in range(2)]
@@ -403,10 +407,7 @@ def shadow_logits(cfg, params, tokens, start, width):
 
 def wino(cfg, params, prompt, hp, noise=None):
   """Draft and verify; as `sample`."""
-  tokens = [int(t) for t in prompt] + [cfg.mask_id] * hp.length
-  order = np.full(hp.length, -1)
-  logp, sure = np.zeros(hp.length), np.zeros(hp.length)
-  step = 0
+  tokens, order, logp, sure, step = canvas(cfg, prompt, hp)
   for at in range(0, hp.length, hp.block):
     start = len(prompt) + at
     before, done = 30, 0
