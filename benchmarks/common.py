@@ -32,6 +32,9 @@ def arguments(parser):
   parser.add_argument('--dtype', default='float32',
                       choices=('float32', 'bfloat16'))
   parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--sharpness', type=float, default=1.0,
+                      help='factor of the head: random weights are sure of '
+                      'nothing, and a threshold would never be met')
 
 
 def sampling_arguments(parser):
@@ -58,6 +61,7 @@ def make_model(args):
       **SIZES[args.size], dtype=args.dtype, param_dtype=args.dtype,
       remat='full' if args.size.endswith('b') else 'none', lora_rank=rank)
   params = jax.jit(lambda: model.init(cfg, jax.random.key(0)))()
+  params['params']['head'] *= args.sharpness
   return cfg, params
 
 
