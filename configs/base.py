@@ -131,6 +131,22 @@ def get_config():
   k.every_minutes = 0.0  # and after so long, at the next update; 0 = off
   k.keep = 2  # latest checkpoints; the best by validation is kept beside them
 
+  # Rules on the buffers (docs/running.md); a bound of 0 is off.
+  c.health = y = ml_collections.ConfigDict()
+  y.action = 'warn'  # none | warn | stop (exit 77) | rollback (to the best)
+  y.patience = 5  # buffers in a row that break a rule before anything follows
+  y.empty = 0.5  # above: share of completions that begin with EOS
+  y.repeated = 0.5  # above: share of tokens equal to the one before
+  y.distinct = 0.0  # below: different completions of a group / G
+  y.equal = 0.0  # above: share of groups with equal rewards and all wrong
+  y.reward = 0.5  # below: mean reward / its best mean over `patience` buffers
+  y.ess = 0.0  # below: effective size of a group's weights, in (0, 1]
+  y.kl = 0.0  # above: KL to the reference, nats a completion
+  y.grad_norm = 0.0  # above: of a buffer's last update, before clipping
+  y.lr_factor = 0.5  # rollback: of the learning rate, each time
+  y.rollbacks = 3  # at most; then stop
+  y.measure = False  # KL and ELBO drift for any objective: up to three passes
+
   c.mesh = h = ml_collections.ConfigDict()
   h.data = 0  # devices that replicate weights; 0 = what the others leave
   h.fsdp = 1  # devices that split weights

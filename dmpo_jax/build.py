@@ -20,6 +20,7 @@ import numpy as np
 from dmpo_jax import (
     checkpoint,
     data,
+    health,
     logprob,
     masking,
     mesh,
@@ -33,7 +34,7 @@ from dmpo_jax import (
 )
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.tasks import TASKS, answers, symbolic
-from dmpo_jax.types import TaskOptions, TrainBatch
+from dmpo_jax.types import Scored, TaskOptions, TrainBatch
 
 _compiled = [0, 0.0]  # programs so far in this process, and their seconds
 
@@ -66,7 +67,7 @@ class Steps(NamedTuple):
   sampler_of: Callable  # config section -> the same with that sampler
   score: Callable  # (trainable, frozen, rollouts, row, completion) -> dict
   pack: Callable  # (rollouts, completion, row, reward_BxG, scores) -> batch
-  update: Callable  # (state, frozen, batch, inner) -> (state, metrics)
+  update: Callable  # (state, frozen, batch, inner, scale) -> (state, metrics)
   sft: Callable  # (state, tokens, valid, row, step) -> (state, metrics)
   quantize: Callable  # params -> params, kernels as model.quantize says
   digest: Callable  # tree -> uint32 of all its bits
@@ -118,6 +119,7 @@ def check(c, count, platform=''):
       ('eval.sampler.pick', c.eval.sampler.pick, sampler.NAMES),
       ('data.protocol', c.data.protocol, ('strict', 'paper')),
       ('data.overlong', c.data.overlong, ('error', 'drop', 'cut')),
+      ('health.action', c.health.action, health.ACTIONS),
       ('model.quantize', c.model.quantize, ('none', *model.QUANT)),
       ('model.remat', c.model.remat, model.REMAT),
       ('model.attention', c.model.attention, model.ATTENTION),
@@ -140,7 +142,7 @@ def check(c, count, platform=''):
     objective = OBJECTIVES[c.objective.name]
     found += objective.check(settings(objective.hp, c.objective))
   found += check_numbers(c) + check_rows(c, count) + check_logprob(c)
-  found += check_model(c) + check_eval(c)
+  found += check_model(c) + check_eval(c) + check_health(c)
   found += check_attention(c, platform or jax.default_backend())
   if found:
     raise ValueError('this config cannot run:\n' + '\n'.join(
@@ -163,7 +165,8 @@ def check_numbers(c):
       'optim.clip': 0, 'sft.lr': 0, 'optim.weight_decay': 0,
       'model.head_chunk': 0, 'mesh.data': 0,
       'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.cpu': 1, 'log.samples': 0,
-      'log.stuck_minutes': 0}
+      'log.stuck_minutes': 0, 'health.patience': 1, 'health.rollbacks': 0,
+      **{f'health.{rule}': 0 for rule in health.RULES}}
   flat = flatten(c)
   return [f'{name} = {flat[name]} must be >= {low}'
           for name, low in least.items() if not flat[name] >= low]
@@ -184,6 +187,31 @@ def check_eval(c):
   if not all(isinstance(n, int) for n in c.eval.lengths):
     found.append(f'eval.lengths = {c.eval.lengths} must be whole numbers, such '
                  'as "(128, 256, 512)"')
+  return found
+
+
+def check_health(c):
+  """Bounds that can be broken, on numbers that this objective gives."""
+  h = settings(health.Config, c.health)
+  found = [f'health.{rule} = {getattr(h, rule)} must be in [0, 1]; 0 = off'
+           for rule in ('empty', 'repeated', 'distinct', 'equal', 'reward',
+                        'ess') if not 0 <= getattr(h, rule) <= 1]
+  if not 0 < h.lr_factor <= 1:
+    found.append(f'health.lr_factor = {h.lr_factor} must be in (0, 1]')
+  if c.objective.name not in OBJECTIVES:
+    return found
+  objective = OBJECTIVES[c.objective.name]
+  hp = settings(objective.hp, c.objective)
+  if objective.check(hp):
+    return found
+  if h.kl and not (c.health.measure or {'old', 'ref'} <= objective.needs(hp)):
+    found.append(f'health.kl = {h.kl} needs health.measure=True: this '
+                 'objective does without log p_old or log p_ref')
+  groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
+  given = jax.eval_shape(lambda *s: objective.weigh(Scored(*s), hp), *groups)[2]
+  if h.ess and 'ess' not in given:
+    found.append(f'health.ess = {h.ess}: objective.name = {c.objective.name} '
+                 'has no effective size, set 0')
   return found
 
 
@@ -301,10 +329,10 @@ def flatten(c, prefix=''):
 
 
 # Fields that change nothing of what a run computes (but for the rounding of
-# another mesh): they may differ when it goes on. And those that an evaluation
-# may judge a run with.
+# another mesh, and for when health. ends or rolls back): they may differ when
+# it goes on. And those that an evaluation may judge a run with.
 FREE = ('log.', 'checkpoint.', 'mesh.', 'reward.workers', 'reward.deadline',
-        'cache')
+        'cache', 'health.')
 JUDGING = (*FREE, 'eval.', 'reward.', 'data.protocol', 'data.test_size',
            'data.path')
 
@@ -458,7 +486,7 @@ def build(c, devices=None):
       make_sample(c, c.sampler, 'sample', cfg, grid),
       make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
       lambda section: make_sample(c, section, 'evaluate', cfg, grid),
-      *make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer),
+      *make_training(c, cfg, grid, objective, hp, sft_optimizer),
       make_quantize(c, grid), compiled(grid, checkpoint.digest))
   return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, objective, hp,
                steps, {})
@@ -585,29 +613,31 @@ def pmap_rows(sample, grid):
   return call
 
 
-def make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer):
+def make_training(c, cfg, grid, objective, hp, sft_optimizer):
   """score, pack, update, sft."""
   by_row = mesh.rows(grid)
   how = settings(logprob.LogprobConfig, c.logprob)
   common = dict(cfg=cfg, objective=objective, hp=hp)
   mask_key = lambda: rng.key_for(c.seed, 'mask')
+  drift = c.health.measure or 'elbo_old' in objective.needs(hp)
 
   def score(trainable, frozen, rollouts, row, completion):
     return step.score(
         trainable, frozen, rollouts, row, completion,
         rng.key_for(c.seed, 'score'), mask_key(), **common, how=how,
         law=settings(sampler.SampleConfig, c.sampler).law(),
-        inner=c.train.inner, microbatches=c.train.microbatches)
+        inner=c.train.inner, microbatches=c.train.microbatches,
+        measure=c.health.measure)
 
   def pack(rollouts, completion, row, reward, scores):
     return rollout.pack(rollouts, completion, row, reward, scores,
                         objective=objective, hp=hp, inner=c.train.inner)
 
-  def update(state, frozen, batch, inner):
+  def update(state, frozen, batch, inner, scale):
     return step.train_step(
         state, frozen, batch, mask_key(), inner, **common,
-        optimizer=optimizer, group=c.train.group,
-        microbatches=c.train.microbatches)
+        optimizer=optim.make_optimizer(**c.optim, scale=scale),
+        group=c.train.group, microbatches=c.train.microbatches, drift=drift)
 
   def sft(state, tokens, valid, row, at):
     key = jax.random.fold_in(rng.key_for(c.seed, 'sft'), at)
@@ -626,8 +656,12 @@ def make_training(c, cfg, grid, objective, hp, optimizer, sft_optimizer):
     return jit_pack(rollouts, completion, mesh.put(row, by_row), reward,
                     scores)
 
-  def put_update(state, frozen, batch, inner):
-    return jit_update(state, frozen, batch, np.int32(inner))
+  def put_update(state, frozen, batch, inner, scale=1.0):
+    state, numbers = jit_update(state, frozen, batch, np.int32(inner),
+                                np.float32(scale))
+    if inner + 1 < c.train.inner:  # at the end of a buffer only
+      numbers.pop('elbo_drift', None)
+    return state, numbers
 
   def put_sft(state, tokens, valid, row, at):
     return jit_sft(state, *(mesh.put(x, by_row) for x in (tokens, valid, row)),

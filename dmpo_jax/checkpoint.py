@@ -143,6 +143,32 @@ def set_aside(manager, step):
   manager.reload()
 
 
+def replace(manager, step, state, batch, meta, ahead=None, digest=None):
+  """`save` at `step` in place of what is there; all that is newer goes, too.
+
+  Moved aside, as `set_aside` does. Whole or not at all: after a kill there is
+  what was before, or what `settle` completes.
+  """
+  with open_manager(f'{manager.directory}.next') as other:
+    save(other, step, state, batch, meta, ahead, digest)
+  settle(manager)
+
+
+def settle(manager):
+  """Completes a `replace` that was interrupted."""
+  folder = f'{manager.directory}.next'
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  steps = [int(name) for name in names if name.isdigit()]  # one that is whole
+  mesh.agree(False)  # nobody looks for it any more when it is moved
+  for step in steps:
+    set_aside(manager, step - 1)
+    if jax.process_index() == 0:
+      shutil.move(os.path.join(folder, str(step)),
+                  os.path.join(manager.directory, str(step)))
+    mesh.agree(False)
+    manager.reload()
+
+
 def digest(tree):
   """A uint32 of all bits of a tree; any element that changes, changes it.
 

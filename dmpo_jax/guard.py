@@ -1,7 +1,8 @@
 """A run that is asked to stop, and a run that hangs: exit codes of their own.
 
 PREEMPTED (75): SIGTERM; all is saved, the same command goes on. STUCK (76): no
-progress for too long; a file in the workdir says where.
+progress for too long; a file in the workdir says where. COLLAPSED (77): a rule
+of `health` is broken; all is saved, health.jsonl says which.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-PREEMPTED, STUCK = 75, 76
+PREEMPTED, STUCK, COLLAPSED = 75, 76, 77
 _asked = itertools.count()  # over SFT and RL, as JAX wants: never back
 
 
@@ -59,6 +60,12 @@ def leave():
   """SystemExit with PREEMPTED: what `with` has open is saved and closed."""
   logging.warning('SIGTERM: the same command goes on from the last checkpoint')
   sys.exit(PREEMPTED)
+
+
+def collapsed(sentence):
+  """SystemExit with COLLAPSED; the sentence goes to stderr."""
+  print(f'error: {sentence}', file=sys.stderr)
+  sys.exit(COLLAPSED)
 
 
 class Watchdog:

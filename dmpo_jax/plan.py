@@ -235,7 +235,8 @@ def jobs(built, prompt):
         row((length,), jnp.bool_)), (steps,)),
       ('update', built.steps.update,
        (state, frozen, build.abstract_batch(built, prompt),
-        jax.ShapeDtypeStruct((), jnp.int32)), (1,))]
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.float32)), (1,))]
 
 
 def compiled(built, chip, devices, name, program, args, trips):

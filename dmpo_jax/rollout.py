@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import data, grader, mesh
+from dmpo_jax import data, grader, health, mesh
 from dmpo_jax.metrics import Clock
 from dmpo_jax.types import (
     Array,
@@ -84,6 +84,10 @@ def finish(steps, task, tokenizer, problems, started, *, group, protocol,
       started.rollouts, started.completion, row,
       to_groups(graded.reward, group), started.scores)
   metrics = reward_metrics(graded, kept)
+  metrics |= health.buffer_metrics(
+      kept[0][:, -length:], kept[3], tokenizer.eos_token_id,
+      to_groups(np.asarray(graded.reward), group),
+      to_groups(np.asarray(graded.grades), group))
   unended = kept[0][:, -length:] != tokenizer.eos_token_id
   metrics['cut'] = float(np.mean(unended.all(axis=1)))  # by the length
   metrics['policy_age'] = started.age
@@ -157,4 +161,6 @@ def pack(rollouts, completion_RxL, row_R, reward_BxG, scores, *, objective, hp,
       elbo_old=elbo_old, norm=jnp.float32(groups), total=jnp.float32(rows))
   metrics = {**metrics, 'logp_old': jnp.mean(scored.logp_old),
              'logp_ref': jnp.mean(scored.logp_ref)}
+  if {'old', 'ref'} <= scores.keys():  # completions are of the old policy
+    metrics['kl_ref'] = metrics['logp_old'] - metrics['logp_ref']
   return batch, metrics

@@ -72,13 +72,14 @@ def reweighed(params, batch, key, inner, microbatches, *, cfg, objective, hp,
 
 
 def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
-               optimizer, group, microbatches=1):
+               optimizer, group, microbatches=1, drift=False):
   """One update on a TrainBatch; returns (TrainState, metrics).
 
   key addresses the masks of this inner step; the microbatches add up to the
   whole batch's gradient exactly (losses are sums over a fixed norm). If loss
   or gradient is not finite the state is returned unchanged, with
-  metrics['finite'] = 0.
+  metrics['finite'] = 0. drift: metrics['elbo_drift'] is the policy's ELBO less
+  batch.elbo_old, mean over rows, in nats.
   """
   key = jax.random.fold_in(key, inner)
   if 'policy' in objective.needs(hp):
@@ -89,7 +90,12 @@ def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
   def loss_fn(trainable, part):
     logp, masks = batch_logp({**frozen, **trainable}, part, key, cfg,
                              objective, hp, bool(cfg.lora_dropout))
-    return objective.loss(logp, masks, part, part.elbo_old[:, inner], hp)
+    old_R = part.elbo_old[:, inner]
+    value, metrics = objective.loss(logp, masks, part, old_R, hp)
+    if drift:
+      gap = jnp.sum(logprob.seq_elbo(logp, masks.weight) - old_R)
+      metrics = {**metrics, 'elbo_drift': gap / part.total}
+    return value, metrics
 
   return update(state, loss_fn, split_batch(batch, microbatches), optimizer)
 
@@ -139,15 +145,17 @@ def sft_step(state, tokens_RxS, valid_RxS, row_R, key, *, cfg, length,
 
 
 def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
-          cfg, objective, hp, how, law, inner, microbatches=1):
+          cfg, objective, hp, how, law, inner, microbatches=1, measure=False):
   """Log-probs of rollouts: dict of 'old', 'ref' (R,) and 'elbo_old' (R, I).
 
   `how` is a LogprobConfig. p_old is {**frozen, **trainable} as it stands now;
   p_ref is `frozen` alone. Old and ref share their masks or states. With
   hp.common_masks elbo_old is taken under each inner step's own masks (the
-  noise of the gap to p_theta cancels); else one estimate serves all.
+  noise of the gap to p_theta cancels); else one estimate serves all. measure:
+  all three, needed or not; elbo_old then under the last inner step's masks.
   """
   needs, length = objective.needs(hp), completion_RxL.shape[1]
+  pair_needs = {'old', 'ref'} if measure else {'old', 'ref'} & set(needs)
   policy, reference = {**frozen, **trainable}, frozen
   # `forwards` has no row axis; the row ids take its place in the split.
   rows = (rollouts._replace(forwards=row_R), completion_RxL)
@@ -183,16 +191,18 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
                                    part.forwards)
 
   out = {}
-  if how.estimator == 'trajectory' and 'ref' in needs:
+  if how.estimator == 'trajectory' and 'ref' in pair_needs:
     out['ref'], out['old'] = over_rows(along)
-  elif how.fuse and {'old', 'ref'} <= set(needs):
+  elif how.fuse and len(pair_needs) == 2:
     out['old'], out['ref'] = over_rows(pair).T
   elif how.estimator == 'elbo':
     for name, params in (('old', policy), ('ref', reference)):
-      if name in needs:
+      if name in pair_needs:
         out[name] = elbo(params, how.tail)
   if 'elbo_old' in needs and hp.common_masks:
     out['elbo_old'] = jnp.stack([loss_elbo(i) for i in range(inner)], axis=1)
   elif 'elbo_old' in needs:
     out['elbo_old'] = jnp.repeat(elbo(policy)[:, None], inner, axis=1)
+  elif measure:
+    out['elbo_old'] = jnp.repeat(loss_elbo(inner - 1)[:, None], inner, axis=1)
   return out

@@ -3,7 +3,8 @@
 Sample a buffer with the current policy, weigh it, take I updates on it; now
 and then validate and save. With train.overlap the next buffer is sampled
 before the updates and graded during them. Whatever interrupts it, the same
-command goes on from the last checkpoint to the same result.
+command goes on from the last checkpoint to the same result. A collapse ends the
+loop; after a rollback it is entered anew, as after a kill.
 """
 
 import functools
@@ -21,11 +22,14 @@ from dmpo_jax import (
     data,
     evaluate,
     guard,
+    health,
     mesh,
     metrics,
     plan,
     rollout,
 )
+
+HEALTH = ('health', 'rollbacks', 'lr_scale')  # of the place in a run: resume
 
 
 def policy_of(built, base):
@@ -39,13 +43,23 @@ def run(built, workdir, writer, base, beat=lambda phase, step: None):
 
   Writes metrics, samples.jsonl and checkpoints into workdir. Resumes from
   workdir/rl. beat: a watchdog's. FloatingPointError if a loss or gradient is
-  not finite; SystemExit, saved, after SIGTERM.
+  not finite; SystemExit, saved, after SIGTERM, or when health says so.
   """
   clock = metrics.Clock(beat)
   # `with`: what stops the run, an error too, waits for the save under way.
   with guard.Preemption() as asked, checkpoint.open_manager(
       os.path.join(workdir, 'rl'), built.config.checkpoint.keep) as manager:
-    return loop(built, workdir, writer, base, manager, clock, asked)
+    checkpoint.settle(manager)
+    while True:
+      try:
+        return loop(built, workdir, writer, base, manager, clock, asked)
+      except health.Collapse as error:
+        if built.config.health.action not in ('stop', 'rollback'):
+          raise
+        sentence, record = str(error), error.record
+      # Out here the frames of the loop, and the state they held, are gone.
+      with clock('checkpoint'):
+        roll_back(built, workdir, manager, base, sentence, record)
 
 
 def loop(built, workdir, writer, base, manager, clock, asked):
@@ -66,10 +80,12 @@ def loop(built, workdir, writer, base, manager, clock, asked):
   total = c.train.iterations * c.train.inner
   begun, saved, shown = time.time() - place['seconds'], time.monotonic(), {}
   begin = functools.partial(start, built, problems, frozen, clock)
-  end = functools.partial(finish, built, problems, workdir, writer, clock)
+  end = functools.partial(finish, built, problems, workdir, writer, clock,
+                          place)
   check = functools.partial(validate, built, frozen, held_out, writer, clock)
   best = place['best']
   if not place['inner']:
+    collapse(built, place, place['iteration'] - 1)
     shown, best = check(state, place['iteration'], best)
   for it in range(place['iteration'], c.train.iterations):
     if batch is None:
@@ -83,7 +99,8 @@ def loop(built, workdir, writer, base, manager, clock, asked):
       done, last = it * c.train.inner + inner + 1, inner + 1 == c.train.inner
       clock.step = done
       with clock('update'):
-        state, pending = steps.update(state, frozen, batch, inner)
+        state, pending = steps.update(state, frozen, batch, inner,
+                                      place['lr_scale'])
         held.append((done, pending))
         # Nothing waits for an update while there is a buffer to be graded.
         if coming is None:
@@ -97,7 +114,10 @@ def loop(built, workdir, writer, base, manager, clock, asked):
         write_late(writer, held, batch, workdir)
         coming = None
       if due or last:
-        stop_if_not_finite(writer.flush(), batch, workdir)
+        written = writer.flush()
+        stop_if_not_finite(written, batch, workdir)
+      ill = last and judge(built, workdir, place, it, written)
+      due = due or ill
       if last and not stop:  # before it is saved: with the best so far
         before = best
         numbers, best = check(state, it + 1, best)
@@ -107,9 +127,12 @@ def loop(built, workdir, writer, base, manager, clock, asked):
         with clock('checkpoint'):
           checkpoint.save(manager, done, state, batch, dict(
               iteration=it, inner=inner + 1, seconds=time.time() - begun,
-              best=best, config=build.plain(c)), ahead, steps.digest)
+              best=best, config=build.plain(c),
+              **{name: place[name] for name in HEALTH}), ahead, steps.digest)
       if stop:
         guard.leave()
+      if ill:
+        collapse(built, place, it)
     batch, ahead, place['inner'] = ahead, None, 0
     progress.update(it + 1, shown)
   progress.close()
@@ -129,8 +152,11 @@ def start(built, problems, frozen, clock, state, it, age):
         bucket=c.data.bucket, clock=clock)
 
 
-def finish(built, problems, workdir, writer, clock, started):
-  """Grades a buffer, writes its lines; returns (TrainBatch, its numbers)."""
+def finish(built, problems, workdir, writer, clock, place, started):
+  """Grades a buffer, writes its lines; returns (TrainBatch, its numbers).
+
+  place['health'] takes note of them.
+  """
   c = built.config
   with clock('rollout'):
     batch, numbers, samples = rollout.finish(
@@ -138,9 +164,82 @@ def finish(built, problems, workdir, writer, clock, started):
         group=c.train.group, protocol=c.data.protocol, samples=c.log.samples,
         weights=c.reward.weights, clock=clock)
   append(workdir, samples)
+  rules = build.settings(health.Config, c.health)
+  place['health'] = health.note(rules, place['health'], numbers)
+  numbers |= {'ill': len(health.broken(rules, place['health'])),
+              'lr_scale': place['lr_scale']}
   return batch, writer.write('rl', started.iteration,
                              {**numbers, **build.compilations(),
                               **clock.take()})
+
+
+def judge(built, workdir, place, it, written):
+  """Whether training ends or rolls back after iteration `it`.
+
+  written: the numbers of its last update. A warning is given here, once until
+  a buffer is well again.
+  """
+  rules = build.settings(health.Config, built.config.health)
+  state = place['health'] = health.note(rules, place['health'], written)
+  found = health.broken(rules, state)
+  if rules.action != 'warn':
+    return mesh.agree(found)
+  for rule in [rule for rule in found if rule not in state['warned']]:
+    logging.warning('iteration %d: %s', it, health.told(rules, state, rule))
+    note_down(workdir, health.record(rules, state, it, rule))
+  state['warned'] = found
+  return False
+
+
+def collapse(built, place, it):
+  """Raises health.Collapse if training ends or rolls back after `it`."""
+  rules = build.settings(health.Config, built.config.health)
+  found = health.broken(rules, place['health'])
+  if rules.action not in ('stop', 'rollback') or not mesh.agree(found):
+    return
+  if not found:  # another process has: all end here
+    raise health.Collapse('another process has found a collapse', {
+        'iteration': it, 'rule': 'of another process'})
+  raise health.Collapse(health.told(rules, place['health'], found[0]),
+                        health.record(rules, place['health'], it, found[0]))
+
+
+def roll_back(built, workdir, manager, base, sentence, record):
+  """Back to the best checkpoint, or the start, with a smaller learning rate.
+
+  It takes the place of all checkpoints after it, with the record in it, so
+  that the loop goes on from it as after a kill. SystemExit if the action is to
+  stop, or all rollbacks are spent.
+  """
+  rules = build.settings(health.Config, built.config.health)
+  manager.wait_until_finished()
+  state = built.steps.start(policy_of(built, base)[0])
+  how = dict(digest=built.steps.digest, refuse=build.refuse(built.config))
+  found = checkpoint.restore(manager, checkpoint.abstract(state), **how)
+  meta = found[3] if found else {}
+  done, seconds = meta.get('rollbacks', []), meta.get('seconds', 0.0)
+  if rules.action == 'stop' or len(done) >= rules.rollbacks:
+    note_down(workdir, {**record, 'action': 'stop'})
+    spent = f', after {len(done)} rollbacks' if done else ''
+    guard.collapsed(f"iteration {record['iteration']}{spent}: {sentence}; "
+                    'all is saved, see "When training goes wrong" in '
+                    'docs/running.md')
+  top, batch, ahead = (meta.get('best') or {'step': 0})['step'], None, None
+  meta = {'iteration': -1, 'inner': built.config.train.inner, 'best': None,
+          'config': build.plain(built.config)}
+  if top:
+    state, batch, ahead, meta = checkpoint.restore(
+        manager, checkpoint.abstract(state), buffers_at(built), only=top, **how)
+  scale = rules.lr_factor * (done[-1]['lr_scale'] if done else 1.0)
+  record = {**record, 'action': 'rollback', 'to_update': top,
+            'lr_scale': scale}
+  logging.warning('iteration %d: %s; back to update %d, learning rate * %g',
+                  record['iteration'], sentence, top, scale)
+  checkpoint.replace(manager, top, state, batch, {
+      **meta, 'seconds': seconds, 'rollbacks': [*done, record],
+      'lr_scale': scale, 'health': health.fresh(
+          meta.get('health', {}).get('best_reward'))},
+                     ahead, built.steps.digest)
 
 
 def latest(built, workdir, base, best=False):
@@ -171,17 +270,12 @@ def resume(built, manager, state, problems, workdir, writer):
   The buffers, in use and sampled ahead, are None where there is none.
   ValueError if there are checkpoints and none can be used.
   """
-  place = dict(iteration=0, inner=0, seconds=0.0, best=None)
+  place = dict(iteration=0, inner=0, seconds=0.0, best=None,
+               health=health.fresh(), rollbacks=[], lr_scale=1.0)
   batch, ahead, c = None, None, built.config
-
-  def buffers(step):
-    it = (step - 1) // c.train.inner
-    more = c.train.overlap and it + 1 < c.train.iterations
-    return (shapes_at(built, problems, it),
-            shapes_at(built, problems, it + 1) if more else None)
-
-  found = checkpoint.restore(manager, checkpoint.abstract(state), buffers,
-                             built.steps.digest, build.refuse(c, build.FREE))
+  found = checkpoint.restore(
+      manager, checkpoint.abstract(state), buffers_at(built),
+      built.steps.digest, build.refuse(c, build.FREE))
   if found:
     state, batch, ahead, meta = found
     place |= meta
@@ -203,7 +297,25 @@ def resume(built, manager, state, problems, workdir, writer):
   writer.rewind('update', int(state.step))
   for name in ('samples.jsonl', 'failed_grades.jsonl'):
     rewind_lines(os.path.join(workdir, name), last)
+  rewind_lines(os.path.join(workdir, 'health.jsonl'),
+               place['iteration'] - 1)
+  for record in place['rollbacks']:
+    note_down(workdir, record)
   return state, batch, ahead, place
+
+
+def buffers_at(built):
+  """step -> shapes of the buffers in a checkpoint: in use, sampled ahead."""
+  c, problems = built.config, build.problems(built, 'train')
+
+  def buffers(step):
+    if not step:  # a rollback to the start
+      return None, None
+    it = (step - 1) // c.train.inner
+    more = c.train.overlap and it + 1 < c.train.iterations
+    return (shapes_at(built, problems, it),
+            shapes_at(built, problems, it + 1) if more else None)
+  return buffers
 
 
 def shapes_at(built, problems, it):
@@ -239,17 +351,31 @@ def stop_if_not_finite(written, batch, workdir):
   folder = os.path.join(workdir, 'failed')
   os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, f"update_{written['step']}.npz")
-  np.savez(path, **mesh.fetch(batch)._asdict())
-  raise FloatingPointError(
+  batch = mesh.fetch(batch)
+  np.savez(path, **batch._asdict())
+  raise health.Collapse(
       f"loss or gradient is not finite at update {written['step']}: loss "
       f"{written['loss']}, gradient norm {written['grad_norm']}; its batch is "
-      f'in {path}, the last checkpoint is intact. Try a smaller optim.lr')
+      f'in {path}, the last checkpoint is intact. Try a smaller optim.lr', {
+          'iteration': int(batch.row[0]) // len(batch.row), 'rule': 'finite',
+          'values': [health.as_json(written[name]) for name in (
+              'loss', 'grad_norm')]})
 
 
 def write_late(writer, held, batch, workdir):
   """Hands (step, numbers) of updates to the writer, oldest first."""
   while held:
     stop_if_not_finite(writer.late('update', *held.pop(0)), batch, workdir)
+
+
+def note_down(workdir, record):
+  """Adds a line to health.jsonl, unless it is there."""
+  path = os.path.join(workdir, 'health.jsonl')
+  if jax.process_index() == 0 and os.path.exists(path):
+    with open(path) as f:
+      if json.dumps(record) + '\n' in f:
+        return
+  append(workdir, {'health.jsonl': [record]})
 
 
 def append(workdir, lines):

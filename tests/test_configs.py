@@ -277,6 +277,7 @@ PROGRAMS = {
     'optim.eps': (1e-6, 'update'),
     'optim.weight_decay': (0.1, 'update'),
     'optim.clip': (0.5, 'update'),
+    'health.measure': (True, 'score'),
 }
 SAMPLER = {
     'length': (32, {}),
@@ -341,17 +342,25 @@ LOOPS = {
     'mesh.tensor': (2, {}),
     'log.every_seconds': (5.0, {}),
     'log.samples': (3, {}),
+    'health.action': ('none', {'health.distinct': 0.5, 'health.patience': 1}),
+    'health.patience': (1, {'health.distinct': 0.5}),
+    'health.repeated': (0.1, {'health.patience': 1}),
+    'health.distinct': (0.5, {'health.patience': 1}),
+    'health.equal': (0.5, {'health.patience': 1}),
+    'health.grad_norm': (0.5, {'health.patience': 1}),
 }
 # objective.name has one allowed value; the other two have tests at the end.
 # data.overlong is in test_data; what comes from files, and what only a
 # checkpoint's base shows, in test_weights and test_export; what --mode=eval
 # reads, and the weights of other tasks' terms, in test_evaluate; what main
-# alone reads, in test_main.
+# alone reads, in test_main; rules that the stub cannot break, and
+# what a rollback reads, in test_health and test_train.
 ELSEWHERE = {'name', 'objective.name', 'mesh.data', 'model.checkpoint',
              'model.attention',  # other kernels need other devices
              'model.quantize', 'lora.path', 'data.overlong', 'eval.lengths',
              'eval.samples', 'reward.workers', 'reward.deadline', 'mesh.cpu',
-             'cache', 'log.stuck_minutes'}
+             'cache', 'log.stuck_minutes', 'health.empty', 'health.reward',
+             'health.ess', 'health.kl', 'health.lr_factor', 'health.rollbacks'}
 OTHERS = {f'reward.weights.{name}' for name in (
     'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
     'countdown')}
@@ -445,8 +454,8 @@ class Stubs:
         self._leaf(rows / self.c.train.group), self._leaf(rows))
     return batch, {'ess': np.float32(1)}
 
-  def update(self, state, frozen, batch, inner):
-    self.calls.append(('update', inner))
+  def update(self, state, frozen, batch, inner, scale=1.0):
+    self.calls.append(('update', inner, scale))
     numbers = {'loss': np.float32(1), 'grad_norm': np.float32(1),
                'finite': np.float32(1)}
     return state._replace(step=state.step + 1), numbers
@@ -489,6 +498,7 @@ def numbers(c, workdir):
     patch.setattr(checkpoint, 'save', save)
     patch.setattr(checkpoint, 'restore', lambda *_, **__: None)
     patch.setattr(checkpoint, 'set_aside', lambda *_: None)
+    patch.setattr(checkpoint, 'settle', lambda *_: None)
     with metrics.Writer(workdir) as writer:
       params, _ = sft.run(built, str(workdir), writer)
       train.run(built, str(workdir), writer, params)

@@ -21,8 +21,11 @@ from dmpo_jax import (
     guard,
     mesh,
     metrics,
+    optim,
+    rng,
     rollout,
     sft,
+    step,
     train,
 )
 from dmpo_jax.tasks import TASKS
@@ -124,11 +127,11 @@ def fail_at(built, call, how):
   """`built` whose `call`-th update is preceded by how(batch) -> batch."""
   calls = []
 
-  def update(state, frozen, batch, inner):
-    calls.append(inner)
+  def update(state, frozen, batch, *more):
+    calls.append(more)
     if len(calls) == call:
       batch = how(batch)
-    return built.steps.update(state, frozen, batch, inner)
+    return built.steps.update(state, frozen, batch, *more)
   return built._replace(steps=built.steps._replace(update=update))
 
 
@@ -737,8 +740,8 @@ def test_nothing_but_damage_is_an_error(kind, built, base_params, stopped,
   workdir = tmp_path / 'run'
   shutil.copytree(stopped, workdir)
   damage, words = DAMAGE[kind]
-  for step in ('3', '4'):
-    damage(workdir / 'rl' / step)
+  for name in ('3', '4'):
+    damage(workdir / 'rl' / name)
   before = (workdir / 'metrics.jsonl').read_text()
   with pytest.raises(ValueError, match=f'(?s)no checkpoint.*4: .*({words}).*3: '
                      '.*back from a copy, or move'):
@@ -847,6 +850,260 @@ def test_reward_that_is_not_finite(built, base_params, tmp_path):
   with pytest.raises(ValueError, match="'broken': nan.*not finite"):
     run(vary(built, eval={'every': 0})._replace(task=task), tmp_path,
         base_params)
+
+
+# --- a collapse
+
+
+def faster(built, after=2 * INNER):
+  """`built` whose learning rate is x 100 from that update on."""
+  def update(state, frozen, batch, inner, scale):
+    if int(state.step) >= after:
+      scale = 100 * scale
+    return built.steps.update(state, frozen, batch, inner, scale)
+  return built._replace(steps=built.steps._replace(update=update))
+
+
+def near(base_params):
+  """In place of the validation: better the farther from the base, while it
+  is in sight. So the best is the last one before the collapse."""
+  def accuracy(built, params, *_):
+    far = jax.tree.map(lambda a, b: np.abs(a - b).max(), mesh.fetch(params),
+                       mesh.fetch(base_params))
+    far = float(max(jax.tree.leaves(far)))
+    return {'accuracy': far if far < 0.02 else 0.0, 'reward': 0.0}, []
+  return accuracy
+
+
+def ill(built, **health):
+  """Six iterations whose policy leaves the reference in the third."""
+  health = dict(action='rollback', patience=2, kl=5.0, lr_factor=0.01) | health
+  return vary(built, train={'iterations': 6}, health=health)
+
+
+def health_lines(workdir):
+  path = workdir / 'health.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()
+          ] if path.exists() else []
+
+
+@pytest.fixture(scope='module')
+def rolled(built, base_params, tmp_path_factory):
+  """(workdir, final parameters) of a run that collapses and is rolled back."""
+  workdir = tmp_path_factory.mktemp('rolled')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate, 'accuracy', near(base_params))
+    return workdir, run(faster(ill(built)), workdir, base_params)
+
+
+def test_collapse_is_rolled_back(rolled, built, base_params, tmp_path,
+                                 monkeypatch):
+  """Found two buffers after it began; from the best on with the smaller rate:
+  what it then does is what that rate does from the beginning."""
+  workdir, params = rolled
+  line, = health_lines(workdir)
+  values = line.pop('values')
+  assert line == {'iteration': 4, 'rule': 'kl', 'threshold': 5.0,
+                  'action': 'rollback', 'to_update': 6, 'lr_scale': 0.01}
+  assert len(values) == 2 and min(values) > 5
+  found = rows(workdir)
+  assert [r['lr_scale'] for r in found['rl']] == [1, 1] + [0.01] * 4
+  assert [r['step'] for r in found['rl']] == list(range(6))
+  assert [r['step'] for r in found['update']] == list(range(1, 19))
+  assert max(r['kl_ref'] for r in found['rl']) < 1
+  assert meta_of(workdir, 18)['rollbacks'] == [line | {'values': values}]
+  # The checkpoints of the collapse are there to be looked at.
+  aside = {p.name.split('-')[0] for p in (workdir / 'rl.damaged').iterdir()}
+  assert '15' in aside and not os.listdir(workdir / 'rl.next')
+  monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
+  plain = vary(built, train={'iterations': 6}, eval={'every': 1})
+  wanted = run(plain, tmp_path, base_params)  # 100 * 0.01 = 1
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+               params, wanted)
+
+
+def kill_at(monkeypatch, module, name, call):
+  """Kills the run before the call-th call of a function, once."""
+  real, calls = getattr(module, name), []
+
+  def counted(*args, **options):
+    calls.append(0)
+    if len(calls) == call:
+      monkeypatch.setattr(module, name, real)
+      raise KeyboardInterrupt
+    return real(*args, **options)
+  monkeypatch.setattr(module, name, counted)
+
+
+@pytest.mark.parametrize('how', [
+    (train, 'roll_back', 1), (checkpoint, 'replace', 1),
+    (checkpoint, 'settle', 2),  # the new one is whole, the old ones are there
+    (shutil, 'move', 2),  # the old ones are being moved
+    (shutil, 'move', 4), (train, 'loop', 2), 1, 4, 5, 9],
+    ids=lambda how: how if isinstance(how, int) else f'{how[1]} {how[2]}')
+@pytest.mark.parametrize('every', [1, 100])
+def test_rollback_resumes_to_the_bit(how, every, built, base_params, rolled,
+                                     tmp_path, monkeypatch):
+  """Killed within the rollback, or before that update after it."""
+  monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
+  part = broken = faster(vary(ill(built), checkpoint={'every': every}))
+  if how == (shutil, 'move', 4) and every == 100:
+    how = (shutil, 'move', 3)  # the new one: there are two old ones, not three
+  if isinstance(how, int):
+    broken = fail_at(part, 5 * INNER + how, interrupt)
+  else:
+    kill_at(monkeypatch, *how)
+  with pytest.raises(KeyboardInterrupt):
+    run(broken, tmp_path, base_params, kill=True)
+  same(run(part, tmp_path, base_params), rolled[1])
+  same_files(tmp_path, rolled[0])
+  assert health_lines(tmp_path) == health_lines(rolled[0])
+
+
+def test_rollback_with_overlap(early, base_params, tmp_path, monkeypatch):
+  """The buffer sampled ahead of the best comes back with it; with and without
+  a kill."""
+  monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
+  part = faster(ill(early))
+  once = run(part, tmp_path / 'once', base_params)
+  line, = health_lines(tmp_path / 'once')
+  assert (line['rule'], line['to_update']) == ('kl', 6)
+  taken = (line['iteration'] + 1) * INNER
+  for call in (2, 4):
+    workdir = tmp_path / f'twice{call}'
+    with pytest.raises(KeyboardInterrupt):
+      run(fail_at(part, taken + call, interrupt), workdir, base_params, True)
+    same(run(part, workdir, base_params), once)
+    same_files(workdir, tmp_path / 'once')
+
+
+def test_rollback_to_the_start(built, base_params, tmp_path):
+  """Nothing has validated: a checkpoint of update 0 has the smaller rate."""
+  part = vary(ill(faster(built, 0)), eval={'every': 0},
+              train={'iterations': 3}, checkpoint={'keep': 9})
+  same(run(part, tmp_path / 'once', base_params),
+       run(vary(built, eval={'every': 0}, train={'iterations': 3}),
+           tmp_path / 'plain', base_params))
+  line, = health_lines(tmp_path / 'once')
+  assert (line['iteration'], line['to_update']) == (2, 0)
+  assert meta_of(tmp_path / 'once', 0)['lr_scale'] == 0.01
+  workdir = tmp_path / 'twice'
+  with pytest.raises(KeyboardInterrupt):  # with nothing but update 0 saved
+    run(fail_at(vary(part, checkpoint={'every': 100}), 10, interrupt), workdir,
+        base_params, kill=True)
+  assert saved_steps(workdir) == [0]
+  part = vary(part, checkpoint={'every': 100})
+  same(run(part, workdir, base_params), run(part, workdir, base_params))
+  same_files(workdir, tmp_path / 'once')
+
+
+def test_no_rollback_is_left(built, base_params, tmp_path, monkeypatch,
+                             capsys):
+  """One that does not help, then the run stops, and so does the next start;
+  with another action it goes on from where it stopped."""
+  monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
+  part, calls = ill(faster(built), rollbacks=1, lr_factor=1.0), []
+  for _ in range(2):
+    with pytest.raises(SystemExit) as info:
+      run(watched(part, lambda name, _: calls.append(name)), tmp_path,
+          base_params)
+    assert info.value.code == guard.COLLAPSED == 77
+    said = capsys.readouterr().err
+    assert 'error: iteration 4, after 1 rollbacks: kl_ref is above' in said
+    assert calls.count('update') == 15 + 9  # none at the second start
+    assert [(r['action'], r['iteration']) for r in health_lines(tmp_path)] == [
+        ('rollback', 4), ('stop', 4)]
+    assert saved_steps(tmp_path)[-1] == 15
+  on = vary(part, health={'action': 'none'})
+  run(on, tmp_path, base_params)
+  assert rows(tmp_path)['rl'][-1]['step'] == 5
+
+
+def test_stop(built, base_params, tmp_path, monkeypatch, capsys):
+  """Saved where it stopped, with a sentence and a line."""
+  monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
+  part = vary(ill(faster(built), action='stop'), checkpoint={'every': 100})
+  with pytest.raises(SystemExit, match='77'):
+    run(part, tmp_path, base_params)
+  said = capsys.readouterr().err.splitlines()
+  assert [line[:26] for line in said if 'error' in line] == [
+      'error: iteration 4: kl_ref']
+  line, = health_lines(tmp_path)
+  assert (line['action'], line['rule']) == ('stop', 'kl')
+  assert saved_steps(tmp_path) == [6, 15]  # the best, and all until now
+
+
+def test_warning(built, base_params, tmp_path, monkeypatch):
+  """Said once while it lasts, also by a run that is resumed; the metric
+  counts the rules."""
+  said = []
+  monkeypatch.setattr(train.logging, 'warning',
+                      lambda text, *args: said.append(text % args))
+  part = vary(ill(faster(built), action='warn'), eval={'every': 0})
+  once = run(part, tmp_path / 'once', base_params)
+  line, = health_lines(tmp_path / 'once')
+  assert (line['iteration'], line['action']) == (4, 'warn')
+  assert len(said) == 1 and said[0].startswith('iteration 4: kl_ref is above')
+  assert [r['ill'] for r in rows(tmp_path / 'once')['rl']] == [0] * 4 + [1] * 2
+  for call in (14, 17):
+    workdir = tmp_path / f'twice{call}'
+    with pytest.raises(KeyboardInterrupt):
+      run(fail_at(part, call, interrupt), workdir, base_params, kill=True)
+    same(run(part, workdir, base_params), once)
+    same_files(workdir, tmp_path / 'once')
+    assert health_lines(workdir) == [line]
+
+
+@pytest.mark.parametrize('name', ['built', 'early'])
+def test_nan_is_rolled_back(name, base_params, tmp_path, monkeypatch, request):
+  """At once; the batch is kept, the run ends as one with the smaller rate."""
+  monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
+  part = vary(request.getfixturevalue(name), train={'iterations': 3},
+              health={'action': 'rollback'}, checkpoint={'every': 1})
+  poison = lambda batch: batch._replace(weight=batch.weight * np.nan)
+  run(fail_at(part, 5, poison), tmp_path, base_params)
+  line, = health_lines(tmp_path)
+  assert line == {'iteration': 1, 'rule': 'finite', 'values': ['nan', 'nan'],
+                  'action': 'rollback', 'to_update': 3, 'lr_scale': 0.5}
+  assert (tmp_path / 'failed' / 'update_5.npz').exists()
+  assert [r['finite'] for r in rows(tmp_path)['update']] == [1] * 9
+  stop = vary(part, health={'action': 'stop'})
+  with pytest.raises(SystemExit, match='77'):
+    run(fail_at(stop, 5, poison), tmp_path / 'stop', base_params)
+
+
+def test_rate_is_scaled_without_another_program(built, base_params):
+  """At 1 nothing changes, to the bit; Adam's step follows the factor, its
+  moments do not."""
+  c, batch = built.config, None
+  problems = build.problems(built, 'train')
+  started = rollout.start(built.steps, problems, base_params, base_params, 0,
+                          prompts=2, group=4, seed=0)
+  reward = np.arange(8, dtype=np.float32).reshape(2, 4)
+  batch, _ = built.steps.pack(started.rollouts, started.completion,
+                              started.row, reward, started.scores)
+
+  def plain(state, frozen, batch, inner):
+    return step.train_step(
+        state, frozen, batch, rng.key_for(c.seed, 'mask'), inner,
+        cfg=built.model, objective=built.objective, hp=built.hp, group=4,
+        optimizer=optim.make_optimizer(**c.optim))
+
+  plain = build.compiled(built.mesh, plain)(
+      built.steps.start(base_params), base_params, batch, np.int32(0))
+  build.compilations()
+  new = [mesh.fetch(built.steps.update(
+      built.steps.start(base_params), base_params, batch, 0, *scale))
+      for scale in ((), (1.0,), (0.25,), (3.0,))]
+  assert build.compilations()['compilations'] <= 1  # the update, if not yet
+  same(new[0], mesh.fetch(plain))
+  same(new[1], new[0])
+  before = mesh.fetch(base_params)
+  for scale, other in zip((0.25, 3.0), new[2:], strict=True):
+    same(other[0].opt_state, new[0][0].opt_state)
+    jax.tree.map(lambda a, b, c, s=scale: np.testing.assert_allclose(
+        a - c, s * (b - c), atol=1e-6), other[0].trainable,
+        new[0][0].trainable, before)
 
 
 # --- parts

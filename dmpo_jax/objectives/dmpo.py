@@ -124,12 +124,10 @@ def weigh(scored, hp):
   scale = jnp.ones_like(positive[:, :1])
   if hp.best:
     scale = coverage(scored.reward, hp.alpha, hp.best)
-  best = jnp.max(scored.reward, -1) == jnp.min(scored.reward, -1)
   metrics = {
       'ess': jnp.mean(effective_size(positive)),
       'coef': jnp.mean(coef),
       'log_rnd_std': jnp.mean(jnp.std(log_rnd, axis=-1)),
-      'equal_reward_groups': jnp.mean(best),
       'coverage': jnp.mean(scale),
       'weight_abs': jnp.mean(jnp.sum(jnp.abs(weight * scale), axis=-1)),
   }
