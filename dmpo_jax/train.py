@@ -118,7 +118,8 @@ def loop(built, workdir, writer, base, manager, clock, asked):
         stop_if_not_finite(written, batch, workdir)
       ill = last and judge(built, workdir, place, it, written)
       due = due or ill
-      if last and not stop:  # before it is saved: with the best so far
+      # Before it is saved: with the best so far. What is ill is not the best.
+      if last and not stop and not ill:
         before = best
         numbers, best = check(state, it + 1, best)
         shown, due = shown | numbers, due or best != before
@@ -214,7 +215,8 @@ def roll_back(built, workdir, manager, base, sentence, record):
   rules = build.settings(health.Config, built.config.health)
   manager.wait_until_finished()
   state = built.steps.start(policy_of(built, base)[0])
-  how = dict(digest=built.steps.digest, refuse=build.refuse(built.config))
+  how = dict(digest=built.steps.digest,
+             refuse=build.refuse(built.config, build.FREE))
   found = checkpoint.restore(manager, checkpoint.abstract(state), **how)
   meta = found[3] if found else {}
   done, seconds = meta.get('rollbacks', []), meta.get('seconds', 0.0)
@@ -222,8 +224,7 @@ def roll_back(built, workdir, manager, base, sentence, record):
     note_down(workdir, {**record, 'action': 'stop'})
     spent = f', after {len(done)} rollbacks' if done else ''
     guard.collapsed(f"iteration {record['iteration']}{spent}: {sentence}; "
-                    'all is saved, see "When training goes wrong" in '
-                    'docs/running.md')
+                    'see "When training goes wrong" in docs/running.md')
   top, batch, ahead = (meta.get('best') or {'step': 0})['step'], None, None
   meta = {'iteration': -1, 'inner': built.config.train.inner, 'best': None,
           'config': build.plain(built.config)}

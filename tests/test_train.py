@@ -935,20 +935,19 @@ def kill_at(monkeypatch, module, name, call):
   monkeypatch.setattr(module, name, counted)
 
 
-@pytest.mark.parametrize('how', [
-    (train, 'roll_back', 1), (checkpoint, 'replace', 1),
-    (checkpoint, 'settle', 2),  # the new one is whole, the old ones are there
-    (shutil, 'move', 2),  # the old ones are being moved
-    (shutil, 'move', 4), (train, 'loop', 2), 1, 4, 5, 9],
+@pytest.mark.parametrize('every, how', [
+    (100, (train, 'roll_back', 1)), (1, (checkpoint, 'replace', 1)),
+    (1, (checkpoint, 'settle', 2)),  # the new one is whole, the old ones there
+    (1, (shutil, 'move', 2)),  # the old ones are being moved
+    (1, (shutil, 'move', 4)),  # they are gone, the new one is not there
+    (100, (train, 'loop', 2)),  # before the first update after it
+    (1, 5), (100, 1), (100, 5)],  # before that update after it
     ids=lambda how: how if isinstance(how, int) else f'{how[1]} {how[2]}')
-@pytest.mark.parametrize('every', [1, 100])
-def test_rollback_resumes_to_the_bit(how, every, built, base_params, rolled,
+def test_rollback_resumes_to_the_bit(every, how, built, base_params, rolled,
                                      tmp_path, monkeypatch):
-  """Killed within the rollback, or before that update after it."""
+  """Killed within the rollback, or after it."""
   monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
   part = broken = faster(vary(ill(built), checkpoint={'every': every}))
-  if how == (shutil, 'move', 4) and every == 100:
-    how = (shutil, 'move', 3)  # the new one: there are two old ones, not three
   if isinstance(how, int):
     broken = fail_at(part, 5 * INNER + how, interrupt)
   else:
@@ -961,20 +960,18 @@ def test_rollback_resumes_to_the_bit(how, every, built, base_params, rolled,
 
 
 def test_rollback_with_overlap(early, base_params, tmp_path, monkeypatch):
-  """The buffer sampled ahead of the best comes back with it; with and without
-  a kill."""
+  """The buffer sampled ahead of the best comes back with it."""
   monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
   part = faster(ill(early))
   once = run(part, tmp_path / 'once', base_params)
   line, = health_lines(tmp_path / 'once')
   assert (line['rule'], line['to_update']) == ('kl', 6)
   taken = (line['iteration'] + 1) * INNER
-  for call in (2, 4):
-    workdir = tmp_path / f'twice{call}'
-    with pytest.raises(KeyboardInterrupt):
-      run(fail_at(part, taken + call, interrupt), workdir, base_params, True)
-    same(run(part, workdir, base_params), once)
-    same_files(workdir, tmp_path / 'once')
+  with pytest.raises(KeyboardInterrupt):
+    run(fail_at(part, taken + 2, interrupt), tmp_path / 'twice', base_params,
+        kill=True)
+  same(run(part, tmp_path / 'twice', base_params), once)
+  same_files(tmp_path / 'twice', tmp_path / 'once')
 
 
 def test_rollback_to_the_start(built, base_params, tmp_path):
