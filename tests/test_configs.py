@@ -344,7 +344,7 @@ LOOPS = {
     'log.samples': (3, {}),
     'health.action': ('none', {'health.distinct': 0.5, 'health.patience': 1}),
     'health.patience': (1, {'health.distinct': 0.5}),
-    'health.repeated': (0.1, {'health.patience': 1}),
+    'health.repeated': (0.9, {'health.patience': 1}),
     'health.distinct': (0.5, {'health.patience': 1}),
     'health.equal': (0.5, {'health.patience': 1}),
     'health.grad_norm': (0.5, {'health.patience': 1}),

@@ -977,7 +977,7 @@ def test_rollback_with_overlap(early, base_params, tmp_path, monkeypatch):
 def test_rollback_to_the_start(built, base_params, tmp_path):
   """Nothing has validated: a checkpoint of update 0 has the smaller rate."""
   part = vary(ill(faster(built, 0)), eval={'every': 0},
-              train={'iterations': 3}, checkpoint={'keep': 9})
+              train={'iterations': 3}, checkpoint={'keep': 99})
   same(run(part, tmp_path / 'once', base_params),
        run(vary(built, eval={'every': 0}, train={'iterations': 3}),
            tmp_path / 'plain', base_params))
@@ -1072,7 +1072,7 @@ def test_nan_is_rolled_back(name, base_params, tmp_path, monkeypatch, request):
 def test_rate_is_scaled_without_another_program(built, base_params):
   """At 1 nothing changes, to the bit; Adam's step follows the factor, its
   moments do not."""
-  c, batch = built.config, None
+  c = built.config
   problems = build.problems(built, 'train')
   started = rollout.start(built.steps, problems, base_params, base_params, 0,
                           prompts=2, group=4, seed=0)
@@ -1088,10 +1088,11 @@ def test_rate_is_scaled_without_another_program(built, base_params):
 
   plain = build.compiled(built.mesh, plain)(
       built.steps.start(base_params), base_params, batch, np.int32(0))
+  scales = (), (1.0,), (0.25,), (3.0,)
+  states = [built.steps.start(base_params) for _ in scales]
   build.compilations()
-  new = [mesh.fetch(built.steps.update(
-      built.steps.start(base_params), base_params, batch, 0, *scale))
-      for scale in ((), (1.0,), (0.25,), (3.0,))]
+  new = [mesh.fetch(built.steps.update(state, base_params, batch, 0, *scale))
+         for state, scale in zip(states, scales, strict=True)]
   assert build.compilations()['compilations'] <= 1  # the update, if not yet
   same(new[0], mesh.fetch(plain))
   same(new[1], new[0])
