@@ -31,6 +31,7 @@ from dmpo_jax import (
     evaluate,
     export,
     guard,
+    mesh,
     metrics,
     plan,
     provenance,
@@ -61,6 +62,15 @@ PROMPT = flags.DEFINE_string('prompt', '', 'sample: a prompt of your own')
 HTML = flags.DEFINE_string('html', '', 'sample: also as a page, into this file')
 CARDS = flags.DEFINE_string('cards', '', 'report: glob of *.card.json')
 BY = flags.DEFINE_string('by', 'objective.baseline', 'report: field to compare')
+# The same command in each of several processes (docs/running.md).
+MULTIHOST = flags.DEFINE_enum('multihost', 'off', ['off', 'auto'],
+                              'auto: as Slurm, Open MPI or a TPU pod says')
+COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of process 0, '
+                                  'in place of --multihost=auto')
+PROCESSES = flags.DEFINE_integer('processes', None, 'how many there are')
+PROCESS = flags.DEFINE_integer('process', None, 'which this is, from 0')
+HEARTBEAT = flags.DEFINE_integer('heartbeat', 100, 'seconds of silence after '
+                                 'which a process is dead and the others end')
 
 
 def parse(argv):
@@ -157,15 +167,16 @@ def settle(c, workdir, free=build.FREE):
   return workdir
 
 
-def run_train(built, workdir, only_sft, dog):
+def run_train(built, workdir, only_sft, dog, asked):
   """SFT, RL and the final evaluation; goes on where it was interrupted."""
   begun = time.time()
-  note_start(built.config, workdir)
-  built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
+  if jax.process_index() == 0:
+    note_start(built.config, workdir)
+    built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
   with metrics.Writer(workdir, enabled=jax.process_index() == 0) as writer:
     base, sft_seconds = sft.run(built, workdir, writer, dog.beat)
     if only_sft:
-      print(f'base model in {os.path.join(workdir, "sft")}')
+      say(f'base model in {os.path.join(workdir, "sft")}')
       return
     base = built.steps.quantize(base)
     tuned, rl_seconds = train.run(built, workdir, writer, base,
@@ -173,10 +184,17 @@ def run_train(built, workdir, only_sft, dog):
   test = build.problems(built, 'test')
   results = {}
   updates = built.config.train.iterations * built.config.train.inner
+
+  def beat():
+    dog.beat('final evaluation', updates)
+    asked.check()
+
   for name, params in (('base', base), ('final', tuned)):
-    results[name], samples = evaluate.accuracy(
-        built, params, test, lambda: dog.beat('final evaluation', updates))
-    write_lines(os.path.join(workdir, f'test_{name}.jsonl'), samples)
+    results[name], samples = evaluate.accuracy(built, params, test, beat)
+    if jax.process_index() == 0:
+      write_lines(os.path.join(workdir, f'test_{name}.jsonl'), samples)
+  if jax.process_index():
+    return
   packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
   results |= {
       'seconds': {'sft': sft_seconds, 'rl': rl_seconds,
@@ -192,8 +210,6 @@ def run_train(built, workdir, only_sft, dog):
 
 def note_start(c, workdir):
   """Adds this start to workdir/provenance.json."""
-  if jax.process_index():
-    return
   flag = flags.FLAGS['config']
   fields = config_flags.get_override_values(flag)
   if SWEEP.value:
@@ -247,14 +263,58 @@ def split_cpu(count):
     jax.config.update('jax_num_cpu_devices', count)
 
 
+def cluster():
+  """Arguments of guard.join, or None for one process; ValueError if wrong."""
+  where, count, which = COORDINATOR.value, PROCESSES.value, PROCESS.value
+  auto, explicit = MULTIHOST.value == 'auto', (where, count, which)
+  if not auto and explicit == ('', None, None):
+    return None
+  if auto and explicit != ('', None, None):
+    raise ValueError('--multihost=auto finds --coordinator, --processes and '
+                     '--process itself: give the one or the others')
+  if HEARTBEAT.value < 1:
+    raise ValueError(f'--heartbeat={HEARTBEAT.value} must be >= 1 second')
+  if MODE.value in ('plan', 'report'):
+    raise ValueError(f'--mode={MODE.value} is for one process: without '
+                     '--multihost and --coordinator')
+  if auto:
+    return dict(heartbeat=HEARTBEAT.value)
+  lacks = [name for name, value in zip(
+      ('--coordinator', '--processes', '--process'), explicit, strict=True)
+           if value in ('', None)]
+  if lacks:
+    raise ValueError(f'{", ".join(lacks)} missing: --coordinator=host:port, '
+                     '--processes=N and --process=i belong together')
+  host, _, port = where.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    raise ValueError(f'--coordinator={where} must be host:port, with a port '
+                     'from 1 to 65535')
+  if not 0 <= which < count:
+    raise ValueError(f'--process={which} must be in 0 to {count - 1}, for '
+                     f'--processes={count}')
+  return dict(coordinator=where, processes=count, process=which,
+              heartbeat=HEARTBEAT.value)
+
+
+def say(text):
+  """Prints, in one process."""
+  if jax.process_index() == 0:
+    print(text)
+
+
 def main(argv):
   if len(argv) > 1:
     raise ValueError(f'unexpected arguments {argv[1:]}: flags are --name=value')
   quiet()
+  many = cluster()
   if MODE.value == 'report':
     return show_report()
   c = CONFIG.value
   split_cpu(c.mesh.cpu)
+  if many:
+    guard.join(**many)
+    if jax.process_index():
+      logging.set_verbosity(logging.WARNING)
   cache_programs(c)
   if SWEEP.value:
     apply_sweep(c, flags.FLAGS['config'], SWEEP.value)
@@ -270,29 +330,32 @@ def main(argv):
   if MODE.value in ('eval', 'sample'):
     build.problems(built, 'test')
     workdir = settle(c, WORKDIR.value, build.JUDGING)
-    return {'eval': run_eval, 'sample': run_sample}[MODE.value](built, workdir)
-  with guard.Preemption(at_once=True), guard.Watchdog(
+    if MODE.value == 'sample':
+      return run_sample(built, workdir)
+    with guard.Preemption(at_once=True) as asked:
+      return run_eval(built, workdir, asked)
+  with guard.Preemption(at_once=True) as asked, guard.Watchdog(
       60 * c.log.stuck_minutes) as dog:
-    run_main(c, built, dog)
+    run_main(c, built, dog, asked)
 
 
-def run_main(c, built, dog):
+def run_main(c, built, dog, asked):
   """The modes that make parameters, or write them."""
   for split in ('train', 'validation', 'test'):  # a bad file: refuse it now
     dog.beat(f'data, {split}', 0)
     build.problems(built, split)
   workdir = settle(c, WORKDIR.value)
   dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
-  done = os.path.exists(os.path.join(workdir, 'results.json'))
+  done = mesh.agree(os.path.exists(os.path.join(workdir, 'results.json')))
   if MODE.value == 'export':
     return run_export(built, workdir)
   if done:
-    print('this run is done; another seed: --config.seed=N')
+    say('this run is done; another seed: --config.seed=N')
   else:
     logging.info('%s on %d %s, into %s', c.name, jax.device_count(),
                  jax.devices()[0].device_kind, workdir)
-    run_train(built, workdir, MODE.value == 'sft', dog)
-  if MODE.value == 'train':
+    run_train(built, workdir, MODE.value == 'sft', dog, asked)
+  if MODE.value == 'train' and jax.process_index() == 0:
     print(report.summary(workdir))
 
 
@@ -307,7 +370,7 @@ def params_of(built, workdir):
   return train.latest(built, workdir, base, OF.value == 'best'), what
 
 
-def run_eval(built, workdir):
+def run_eval(built, workdir, asked):
   """Results cards of the test split, one for each length."""
   c = built.config
   params, what = params_of(built, workdir)
@@ -315,18 +378,18 @@ def run_eval(built, workdir):
             if k.startswith(build.JUDGING)}
   digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
   folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
-  for card in evaluate.run(built, params, folder, what):
-    print(evaluate.as_text(card).split('\n\n')[0].replace('**', ''),
-          f"at {card['length']} tokens, {card['steps']} steps")
-  print(f'generations and cards in {folder}')
+  for card in evaluate.run(built, params, folder, what,
+                           beat=asked.check):
+    told = evaluate.as_text(card).split('\n\n')[0].replace('**', '')
+    say(f"{told} at {card['length']} tokens, {card['steps']} steps")
+  say(f'generations and cards in {folder}')
 
 
 def score(built):
   """The card of saved generations, graded as this config says."""
   if not GENERATIONS.value:
     raise ValueError('--mode=score needs --generations=FILE.json')
-  card = evaluate.rescore(built, GENERATIONS.value)
-  print(evaluate.as_text(card))
+  say(evaluate.as_text(evaluate.rescore(built, GENERATIONS.value)))
 
 
 def run_sample(built, workdir):
@@ -340,8 +403,8 @@ def run_sample(built, workdir):
     told += (f", grade {built.task.grade(row['text'], example, protocol):g}; "
              f'the answer: {built.task.record(example)[1]}')
   steps = watch.pieces(row['ids'], row['order'], built.tokenizer.decode)
-  print(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{told}')
-  if HTML.value:
+  say(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{told}')
+  if HTML.value and jax.process_index() == 0:
     with open(HTML.value, 'w', encoding='utf-8') as f:
       f.write(watch.page(steps, f'{built.config.name}, {what}', prompt, told))
 
@@ -373,7 +436,7 @@ def run_export(built, workdir):
   folder = OUT.value or os.path.join(workdir, f'export-{FORMAT.value}')
   params = base if OF.value == 'base' else train.latest(
       built, workdir, base, OF.value == 'best')
-  print(json.dumps(export.run(built, params, base, folder, FORMAT.value)))
+  say(json.dumps(export.run(built, params, base, folder, FORMAT.value)))
 
 
 def show_report():

@@ -34,7 +34,7 @@ from dmpo_jax import (
 )
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.tasks import TASKS, answers, symbolic
-from dmpo_jax.types import Scored, TaskOptions, TrainBatch
+from dmpo_jax.types import Rollouts, Scored, TaskOptions, TrainBatch
 
 _compiled = [0, 0.0]  # programs so far in this process, and their seconds
 
@@ -581,7 +581,10 @@ def make_sample(c, section, stream, cfg, grid):
   if section.parallel == 'pmap':
     return pmap_rows(sample, grid)
   by_row = mesh.rows(grid)
-  run = compiled(grid, sample)
+  # Said, not left to the compiler: each process reads the rows that it holds.
+  out = Rollouts(*[by_row] * len(Rollouts._fields))._replace(
+      forwards=mesh.replicated(grid))
+  run = compiled(grid, sample, out_shardings=(out, by_row))
 
   def call(params, tokens, valid, row):
     return run(params, *(mesh.put(x, by_row) for x in (tokens, valid, row)))
@@ -592,24 +595,40 @@ def make_sample(c, section, stream, cfg, grid):
 def pmap_rows(sample, grid):
   """The replicated small-model path: each device samples its own rows.
 
-  ValueError if the parameters are not replicated.
+  Each process runs its own devices. ValueError if the parameters are not
+  replicated.
   """
-  devices = grid.devices.ravel()
-  run = jax.pmap(sample, in_axes=(None, 0, 0, 0), devices=list(devices))
+  devices, by_row = grid.devices.ravel(), mesh.rows(grid)
+  mine = [i for i, device in enumerate(devices)
+          if device.process_index == jax.process_index()]
+  here = jax.sharding.Mesh(devices[mine], 'here')
+  run = jax.pmap(sample, in_axes=(None, 0, 0, 0), devices=list(devices[mine]))
+
+  def local(x):
+    return jax.make_array_from_single_device_arrays(
+        x.shape, mesh.replicated(here),
+        [shard.data for shard in x.addressable_shards])
+
+  def join(x):
+    parts = [jax.device_put(part, devices[i])
+             for part, i in zip(x, mine, strict=True)]
+    return jax.make_array_from_single_device_arrays(
+        (len(devices) * x.shape[1], *x.shape[2:]), by_row, parts)
 
   def call(params, tokens, valid, row):
     leaves = jax.tree.leaves(params)
     if not all(leaf.sharding.is_fully_replicated for leaf in leaves):
       raise ValueError('sampler.parallel = pmap needs replicated parameters: '
                        'set mesh.fsdp = mesh.tensor = 1, or use jit')
-    spread = lambda x: np.reshape(x, (len(devices), -1) + np.shape(x)[1:])
-    out, completion = jax.device_get(
-        run(params, spread(tokens), spread(valid), spread(row)))
-    by_row = mesh.rows(grid)
-    join = lambda x: mesh.put(np.reshape(x, (-1,) + x.shape[2:]), by_row)
-    forwards = out.forwards.max()
-    out = jax.tree.map(join, out._replace(forwards=row))
-    return out._replace(forwards=jnp.int32(forwards)), join(completion)
+    spread = lambda x: np.reshape(
+        x, (len(devices), -1) + np.shape(x)[1:])[mine]
+    out, completion = jax.device_get(run(
+        jax.tree.map(local, params), spread(tokens), spread(valid),
+        spread(row)))
+    forwards = mesh.put(np.int32(max(mesh.gather(int(out.forwards.max())))),
+                        mesh.replicated(grid))
+    out = jax.tree.map(join, out._replace(forwards=out.tokens))
+    return out._replace(forwards=forwards), join(completion)
   return call
 
 

@@ -18,6 +18,7 @@ from absl import logging
 
 from dmpo_jax import mesh
 
+NAMES = ('state', 'batch', 'ahead')
 UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 
 
@@ -93,12 +94,14 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
   steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
   for step in steps:
     try:
-      found = read(manager, step, state, *buffers(step), digest)
+      found = read(manager, step, state, *buffers(step))
       fault = refuse(found[3])
     except Exception as error:  # whatever a damaged file makes others raise
       fault = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
     if not mesh.agree(fault):  # skipped by one process, skipped by all
-      return found
+      fault = digest and changed(found, digest)  # computed by all together
+      if not fault:
+        return found
     faults[step] = fault or 'another process cannot read it'
     logging.warning('checkpoint %s cannot be used: %s',
                     os.path.join(manager.directory, str(step)), faults[step])
@@ -110,19 +113,26 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
   return None
 
 
-def read(manager, step, state, batch, ahead, digest):
-  """What is at `step`; ValueError if it is not what was saved."""
-  wanted = {name: tree for name, tree in (
-      ('state', state), ('batch', batch), ('ahead', ahead)) if tree}
+def read(manager, step, state, batch, ahead):
+  """(state, batch, ahead, meta) at `step`, as it lies there."""
+  trees = zip(NAMES, (state, batch, ahead), strict=True)
+  wanted = {name: tree for name, tree in trees if tree}
   items = {name: ocp.args.StandardRestore(tree._asdict())
            for name, tree in wanted.items()}
   got = manager.restore(step, args=ocp.args.Composite(
       **items, meta=ocp.args.JsonRestore()))
-  for name, value in got.meta.get('digest', {}).items():
-    if digest and name in wanted and int(digest(got[name])) != value:
-      raise ValueError(f'the bytes of {name!r} are not those that were saved')
   return (*(type(wanted[name])(**got[name]) if name in wanted else None
-            for name in ('state', 'batch', 'ahead')), got.meta)
+            for name in NAMES), got.meta)
+
+
+def changed(found, digest):
+  """Whose bytes are not those that were saved, as a sentence, or ''."""
+  *trees, meta = found
+  for name, tree in zip(NAMES, trees, strict=True):
+    value = meta.get('digest', {}).get(name)
+    if tree and value is not None and int(digest(tree._asdict())) != value:
+      return f'the bytes of {name!r} are not those that were saved'
+  return ''
 
 
 def set_aside(manager, step):

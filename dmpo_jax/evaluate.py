@@ -8,6 +8,7 @@ field's JSON, and a results card that says how the number was made.
 import copy
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -51,10 +52,12 @@ def accuracy(built, params, problems, beat=lambda: None):
 
 
 def judged(built, rows, examples):
+  """grader.Graded of generations that every process holds."""
   c = built.config
+  mine = range(jax.process_index(), len(rows), jax.process_count())
   return grader.judge(built.task, c.data.protocol,
-                      [row['text'] for row in rows], examples,
-                      c.reward.weights)
+                      [rows[i]['text'] for i in mine],
+                      [examples[i] for i in mine], c.reward.weights, mine)
 
 
 def generate(built, params, problems, sample, total, first):
@@ -73,7 +76,10 @@ def generate(built, params, problems, sample, total, first):
         params, problems.tokens[at], problems.valid[at], row)
     tokens, order, forwards, completion = mesh.fetch(
         (rollouts.tokens, rollouts.order, rollouts.forwards, completion))
-    texts = data.decode(built.tokenizer, tokens[:, prompt:], stop)
+    mine = mesh.my_rows(rollouts.tokens)
+    read = zip(mine.tolist(), data.decode(
+        built.tokenizer, tokens[mine, prompt:], stop), strict=True)
+    texts = dict(itertools.chain(*mesh.gather(list(read))))
     for i in range(min(batch, total - start)):
       yield dict(
           row=start + i, problem=int(at[i]), text=texts[i],
@@ -85,11 +91,12 @@ def generate(built, params, problems, sample, total, first):
 # ---- the evaluation that others compare with
 
 
-def run(built, params, folder, what, split='test'):
+def run(built, params, folder, what, split='test', beat=lambda: None):
   """One results card per length of eval.lengths, as dicts; see `card`.
 
   what: names the parameters (base, or latest with its step). Generations and
   cards are written into `folder` as they come; called again it goes on.
+  beat() is called after each generation.
   ValueError before anything is sampled if a length is impossible.
   """
   c = built.config
@@ -106,7 +113,8 @@ def run(built, params, folder, what, split='test'):
     stem = os.path.join(folder, f'{c.data.task}_{what}_{section.length}_'
                         f'{section.steps}')
     begun = time.time()
-    rows, before = collected(built, params, held, section, f'{stem}.jsonl')
+    rows, before = collected(built, params, held, section, f'{stem}.jsonl',
+                             beat)
     examples = [held.examples[row['problem']] for row in rows]
     numbers, failed = numbers_of(built, rows, examples)
     seconds = before + time.time() - begun
@@ -139,11 +147,14 @@ def section_of(c, length):
   return section
 
 
-def collected(built, params, held, section, path):
+def collected(built, params, held, section, path, beat):
   """(rows, seconds spent before): generations, saved batch by batch."""
   c = built.config
   total = len(held.examples) * c.eval.samples
-  rows, seconds = resumed(path, c.eval.batch, total)
+  # What one process finds there counts: a shared disk may show others less.
+  found = mesh.gather(None if jax.process_index() else
+                      resumed(path, c.eval.batch, total))
+  rows, seconds = next(filter(None, found))
   if len(rows) == total:
     return rows, seconds
   sample = (built.steps.sample_eval if section == c.eval.sampler
@@ -157,6 +168,7 @@ def collected(built, params, held, section, path):
       row['seconds'] = seconds + time.time() - begun
       rows.append(row)
       f.write(json.dumps(row) + '\n')
+      beat()
       if len(rows) % c.eval.batch == 0:
         f.flush()
         progress.update(len(rows), {})
@@ -171,10 +183,9 @@ def resumed(path, batch, total):
   with open(path) as f:
     rows = [json.loads(line) for line in f if line.endswith('\n')]
   rows = rows[:total if len(rows) >= total else len(rows) // batch * batch]
-  if jax.process_index() == 0:
-    with open(path + '.new', 'w') as f:
-      f.writelines(json.dumps(row) + '\n' for row in rows)
-    os.replace(path + '.new', path)
+  with open(path + '.new', 'w') as f:
+    f.writelines(json.dumps(row) + '\n' for row in rows)
+  os.replace(path + '.new', path)
   return rows, rows[-1]['seconds'] if rows else 0.0
 
 

@@ -193,17 +193,19 @@ def run(built, params, base, folder, kind):
         f'--format=adapter: sft.steps = {built.config.sft.steps} changed the '
         'base too, so an adapter would fit no published model; '
         '--format=merged writes all')
-  if os.path.isdir(folder) and os.listdir(folder):
+  if mesh.agree(os.path.isdir(folder) and os.listdir(folder)):
     raise ValueError(f'--out={folder} is not empty: name another directory')
   if not changed(params, base):
     raise ValueError('the trained model equals its base in every weight: '
                      'there is nothing to export (was it trained at all?)')
   if kind == 'adapter':
     save_adapter(folder, cfg, params, built.config.model.checkpoint, source)
+    mesh.agree(False)  # all is written before any process reads it
     lora = weights.read_adapter(folder, cfg, source, built.mesh)
     again, cfg_again = {**base, **lora}, cfg
   else:
     save_hf(folder, cfg, params, built.tokenizer, source)
+    mesh.agree(False)
     cfg_again, again = weights.load_hf(folder, cfg.param_dtype, built.mesh)
     cfg_again = dataclasses.replace(cfg_again, dtype=cfg.dtype)
   tokens = probe(cfg)

@@ -10,6 +10,7 @@ import faulthandler
 import itertools
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,49 @@ from jax.experimental import multihost_utils
 
 PREEMPTED, STUCK, COLLAPSED = 75, 76, 77
 _asked = itertools.count()  # over SFT and RL, as JAX wants: never back
+
+
+def join(coordinator='', processes=0, process=0, heartbeat=100, patience=600):
+  """Makes this process one of several; before jax looks for devices.
+
+  coordinator: host:port of process 0; '' lets JAX find the cluster. patience:
+  seconds to wait for all of them; heartbeat: seconds of silence after which
+  one counts as dead and the others end. ValueError if there is no cluster, or
+  the port is taken. If they do not come, the process ends with a sentence.
+  """
+  where = f'--coordinator={coordinator}' if coordinator else '--multihost=auto'
+  if coordinator and process == 0:
+    with socket.socket() as s:
+      s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      try:
+        s.bind(('', int(coordinator.rpartition(':')[2])))
+      except OSError as error:  # the coordinator would crash
+        raise ValueError(f'{where}: no port for process 0: {error}') from None
+  explicit = dict(coordinator_address=coordinator, num_processes=processes,
+                  process_id=process, cluster_detection_method='deactivate')
+  # JAX's own timeout aborts the process with a stack of C++.
+  alarm = threading.Timer(patience, _alone, (where, patience))
+  alarm.daemon = True
+  alarm.start()
+  try:
+    jax.distributed.initialize(
+        **explicit if coordinator else {}, heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=heartbeat,
+        initialization_timeout=patience + 60)
+  except (ValueError, RuntimeError) as error:
+    raise ValueError(f'{where}: {error} (auto is for Slurm\'s srun, TPU pods '
+                     'and Open MPI; else --coordinator, --processes, '
+                     '--process)') from None
+  finally:
+    alarm.cancel()
+
+
+def _alone(where, patience):
+  sys.__stderr__.write(
+      f'error: {where}: the processes have not met within {patience} seconds: '
+      'is each of them running, and is that port of process 0 open to them?\n')
+  sys.__stderr__.flush()
+  os._exit(1)  # connecting cannot be interrupted
 
 
 class Preemption:
@@ -48,6 +92,11 @@ class Preemption:
     if jax.distributed.is_initialized():
       return multihost_utils.reached_preemption_sync_point(next(_asked))
     return self._flag
+
+  def check(self):
+    """Leaves if asked to: for where there is nothing to save."""
+    if self():
+      leave()
 
   def __exit__(self, kind, *_):
     if self._old is not None:

@@ -6,10 +6,12 @@ two. RULES is ordered; a leaf that matches none is an error, so replication is
 written out.
 """
 
+import json
 import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 P = PartitionSpec
@@ -90,13 +92,47 @@ def fetch(tree):
   """A tree of global arrays -> host arrays, whole, on every process."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
-  from jax.experimental import multihost_utils
-  return multihost_utils.process_allgather(tree, tiled=True)
+  split = lambda x: isinstance(x, jax.Array) and not (
+      x.is_fully_addressable or x.is_fully_replicated)
+  return jax.tree.map(lambda x: multihost_utils.process_allgather(
+      x, tiled=True) if split(x) else np.asarray(x), tree)
+
+
+# ---- many processes: every row's text is read in one of them
+
+
+def my_rows(x_Rx):
+  """Numbers of the rows of a global array that this process reads.
+
+  Those of its devices; where devices of several processes hold a row (along
+  the tensor axis), the first reads it.
+  """
+  rows, first = x_Rx.shape[0], {}
+  if jax.process_count() == 1:
+    return np.arange(rows)
+  for device, at in x_Rx.sharding.devices_indices_map(x_Rx.shape).items():
+    first.setdefault(at[0].indices(rows)[:2], device)
+  return np.concatenate([np.arange(0), *(
+      np.arange(*at) for at, device in sorted(first.items())
+      if device.process_index == jax.process_index())])
+
+
+def gather(thing):
+  """What each process hands in, JSON-able, as a list: the same on all."""
+  if jax.process_count() == 1:
+    return [thing]
+  text = np.frombuffer(json.dumps(
+      thing, default=lambda number: number.item()).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(text)))
+  # Of few sizes, for each is a program.
+  padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
+  padded[:len(text)] = text
+  return [json.loads(part[:size].tobytes()) for part, size in zip(
+      multihost_utils.process_allgather(padded), sizes, strict=True)]
 
 
 def agree(flag):
-  """Whether `flag` is true on any process; the same answer on all of them."""
+  """Whether `flag` is true on any process; nobody goes on before all ask."""
   if jax.process_count() == 1:
     return bool(flag)
-  from jax.experimental import multihost_utils
   return bool(multihost_utils.process_allgather(np.bool_(bool(flag))).any())

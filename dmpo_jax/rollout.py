@@ -35,6 +35,7 @@ class Started(NamedTuple):
   completion: Array  # (R, L) bool
   scores: dict
   kept: tuple  # on the host: tokens, order, forwards, completion, confidence
+  mine: Array  # (n,) rows of the buffer that this process decodes and grades
 
 
 def rows_of(prompts, group, iteration):
@@ -63,7 +64,7 @@ def start(steps, problems, trainable, frozen, iteration, age=0, *, prompts,
   kept = mesh.fetch((rollouts.tokens, rollouts.order, rollouts.forwards,
                      completion, rollouts.confidence))
   return Started(iteration, age, batch.index, row, rollouts, completion, scores,
-                 kept)
+                 kept, mesh.my_rows(completion))
 
 
 def finish(steps, task, tokenizer, problems, started, *, group, protocol,
@@ -74,29 +75,32 @@ def finish(steps, task, tokenizer, problems, started, *, group, protocol,
   ValueError on a reward that is not finite.
   """
   iteration, row, kept = started.iteration, started.row, started.kept
-  length = kept[3].shape[1]
-  texts = data.decode(tokenizer, kept[0][:, -length:],
+  tokens = kept[0][:, -kept[3].shape[1]:]
+  texts = data.decode(tokenizer, tokens[started.mine],
                       data.stop_ids(tokenizer))
   examples = [problems.examples[i] for i in np.repeat(started.index, group)]
   with (clock or Clock())('reward'):
-    graded = grader.judge(task, protocol, texts, examples, weights)
+    graded = grader.judge(
+        task, protocol, texts, [examples[i] for i in started.mine], weights,
+        started.mine)
   batch, weights = steps.pack(
       started.rollouts, started.completion, row,
       to_groups(graded.reward, group), started.scores)
   metrics = reward_metrics(graded, kept)
   metrics |= health.buffer_metrics(
-      kept[0][:, -length:], kept[3], tokenizer.eos_token_id,
+      tokens, kept[3], tokenizer.eos_token_id,
       to_groups(np.asarray(graded.reward), group),
       to_groups(np.asarray(graded.grades), group))
-  unended = kept[0][:, -length:] != tokenizer.eos_token_id
+  unended = tokens != tokenizer.eos_token_id
   metrics['cut'] = float(np.mean(unended.all(axis=1)))  # by the length
   metrics['policy_age'] = started.age
   metrics['prompts_changed'] = problems.changed
   metrics |= {name: float(x) for name, x in mesh.fetch(weights).items()}
   shown = [dict(iteration=iteration, row=int(row[i]), example=examples[i],
-                prompt=task.prompt(examples[i], 'bare'), completion=texts[i],
-                reward=graded.terms[i], order=kept[1][i].tolist())
-           for i in range(min(samples, len(texts)))]
+                prompt=task.prompt(examples[i], 'bare'),
+                completion=graded.texts[i], reward=graded.terms[i],
+                order=kept[1][i].tolist())
+           for i in range(min(samples, len(row)))]
   lost = [dict(iteration=iteration, **question) for question in graded.failed]
   return batch, metrics, {'samples.jsonl': shown, 'failed_grades.jsonl': lost}
 

@@ -350,10 +350,11 @@ def stop_if_not_finite(written, batch, workdir):
   if not written or written['finite']:
     return
   folder = os.path.join(workdir, 'failed')
-  os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, f"update_{written['step']}.npz")
   batch = mesh.fetch(batch)
-  np.savez(path, **batch._asdict())
+  if jax.process_index() == 0:
+    os.makedirs(folder, exist_ok=True)
+    np.savez(path, **batch._asdict())
   raise health.Collapse(
       f"loss or gradient is not finite at update {written['step']}: loss "
       f"{written['loss']}, gradient norm {written['grad_norm']}; its batch is "

@@ -101,7 +101,8 @@ task = TASKS['sudoku']._replace(reward=sleeps, threads=sys.argv[2] == 'pool')
 tokens, mask = np.full((4, 8), 5, np.int32), np.ones((4, 5), bool)
 started = rollout.Started(
     0, 0, np.zeros(2, np.int32), np.arange(4), None, mask, {},
-    (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5))))
+    (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5))),
+    np.arange(4))
 with guard.Watchdog(1.0, sys.argv[1]) as dog:
   clock = metrics.Clock(dog.beat)
   for clock.step in range(8):  # longer than the limit, but it makes progress

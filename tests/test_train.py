@@ -1156,7 +1156,7 @@ def test_cut_counts_completions_without_eos():
   started = rollout.Started(
       0, 0, np.zeros(2, np.int32), np.arange(4), None, mask, {},
       (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask,
-       np.ones((4, 5))))
+       np.ones((4, 5))), np.arange(4))
   problems = data.Problems([{'puzzle': '1'}], tokens[:1, :3], None)
   _, numbers, _ = rollout.finish(
       steps, task, tokenizer, problems, started, group=2, protocol='strict',

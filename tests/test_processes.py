@@ -1,0 +1,435 @@
+"""Several processes on the loopback compute what one computes, and end.
+
+Real commands under jax.distributed with gloo; XLA_FLAGS splits each one's CPU,
+so that all of them have a mesh of the same four devices.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import main
+from configs import base
+from dmpo_jax import build, guard, mesh, metrics, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEVICES, UPDATES = 4, 6
+SETTINGS = {
+    'model.width': 16, 'model.layers': 1, 'model.heads': 2,
+    'model.kv_heads': 2, 'model.mlp': 16, 'data.train_size': 16,
+    'data.validation_size': 6, 'data.test_size': 6, 'sampler.steps': 4,
+    'eval.sampler.steps': 4, 'eval.batch': 4, 'eval.every': 1,
+    'sft.steps': 2, 'sft.batch': 4, 'objective.draws': 2, 'logprob.draws': 2,
+    'train.iterations': 3, 'train.prompts': 2, 'train.group': 4,
+    'train.inner': 2, 'train.microbatches': 1, 'train.overlap': True,
+    'mesh.fsdp': 2, 'optim.lr': 1e-3, 'checkpoint.every': 1,
+    'checkpoint.keep': 9, 'log.samples': 8}
+CONFIG = f"""
+from configs import base
+
+
+def get_config():
+  c = base.get_config()
+  c.update_from_flattened_dict({SETTINGS})
+  return c
+"""
+# main.py with a reward that an untrained model earns; says how many it judged.
+COMMAND = """
+import atexit, sys
+import jax
+from absl import app
+import main
+from dmpo_jax.tasks import TASKS
+
+judged = []
+
+
+def letters(text, example, protocol):
+  judged.append(text)
+  return {'letters': sum(map(str.isalpha, text)) / 16}
+
+
+TASKS['sudoku'] = TASKS['sudoku']._replace(
+    reward=letters, grade=lambda text, *_: text.count('1') / 16)
+atexit.register(lambda: print('judged', len(judged), flush=True))
+jax.config.config_with_absl()
+app.run(main.start, flags_parser=main.parse)
+"""
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    return s.getsockname()[1]
+
+
+def python(path, args, devices, log):
+  """A Python process with so many devices; its output goes to `log`."""
+  xla = re.sub('device_count=[0-9]+', f'device_count={devices}',
+               os.environ['XLA_FLAGS'])
+  with open(log, 'w') as f:
+    return subprocess.Popen(
+        [sys.executable, path, *args], stdout=f, stderr=subprocess.STDOUT,
+        cwd=path.parent,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': xla})
+
+
+class Job:
+  """The command in `count` processes, in the folder of its workdir."""
+
+  def __init__(self, folder, name, count, *args):
+    self.workdir = folder / name
+    many = [] if count == 1 else [
+        f'--coordinator=localhost:{free_port()}', f'--processes={count}']
+    self.logs = [folder / f'{name}.{i}.txt' for i in range(count)]
+    self.processes = [
+        python(folder / 'command.py',
+               ['--config=config.py', f'--workdir={name}', *many, *args,
+                *([f'--process={i}'] if many else [])],
+               DEVICES // count, log)
+        for i, log in enumerate(self.logs)]
+
+  def when(self, phase, step, send, which):
+    """Sends a signal to one process when metrics.jsonl tells of the step."""
+    end = time.time() + 300
+    while not any((row['phase'], row['step']) == (phase, step)
+                  for row in metrics.read(self.workdir)):
+      assert self.processes[which].poll() is None, self.output()
+      assert time.time() < end, self.output()
+      time.sleep(0.02)
+    self.processes[which].send_signal(send)
+    return self
+
+  def codes(self):
+    """Exit codes of all; none may hang."""
+    try:
+      return [process.wait(timeout=300) for process in self.processes]
+    finally:
+      for process in self.processes:
+        process.kill()
+
+  def output(self):
+    return '\n'.join(log.read_text() for log in self.logs)
+
+  def done(self):
+    assert set(self.codes()) == {0}, self.output()
+    return self
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('jobs')
+  (folder / 'config.py').write_text(CONFIG)
+  (folder / 'command.py').write_text(COMMAND)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def one(folder):
+  """One process, not interrupted."""
+  return Job(folder, 'one', 1).done()
+
+
+@pytest.fixture(scope='module')
+def killed(folder, one):
+  """Two, of which the second is killed in the middle of training."""
+  return Job(folder, 'two', 2, '--heartbeat=10').when(
+      'update', 2, signal.SIGKILL, 1)
+
+
+@pytest.fixture(scope='module')
+def two(folder, killed):
+  """The same command again, to the end."""
+  killed.codes()
+  return Job(folder, 'two', 2).done()
+
+
+@pytest.fixture(scope='module')
+def asked(folder, one):
+  """Four, of which one gets SIGTERM before training."""
+  return Job(folder, 'four', 4).when('eval', 0, signal.SIGTERM, 2)
+
+
+@pytest.fixture(scope='module')
+def moved(folder, asked):
+  """What four have saved, gone on with in one process."""
+  asked.codes()
+  return Job(folder, 'four', 1).done()
+
+
+def rows(workdir):
+  """{(phase, step): numbers} but for times and compilations."""
+  return {(row['phase'], row['step']): {
+      name: x for name, x in row.items() if name not in (
+          'phase', 'step', 'time', 'compilations')
+      and not name.startswith('seconds/')} for row in metrics.read(workdir)}
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def parameters():
+  """workdir -> final parameters, on the host."""
+  c = base.get_config()
+  c.update_from_flattened_dict({**SETTINGS, 'mesh.fsdp': 8})
+  built = build.build(c)
+  start = built.steps.init()
+  return lambda workdir: mesh.fetch(train.latest(built, workdir, start))
+
+
+def close(a, b, rtol=1e-4, atol=1e-6):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(
+      x, y, rtol=rtol, atol=atol), a, b)
+
+
+# --- the same numbers
+
+
+@pytest.mark.parametrize('name', ['two', 'moved'])
+def test_computes_what_one_process_computes(name, one, request, parameters):
+  """Completions, rewards and grades are equal; numbers to the rounding."""
+  many = request.getfixturevalue(name)
+  for file in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl'):
+    assert lines(many.workdir / file) == lines(one.workdir / file)
+  assert len(lines(one.workdir / 'samples.jsonl')) == 3 * 8
+  got, want = rows(many.workdir), rows(one.workdir)
+  assert {('sft', 2), ('rl', 2), ('update', UPDATES), ('eval', 3)} <= set(want)
+  close(got, want)
+  for phase, step in want:  # of the host: the same to the bit
+    if phase in ('rl', 'eval'):
+      for number in ('reward', 'accuracy', 'length', 'cut', 'reward/letters',
+                     'tokens_per_step'):
+        assert got[phase, step].get(number) == want[phase, step].get(number)
+  assert len({row['reward'] for row in want.values() if 'reward' in row}) > 1
+  close(parameters(many.workdir), parameters(one.workdir), atol=1e-5)
+
+
+def test_each_judges_its_share(one, two, killed):
+  """Every completion is judged in one process; one of them writes."""
+  counts = [int(re.search(r'judged (\d+)', log.read_text())[1])
+            for log in two.logs]
+  assert counts[0] == counts[1] > 0
+  told = [log.read_text() for log in two.logs]
+  assert 'accuracy' in told[0] and 'accuracy' not in told[1]
+
+
+# --- how they end
+
+
+def test_a_killed_process_ends_the_others(killed):
+  """With a message and an exit code of its own accord; nobody hangs."""
+  other, gone = killed.codes()
+  assert gone == -signal.SIGKILL and other not in (0, guard.PREEMPTED)
+  assert 'another' in killed.logs[0].read_text()
+
+
+def test_sigterm_to_one_stops_all(asked, moved):
+  """At the same update, saved, code 75; the checkpoint is read by one."""
+  assert asked.codes() == [guard.PREEMPTED] * 4, asked.output()
+  told = moved.output()
+  assert 'resuming at iteration' in told, told
+  assert 'the same command goes on' in asked.output()
+
+
+# --- evaluation and export
+
+
+def test_evaluation_and_export(folder, two):
+  """What two write of their run is what one writes of it."""
+  for count in (2, 1):
+    Job(folder, 'two', count, '--mode=eval', f'--out=cards{count}',
+        '--config.eval.lengths=(16, 32)').done()
+    Job(folder, 'two', count, '--mode=export', f'--out=export{count}').done()
+  for count in (2, 1):
+    assert len(list((folder / f'export{count}').iterdir())) > 3
+  by_two, by_one = (sorted((folder / f'export{n}').iterdir()) for n in (2, 1))
+  assert [f.name for f in by_two] == [f.name for f in by_one]
+  for a, b in zip(by_two, by_one, strict=True):
+    assert a.read_bytes() == b.read_bytes(), a.name
+  by_two, by_one = (sorted((folder / f'cards{n}').glob('*generations.json'))
+                    for n in (2, 1))
+  assert [f.name for f in by_two] == [f.name for f in by_one] != []
+  for a, b in zip(by_two, by_one, strict=True):
+    a, b = (json.loads(f.read_text()) for f in (a, b))
+    assert a['generations'] == b['generations']
+    for card in (a['card'], b['card']):
+      for name in ('seconds', 'date'):
+        card.pop(name)
+    assert a['card'] == b['card']
+
+
+# --- flags
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+  """main.cluster() of a command line."""
+  (tmp_path / 'config.py').write_text(CONFIG)
+
+  def call(*args):
+    saved = flagsaver.save_flag_values()
+    argv = ['main.py', f'--config={tmp_path}/config.py', *args]
+    monkeypatch.setattr(sys, 'argv', argv)
+    try:
+      main.parse(argv)
+      return main.cluster()
+    finally:
+      flagsaver.restore_flag_values(saved)
+      flags.FLAGS.unparse_flags()
+  return call
+
+
+HERE = ('--coordinator=host:1234', '--processes=2', '--process=0')
+
+
+def test_flags_of_a_cluster(cluster):
+  assert cluster() is None and cluster('--multihost=off') is None
+  assert cluster('--multihost=auto', '--heartbeat=7') == {'heartbeat': 7}
+  assert cluster(*HERE) == dict(coordinator='host:1234', processes=2,
+                                process=0, heartbeat=100)
+  assert cluster('--coordinator=[::1]:80', *HERE[1:])['processes'] == 2
+
+
+@pytest.mark.parametrize('args, said', [
+    (('--multihost=auto', HERE[0]), '--multihost=auto finds --coordinator'),
+    (('--multihost=auto', '--process=0'), '--multihost=auto finds'),
+    (HERE[:1], '--processes, --process missing'),
+    (HERE[1:], '--coordinator missing'),
+    (('--process=0',), '--coordinator, --processes missing'),
+    (('--coordinator=host', *HERE[1:]), '--coordinator=host must be host:port'),
+    (('--coordinator=:80', *HERE[1:]), '--coordinator=:80 must be host:port'),
+    (('--coordinator=a:x', *HERE[1:]), 'must be host:port'),
+    (('--coordinator=a:70000', *HERE[1:]), 'from 1 to 65535'),
+    ((*HERE[:2], '--process=2'), '--process=2 must be in 0 to 1'),
+    ((*HERE[:2], '--process=-1'), '--process=-1 must be in 0 to 1'),
+    ((*HERE, '--heartbeat=0'), '--heartbeat=0 must be >= 1'),
+    ((*HERE, '--mode=plan'), '--mode=plan is for one process'),
+    (('--multihost=auto', '--mode=report'), '--mode=report is for one')])
+def test_flags_that_are_refused(args, said, cluster):
+  """Before anything is started, in a sentence that names the flag."""
+  with pytest.raises(ValueError) as info:
+    cluster(*args)
+  assert said in str(info.value)
+
+
+JOIN = """
+import sys
+from dmpo_jax import guard
+try:
+  guard.join(*(eval(arg) for arg in sys.argv[1:]), patience=2)
+except ValueError as error:
+  sys.exit(f'error: {error}')
+"""
+
+
+def test_who_cannot_be_reached_is_named(tmp_path):
+  """No cluster, nobody there, not all of them there, a port that is taken."""
+  (tmp_path / 'join.py').write_text(JOIN)
+  with socket.socket() as s:
+    s.bind(('', 0))
+    s.listen()
+    taken = f"'localhost:{s.getsockname()[1]}'"
+    free = f"'localhost:{free_port()}'"
+    cases = [((), '--multihost=auto: '), ((free, '2', '1'), 'have not met'),
+             ((free, '2', '0'), 'have not met within 2 seconds'),
+             ((taken, '2', '0'), 'no port for process 0')]
+    started = [python(tmp_path / 'join.py', args, 1, tmp_path / f'{i}.txt')
+               for i, (args, _) in enumerate(cases)]
+    for i, (args, said) in enumerate(cases):
+      assert started[i].wait(timeout=120) == 1
+      told = (tmp_path / f'{i}.txt').read_text()
+      assert said in told and told.startswith('error: --'), told
+      if args:
+        assert f'--coordinator={args[0][1:-1]}' in told
+
+
+# --- rows and what they are told
+
+
+ROWS = """
+import sys, time
+import jax, numpy as np
+from configs import base
+from dmpo_jax import build, grader, guard, mesh
+from dmpo_jax.tasks import TASKS
+
+guard.join(sys.argv[1], 2, int(sys.argv[2]))
+me, got = jax.process_index(), {}
+assert jax.device_count() == 4
+
+# Whoever holds the rows reads them; along a tensor axis the first who does.
+x = np.arange(24).reshape(8, 3)
+for shape, mine in (((2, 2, 1), np.arange(4 * me, 4 * me + 4)),
+                    ((1, 2, 2), np.arange(4 * me, 4 * me + 4)),
+                    ((1, 1, 4), np.arange(8 - 8 * me))):
+  put = mesh.put(x, mesh.rows(mesh.make_mesh(*shape)))
+  rows, (a, b) = mesh.fetch_rows((put, put > 3))
+  np.testing.assert_array_equal(rows, mine)
+  np.testing.assert_array_equal(a, x[mine])
+  np.testing.assert_array_equal(b, x[mine] > 3)
+  np.testing.assert_array_equal(mesh.fetch(put), x)
+for length in (0, 1, 100, 1000):  # of different lengths
+  text = ['é"' * length * me, 0.1, None]
+  assert mesh.gather(text)[me] == text and len(mesh.gather(text)) == 2
+assert mesh.agree(me) and not mesh.agree(0)
+
+# One grade of a row, whatever each host would say; failures of both.
+task = TASKS['sudoku']._replace(
+    reward=lambda text, *_: {'a': np.float32(me), 'b': 0.1},
+    grade=lambda *_: me / 3)
+mine = [1, 3] if me else [0, 2, 4]
+graded = grader.judge(task, 'strict', [f't{i}' for i in mine], mine, {}, mine)
+assert graded.texts == [f't{i}' for i in range(5)]
+assert graded.grades == [0, 1 / 3, 0, 1 / 3, 0]
+assert [t['a'] for t in graded.terms] == [0, 1, 0, 1, 0]
+bad = task._replace(reward=lambda *_: {'a': float('nan') if me else 0.0})
+try:
+  grader.judge(bad, 'strict', ['x'], [0], {}, [me])
+  raise AssertionError
+except ValueError as error:  # on both, so that neither waits for the other
+  assert 'not finite' in str(error)
+
+# pmap and jit sample the same.
+tokens = []
+for parallel in ('jit', 'pmap'):
+  c = base.get_config()
+  c.update_from_flattened_dict({
+      'model.width': 16, 'model.layers': 1, 'model.heads': 2,
+      'model.kv_heads': 2, 'model.mlp': 16, 'sampler.parallel': parallel,
+      'sampler.steps': 2, 'train.prompts': 4, 'train.group': 4,
+      'eval.batch': 4})
+  built = build.build(c)
+  prompt = np.full((8, 4), 20, np.int32)
+  rollouts, mask = built.steps.sample(
+      built.steps.init(), prompt, prompt > 0, np.arange(8, dtype=np.int32))
+  assert int(mesh.fetch(rollouts.forwards)) == 2
+  tokens.append(mesh.fetch((rollouts.tokens, rollouts.confidence, mask)))
+jax.tree.map(np.testing.assert_array_equal, *tokens)
+print('all is well')
+"""
+
+
+def test_rows_of_processes(tmp_path):
+  """Which rows a process reads, and that what it finds is known to all."""
+  (tmp_path / 'rows.py').write_text(ROWS)
+  where = f'localhost:{free_port()}'
+  started = [python(tmp_path / 'rows.py', [where, str(i)], 2,
+                    tmp_path / f'{i}.txt') for i in range(2)]
+  codes = [process.wait(timeout=300) for process in started]
+  told = [(tmp_path / f'{i}.txt').read_text() for i in range(2)]
+  assert codes == [0, 0], told
+  assert all('all is well' in text for text in told)
