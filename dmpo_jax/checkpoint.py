@@ -7,6 +7,7 @@ in it are not checked when read: `digest` is stored beside them. What cannot be
 read is skipped for the checkpoint before it; nothing is ever deleted for it.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -46,6 +47,26 @@ class Manager(ocp.CheckpointManager):
                      options=ocp.CheckpointManagerOptions(
                          preservation_policy=self.kept,
                          enable_async_checkpointing=True))
+
+
+@contextlib.contextmanager
+def reader(manager):
+  """A manager that reads on its own, where there are several processes.
+
+  Orbax makes them wait for each other: one that finds a damaged file and
+  raises would leave the others there.
+  """
+  if jax.process_count() == 1:
+    yield manager
+    return
+  me = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+      primary_host=me, active_processes={me},
+      barrier_sync_key_prefix=f'reader{me}')
+  with ocp.CheckpointManager(
+      manager.directory, options=ocp.CheckpointManagerOptions(
+          create=False, multiprocessing_options=alone)) as found:
+    yield found
 
 
 def open_manager(directory, keep=2):
@@ -94,7 +115,8 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
   steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
   for step in steps:
     try:
-      found = read(manager, step, state, *buffers(step))
+      with reader(manager) as files:
+        found = read(files, step, state, *buffers(step))
       fault = refuse(found[3])
     except Exception as error:  # whatever a damaged file makes others raise
       fault = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'

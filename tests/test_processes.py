@@ -353,11 +353,12 @@ def test_who_cannot_be_reached_is_named(tmp_path):
 
 
 ROWS = """
-import sys, time
+import pathlib, sys
 import jax, numpy as np
 from configs import base
-from dmpo_jax import build, grader, guard, mesh
+from dmpo_jax import build, checkpoint, grader, guard, mesh
 from dmpo_jax.tasks import TASKS
+from dmpo_jax.types import TrainState
 
 guard.join(sys.argv[1], 2, int(sys.argv[2]))
 me, got = jax.process_index(), {}
@@ -411,16 +412,51 @@ for parallel in ('jit', 'pmap'):
   assert int(mesh.fetch(rollouts.forwards)) == 2
   tokens.append(mesh.fetch((rollouts.tokens, rollouts.confidence, mask)))
 jax.tree.map(np.testing.assert_array_equal, *tokens)
+
+# A checkpoint of which one process cannot read its part is skipped by both.
+grid, folder = mesh.make_mesh(1, 4, 1), sys.argv[3]
+whole, split = mesh.replicated(grid), jax.NamedSharding(grid, jax.P('fsdp'))
+
+
+def state(step):
+  return TrainState(mesh.put(np.int32(step), whole), {'params': mesh.put(
+      np.arange(4096.0, dtype=np.float32) + step, split)}, {})
+
+
+digest = build.compiled(grid, checkpoint.digest)
+with checkpoint.open_manager(folder, 4) as manager:
+  for step in (1, 2, 3):
+    checkpoint.save(manager, step, state(step), None, {}, None, digest)
+  manager.wait_until_finished()
+  if me == 0:  # the others' bytes, a bit of the largest file of step 2
+    for file in pathlib.Path(folder).glob('3/state/ocdbt.process_1/d/*'):
+      file.write_bytes(file.read_bytes()[:50])
+    file = max(pathlib.Path(folder).glob('2/state/ocdbt.process_1/d/*'),
+               key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+  mesh.agree(False)
+  found = checkpoint.restore(manager, checkpoint.abstract(state(0)),
+                             digest=digest)
+  assert int(found[0].step) == 1
+  np.testing.assert_array_equal(mesh.fetch(found[0].trainable['params']),
+                                np.arange(4096.0) + 1)
+  checkpoint.set_aside(manager, 1)
+  assert manager.all_steps() == [1]
+  checkpoint.save(manager, 2, state(2), None, {}, None, digest)
+with checkpoint.open_manager(folder, 4) as manager:
+  assert manager.all_steps() == [1, 2]
 print('all is well')
 """
 
 
 def test_rows_of_processes(tmp_path):
-  """Which rows a process reads, and that what it finds is known to all."""
+  """Which rows a process reads, what all then know; damaged checkpoints."""
   (tmp_path / 'rows.py').write_text(ROWS)
   where = f'localhost:{free_port()}'
-  started = [python(tmp_path / 'rows.py', [where, str(i)], 2,
-                    tmp_path / f'{i}.txt') for i in range(2)]
+  started = [python(tmp_path / 'rows.py', [where, str(i), tmp_path / 'saved'],
+                    2, tmp_path / f'{i}.txt') for i in range(2)]
   codes = [process.wait(timeout=300) for process in started]
   told = [(tmp_path / f'{i}.txt').read_text() for i in range(2)]
   assert codes == [0, 0], told
