@@ -392,10 +392,7 @@ for shape, mine in (((2, 2, 1), np.arange(4 * me, 4 * me + 4)),
                     ((1, 2, 2), np.arange(4 * me, 4 * me + 4)),
                     ((1, 1, 4), np.arange(8 - 8 * me))):
   put = mesh.put(x, mesh.rows(mesh.make_mesh(*shape)))
-  rows, (a, b) = mesh.fetch_rows((put, put > 3))
-  np.testing.assert_array_equal(rows, mine)
-  np.testing.assert_array_equal(a, x[mine])
-  np.testing.assert_array_equal(b, x[mine] > 3)
+  np.testing.assert_array_equal(mesh.my_rows(put), mine)
   np.testing.assert_array_equal(mesh.fetch(put), x)
 for length in (0, 1, 100, 1000):  # of different lengths
   text = ['é"' * length * me, 0.1, None]
