@@ -203,8 +203,10 @@ def run_train(built, workdir, only_sft, dog, asked):
       'seed': built.config.seed, 'config': built.config.name,
       'device': jax.devices()[0].device_kind,
       'versions': {p: importlib.metadata.version(p) for p in packages}}
-  with open(os.path.join(workdir, 'results.json'), 'w') as f:
+  path = os.path.join(workdir, 'results.json')
+  with open(path + '.new', 'w') as f:
     json.dump(results, f, indent=2)
+  os.replace(path + '.new', path)  # that it is there says that all is done
   report.curves(workdir)
 
 
@@ -451,8 +453,8 @@ def show_report():
     print(f'{table}\n{picture}')
   else:
     print(report.curves(WORKDIR.value))
-    if os.path.exists(os.path.join(WORKDIR.value, 'results.json')):
-      print(report.summary(WORKDIR.value))
+    done = os.path.exists(os.path.join(WORKDIR.value, 'results.json'))
+    print((report.summary if done else report.under_way)(WORKDIR.value))
 
 
 def start(argv):

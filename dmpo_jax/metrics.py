@@ -74,9 +74,12 @@ def _replace(path, lines):
   os.replace(temporary, path)
 
 
-def read(workdir):
-  """The rows of a run's metrics, in the order they were written."""
-  return [row for _, row in _load(pathlib.Path(workdir) / FILE)]
+def read(workdir, name=FILE):
+  """The rows of a run's metrics, in the order they were written.
+
+  name: of another file with an object a line.
+  """
+  return [row for _, row in _load(pathlib.Path(workdir) / name)]
 
 
 def drop_phase(workdir, phase):

@@ -1,13 +1,15 @@
 """Pictures and tables of runs: one run's curves, and runs side by side.
 
 Reads what a run leaves in its folder: metrics.jsonl, config.json and, once it
-is done, results.json.
+is done, results.json. A run under way is told by what it has written so far.
 """
 
+import datetime
 import json
 import os
 import pathlib
 import statistics
+import time
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -286,6 +288,142 @@ def summary(workdir):
   seconds = _pick(results, 'seconds', path)
   spent = ', '.join(f'{k} {metrics.eta(v)}' for k, v in seconds.items())
   return f'{text}\nseed {_pick(results, "seed", path)}; time: {spent}'
+
+
+# --- a run under way
+
+
+def under_way(workdir, now=None):
+  """A run that is not done, in a few lines: where it is and what is wrong.
+
+  now: seconds as of time.time(). Torn last lines are left out.
+  FileNotFoundError without a config.json.
+  """
+  workdir, now = pathlib.Path(workdir), now or time.time()
+  config, rows = _json(workdir, 'config.json'), metrics.read(workdir)
+  phases = {phase: [row for row in rows if row['phase'] == phase]
+            for phase in ('sft', 'rl', 'update', 'eval')}
+  starts = _starts(workdir)
+  seconds = _seconds_each(phases['rl'], starts)
+  silence = now - max([row['time'] for row in rows] + starts, default=now)
+  lines = [
+    _place(config, phases, seconds) + f'; last line {metrics.eta(silence)} ago',
+    *_numbers(phases),
+    _saved(workdir, now),
+    f'restarts: {max(0, len(starts) - 1)}',
+    *(f'warning: {text}' for text in
+      _warnings(workdir, config, phases, starts)),
+  ]
+  if silence > max(600, 10 * (seconds or 0)):
+    lines.append('warning: nothing new for so long: is it still running?')
+  return '\n'.join(lines)
+
+
+def _starts(workdir):
+  """When the run was started, and started again, as of time.time()."""
+  try:
+    told = _json(workdir, 'provenance.json')
+    return [datetime.datetime.fromisoformat(entry['time']).timestamp()
+            for entry in told]
+  except (OSError, ValueError, TypeError, KeyError):
+    return []
+
+
+def _seconds_each(rows, starts):
+  """Mean seconds of the last 20 iterations, without compilation; or None.
+
+  rows: of phase rl. What lies between two sessions does not count.
+  """
+  found = [
+    b['time'] - a['time'] - b.get('seconds/compile', 0.0)
+    for a, b in zip(rows, rows[1:], strict=False)
+    if not any(a['time'] < start <= b['time'] for start in starts)
+  ]
+  return statistics.fmean(found[-20:]) if found else None
+
+
+def _place(config, phases, seconds):
+  """Iterations and updates done, their rate, and the time left."""
+  t = config['train']
+  if not phases['rl']:
+    done = phases['sft'][-1]['step'] if phases['sft'] else 0
+    return (f'supervised step {done} of {config["sft"]["steps"]}, then '
+            f'{t["iterations"]} iterations')
+  updates = phases['update'][-1]['step'] if phases['update'] else 0
+  done = updates // t['inner']
+  text = f'iteration {done} of {t["iterations"]}, update {updates}'
+  if not seconds:
+    return text
+  left = metrics.eta((t['iterations'] - done) * seconds)
+  return f'{text}; {seconds:.3g} s an iteration, {left} left'
+
+
+def _numbers(phases):
+  """The last rollouts' and updates' numbers, validation last and best."""
+  shown = [
+    f'{name} {phases[phase][-1][name]:.4g}'
+    for phase, names in (
+      ('rl', ('reward', 'accuracy', 'ess')),
+      ('update', ('loss', 'grad_norm')),
+    )
+    for name in names
+    if phases[phase] and name in phases[phase][-1]
+  ]
+  lines = [', '.join(shown)] if shown else []
+  if phases['eval']:
+    last = phases['eval'][-1]
+    best = max(phases['eval'], key=lambda row: row['accuracy'])
+    lines.append(
+      f'validation {last["accuracy"]:.4g} at iteration {last["step"]}, '
+      f'best {best["accuracy"]:.4g} at {best["step"]}'
+    )
+  return lines
+
+
+def _saved(workdir, now):
+  """The newest checkpoint and its age; that of the base model before RL."""
+  for name in ('rl', 'sft'):
+    steps = [p for p in (workdir / name).glob('*') if p.name.isdigit()]
+    if steps:
+      newest = max(steps, key=lambda path: int(path.name))
+      age = metrics.eta(now - newest.stat().st_mtime)
+      return f'checkpoint: {name}/{newest.name}, {age} old'
+  return 'checkpoint: none yet'
+
+
+def _warnings(workdir, config, phases, starts):
+  """What a person should look at, as sentences."""
+  rl = phases['rl']
+  if failed := sum(int(row.get('grades_failed', 0)) for row in rl):
+    yield f'{failed} grades without a verdict (failed_grades.jsonl)'
+  if rl and (age := rl[-1].get('policy_age', 0)):
+    yield f'rollouts are by the policy of {age:.0f} updates before'
+  if late := _late_compilations(config, rl, starts):
+    yield (f'{late} programs compiled in the last 20 iterations: some shape '
+           'changes')
+  for path in sorted((workdir / 'failed').glob('*.npz')):
+    yield f'a loss or gradient was not finite: {path}'
+  if aside := list((workdir / 'rl.damaged').glob('*')):
+    yield f'{len(aside)} checkpoints were damaged: {workdir / "rl.damaged"}'
+  for path in sorted(workdir.glob('stuck_*.txt')):
+    yield f'it hung at least once: {path}'
+  for row in metrics.read(workdir, 'health.jsonl')[-3:]:
+    yield 'health: ' + ', '.join(
+      f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
+      for k, v in row.items()
+    )
+
+
+def _late_compilations(config, rows, starts):
+  """Programs compiled in the last 20 iterations, once all had been needed."""
+  saving = -(-config['checkpoint']['every'] // config['train']['inner'])
+  settled = 2 + max(config['eval']['every'], saving)
+  begun = max(starts, default=0)
+  session = [row for row in rows if row['time'] >= begun]
+  return sum(int(row.get('compilations', 0)) for row in session[settled:][-20:])
+
+
+# --- several evaluations
 
 
 # What two cards must share for their numbers to be comparable at all.

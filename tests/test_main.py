@@ -329,13 +329,21 @@ def test_bad_numbers_are_one_sentence(command, monkeypatch):
 
 
 def test_report_mode(command, monkeypatch, capsys):
-  """It needs a workdir only: curves, and a summary of a finished run."""
+  """It needs a workdir only: curves, and a summary of what there is."""
   monkeypatch.setattr(report, 'curves', lambda workdir: f'{workdir}/c.png')
-  os.makedirs('run')
+  monkeypatch.setattr(report, 'summary', lambda workdir: 'before and after')
+  main.settle(tiny(), 'run')
   with metrics.Writer('run') as writer:
     writer.write('rl', 0, {'reward': 1.0})
   command('--workdir=run', '--mode=report')
-  assert capsys.readouterr().out == 'run/c.png\n'
+  said = capsys.readouterr().out
+  assert said.startswith('run/c.png\niteration 0 of 100, update 0; last line')
+  assert 'reward 1\n' in said and 'none yet' in said
+  pathlib.Path('run/results.json').write_text('{}')
+  command('--workdir=run', '--mode=report')
+  assert capsys.readouterr().out == 'run/c.png\nbefore and after\n'
+  with pytest.raises(SystemExit, match='error: .*config.json'):
+    command('--workdir=nowhere', '--mode=report')
 
 
 # --- what main alone does

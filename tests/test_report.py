@@ -1,6 +1,7 @@
 """Pictures are drawn from what is there; what is missing is named."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -151,3 +152,121 @@ def test_summary(tmp_path):
   assert lines[0].split() == ['test', 'before', 'after', 'change']
   assert lines[2].split() == ['accuracy', '0.2', '0.6', '0.4']
   assert lines[-1] == 'seed 0; time: sft 20s, rl 1m20s, total 1m40s'
+
+
+def write_start(workdir, starts=(1000.0,)):
+  """What a run has in its folder once it has begun, at these times."""
+  workdir.mkdir(exist_ok=True)
+  (workdir / 'config.json').write_text(json.dumps({
+    'train': {'iterations': 50, 'inner': 2}, 'sft': {'steps': 30},
+    'eval': {'every': 5}, 'checkpoint': {'every': 6},
+  }))  # fmt: skip
+  stamp = '1970-01-01T{:02d}:{:02d}:{:02d}+00:00'
+  (workdir / 'provenance.json').write_text(json.dumps([
+    {'time': stamp.format(int(t) // 3600, int(t) // 60 % 60, int(t) % 60)}
+    for t in starts
+  ]))  # fmt: skip
+
+
+def write_rows(workdir, rows):
+  with open(workdir / metrics.FILE, 'a') as f:
+    for phase, step, time, values in rows:
+      row = {'phase': phase, 'step': step, 'time': time, **values}
+      f.write(json.dumps(row) + '\n')
+
+
+def iterations(first, last, time, each=10.0, **values):
+  """Rows of iterations, each with its two updates; one of them compiles."""
+  for it in range(first, last):
+    late = 5.0 if it == first + 1 else 0.0
+    time += each + late
+    yield ('rl', it, time, {'reward': 0.5 + it / 100, 'accuracy': 0.25,
+                            'ess': 0.75, 'compilations': bool(late),
+                            'seconds/compile': late, **values})
+    for inner in (1, 2):
+      yield ('update', 2 * it + inner, time, {'loss': 0.125, 'grad_norm': 2.0})
+    if it % 5 == 4:
+      yield 'eval', it + 1, time, {'accuracy': 0.3 + (it == 9) / 4}
+
+
+def test_a_run_under_way(tmp_path):
+  """Two sessions, 300 s apart, a line of each file torn: numbers by hand."""
+  write_start(tmp_path, (1000.0, 1500.0))
+  write_rows(tmp_path, [('sft', 30, 1005.0, {'loss': 1.0})])
+  write_rows(tmp_path, iterations(0, 15, 1005.0))
+  write_rows(tmp_path, iterations(15, 20, 1500.0))  # the last row: 1555
+  for name in ('rl/6', 'rl/36', 'rl/38.orbax-checkpoint-tmp', 'sft/30'):
+    (tmp_path / name).mkdir(parents=True)
+  os.utime(tmp_path / 'rl' / '36', (1500.0, 1500.0))
+  for name in (metrics.FILE, 'health.jsonl'):
+    with open(tmp_path / name, 'a') as f:
+      f.write('{"phase": "rl", "st')
+  assert report.under_way(tmp_path, 1560.0).splitlines() == [
+    'iteration 20 of 50, update 40; 10 s an iteration, 5m00s left; '
+    'last line 5s ago',
+    'reward 0.69, accuracy 0.25, ess 0.75, loss 0.125, grad_norm 2',
+    'validation 0.3 at iteration 20, best 0.55 at 10',
+    'checkpoint: rl/36, 1m00s old',
+    'restarts: 1',
+  ]
+
+
+def test_what_is_wrong_with_a_run_under_way(tmp_path):
+  """Each warning, with its number and where to look; none without a cause."""
+  write_start(tmp_path)
+  write_rows(tmp_path, iterations(0, 20, 1000.0))
+  assert 'warning' not in report.under_way(tmp_path, 1210.0)
+  write_rows(tmp_path, iterations(20, 23, 1205.0, grades_failed=2.0,
+                                  policy_age=2.0, compilations=4.0))
+  for name in ('failed/update_5.npz', 'rl.damaged/6-1/x', 'stuck_0.txt'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('')
+  (tmp_path / 'health.jsonl').write_text(
+    '{"iteration": 3, "rule": "ess", "value": 0.12345678}\n{"torn')
+  said = [line.removeprefix('warning: ') for line in
+          report.under_way(tmp_path, 5000.0).splitlines()
+          if line.startswith('warning: ')]
+  assert said == [
+    '6 grades without a verdict (failed_grades.jsonl)',
+    'rollouts are by the policy of 2 updates before',
+    '12 programs compiled in the last 20 iterations: some shape changes',
+    f'a loss or gradient was not finite: {tmp_path}/failed/update_5.npz',
+    f'1 checkpoints were damaged: {tmp_path}/rl.damaged',
+    f'it hung at least once: {tmp_path}/stuck_0.txt',
+    'health: iteration 3, rule ess, value 0.1235',
+    'nothing new for so long: is it still running?',
+  ]
+
+
+def test_a_run_that_has_hardly_begun(tmp_path):
+  """Before the first line, and while the base model is made."""
+  write_start(tmp_path)
+  assert report.under_way(tmp_path, 1090.0).splitlines() == [
+    'supervised step 0 of 30, then 50 iterations; last line 1m30s ago',
+    'checkpoint: none yet',
+    'restarts: 0',
+  ]
+  write_rows(tmp_path, [('sft', 12, 1100.0, {'loss': 1.0})])
+  (tmp_path / 'sft' / '10').mkdir(parents=True)
+  (tmp_path / 'provenance.json').write_text('{"tor')
+  text = report.under_way(tmp_path, 1101.0)
+  assert text.startswith('supervised step 12 of 30, then 50 iterations; ')
+  assert 'checkpoint: sft/10' in text
+  (tmp_path / 'config.json').unlink()
+  with pytest.raises(FileNotFoundError, match='config.json'):
+    report.under_way(tmp_path)
+
+
+def test_a_run_cut_anywhere_can_be_reported(tmp_path):
+  """A copy of a folder taken at any byte of the metrics."""
+  write_start(tmp_path)
+  write_rows(tmp_path, iterations(0, 3, 1000.0))
+  path = tmp_path / metrics.FILE
+  whole, seen = path.read_bytes(), set()
+  for size in range(0, len(whole), 37):
+    path.write_bytes(whole[:size])
+    seen.add(report.under_way(tmp_path, 1040.0).split(';')[0])
+  assert seen == {
+    'supervised step 0 of 30, then 50 iterations',
+    *(f'iteration {update // 2} of 50, update {update}' for update in range(7)),
+  }
