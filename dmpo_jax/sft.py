@@ -23,12 +23,13 @@ def run(built, workdir, writer, beat=lambda phase, step: None):
   c = built.config
   if not c.sft.steps:
     return built.steps.init(), 0.0
-  state = built.steps.start_sft(built.steps.init())
+  state, clock = built.steps.start_sft(built.steps.init()), metrics.Clock(beat)
   with checkpoint.open_manager(os.path.join(workdir, 'sft'), 2) as manager:
     start, spent = 0, 0.0
-    found = checkpoint.restore(manager, checkpoint.abstract(state),
-                               digest=built.steps.digest,
-                               refuse=build.refuse(c))
+    with clock('checkpoint'):
+      found = checkpoint.restore(manager, checkpoint.abstract(state),
+                                 digest=built.steps.digest,
+                                 refuse=build.refuse(c))
     if found:
       state, _, _, meta = found
       start, spent = meta['step'], meta['seconds']
@@ -36,7 +37,7 @@ def run(built, workdir, writer, beat=lambda phase, step: None):
       checkpoint.set_aside(manager, start)
       with guard.Preemption() as asked:
         state, spent = train(built, state, start, spent, writer, manager,
-                             metrics.Clock(beat), asked)
+                             clock, asked)
   return state.trainable, spent
 
 
@@ -67,6 +68,9 @@ def train(built, state, start, spent, writer, manager, clock, asked):
         checkpoint.save(manager, at + 1, state, None, dict(
             step=at + 1, seconds=time.time() - begun, config=build.plain(c)),
                         digest=built.steps.digest)
+    if stop or last:
+      with clock('checkpoint'):
+        manager.wait_until_finished()
     if stop:
       guard.leave()
   progress.close()

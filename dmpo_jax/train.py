@@ -131,6 +131,8 @@ def loop(built, workdir, writer, base, manager, clock, asked):
               best=best, config=build.plain(c),
               **{name: place[name] for name in HEALTH}), ahead, steps.digest)
       if stop:
+        with clock('checkpoint'):
+          manager.wait_until_finished()
         guard.leave()
       if ill:
         collapse(built, place, it)

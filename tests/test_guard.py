@@ -88,16 +88,17 @@ def test_one_process_is_asked(monkeypatch):
 
 
 SLEEPING = """
-import sys, time, types
+import os, sys, time
 import numpy as np
-from dmpo_jax import data, guard, metrics, rollout
+from dmpo_jax import checkpoint, data, guard, metrics, rollout, types
 from dmpo_jax.tasks import TASKS
 
 def sleeps(*_):
   time.sleep(60)
 
+where = sys.argv[2]
 tokenizer = data.char_tokenizer()
-task = TASKS['sudoku']._replace(reward=sleeps, threads=sys.argv[2] == 'pool')
+task = TASKS['sudoku']._replace(reward=sleeps, threads=where == 'pool')
 tokens, mask = np.full((4, 8), 5, np.int32), np.ones((4, 5), bool)
 started = rollout.Started(
     0, 0, np.zeros(2, np.int32), np.arange(4), None, mask, {},
@@ -108,20 +109,36 @@ with guard.Watchdog(1.0, sys.argv[1]) as dog:
   for clock.step in range(8):  # longer than the limit, but it makes progress
     with clock('update'):
       time.sleep(0.3)
-  rollout.finish(None, task, tokenizer, data.Problems([{}], tokens, None),
-                 started, group=2, protocol='strict', samples=1, weights={},
-                 clock=clock)
+  problems = data.Problems([{}], tokens, mask)
+  if where == 'data':
+    data.permutation = sleeps
+    rollout.start(None, problems, None, None, 0, prompts=1, group=2, seed=0,
+                  clock=clock)
+  elif where == 'checkpoint':  # a file system that takes no more
+    os.rename = sleeps
+    manager = checkpoint.open_manager(sys.argv[1] + '.rl')
+    state = types.TrainState(np.zeros(1), np.zeros(1), np.zeros(1))
+    for step in (7, 8):  # the second waits for the first
+      with clock('checkpoint'):
+        checkpoint.save(manager, step, state, None, {})
+  rollout.finish(None, task, tokenizer, problems, started, group=2,
+                 protocol='strict', samples=1, weights={}, clock=clock)
 """
+HANGS = {'pool': ('reward', 'grader.py'), 'here': ('reward', 'grader.py'),
+         'data': ('data', 'in prompts_at'), 'checkpoint': (
+             'checkpoint', 'checkpoint.py')}
 
 
-@pytest.mark.parametrize('where', ['pool', 'here'])
-def test_reward_that_sleeps_is_named(where, tmp_path):
-  """The phase, the update and the line, on stderr and in the file; code 76."""
+@pytest.mark.parametrize('where', HANGS)
+def test_what_hangs_is_named(where, tmp_path):
+  """The reward (in a thread or not), the reader, a save in the background:
+  phase, update and line, on stderr and in the file; code 76."""
   done = python(SLEEPING, str(tmp_path / 'stuck.txt'), where)
-  assert done.returncode == guard.STUCK == 76
+  assert done.returncode == guard.STUCK == 76, done.stderr
+  phase, line = HANGS[where]
   for text in (done.stderr, (tmp_path / 'stuck.txt').read_text()):
-    assert "no progress for 1 seconds in 'reward' at update 7" in text
-    assert 'in sleeps' in text and 'grader.py' in text
+    assert f"no progress for 1 seconds in '{phase}' at update 7" in text
+    assert 'in sleeps' in text and line in text
     assert text.count('Thread 0x') + text.count('Current thread') >= 2
 
 
