@@ -5,6 +5,7 @@ checkpoint and nothing to wind forward on resume.
 """
 
 import functools
+import json
 import os
 from typing import NamedTuple
 
@@ -94,6 +95,12 @@ def read_tokenizer(folder):
   """tokenizer.json, or Qwen's vocab.json and merges.txt (Dream has these)."""
   import transformers
   has = lambda name: os.path.exists(os.path.join(folder, name))
+  if has('tokenizer_config.json'):
+    with open(os.path.join(folder, 'tokenizer_config.json')) as f:
+      named = json.load(f).get('fast_tokenizer_files', [])
+    if wrong := [name for name in named if os.path.basename(name) != name]:
+      raise ValueError(f'{folder}/tokenizer_config.json names {wrong[0]!r}, '
+                       'outside of its directory')
   if has('tokenizer.json'):
     kind = transformers.PreTrainedTokenizerFast
   elif has('vocab.json') and has('merges.txt'):

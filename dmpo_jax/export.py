@@ -122,13 +122,22 @@ def config_of(cfg, family):
 
 
 def copy_small(source, folder):
-  """Everything of the source but its weights."""
+  """Everything of the source but its weights.
+
+  ValueError on a link out of the source: an export is there to be given away.
+  """
   if jax.process_index():
     return
+  root = os.path.realpath(source)
+  if os.path.basename(os.path.dirname(root)) == 'snapshots':
+    root = os.path.dirname(os.path.dirname(root))  # the hub's cache: of links
   for name in sorted(os.listdir(source)):
     small = not name.endswith(('.safetensors', '.bin', '.pt', '.gguf'))
     path = os.path.join(source, name)
     if small and name != weights.INDEX and os.path.isfile(path):
+      if os.path.commonpath([root, os.path.realpath(path)]) != root:
+        raise ValueError(f'{path} is a link to {os.path.realpath(path)}, '
+                         'outside of its directory: put a copy in its place')
       shutil.copy(path, folder)
 
 

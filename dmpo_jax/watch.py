@@ -2,7 +2,7 @@
 
 import html
 
-MASK, BREAK = '░', '⏎'
+MASK, BREAK, UNSEEN = '░', '⏎', '·'
 NEW, OLD, EMPTY, RESET = '\033[1;32m', '\033[0m', '\033[90m', '\033[0m'
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>
@@ -21,9 +21,12 @@ td:first-child {{ color: #888; text-align: right }}
 def pieces(tokens_L, order_L, decode):
   """[(step, [(text, 'new' | 'old' | 'mask')])] from all masks to none.
 
-  decode: list of ids -> text, for each token alone.
+  decode: list of ids -> text, for each token alone. A model may write what
+  commands a terminal: control characters are shown as dots.
   """
-  texts = [decode([int(t)]).replace('\n', BREAK) for t in tokens_L]
+  texts = [''.join(c if c.isprintable() else UNSEEN
+                   for c in decode([int(t)]).replace('\n', BREAK))
+           for t in tokens_L]
   kind = lambda at, step: ('new' if at == step else
                            'old' if at < step else 'mask')
   return [(step, [(text if kind(at, step) != 'mask' else MASK, kind(at, step))

@@ -312,9 +312,16 @@ def entries(cfg, family):
 
 
 def tensor_files(folder):
-  """{tensor name: file} of a single-file or sharded checkpoint."""
+  """{tensor name: file} of a single-file or sharded checkpoint.
+
+  ValueError if the index names files that are not in the directory.
+  """
   index = read_json(folder, INDEX).get('weight_map')
   if index:
+    complain(folder, [
+        f'{INDEX} names {f!r}, which is no *.safetensors file of this directory'
+        for f in sorted(set(map(str, index.values())))
+        if os.path.basename(f) != f or not f.endswith('.safetensors')])
     lost = sorted({f for f in index.values()
                    if not os.path.exists(os.path.join(folder, f))})
     complain(folder, [f'{INDEX} names {f}, which is not there' for f in lost])

@@ -1,5 +1,6 @@
 """Intervals, majorities, cards side by side, styles and templates."""
 
+import html.parser
 import json
 
 import pytest
@@ -164,3 +165,25 @@ def test_watching():
   assert watch.NEW in watch.terminal(steps)
   page = watch.page(steps, 'a<b', 'p&q', 't')
   assert 'a&lt;b' in page and '<span class="new">&lt;</span>' in page
+
+
+def test_page_shows_what_a_model_writes_as_text():
+  """No tag, no attribute, no entity of its own; nor a terminal's command."""
+  evil = ['<script>alert(1)</script>', '" onload="alert(1)', "' x='", '&lt;',
+          '\x1b]0;owned\x07', '</pre></td>{rows}']
+  steps = watch.pieces(range(6), [0, 1, 2, 3, 4, 5], lambda ids: evil[ids[0]])
+  page = watch.page(steps, *['<b title="x">' + text for text in evil[:3]])
+  found = []
+
+  class Reader(html.parser.HTMLParser):
+    def handle_starttag(self, tag, attributes):
+      found.append((tag, attributes))
+  Reader().feed(page)
+  tags = {tag for tag, _ in found}
+  assert tags == {'meta', 'title', 'style', 'h1', 'pre', 'p', 'table', 'tr',
+                  'td', 'span'}
+  assert {tuple(a) for _, a in found} == {
+      (), (('charset', 'utf-8'),), (('class', 'new'),), (('class', 'mask'),)}
+  assert '\x1b' not in page + watch.terminal(steps, colour=False)
+  last = watch.terminal(steps, colour=False).splitlines()[-1]
+  assert '·]0;owned·' in last

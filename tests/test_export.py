@@ -92,6 +92,25 @@ def test_small_files_of_the_source_are_kept(tiny, params, tmp_path):
   assert (tmp_path / 'out' / 'config.json').read_text() == config
 
 
+def test_links_out_of_the_source_are_not_exported(tiny, params, tmp_path):
+  """Who gives an export away gives away what came with the model; the hub's
+  cache consists of links, and is no exception from the inside."""
+  cache = tmp_path / 'models--x'
+  source = cache / 'snapshots' / '1'
+  export.save_hf(source, tiny, params)
+  (cache / 'blobs').mkdir()
+  (source / 'config.json').rename(cache / 'blobs' / 'abc')
+  (source / 'config.json').symlink_to('../../blobs/abc')
+  (tmp_path / 'out').mkdir()
+  export.copy_small(str(source), str(tmp_path / 'out'))
+  assert [p.name for p in (tmp_path / 'out').iterdir()] == ['config.json']
+  assert not (tmp_path / 'out' / 'config.json').is_symlink()
+  (tmp_path / 'id_rsa').write_text('mine')
+  (source / 'notes.txt').symlink_to(tmp_path / 'id_rsa')
+  with pytest.raises(ValueError, match='notes.txt is a link to .*id_rsa'):
+    export.copy_small(str(source), str(tmp_path / 'out'))
+
+
 def test_adapter_round_trip(tiny, weights_of, tmp_path):
   """To the bit, with the scale; the targets are the layers' linears alone."""
   cfg = dataclasses.replace(tiny, lora_rank=3, lora_alpha=7.0)

@@ -30,6 +30,15 @@ PLUGINS = ('tasks', 'objectives')  # folders; their files may share code
 JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax')  # each imports jax
 COMPILE = ('jit', 'pmap', 'pjit')
 CONFIG = {'cfg', 'config', 'c'}
+UNSAFE_MODULES = (
+  'pickle', 'dill', 'cloudpickle', 'joblib', 'shelve', 'marshal',
+)  # fmt: skip
+UNSAFE_CALLS = (
+  'eval', 'exec', '__import__', 'torch.load', 'yaml.load', 'yaml.full_load',
+  'yaml.unsafe_load', 'os.system', 'os.popen', 'os.chmod', 'os.umask',
+  'pd.read_pickle', 'pandas.read_pickle', 'sympy.sympify', 'sympy.parse_expr',
+)  # fmt: skip
+UNSAFE_WORDS = ('allow_pickle', 'trust_remote_code', 'shell')
 UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 # A line limit makes adding a choice: fifteen objectives and their shared parts
 # came in on top of the first 8,000.
@@ -168,8 +177,28 @@ def check_host(trees):
           yield path, line, f'imports {name}, but tasks need it without jax'
 
 
+def check_safety(path, tree):
+  """Nothing that runs what a file or a model says, or sets a file's mode."""
+  for name, line in imports(tree, path):
+    if name.split('.')[0] in UNSAFE_MODULES:
+      yield line, f'imports {name}: files are data, not code'
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.Call):
+      continue
+    names = chain(node.func)
+    dotted = '.'.join(names)
+    method = isinstance(node.func, ast.Attribute) and len(names) == 1
+    if dotted in UNSAFE_CALLS and not method:  # f(x).eval() is torch's
+      yield node.lineno, f'calls {dotted}'
+    for word in node.keywords:
+      off = isinstance(word.value, ast.Constant) and not word.value.value
+      if word.arg in UNSAFE_WORDS and not off:
+        yield node.lineno, f'{word.arg} is not False'
+
+
 CHECKS = (
   check_floors, check_compile, check_linen, check_config, check_functions,
+  check_safety,
 )  # fmt: skip
 
 
@@ -196,6 +225,16 @@ def test_package():
   assert complaints(root) == []
 
 
+def test_nothing_runs_what_a_file_says():
+  """The package is in `test_package`; this is what stands around it."""
+  root = pathlib.Path(__file__).parents[1]
+  paths = [root / 'main.py', *root.glob('configs/*.py'),
+           *root.glob('benchmarks/*.py')]
+  found = {str(path): list(check_safety(path, ast.parse(path.read_text())))
+           for path in paths}
+  assert len(found) > 5 and not any(found.values()), found
+
+
 CLEAN = {
   '__init__.py': '"""The package."""\n',
   'types.py': 'import dataclasses\nfrom typing import Any\n',
@@ -209,6 +248,9 @@ CLEAN = {
   'logprob.py': 'from dmpo_jax import masking, model\nimport dmpo_jax.rng\n',
   'masking.py': 'import jax\nfrom jax import numpy as jnp\n'
   'def f(key, d, state):\n  return d.get(key), state.jit, jax.vmap\n',
+  'optim.py': 'import numpy as np\nimport subprocess\n'
+  'def f(x):\n  f(x).eval(), np.load("a", allow_pickle=False)\n'
+  '  return subprocess.run(("git",), shell=False)\n',
   'build.py': 'import jax\nfrom jax import jit\nf = jax.jit(jax.pmap)\n',
   'train.py': 'from dmpo_jax import build, evaluate\n'
   'def f(config):\n  return config.get_ref("a")\n',
@@ -264,10 +306,32 @@ FAULTS = {
   'fixme': ('step.py', '# FIXME\n', 'unfinished: FIXME'),
   'xxx': ('step.py', '"""XXX."""\n', 'unfinished: XXX'),
   'stub': ('step.py', 'def f():\n  raise NotImplementedError\n', 'unfinished'),
+  'pickle': ('step.py', 'import pickle\n', 'imports pickle'),
+  'pickle_from': ('step.py', 'from joblib import load\n', 'imports joblib'),
+  'eval': ('step.py', 'def f(x):\n  return eval(x)\n', 'calls eval'),
+  'exec': ('step.py', 'exec("x = 1")\n', 'calls exec'),
+  'torch': ('step.py', 'import torch\nx = torch.load("x")\n', 'torch.load'),
+  'yaml': ('step.py', 'import yaml\nx = yaml.load("x")\n', 'yaml.load'),
+  'chmod': ('step.py', 'import os\nos.chmod("x", 7)\n', 'calls os.chmod'),
+  'allow_pickle': (
+    'step.py', 'import numpy as np\nx = np.load("x", allow_pickle=True)\n',
+    'allow_pickle is not False',
+  ),
+  'remote_code': (
+    'step.py', 'def f(load, yes):\n  return load("x", trust_remote_code=yes)\n',
+    'trust_remote_code is not False',
+  ),
+  'shell': (
+    'step.py', 'import subprocess\nsubprocess.run("ls", shell=True)\n',
+    'shell is not False',
+  ),
   'long_function': (
     'step.py', 'def f():\n' + '  pass\n' * MAX_FUNCTION, 'f has 81 lines',
   ),
-  'long_package': ('step.py', 'x = 1\n' * MAX_LINES, 'the package has 1'),
+  'long_package': (
+    'step.py', 'x = 1\n' * MAX_LINES,
+    f'the package has {MAX_LINES // 100}',
+  ),
 }  # fmt: skip
 
 

@@ -309,6 +309,25 @@ def test_directories_that_are_refused(tmp_path, monkeypatch):
     load('GSAI-ML/LLaDA-8B-Instruct')
 
 
+@pytest.mark.parametrize('name', [
+    '../secret.safetensors', '{folder}/secret.safetensors', '..', '',
+    'model.bin', 'x/../../secret.safetensors', 7])
+def test_index_that_leads_out_of_its_directory(name, tmp_path):
+  """What a downloaded index names is a file beside it, or nothing is read."""
+  write(tmp_path / 'x', LLADA, shards=2)
+  path = tmp_path / 'x' / weights.INDEX
+  index = json.loads(path.read_text())
+  (tmp_path / 'x' / 'model-00002-of-00002.safetensors').rename(
+      tmp_path / 'secret.safetensors')
+  outside = str(name).format(folder=tmp_path)
+  index['weight_map'] = {
+      k: outside if '00002' in v else v for k, v in index['weight_map'].items()}
+  path.write_text(json.dumps(index))
+  with pytest.raises(ValueError, match='index.json names .*, which is no .*of '
+                     'this directory'):
+    weights.load_hf(str(tmp_path / 'x'))
+
+
 # --- memory
 
 MEASURE = """
@@ -450,3 +469,8 @@ def test_tokenizers_that_are_refused(tmp_path):
       text.replace('<|assistant|>', '<|helper|>'))
   with pytest.raises(ValueError, match='has no chat template'):
     data.load_tokenizer(str(tmp_path))
+  path = tmp_path / 'tokenizer_config.json'
+  for name in ('../tokenizer.4.0.json', '/x/tokenizer.4.0.json'):
+    path.write_text(json.dumps({'fast_tokenizer_files': [name]}))
+    with pytest.raises(ValueError, match=f"names '{name}', outside"):
+      data.load_tokenizer(str(tmp_path))
