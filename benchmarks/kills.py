@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from dmpo_jax import metrics
 
@@ -249,8 +250,10 @@ def main(argv=None):
   hits = killed(folder / 'killed', arguments,
                 plan(args.kills, t['iterations'] * t['inner'], draw), takes,
                 draw)
+  logging.set_verbosity(logging.ERROR)  # Orbax on files that none has
   said = differences(folder / 'whole', folder / 'killed')
-  print(*said[:20], sep='\n')
+  for text in said[:20]:
+    print(text)
   result = dict(kills=len(hits), phases=collections.Counter(hits),
                 identical=not said, differences=len(said), seed=args.seed,
                 seconds=round(time.time() - begun))

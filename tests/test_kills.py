@@ -3,12 +3,15 @@
 The short form of benchmarks/kills.py: processes of their own, the real command.
 """
 
+import json
 import os
+import random
 import stat
 
+import numpy as np
 import pytest
 
-from benchmarks import kills
+from benchmarks import kills, soak
 
 TINY = {
     'model.width': 16, 'model.layers': 1, 'model.heads': 2,
@@ -46,15 +49,83 @@ def test_killed_runs_end_as_the_whole_one(one_device, nobody_else, tmp_path):
   assert len(files) > 100
   assert [path for path in files if path.stat().st_mode & (
       stat.S_IRWXG | stat.S_IRWXO)] == []
-  spoil(folder / 'killed', folder / 'whole')
+  assert soak.lost(folder / 'killed') == []
+  controls(folder / 'whole', folder / 'killed')
 
 
-def spoil(killed, whole):
-  """The comparison sees a bit, a line, a number and what lies about."""
+def controls(whole, killed):
+  """The comparisons see a bit, a line, a number and what lies about."""
   path = killed / 'metrics.jsonl'
   text = path.read_text()
-  path.write_text(text.replace('"step": 2,', '"step": 3,', 1))
-  assert len(kills.differences(whole, killed)) == 1
-  path.write_text(text)
+  row = text.splitlines()[-1]
+  path.write_text(text.replace(row, row.replace('"step": 6', '"step": 7')))
   (killed / 'rl' / '13.orbax-checkpoint-tmp').mkdir()
-  assert "13.orbax" in kills.differences(whole, killed)[0]
+  with open(killed / 'samples.jsonl', 'a') as f:
+    f.write('{"iteration": 5}\n')
+  said = kills.differences(whole, killed)
+  assert len(said) == 4 and "13.orbax" in said[-1], said
+  said = soak.lost(killed)
+  assert len(said) == 3 and 'eval are [0, 2, 4, 7]' in said[0], said
+  assert '3 samples of iteration 5' in said[1] and '13.orbax' in said[2]
+
+
+def test_moments_of_kills():
+  """Every phase in each lap, later and later, supervised first and end last."""
+  for seed in range(5):
+    moments = kills.plan(20, 48, random.Random(seed))
+    phases, places = zip(*moments, strict=True)
+    assert len(moments) == 20 and places == tuple(sorted(places))
+    assert (phases[0], phases[-1], places[-1]) == (kills.SFT, kills.END, 48)
+    assert set(phases) == set(kills.PHASES)
+    assert min(phases.count(phase) for phase in phases[1:-1]) >= 3
+  assert [p for p, _ in kills.plan(2, 48, random.Random(0))] == [
+      kills.SFT, kills.END]
+
+
+def test_where_a_run_is(tmp_path):
+  """By the last line it has written, whole, and by its checkpoints."""
+  (tmp_path / 'config.json').write_text(json.dumps({
+      'sft': {'steps': 5}, 'train': {'iterations': 9, 'inner': 2},
+      'eval': {'every': 3}}))
+  (tmp_path / 'rl').mkdir()
+  session = kills.Session(None, tmp_path, 100.0, set(), None)
+  lines = [
+      (None, 0, (kills.START, 0, False)), ('sft', 4, (kills.SFT, 0, True)),
+      ('sft', 5, (kills.EVALUATE, 0, True)),
+      ('eval', 3, (kills.SAMPLE, 6, True)), ('rl', 3, (kills.UPDATE, 6, True)),
+      ('update', 7, (kills.UPDATE, 7, True)),
+      ('update', 8, (kills.SAMPLE, 8, True)),
+      ('update', 12, (kills.EVALUATE, 12, True)),
+      ('update', 18, (kills.EVALUATE, 18, True)),
+      ('eval', 9, (kills.END, 18, True))]
+  for phase, step, expected in lines:
+    row = {'phase': phase, 'step': step, 'time': 101.0}
+    (tmp_path / 'metrics.jsonl').write_text(
+        (json.dumps(row) + '\n') * bool(phase) + '{"phase": "torn')
+    assert kills.look(session) == expected
+  assert kills.look(session._replace(begun=102.0))[:2] == (kills.START, 18)
+  (tmp_path / 'rl' / '12').mkdir()
+  assert kills.look(session).phase == kills.END
+  (tmp_path / 'rl' / '18.orbax-checkpoint-tmp').mkdir()
+  assert kills.look(session).phase == kills.SAVE
+  stale = kills.unfinished(tmp_path)
+  assert kills.look(session._replace(stale=stale)).phase == kills.END
+
+
+def test_slope_of_memory():
+  """Levels and warm-ups of sessions do not count; the error is OLS's."""
+  draw = np.random.default_rng(0)
+  t = np.arange(100.0)
+  make = lambda level: list(zip(t, level + 0.01 * t + draw.normal(
+      0, 0.1, 100) + 500 * (t < 20), strict=True))
+  sessions = [make(300), make(900), [(0, 1.0), (50, 9999.0)]]
+  rate, error, readings, each = soak.slope(sessions, 20)
+  assert readings == 160 and len(each) == 2
+  assert abs(rate - 36) < 3 * error and 0.5 < error < 3
+  # The same by a solver, with an intercept for each session.
+  x = np.concatenate([np.array(s)[20:] for s in sessions[:2]])
+  design = np.stack([x[:, 0], *np.repeat(np.eye(2), 80, 1)], 1)
+  (b, *_), (sse,), *_ = np.linalg.lstsq(design, x[:, 1], rcond=None)
+  se = np.sqrt(sse / (160 - 3) * np.linalg.inv(design.T @ design)[0, 0])
+  np.testing.assert_allclose((rate, error), (3600 * b, 3600 * se), rtol=1e-6)
+  assert soak.slope([], 20)[2:] == (0, [])

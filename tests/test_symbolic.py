@@ -1,6 +1,7 @@
 """Symbolic equality: verdicts, and texts that try to hang or kill it."""
 
 import concurrent.futures
+import contextlib
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import sympy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tasks import EXAMPLES, MOST, PIECES
@@ -101,6 +103,21 @@ def test_a_script_without_a_main_guard(tmp_path):
       [sys.executable, path], capture_output=True, text=True, timeout=60,
       env={**os.environ, 'PYTHONPATH': os.getcwd()})
   assert done.stdout == '1.0\n', done.stderr
+
+
+def test_answers_are_not_run(tmp_path):
+  """Python in an answer stays text; the control is sympy's own parser."""
+  path = tmp_path / 'made'
+  code = f'open("{path}","w")'
+  for text in (code, f'__import__("os").system("touch {path}")', f'x={code}',
+               f'\\text{{{code}}}', f'\\operatorname{{{code}}}',
+               f'\\{{{code},1\\}}', f'\\frac{{{code}}}{{2}}', f'[{code},2)'):
+    for pair in ((text, '2'), ('2', text), (text, text)):
+      with contextlib.suppress(Exception):  # as in the worker: no verdict
+        symbolic.verify(*pair)
+  assert not path.exists()
+  sympy.parse_expr(code).close()
+  assert path.exists()
 
 
 # ---- attacks on all tasks
