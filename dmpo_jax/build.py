@@ -676,11 +676,8 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
                     scores)
 
   def put_update(state, frozen, batch, inner, scale=1.0):
-    state, numbers = jit_update(state, frozen, batch, np.int32(inner),
-                                np.float32(scale))
-    if inner + 1 < c.train.inner:  # at the end of a buffer only
-      numbers.pop('elbo_drift', None)
-    return state, numbers
+    return jit_update(state, frozen, batch, np.int32(inner),
+                      np.float32(scale))
 
   def put_sft(state, tokens, valid, row, at):
     return jit_sft(state, *(mesh.put(x, by_row) for x in (tokens, valid, row)),

@@ -29,8 +29,6 @@ from dmpo_jax import (
     rollout,
 )
 
-HEALTH = ('health', 'rollbacks', 'lr_scale')  # of the place in a run: resume
-
 
 def policy_of(built, base):
   """(trainable, frozen): what RL changes, and the reference policy."""
@@ -125,24 +123,36 @@ def loop(built, workdir, writer, base, manager, clock, asked):
         shown, due = shown | numbers, due or best != before
       if due:
         saved = time.monotonic()
-        with clock('checkpoint'):
-          checkpoint.save(manager, done, state, batch, dict(
-              iteration=it, inner=inner + 1, seconds=time.time() - begun,
-              best=best, config=build.plain(c),
-              **{name: place[name] for name in HEALTH}), ahead, steps.digest)
+        save(built, manager, clock, state, batch, ahead, dict(
+            place, iteration=it, inner=inner + 1, best=best,
+            seconds=time.time() - begun))
       if stop:
-        with clock('checkpoint'):
-          manager.wait_until_finished()
+        wait(manager, clock)
         guard.leave()
       if ill:
         collapse(built, place, it)
     batch, ahead, place['inner'] = ahead, None, 0
     progress.update(it + 1, shown)
   progress.close()
-  with clock('checkpoint'):
-    manager.wait_until_finished()
+  wait(manager, clock)
   jax.block_until_ready(state.trainable)
   return {**frozen, **state.trainable}, time.time() - begun
+
+
+def save(built, manager, clock, state, batch, ahead, place):
+  """Begins to save a place in the run: its buffers, and what resume reads."""
+  c = built.config
+  done = place['iteration'] * c.train.inner + place['inner']
+  with clock('checkpoint'):
+    checkpoint.save(manager, done, state, batch,
+                    {**place, 'config': build.plain(c)}, ahead,
+                    built.steps.digest)
+
+
+def wait(manager, clock):
+  """For the save under way: here, where a watchdog knows its name."""
+  with clock('checkpoint'):
+    manager.wait_until_finished()
 
 
 def start(built, problems, frozen, clock, state, it, age):
