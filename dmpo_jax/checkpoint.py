@@ -204,6 +204,7 @@ def settle(manager):
     if jax.process_index() == 0:
       shutil.move(os.path.join(folder, str(step)),
                   os.path.join(manager.directory, str(step)))
+      shutil.rmtree(folder)
     mesh.agree(False)
     manager.reload()
 

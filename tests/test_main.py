@@ -328,6 +328,17 @@ def test_bad_numbers_are_one_sentence(command, monkeypatch):
     command('--workdir=run')
 
 
+def test_collapse_has_its_exit_code(command, monkeypatch, tmp_path, capsys):
+  """77 and the sentence; the run is not taken for done."""
+  monkeypatch.setattr(sft, 'run', lambda *_: ({'params': {}}, 2.0))
+  monkeypatch.setattr(train, 'run', lambda *_: guard.collapsed('all is EOS'))
+  with pytest.raises(SystemExit) as info:
+    command('--workdir=run')
+  assert info.value.code == 77
+  assert capsys.readouterr().err.endswith('error: all is EOS\n')
+  assert not (tmp_path / 'run' / 'results.json').exists()
+
+
 def test_report_mode(command, monkeypatch, capsys):
   """It needs a workdir only: curves, and a summary of what there is."""
   monkeypatch.setattr(report, 'curves', lambda workdir: f'{workdir}/c.png')

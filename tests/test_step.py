@@ -383,6 +383,37 @@ def test_elbo_of_the_old_policy(params, rollouts):
   same(shared['elbo_old'][:, 0], shared['old'])
 
 
+def test_measured_for_any_objective(params, rollouts):
+  """Log-probs that it does not need; the drift at the last inner step is none
+  for the policy that sampled, and that of the ELBOs by hand for another. The
+  update is the same."""
+  hp, last = dataclasses.replace(HPS['wdce'], alpha=0.0), INNER - 1
+  row, completion = jnp.arange(R) + 40, completion_of(rollouts)
+  found = jax.jit(functools.partial(
+      step.score, cfg=CFG, objective=dmpo.OBJECTIVE, hp=hp,
+      how=logprob.LogprobConfig(), law={}, inner=INNER, measure=True))(
+          params, params, rollouts, row, completion, jax.random.key(9),
+          jax.random.key(KEY))
+  assert set(found) == {'old', 'ref', 'elbo_old'}
+  same(found['old'], found['ref'])
+  batch = make_batch(rollouts, elbo_old=found['elbo_old'])
+  drifting = jax.jit(functools.partial(
+      step.train_step, cfg=CFG, objective=dmpo.OBJECTIVE, hp=HPS['wdce'],
+      optimizer=SGD, group=G, microbatches=2, drift=True))
+  state = step.init_state(params, SGD)
+  new, metrics = drifting(state, {}, batch, jax.random.key(KEY), last)
+  assert abs(float(metrics['elbo_drift'])) < 1e-4
+  close(new.trainable, run('wdce', params, batch, last, 2)[0], 1e-6)
+  masks = dmpo.draw(jax.random.fold_in(jax.random.key(KEY), last), row,
+                    completion, HPS['wdce'])
+  want = np.mean(elbo_of(new.trainable, rollouts, masks) -
+                 elbo_of(params, rollouts, masks))
+  _, metrics = drifting(step.init_state(new.trainable, SGD), {}, batch,
+                        jax.random.key(KEY), last)
+  assert abs(want) > 0.01
+  assert float(metrics['elbo_drift']) == pytest.approx(want, rel=1e-3)
+
+
 def test_model_baseline_is_group_at_the_start(params, rollouts):
   """Policy = old policy and common masks: no gap, so 1/G is subtracted."""
   old = score(params, rollouts, HPS['model'],

@@ -914,7 +914,7 @@ def test_collapse_is_rolled_back(rolled, built, base_params, tmp_path,
   assert meta_of(workdir, 18)['rollbacks'] == [line | {'values': values}]
   # The checkpoints of the collapse are there to be looked at.
   aside = {p.name.split('-')[0] for p in (workdir / 'rl.damaged').iterdir()}
-  assert '15' in aside and not os.listdir(workdir / 'rl.next')
+  assert '15' in aside and not (workdir / 'rl.next').exists()
   monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
   plain = vary(built, train={'iterations': 6}, eval={'every': 1})
   wanted = run(plain, tmp_path, base_params)  # 100 * 0.01 = 1
