@@ -3,12 +3,12 @@
 python -m benchmarks.soak --minutes=60 [--config.train.iterations=50 ...]
 
 Loops `python main.py --config=configs/quickstart.py`, a seed after the other,
-with kill -9 after random (exponential) times at work and the same command
-again. Resident memory is read every second, into memory.csv. Its slope is that
-of all sessions in one least-squares fit, each with a level of its own and
-without its warm-up. The standard error takes readings as independent, which
-they are not: the slopes of single sessions say how far to trust it. The last
-line is JSON; the exit code is 1 if anything is lost.
+with kill -9 after random (exponential) times and the same command again.
+Resident memory is read every second, into memory.csv. Its slope is that of all
+sessions in one least-squares fit, each with a level of its own and without its
+warm-up. The standard error takes readings as independent, which they are not:
+the slopes of single sessions say how far to trust it. The last line is JSON;
+the exit code is 1 if anything is lost.
 """
 
 import argparse
@@ -36,18 +36,20 @@ def resident(process):
     return float('nan')
 
 
-def live(session, life, until):
-  """[(seconds since its first own iteration, MiB)] until it ends or is killed.
+def live(session, life, warm, until):
+  """[(seconds, MiB)] from `warm` updates of the session's own on.
 
-  Killed after `life` seconds at work, or at time.time() = until.
+  Killed `life` seconds after these, or at time.time() = until.
   """
-  readings, first = [], None
+  readings, start, warmed = [], None, None
   while session.process.poll() is None:
-    row, now = kills.last_row(session.workdir), time.time()
-    if row.get('time', 0) > session.begun and row['phase'] != 'sft':
-      first = first or now
-      readings.append((now - first, resident(session.process)))
-    if now > until or first and now - first > life:
+    seen, now = kills.look(session), time.time()
+    if seen.fresh and seen.update and start is None:
+      start = seen.update
+    if start is not None and seen.update >= start + warm:
+      warmed = warmed or now
+      readings.append((now - warmed, resident(session.process)))
+    if now > until or warmed and now - warmed > life:
       session.process.kill()
       session.process.wait()
       return readings
@@ -58,13 +60,12 @@ def live(session, life, until):
   return readings
 
 
-def slope(sessions, warm):
+def slope(sessions):
   """(MiB/hour, its standard error, readings, [MiB/hour of each session]).
 
-  sessions: lists of (seconds, MiB); the first `warm` seconds are left out.
+  sessions: lists of (seconds, MiB).
   """
-  kept = [np.array([r for r in session if r[0] >= warm]).reshape(-1, 2)
-          for session in sessions]
+  kept = [np.array(session).reshape(-1, 2) for session in sessions]
   kept = [x[np.isfinite(x[:, 1])] for x in kept]
   kept = [x - x.mean(axis=0) for x in kept if len(x) >= FEWEST]
   if not kept:
@@ -113,9 +114,9 @@ def main(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--minutes', type=float, default=60)
   parser.add_argument('--mean', type=float, default=8,
-                      help='minutes at work between kills')
-  parser.add_argument('--warm', type=float, default=60,
-                      help='seconds of each session that do not count')
+                      help='minutes from the warm-up to a kill')
+  parser.add_argument('--warm', type=int, default=45, help='updates of each '
+                      'session that do not count: two validations are in them')
   parser.add_argument('--seed', type=int, default=0, help='of the kills')
   parser.add_argument('--folder', default='runs/soak', help='a new one')
   args, overrides = parser.parse_known_args(argv)
@@ -127,8 +128,8 @@ def main(argv=None):
     workdir = folder / f'run_{runs}'
     session = kills.begin(workdir, [
         '--config=configs/quickstart.py', f'--config.seed={runs}', *overrides])
-    sessions.append(live(session, draw.expovariate(1 / (60 * args.mean)),
-                         until))
+    life = draw.expovariate(1 / (60 * args.mean))
+    sessions.append(live(session, life, args.warm, until))
     with open(folder / 'memory.csv', 'a') as f:
       f.writelines(f'{len(sessions)},{t:.1f},{mib:.1f}\n'
                    for t, mib in sessions[-1])
@@ -137,9 +138,9 @@ def main(argv=None):
     said += lost(workdir)
     runs += not stopped
     print(f'session {len(sessions)}: {workdir.name} '
-          f'{"killed" if stopped else "done"} after {len(sessions[-1])} s at '
-          'work', flush=True)
-  rate, error, readings, each = slope(sessions, args.warm)
+          f'{"killed" if stopped else "done"} after {len(sessions[-1])} '
+          'readings', flush=True)
+  rate, error, readings, each = slope(sessions)
   for text in said[:20]:
     print(text)
   most = max((mib for s in sessions for _, mib in s), default=0)

@@ -113,19 +113,20 @@ def test_where_a_run_is(tmp_path):
 
 
 def test_slope_of_memory():
-  """Levels and warm-ups of sessions do not count; the error is OLS's."""
+  """Levels of sessions do not count, nor short ones; the error is OLS's."""
   draw = np.random.default_rng(0)
   t = np.arange(100.0)
   make = lambda level: list(zip(t, level + 0.01 * t + draw.normal(
-      0, 0.1, 100) + 500 * (t < 20), strict=True))
-  sessions = [make(300), make(900), [(0, 1.0), (50, 9999.0)]]
-  rate, error, readings, each = soak.slope(sessions, 20)
-  assert readings == 160 and len(each) == 2
+      0, 0.1, 100), strict=True))
+  ended = [(101.0, float('nan'))]
+  sessions = [make(300), make(900) + ended, [(0, 1.0), (50, 9999.0)], []]
+  rate, error, readings, each = soak.slope(sessions)
+  assert readings == 200 and len(each) == 2
   assert abs(rate - 36) < 3 * error and 0.5 < error < 3
   # The same by a solver, with an intercept for each session.
-  x = np.concatenate([np.array(s)[20:] for s in sessions[:2]])
-  design = np.stack([x[:, 0], *np.repeat(np.eye(2), 80, 1)], 1)
+  x = np.concatenate([np.array(s)[:100] for s in sessions[:2]])
+  design = np.stack([x[:, 0], *np.repeat(np.eye(2), 100, 1)], 1)
   (b, *_), (sse,), *_ = np.linalg.lstsq(design, x[:, 1], rcond=None)
-  se = np.sqrt(sse / (160 - 3) * np.linalg.inv(design.T @ design)[0, 0])
+  se = np.sqrt(sse / (200 - 3) * np.linalg.inv(design.T @ design)[0, 0])
   np.testing.assert_allclose((rate, error), (3600 * b, 3600 * se), rtol=1e-6)
-  assert soak.slope([], 20)[2:] == (0, [])
+  assert soak.slope([])[2:] == (0, [])
