@@ -86,6 +86,28 @@ def get_config():
   o.antithetic = True  # second half of the draws = complement of the first
   o.loss_tail = True  # train the tokens after the first EOS
   o.common_masks = False  # model, ddo: log p_old under the loss's own masks
+  o.advantage = 'mean'  # reward less: mean | loo (of the others) | zscore
+  o.clip = 0.2  # ratios count down to 1 - clip (gdsd: gaps; 0 = no clamp)
+  o.clip_high = 0.0  # and up to 1 + clip_high; 0 = as clip
+  o.beta = 0.0  # of the KL to the reference; vrpo: of the ELBO's gap
+  o.kl = 'k3_ratio'  # its estimator: k1 | k2 | k3 | k3_ratio
+  o.choose = 'entropy'  # recorded steps: each | uniform | entropy | top
+  o.variant = 'released'  # which form; the objective's file has them
+  o.masks = 'stratified'  # of the loss's ELBO; the objective's file has them
+  o.mask_prompt = 0.15  # chance of prompt tokens (spg: of all) to be masked
+  o.truncate = 2.0  # diffpo: largest importance correction
+  o.step_coef = 0.5  # egspo: of the gain over completing the state at once
+  o.centre = False  # gdsd: logits less their mean, not log-probs
+  o.places = True  # mapg: with the gradient of the choice of positions
+  o.fresh = True  # residual: the gap under masks of its own
+  o.per_token = False  # residual: ELBOs per token
+  o.bound = 'mix'  # spg, of bad completions: elbo | eubo | mix | none
+  o.power = 1.5  # spg: of the probabilities in the EUBO, >= 1
+  o.mix = 0.5  # spg: share of the EUBO in bound mix
+  o.sft_coef = 0.05  # vrpo: of the winners' likelihood
+  o.skip_equal = False  # groups of equal rewards weigh nothing
+  o.elbo_coef = 0.0  # of the rollouts' mean ELBO per token, added; 0 = off
+  o.elbo_draws = 2  # masks of that ELBO, in pairs of complements
 
   c.logprob = e = ml_collections.ConfigDict()  # log p_ref and log p_old
   e.estimator = 'elbo'  # elbo | trajectory (along the recorded states)

@@ -33,6 +33,7 @@ from dmpo_jax import (
     weights,
 )
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.shared import Common
 from dmpo_jax.tasks import TASKS, answers, symbolic
 from dmpo_jax.types import Rollouts, Scored, TaskOptions, TrainBatch
 
@@ -143,6 +144,7 @@ def check(c, count, platform=''):
     found += objective.check(settings(objective.hp, c.objective))
   found += check_numbers(c) + check_rows(c, count) + check_logprob(c)
   found += check_model(c) + check_eval(c) + check_health(c)
+  found += check_objective(c)
   found += check_attention(c, platform or jax.default_backend())
   if found:
     raise ValueError('this config cannot run:\n' + '\n'.join(
@@ -296,6 +298,55 @@ def check_logprob(c):
   if e.estimator == 'trajectory':
     found += check_trajectory(c)
   return found
+
+
+def check_objective(c):
+  """Fields that the objective does not have, and what it needs of the sampler.
+
+  A field that another objective has must be as it is in base: to change it
+  would do nothing.
+  """
+  found, o, s = [], c.objective, c.sampler
+  if o.name not in OBJECTIVES:
+    return found
+  own = [field.name for kind in (OBJECTIVES[o.name].hp, Common)
+         for field in dataclasses.fields(kind)]
+  for name, usual in objective_fields().items():
+    if name not in own and o[name] != usual:
+      found.append(f'objective.{name} = {o[name]!r} is no setting of '
+                   f'objective.name = {o.name}: leave it {usual!r}')
+  if o.elbo_draws < 2 or o.elbo_draws % 2:
+    found.append(f'objective.elbo_draws = {o.elbo_draws} must be even: masks '
+                 'come with their complements')
+  needs = OBJECTIVES[o.name].needs(settings(OBJECTIVES[o.name].hp, o))
+  for need, wrong, change in (
+      ('record', s.pick == 'wino', 'sampler.pick = wino takes tokens back: use '
+       'another, for this needs recorded steps'),
+      ('law', not s.temperature, 'sampler.temperature = 0 has no density: this '
+       'needs > 0'),
+      ('law', s.top_p < 1 or s.top_k, f'sampler.top_p = {s.top_p}, '
+       f'sampler.top_k = {s.top_k}: this needs 1 and 0, for a policy that has '
+       'changed gives chance to what was cut'),
+      ('law', s.guidance, f'sampler.guidance = {s.guidance}: this needs 0, for '
+       'the loss is of the network without it'),
+      ('left_to_right', s.block != 1, f'sampler.block = {s.block}: this needs '
+       '1, tokens from left to right'),
+      ('fallback', s.pick != 'threshold', f'sampler.pick = {s.pick}: this '
+       'needs threshold, whose fallbacks it trains'),
+      ('place', (s.pick, s.rank, s.rank_law) != (
+          'plackett_luce', 'max', 'model'), f'sampler.pick = {s.pick}, rank = '
+       f'{s.rank}, rank_law = {s.rank_law}: this needs plackett_luce, max, '
+       'model, whose choice of positions has a density')):
+    if need in needs and wrong:
+      found.append(f'{change} (objective.name = {o.name})')
+  return found
+
+
+def objective_fields():
+  """{field: its value in base}: that of the first objective that has it."""
+  return {field.name: field.default
+          for objective in reversed(OBJECTIVES.values())
+          for field in dataclasses.fields(objective.hp)}
 
 
 def check_trajectory(c):
@@ -483,7 +534,8 @@ def build(c, devices=None):
       c.sft.lr, c.sft.warmup, 0.9, 0.99, 1e-8, c.sft.weight_decay, c.sft.clip)
   steps = Steps(
       *make_starts(c, cfg, grid, optimizer, sft_optimizer),
-      make_sample(c, c.sampler, 'sample', cfg, grid),
+      make_sample(c, c.sampler, 'sample', cfg, grid, tuple(
+          name for name in sampler.RECORDS if name in objective.needs(hp))),
       make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
       lambda section: make_sample(c, section, 'evaluate', cfg, grid),
       *make_training(c, cfg, grid, objective, hp, sft_optimizer),
@@ -567,13 +619,13 @@ def make_starts(c, cfg, grid, optimizer, sft_optimizer):
           start(optimizer), start(sft_optimizer))
 
 
-def make_sample(c, section, stream, cfg, grid):
+def make_sample(c, section, stream, cfg, grid, records=()):
   """(params, tokens, valid, row) -> (Rollouts, completion mask)."""
   hp = settings(sampler.SampleConfig, section)
 
   def sample(params, tokens, valid, row):
     keys_R = rng.row_keys(rng.key_for(c.seed, stream), row)
-    out = sampler.sample(cfg, params, tokens, valid, keys_R, hp)
+    out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, records)
     completion = masking.completion_mask(out.tokens[:, -hp.length:],
                                          cfg.eos_id)
     return out, completion
@@ -637,6 +689,8 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
   by_row = mesh.rows(grid)
   how = settings(logprob.LogprobConfig, c.logprob)
   common = dict(cfg=cfg, objective=objective, hp=hp)
+  of_all = settings(Common, c.objective)
+  law = settings(sampler.SampleConfig, c.sampler).law()
   mask_key = lambda: rng.key_for(c.seed, 'mask')
   drift = c.health.measure or 'elbo_old' in objective.needs(hp)
 
@@ -644,19 +698,20 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
     return step.score(
         trainable, frozen, rollouts, row, completion,
         rng.key_for(c.seed, 'score'), mask_key(), **common, how=how,
-        law=settings(sampler.SampleConfig, c.sampler).law(),
-        inner=c.train.inner, microbatches=c.train.microbatches,
+        law=law, inner=c.train.inner, microbatches=c.train.microbatches,
         measure=c.health.measure)
 
   def pack(rollouts, completion, row, reward, scores):
     return rollout.pack(rollouts, completion, row, reward, scores,
-                        objective=objective, hp=hp, inner=c.train.inner)
+                        objective=objective, hp=hp, inner=c.train.inner,
+                        skip_equal=of_all.skip_equal)
 
   def update(state, frozen, batch, inner, scale):
     return step.train_step(
         state, frozen, batch, mask_key(), inner, **common,
         optimizer=optim.make_optimizer(**c.optim, scale=scale),
-        group=c.train.group, microbatches=c.train.microbatches, drift=drift)
+        group=c.train.group, microbatches=c.train.microbatches, law=law,
+        common=of_all, drift=drift)
 
   def sft(state, tokens, valid, row, at):
     key = jax.random.fold_in(rng.key_for(c.seed, 'sft'), at)
@@ -687,19 +742,53 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
   return put_score, put_pack, put_update, put_sft
 
 
+def abstract(built, shape, dtype=np.float32):
+  """A ShapeDtypeStruct: arrays by rows, scalars whole."""
+  where = mesh.rows if shape else mesh.replicated
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=where(built.mesh))
+
+
+def abstract_rollouts(built, prompt):
+  """Rollouts of ShapeDtypeStructs; P = `prompt` tokens."""
+  t, length = built.config.train, built.config.sampler.length
+  rows, needs = t.prompts * t.group, built.objective.needs(built.hp)
+  whole, each = (rows, prompt + length), (rows, length)
+  more = {name: abstract(built, each,
+                         bool if name == 'fallback' else np.float32)
+          for name in sampler.RECORDS if name in needs}
+  return Rollouts(
+      abstract(built, whole, np.int32), abstract(built, whole, bool),
+      abstract(built, each, np.int32), abstract(built, each),
+      abstract(built, (), np.int32), abstract(built, each), more or None)
+
+
 def abstract_batch(built, prompt):
   """A TrainBatch of ShapeDtypeStructs, for restoring; P = `prompt` tokens."""
   t, length = built.config.train, built.config.sampler.length
-  rows = t.prompts * t.group
-  shapes = dict(
-      tokens=((rows, prompt + length), np.int32),
-      valid=((rows, prompt + length), bool),
-      completion=((rows, length), bool), row=((rows,), np.int32),
-      weight=((rows,), np.float32), positive=((rows,), np.float32),
-      elbo_old=((rows, t.inner), np.float32), norm=((), np.float32),
-      total=((), np.float32))
-  by_row, whole = mesh.rows(built.mesh), mesh.replicated(built.mesh)
-  return TrainBatch(**{
-      name: jax.ShapeDtypeStruct(shape, dtype,
-                                 sharding=by_row if shape else whole)
-      for name, (shape, dtype) in shapes.items()})
+  rows, needs = t.prompts * t.group, built.objective.needs(built.hp)
+  rollouts = abstract_rollouts(built, prompt)
+  completion = abstract(built, (rows, length), bool)
+  row = abstract(built, (rows,), np.int32)
+  record = sampler.record_of(rollouts, needs)
+  law = settings(sampler.SampleConfig, built.config.sampler).law()
+  masks = jax.eval_shape(
+      lambda rollouts, row, completion, record: step.draw(
+          built.objective, built.hp, rng.key_for(0, 'mask'), row,
+          rollouts.tokens, rollouts.valid, completion, record,
+          cfg=built.model, law=law),
+      rollouts, row, completion, record)
+  draws = masks.masked.shape[1]
+  extra = {'record': record} if record else {}
+  for name in ('tokens_old', 'tokens_ref'):
+    if name in needs:
+      extra[name] = abstract(built, (rows, t.inner, draws, length))
+  if {'centred', 'tokens_old'} <= needs:
+    extra['centred_old'] = extra['tokens_old']
+  if 'elbo_ref' in needs:
+    extra['elbo_ref'] = abstract(built, (rows, t.inner))
+  weight = (rows, draws) if 'guess' in needs else (rows,)
+  return TrainBatch(
+      rollouts.tokens, rollouts.valid, completion, row,
+      abstract(built, weight), abstract(built, (rows,)),
+      abstract(built, (rows, t.inner)), abstract(built, ()),
+      abstract(built, ()), extra or None)

@@ -29,15 +29,18 @@ class LogprobConfig:
 
 
 def token_logp(cfg, params, tokens_RxS, masked_RxKxL, valid_RxS=None,
-               dropout_R=None):
+               dropout_R=None, prompt_RxKxP=None, read=model.logp_of):
   """Log p(token | the rest, masked), (R, K, L) float32, 0 where not masked.
 
   tokens_RxS int32 hold the true completion in their last L places;
   masked_RxKxL bool says where the network sees the mask token instead.
   dropout_R are the rows' keys for the adapters' dropout; None: no dropout.
+  prompt_RxKxP: what of the prompts is masked too. read: (logits, tokens) ->
+  numbers in the log-probs' place, see `reader`; of a dict each is (R, K, L).
   """
   rows, draws, length = masked_RxKxL.shape
-  noisy = masking.apply_masks(tokens_RxS, masked_RxKxL, cfg.mask_id)
+  noisy = masking.apply_masks(tokens_RxS, masked_RxKxL, cfg.mask_id,
+                              prompt_RxKxP)
   noisy = noisy.reshape(rows * draws, -1)
   valid = None if valid_RxS is None else jnp.repeat(valid_RxS, draws, axis=0)
   keys = dropout_R
@@ -45,15 +48,44 @@ def token_logp(cfg, params, tokens_RxS, masked_RxKxL, valid_RxS=None,
     keys = jax.vmap(lambda key: jax.random.split(key, draws))(keys).ravel()
   h, _ = model.hidden(cfg, params, noisy, valid, dropout_R=keys)
   targets = jnp.repeat(tokens_RxS[:, -length:], draws, axis=0)
-  logp = chosen_logp(cfg, params, h[:, -length:], targets)
-  return jnp.where(masked_RxKxL, logp.reshape(masked_RxKxL.shape), 0.0)
+  found = chosen_logp(cfg, params, h[:, -length:], targets, read)
+  return jax.tree.map(
+      lambda x: jnp.where(masked_RxKxL, x.reshape(masked_RxKxL.shape), 0.0),
+      found)
 
 
-def chosen_logp(cfg, params, hidden_RxLxD, targets_RxL):
+def reader(cfg, law=None, more=()):
+  """(logits, tokens) -> log-probs (R, L), or {'logp': them, **more}.
+
+  law: dict(temperature, ...) of the sampler: log-probs of its law, and not of
+  the model's. more: 'centred' (the token's logit less the mean of all),
+  'score' (the largest log-prob over law['rank_temperature'], as the pick
+  plackett_luce ranks), 'guess' (the most probable token).
+  """
+  def read(logits, tokens):
+    if law is None:
+      out = {'logp': model.logp_of(logits, tokens)}
+    else:
+      out = {'logp': model.logp_of(model.sampling_logits(
+          model.without_mask(cfg, logits), law['temperature']), tokens)}
+    if 'centred' in more:
+      own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+      out['centred'] = own - jnp.mean(logits, axis=-1)
+    if 'score' in more:
+      allowed = model.without_mask(cfg, logits)
+      best = jnp.max(allowed, -1) - jax.nn.logsumexp(allowed, axis=-1)
+      out['score'] = best / law['rank_temperature']
+    if 'guess' in more:
+      out['guess'] = jnp.argmax(model.without_mask(cfg, logits), axis=-1)
+    return out if more else out['logp']
+  return read
+
+
+def chosen_logp(cfg, params, hidden_RxLxD, targets_RxL, read=model.logp_of):
   """(R, L) log-softmax at the targets, the head in chunks under remat."""
   @jax.checkpoint
   def one(hidden, targets):
-    return model.logp_of(model.head(cfg, params, hidden), targets)
+    return read(model.head(cfg, params, hidden), targets)
 
   length, chunk = targets_RxL.shape[1], cfg.head_chunk
   if not chunk or chunk >= length:
@@ -63,8 +95,8 @@ def chosen_logp(cfg, params, hidden_RxLxD, targets_RxL):
                      f'length {length}')
   pieces = [jnp.stack(jnp.split(x, length // chunk, axis=1))
             for x in (hidden_RxLxD, targets_RxL)]
-  logp = jax.lax.map(lambda piece: one(*piece), tuple(pieces))
-  return jnp.concatenate(logp, axis=1)
+  found = jax.lax.map(lambda piece: one(*piece), tuple(pieces))
+  return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), found)
 
 
 def draw(key, row_R, length, hp):

@@ -18,12 +18,17 @@ def completion_mask(completion_RxL, eos_id):
   return jnp.cumsum(eos, axis=1) - eos == 0
 
 
-def apply_masks(tokens_RxS, masked_RxKxL, mask_id):
-  """(R, K, S) int32: the rows with their completions masked, K times."""
+def apply_masks(tokens_RxS, masked_RxKxL, mask_id, prompt_RxKxP=None):
+  """(R, K, S) int32: the rows with their completions masked, K times.
+
+  prompt_RxKxP: what is masked of the prompts, if anything is.
+  """
   length = masked_RxKxL.shape[-1]
   prompt = tokens_RxS[:, None, :-length]
   completion = jnp.where(masked_RxKxL, mask_id, tokens_RxS[:, None, -length:])
   shape = masked_RxKxL.shape[:2] + prompt.shape[2:]
+  if prompt_RxKxP is not None:
+    prompt = jnp.where(prompt_RxKxP, mask_id, prompt)
   return jnp.concatenate([jnp.broadcast_to(prompt, shape), completion], -1)
 
 
@@ -89,6 +94,23 @@ def restrict(masks, completion_RxL):
   count = jnp.sum(masked, axis=-1)
   length = jnp.sum(completion_RxL, axis=-1)
   return Masks(masked, length[:, None] / jnp.maximum(count, 1))
+
+
+def draw_prompt(key, row_R, valid_RxP, draws, rate):
+  """(R, K, P) bool: real prompt tokens, each masked with chance `rate`.
+
+  A token's number depends on its distance from the completion, not on the
+  padding before the prompt.
+  """
+  length = valid_RxP.shape[1]
+
+  def one(key):
+    keys = jax.vmap(lambda at: jax.random.fold_in(key, at))(
+        jnp.arange(length)[::-1])
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (draws,)))(keys)
+    return noise.T < rate
+
+  return rng.per_row(key, row_R, one) & valid_RxP[:, None]
 
 
 def draw_sft(key, row_R, length, floor=1e-3):

@@ -75,6 +75,42 @@ def pick_confidence(look, hp):
   return by_score(look, look.confidence, hp)
 
 
+def pick_plackett_luce(look, hp):
+  """The quota without replacement, in proportion to confidence^(1/T).
+
+  T is hp.rank_temperature: Plackett-Luce with scores log(confidence) / T. By
+  the state alone with rank = max.
+  """
+  gumbel = -jnp.log(-jnp.log(jnp.maximum(look.noise, 1e-30)))
+  score = jnp.log(jnp.maximum(look.confidence, 1e-30)) / hp.rank_temperature
+  return by_rank(look, score + gumbel)
+
+
+def plackett_luce_logp(score, masked, taken):
+  """Log-prob that `taken` is what is drawn from `masked`, whatever the order.
+
+  Arrays (..., W). Gumbels added to the scores of the taken all exceed those of
+  the rest: the integral over v in (0, 1) of prod_taken (1 - v^(w_i / w_rest)),
+  w = exp(score), by the trapezoid rule in logit(v), which is exact to
+  rounding for ratios within e^+-15. 0 where all or none is taken.
+  """
+  rest = masked & ~taken
+  lowest = jnp.where(rest, score, -1e30)
+  mass = jax.nn.logsumexp(lowest, axis=-1, keepdims=True)
+  ratio = jnp.where(taken, jnp.exp(jnp.clip(score - mass, -30, 30)), 1.0)
+  y = jnp.linspace(-40.0, 40.0, 321)
+  log_v = -jax.nn.softplus(-y)
+  log_dv = log_v - jax.nn.softplus(y) + jnp.log(y[1] - y[0])
+  beaten = -jnp.expm1(ratio[..., None] * jnp.expand_dims(
+      log_v, range(ratio.ndim)))
+  terms = jnp.where(taken[..., None], jnp.log(jnp.maximum(beaten, 1e-37)), 0.0)
+  total = jnp.sum(terms, axis=-2)
+  logp = jax.nn.logsumexp(
+      total + jnp.expand_dims(log_dv, range(total.ndim - 1)), axis=-1)
+  free = jnp.any(rest, axis=-1) & jnp.any(taken, axis=-1)
+  return jnp.where(free, logp, 0.0)
+
+
 def pick_margin(look, hp):
   """By the gap between the two best probabilities (Dream topk_margin)."""
   best = jax.lax.top_k(look.prob, 2)[0]
@@ -147,9 +183,11 @@ PICKS = {
     'entropy': pick_entropy,
     'lowest_entropy': pick_lowest_entropy,
     'origin': pick_origin,
+    'plackett_luce': pick_plackett_luce,
 }
 SCORED = ('confidence', 'margin', 'lowest_entropy')  # that rank by a score
-SCHEDULED = (*SCORED, 'random', 'origin')  # those that use hp.steps
+# Those that use hp.steps.
+SCHEDULED = (*SCORED, 'random', 'origin', 'plackett_luce')
 # Rules that look at the state alone: their recorded trajectory is exact.
 STATE_ONLY = ('random', 'random_order', 'margin', 'entropy', 'lowest_entropy',
               'origin')

@@ -21,7 +21,6 @@ import numpy as np
 from absl import logging
 
 from dmpo_jax import build, mesh, model, optim, picks, step
-from dmpo_jax.types import Rollouts
 
 GIB = 2 ** 30
 
@@ -212,12 +211,7 @@ def jobs(built, prompt):
     return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=by_row)
 
   frozen, state = states(built)
-  tokens = row((prompt + length,), jnp.int32)
-  valid = row((prompt + length,), jnp.bool_)
-  count = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh.replicated(grid))
-  rollouts = Rollouts(tokens, valid, row((length,), jnp.int32),
-                      row((length,), jnp.float32), count,
-                      row((length,), jnp.float32))
+  rollouts = build.abstract_rollouts(built, prompt)
   steps = c.sampler.length
   if c.sampler.pick in picks.SCHEDULED:
     steps = c.sampler.steps

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import data, grader, health, mesh
+from dmpo_jax import data, grader, health, mesh, sampler
 from dmpo_jax.metrics import Clock
 from dmpo_jax.types import (
     Array,
@@ -36,6 +36,7 @@ class Started(NamedTuple):
   scores: dict
   kept: tuple  # on the host: tokens, order, forwards, completion, confidence
   mine: Array  # (n,) rows of the buffer that this process decodes and grades
+  guess: Array | None = None  # (R, K, L) on the host, as `score` has it
 
 
 def rows_of(prompts, group, iteration):
@@ -63,8 +64,9 @@ def start(steps, problems, trainable, frozen, iteration, age=0, *, prompts,
   # would stand behind the caller's updates.
   kept = mesh.fetch((rollouts.tokens, rollouts.order, rollouts.forwards,
                      completion, rollouts.confidence))
+  guess = mesh.fetch(scores['guess']) if 'guess' in scores else None
   return Started(iteration, age, batch.index, row, rollouts, completion, scores,
-                 kept, mesh.my_rows(completion))
+                 kept, mesh.my_rows(completion), guess)
 
 
 def finish(steps, task, tokenizer, problems, started, *, group, protocol,
@@ -83,9 +85,15 @@ def finish(steps, task, tokenizer, problems, started, *, group, protocol,
     graded = grader.judge(
         task, protocol, texts, [examples[i] for i in started.mine], weights,
         started.mine)
+    scores, failed = started.scores, graded.failed
+    if started.guess is not None:
+      guesses = judge_guesses(started, task, tokenizer, protocol, examples,
+                              weights)
+      scores = {**scores, 'guess': guesses.reward.reshape(len(row), -1)}
+      failed = failed + guesses.failed
   batch, weights = steps.pack(
       started.rollouts, started.completion, row,
-      to_groups(graded.reward, group), started.scores)
+      to_groups(graded.reward, group), scores)
   metrics = reward_metrics(graded, kept)
   metrics |= health.buffer_metrics(
       tokens, kept[3], tokenizer.eos_token_id,
@@ -101,8 +109,19 @@ def finish(steps, task, tokenizer, problems, started, *, group, protocol,
                 completion=graded.texts[i], reward=graded.terms[i],
                 order=kept[1][i].tolist())
            for i in range(min(samples, len(row)))]
-  lost = [dict(iteration=iteration, **question) for question in graded.failed]
+  lost = [dict(iteration=iteration, **question) for question in failed]
   return batch, metrics, {'samples.jsonl': shown, 'failed_grades.jsonl': lost}
+
+
+def judge_guesses(started, task, tokenizer, protocol, examples, weights):
+  """grader.Graded of the states that were completed in one step, (R * K,)."""
+  draws, length = started.guess.shape[1:]
+  texts = data.decode(
+      tokenizer, started.guess[started.mine].reshape(-1, length),
+      data.stop_ids(tokenizer))
+  places = (started.mine[:, None] * draws + np.arange(draws)).ravel()
+  return grader.judge(task, protocol, texts,
+                      [examples[i // draws] for i in places], weights, places)
 
 
 def reward_metrics(graded, kept):
@@ -148,8 +167,12 @@ def unmasking_metrics(order_RxL, confidence_RxL):
 
 
 def pack(rollouts, completion_RxL, row_R, reward_BxG, scores, *, objective, hp,
-         inner):
-  """TrainBatch and weight metrics from rollouts, rewards and log-probs."""
+         inner, skip_equal=False):
+  """TrainBatch and weight metrics from rollouts, rewards and log-probs.
+
+  skip_equal: groups whose rewards are all the same weigh nothing, and the
+  others as much more (DAPO's dynamic sampling, without sampling again).
+  """
   groups, group = reward_BxG.shape
   rows = row_R.shape[0]
   zeros_R = jnp.zeros((rows,), jnp.float32)
@@ -157,14 +180,36 @@ def pack(rollouts, completion_RxL, row_R, reward_BxG, scores, *, objective, hp,
       reward_BxG, to_groups(jnp.sum(completion_RxL, axis=1), group),
       to_groups(scores.get('old', zeros_R), group),
       to_groups(scores.get('ref', zeros_R), group))
+  if 'guess' in scores:
+    scored = scored._replace(guess=to_groups(scores['guess'], group))
+  if skip_equal:
+    live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
+    scored = scored._replace(live=live_B)
   weight, positive, metrics = objective.weigh(scored, hp)
+  if skip_equal:
+    share_B = live_B * groups / jnp.maximum(jnp.sum(live_B), 1)
+    weight, positive = (jnp.einsum('b,b...->b...', share_B, x)
+                        for x in (weight, positive))
+    metrics = {**metrics, 'groups_skipped': jnp.mean(~live_B)}
   elbo_old = scores.get('elbo_old', jnp.zeros((rows, inner), jnp.float32))
   batch = TrainBatch(
       tokens=rollouts.tokens, valid=rollouts.valid, completion=completion_RxL,
       row=row_R, weight=to_rows(weight), positive=to_rows(positive),
-      elbo_old=elbo_old, norm=jnp.float32(groups), total=jnp.float32(rows))
+      elbo_old=elbo_old, norm=jnp.float32(groups), total=jnp.float32(rows),
+      extra=extras(rollouts, scores, objective.needs(hp)))
   metrics = {**metrics, 'logp_old': jnp.mean(scored.logp_old),
              'logp_ref': jnp.mean(scored.logp_ref)}
   if {'old', 'ref'} <= scores.keys():  # completions are of the old policy
     metrics['kl_ref'] = metrics['logp_old'] - metrics['logp_ref']
   return batch, metrics
+
+
+def extras(rollouts, scores, needs):
+  """TrainBatch.extra: 'record', and what `step.score` adds; None for nothing.
+
+  tokens_old, tokens_ref, centred_old (R, I, K, L) and elbo_ref (R, I), float32.
+  """
+  out = {name: scores[name] for name in (
+      'tokens_old', 'tokens_ref', 'centred_old', 'elbo_ref') if name in scores}
+  record = sampler.record_of(rollouts, needs)
+  return out | ({'record': record} if record else {}) or None

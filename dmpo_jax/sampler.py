@@ -52,7 +52,43 @@ class SampleConfig:
   def law(self):
     """What `logprob.trajectory_logp` must know of the sampling law."""
     return dict(block=self.block, temperature=self.temperature,
-                guidance=self.guidance)
+                guidance=self.guidance,
+                rank_temperature=self.rank_temperature)
+
+
+def entropy_record(look, take, hp):
+  return picks.entropy_of(look.prob)
+
+
+def fallback_record(look, take, hp):
+  """Where pick threshold found no token sure enough."""
+  return jnp.broadcast_to(~jnp.any(
+      look.masked & (look.confidence >= hp.threshold), 1, keepdims=True),
+                          take.shape)
+
+
+def place_record(look, take, hp):
+  """Log-prob of the positions of a step, under pick plackett_luce."""
+  score = jnp.log(jnp.maximum(look.confidence, 1e-30)) / hp.rank_temperature
+  logp = picks.plackett_luce_logp(score, look.masked, take)
+  return jnp.broadcast_to(logp[:, None], take.shape)
+
+
+# What can be recorded of every token when it is revealed, beside what always
+# is: (Look, taken, SampleConfig) -> (R, W).
+RECORDS = {
+    'entropy': entropy_record,
+    'fallback': fallback_record,
+    'place': place_record,
+}
+
+
+def record_of(rollouts, needs):
+  """What an objective may see of how rollouts came about; None for nothing."""
+  if 'record' not in needs:
+    return None
+  return dict(order=rollouts.order, logp=rollouts.logp,
+              confidence=rollouts.confidence, **(rollouts.more or {}))
 
 
 class Loop(NamedTuple):
@@ -63,6 +99,7 @@ class Loop(NamedTuple):
   count: Array  # (R,) int32, the row's own steps so far
   since: Array  # (R,) int32, those of them in its present block
   forwards: Array  # () int32
+  more: dict | None = None  # of RECORDS, (R, L) each
 
 
 class Proposal(NamedTuple):
@@ -83,6 +120,7 @@ class Setting(NamedTuple):
   valid: Array  # (R, S) bool
   prompt: int  # P
   keys: Array  # (R,) keys
+  records: tuple = ()  # names in RECORDS
 
 
 def generate(cfg, params, prompts_RxP, key, hp, valid_RxP=None):
@@ -97,9 +135,10 @@ def generate(cfg, params, prompts_RxP, key, hp, valid_RxP=None):
   return sample(cfg, params, prompts_RxP, valid_RxP, keys_R, hp)
 
 
-def sample(cfg, params, prompts_RxP, valid_RxP, keys_R, hp):
+def sample(cfg, params, prompts_RxP, valid_RxP, keys_R, hp, records=()):
   """Rollouts of one completion per row; keys_R are the rows' own keys.
 
+  records: names in RECORDS, for Rollouts.more.
   ValueError if hp, or a completion of its length, is impossible.
   """
   complain = problems(hp)
@@ -115,10 +154,12 @@ def sample(cfg, params, prompts_RxP, valid_RxP, keys_R, hp):
   tokens = jnp.concatenate([jnp.asarray(prompts_RxP, jnp.int32), blank], 1)
   valid = jnp.concatenate([valid_RxP, jnp.ones_like(blank, bool)], axis=1)
   zeros_R, zeros = jnp.zeros_like(blank[:, 0]), jnp.zeros(blank.shape)
+  more = {name: jnp.zeros(blank.shape, bool if name == 'fallback' else
+                          jnp.float32) for name in records} or None
   loop = Loop(tokens, jnp.zeros_like(blank), zeros, zeros, zeros_R, zeros_R,
-              jnp.int32(0))
+              jnp.int32(0), more)
   # 2. Steps until every mask that must go is gone.
-  setting = Setting(cfg, params, hp, valid, prompt, keys_R)
+  setting = Setting(cfg, params, hp, valid, prompt, keys_R, tuple(records))
   unmask = (wino if hp.pick == 'wino' else
             each_row if hp.cache == 'none' else block_by_block)
   loop = unmask(setting, loop)
@@ -127,7 +168,7 @@ def sample(cfg, params, prompts_RxP, valid_RxP, keys_R, hp):
   return Rollouts(
       jnp.where(left, cfg.eos_id, loop.tokens), valid,
       jnp.where(left[:, prompt:], -1, loop.order), loop.logp, loop.forwards,
-      loop.confidence)
+      loop.confidence, loop.more)
 
 
 def needed(setting, tokens_RxS):
@@ -273,13 +314,15 @@ def record(setting, loop, proposal, take, again, start_R, live_R):
   # Whether the row leaves its block.
   done_R = ~jnp.any(masked & ~take | again, axis=1)
   busy_R = live_R & jnp.any(masked, axis=1)
+  more = {name: write(loop.more[name], at_R, take, RECORDS[name](
+      proposal.look, take, setting.hp)) for name in setting.records} or None
   return Loop(
       write(loop.tokens, start_R, take | again, token),
       write(loop.order, at_R, take, step),
       write(loop.logp, at_R, take, proposal.logp),
       write(loop.confidence, at_R, take, proposal.confidence),
       loop.count + busy_R, jnp.where(done_R, 0, loop.since + busy_R),
-      loop.forwards + 1)
+      loop.forwards + 1, more)
 
 
 # ---- draft and verify
@@ -382,8 +425,12 @@ def contradictions(hp):
   only('fallback', 'best', hp.pick == 'threshold', 'sampler.pick = threshold')
   only('schedule', 'even', hp.pick in picks.SCHEDULED,
        f'sampler.pick = {" or ".join(picks.SCHEDULED)}')
-  only('rank_temperature', 0.0, hp.pick in picks.SCORED,
-       f'sampler.pick = {" or ".join(picks.SCORED)}')
+  drawn = (*picks.SCORED, 'plackett_luce')
+  only('rank_temperature', 0.0, hp.pick in drawn,
+       f'sampler.pick = {" or ".join(drawn)}')
+  if hp.pick == 'plackett_luce' and not hp.rank_temperature:
+    found.append('sampler.pick = plackett_luce needs sampler.rank_temperature '
+                 '> 0: its chances are confidence^(1/rank_temperature)')
   if hp.pick == 'wino':
     for field, usual in (('cache', 'none'), ('guidance', 0.0)):
       only(field, usual, False, f'another pick: wino knows {usual!r} alone')

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmpo_jax import logprob, masking, rng
+from dmpo_jax import logprob, masking, rng, sampler
 from dmpo_jax.types import TrainState
 
 SCALARS = ('norm', 'total')  # fields of TrainBatch without a row axis
+# Of TrainBatch.extra: what has an axis of inner steps after that of rows.
+INNER = ('elbo_ref', 'tokens_old', 'tokens_ref', 'centred_old')
 DROPOUT = 1 << 20  # folded into an inner step's key: beyond any inner step
+ANCHOR, FRESH = DROPOUT + 1, DROPOUT + 2
 
 
 def init_state(trainable, optimizer):
@@ -39,29 +42,77 @@ def in_microbatches(fn, rows, microbatches):
 
 
 def split_batch(batch, microbatches):
+  split = lambda x: split_rows(x, microbatches)
   return batch._replace(**{
       name: jnp.broadcast_to(x, (microbatches,)) if name in SCALARS
-      else split_rows(x, microbatches) for name, x in batch._asdict().items()})
+      else jax.tree.map(split, x) for name, x in batch._asdict().items()})
 
 
-def batch_logp(params, batch, key, cfg, objective, hp, dropout=False):
-  """(logp_RxKxL, Masks) of a batch under the loss's masks of this key."""
-  masks = objective.draw(key, batch.row, batch.completion, hp)
+def draw(objective, hp, key, row_R, tokens_RxS, valid_RxS, completion_RxL,
+         record, *, cfg, law):
+  """The loss's Masks; an objective sees no more than it needs."""
+  needs, length = objective.needs(hp), completion_RxL.shape[1]
+  seen = dict(record or {})
+  if 'prompt' in needs:
+    seen['prompt'] = valid_RxS[:, :-length]
+  if 'block' in needs:
+    seen['block'] = law['block']
+  if 'record' in needs:
+    seen['text'] = tokens_RxS[:, -length:] != cfg.eos_id
+  return objective.draw(key, row_R, completion_RxL, hp, *([seen] * bool(seen)))
+
+
+def reading(objective, hp, cfg, law, more=()):
+  """What the loss reads of the logits: see `logprob.reader`."""
+  needs = objective.needs(hp)
+  more += tuple(name for name in ('centred', 'score') if name in needs)
+  return logprob.reader(cfg, law if 'law' in needs else None, more)
+
+
+def batch_logp(params, batch, key, cfg, objective, hp, dropout=False,
+               law=None):
+  """(logp_RxKxL, Masks) of a batch under the loss's masks of this key.
+
+  In the log-probs' place a dict, where the objective needs more of the logits.
+  """
+  extra = batch.extra or {}
+  masks = draw(objective, hp, key, batch.row, batch.tokens, batch.valid,
+               batch.completion, extra.get('record'), cfg=cfg, law=law)
   keys = rng.row_keys(jax.random.fold_in(key, DROPOUT), batch.row)
-  logp = logprob.token_logp(cfg, params, batch.tokens, masks.masked,
-                            batch.valid, keys if dropout else None)
+  logp = logprob.token_logp(
+      cfg, params, batch.tokens, masks.masked, batch.valid,
+      keys if dropout else None, masks.prompt,
+      reading(objective, hp, cfg, law))
   return logp, masks
 
 
+def at_inner(batch, inner):
+  """The batch with what its extras hold for this inner step alone."""
+  if not batch.extra:
+    return batch
+  return batch._replace(extra={
+      name: x[:, inner] if name in INNER else x
+      for name, x in batch.extra.items()})
+
+
+def anchor(params, batch, key, cfg, common):
+  """- coef times the mean ELBO per token of the rollouts (DiPOD)."""
+  length = batch.completion.shape[1]
+  masks = masking.draw_stratified(jax.random.fold_in(key, ANCHOR), batch.row,
+                                  length, common.elbo_draws)
+  elbo = logprob.elbo(cfg, params, batch.tokens, batch.valid, masks) / length
+  return -common.elbo_coef * jnp.sum(elbo) / batch.total
+
+
 def reweighed(params, batch, key, inner, microbatches, *, cfg, objective, hp,
-              group):
+              group, law=None):
   """The batch with weights that depend on the current policy.
 
   A pass without gradient over all rows first, so that a group's softmax is
   whole however the rows are cut into microbatches.
   """
   def elbo(part):
-    logp, masks = batch_logp(params, part, key, cfg, objective, hp)
+    logp, masks = batch_logp(params, part, key, cfg, objective, hp, law=law)
     return logprob.seq_elbo(logp, masks.weight)
 
   rows = split_batch(batch, microbatches)
@@ -72,30 +123,42 @@ def reweighed(params, batch, key, inner, microbatches, *, cfg, objective, hp,
 
 
 def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
-               optimizer, group, microbatches=1, drift=False):
+               optimizer, group, microbatches=1, law=None, common=None,
+               drift=False):
   """One update on a TrainBatch; returns (TrainState, metrics).
 
   key addresses the masks of this inner step; the microbatches add up to the
   whole batch's gradient exactly (losses are sums over a fixed norm). If loss
   or gradient is not finite the state is returned unchanged, with
-  metrics['finite'] = 0. drift: metrics['elbo_drift'] is the policy's ELBO less
-  batch.elbo_old, mean over rows, in nats.
+  metrics['finite'] = 0. law: the sampler's, for objectives that need it.
+  drift: metrics['elbo_drift'] is the policy's ELBO less batch.elbo_old, mean
+  over rows, in nats.
   """
   key = jax.random.fold_in(key, inner)
+  batch = at_inner(batch, inner)
   if 'policy' in objective.needs(hp):
     params = {**frozen, **state.trainable}
     batch = reweighed(params, batch, key, inner, microbatches, cfg=cfg,
-                      objective=objective, hp=hp, group=group)
+                      objective=objective, hp=hp, group=group, law=law)
+  if 'fresh' in objective.needs(hp):
+    key = jax.random.fold_in(key, FRESH)
 
   def loss_fn(trainable, part):
-    logp, masks = batch_logp({**frozen, **trainable}, part, key, cfg,
-                             objective, hp, bool(cfg.lora_dropout))
+    params = {**frozen, **trainable}
+    logp, masks = batch_logp(params, part, key, cfg, objective, hp,
+                             bool(cfg.lora_dropout), law)
+    if isinstance(logp, dict):
+      more = {name: x for name, x in logp.items() if name != 'logp'}
+      logp, part = logp['logp'], part._replace(
+          extra={**(part.extra or {}), **more})
     old_R = part.elbo_old[:, inner]
-    value, metrics = objective.loss(logp, masks, part, old_R, hp)
+    loss, metrics = objective.loss(logp, masks, part, old_R, hp)
     if drift:
       gap = jnp.sum(logprob.seq_elbo(logp, masks.weight) - old_R)
       metrics = {**metrics, 'elbo_drift': gap / part.total}
-    return value, metrics
+    if common and common.elbo_coef:
+      loss += anchor(params, part, key, cfg, common)
+    return loss, metrics
 
   return update(state, loss_fn, split_batch(batch, microbatches), optimizer)
 
@@ -179,10 +242,14 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
         cfg, {**frozen, 'lora': lora}, part.tokens, part.valid, masks,
         None if how.tail else completion))(lora).T
 
+  def loss_masks(i, part, completion):
+    return draw(objective, hp, jax.random.fold_in(loss_key, i), part.forwards,
+                part.tokens, part.valid, completion,
+                sampler.record_of(part, needs), cfg=cfg, law=law)
+
   def loss_elbo(i):
     def fn(part, completion):
-      masks = objective.draw(jax.random.fold_in(loss_key, i),
-                             part.forwards, completion, hp)
+      masks = loss_masks(i, part, completion)
       return logprob.elbo(cfg, policy, part.tokens, part.valid, masks)
     return over_rows(fn)
 
@@ -205,4 +272,42 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
     out['elbo_old'] = jnp.repeat(elbo(policy)[:, None], inner, axis=1)
   elif measure:
     out['elbo_old'] = jnp.repeat(loss_elbo(inner - 1)[:, None], inner, axis=1)
+
+  def under(params, more=()):
+    """fn(i): the loss's pass of inner step i over all rows, no gradient."""
+    read = reading(objective, hp, cfg, law, more)
+
+    def one(part, completion, i):
+      masks = loss_masks(i, part, completion)
+      found = logprob.token_logp(cfg, params, part.tokens, masks.masked,
+                                 part.valid, None, masks.prompt, read)
+      found = found if isinstance(found, dict) else {'logp': found}
+      if more:  # the tokens that were not masked stay
+        own = part.tokens[:, None, -length:]
+        found['guess'] = jnp.where(masks.masked, found['guess'], own)
+      return {**found, 'elbo': logprob.seq_elbo(found['logp'], masks.weight)}
+    return lambda i: over_rows(lambda *part: one(*part, i))
+
+  return out | extras(needs, under(policy), under(reference),
+                      under(policy, ('guess',)), inner)
+
+
+def extras(needs, of_old, of_ref, of_guess, inner):
+  """What `score` adds where `needs` asks for it; of_*(i) are dicts."""
+  def each(fn, *names):
+    found = jax.lax.map(lambda i: {name: fn(i)[name] for name in names},
+                        jnp.arange(inner))
+    return [jnp.moveaxis(found[name], 0, 1) for name in names]
+
+  out = {}
+  if 'tokens_old' in needs and 'centred' in needs:
+    out['tokens_old'], out['centred_old'] = each(of_old, 'logp', 'centred')
+  elif 'tokens_old' in needs:
+    out['tokens_old'], = each(of_old, 'logp')
+  if 'tokens_ref' in needs:
+    out['tokens_ref'], = each(of_ref, 'logp')
+  if 'elbo_ref' in needs:
+    out['elbo_ref'], = each(of_ref, 'elbo')
+  if 'guess' in needs:
+    out['guess'] = of_guess(0)['guess'].astype(jnp.int32)
   return out

@@ -45,6 +45,7 @@ class Rollouts(NamedTuple):
   logp: Array  # (R, L) float32, log-prob under the sampling law when unmasked
   forwards: Array  # () int32, network evaluations spent on the batch
   confidence: Array  # (R, L) float32, its probability at temperature 1 then
+  more: dict | None = None  # what else was asked for: sampler.RECORDS
 
 
 class Scored(NamedTuple):
@@ -54,6 +55,8 @@ class Scored(NamedTuple):
   length: Array  # (B, G) int32, tokens up to and including the first EOS
   logp_old: Array  # (B, G) float32, log p_old; zeros where not needed
   logp_ref: Array  # (B, G) float32, log p_ref; zeros where not needed
+  guess: Array | None = None  # (B, G, K) float32, rewards of 'guess'
+  live: Array | None = None  # (B,) bool, groups that count; None: all
 
 
 class Masks(NamedTuple):
@@ -61,6 +64,9 @@ class Masks(NamedTuple):
 
   masked: Array  # (R, K, L) bool, True where the mask token stands
   weight: Array  # (R, K) float32, factor that makes a masked sum an ELBO
+  counted: Array | None = None  # (R, K, L) bool, tokens in the loss; None: all
+  prompt: Array | None = None  # (R, K, P) bool, masked in the prompt
+  open: Array | None = None  # (R, K, L) bool, what the pick rule chose among
 
 
 class TrainBatch(NamedTuple):
@@ -70,11 +76,13 @@ class TrainBatch(NamedTuple):
   valid: Array  # (R, S) bool
   completion: Array  # (R, L) bool, True up to and including the first EOS
   row: Array  # (R,) int32, the address of its masks, unique over the run
-  weight: Array  # (R,) float32, SIGNED: target weight minus baseline
-  positive: Array  # (R,) float32, the target weight alone
+  # (R,) float32, SIGNED: target weight minus baseline; or (R, K) of each draw
+  weight: Array
+  positive: Array  # (R,) float32, the target weight alone; or a row's scale
   elbo_old: Array  # (R, I) float32, ELBO of p_old, for each inner step
   norm: Array  # () float32, groups in the whole batch: divides every loss
   total: Array  # () float32, rows in the whole batch
+  extra: dict | None = None  # what else `needs` names: rollout.extras
 
 
 class TrainState(NamedTuple):
@@ -83,13 +91,41 @@ class TrainState(NamedTuple):
   opt_state: Any  # optax state of `trainable`
 
 
+# What an objective may ask for. What is not asked for costs nothing.
+NEEDS = {
+    'old': 'Scored.logp_old', 'ref': 'Scored.logp_ref',
+    'elbo_old': "batch.elbo_old, under the loss's masks",
+    'elbo_ref': "extra['elbo_ref'] (R,), the same of the reference",
+    'tokens_old': "extra['tokens_old'] (R, K, L), log-probs under the loss's "
+                  'masks',
+    'tokens_ref': "extra['tokens_ref'], the same of the reference",
+    'policy': '`reweigh` is called in every update',
+    'fresh': "`reweigh` gets ELBOs under other masks than the loss's; elbo_ref "
+             'is under the same',
+    'prompt': "draw's record: 'prompt' (R, P) bool, which tokens are real",
+    'block': "draw's record: 'block' int, the sampler's",
+    'record': "draw's record, and extra['record']: order, logp, confidence",
+    'entropy': "the record: 'entropy' (R, L), of a token's law when revealed",
+    'fallback': "the record: 'fallback' (R, L) bool, no token was sure enough",
+    'place': "the record: 'place' (R, L), log-prob of a step's positions",
+    'law': 'log-probs are those of the sampling law, not of temperature 1',
+    'centred': "extra['centred'] (R, K, L), logits less their mean; and "
+               "'centred_old' with tokens_old",
+    'score': "extra['score'] (R, K, L), by which plackett_luce ranks",
+    'guess': "Scored.guess: the loss's states, completed in one step, graded",
+    'left_to_right': 'completions are sampled from left to right',
+}
+
+
 class Objective(NamedTuple):
   """Pure functions that never see the model; `hp` is a frozen dataclass."""
 
   hp: type  # the dataclass of its settings
-  needs: Callable  # hp -> subset of {'old', 'ref', 'elbo_old', 'policy'}
+  needs: Callable  # hp -> subset of NEEDS
   check: Callable  # hp -> list of complaints
-  draw: Callable  # (key, row_R, completion_RxL, hp) -> Masks, for the loss
+  # (key, row_R, completion_RxL, hp[, record]) -> Masks, for the loss; `record`
+  # is a dict, where `needs` has something of it
+  draw: Callable
   weigh: Callable  # (Scored, hp) -> (weight_BxG, positive_BxG, metrics)
   reweigh: Callable  # (elbo_R, elbo_old_R, batch, group, hp) -> weight_R
   loss: Callable  # (logp_RxKxL, Masks, batch, elbo_old_R, hp) -> (sum, metrics)

@@ -231,6 +231,9 @@ def picks(hp, probs, confidence, quota, share, noise):
 
   if hp.pick == 'confidence':
     return scored(confidence)
+  if hp.pick == 'plackett_luce':
+    score = np.log(confidence)
+    return scored(score)
   if hp.pick == 'random':
     return best(noise, quota)
   if hp.pick == 'random_order':

@@ -75,6 +75,7 @@ for i, (cache, pick) in enumerate(
   itertools.product(('prefix', 'dual'), picks.PICKS)
 ):
   odd = dict(guidance=0.7) if i % 3 == 0 else {}
+  odd |= dict(rank_temperature=0.5) if pick == 'plackett_luce' else {}
   CACHED[f'{cache}, {pick}'] = case(i % 3 == 0, cache=cache, pick=pick, **odd)
 CACHED |= {
   'dual, refresh': case(cache='dual', refresh=2, temperature=0.0),

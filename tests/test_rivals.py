@@ -1,0 +1,607 @@
+"""The rival objectives against plain NumPy versions of their formulas.
+
+Loops over rows, draws and positions in float64, written from the papers'
+formulas; masks come from each objective's own draw.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmpo_jax import masking, picks
+from dmpo_jax.objectives import OBJECTIVES, shared, spg, vrpo
+from dmpo_jax.types import Scored, TrainBatch, to_rows
+
+B, G, R, L, P, W = 2, 4, 8, 8, 3, 4
+RNG = np.random.default_rng(0)
+REWARD = np.array([[0, 2, 1, 2], [1, 0, 0, 3]], np.float32)
+LENGTH = RNG.integers(3, L + 1, R)
+COMPLETION = np.arange(L)[None] < LENGTH[:, None]
+# Two tokens a step, block by block.
+ORDER = np.concatenate([np.argsort(RNG.random((R, W)), 1) // 2 + 2 * block
+                        for block in range(L // W)], axis=1)
+RECORD = dict(
+    order=ORDER, logp=-RNG.exponential(size=(R, L)),
+    confidence=RNG.random((R, L)), entropy=RNG.random((R, L)),
+    fallback=RNG.random((R, L)) < 0.5, place=-RNG.random((R, L)))
+# Steps have one flag and one place each.
+for name in ('fallback', 'place'):
+  RECORD[name] = np.take_along_axis(RECORD[name], ORDER, 1)
+SEEN = {**RECORD, 'text': COMPLETION & (np.arange(L) < 6), 'block': W,
+        'prompt': np.ones((R, P), bool)}
+KEY = jax.random.key(7)
+
+
+def close(a, b, tol=2e-5):
+  np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tol, atol=tol)
+
+
+def scored(**more):
+  return Scored(jnp.asarray(REWARD), jnp.asarray(LENGTH.reshape(B, G)),
+                jnp.zeros((B, G)), jnp.zeros((B, G)), **more)
+
+
+class Case:
+  """One objective with its masks, log-probs and batch, in both worlds."""
+
+  def __init__(self, name, **changes):
+    self.objective = OBJECTIVES[name]
+    self.hp = self.objective.hp(**changes)
+    assert self.objective.check(self.hp) == []
+    self.needs = self.objective.needs(self.hp)
+    record = any(n in self.needs for n in ('record', 'prompt', 'block'))
+    seen = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.asarray(x),
+                        SEEN)
+    self.masks = self.objective.draw(
+        KEY, jnp.arange(R), jnp.asarray(COMPLETION), self.hp,
+        *([seen] * record))
+    self.masked = np.asarray(self.masks.masked)
+    self.K = self.masked.shape[1]
+    rng = np.random.default_rng(1)
+    arrays = {n: np.where(self.masked, -rng.exponential(size=self.masked.shape),
+                          0.0) for n in ('now', 'old', 'ref', 'centred',
+                                         'centred_old')}
+    for n in ('old', 'ref'):  # near, so that some ratios are clipped
+      arrays[n] = np.where(
+          self.masked, arrays['now'] + 0.4 * rng.normal(size=self.masked.shape),
+          0.0)
+    self.__dict__ |= arrays
+    self.score = np.where(self.masked, -rng.exponential(
+        size=self.masked.shape), 0.0)
+    self.guess = rng.random((B, G, self.K)).astype(np.float32)
+    self.weight = np.asarray(self.masks.weight, np.float64)
+    self.counted = self.masked if self.masks.counted is None else \
+        np.broadcast_to(self.masks.counted, self.masked.shape)
+    self.elbo_old, self.elbo_ref = self.elbo(self.old), self.elbo(self.ref)
+    more = {'guess': jnp.asarray(self.guess)} if 'guess' in self.needs else {}
+    self.row_weight, self.scale, _ = self.objective.weigh(
+        scored(**more), self.hp)
+    self.batch = TrainBatch(
+        None, None, jnp.asarray(COMPLETION), jnp.arange(R),
+        to_rows(self.row_weight), to_rows(self.scale), None, jnp.float32(B),
+        jnp.float32(R), extra=jax.tree.map(jnp.asarray, dict(
+            record=RECORD, tokens_old=self.old, tokens_ref=self.ref,
+            elbo_ref=self.elbo_ref, centred=self.centred,
+            centred_old=self.centred_old, score=self.score)))
+
+  def elbo(self, logp):
+    return np.mean(self.weight * logp.sum(-1), axis=1)
+
+  def loss(self):
+    return float(self.objective.loss(
+        jnp.asarray(self.now), self.masks, self.batch,
+        jnp.asarray(self.elbo_old), self.hp)[0])
+
+  def places(self):
+    """(r, k, i) of the tokens that count."""
+    return zip(*np.nonzero(self.counted), strict=True)
+
+
+def ppo(gap, advantage, low, high):
+  rho = np.exp(gap)
+  return min(rho * advantage, np.clip(rho, 1 - low, 1 + high) * advantage)
+
+
+def advantage_of(kind):
+  """(R,) by the definitions, one group at a time."""
+  out = []
+  for group in REWARD.astype(np.float64):
+    for g in range(G):
+      others = np.delete(group, g)
+      out.append({'mean': group[g] - group.mean(),
+                  'loo': group[g] - others.mean(),
+                  'zscore': (group[g] - group.mean()) / (group.std() or 1)
+                  }[kind])
+  return np.array(out)
+
+
+def k3(gap):
+  return np.exp(-gap) + gap - 1
+
+
+# --- what is shared
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize('kind', shared.ADVANTAGES)
+def test_advantages(kind):
+  """The mean, the others' mean, the z-score; equal groups have none."""
+  close(shared.advantages(REWARD, kind).ravel(), advantage_of(kind))
+  assert not np.asarray(shared.advantages(np.ones((1, 3)), kind)).any()
+
+
+def test_surrogate():
+  """min(rho A, clip(rho) A), and a tie has the gradient of rho A."""
+  gaps = np.linspace(-1, 1, 9)
+  for gap, a in itertools.product(gaps, (-2.0, 0.0, 1.5)):
+    got = shared.surrogate(jnp.float32(gap), jnp.float32(a), 0.2, 0.3)
+    close(got, ppo(gap, a, 0.2, 0.3))
+  slope = jax.grad(shared.surrogate)
+  for a in (-2.0, 1.5):
+    assert float(slope(0.0, a, 0.0, 0.0)) == a
+    assert float(slope(0.1 * np.sign(a), a, 0.0, 0.0)) == 0  # moved its way
+    assert float(slope(-0.1 * np.sign(a), a, 0.0, 0.0)) != 0
+  # float32 holds any gap, of whatever sign.
+  far = jax.vmap(jax.value_and_grad(shared.surrogate), (0, 0, None, None))(
+      jnp.array([300.0, -300.0, 300.0]), jnp.array([1.0, -1.0, -1.0]), 0.2, 0.2)
+  assert np.isfinite(far).all()
+
+
+def test_divergences():
+  """k1 to k3 of two laws: means are the KL, or its second order."""
+  now = np.log([0.5, 0.3, 0.2])
+  ref = np.log([0.45, 0.35, 0.2])
+  exact = np.sum(np.exp(now) * (now - ref))
+  for kind in ('k1', 'k3'):  # both are exact means
+    assert np.sum(np.exp(now) * shared.kl(kind, now, ref)) == pytest.approx(
+        exact, rel=1e-5)
+  assert np.sum(np.exp(now) * shared.kl('k2', now, ref)) == pytest.approx(
+      exact, rel=0.1)
+  close(shared.kl('k3_ratio', now, ref, ref),
+        np.exp(now - ref) * k3(now - ref))
+
+
+def test_scales():
+  """Means over completions, and over the tokens of groups that are live."""
+  close(shared.per_row(scored()), np.full((B, G), 1 / G))
+  close(shared.per_token(scored()), np.full((B, G), B / LENGTH.sum()))
+  live = scored(live=jnp.array([False, True]))
+  close(shared.per_token(live), np.full((B, G), 1 / LENGTH[G:].sum()))
+
+
+def test_random_masks_are_an_elbo():
+  """Every count is as frequent, its weight is L/m, no mask is empty."""
+  masks = shared.draw_random(KEY, jnp.arange(2000), 5, 3)
+  count = np.asarray(masks.masked).sum(-1)
+  share = np.bincount(count.ravel(), minlength=6) / count.size
+  close(share[1:], np.full(5, 0.2), 0.02)
+  assert share[0] == 0
+  close(masks.weight, 5 / count)
+
+
+@pytest.mark.parametrize('choose', shared.CHOICES)
+@pytest.mark.parametrize('draws', [3, 12])
+def test_steps_stand_for_all(choose, draws):
+  """The weighted mean over draws estimates that over the wanted steps."""
+  rng = np.random.default_rng(2)
+  wanted = np.array([[1, 0, 1, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0, 0, 0],
+                     [0] * 8], bool)
+  entropy = rng.random((3, 8)).astype(np.float32)
+  value = rng.normal(size=(3, 8))
+  copies = 1 if choose == 'top' else 3000
+  tile = lambda x: jnp.repeat(jnp.asarray(x), copies, axis=0)
+  step, weight = shared.choose_steps(
+      KEY, jnp.arange(3 * copies), tile(wanted), tile(entropy), choose, draws)
+  if choose in ('each', 'top'):
+    draws = min(draws, 8)
+  assert step.shape == weight.shape == (3 * copies, draws)
+  got = np.mean(np.asarray(weight) * np.take_along_axis(
+      np.asarray(tile(value)), np.asarray(step), 1), 1).reshape(3, copies)
+  for r in range(3):
+    kept = np.nonzero(wanted[r])[0]
+    if choose == 'top':
+      kept = kept[np.argsort(-entropy[r][kept])][:draws]
+    want = value[r][kept].mean() if len(kept) else 0.0
+    assert got[r].mean() == pytest.approx(want, abs=0.03)
+    exact = len(kept) <= draws and choose in ('each', 'top')
+    assert not exact or np.ptp(got[r]) < 1e-6
+    used = np.asarray(step).reshape(3, copies, draws)[r]
+    live = np.asarray(weight).reshape(3, copies, draws)[r] > 0
+    assert set(used[live]) <= set(kept)
+
+
+def test_states_before_steps():
+  """Masked is what the step or a later one reveals, counted what it does."""
+  hp = OBJECTIVES['just_grpo'].hp(draws=0)
+  order = ORDER.copy()
+  order[0, -2:] = -1  # never revealed: eos_stop
+  wanted = shared.shown_steps(dict(order=order), jnp.asarray(COMPLETION))
+  masks = shared.draw_steps(KEY, jnp.arange(R), dict(order=jnp.asarray(order)),
+                            wanted, hp)
+  for r in range(R):
+    steps = sorted({order[r, i] for i in range(L)
+                    if COMPLETION[r, i] and order[r, i] >= 0})
+    for k in range(L):
+      if k >= len(steps):
+        assert masks.weight[r, k] == 0 and not masks.counted[r, k].any()
+        continue
+      close(masks.weight[r, k], L / len(steps))
+      np.testing.assert_array_equal(
+          masks.masked[r, k], (order[r] >= steps[k]) | (order[r] < 0))
+      np.testing.assert_array_equal(masks.counted[r, k], order[r] == steps[k])
+
+
+def test_prompt_masks():
+  """A rate, real tokens alone, and no dependence on the padding before."""
+  valid = jnp.ones((400, 6), bool).at[:, 0].set(False)
+  got = masking.draw_prompt(KEY, jnp.arange(400), valid, 2, 0.15)
+  assert not got[:, :, 0].any()
+  assert np.asarray(got)[:, :, 1:].mean() == pytest.approx(0.15, abs=0.02)
+  more = masking.draw_prompt(KEY, jnp.arange(400), jnp.pad(
+      valid, ((0, 0), (4, 0))), 2, 0.15)
+  np.testing.assert_array_equal(more[:, :, 4:], got)
+
+
+# --- the formulas
+
+
+@pytest.mark.parametrize('beta', [0.0, 0.04])
+def test_diffu_grpo(beta):
+  """One view of masks; PPO and k3 on tokens, a mean over the batch's."""
+  c = Case('diffu_grpo', beta=beta)
+  assert c.masked.all() and c.K == 1
+  a, total = advantage_of('mean'), 0.0
+  for r, k, i in c.places():
+    total -= ppo(c.now[r, k, i] - c.old[r, k, i], a[r], 0.5, 0.5)
+    total += beta * k3(c.now[r, k, i] - c.ref[r, k, i])
+  close(c.loss(), total / COMPLETION.sum())
+
+
+@pytest.mark.parametrize('strength', [1.0, 0.0])
+def test_wd1(strength):
+  """Two softmaxes of the advantage over psi weigh sums of log-probs."""
+  c = Case('wd1', alpha=0.8, strength=strength)
+  a, total = advantage_of('mean').reshape(B, G), 0.0
+  e = np.exp(a / 0.8), np.exp(-a / 0.8)
+  w = e[0] / e[0].sum(1, keepdims=True), e[1] / e[1].sum(1, keepdims=True)
+  for r, k, i in c.places():
+    b, g = divmod(r, G)
+    total += (-w[0][b, g] + strength * w[1][b, g]) * c.now[r, k, i]
+  close(c.loss(), total / B)
+
+
+@pytest.mark.parametrize('changes', [
+    {}, dict(clip=0.0, beta=0.1), dict(beta=0.1, kl='k1', clip_high=0.5),
+    dict(beta=0.1, kl='k3', masks='random', advantage='mean')])
+def test_espo(changes):
+  """A ratio of sequences, to the power 1/L, and k2 over L."""
+  c = Case('espo', **changes)
+  hp, a, total = c.hp, advantage_of(changes.get('advantage', 'loo')), 0.0
+  now = c.elbo(c.now)
+  for r in range(R):
+    total -= ppo((now[r] - c.elbo_old[r]) / L, a[r], hp.clip,
+                 hp.clip_high or hp.clip) / R
+    gap = now[r] - c.elbo_ref[r]
+    kl = {'k1': gap, 'k2': gap ** 2 / 2, 'k3': k3(gap)}[hp.kl]
+    total += hp.beta * kl / L / R
+  close(c.loss(), total)
+
+
+@pytest.mark.parametrize('masks', ['bernoulli', 'rounded'])
+def test_gdpo(masks):
+  """Gauss nodes with their weights; the ratio is of whole ELBOs."""
+  c = Case('gdpo', masks=masks, beta=0.05)
+  nodes = np.array([0.1127016654, 0.5, 0.8872983346])
+  weights = np.array([5, 8, 5]) / 18
+  elbo = lambda x: np.sum(weights / nodes * x.sum(-1), axis=1)
+  if masks == 'rounded':
+    assert (c.masked.sum(-1) == np.maximum(np.round(nodes * L), 1)).all()
+  a, total = advantage_of('mean'), 0.0
+  now, old, ref = elbo(c.now), elbo(c.old), elbo(c.ref)
+  for r in range(R):
+    total -= ppo(now[r] - old[r], a[r], 0.2, 0.2) / L / R
+    total += 0.05 * (now[r] - ref[r]) ** 2 / 2 / L / R
+  close(c.loss(), total, 1e-4)
+
+
+@pytest.mark.parametrize('variant', ['released', 'unit', 'elbo'])
+def test_coupled_grpo(variant):
+  """p0, a mask and its complement, weighted as the variant says."""
+  c = Case('coupled_grpo', variant=variant, low=0.3, high=0.7)
+  a, total = advantage_of('loo'), 0.0
+  if variant == 'elbo':
+    m = c.masked.sum(-1)
+    factor = np.where(m > 0, (L + 1) / np.maximum(m, 1), 0) / 2
+    np.testing.assert_array_equal(c.masked[:, 0], ~c.masked[:, 1])
+  else:
+    assert c.masked[:, 0].all()
+    np.testing.assert_array_equal(c.masked[:, 1], ~c.masked[:, 2])
+    scale = 1 / 2 if variant == 'released' else 1 / 3
+    rate = 1 / (c.weight[:, 1] / c.weight[:, 0])
+    assert ((0.3 <= rate) & (rate <= 0.7)).all()
+    factor = scale * np.stack([np.ones(R), 1 / rate, 1 / (1 - rate)], 1)
+  logp = lambda x, r, i: np.sum(factor[r] * x[r, :, i])
+  for r, i in zip(*np.nonzero(COMPLETION), strict=True):
+    now, old, ref = (logp(x, r, i) for x in (c.now, c.old, c.ref))
+    total -= ppo(now - old, a[r], 0.5, 0.5)
+    total += 0.01 * k3(now - ref)
+  close(c.loss(), total / COMPLETION.sum(), 1e-4)
+
+
+@pytest.mark.parametrize('bound', spg.BOUNDS)
+@pytest.mark.parametrize('variant', ['released', 'formula'])
+def test_spg(bound, variant):
+  """ELBO where A > 0, elsewhere the bound; both normalisations."""
+  c = Case('spg', bound=bound, variant=variant, power=1.5, mix=0.3, draws=4)
+  a, total = advantage_of('mean'), 0.0
+  for r in range(R):
+    sums = [c.now[r, k][c.counted[r, k]].sum() for k in range(4)]
+    m = c.counted[r].sum(-1)
+    share = m / LENGTH[r]
+    upper = []
+    for i in range(L):
+      mean = np.mean([np.exp(1.5 * c.now[r, k, i]) / share[k]
+                      if c.counted[r, k, i] else 0.0 for k in range(4)])
+      upper += [np.log(mean) / 1.5] if mean > 0 else []
+    if variant == 'released':
+      elbo, eubo = np.mean(sums / m), np.mean(upper)
+      scale = LENGTH[r] / LENGTH.sum()
+    else:
+      elbo, eubo, scale = np.mean(sums / share), np.sum(upper), 1 / R
+    below = {'elbo': elbo, 'eubo': eubo, 'none': 0.0,
+             'mix': 0.3 * eubo + 0.7 * elbo}[bound]
+    total -= a[r] * (elbo if a[r] > 0 else below) * scale
+  close(c.loss(), total, 1e-4)
+
+
+def test_spg_block_masks():
+  """Clean before the chosen block, all after it and behind the EOS."""
+  copies, hp = 300, spg.Config(draws=2, mask_prompt=0.0)
+  masks = spg.draw(KEY, jnp.arange(R * copies), jnp.repeat(
+      jnp.asarray(COMPLETION), copies, 0), hp, {'block': W})
+  masked = np.asarray(masks.masked).reshape(R, copies * 2, L)
+  for r in range(R):
+    inside = COMPLETION[r]
+    assert masked[r][:, ~inside].all()
+    # The first block with a mask is the chosen one: a uniform number of it.
+    first = np.argmax(masked[r], 1) // W
+    assert set(first) == set(range(-(-LENGTH[r] // W)))
+    for block in set(first):
+      own = (np.arange(L) // W == block) & inside
+      some = masked[r][first == block]
+      assert some[:, (np.arange(L) // W > block) & inside].all()
+      share = np.bincount(some[:, own].sum(1), minlength=own.sum() + 1)
+      assert share[0] == 0
+      close(share[1:] / share.sum(), np.full(own.sum(), 1 / own.sum()), 0.15)
+  noisy = spg.draw(KEY, jnp.arange(R * copies), jnp.repeat(
+      jnp.asarray(COMPLETION), copies, 0), spg.Config(draws=2),
+      {'block': W, 'prompt': jnp.ones((R * copies, P), bool)})
+  clean = ~masked.reshape(-1, 2, L)
+  rate = np.asarray(noisy.masked)[clean].mean()
+  assert rate == pytest.approx(0.15, abs=0.01)
+  assert np.asarray(noisy.prompt).mean() == pytest.approx(0.15, abs=0.02)
+
+
+@pytest.mark.parametrize('changes', [
+    {}, dict(variant='released', clip=0.1), dict(clip=0.1, beta=0.0),
+    dict(centre=True)])
+def test_gdsd(changes):
+  """Squares of the gap less psi A, per pair; KL on log-probs."""
+  c = Case('gdsd', alpha=0.5, **changes)
+  hp, a, total = c.hp, advantage_of('loo'), 0.0
+  m = c.masked.sum(-1)
+  now, old = (c.centred, c.centred_old) if hp.centre else (c.now, c.old)
+
+  def pair(x, r, j):
+    out = 0.0
+    for k in (j, j + 2):
+      w = 1 if hp.variant == 'released' else (L + 1) / m[r, k] if m[r, k] else 0
+      out += w * x[r, k].sum() / 2
+    return out
+
+  for r, j in itertools.product(range(R), range(2)):
+    gap = pair(now, r, j) - pair(old, r, j)
+    ends = np.log(1 - hp.clip), np.log(1 + hp.clip)
+    if hp.variant == 'released':
+      gap = np.clip(gap, *ends) / L if hp.clip else gap / L
+    else:
+      gap = np.clip(gap / L, *ends) if hp.clip else gap / L
+    total += (gap - a[r] / 0.5) ** 2 / R / 2
+    far = pair(c.now, r, j) - pair(c.ref, r, j)
+    total += hp.beta / L * far ** 2 / 2 / R / 2
+  close(c.loss(), total, 1e-4)
+
+
+@pytest.mark.parametrize('per_token', [False, True])
+def test_residual(per_token):
+  """Its gradient is that of alpha/2 (d - A/alpha)^2 by autodiff."""
+  c = Case('residual', alpha=0.3, per_token=per_token)
+  a = advantage_of('mean').reshape(B, G)
+  elbo = c.elbo(c.now)
+
+  def squares(elbo_R):
+    gap = (elbo_R - c.elbo_ref) / (L if per_token else 1)
+    gap = gap.reshape(B, G)
+    gap = gap - gap.mean(1, keepdims=True)
+    return jnp.sum(0.3 / 2 * (gap - a / 0.3) ** 2) / R
+
+  weight = c.objective.reweigh(jnp.asarray(elbo), jnp.zeros(R), c.batch, G,
+                               c.hp)
+  want = jax.grad(squares)(jnp.asarray(elbo, jnp.float32))
+  close(-np.asarray(weight) / B, want, 1e-4)
+  value = c.objective.loss(jnp.asarray(c.now), c.masks, c.batch._replace(
+      weight=weight), None, c.hp)[0]
+  close(value, -np.sum(np.asarray(weight) * elbo) / B, 1e-4)
+
+
+@pytest.mark.parametrize('variant', ['all', 'best'])
+def test_vrpo(variant):
+  """Its gradient is that of DPO's loss on the group's pairs, by autodiff."""
+  c = Case('vrpo', variant=variant, beta=0.3)
+  elbo = c.elbo(c.now)
+
+  def dpo(elbo_R):
+    gap, out = (elbo_R - c.elbo_ref).reshape(B, G), 0.0
+    for b in range(B):
+      r = REWARD[b]
+      pairs = [(i, j) for i in range(G) for j in range(G) if r[i] > r[j]]
+      if variant == 'best':
+        pairs = [(int(np.argmax(r)), int(np.argmin(r)))]
+      for i, j in pairs:
+        loss = -jax.nn.log_sigmoid(0.3 * (gap[b, i] - gap[b, j]))
+        loss -= 0.05 * elbo_R.reshape(B, G)[b, i] / L
+        out += loss / len(pairs) / B
+    return out
+
+  weight = c.objective.reweigh(jnp.asarray(elbo), jnp.zeros(R), c.batch, G,
+                               c.hp)
+  close(-np.asarray(weight) / B,
+        jax.grad(dpo)(jnp.asarray(elbo, jnp.float32)), 1e-4)
+  none = vrpo.pairs(jnp.ones((1, G)), c.hp)
+  assert not np.asarray(none).any()
+
+
+def step_loss(c, a, low, high, beta=0.0):
+  """Mean over rows, draws and their weights of a step's token terms."""
+  total = 0.0
+  for r, k, i in c.places():
+    gap = c.now[r, k, i] - RECORD['logp'][r, i]
+    term = -ppo(gap, a[r], low, high)
+    term += beta * np.exp(gap) * k3(c.now[r, k, i] - c.ref[r, k, i])
+    total += c.weight[r, k] * term / c.K / R
+  return total
+
+
+@pytest.mark.parametrize('choose', ['uniform', 'entropy'])
+def test_agrpo(choose):
+  """States before steps up to the last token that is text."""
+  c = Case('agrpo', choose=choose, draws=6, beta=0.1)
+  close(c.loss(), step_loss(c, advantage_of('mean'), 0.2, 0.2, 0.1), 1e-4)
+  for r in range(R):
+    last = ORDER[r][SEEN['text'][r]].max()
+    shown = {ORDER[r, i] for k in range(6)
+             for i in np.nonzero(c.counted[r, k])[0]}
+    assert max(shown) <= last
+    if choose == 'entropy':  # weight = 1/(T + 1) / p_s
+      sums = np.array([RECORD['entropy'][r][ORDER[r] == s].sum()
+                       for s in range(last + 1)])
+      for k in range(6):
+        s = ORDER[r][c.counted[r, k]][0]
+        close(c.weight[r, k], sums.sum() / sums[s] / (last + 1), 1e-4)
+
+
+def test_just_grpo():
+  """All tokens, or the few of most entropy, with z-scores."""
+  a = advantage_of('zscore')
+  c = Case('just_grpo')
+  close(c.loss(), step_loss(c, a, 0.2, 0.2), 1e-4)
+  fast = Case('just_grpo', choose='top', draws=2)
+  close(fast.loss(), step_loss(fast, a, 0.2, 0.2), 1e-4)
+
+
+def test_fork_grpo():
+  """Only steps without a sure token; a row without one adds nothing."""
+  c = Case('fork_grpo', draws=6)
+  close(c.loss(), step_loss(c, advantage_of('zscore'), 0.2, 0.2), 1e-4)
+  for r, _, i in c.places():
+    assert RECORD['fallback'][r, i]
+  for r in range(R):
+    want = {ORDER[r, i] for i in range(L)
+            if RECORD['fallback'][r, i] and COMPLETION[r, i]}
+    got = {ORDER[r, i] for k in range(6) for i in np.nonzero(
+        c.counted[r, k])[0]}
+    assert got == want
+
+
+def test_diffpo():
+  """Each token once: before tau from the prompt, after it from the state."""
+  c = Case('diffpo', truncate=1.5)
+  a, total = advantage_of('mean'), 0.0
+  np.testing.assert_array_equal(c.counted.sum(1), COMPLETION)
+  for r in range(R):
+    tau = ORDER[r][~c.masked[r, 1]].max()
+    np.testing.assert_array_equal(c.masked[r, 1], ORDER[r] > tau)
+    assert not (c.counted[r, 0] & c.masked[r, 1]).any()
+  for r, k, i in c.places():
+    fix = min(np.exp(c.old[r, k, i] - RECORD['logp'][r, i]), 1.5)
+    total -= ppo(c.now[r, k, i] - c.old[r, k, i], a[r] * fix, 0.2, 0.2)
+    total += 0.04 * k3(c.now[r, k, i] - c.ref[r, k, i])
+  close(c.loss(), total / COMPLETION.sum(), 1e-4)
+
+
+def test_egspo():
+  """The steps of most mean entropy, each with its own advantage and ratio."""
+  c = Case('egspo', draws=2)
+  reward = REWARD[..., None] + 0.5 * (REWARD[..., None] - c.guess)
+  a = (reward - reward.mean((1, 2), keepdims=True)) / 1.5
+  total = 0.0
+  for r, k in itertools.product(range(R), range(2)):
+    b, g = divmod(r, G)
+    at = np.nonzero(c.counted[r, k])[0]
+    gap = sum(c.now[r, k, i] - RECORD['logp'][r, i] for i in at)
+    total -= ppo(gap, a[b, g, k], 0.2, 0.5) / 2 / R
+    mean = {s: RECORD['entropy'][r][ORDER[r] == s].mean()
+            for s in set(ORDER[r][COMPLETION[r]])}
+    assert ORDER[r, at[0]] in sorted(mean, key=mean.get)[-2:]
+  close(c.loss(), total, 1e-4)
+
+
+def plackett_luce(score, taken):
+  """Sum over orders of the draws without replacement."""
+  total, w = 0.0, np.exp(score)
+  for order in itertools.permutations(taken):
+    p, left = 1.0, w.sum()
+    for i in order:
+      p, left = p * w[i] / left, left - w[i]
+    total += p
+  return np.log(total)
+
+
+@pytest.mark.parametrize('spread', [0.1, 1.0, 4.0])
+def test_plackett_luce(spread):
+  """The integral is the sum over orders, for any number of positions."""
+  rng = np.random.default_rng(3)
+  for size in (1, 2, 3, 5):
+    score = spread * rng.normal(size=5)
+    taken = np.zeros(6, bool)
+    taken[rng.permutation(5)[:size]] = True
+    got = picks.plackett_luce_logp(
+        jnp.asarray([*score, 0.3], jnp.float32), jnp.arange(6) < 5, taken)
+    close(got, plackett_luce(score, np.nonzero(taken)[0]), 1e-4)
+
+
+@pytest.mark.parametrize('places', [True, False])
+def test_mapg(places):
+  """Two ratios a step, of its tokens and of its positions, clipped apart."""
+  c = Case('mapg', draws=5, places=places)
+  a, total = advantage_of('mean'), 0.0
+  for r, k in itertools.product(range(R), range(5)):
+    at = np.nonzero(c.counted[r, k])[0]
+    gap = sum(c.now[r, k, i] - RECORD['logp'][r, i] for i in at)
+    value = ppo(gap, a[r], 0.2, 0.2)
+    if places:
+      block = at[-1] // W
+      among = [i for i in range(L) if c.masked[r, k, i] and i // W == block]
+      now = plackett_luce(c.score[r, k][among], [among.index(i) for i in at])
+      value += ppo(now - RECORD['place'][r, at[0]], a[r], 0.2, 0.2)
+    total -= c.weight[r, k] * value / 5 / R
+  close(c.loss(), total, 1e-4)
+
+
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_settings_that_cannot_be(name):
+  """Defaults pass; every kind of wrong field is named."""
+  objective = OBJECTIVES[name]
+  assert objective.check(objective.hp()) == []
+  wrong = dict(advantage='mode', clip=-0.1, beta=-1.0, kl='k9', choose='all',
+               variant='x', masks='x', draws=-1, mask_prompt=1.0, bound='x',
+               alpha=-1.0, truncate=0.0, step_coef=-1.0, power=0.5,
+               sft_coef=-1.0)
+  fields = {field.name for field in dataclasses.fields(objective.hp)}
+  for field in fields & wrong.keys():
+    found = objective.check(objective.hp(**{field: wrong[field]}))
+    assert any(f'objective.{field} = ' in text for text in found), field
