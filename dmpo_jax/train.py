@@ -364,9 +364,10 @@ def stop_if_not_finite(written, batch, workdir):
   folder = os.path.join(workdir, 'failed')
   path = os.path.join(folder, f"update_{written['step']}.npz")
   batch = mesh.fetch(batch)
+  leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
   if jax.process_index() == 0:
     os.makedirs(folder, exist_ok=True)
-    np.savez(path, **batch._asdict())
+    np.savez(path, **{mesh.path_of(where): leaf for where, leaf in leaves})
   raise health.Collapse(
       f"loss or gradient is not finite at update {written['step']}: loss "
       f"{written['loss']}, gradient norm {written['grad_norm']}; its batch is "
