@@ -52,7 +52,7 @@ def draw(objective, hp, key, row_R, tokens_RxS, valid_RxS, completion_RxL,
          record, *, cfg, law):
   """The loss's Masks; an objective sees no more than it needs."""
   needs, length = objective.needs(hp), completion_RxL.shape[1]
-  seen = dict(record or {})
+  seen = dict(record) if 'record' in needs else {}
   if 'prompt' in needs:
     seen['prompt'] = valid_RxS[:, :-length]
   if 'block' in needs:

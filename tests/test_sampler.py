@@ -45,6 +45,7 @@ def case(shift=False, **fields):
 
 
 CASES = {pick: case(pick=pick) for pick in sampler.NAMES}
+CASES['plackett_luce'] = case(pick='plackett_luce', rank_temperature=0.5)
 CASES |= {f'{p} max': case(pick=p, rank='max') for p in RANKED}
 # At temperature 0 both ranks are one: the proposal is the best token.
 CASES |= {
@@ -192,7 +193,8 @@ def test_invariants(name, tiny, prompts, run):
   reveals what its rule says, and the prompt stays."""
   _, hp = CASES[name]
   out = run(name)
-  assert [x.dtype.name for x in out] == [
+  assert out.more is None
+  assert [x.dtype.name for x in out[:-1]] == [
     'int32', 'bool', 'int32', 'float32', 'int32', 'float32'
   ]  # fmt: skip
   np.testing.assert_array_equal(out.tokens[:, :PROMPT], prompts[0])

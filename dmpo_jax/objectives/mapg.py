@@ -51,15 +51,18 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   weight = jnp.broadcast_to(batch.weight[:, None], masks.weight.shape)
   bounds = hp.clip, hp.clip_high or hp.clip
   gap = by_step(logp_RxKxL - record['logp'][:, None])
+  live, zero = masks.weight > 0, jnp.zeros_like(gap)
+  metrics = shared.gap_metrics(gap, zero, live, batch)
   value = shared.surrogate(gap, weight, *bounds)
   if hp.places:
     now = picks.plackett_luce_logp(batch.extra['score'], masks.open, counted)
     old = by_step(record['place'][:, None]) / jnp.maximum(
         jnp.sum(counted, axis=-1), 1)
     value += shared.surrogate(now - old, weight, *bounds)
+    far = shared.gap_metrics(now, old, live, batch)['ratio_log_abs']
+    metrics['place_log_abs'] = far
   rows = jnp.mean(masks.weight * value, axis=1)
-  return -jnp.sum(rows) / batch.norm, shared.gap_metrics(
-      gap, jnp.zeros_like(gap), masks.weight > 0, batch)
+  return -jnp.sum(rows) / batch.norm, metrics
 
 
 def needs(hp):
