@@ -365,6 +365,10 @@ def check_trajectory(c):
   if s.pick == 'wino':
     found.append('sampler.pick = wino takes tokens back, its states are not '
                  'recorded: use logprob.estimator = elbo')
+  if settings(sampler.SampleConfig, s).order_from() == 'tokens':
+    found.append(f'sampler.rank = token: with sampler.pick = {s.pick} the '
+                 'proposals decide what is kept, and logprob.estimator = '
+                 'trajectory lacks that term: use sampler.rank = max')
   return found
 
 

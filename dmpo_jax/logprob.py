@@ -155,8 +155,9 @@ def trajectory_logp(cfg, params, rollouts, law, states=0, key=None, row_R=None):
   """Log-prob of each row along its recorded states, under `params` and as
   recorded: a pair of (R,) float32, in nats.
 
-  Exact for random order, and for any rule that picks positions from the state
-  alone with the old policy's order taken as part of the environment (the
+  Where SampleConfig.order_from is 'state' or 'noise' their difference is the
+  exact log-ratio of two normalised laws: the policy's own, and that of
+  `params` with positions revealed as the policy does (the
   frozen-scheduler ratio). states = n > 0 visits n of a row's S steps, one
   from each of n even strata, weighted S/n: unbiased for both log-probs, and
   for their difference.

@@ -188,6 +188,5 @@ PICKS = {
 SCORED = ('confidence', 'margin', 'lowest_entropy')  # that rank by a score
 # Those that use hp.steps.
 SCHEDULED = (*SCORED, 'random', 'origin', 'plackett_luce')
-# Rules that look at the state alone: their recorded trajectory is exact.
-STATE_ONLY = ('random', 'random_order', 'margin', 'entropy', 'lowest_entropy',
-              'origin')
+JUDGED = ('confidence', 'threshold', 'factor')  # by hp.rank's confidence
+DRAWN = ('random', 'random_order', 'origin', 'plackett_luce')  # by noise

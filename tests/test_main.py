@@ -142,6 +142,8 @@ IMPOSSIBLE = {
         {'logprob.estimator': 'trajectory', 'sampler.top_p': 0.9},
     'sampler.pick = wino takes tokens back':
         {'logprob.estimator': 'trajectory', 'sampler.pick': 'wino'},
+    'sampler.rank = token: .*use sampler.rank = max':
+        {'logprob.estimator': 'trajectory', 'sampler.rank': 'token'},
     'logprob.fuse = True needs lora.rank > 0': {'logprob.fuse': True},
     'eval.sampler.refresh = 2 needs sampler.cache = prefix or dual':
         {'eval.sampler.refresh': 2},

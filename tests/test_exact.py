@@ -1,0 +1,226 @@
+"""log p_ref - log p_old along recorded states is the ratio of two laws.
+
+A few tokens of three symbols: all completions can be written down. The exact
+law of a sampler comes from the plain loop in NumPy (reference.sample), led to
+each completion in turn.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from test_sampler import chi_square
+
+from dmpo_jax import logprob, rng, sampler
+from dmpo_jax.objectives import dmpo
+from dmpo_jax.sampler import SampleConfig
+
+ROWS, PROMPT = 8000, (1, 2)
+HOW = SampleConfig(length=3, block=3, steps=2, temperature=0.8, rank='max')
+WIDE = dict(length=4, block=2, steps=4)
+# Positions by what is revealed already: the law of the completion is recorded.
+STATE = {
+  'two a step': dict(temperature=0.6, rank_law='sampling'),
+  'threshold, leftmost, EOS': dict(
+    pick='threshold', threshold=0.6, fallback='leftmost', eos_stop=True
+  ),
+  'entropy': dict(pick='entropy', entropy_bound=0.9),
+  'dual cache, EOS': dict(cache='dual', eos_stop=True, **WIDE),
+  'prefix cache': dict(cache='prefix', pick='factor', factor=0.8, **WIDE),
+}
+# Drawn: exact given the order.
+NOISE = {
+  'random order': dict(pick='random_order'),
+  'drawn positions': dict(steps=3, rank_temperature=0.5),
+}
+TOKENS = {'the rule of LLaDA': dict(steps=3, rank='token')}
+CASES = STATE | NOISE | TOKENS
+
+
+def settings(name):
+  return dataclasses.replace(HOW, **CASES[name])
+
+
+@pytest.fixture(scope='module')
+def model(tiny):
+  return dataclasses.replace(tiny, vocab=4, mask_id=3, eos_id=2, pad_id=1)
+
+
+@pytest.fixture(scope='module')
+def policies(model, weights):
+  """(old, ref): they differ by half a nat a completion; neither is sharp, so
+  that all completions are seen."""
+  tree = weights(model)['params']
+  old = {'params': {**tree, 'head': 0.5 * tree['head']}}
+  draw = np.random.default_rng(5)
+
+  def moved(leaf):
+    noise = 0.06 * draw.normal(size=leaf.shape)
+    return leaf + jnp.asarray(noise, leaf.dtype)
+
+  return old, jax.tree.map(moved, old)
+
+
+@pytest.fixture(scope='module')
+def rollouts(model, policies):
+  """rollouts(name) -> (Rollouts, log p_ref, log p_old, the same from n = 1)."""
+
+  @functools.cache
+  def run(name):
+    hp = settings(name)
+
+    @jax.jit
+    def call(old, ref):
+      prompts = jnp.asarray([PROMPT] * ROWS)
+      out = sampler.generate(model, old, prompts, rng.key_for(0, 'sample'), hp)
+      along = functools.partial(
+        logprob.trajectory_logp, model, ref, out, hp.law()
+      )
+      some = along(1, rng.key_for(0, 'score'), jnp.arange(ROWS))
+      return out, *along(), some
+
+    return jax.device_get(call(*policies))
+
+  return run
+
+
+def law(cfg, params, hp):
+  """{completion: log-prob} under the sampler, from the loop in NumPy."""
+  found = {}
+  symbols = range(cfg.vocab - 1)
+  for wanted in itertools.product(symbols, repeat=hp.length):
+    at = [0]
+
+    def noise(step, wanted=wanted, at=at):
+      block = at[0] // hp.block * hp.block
+      gumbel = np.full((hp.block, cfg.vocab), -1e9)
+      gumbel[range(hp.block), wanted[block : block + hp.block]] = 0
+      return gumbel, np.zeros(hp.block)
+
+    tokens, logp = led(cfg, params, hp, noise, at)
+    found[tokens] = logp
+  return found
+
+
+def led(cfg, params, hp, noise, at):
+  """One run of the plain loop, with `at` kept at the block it is in."""
+  real = reference.Network.logits
+
+  def logits(self, tokens, start, width):
+    at[0] = start - len(PROMPT)
+    return real(self, tokens, start, width)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(reference.Network, 'logits', logits)
+    tokens, _, logp, _, _ = reference.sample(cfg, params, PROMPT, hp, noise)
+  return tuple(map(int, tokens)), logp.sum()
+
+
+def completions(out):
+  return list(map(tuple, out.tokens[:, len(PROMPT) :].tolist()))
+
+
+def reward(completion):
+  """Something that no single token decides."""
+  completion = np.asarray(completion)
+  return (completion[..., 1:] == completion[..., :-1]).mean(-1)
+
+
+@pytest.mark.parametrize('name', STATE)
+def test_recorded_logp_is_the_law(name, model, policies, rollouts):
+  """It sums to one over all completions, is what the enumeration says, and
+  completions come as often as it says. So does p_ref along the states."""
+  hp = settings(name)
+  assert hp.order_from() == 'state'
+  exact = law(model, policies[0], hp)
+  assert abs(sum(np.exp(list(exact.values()))) - 1) < 1e-9
+  out, ref, old, _ = rollouts(name)
+  seen = completions(out)
+  np.testing.assert_allclose(old, [exact[x] for x in seen], atol=2e-4)
+  chi_square([seen.count(x) for x in exact], np.exp(list(exact.values())))
+  other = dict(zip(seen, ref, strict=True))
+  unseen = sum(np.exp(p) for x, p in exact.items() if x not in other)
+  assert unseen < 2e-3
+  assert abs(np.exp(list(other.values())).sum() - 1) < 0.01
+  assert np.std(ref - old) > 0.2
+
+
+@pytest.mark.parametrize('name', STATE | NOISE)
+def test_weights_recover_the_target(name, rollouts):
+  """Importance weights have mean one, and self-normalised ones give p*: of
+  p_ref in the order of the policy, tilted by the reward."""
+  out, ref, old, _ = rollouts(name)
+  ratio = np.exp(ref - old)
+  assert abs(ratio.mean() - 1) < 4 * ratio.std() / ROWS**0.5 < 0.1
+  if name not in STATE:
+    assert settings(name).order_from() == 'noise'
+    return
+  alpha, seen = 0.3, completions(out)
+  r = reward(seen)
+  names = sorted(set(seen))
+  goal = dict(zip(seen, np.exp(ref + r / alpha), strict=True))
+  goal = np.array([goal[x] for x in names]) / sum(goal.values())
+
+  def distance(log_rnd):
+    weight, _ = dmpo.target_weights(r[None], log_rnd[None], alpha)
+    at = [names.index(x) for x in seen]
+    return 0.5 * np.abs(np.bincount(at, weight[0]) - goal).sum()
+
+  assert distance(ref - old) < 0.05 < 0.1 < distance(np.zeros(ROWS))
+
+
+def test_weights_of_llada_s_rule_lack_a_term(rollouts):
+  """Ranked by the sampled token the recorded log-probs are no law: over
+  trajectories they sum to more than one, and the weights miss one."""
+  name = 'the rule of LLaDA'
+  assert settings(name).order_from() == 'tokens'
+  out, ref, old, _ = rollouts(name)
+  paths = zip(completions(out), map(tuple, out.order.tolist()), strict=True)
+  assert np.exp(list(dict(zip(paths, old, strict=True)).values())).sum() > 1.5
+  ratio = np.exp(ref - old)
+  assert abs(ratio.mean() - 1) > 8 * ratio.std() / ROWS**0.5
+
+
+@pytest.mark.parametrize('name', STATE | NOISE)
+def test_some_states_are_unbiased(name, rollouts):
+  """n = 1 of the states: log p_ref - log p_old of every completion has the
+  mean of the whole sum; its exponential has not."""
+  out, ref, old, some = rollouts(name)
+  error = (some[0] - some[1]) - (ref - old)
+  paths = np.unique(
+    np.c_[out.tokens, out.order], axis=0, return_inverse=True
+  )[1].ravel()
+  count = np.bincount(paths)
+  mean = np.bincount(paths, error) / count
+  spread = np.sqrt(np.bincount(paths, error**2) / count - mean**2)
+  often = count >= 50
+  assert often.sum() >= 8 and (spread[often] > 1e-3).any()
+  within = 4.5 * spread[often] / count[often] ** 0.5 + 1e-4
+  assert (np.abs(mean[often]) < within).all()
+
+
+@pytest.mark.smoke
+def test_what_decides_the_order():
+  """Alone in its block, or kept whole, a proposal decides nothing."""
+  def of(**fields):
+    return dataclasses.replace(HOW, **fields).order_from()
+
+  assert of(pick='wino') == 'hindsight'
+  for pick in ('confidence', 'threshold', 'factor'):
+    assert of(pick=pick, rank='token') == 'tokens'
+    assert of(pick=pick, rank='token', block=1) == 'state'
+    assert of(pick=pick, rank='token', temperature=0.0) == 'state'
+    assert of(pick=pick) == 'state'
+  assert of(rank='token', steps=1) == 'state'
+  assert of(rank='token', steps=1, pick='factor') == 'tokens'
+  assert of(rank='token', rank_temperature=0.1) == 'tokens'
+  for pick in ('margin', 'lowest_entropy', 'entropy'):
+    assert of(pick=pick, rank='token') == 'state'
+  assert of(pick='margin', rank_temperature=0.1) == 'noise'
+  for pick in ('random', 'random_order', 'origin'):
+    assert of(pick=pick, rank='token') == 'noise'
