@@ -81,6 +81,7 @@ def get_config():
   o.ddo_alpha = 1.0  # ddo: scale of the term that pushes down
   o.ddo_beta = 1.0  # ddo: inverse temperature of the gap
   o.draws = 4  # K masked copies of a completion per update
+  o.masks = 'bernoulli'  # bernoulli | stratified (their counts spread evenly)
   o.low = 0.1  # mask rate ~ U(low, high)
   o.high = 1.0  # the release's range; its comment says 0.9
   o.antithetic = True  # second half of the draws = complement of the first

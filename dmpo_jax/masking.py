@@ -7,6 +7,8 @@ positions of a draw into an estimate of the ELBO (see `logprob.seq_elbo`).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.special import betainc
 
 from dmpo_jax import rng
 from dmpo_jax.types import Masks
@@ -56,6 +58,48 @@ def draw_bernoulli(key, row_R, length, draws, low=0.1, high=1.0,
   return Masks(masked, length / jnp.maximum(count, 1))
 
 
+def anywhere(key, count_K, length):
+  """(K, L) bool: so many masks each, all places alike."""
+  noise = jax.random.uniform(key, (len(count_K), length))
+  rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
+  return rank < count_K[:, None]
+
+
+def count_law(length, low, high):
+  """(L + 1,) float64: how often draw_bernoulli masks 0..L places.
+
+  The binomial law integrated over its rate; 1/(L + 1) each for (0, 1).
+  """
+  count = np.arange(length + 1)
+  below = lambda rate: betainc(count + 1, length - count + 1, rate)
+  return (below(high) - below(low)) / ((length + 1) * (high - low))
+
+
+def draw_even(key, row_R, length, draws, low=0.1, high=1.0, antithetic=True):
+  """`draw_bernoulli` with the counts of a row's draws spread evenly.
+
+  Each draw alone has the same law, so every mean over draws keeps its
+  expectation; but the counts of the J fresh ones come from one each of J
+  equal parts of `count_law`, shuffled.
+  """
+  if antithetic and draws % 2:
+    raise ValueError(f'antithetic masks need an even number of draws: {draws}')
+  fresh = draws // 2 if antithetic else draws
+  below = jnp.asarray(np.cumsum(count_law(length, low, high))[:-1], jnp.float32)
+
+  def one(key):
+    key_part, key_count, key_order = jax.random.split(key, 3)
+    part = jax.random.permutation(key_part, fresh)
+    at = (part + jax.random.uniform(key_count, (fresh,))) / fresh
+    count = jnp.searchsorted(below, at, side='right')
+    masked = anywhere(key_order, count, length)
+    return jnp.concatenate([masked, ~masked]) if antithetic else masked
+
+  masked = rng.per_row(key, row_R, one)
+  count = jnp.sum(masked, axis=-1)
+  return Masks(masked, length / jnp.maximum(count, 1))
+
+
 def draw_stratified(key, row_R, length, draws):
   """Exact masked counts, spread evenly over {0..L}, each with its complement.
 
@@ -72,9 +116,7 @@ def draw_stratified(key, row_R, length, draws):
     offset = jnp.arange(pairs) * (length + 1) // pairs
     first = jax.random.randint(key_count, (), 0, length + 1)
     count = (first + offset) % (length + 1)
-    noise = jax.random.uniform(key_order, (pairs, length))
-    rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
-    masked = rank < count[:, None]
+    masked = anywhere(key_order, count, length)
     return jnp.concatenate([masked, ~masked])
 
   masked = rng.per_row(key, row_R, one)

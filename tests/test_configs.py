@@ -63,6 +63,7 @@ def tiny(**changes):
       'objective.loss': 'wdce', 'objective.alpha': 0.04, 'objective.ess': 0.0,
       'objective.antithetic': True, 'objective.draws': 4,
       'objective.loss_tail': True, 'objective.common_masks': False,
+      'objective.masks': 'bernoulli',
       'logprob.estimator': 'elbo', 'logprob.elbo': 'paper',
       'logprob.antithetic': True, 'logprob.tail': True, 'logprob.draws': 4,
       'train.iterations': 3, 'train.prompts': 2, 'train.group': 4,
@@ -260,6 +261,7 @@ PROGRAMS = {
     'objective.ddo_beta': (0.5, 'update', {
         'objective.antithetic': False, 'objective.loss': 'ddo'}),
     'objective.draws': (2, 'update'),
+    'objective.masks': ('stratified', 'update'),
     'objective.low': (0.3, 'update'),
     'objective.high': (0.8, 'update'),
     'objective.antithetic': (False, 'update'),

@@ -1,5 +1,7 @@
 """Masks: which positions, how often, and independent of the batch."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,18 @@ DRAWS = {
     ),
     static_argnums=3,
   ),
+  'even': jax.jit(
+    lambda rows, low, high, length: masking.draw_even(
+      KEY, rows, length, 4, 0.1, 0.9
+    ),
+    static_argnums=3,
+  ),
+  'even, free': jax.jit(
+    lambda rows, low, high, length: masking.draw_even(
+      KEY, rows, length, 3, 0.1, 0.9, False
+    ),
+    static_argnums=3,
+  ),
   'sft': jax.jit(
     lambda rows, low, high, length: masking.draw_sft(KEY, rows, length),
     static_argnums=3,
@@ -55,7 +69,7 @@ def test_draws_ignore_the_batch(name):
     np.testing.assert_array_equal(getattr(alone, field)[0], whole[2])
 
 
-@pytest.mark.parametrize('name', ['bernoulli', 'stratified'])
+@pytest.mark.parametrize('name', ['bernoulli', 'stratified', 'even'])
 @pytest.mark.smoke
 def test_second_half_is_the_complement(name):
   """Each position is masked in exactly one draw of a pair."""
@@ -116,12 +130,48 @@ def test_stratified_counts():
   np.testing.assert_allclose(masks.weight, weight)
 
 
+@pytest.mark.parametrize('low, high', [(0.0, 1.0), (0.1, 0.9)])
+def test_count_law(low, high):
+  """The binomial law over its rates, by quadrature; uniform on (0, 1)."""
+  nodes, weights = np.polynomial.legendre.leggauss(16)
+  rate = low + (high - low) * (nodes[:, None] + 1) / 2
+  m = np.arange(7)
+  ways = np.array([math.comb(6, k) for k in m])
+  want = weights / 2 @ (ways * rate**m * (1 - rate) ** (6 - m))
+  found = masking.count_law(6, low, high)
+  np.testing.assert_allclose(found, want, rtol=1e-10)
+  if (low, high) == (0.0, 1.0):
+    np.testing.assert_allclose(found, 1 / 7)
+
+
+@pytest.mark.parametrize('name', ['even', 'even, free'])
+def test_even_counts_have_the_law_of_bernoulli(name):
+  """Each draw's count has the integrated binomial law, places are alike, and
+  the mean over a row's three scatters much less."""
+  length, rows = 6, 7000
+  masked = draw(name, np.arange(rows), length).masked
+  count = masked.sum(-1)
+  law = masking.count_law(length, 0.1, 0.9)
+  for j in range(count.shape[1]):
+    seen = np.bincount(count[:, j], minlength=length + 1)
+    # The law is its own mirror image here: complements have it, too.
+    assert np.sum((seen - rows * law) ** 2 / (rows * law)) < 22.5
+  for m in range(1, length):
+    share = masked[count == m].mean(0)
+    np.testing.assert_allclose(share, m / length, atol=0.03)
+  if name == 'even, free':
+    free = draw('free', np.arange(rows), length, 0.1, 0.9).masked
+    assert count.mean(1).var() < 0.3 * free.sum(-1).mean(1).var()
+
+
 def test_odd_draws_are_refused():
   rows = jnp.arange(2)
   with pytest.raises(ValueError, match='even number of draws: 3'):
     masking.draw_bernoulli(KEY, rows, 4, 3)
   with pytest.raises(ValueError, match='even number of draws: 5'):
     masking.draw_stratified(KEY, rows, 4, 5)
+  with pytest.raises(ValueError, match='even number of draws: 3'):
+    masking.draw_even(KEY, rows, 4, 3)
 
 
 def test_sft_weight_undoes_the_rate():

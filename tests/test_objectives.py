@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 from dmpo_jax import masking, model, step
 from dmpo_jax.objectives import OBJECTIVES, dmpo
@@ -385,6 +386,32 @@ def test_draws_are_the_settings():
   assert rate == pytest.approx(0.3, abs=0.03)
 
 
+@pytest.mark.parametrize('low, antithetic', [(0.0, True), (0.1, False)])
+def test_masks_leave_the_loss_its_expectation(low, antithetic):
+  """Of both kinds, over many rows: the enumerated expectation of 1/m times
+  the masked sum; on (0, 1) that is the ELBO over L + 1. Even counts scatter
+  less."""
+  rows, length = 8000, 5
+  table = -np.abs(draw(3, 2**length, length))
+  subsets = reference.subsets(length)
+  table *= subsets * subsets.sum(1, keepdims=True) ** 2  # less is seen: harder
+  key, row = jax.random.key(0), jnp.arange(rows)
+  completion = jnp.ones((rows, length), bool)
+  want = -reference.bernoulli_elbo(
+      table, low, 1.0, antithetic, lambda m, _: 1 / max(m, 1))
+  if not low:
+    assert want == pytest.approx(-reference.exact_elbo(table) / (length + 1))
+  spread = {}
+  for kind in dmpo.MASKS:
+    hp = dmpo.Config(low=low, masks=kind, antithetic=antithetic)
+    masked = np.asarray(dmpo.draw(key, row, completion, hp).masked)
+    logp = table[reference.index_of(masked)]
+    value = -np.mean(logp.sum(-1) / np.maximum(masked.sum(-1), 1), -1)
+    assert abs(value.mean() - want) < 4 * value.std() / rows ** 0.5
+    spread[kind] = value.std()
+  assert spread['stratified'] < 0.99 * spread['bernoulli']
+
+
 # --- declarations
 
 
@@ -409,8 +436,11 @@ def test_needs():
     ('ess', dict(ess=1.0)), ('ess', dict(ess=-0.1)),
     ('baseline', dict(baseline='mean')), ('loss', dict(loss='ppo')),
     ('draws', dict(draws=3)), ('draws', dict(draws=0, antithetic=False)),
+    ('masks', dict(masks='even')), ('masks', dict(masks='stratified', draws=2)),
+    ('masks', dict(masks='stratified', draws=1, antithetic=False)),
     ('low', dict(low=0.5, high=0.5)), ('high', dict(high=1.1)),
     ('best', dict(best=1.0, alpha=0.0)), ('antithetic', dict(loss='ddo')),
+    ('masks', dict(loss='ddo', antithetic=False, masks='stratified')),
     ('loss', dict(loss='ddo', draws=3, antithetic=False))])
 def test_check_names_the_field(field, changes):
   """One sentence each, with the field by its name in the config."""
@@ -425,6 +455,9 @@ def test_check_accepts():
     assert dmpo.check(dmpo.Config(baseline=baseline)) == []
   assert dmpo.check(dmpo.Config(loss='ddo', antithetic=False)) == []
   assert dmpo.check(dmpo.Config(draws=3, antithetic=False)) == []
+  for draws, antithetic in ((4, True), (2, False)):
+    assert dmpo.check(dmpo.Config(draws=draws, antithetic=antithetic,
+                                  masks='stratified')) == []
 
 
 # --- the gradient

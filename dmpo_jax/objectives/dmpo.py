@@ -38,6 +38,7 @@ from dmpo_jax import logprob, masking
 from dmpo_jax.types import Objective, to_groups, to_rows
 
 BASELINES = ('none', 'group', 'individual', 'model')
+MASKS = dict(bernoulli=masking.draw_bernoulli, stratified=masking.draw_even)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Config:
   ddo_alpha: float = 1.0  # scale of the term that pushes down
   ddo_beta: float = 1.0  # inverse temperature of the ELBO gap
   draws: int = 4  # K masked copies of a completion per update
+  masks: str = 'bernoulli'  # bernoulli | stratified: counts spread evenly
   low: float = 0.1  # mask rate ~ U(low, high)
   high: float = 1.0
   antithetic: bool = True  # second half of the draws = complement
@@ -147,9 +149,14 @@ def reweigh(elbo_R, elbo_old_R, batch, group, hp):
 
 
 def draw(key, row_R, completion_RxL, hp):
-  """The loss's K masked copies of each completion."""
-  masks = masking.draw_bernoulli(key, row_R, completion_RxL.shape[1], hp.draws,
-                                 hp.low, hp.high, hp.antithetic)
+  """The loss's K masked copies of each completion.
+
+  Both kinds are draws of one law: rate ~ U(low, high), or 1 - rate; so the
+  loss keeps its expectation. On (0, 1) all counts 0..L are alike, and that of
+  1/m times the masked sum is the ELBO over L + 1.
+  """
+  masks = MASKS[hp.masks](key, row_R, completion_RxL.shape[1], hp.draws,
+                          hp.low, hp.high, hp.antithetic)
   return masks if hp.loss_tail else masking.restrict(masks, completion_RxL)
 
 
@@ -223,12 +230,20 @@ def check(hp):
   if hp.draws < 1 or (hp.antithetic and hp.draws % 2):
     found.append(f'objective.draws = {hp.draws} must be even with '
                  'objective.antithetic (pairs of complements), else >= 1')
+  if hp.masks not in MASKS:
+    found.append(f'objective.masks = {hp.masks!r} must be one of '
+                 f'{", ".join(MASKS)}')
+  if hp.masks == 'stratified' and hp.draws < 2 + 2 * hp.antithetic:
+    found.append('objective.masks = stratified needs draws to spread: '
+                 'objective.draws >= 2, or 4 with objective.antithetic')
   if not 0 <= hp.low < hp.high <= 1:
     found.append(f'objective.low = {hp.low}, objective.high = {hp.high} must '
                  'be 0 <= low < high <= 1')
-  if hp.loss == 'ddo' and (hp.antithetic or hp.draws % 2):
+  if hp.loss == 'ddo' and (hp.antithetic or hp.draws % 2
+                           or hp.masks != 'bernoulli'):
     found.append('objective.loss = ddo needs independent halves of an even '
-                 'number of draws: set objective.antithetic=False')
+                 'number of draws: set objective.antithetic=False, '
+                 'objective.masks=bernoulli')
   return found
 
 
