@@ -293,11 +293,11 @@ LOSSES = {
     'released: Bernoulli on (0.1, 1), K = 4, complements': dict(low=0.1),
     'Bernoulli, K = 2, complements': dict(draws=2),
     'Bernoulli, K = 2': dict(draws=2, antithetic=False),
-    'stratified, K = 2': dict(draws=2, antithetic=False, masks='stratified'),
+    'stratified, K = 2': dict(draws=2, antithetic=False, spread=True),
     'Bernoulli, K = 4, complements': dict(),
     'Bernoulli, K = 4': dict(antithetic=False),
-    'stratified, K = 4, complements': dict(masks='stratified'),
-    'stratified, K = 4': dict(antithetic=False, masks='stratified'),
+    'stratified, K = 4, complements': dict(spread=True),
+    'stratified, K = 4': dict(antithetic=False, spread=True),
 }
 SUBSETS = (1, 2, 4)  # of the masked tokens in the loss, with Bernoulli K = 4
 
@@ -492,7 +492,7 @@ def run_case(args):
                         [problems.examples[i] for i in at],
                         c.reward.weights).reward
 
-  local = lambda tree: jax.tree.map(np.asarray, tree)
+  local = lambda tree: jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
   case = Case(built.model, local(old), local(ref), problems.tokens[at],
               problems.valid[at], reward, c.objective.alpha, args.group)
   return case, c.sampler.length

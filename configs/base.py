@@ -81,7 +81,7 @@ def get_config():
   o.ddo_alpha = 1.0  # ddo: scale of the term that pushes down
   o.ddo_beta = 1.0  # ddo: inverse temperature of the gap
   o.draws = 4  # K masked copies of a completion per update
-  o.masks = 'bernoulli'  # bernoulli | stratified (their counts spread evenly)
+  o.spread = False  # masked counts spread evenly over a completion's copies
   o.low = 0.1  # mask rate ~ U(low, high)
   o.high = 1.0  # the release's range; its comment says 0.9
   o.antithetic = True  # second half of the draws = complement of the first
@@ -109,6 +109,13 @@ def get_config():
   o.skip_equal = False  # groups of equal rewards weigh nothing
   o.elbo_coef = 0.0  # of the rollouts' mean ELBO per token, added; 0 = off
   o.elbo_draws = 2  # masks of that ELBO, in pairs of complements
+
+  # What p_ref is: the product of p_k^weight over these.
+  c.reference = r = ml_collections.ConfigDict()
+  r.of = ('base',)  # base | moving (follows the policy) | directory, adapter
+  r.weights = (1.0,)  # one each
+  r.every = 1  # moving: updates between its moves
+  r.mix = 1.0  # moving: share of the policy it takes; 1 = a copy
 
   c.logprob = e = ml_collections.ConfigDict()  # log p_ref and log p_old
   e.estimator = 'elbo'  # elbo | trajectory (along the recorded states)

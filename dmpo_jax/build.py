@@ -66,7 +66,11 @@ class Steps(NamedTuple):
   sample: Callable  # (params, tokens, valid, row) -> (Rollouts, completion)
   sample_eval: Callable  # the same with the evaluation's sampler
   sampler_of: Callable  # config section -> the same with that sampler
-  score: Callable  # (trainable, frozen, rollouts, row, completion) -> dict
+  # () -> what p_ref is made of: trees over `frozen`, None for the moving one;
+  # () for the base alone
+  read_references: Callable
+  # (trainable, frozen, rollouts, row, completion, references) -> dict
+  score: Callable
   pack: Callable  # (rollouts, completion, row, reward_BxG, scores) -> batch
   update: Callable  # (state, frozen, batch, inner, scale) -> (state, metrics)
   sft: Callable  # (state, tokens, valid, row, step) -> (state, metrics)
@@ -144,7 +148,7 @@ def check(c, count, platform=''):
     found += objective.check(settings(objective.hp, c.objective))
   found += check_numbers(c) + check_rows(c, count) + check_logprob(c)
   found += check_model(c) + check_eval(c) + check_health(c)
-  found += check_objective(c)
+  found += check_objective(c) + check_reference(c)
   found += check_attention(c, platform or jax.default_backend())
   if found:
     raise ValueError('this config cannot run:\n' + '\n'.join(
@@ -166,8 +170,9 @@ def check_numbers(c):
       'optim.lr': 0, 'optim.warmup': 0, 'optim.decay_steps': 0,
       'optim.clip': 0, 'sft.lr': 0, 'optim.weight_decay': 0,
       'model.head_chunk': 0, 'mesh.data': 0,
-      'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.cpu': 1, 'log.samples': 0,
-      'log.stuck_minutes': 0, 'health.patience': 1, 'health.rollbacks': 0,
+      'reference.every': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.cpu': 1,
+      'log.samples': 0, 'log.stuck_minutes': 0, 'health.patience': 1,
+      'health.rollbacks': 0,
       **{f'health.{rule}': 0 for rule in health.RULES}}
   flat = flatten(c)
   return [f'{name} = {flat[name]} must be >= {low}'
@@ -347,6 +352,43 @@ def objective_fields():
   return {field.name: field.default
           for objective in reversed(OBJECTIVES.values())
           for field in dataclasses.fields(objective.hp)}
+
+
+def check_reference(c):
+  """What p_ref is made of, against who asks for it."""
+  found, r = [], c.reference
+  if len(r.weights) != len(r.of) or not r.of:
+    found.append(f'reference.weights = {r.weights} must hold a weight for each '
+                 f'of reference.of = {r.of}')
+  if not all(0 < w < float('inf') for w in r.weights):
+    found.append(f'reference.weights = {r.weights} must be > 0')
+  if not 0 < r.mix <= 1:
+    found.append(f'reference.mix = {r.mix} must be in (0, 1]; 1 = a copy')
+  if 'moving' in r.of and not c.lora.rank and r.mix < 1 and (
+      c.model.param_dtype != 'float32'):
+    found.append(f'reference.mix = {r.mix} is lost in rounding: it needs '
+                 'model.param_dtype = float32, or lora.rank > 0')
+  if plain_reference(c):
+    return found
+  if c.logprob.fuse:
+    found.append("logprob.fuse = True knows the base alone: reference.of must "
+                 "be ('base',) with weight 1")
+  if c.objective.name in OBJECTIVES:
+    objective = OBJECTIVES[c.objective.name]
+    needs = objective.needs(settings(objective.hp, c.objective))
+    if 'ref' not in needs:
+      found.append(f'reference.of = {r.of}: this objective asks for no '
+                   'log p_ref')
+    if needs & {'tokens_ref', 'elbo_ref'}:  # under the masks of the loss
+      found.append(f'reference.of = {r.of}: objective.name = '
+                   f"{c.objective.name} knows the base alone: ('base',)")
+  return found
+
+
+def plain_reference(c):
+  """Whether p_ref is the base and nothing else."""
+  return tuple(c.reference.of) == ('base',) and (
+      tuple(c.reference.weights) == (1.0,))
 
 
 def check_trajectory(c):
@@ -533,15 +575,17 @@ def build(c, devices=None):
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   objective = OBJECTIVES[c.objective.name]
   hp = settings(objective.hp, c.objective)
-  optimizer = optim.make_optimizer(**c.optim)
+  optimizer = optimizer_of(c)
   sft_optimizer = optim.make_optimizer(
       c.sft.lr, c.sft.warmup, 0.9, 0.99, 1e-8, c.sft.weight_decay, c.sft.clip)
+  read_references = make_references(c, cfg, folder, grid)
   steps = Steps(
       *make_starts(c, cfg, grid, optimizer, sft_optimizer),
       make_sample(c, c.sampler, 'sample', cfg, grid, tuple(
           name for name in sampler.RECORDS if name in objective.needs(hp))),
       make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
       lambda section: make_sample(c, section, 'evaluate', cfg, grid),
+      read_references,
       *make_training(c, cfg, grid, objective, hp, sft_optimizer),
       make_quantize(c, grid), compiled(grid, checkpoint.digest))
   return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, objective, hp,
@@ -623,6 +667,53 @@ def make_starts(c, cfg, grid, optimizer, sft_optimizer):
           start(optimizer), start(sft_optimizer))
 
 
+def optimizer_of(c, scale=1.0):
+  """RL's optimizer, with the moving reference if there is one."""
+  return optim.make_optimizer(**c.optim, scale=scale,
+                              hold='moving' in c.reference.of)
+
+
+def is_adapter(path):
+  return os.path.isfile(os.path.join(path, 'adapter_config.json'))
+
+
+def make_references(c, cfg, folder, grid):
+  """Steps.read_references. ValueError, before anything is read, if one is of
+  another vocabulary or shape than the policy."""
+  if plain_reference(c):
+    return lambda: ()
+  kept = tuple(field.name for field in dataclasses.fields(cfg) if field.name
+               not in ('dtype', 'param_dtype', 'remat', 'head_chunk',
+                       'attention') and 'lora' not in field.name)
+  quantized = make_quantize(c, grid)
+  plain = dataclasses.replace(cfg, lora_rank=0)
+
+  def reader(path):
+    if path == 'base':
+      return lambda: {}
+    if path == 'moving':
+      return lambda: None
+    if is_adapter(path):
+      if not cfg.lora_rank:
+        raise ValueError(f'reference.of: {path} is an adapter: it needs '
+                         "lora.rank, alpha and targets to be the adapter's")
+      return lambda: weights.read_adapter(path, cfg, folder, grid)
+    path = weights.locate(path, False)
+    theirs = model.ModelConfig(**{
+        **{name: getattr(cfg, name) for name in kept},
+        **weights.read_config(path)})
+    found = [f'{name} = {getattr(theirs, name)}, but the policy has '
+             f'{getattr(cfg, name)}' for name in kept
+             if getattr(theirs, name) != getattr(cfg, name)]
+    if found:
+      raise ValueError(f'reference.of: {path}: ' + '; '.join(found))
+    return lambda: quantized(weights.read_params(
+        weights.locate(path), plain, grid))
+
+  readers = [reader(path) for path in c.reference.of]
+  return lambda: tuple(read() for read in readers)
+
+
 def make_sample(c, section, stream, cfg, grid, records=()):
   """(params, tokens, valid, row) -> (Rollouts, completion mask)."""
   hp = settings(sampler.SampleConfig, section)
@@ -698,12 +789,13 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
   mask_key = lambda: rng.key_for(c.seed, 'mask')
   drift = c.health.measure or 'elbo_old' in objective.needs(hp)
 
-  def score(trainable, frozen, rollouts, row, completion):
+  def score(trainable, frozen, rollouts, row, completion, references):
     return step.score(
         trainable, frozen, rollouts, row, completion,
-        rng.key_for(c.seed, 'score'), mask_key(), **common, how=how,
-        law=law, inner=c.train.inner, microbatches=c.train.microbatches,
-        measure=c.health.measure)
+        rng.key_for(c.seed, 'score'), mask_key(), references, **common,
+        how=how, law=law, inner=c.train.inner,
+        microbatches=c.train.microbatches, measure=c.health.measure,
+        weights=tuple(c.reference.weights))
 
   def pack(rollouts, completion, row, reward, scores):
     return rollout.pack(rollouts, completion, row, reward, scores,
@@ -713,9 +805,10 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
   def update(state, frozen, batch, inner, scale):
     return step.train_step(
         state, frozen, batch, mask_key(), inner, **common,
-        optimizer=optim.make_optimizer(**c.optim, scale=scale),
-        group=c.train.group, microbatches=c.train.microbatches, law=law,
-        common=of_all, drift=drift)
+        optimizer=optimizer_of(c, scale), group=c.train.group,
+        microbatches=c.train.microbatches, law=law, common=of_all, drift=drift,
+        moves=(c.reference.every, c.reference.mix)
+        if 'moving' in c.reference.of else None)
 
   def sft(state, tokens, valid, row, at):
     key = jax.random.fold_in(rng.key_for(c.seed, 'sft'), at)
@@ -726,9 +819,9 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
   jit_update = compiled(grid, update, donate_argnums=0)
   jit_sft = compiled(grid, sft, donate_argnums=0)
 
-  def put_score(trainable, frozen, rollouts, row, completion):
+  def put_score(trainable, frozen, rollouts, row, completion, references=()):
     return jit_score(trainable, frozen, rollouts, mesh.put(row, by_row),
-                     completion)
+                     completion, references)
 
   def put_pack(rollouts, completion, row, reward, scores):
     return jit_pack(rollouts, completion, mesh.put(row, by_row), reward,

@@ -114,7 +114,8 @@ def make(c, topology=''):
           for job in jobs(built, prompt)]
   parts, state = states(built)
   cache = cache_bytes(built, prompt)
-  held = per_device(parts) + per_device(state)
+  held = per_device(parts) + per_device(state) + fixed_bytes(
+      built, parts, state)
   total = held + max(p.temporaries + p.output for p in made)
   sample, score, update = (p.seconds for p in made)
   t = c.train
@@ -165,9 +166,28 @@ def states(built):
   params = {'params': tree['params']}
   trainable = {'lora': tree['lora']} if cfg.lora_rank else params
   params = quantized(params, c.model.quantize)
-  optimizer = optim.make_optimizer(**c.optim)
+  optimizer = build.optimizer_of(c)
   state = jax.eval_shape(lambda x: step.init_state(x, optimizer), trainable)
   return sharded(params, built.mesh), sharded(state, built.mesh)
+
+
+def references(built, frozen, state):
+  """Steps.read_references as shapes, with the moving one in its place."""
+  c = built.config
+  if build.plain_reference(c):
+    return ()
+  moving = 'moving' in c.reference.of and optim.reference_of(state.opt_state)
+  return tuple(
+      {} if path == 'base' else moving if path == 'moving'
+      else state.trainable if build.is_adapter(path) else frozen
+      for path in c.reference.of)
+
+
+def fixed_bytes(built, frozen, state):
+  """Bytes of the references that are read; the moving one is in the state."""
+  return sum(per_device(tree) for path, tree in zip(
+      built.config.reference.of, references(built, frozen, state),
+      strict=False) if path != 'moving')
 
 
 def quantized(params, kind):
@@ -226,7 +246,8 @@ def jobs(built, prompt):
         row((prompt,), jnp.bool_), row((), jnp.int32)), trips),
       ('score', built.steps.score,
        (state.trainable, frozen, rollouts, row((), jnp.int32),
-        row((length,), jnp.bool_)), (steps,)),
+        row((length,), jnp.bool_), references(built, frozen, state)),
+       (steps,)),
       ('update', built.steps.update,
        (state, frozen, build.abstract_batch(built, prompt),
         jax.ShapeDtypeStruct((), jnp.int32),

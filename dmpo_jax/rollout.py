@@ -48,7 +48,7 @@ def rows_of(prompts, group, iteration):
 
 
 def start(steps, problems, trainable, frozen, iteration, age=0, *, prompts,
-          group, seed, bucket=0, clock=None):
+          group, seed, bucket=0, clock=None, references=()):
   """Samples a buffer and queues its log-prob passes behind: a Started.
 
   Waits for the completions alone, so that what the caller then puts on the
@@ -59,7 +59,8 @@ def start(steps, problems, trainable, frozen, iteration, age=0, *, prompts,
   tokens, valid, row = rows_of(batch, group, iteration)
   rollouts, completion = steps.sample(
       {**frozen, **trainable}, tokens, valid, row)
-  scores = steps.score(trainable, frozen, rollouts, row, completion)
+  scores = steps.score(trainable, frozen, rollouts, row, completion,
+                       references)
   # Not left to `finish`: with several processes fetching is a program, which
   # would stand behind the caller's updates.
   kept = mesh.fetch((rollouts.tokens, rollouts.order, rollouts.forwards,

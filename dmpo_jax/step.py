@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmpo_jax import logprob, masking, rng, sampler
+from dmpo_jax import logprob, masking, optim, rng, sampler
 from dmpo_jax.types import TrainState
 
 SCALARS = ('norm', 'total')  # fields of TrainBatch without a row axis
@@ -124,7 +124,7 @@ def reweighed(params, batch, key, inner, microbatches, *, cfg, objective, hp,
 
 def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
                optimizer, group, microbatches=1, law=None, common=None,
-               drift=False):
+               drift=False, moves=None):
   """One update on a TrainBatch; returns (TrainState, metrics).
 
   key addresses the masks of this inner step; the microbatches add up to the
@@ -132,7 +132,8 @@ def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
   or gradient is not finite the state is returned unchanged, with
   metrics['finite'] = 0. law: the sampler's, for objectives that need it.
   drift: metrics['elbo_drift'] is the policy's ELBO less batch.elbo_old, mean
-  over rows, in nats.
+  over rows, in nats. moves: (every, mix) of a moving
+  reference (optim).
   """
   key = jax.random.fold_in(key, inner)
   batch = at_inner(batch, inner)
@@ -160,7 +161,9 @@ def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
       loss += anchor(params, part, key, cfg, common)
     return loss, metrics
 
-  return update(state, loss_fn, split_batch(batch, microbatches), optimizer)
+  new, metrics = update(state, loss_fn, split_batch(batch, microbatches),
+                        optimizer)
+  return optim.follow(state, new, *moves) if moves else new, metrics
 
 
 def update(state, loss_fn, parts, optimizer):
@@ -207,19 +210,22 @@ def sft_step(state, tokens_RxS, valid_RxS, row_R, key, *, cfg, length,
   return update(state, loss_fn, parts, optimizer)
 
 
-def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
-          cfg, objective, hp, how, law, inner, microbatches=1, measure=False):
+def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key,
+          references=(), *, cfg, objective, hp, how, law, inner,
+          microbatches=1, measure=False, weights=()):
   """Log-probs of rollouts: dict of 'old', 'ref' (R,) and 'elbo_old' (R, I).
 
   `how` is a LogprobConfig. p_old is {**frozen, **trainable} as it stands now;
-  p_ref is `frozen` alone. Old and ref share their masks or states. With
+  p_ref is `frozen` alone, or with `references` (trees laid over it, weights w)
+  the product of p_k^w_k. Old and ref share their masks or states. With
   hp.common_masks elbo_old is taken under each inner step's own masks (the
   noise of the gap to p_theta cancels); else one estimate serves all. measure:
   all three, needed or not; elbo_old then under the last inner step's masks.
   """
   needs, length = objective.needs(hp), completion_RxL.shape[1]
   pair_needs = {'old', 'ref'} if measure else {'old', 'ref'} & set(needs)
-  policy, reference = {**frozen, **trainable}, frozen
+  policy = {**frozen, **trainable}
+  parts = [{**frozen, **tree} for tree in references] or [frozen]
   # `forwards` has no row axis; the row ids take its place in the split.
   rows = (rollouts._replace(forwards=row_R), completion_RxL)
 
@@ -253,19 +259,26 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
       return logprob.elbo(cfg, policy, part.tokens, part.valid, masks)
     return over_rows(fn)
 
-  def along(part, completion):
-    return logprob.trajectory_logp(cfg, reference, part, law, how.states, key,
-                                   part.forwards)
+  def along(params):
+    return over_rows(lambda part, completion: logprob.trajectory_logp(
+        cfg, params, part, law, how.states, key, part.forwards))
+
+  def product(logps):
+    if not references:
+      return logps[0]
+    return sum(w * logp for w, logp in zip(weights, logps, strict=True))
 
   out = {}
   if how.estimator == 'trajectory' and 'ref' in pair_needs:
-    out['ref'], out['old'] = over_rows(along)
+    refs, olds = zip(*(along(params) for params in parts), strict=True)
+    out['ref'], out['old'] = product(refs), olds[0]
   elif how.fuse and len(pair_needs) == 2:
     out['old'], out['ref'] = over_rows(pair).T
   elif how.estimator == 'elbo':
-    for name, params in (('old', policy), ('ref', reference)):
+    for name, group in (('old', [policy]), ('ref', parts)):
       if name in pair_needs:
-        out[name] = elbo(params, how.tail)
+        logps = [elbo(params, how.tail) for params in group]
+        out[name] = product(logps) if name == 'ref' else logps[0]
   if 'elbo_old' in needs and hp.common_masks:
     out['elbo_old'] = jnp.stack([loss_elbo(i) for i in range(inner)], axis=1)
   elif 'elbo_old' in needs:
@@ -288,7 +301,7 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key, *,
       return {**found, 'elbo': logprob.seq_elbo(found['logp'], masks.weight)}
     return lambda i: over_rows(lambda *part: one(*part, i))
 
-  return out | extras(needs, under(policy), under(reference),
+  return out | extras(needs, under(policy), under(frozen),
                       under(policy, ('guess',)), inner)
 
 

@@ -25,6 +25,7 @@ from dmpo_jax import (
     health,
     mesh,
     metrics,
+    optim,
     plan,
     rollout,
 )
@@ -77,7 +78,8 @@ def loop(built, workdir, writer, base, manager, clock, asked):
                               every_seconds=c.log.every_seconds)
   total = c.train.iterations * c.train.inner
   begun, saved, shown = time.time() - place['seconds'], time.monotonic(), {}
-  begin = functools.partial(start, built, problems, frozen, clock)
+  begin = functools.partial(start, built, problems, frozen,
+                            steps.read_references(), clock)
   end = functools.partial(finish, built, problems, workdir, writer, clock,
                           place)
   check = functools.partial(validate, built, frozen, held_out, writer, clock)
@@ -155,14 +157,16 @@ def wait(manager, clock):
     manager.wait_until_finished()
 
 
-def start(built, problems, frozen, clock, state, it, age):
+def start(built, problems, frozen, references, clock, state, it, age):
   """Buffer `it` sampled with the parameters of `state` (rollout.Started)."""
   c = built.config
+  references = [optim.reference_of(state.opt_state) if tree is None else tree
+                for tree in references]
   with clock('rollout'):
     return rollout.start(
         built.steps, problems, state.trainable, frozen, it, age,
         prompts=c.train.prompts, group=c.train.group, seed=c.seed,
-        bucket=c.data.bucket, clock=clock)
+        bucket=c.data.bucket, clock=clock, references=tuple(references))
 
 
 def finish(built, problems, workdir, writer, clock, place, started):

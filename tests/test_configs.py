@@ -29,7 +29,6 @@ from dmpo_jax import (
     mesh,
     metrics,
     model,
-    optim,
     sft,
     step,
     train,
@@ -170,7 +169,7 @@ def shapes(changes):
   tree = variables(built.model)
   params = {'params': tree['params']}
   trainable = {'lora': tree['lora']} if 'lora' in tree else params
-  optimizer = optim.make_optimizer(**c.optim)
+  optimizer = build.optimizer_of(c)
 
   def start(tree):
     return jax.eval_shape(lambda p: step.init_state(p, optimizer), tree)
@@ -261,7 +260,7 @@ PROGRAMS = {
     'objective.ddo_beta': (0.5, 'update', {
         'objective.antithetic': False, 'objective.loss': 'ddo'}),
     'objective.draws': (2, 'update'),
-    'objective.masks': ('stratified', 'update'),
+    'objective.spread': (True, 'update'),
     'objective.low': (0.3, 'update'),
     'objective.high': (0.8, 'update'),
     'objective.antithetic': (False, 'update'),
@@ -304,6 +303,8 @@ PROGRAMS = {
     'logprob.tail': (False, 'score'),
     'logprob.states': (2, 'score', {'logprob.estimator': 'trajectory'}),
     'logprob.fuse': (True, 'score', {'lora.rank': 2}),
+    'reference.every': (2, 'update', {'reference.of': ('moving',)}),
+    'reference.mix': (0.5, 'update', {'reference.of': ('moving',)}),
     'train.microbatches': (2, 'update', {'train.prompts': 4}),
     'optim.lr': (1e-3, 'update'),
     'optim.warmup': (3, 'update'),
@@ -390,13 +391,15 @@ LOOPS = {
 # checkpoint's base shows, in test_weights and test_export; what --mode=eval
 # reads, and the weights of other tasks' terms, in test_evaluate; what main
 # alone reads, in test_main; rules that the stub cannot break, and
-# what a rollback reads, in test_health and test_train.
+# what a rollback reads, in test_health and test_train; what p_ref is made of in
+# test_targets.
 ELSEWHERE = {'name', 'objective.name', 'mesh.data', 'model.checkpoint',
              'model.attention',  # other kernels need other devices
              'model.quantize', 'lora.path', 'data.overlong', 'eval.lengths',
              'eval.samples', 'reward.workers', 'reward.deadline', 'mesh.cpu',
              'cache', 'log.stuck_minutes', 'health.empty', 'health.reward',
-             'health.ess', 'health.kl', 'health.lr_factor', 'health.rollbacks'}
+             'health.ess', 'health.kl', 'health.lr_factor', 'health.rollbacks',
+             'reference.of', 'reference.weights'}
 OTHERS = {f'reward.weights.{name}' for name in (
     'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
     'countdown')}
@@ -476,6 +479,9 @@ class Stubs:
 
   def sampler_of(self, section):
     return self.sample
+
+  def read_references(self):
+    return ()
 
   def score(self, *_):
     return {}

@@ -401,15 +401,15 @@ def test_masks_leave_the_loss_its_expectation(low, antithetic):
       table, low, 1.0, antithetic, lambda m, _: 1 / max(m, 1))
   if not low:
     assert want == pytest.approx(-reference.exact_elbo(table) / (length + 1))
-  spread = {}
-  for kind in dmpo.MASKS:
-    hp = dmpo.Config(low=low, masks=kind, antithetic=antithetic)
+  deviation = {}
+  for spread in (False, True):
+    hp = dmpo.Config(low=low, spread=spread, antithetic=antithetic)
     masked = np.asarray(dmpo.draw(key, row, completion, hp).masked)
     logp = table[reference.index_of(masked)]
     value = -np.mean(logp.sum(-1) / np.maximum(masked.sum(-1), 1), -1)
     assert abs(value.mean() - want) < 4 * value.std() / rows ** 0.5
-    spread[kind] = value.std()
-  assert spread['stratified'] < 0.99 * spread['bernoulli']
+    deviation[spread] = value.std()
+  assert deviation[True] < 0.99 * deviation[False]
 
 
 # --- declarations
@@ -436,11 +436,11 @@ def test_needs():
     ('ess', dict(ess=1.0)), ('ess', dict(ess=-0.1)),
     ('baseline', dict(baseline='mean')), ('loss', dict(loss='ppo')),
     ('draws', dict(draws=3)), ('draws', dict(draws=0, antithetic=False)),
-    ('masks', dict(masks='even')), ('masks', dict(masks='stratified', draws=2)),
-    ('masks', dict(masks='stratified', draws=1, antithetic=False)),
+    ('spread', dict(spread=True, draws=2)),
+    ('spread', dict(spread=True, draws=1, antithetic=False)),
     ('low', dict(low=0.5, high=0.5)), ('high', dict(high=1.1)),
     ('best', dict(best=1.0, alpha=0.0)), ('antithetic', dict(loss='ddo')),
-    ('masks', dict(loss='ddo', antithetic=False, masks='stratified')),
+    ('spread', dict(loss='ddo', antithetic=False, spread=True)),
     ('loss', dict(loss='ddo', draws=3, antithetic=False))])
 def test_check_names_the_field(field, changes):
   """One sentence each, with the field by its name in the config."""
@@ -457,7 +457,7 @@ def test_check_accepts():
   assert dmpo.check(dmpo.Config(draws=3, antithetic=False)) == []
   for draws, antithetic in ((4, True), (2, False)):
     assert dmpo.check(dmpo.Config(draws=draws, antithetic=antithetic,
-                                  masks='stratified')) == []
+                                  spread=True)) == []
 
 
 # --- the gradient

@@ -38,7 +38,6 @@ from dmpo_jax import logprob, masking
 from dmpo_jax.types import Objective, to_groups, to_rows
 
 BASELINES = ('none', 'group', 'individual', 'model')
-MASKS = dict(bernoulli=masking.draw_bernoulli, stratified=masking.draw_even)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Config:
   ddo_alpha: float = 1.0  # scale of the term that pushes down
   ddo_beta: float = 1.0  # inverse temperature of the ELBO gap
   draws: int = 4  # K masked copies of a completion per update
-  masks: str = 'bernoulli'  # bernoulli | stratified: counts spread evenly
+  spread: bool = False  # masked counts spread evenly over the draws
   low: float = 0.1  # mask rate ~ U(low, high)
   high: float = 1.0
   antithetic: bool = True  # second half of the draws = complement
@@ -155,8 +154,9 @@ def draw(key, row_R, completion_RxL, hp):
   loss keeps its expectation. On (0, 1) all counts 0..L are alike, and that of
   1/m times the masked sum is the ELBO over L + 1.
   """
-  masks = MASKS[hp.masks](key, row_R, completion_RxL.shape[1], hp.draws,
-                          hp.low, hp.high, hp.antithetic)
+  kind = masking.draw_even if hp.spread else masking.draw_bernoulli
+  masks = kind(key, row_R, completion_RxL.shape[1], hp.draws, hp.low, hp.high,
+               hp.antithetic)
   return masks if hp.loss_tail else masking.restrict(masks, completion_RxL)
 
 
@@ -230,20 +230,16 @@ def check(hp):
   if hp.draws < 1 or (hp.antithetic and hp.draws % 2):
     found.append(f'objective.draws = {hp.draws} must be even with '
                  'objective.antithetic (pairs of complements), else >= 1')
-  if hp.masks not in MASKS:
-    found.append(f'objective.masks = {hp.masks!r} must be one of '
-                 f'{", ".join(MASKS)}')
-  if hp.masks == 'stratified' and hp.draws < 2 + 2 * hp.antithetic:
-    found.append('objective.masks = stratified needs draws to spread: '
+  if hp.spread and hp.draws < 2 + 2 * hp.antithetic:
+    found.append('objective.spread = True needs draws to spread: '
                  'objective.draws >= 2, or 4 with objective.antithetic')
   if not 0 <= hp.low < hp.high <= 1:
     found.append(f'objective.low = {hp.low}, objective.high = {hp.high} must '
                  'be 0 <= low < high <= 1')
-  if hp.loss == 'ddo' and (hp.antithetic or hp.draws % 2
-                           or hp.masks != 'bernoulli'):
+  if hp.loss == 'ddo' and (hp.antithetic or hp.draws % 2 or hp.spread):
     found.append('objective.loss = ddo needs independent halves of an even '
                  'number of draws: set objective.antithetic=False, '
-                 'objective.masks=bernoulli')
+                 'objective.spread=False')
   return found
 
 
