@@ -3,6 +3,8 @@
 Everything here is a plain function; build.py compiles them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -222,90 +224,103 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key,
   noise of the gap to p_theta cancels); else one estimate serves all. measure:
   all three, needed or not; elbo_old then under the last inner step's masks.
   """
-  needs, length = objective.needs(hp), completion_RxL.shape[1]
-  pair_needs = {'old', 'ref'} if measure else {'old', 'ref'} & set(needs)
-  policy = {**frozen, **trainable}
-  parts = [{**frozen, **tree} for tree in references] or [frozen]
+  needs = set(objective.needs(hp))
   # `forwards` has no row axis; the row ids take its place in the split.
   rows = (rollouts._replace(forwards=row_R), completion_RxL)
 
   def over_rows(fn):
     return in_microbatches(lambda part: fn(*part), rows, microbatches)
 
-  def elbo(params, tail=True):
-    def fn(part, completion):
-      masks = logprob.draw(key, part.forwards, length, how)
-      return logprob.elbo(cfg, params, part.tokens, part.valid, masks,
-                          None if tail else completion)
-    return over_rows(fn)
+  policy = {**frozen, **trainable}
+  out = pair_scores(over_rows, needs | ({'old', 'ref'} if measure else set()),
+                    policy, [{**frozen, **tree} for tree in references] or
+                    [frozen], weights, key, cfg, how, law)
+  under = functools.partial(under_masks, over_rows, loss_key, cfg=cfg,
+                            objective=objective, hp=hp, law=law)
+  if 'elbo_old' in needs and hp.common_masks:
+    old = [under(policy, i)['elbo'] for i in range(inner)]
+    out['elbo_old'] = jnp.stack(old, axis=1)
+  elif 'elbo_old' in needs:
+    old = elbo_of_rows(over_rows, policy, key, cfg, how)
+    out['elbo_old'] = jnp.repeat(old[:, None], inner, axis=1)
+  elif measure:
+    old = under(policy, inner - 1)['elbo']
+    out['elbo_old'] = jnp.repeat(old[:, None], inner, axis=1)
+  return out | extras(needs, *(functools.partial(under, *args) for args in (
+      (policy,), (frozen,))), inner)
 
-  def pair(part, completion):
-    # One pass of twice the rows: adapters that are zero are the reference.
-    masks = logprob.draw(key, part.forwards, length, how)
-    lora = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]),
-                        trainable['lora'])
-    return jax.vmap(lambda lora: logprob.elbo(
-        cfg, {**frozen, 'lora': lora}, part.tokens, part.valid, masks,
-        None if how.tail else completion))(lora).T
 
-  def loss_masks(i, part, completion):
-    return draw(objective, hp, jax.random.fold_in(loss_key, i), part.forwards,
-                part.tokens, part.valid, completion,
-                sampler.record_of(part, needs), cfg=cfg, law=law)
+def pair_scores(over_rows, needs, policy, parts, weights, key, cfg, how, law):
+  """'old' and 'ref', as far as `needs` has them; see `score`.
 
-  def loss_elbo(i):
-    def fn(part, completion):
-      masks = loss_masks(i, part, completion)
-      return logprob.elbo(cfg, policy, part.tokens, part.valid, masks)
-    return over_rows(fn)
-
-  def along(params):
-    return over_rows(lambda part, completion: logprob.trajectory_logp(
-        cfg, params, part, law, how.states, key, part.forwards))
-
+  parts: what p_ref is the product of, to the powers of `weights`.
+  """
   def product(logps):
-    if not references:
+    if not weights or len(logps) == 1 and weights == (1.0,):
       return logps[0]
     return sum(w * logp for w, logp in zip(weights, logps, strict=True))
 
-  out = {}
-  if how.estimator == 'trajectory' and 'ref' in pair_needs:
-    refs, olds = zip(*(along(params) for params in parts), strict=True)
-    out['ref'], out['old'] = product(refs), olds[0]
-  elif how.fuse and len(pair_needs) == 2:
-    out['old'], out['ref'] = over_rows(pair).T
-  elif how.estimator == 'elbo':
-    for name, group in (('old', [policy]), ('ref', parts)):
-      if name in pair_needs:
-        logps = [elbo(params, how.tail) for params in group]
-        out[name] = product(logps) if name == 'ref' else logps[0]
-  if 'elbo_old' in needs and hp.common_masks:
-    out['elbo_old'] = jnp.stack([loss_elbo(i) for i in range(inner)], axis=1)
-  elif 'elbo_old' in needs:
-    out['elbo_old'] = jnp.repeat(elbo(policy)[:, None], inner, axis=1)
-  elif measure:
-    out['elbo_old'] = jnp.repeat(loss_elbo(inner - 1)[:, None], inner, axis=1)
-
-  def under(params, more=()):
-    """fn(i): the loss's pass of inner step i over all rows, no gradient."""
-    read = reading(objective, hp, cfg, law, more)
-
-    def one(part, completion, i):
-      masks = loss_masks(i, part, completion)
-      found = logprob.token_logp(cfg, params, part.tokens, masks.masked,
-                                 part.valid, None, masks.prompt, read)
-      found = found if isinstance(found, dict) else {'logp': found}
-      if more:  # the tokens that were not masked stay
-        own = part.tokens[:, None, -length:]
-        found['guess'] = jnp.where(masks.masked, found['guess'], own)
-      return {**found, 'elbo': logprob.seq_elbo(found['logp'], masks.weight)}
-    return lambda i: over_rows(lambda *part: one(*part, i))
-
-  return out | extras(needs, under(policy), under(frozen),
-                      under(policy, ('guess',)), inner)
+  wanted = needs & {'old', 'ref'}
+  if how.estimator == 'trajectory':
+    if 'ref' not in wanted:
+      return {}
+    refs, olds = zip(*(over_rows(
+        lambda part, _, params=params: logprob.trajectory_logp(
+            cfg, params, part, law, how.states, key, part.forwards))
+                       for params in parts), strict=True)
+    return {'ref': product(refs), 'old': olds[0]}
+  if how.fuse and len(wanted) == 2:
+    return fused(over_rows, policy, key, cfg, how)
+  elbo = lambda params: elbo_of_rows(over_rows, params, key, cfg, how, how.tail)
+  out = {'old': elbo(policy)} if 'old' in wanted else {}
+  if 'ref' in wanted:
+    out['ref'] = product([elbo(params) for params in parts])
+  return out
 
 
-def extras(needs, of_old, of_ref, of_guess, inner):
+def elbo_of_rows(over_rows, params, key, cfg, how, tail=True):
+  """(R,) ELBO under the masks of `how`; tail: after the first EOS, too."""
+  def fn(part, completion):
+    masks = logprob.draw(key, part.forwards, completion.shape[1], how)
+    return logprob.elbo(cfg, params, part.tokens, part.valid, masks,
+                        None if tail else completion)
+  return over_rows(fn)
+
+
+def fused(over_rows, policy, key, cfg, how):
+  """Both in one pass of twice the rows: zero adapters are the reference."""
+  def pair(part, completion):
+    masks = logprob.draw(key, part.forwards, completion.shape[1], how)
+    lora = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]),
+                        policy['lora'])
+    return jax.vmap(lambda lora: logprob.elbo(
+        cfg, {**policy, 'lora': lora}, part.tokens, part.valid, masks,
+        None if how.tail else completion))(lora).T
+  old, ref = over_rows(pair).T
+  return {'old': old, 'ref': ref}
+
+
+def under_masks(over_rows, loss_key, params, i, more=(), *, cfg, objective, hp,
+                law):
+  """The loss's pass of inner step i over all rows, without gradient: a dict of
+  logp_RxKxL, elbo_R and what the loss reads besides."""
+  read = reading(objective, hp, cfg, law, more)
+
+  def one(part, completion):
+    masks = draw(objective, hp, jax.random.fold_in(loss_key, i), part.forwards,
+                 part.tokens, part.valid, completion,
+                 sampler.record_of(part, objective.needs(hp)), cfg=cfg, law=law)
+    found = logprob.token_logp(cfg, params, part.tokens, masks.masked,
+                               part.valid, None, masks.prompt, read)
+    found = found if isinstance(found, dict) else {'logp': found}
+    if more:  # the tokens that were not masked stay
+      own = part.tokens[:, None, -completion.shape[1]:]
+      found['guess'] = jnp.where(masks.masked, found['guess'], own)
+    return {**found, 'elbo': logprob.seq_elbo(found['logp'], masks.weight)}
+  return over_rows(one)
+
+
+def extras(needs, of_old, of_ref, inner):
   """What `score` adds where `needs` asks for it; of_*(i) are dicts."""
   def each(fn, *names):
     found = jax.lax.map(lambda i: {name: fn(i)[name] for name in names},
@@ -322,5 +337,5 @@ def extras(needs, of_old, of_ref, of_guess, inner):
   if 'elbo_ref' in needs:
     out['elbo_ref'], = each(of_ref, 'elbo')
   if 'guess' in needs:
-    out['guess'] = of_guess(0)['guess'].astype(jnp.int32)
+    out['guess'] = of_old(0, ('guess',))['guess'].astype(jnp.int32)
   return out
