@@ -788,6 +788,9 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
   law = settings(sampler.SampleConfig, c.sampler).law()
   mask_key = lambda: rng.key_for(c.seed, 'mask')
   drift = c.health.measure or 'elbo_old' in objective.needs(hp)
+  moves = c.reference.every, c.reference.mix
+  if 'moving' not in c.reference.of:
+    moves = None
 
   def score(trainable, frozen, rollouts, row, completion, references):
     return step.score(
@@ -807,8 +810,7 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
         state, frozen, batch, mask_key(), inner, **common,
         optimizer=optimizer_of(c, scale), group=c.train.group,
         microbatches=c.train.microbatches, law=law, common=of_all, drift=drift,
-        moves=(c.reference.every, c.reference.mix)
-        if 'moving' in c.reference.of else None)
+        moves=moves)
 
   def sft(state, tokens, valid, row, at):
     key = jax.random.fold_in(rng.key_for(c.seed, 'sft'), at)
