@@ -55,6 +55,30 @@ class SampleConfig:
                 guidance=self.guidance,
                 rank_temperature=self.rank_temperature)
 
+  def order_from(self):
+    """What decides which positions a step reveals, beside the tokens there.
+
+    state: a rule of what is revealed already. A completion has one trajectory,
+      and the sum of its recorded logp is its exact log-prob.
+    noise: a draw of its own. The recorded logp is exact given the order; the
+      ratio of two policies along a trajectory is one of normalised laws.
+    tokens: the proposals; the recorded logp lacks their term (LLaDA's rule).
+    hindsight: tokens are taken back, and their states are not recorded.
+
+    With a cache, with guidance and with eos_stop (where the tail is a function
+    of the rest) this holds of the law that was sampled: that is recorded.
+    """
+    if self.pick == 'wino':
+      return 'hindsight'
+    alone = self.block == 1 or self.pick == 'confidence' and (
+        self.steps * self.block == self.length)
+    if alone:  # all that is proposed is kept
+      return 'state'
+    if self.pick in picks.JUDGED and self.rank == 'token' and self.temperature:
+      return 'tokens'
+    drawn = self.pick in picks.DRAWN or self.rank_temperature
+    return 'noise' if drawn else 'state'
+
 
 def entropy_record(look, take, hp):
   return picks.entropy_of(look.prob)
@@ -89,30 +113,6 @@ def record_of(rollouts, needs):
     return None
   return dict(order=rollouts.order, logp=rollouts.logp,
               confidence=rollouts.confidence, **(rollouts.more or {}))
-
-  def order_from(self):
-    """What decides which positions a step reveals, beside the tokens there.
-
-    state: a rule of what is revealed already. A completion has one trajectory,
-      and the sum of its recorded logp is its exact log-prob.
-    noise: a draw of its own. The recorded logp is exact given the order; the
-      ratio of two policies along a trajectory is one of normalised laws.
-    tokens: the proposals; the recorded logp lacks their term (LLaDA's rule).
-    hindsight: tokens are taken back, and their states are not recorded.
-
-    With a cache, with guidance and with eos_stop (where the tail is a function
-    of the rest) this holds of the law that was sampled: that is recorded.
-    """
-    if self.pick == 'wino':
-      return 'hindsight'
-    alone = self.block == 1 or self.pick == 'confidence' and (
-        self.steps * self.block == self.length)
-    if alone:  # all that is proposed is kept
-      return 'state'
-    if self.pick in picks.JUDGED and self.rank == 'token' and self.temperature:
-      return 'tokens'
-    drawn = self.pick in picks.DRAWN or self.rank_temperature
-    return 'noise' if drawn else 'state'
 
 
 class Loop(NamedTuple):
