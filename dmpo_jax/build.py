@@ -215,7 +215,9 @@ def check_health(c):
     found.append(f'health.kl = {h.kl} needs health.measure=True: this '
                  'objective does without log p_old or log p_ref')
   groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
-  given = jax.eval_shape(lambda *s: objective.weigh(Scored(*s), hp), *groups)[2]
+  guess = jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
+  given = jax.eval_shape(lambda *s: objective.weigh(Scored(*s), hp), *groups,
+                         guess)[2]
   if h.ess and 'ess' not in given:
     found.append(f'health.ess = {h.ess}: objective.name = {c.objective.name} '
                  'has no effective size, set 0')

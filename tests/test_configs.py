@@ -62,7 +62,7 @@ def tiny(**changes):
       'objective.loss': 'wdce', 'objective.alpha': 0.04, 'objective.ess': 0.0,
       'objective.antithetic': True, 'objective.draws': 4,
       'objective.loss_tail': True, 'objective.common_masks': False,
-      'objective.masks': 'bernoulli',
+      'objective.spread': False,
       'logprob.estimator': 'elbo', 'logprob.elbo': 'paper',
       'logprob.antithetic': True, 'logprob.tail': True, 'logprob.draws': 4,
       'train.iterations': 3, 'train.prompts': 2, 'train.group': 4,
