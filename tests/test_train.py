@@ -54,6 +54,15 @@ def letters(text, example, protocol):
   return {'letters': sum(map(str.isalpha, text)) / 16}
 
 
+@pytest.fixture(scope='module', autouse=True)
+def plain_saves():
+  """JAX checks every slice for reused keys, one by one, and Orbax takes
+  hundreds when it saves: half of this file's time."""
+  jax.config.update('jax_debug_key_reuse', False)
+  yield
+  jax.config.update('jax_debug_key_reuse', True)
+
+
 @pytest.fixture(scope='module')
 def built():
   """Compiled once; what the loops alone read is changed by `vary`."""
