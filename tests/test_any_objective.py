@@ -234,7 +234,7 @@ def test_one_step_completions_are_graded(built_of):
         'train', build.settings(build.TaskOptions, built.config.data))[0]], 0
 
   started = rollout.Started(0, 0, np.zeros(2, int), np.arange(8), None, None,
-                            {}, kept, guess)
+                            {}, kept, np.arange(8), guess)
   rollout.finish(steps, task, built.tokenizer, Problems, started, group=4,
                  protocol='strict', samples=0, weights={})
   want = np.full((8, 3), 4.0)
