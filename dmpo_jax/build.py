@@ -214,13 +214,14 @@ def check_health(c):
   if h.kl and not (c.health.measure or {'old', 'ref'} <= objective.needs(hp)):
     found.append(f'health.kl = {h.kl} needs health.measure=True: this '
                  'objective does without log p_old or log p_ref')
-  groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
-  guess = jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
-  given = jax.eval_shape(lambda *s: objective.weigh(Scored(*s), hp), *groups,
-                         guess)[2]
-  if h.ess and 'ess' not in given:
-    found.append(f'health.ess = {h.ess}: objective.name = {c.objective.name} '
-                 'has no effective size, set 0')
+  if h.ess:
+    groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
+    guess = jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
+    given = jax.eval_shape(lambda *s: objective.weigh(Scored(*s), hp), *groups,
+                           guess)[2]
+    if 'ess' not in given:
+      found.append(f'health.ess = {h.ess}: objective.name = {c.objective.name} '
+                   'has no effective size, set 0')
   return found
 
 

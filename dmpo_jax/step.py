@@ -134,8 +134,7 @@ def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
   or gradient is not finite the state is returned unchanged, with
   metrics['finite'] = 0. law: the sampler's, for objectives that need it.
   drift: metrics['elbo_drift'] is the policy's ELBO less batch.elbo_old, mean
-  over rows, in nats. moves: (every, mix) of a moving
-  reference (optim).
+  over rows, in nats. moves: (every, mix) of a moving reference (optim).
   """
   key = jax.random.fold_in(key, inner)
   batch = at_inner(batch, inner)
@@ -246,8 +245,8 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key,
   elif measure:
     old = under(policy, inner - 1)['elbo']
     out['elbo_old'] = jnp.repeat(old[:, None], inner, axis=1)
-  return out | extras(needs, *(functools.partial(under, *args) for args in (
-      (policy,), (frozen,))), inner)
+  return out | extras(needs, functools.partial(under, policy),
+                      functools.partial(under, frozen), inner)
 
 
 def pair_scores(over_rows, needs, policy, parts, weights, key, cfg, how, law):
@@ -256,7 +255,7 @@ def pair_scores(over_rows, needs, policy, parts, weights, key, cfg, how, law):
   parts: what p_ref is the product of, to the powers of `weights`.
   """
   def product(logps):
-    if not weights or len(logps) == 1 and weights == (1.0,):
+    if weights in ((), (1.0,)):
       return logps[0]
     return sum(w * logp for w, logp in zip(weights, logps, strict=True))
 

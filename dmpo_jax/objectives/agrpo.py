@@ -38,10 +38,6 @@ def draw(key, row_R, completion_RxL, hp, record):
   return shared.draw_steps(key, row_R, record, wanted, hp)
 
 
-def weigh(scored, hp):
-  return shared.weigh(scored, hp.advantage, shared.per_row(scored))
-
-
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   """(mean over rows of the mean over steps, metrics)."""
   old = jnp.broadcast_to(batch.extra['record']['logp'][:, None],
@@ -66,5 +62,5 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=weigh,
+    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_rows,
     reweigh=shared.no_reweigh, loss=loss)

@@ -80,5 +80,5 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=diffu_grpo.weigh,
+    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_tokens,
     reweigh=shared.no_reweigh, loss=loss)

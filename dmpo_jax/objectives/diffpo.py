@@ -44,10 +44,6 @@ def draw(key, row_R, completion_RxL, hp, record):
   return Masks(masked, jnp.full(masked.shape[:2], 2.0), counted)
 
 
-def weigh(scored, hp):
-  return shared.weigh(scored, hp.advantage, shared.per_token(scored))
-
-
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   """(sum over counted tokens, metrics)."""
   extra = batch.extra
@@ -75,5 +71,5 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=weigh,
+    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_tokens,
     reweigh=shared.no_reweigh, loss=loss)

@@ -42,10 +42,6 @@ def draw(key, row_R, completion_RxL, hp, record=None):
                prompt)
 
 
-def weigh(scored, hp):
-  return shared.weigh(scored, hp.advantage, shared.per_token(scored))
-
-
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   """(sum over counted tokens, metrics)."""
   old = batch.extra['tokens_old']
@@ -65,5 +61,5 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=weigh,
+    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_tokens,
     reweigh=shared.no_reweigh, loss=loss)

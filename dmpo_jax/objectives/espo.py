@@ -33,10 +33,6 @@ class Config:
   draws: int = 4
 
 
-def weigh(scored, hp):
-  return shared.weigh(scored, hp.advantage, shared.per_row(scored))
-
-
 def sequence_loss(logp_RxKxL, masks, batch, elbo_old_R, hp, length=1.0):
   """PPO with the ratio exp(gap of ELBOs / length); KL per `length` too."""
   now = logprob.seq_elbo(logp_RxKxL, masks.weight)
@@ -66,5 +62,5 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=shared.draw_elbo, weigh=weigh,
-    reweigh=shared.no_reweigh, loss=loss)
+    hp=Config, needs=needs, check=check, draw=shared.draw_elbo,
+    weigh=shared.weigh_rows, reweigh=shared.no_reweigh, loss=loss)

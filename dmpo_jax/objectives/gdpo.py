@@ -13,25 +13,19 @@ the default is ESPO's.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import rng
+from dmpo_jax import masking, rng
 from dmpo_jax.objectives import espo, shared
 from dmpo_jax.types import Masks, Objective
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  common_masks: ClassVar[bool] = True
+class Config(espo.Config):
   advantage: str = 'mean'
-  clip: float = 0.2
-  clip_high: float = 0.0
-  beta: float = 1e-3
-  kl: str = 'k2'
   masks: str = 'bernoulli'
   draws: int = 3
 
@@ -49,19 +43,14 @@ def draw(key, row_R, completion_RxL, hp):
   count = np.maximum(np.round(at * length), 1)
 
   def one(key):
+    if hp.masks == 'rounded':
+      return masking.anywhere(key, count, length)
     noise = jax.random.uniform(key, (hp.draws, length))
-    if hp.masks == 'bernoulli':
-      return noise < at.astype(np.float32)[:, None]
-    rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
-    return rank < count[:, None]
+    return noise < at.astype(np.float32)[:, None]
 
   masked = rng.per_row(key, row_R, one)
   weight = jnp.asarray(hp.draws * weight / at, jnp.float32)
   return Masks(masked, jnp.broadcast_to(weight, masked.shape[:2]))
-
-
-def weigh(scored, hp):
-  return shared.weigh(scored, hp.advantage, shared.per_row(scored))
 
 
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
@@ -76,5 +65,5 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=espo.needs, check=check, draw=draw, weigh=weigh,
-    reweigh=shared.no_reweigh, loss=loss)
+    hp=Config, needs=espo.needs, check=check, draw=draw,
+    weigh=shared.weigh_rows, reweigh=shared.no_reweigh, loss=loss)

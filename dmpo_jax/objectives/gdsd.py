@@ -44,10 +44,6 @@ def draw(key, row_R, completion_RxL, hp):
   return masks
 
 
-def weigh(scored, hp):
-  return shared.weigh(scored, hp.advantage, shared.per_row(scored))
-
-
 def by_pair(x_RxKxL, masks):
   """(R, K/2): of each mask and its complement, the mean weighted sum."""
   sums = masks.weight * jnp.sum(x_RxKxL, axis=-1)
@@ -92,5 +88,5 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=weigh,
+    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_rows,
     reweigh=shared.no_reweigh, loss=loss)

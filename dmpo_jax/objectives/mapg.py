@@ -80,5 +80,5 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=agrpo.weigh,
+    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_rows,
     reweigh=shared.no_reweigh, loss=loss)

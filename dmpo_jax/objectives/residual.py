@@ -30,10 +30,6 @@ class Config:
   per_token: bool = False
 
 
-def weigh(scored, hp):
-  return shared.weigh(scored, hp.advantage, shared.per_row(scored))
-
-
 def reweigh(elbo_R, elbo_old_R, batch, group, hp):
   """(R,) what multiplies -grad E_theta."""
   length = batch.completion.shape[1] if hp.per_token else 1
@@ -52,5 +48,5 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=shared.draw_elbo, weigh=weigh,
-    reweigh=reweigh, loss=shared.elbo_loss)
+    hp=Config, needs=needs, check=check, draw=shared.draw_elbo,
+    weigh=shared.weigh_rows, reweigh=reweigh, loss=shared.elbo_loss)

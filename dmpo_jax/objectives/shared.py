@@ -57,10 +57,18 @@ def per_token(scored):
 def weigh(scored, kind, scale_BxG):
   """What `weigh` of a policy gradient returns, and metrics."""
   advantage = advantages(scored.reward, kind)
-  equal = jnp.max(scored.reward, -1) == jnp.min(scored.reward, -1)
   return advantage * scale_BxG, scale_BxG, {
-      'advantage_abs': jnp.mean(jnp.abs(advantage)),
-      'equal_reward_groups': jnp.mean(equal)}
+      'advantage_abs': jnp.mean(jnp.abs(advantage))}
+
+
+def weigh_rows(scored, hp):
+  """`weigh` for a mean over completions."""
+  return weigh(scored, hp.advantage, per_row(scored))
+
+
+def weigh_tokens(scored, hp):
+  """`weigh` for a mean over the batch's tokens."""
+  return weigh(scored, hp.advantage, per_token(scored))
 
 
 # --- ratios and divergences
@@ -149,10 +157,8 @@ def draw_random(key, row_R, length, draws):
   (LLaDA's, RADD's)."""
   def one(key):
     key_count, key_order = jax.random.split(key)
-    count = jax.random.randint(key_count, (draws, 1), 1, length + 1)
-    noise = jax.random.uniform(key_order, (draws, length))
-    rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
-    return rank < count
+    count = jax.random.randint(key_count, (draws,), 1, length + 1)
+    return masking.anywhere(key_order, count, length)
 
   masked = rng.per_row(key, row_R, one)
   return Masks(masked, length / jnp.sum(masked, axis=-1))
