@@ -175,8 +175,10 @@ def check_numbers(c):
       'health.rollbacks': 0,
       **{f'health.{rule}': 0 for rule in health.RULES}}
   flat = flatten(c)
-  return [f'{name} = {flat[name]} must be >= {low}'
-          for name, low in least.items() if not flat[name] >= low]
+  found = [] if 0 <= c.seed < 2 ** 32 else [
+      f'seed = {c.seed} must be in 0 to 2 ** 32 - 1']
+  return found + [f'{name} = {flat[name]} must be >= {low}'
+                  for name, low in least.items() if not flat[name] >= low]
 
 
 def check_eval(c):
@@ -595,9 +597,11 @@ def build(c, devices=None):
                steps, {})
 
 
-def compiled(grid, fn, **options):
+def compiled(grid, fn, last=(), **options):
   """jit, traced and run under the mesh (model.constrain looks for it).
 
+  last: host scalars that are fn's last arguments. They are no part of the
+  program: another seed or rate finds it in the cache of compiled ones.
   `.trace(*args)` is for `plan`: it takes ShapeDtypeStructs and compiles
   nothing yet.
   """
@@ -606,7 +610,7 @@ def compiled(grid, fn, **options):
   def under_mesh(fn):
     def call(*args):
       with jax.set_mesh(grid):
-        return fn(*args)
+        return fn(*args, *last)
     return call
 
   call = under_mesh(jitted)
@@ -642,12 +646,13 @@ def make_starts(c, cfg, grid, optimizer, sft_optimizer):
   With a checkpoint init reads it, with lora.path init_lora the adapter.
   """
   def fresh(name, stream):
-    make = lambda: {name: model.init(cfg, rng.key_for(c.seed, stream))[name]}
+    make = lambda seed: {name: model.init(cfg, rng.key_for(seed, stream))[name]}
+    seed = np.uint32(c.seed)
     try:
-      out = mesh.shardings(jax.eval_shape(make), grid)
+      out = mesh.shardings(jax.eval_shape(make, seed), grid)
     except KeyError:  # no adapters: lora.rank is 0
       return lambda: {}
-    return compiled(grid, make, out_shardings=out)
+    return compiled(grid, make, last=(seed,), out_shardings=out)
 
   def start(optimizer):
     def call(trainable):
@@ -670,9 +675,13 @@ def make_starts(c, cfg, grid, optimizer, sft_optimizer):
           start(optimizer), start(sft_optimizer))
 
 
-def optimizer_of(c, scale=1.0):
-  """RL's optimizer, with the moving reference if there is one."""
-  return optim.make_optimizer(**c.optim, scale=scale,
+def optimizer_of(c, scale=1.0, lr=None):
+  """RL's optimizer, with the moving reference if there is one.
+
+  scale and lr (None = optim.lr) may be traced.
+  """
+  fields = {**c.optim, 'lr': c.optim.lr if lr is None else lr}
+  return optim.make_optimizer(**fields, scale=scale,
                               hold='moving' in c.reference.of)
 
 
@@ -721,20 +730,21 @@ def make_sample(c, section, stream, cfg, grid, records=()):
   """(params, tokens, valid, row) -> (Rollouts, completion mask)."""
   hp = settings(sampler.SampleConfig, section)
 
-  def sample(params, tokens, valid, row):
-    keys_R = rng.row_keys(rng.key_for(c.seed, stream), row)
+  def sample(params, tokens, valid, row, seed):
+    keys_R = rng.row_keys(rng.key_for(seed, stream), row)
     out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, records)
     completion = masking.completion_mask(out.tokens[:, -hp.length:],
                                          cfg.eos_id)
     return out, completion
 
+  seed = np.uint32(c.seed)
   if section.parallel == 'pmap':
-    return pmap_rows(sample, grid)
+    return pmap_rows(lambda *args: sample(*args, seed), grid)
   by_row = mesh.rows(grid)
   # Said, not left to the compiler: each process reads the rows that it holds.
   out = Rollouts(*[by_row] * len(Rollouts._fields))._replace(
       forwards=mesh.replicated(grid))
-  run = compiled(grid, sample, out_shardings=(out, by_row))
+  run = compiled(grid, sample, last=(seed,), out_shardings=(out, by_row))
 
   def call(params, tokens, valid, row):
     return run(params, *(mesh.put(x, by_row) for x in (tokens, valid, row)))
@@ -789,16 +799,17 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
   common = dict(cfg=cfg, objective=objective, hp=hp)
   of_all = settings(Common, c.objective)
   law = settings(sampler.SampleConfig, c.sampler).law()
-  mask_key = lambda: rng.key_for(c.seed, 'mask')
+  seed = np.uint32(c.seed)
   drift = c.health.measure or 'elbo_old' in objective.needs(hp)
   moves = c.reference.every, c.reference.mix
   if 'moving' not in c.reference.of:
     moves = None
 
-  def score(trainable, frozen, rollouts, row, completion, references):
+  def score(trainable, frozen, rollouts, row, completion, references, seed):
     return step.score(
         trainable, frozen, rollouts, row, completion,
-        rng.key_for(c.seed, 'score'), mask_key(), references, **common,
+        rng.key_for(seed, 'score'), rng.key_for(seed, 'mask'), references,
+        **common,
         how=how, law=law, inner=c.train.inner,
         microbatches=c.train.microbatches, measure=c.health.measure,
         weights=tuple(c.reference.weights))
@@ -808,21 +819,22 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
                         objective=objective, hp=hp, inner=c.train.inner,
                         skip_equal=of_all.skip_equal)
 
-  def update(state, frozen, batch, inner, scale):
+  def update(state, frozen, batch, inner, scale, seed, lr):
     return step.train_step(
-        state, frozen, batch, mask_key(), inner, **common,
-        optimizer=optimizer_of(c, scale), group=c.train.group,
+        state, frozen, batch, rng.key_for(seed, 'mask'), inner, **common,
+        optimizer=optimizer_of(c, scale, lr), group=c.train.group,
         microbatches=c.train.microbatches, law=law, common=of_all, drift=drift,
         moves=moves)
 
-  def sft(state, tokens, valid, row, at):
-    key = jax.random.fold_in(rng.key_for(c.seed, 'sft'), at)
+  def sft(state, tokens, valid, row, at, seed):
+    key = jax.random.fold_in(rng.key_for(seed, 'sft'), at)
     return step.sft_step(state, tokens, valid, row, key, cfg=cfg,
                          length=c.sampler.length, optimizer=sft_optimizer)
 
-  jit_score, jit_pack = compiled(grid, score), compiled(grid, pack)
-  jit_update = compiled(grid, update, donate_argnums=0)
-  jit_sft = compiled(grid, sft, donate_argnums=0)
+  jit_score, jit_pack = compiled(grid, score, (seed,)), compiled(grid, pack)
+  jit_update = compiled(grid, update, (seed, np.float32(c.optim.lr)),
+                        donate_argnums=0)
+  jit_sft = compiled(grid, sft, (seed,), donate_argnums=0)
 
   def put_score(trainable, frozen, rollouts, row, completion, references=()):
     return jit_score(trainable, frozen, rollouts, mesh.put(row, by_row),

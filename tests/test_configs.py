@@ -133,11 +133,11 @@ def test_base_documents_its_fields():
 # --- what a field changes
 
 
-def show(fn, **_):
-  """Stands for build.compiled's result: gives the program as text."""
+def show(fn, last=(), **_):
+  """Stands for build.compiled's result: the program as text, and `last`."""
   def call(*args):
-    text = str(jax.make_jaxpr(fn)(*args))
-    return re.sub(r'0x[0-9a-f]+', '', text)
+    text = str(jax.make_jaxpr(fn)(*args, *last))
+    return f"{re.sub(r'0x[0-9a-f]+', '', text)} of {last}"
   call.trace = None
   return call
 
@@ -149,7 +149,8 @@ def parts(changes, starts=False):
   `starts`: those that make states too; they trace the model when built.
   """
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(build, 'compiled', lambda grid, fn, **_: show(fn))
+    patch.setattr(build, 'compiled', lambda grid, fn, last=(), **_: show(
+        fn, last))
     patch.setattr(mesh, 'put', lambda x, sharding: x)
     patch.setattr(build, 'pmap_rows', lambda fn, grid: lambda *args: 'pmap')
     if not starts:
@@ -362,6 +363,7 @@ LOOPS = {
     'data.validation_size': (10, {}),
     'data.test_size': (7, {}),
     'data.min_blanks': (8, {}),
+    'data.largest': (12, {'data.task': 'countdown'}),
     'data.max_blanks': (5, {}),
     'sft.steps': (5, {}),
     'sft.batch': (16, {}),
@@ -431,6 +433,15 @@ def test_field_changes_a_program(field):
   whole = field.startswith(('model.', 'lora.'))
   assert program(name, settings, whole) != program(
       name, (*settings, (field, value)), whole)
+
+
+def test_another_seed_and_rate_are_the_same_programs():
+  """So that the cache of compiled programs serves a whole sweep."""
+  for name, other in (('update', 'optim.lr'), ('update', 'seed'),
+                      ('sample', 'seed'), ('score', 'seed'), ('sft', 'seed')):
+    texts = [program(name, changes).rpartition(' of ')
+             for changes in ((), ((other, 3),))]
+    assert texts[0][0] == texts[1][0] and texts[0][2] != texts[1][2]
 
 
 # --- the loops, with steps that compute nothing
