@@ -52,6 +52,7 @@ def get_config():
   d.test_size = 256  # problems
   d.min_blanks = 4  # sudoku: fewest empty cells
   d.max_blanks = 10  # sudoku: most empty cells
+  d.largest = 99  # countdown: largest of the generated numbers
 
   c.reward = w = ml_collections.ConfigDict()
   w.workers = 0  # processes that compare expressions; 0 = one a core

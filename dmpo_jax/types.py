@@ -142,6 +142,7 @@ class TaskOptions:
   seed: int = 0  # of generation and of the split; not the run's seed
   min_blanks: int = 4  # sudoku: fewest empty cells
   max_blanks: int = 10  # sudoku: most empty cells
+  largest: int = 99  # countdown: largest of the generated numbers
 
 
 class Task(NamedTuple):

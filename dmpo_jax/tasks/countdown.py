@@ -30,8 +30,9 @@ import numpy as np
 from dmpo_jax.tasks import answers, arithmetic
 from dmpo_jax.types import Task
 
-LARGEST = 99  # of generated numbers and targets
-MAX_GENERATED = 200_000  # problems per split; every split has more
+LARGEST = 99  # of generated targets, and the most for the numbers
+MAX_GENERATED = 200_000  # problems per split; with numbers to 99 there are more
+MISSES = 5000  # draws in a row without a new problem: there are no more
 TOLERANCE = fractions.Fraction(1, 100_000)  # the reference's, kept in 'paper'
 FIELDS = (('input', 'output'), ('nums', 'target'), ('numbers', 'target'))
 
@@ -85,10 +86,16 @@ def load(split, options):
         dict(e, expression=solve(e['numbers'], e['target'])) for e in chosen]
   if not 1 <= size <= MAX_GENERATED:
     raise ValueError(f'{split}_size={size}: need 1 to {MAX_GENERATED}')
+  if not 2 <= options.largest <= LARGEST:
+    raise ValueError(f'largest={options.largest}: need 2 to {LARGEST}')
   rng = np.random.default_rng([options.seed, answers.SPLITS.index(split)])
-  seen, examples = set(), []
+  seen, examples, misses = set(), [], 0
   while len(examples) < size:
-    numbers = rng.integers(1, LARGEST + 1, 3).tolist()
+    misses += 1
+    if misses > MISSES:
+      raise ValueError(f'{split}_size={size}: with numbers to '
+                       f'{options.largest} only {len(examples)} were found')
+    numbers = rng.integers(1, options.largest + 1, 3).tolist()
     reach = {
         n: written for (n, d), (written, _) in _table(tuple(numbers)).items()
         if d == 1 and 1 <= n <= LARGEST}
@@ -100,6 +107,7 @@ def load(split, options):
     key = (*sorted(numbers), value)
     if key not in seen:
       seen.add(key)
+      misses = 0
       examples.append(
           {'numbers': numbers, 'target': value, 'expression': reach[value]})
   return examples
