@@ -189,8 +189,9 @@ def run(built, params, base, folder, kind):
   """Writes `kind` (merged or adapter) and reads it back; returns a report.
 
   params: {'params', 'lora'?} as trained, base: as training began, neither of
-  them quantized. ValueError if they do not differ, if `folder` is not empty,
-  or if an adapter is asked of a full fine-tuning or of a base trained here.
+  them quantized. ValueError if they do not differ (but for a base that was
+  trained here), if `folder` is not empty, or if an adapter is asked of a full
+  fine-tuning or of a base trained here.
   """
   cfg, source = built.model, built.config.model.checkpoint
   source = source and weights.locate(source, False)
@@ -204,7 +205,8 @@ def run(built, params, base, folder, kind):
         '--format=merged writes all')
   if mesh.agree(os.path.isdir(folder) and os.listdir(folder)):
     raise ValueError(f'--out={folder} is not empty: name another directory')
-  if not changed(params, base):
+  made_here = params is base and built.config.sft.steps  # --of=base
+  if not made_here and not changed(params, base):
     raise ValueError('the trained model equals its base in every weight: '
                      'there is nothing to export (was it trained at all?)')
   if kind == 'adapter':

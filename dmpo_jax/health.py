@@ -56,7 +56,8 @@ def buffer_metrics(tokens_RxL, completion_RxL, eos_id, reward_BxG, grade_BxG):
 
   empty: share of completions whose first token is EOS. repeated: of the tokens
   that follow another before the first EOS, the share equal to it. distinct:
-  mean over groups of different completions / G, up to the first EOS.
+  mean over groups of different completions / G, up to the first EOS;
+  distinct_right: how many different ones have the full grade.
   equal_reward_groups: share of groups without a signal; equal_wrong_groups:
   those of them whose grades are all 0.
   """
@@ -66,13 +67,17 @@ def buffer_metrics(tokens_RxL, completion_RxL, eos_id, reward_BxG, grade_BxG):
   group = reward_BxG.shape[1]
   texts = [tokens[word].tobytes() for tokens, word in zip(
       np.ascontiguousarray(tokens_RxL), words, strict=True)]
-  distinct = [len(set(texts[at:at + group])) / group
-              for at in range(0, len(texts), group)]
+  heads = range(0, len(texts), group)
+  distinct = [len(set(texts[at:at + group])) / group for at in heads]
+  right = [text if grade == 1 else None for text, grade in zip(
+      texts, grade_BxG.ravel(), strict=True)]
+  distinct_right = [len(set(right[at:at + group]) - {None}) for at in heads]
   equal = reward_BxG.max(axis=1) == reward_BxG.min(axis=1)
   return {
       'empty': float(np.mean(~words.any(axis=1))),
       'repeated': float(again.sum() / max(1, follows.sum())),
       'distinct': float(np.mean(distinct)),
+      'distinct_right': float(np.mean(distinct_right)),
       'equal_reward_groups': float(np.mean(equal)),
       'equal_wrong_groups': float(np.mean(equal & (grade_BxG == 0).all(1))),
   }
