@@ -1,0 +1,348 @@
+"""Every objective from the same bases at equal network forwards: who wins.
+
+python -m benchmarks.compare [--task=sudoku] [--arms=dmpo,wd1] [--workers=2]
+
+For each task of configs/compare.py: a supervised base, then of every arm one
+run at each of three rates with the first seed, and the other seeds at the rate
+whose validation curve has the largest area. All runs are `main.py`'s own; what
+is done is not done again, so that the same command goes on where it was
+stopped. Then every final policy is judged by one sampler (KL along its
+trajectories, distinct right answers), and FOLDER/TASK.md, .png and .jsonl are
+written, of what there is: `--report` does only that.
+
+--checkpoint=DIR starts from a model of your own in place of the base.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import pathlib
+import queue
+import shlex
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from configs import compare
+from dmpo_jax import build, checkpoint, metrics, report, rollout
+
+ROOT = pathlib.Path(__file__).parents[1]
+POINTS = 8  # validations of a run
+PROMPTS = 64  # that a final policy is judged on, GROUP completions each
+GROUP = 8
+TARGET = 0.8  # accuracy: forwards to reach it
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
+STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
+
+
+CORES = queue.Queue()  # shares that no run has: sets of cores
+
+
+# --- runs
+
+
+def share_cores(workers):
+  there = sorted(os.sched_getaffinity(0)) if hasattr(
+      os, 'sched_getaffinity') else list(range(os.cpu_count()))
+  for i in range(workers):
+    CORES.put(set(there[i::workers]) or {there[i % len(there)]})
+
+
+def call(workdir, *arguments):
+  """main.py in a process of its own, on its share of the cores.
+
+  RuntimeError with the end of its output if it fails.
+  """
+  command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}',
+             *arguments]
+  log = workdir.with_name(workdir.name + '.log')
+  log.parent.mkdir(parents=True, exist_ok=True)
+  folder = workdir.parents[1].resolve() / 'programs'
+  # What one run compiles the others load.
+  cache = {'JAX_COMPILATION_CACHE_DIR': str(folder),
+           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  cores = CORES.get()
+  with open(log, 'a') as out:
+    out.write(shlex.join(command) + '\n')
+    out.flush()
+    process = subprocess.Popen(command, stdout=out, stderr=out,
+                               env={**cache, **os.environ})
+    if hasattr(os, 'sched_setaffinity'):  # before it has threads
+      os.sched_setaffinity(process.pid, cores)
+    code = process.wait()
+  CORES.put(cores)
+  if code:
+    raise RuntimeError(f'{log}: exit code {code}\n{log.read_text()[-1500:]}')
+
+
+def base(args, task):
+  """Directory of the model that a task's runs start from, made if need be."""
+  if args.checkpoint:
+    return args.checkpoint
+  workdir = args.folder / task / 'base'
+  out = workdir / 'model'
+  if not (out / 'config.json').exists():
+    common = (f'--config={ROOT}/configs/compare.py:{task}', *args.overrides)
+    call(workdir, *common, '--mode=sft')
+    call(workdir, *common, '--mode=export', '--of=base', f'--out={out}')
+  return str(out)
+
+
+def place(args, task, arm, rate, seed):
+  return args.folder / task / f'{arm}-{rate:g}-{seed}'
+
+
+def train(args, task, arm, rate, seed):
+  """One run, to its end; returns its workdir."""
+  workdir = place(args, task, arm, rate, seed)
+  if not (workdir / 'results.json').exists():
+    count = compare.fields_of(arm)['train.iterations']
+    call(workdir, f'--config={ROOT}/configs/compare.py:{task}',
+         f'--sweep=objectives:{compare.ARMS.index(arm)}',
+         f'--config.seed={seed}', f'--config.optim.lr={rate}',
+         f'--config.model.checkpoint={base(args, task)}',
+         '--config.sft.steps=0',
+         f'--config.eval.every={max(1, count // POINTS)}', *args.overrides)
+    print(f'{workdir}: {final(workdir):.3f}', flush=True)
+  return workdir
+
+
+def chain(args, task, arm):
+  """All runs of an arm: the search with the first seed, then the others."""
+  first, *others = compare.SEEDS[:args.seeds]
+  for rate in compare.RATES:
+    train(args, task, arm, rate, first)
+  rate = best_rate(args, task, arm)
+  for seed in others:
+    train(args, task, arm, rate, seed)
+
+
+def best_rate(args, task, arm):
+  """Of the largest area under validation; None if some rate is not done."""
+  found = {}
+  for rate in compare.RATES:
+    workdir = place(args, task, arm, rate, compare.SEEDS[0])
+    if not (workdir / 'results.json').exists():
+      return None
+    found[rate] = area(*curve(workdir))
+  return max(found, key=found.get)
+
+
+# --- what a run says
+
+
+def curve(workdir):
+  """(shares of the budget, validation accuracy) of a run."""
+  steps, values = report.series(metrics.read(workdir), 'eval', 'accuracy')
+  return steps / steps[-1], values
+
+
+def area(share, values):
+  return float(np.trapezoid(values, share))
+
+
+def reached(share, values, target=TARGET):
+  """Share of the budget at which a curve reaches the target; nan if never."""
+  at = int(np.argmax(values >= target))
+  if values[at] < target:
+    return math.nan
+  if not at:
+    return 0.0
+  part = (target - values[at - 1]) / (values[at] - values[at - 1])
+  return float(share[at - 1] + part * (share[at] - share[at - 1]))
+
+
+def final(workdir):
+  return json.loads((workdir / 'results.json').read_text())['final']['accuracy']
+
+
+def row_of(args, task, arm, rate, seed):
+  """What the tables are made of, of one finished run."""
+  workdir = place(args, task, arm, rate, seed)
+  results = json.loads((workdir / 'results.json').read_text())
+  rows = [row for row in metrics.read(workdir) if row['phase'] == 'rl']
+  sample, score, update = compare.COSTS[arm]
+  spent = sum(row['forwards'] for row in rows) + len(rows) * (
+      score + compare.INNER * update)
+  judged = workdir / 'judged.json'
+  said = json.loads(judged.read_text()) if judged.exists() else {}
+  share, values = curve(workdir)
+  return {
+      'task': task, 'arm': arm, 'rate': rate, 'seed': seed,
+      'base': results['base']['accuracy'],
+      'final': results['final']['accuracy'],
+      'area': area(share, values), 'reached': reached(share, values) * spent,
+      'forwards': spent, 'ess': [float(row.get('ess', math.nan))
+                                 for row in rows],
+      'curve': [list(share), list(values)],
+      'seconds': results['seconds']['session'], **said}
+
+
+# --- judging
+
+
+def judge(args, task):
+  """Samples every finished run's final policy: FOLDER/.../judged.json.
+
+  One config for all, with the exact log-probs along the trajectories.
+  """
+  todo = [path.parent for path in sorted(
+      (args.folder / task).glob('*/results.json'))
+          if not (path.parent / 'judged.json').exists()]
+  if not todo:
+    return
+  c = compare.get_config(task)
+  c.update_from_flattened_dict(compare.fields_of('dmpo-exact'))
+  c.update_from_flattened_dict({
+      'train.prompts': PROMPTS, 'train.group': GROUP, 'sft.steps': 0,
+      'train.microbatches': 8, 'model.checkpoint': base(args, task)})
+  built = build.build(c)
+  problems, frozen = build.problems(built, 'test'), built.steps.init()
+  state = built.steps.start(frozen)
+  for workdir in todo:
+    with checkpoint.open_manager(str(workdir / 'rl'), 2) as manager:
+      tuned = checkpoint.restore(manager, checkpoint.abstract(state))[0]
+    started = rollout.start(
+        built.steps, problems, tuned.trainable, frozen, 0, prompts=PROMPTS,
+        group=GROUP, seed=c.seed)
+    numbers = rollout.finish(
+        built.steps, built.task, built.tokenizer, problems, started,
+        group=GROUP, protocol=c.data.protocol, samples=0,
+        weights=c.reward.weights)[1]
+    kept = {'kl': numbers['kl_ref'], 'sampled': numbers['accuracy'],
+            'right': numbers['distinct_right']}
+    (workdir / 'judged.json').write_text(json.dumps(kept))
+
+
+# --- the tables
+
+
+def interval(values):
+  """(mean, half width of its 95 % interval by Student's t; nan for one)."""
+  half = math.nan
+  if len(values) > 1:
+    half = STUDENT[len(values) - 1] * statistics.stdev(
+        values) / math.sqrt(len(values))
+  return statistics.fmean(values), half
+
+
+def told(values, digits=3):
+  mean, half = interval(values)
+  text = f'{mean:.{digits}f}'
+  return text if math.isnan(half) else f'{text} ± {half:.{digits}f}'
+
+
+def gain(runs, rival):
+  """Final accuracy less that of another arm, seed by seed."""
+  theirs = {run['seed']: run['final'] for run in rival}
+  pairs = [run['final'] - theirs[run['seed']] for run in runs
+           if run['seed'] in theirs]
+  return told(pairs) if pairs else ''
+
+
+def line(arm, runs, against):
+  """A row of the table."""
+  got = [run['reached'] for run in runs if not math.isnan(run['reached'])]
+  quick = f'{statistics.median(got):.0f} ({len(got)})' if got else 'never'
+  judged = [run for run in runs if 'kl' in run]
+  cells = [
+      arm, f"{runs[0]['rate']:g}", str(len(runs)),
+      told([run['final'] for run in runs]), gain(runs, against),
+      told([run['area'] for run in runs]), quick,
+      told([run['right'] for run in judged], 2) if judged else '',
+      told([run['kl'] for run in judged], 2) if judged else '',
+      f"{statistics.fmean(run['forwards'] for run in runs):.0f}",
+      f"{statistics.fmean(run['seconds'] for run in runs):.0f}"]
+  return '| ' + ' | '.join(cells) + ' |'
+
+
+HEADER = ('| arm | rate | seeds | final accuracy | less dmpo-paper | area | '
+          f'forwards to {TARGET:g} (runs) | distinct right of {GROUP} | KL, '
+          'nats | forwards | s |\n' + '|---' * 11 + '|')
+
+
+def tables(args, task):
+  """FOLDER/TASK.md, .png and .jsonl, of the runs that are done."""
+  arms, rows = {}, []
+  for arm in compare.ARMS:
+    rate = best_rate(args, task, arm)
+    if rate is None:
+      continue
+    arms[arm] = [row_of(args, task, arm, rate, seed) for seed in compare.SEEDS
+                 if (place(args, task, arm, rate, seed)
+                     / 'results.json').exists()]
+    rows += arms[arm]
+  if not arms:
+    return
+  against = arms.get('dmpo-paper', [])
+  ranked = sorted(arms.items(), key=lambda item: -statistics.fmean(
+      run['final'] for run in item[1]))
+  text = '\n'.join([HEADER, *(line(arm, runs, against)
+                              for arm, runs in ranked)]) + '\n'
+  out = args.folder / task
+  out.with_suffix('.md').write_text(text)
+  with open(out.with_suffix('.jsonl'), 'w') as f:
+    f.writelines(json.dumps(row) + '\n' for row in rows)
+  picture(ranked, task, out.with_suffix('.png'))
+  print(f'{task}\n{text}')
+
+
+def picture(ranked, task, path):
+  """Mean validation accuracy over the budget, and the final interval."""
+  figure = Figure(figsize=(10.4, 4.6), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  grid = np.linspace(0, 1, 41)
+  for i, (arm, runs) in enumerate(ranked):
+    colour = report.CYCLE[i % len(report.CYCLE)]
+    style = ('-', '--', ':')[i // len(report.CYCLE) % 3]
+    mean = np.mean([np.interp(grid, *run['curve']) for run in runs], axis=0)
+    left.plot(grid * compare.BUDGET, mean, style, color=colour, lw=1.6,
+              label=arm)
+    middle, half = interval([run['final'] for run in runs])
+    right.errorbar([middle], [-i], xerr=[[half]] * 2, color=colour, marker='o',
+                   ms=4, capsize=3)
+  left.set_title(f'{task}: validation accuracy', fontsize=10, loc='left')
+  left.set_xlabel('network forwards of a buffer', fontsize=8)
+  right.set_title('final accuracy, 95 % interval', fontsize=10, loc='left')
+  right.set_yticks([-i for i in range(len(ranked))],
+                   [arm for arm, _ in ranked], fontsize=8)
+  left.legend(fontsize=7, frameon=False, ncols=2)
+  for ax in (left, right):
+    ax.grid(color='#e6e6e6', linewidth=0.8)
+  figure.savefig(path, dpi=110)
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--task', default=','.join(compare.TASKS))
+  parser.add_argument('--arms', default=','.join(compare.ARMS))
+  parser.add_argument('--seeds', type=int, default=len(compare.SEEDS))
+  parser.add_argument('--workers', type=int, default=2, help='runs at once')
+  parser.add_argument('--checkpoint', default='')
+  parser.add_argument('--report', action='store_true', help='run nothing')
+  parser.add_argument('--folder', type=pathlib.Path, default='runs/compare')
+  args, args.overrides = parser.parse_known_args(argv)
+  args.folder = args.folder.resolve()
+  tasks, arms = args.task.split(','), args.arms.split(',')
+  for arm in arms:
+    if arm not in compare.ARMS:
+      sys.exit(f'--arms: {arm!r} must be one of {", ".join(compare.ARMS)}')
+  if not args.report:
+    share_cores(args.workers)
+    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+      list(pool.map(lambda task: base(args, task), tasks))
+      jobs = [(task, arm) for arm in arms for task in tasks]
+      list(pool.map(lambda job: chain(args, *job), jobs))
+    for task in tasks:
+      judge(args, task)
+  for task in tasks:
+    tables(args, task)
+
+
+if __name__ == '__main__':
+  main()

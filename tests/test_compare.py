@@ -1,0 +1,109 @@
+"""The comparison: it charges what the programs cost; its tables."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import compare as bench
+from configs import compare
+from dmpo_jax import build, plan
+
+DIFFERENT = [arm for arm in compare.ARMS
+             if arm not in ('dmpo-exact', 'dmpo-none', 'dmpo-group')]
+
+
+def test_every_objective_is_an_arm_with_a_cost():
+  names = {point['objective.name'] for point in compare.sweep('objectives')}
+  assert names == set(build.OBJECTIVES)
+  assert set(compare.COSTS) == set(compare.ARMS)
+
+
+@pytest.mark.parametrize('arm', DIFFERENT)
+def test_costs_are_those_of_the_programs(arm):
+  c = compare.get_config('sudoku')
+  c.update_from_flattened_dict(compare.fields_of(arm))
+  c.data.train_size = 16
+  built = build.build(c)
+  jobs = plan.jobs(built, plan.prompt_length(built))
+  sample, score, update = (
+      plan.matmuls(program.trace(*args).jaxpr.jaxpr, trips, 1)[0]
+      for _, program, args, trips in jobs)
+  steps = jobs[0][3][0]
+  said = compare.COSTS[arm]
+  forward = sample / steps
+  if arm != 'fork_grpo':  # as many as its policy is unsure
+    assert said[0] == steps
+  # A loss does a little more than its forwards.
+  np.testing.assert_allclose((score / forward, update / forward), said[1:],
+                             rtol=0.06)
+
+
+def test_budget():
+  """As many buffers as are paid for, and half a buffer's cost at most off."""
+  for point, arm in zip(compare.sweep('objectives'), compare.ARMS, strict=True):
+    sample, score, update = compare.COSTS[arm]
+    cost = sample + score + compare.INNER * update
+    spent = point['train.iterations'] * cost
+    assert abs(spent - compare.BUDGET) <= cost / 2
+
+
+def test_area_and_target():
+  share, values = np.array([0, 0.5, 1]), np.array([0.2, 0.6, 0.9])
+  assert bench.area(share, values) == pytest.approx(0.2 + 0.375)
+  assert bench.reached(share, values, 0.75) == pytest.approx(0.75)
+  assert bench.reached(share, values, 0.1) == 0
+  assert math.isnan(bench.reached(share, values, 0.95))
+
+
+def test_interval_is_students():
+  mean, half = bench.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+  assert mean == 3
+  assert half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+  assert math.isnan(bench.interval([1.0])[1])
+
+
+def write_run(workdir, base, accuracies):
+  workdir.mkdir(parents=True)
+  last = len(accuracies) - 1
+  rows = [{'phase': 'eval', 'step': i, 'time': i, 'accuracy': accuracy}
+          for i, accuracy in enumerate(accuracies)]
+  rows += [{'phase': 'rl', 'step': i, 'time': i, 'forwards': 8.0, 'ess': 0.5}
+           for i in range(last)]
+  (workdir / 'metrics.jsonl').write_text(
+      ''.join(json.dumps(row) + '\n' for row in rows))
+  (workdir / 'results.json').write_text(json.dumps({
+      'base': {'accuracy': base}, 'final': {'accuracy': accuracies[-1]},
+      'seconds': {'session': 60.0}}))
+
+
+def test_tables_of_what_is_done(tmp_path, capsys):
+  """The best rate of the search, gains seed by seed, and half-done arms."""
+  ends = {'dmpo-paper': 0.5, 'dmpo': 0.7}
+  for arm, end in ends.items():
+    for rate in compare.RATES:
+      worse = 0.1 * (rate != compare.RATES[1])
+      write_run(tmp_path / 'sudoku' / f'{arm}-{rate:g}-0', 0.3,
+                [0.3, 0.4, end - worse])
+    for seed in (1, 2):
+      write_run(tmp_path / 'sudoku' / f'{arm}-{compare.RATES[1]:g}-{seed}',
+                0.3, [0.3, 0.4, end + 0.02 * seed])
+  write_run(tmp_path / 'sudoku' / f'wd1-{compare.RATES[0]:g}-0', 0.3,
+            [0.3, 0.9])
+  bench.main(['--task=sudoku', '--report', f'--folder={tmp_path}'])
+  assert 'dmpo-paper' in capsys.readouterr().out
+  lines = (tmp_path / 'sudoku.md').read_text().splitlines()[2:]
+  assert [line.split(' | ')[0] for line in lines] == ['| dmpo', '| dmpo-paper']
+  assert lines[0].split(' | ')[1:5] == [
+      f'{compare.RATES[1]:g}', '3', '0.720 ± 0.050', '0.200 ± 0.000']
+  rows = [json.loads(line) for line in
+          (tmp_path / 'sudoku.jsonl').read_text().splitlines()]
+  assert [row['seed'] for row in rows] == [0, 1, 2, 0, 1, 2]
+  assert rows[0]['forwards'] == 2 * (8 + 8 + 2 * 12)
+  assert (tmp_path / 'sudoku.png').stat().st_size > 10_000
+
+
+def test_unknown_arm_is_named():
+  with pytest.raises(SystemExit, match="'ppo' must be one of dmpo-paper"):
+    bench.main(['--arms=ppo'])
