@@ -27,6 +27,7 @@ from ml_collections import config_flags
 
 from dmpo_jax import (
     build,
+    check,
     data,
     evaluate,
     export,
@@ -79,7 +80,7 @@ def parse(argv):
     return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
     path = next(a.split('=', 1)[1] for a in argv if a.startswith('--config='))
-    known = build.flatten(module(path).get_config())
+    known = check.flatten(module(path).get_config())
     for arg in argv:
       name = arg.removeprefix('--config.').split('=')[0]
       if arg.startswith('--config.') and name not in known:
@@ -90,7 +91,7 @@ def parse(argv):
 
 
 def hint(name, known):
-  found = build.nearest('', name, known)[0].partition(';')[2]
+  found = check.nearest('', name, known)[0].partition(';')[2]
   return ';' + found if found else ''
 
 
@@ -107,7 +108,7 @@ def apply_sweep(c, flag, sweep):
   """Point i of the config file's sweep; refuses a field that is set twice."""
   name, _, index = sweep.partition(':')
   points = module(config_flags.get_config_filename(flag)).sweep(name)
-  known = build.flatten(c)
+  known = check.flatten(c)
   for field in {field for point in points for field in point} - set(known):
     raise ValueError(f'sweep({name!r}) sets {field!r}, which is not a field' +
                      hint(field, known))
@@ -130,17 +131,17 @@ def default_workdir(c, free):
   the evaluation (what the file has of it, not the flags) if there is one."""
   folder = lambda c: os.path.join('runs', f'{c.name}-' + hashlib.sha256(
       as_json(c).encode()).hexdigest()[:8])
-  if free != build.JUDGING or os.path.isdir(folder(c)):
+  if free != check.JUDGING or os.path.isdir(folder(c)):
     return folder(c)
   path = config_flags.get_config_filename(flags.FLAGS['config'])
-  file = build.flatten(module(path).get_config())
+  file = check.flatten(module(path).get_config())
   plain = copy.deepcopy(c)
   plain.update_from_flattened_dict({
       k: v for k, v in file.items() if k.startswith(('eval.', 'reward.'))})
   return folder(plain) if os.path.isdir(folder(plain)) else folder(c)
 
 
-def settle(c, workdir, free=build.FREE):
+def settle(c, workdir, free=check.FREE):
   """Makes the workdir and config.json; refuses another config's workdir.
 
   free: beginnings of the fields that may differ from the workdir's.
@@ -150,11 +151,11 @@ def settle(c, workdir, free=build.FREE):
   if os.path.exists(path):
     with open(path) as f:
       try:
-        old = build.flatten(json.load(f))
+        old = check.flatten(json.load(f))
       except ValueError as error:
         raise ValueError(f'{path} is damaged ({error}): remove it if this is '
                          'the config of that run') from None
-    changed = build.changes(old, build.plain(c), free)
+    changed = check.changes(old, check.plain(c), free)
     if changed:
       raise ValueError(
           f'--workdir={workdir} was written by another config ({changed}): '
@@ -331,7 +332,7 @@ def main(argv):
                      '(without it there is only --mode=plan)')
   if MODE.value in ('eval', 'sample'):
     build.problems(built, 'test')
-    workdir = settle(c, WORKDIR.value, build.JUDGING)
+    workdir = settle(c, WORKDIR.value, check.JUDGING)
     if MODE.value == 'sample':
       return run_sample(built, workdir)
     with guard.Preemption(at_once=True) as asked:
@@ -376,8 +377,8 @@ def run_eval(built, workdir, asked):
   """Results cards of the test split, one for each length."""
   c = built.config
   params, what = params_of(built, workdir)
-  fields = {k: v for k, v in build.flatten(c).items()
-            if k.startswith(build.JUDGING)}
+  fields = {k: v for k, v in check.flatten(c).items()
+            if k.startswith(check.JUDGING)}
   digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
   folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
   for card in evaluate.run(built, params, folder, what,

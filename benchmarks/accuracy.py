@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from configs import base
-from dmpo_jax import build, evaluate, metrics, sft, train
+from dmpo_jax import build, check, evaluate, metrics, sft, train
 
 PICKS = (
     ('confidence, 1 a step', dict(pick='confidence')),
@@ -40,7 +40,7 @@ def trained(workdir):
   with open(os.path.join(workdir, 'config.json')) as f:
     c.update_from_flattened_dict({
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in build.flatten(json.load(f)).items()})
+        for name, value in check.flatten(json.load(f)).items()})
   built = build.build(c)
   with metrics.Writer(workdir, enabled=False) as writer:
     start = sft.run(built, workdir, writer)[0]

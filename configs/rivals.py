@@ -12,7 +12,7 @@ search them. docs/objectives.md tells what differs from the papers' code.
 import dataclasses
 
 from configs import quickstart
-from dmpo_jax import build
+from dmpo_jax import check
 from dmpo_jax.objectives import OBJECTIVES
 
 SWEEPS = ('objectives',)
@@ -36,7 +36,7 @@ def get_config(name='dmpo'):
 def fields_of(name):
   """{config field: value}: the defaults of `name`, and of no other objective
   a field that is set."""
-  fields = build.objective_fields() | {
+  fields = check.objective_fields() | {
       field.name: field.default
       for field in dataclasses.fields(OBJECTIVES[name].hp)}
   sampler = SAMPLERS.get(name, {})

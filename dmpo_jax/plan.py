@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dmpo_jax import build, mesh, model, optim, picks, step
+from dmpo_jax import build, check, mesh, model, optim, picks, step
 
 GIB = 2 ** 30
 
@@ -174,7 +174,7 @@ def states(built):
 def references(built, frozen, state):
   """Steps.read_references as shapes, with the moving one in its place."""
   c = built.config
-  if build.plain_reference(c):
+  if check.plain_reference(c):
     return ()
   moving = 'moving' in c.reference.of and optim.reference_of(state.opt_state)
   return tuple(

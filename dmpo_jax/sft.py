@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dmpo_jax import build, checkpoint, data, guard, metrics
+from dmpo_jax import build, check, checkpoint, data, guard, metrics
 
 
 def run(built, workdir, writer, beat=lambda phase, step: None):
@@ -29,7 +29,7 @@ def run(built, workdir, writer, beat=lambda phase, step: None):
     with clock('checkpoint'):
       found = checkpoint.restore(manager, checkpoint.abstract(state),
                                  digest=built.steps.digest,
-                                 refuse=build.refuse(c))
+                                 refuse=check.refuse(c))
     if found:
       state, _, _, meta = found
       start, spent = meta['step'], meta['seconds']
@@ -66,7 +66,7 @@ def train(built, state, start, spent, writer, manager, clock, asked):
       saved = time.monotonic()
       with clock('checkpoint'):
         checkpoint.save(manager, at + 1, state, None, dict(
-            step=at + 1, seconds=time.time() - begun, config=build.plain(c)),
+            step=at + 1, seconds=time.time() - begun, config=check.plain(c)),
                         digest=built.steps.digest)
     if stop or last:
       with clock('checkpoint'):

@@ -18,6 +18,7 @@ from absl import logging
 
 from dmpo_jax import (
     build,
+    check,
     checkpoint,
     data,
     evaluate,
@@ -82,11 +83,11 @@ def loop(built, workdir, writer, base, manager, clock, asked):
                             steps.read_references(), clock)
   end = functools.partial(finish, built, problems, workdir, writer, clock,
                           place)
-  check = functools.partial(validate, built, frozen, held_out, writer, clock)
+  test = functools.partial(validate, built, frozen, held_out, writer, clock)
   best = place['best']
   if not place['inner']:
     collapse(built, place, place['iteration'] - 1)
-    shown, best = check(state, place['iteration'], best)
+    shown, best = test(state, place['iteration'], best)
   for it in range(place['iteration'], c.train.iterations):
     if batch is None:
       batch, numbers = end(begin(state, it, age=0))
@@ -121,7 +122,7 @@ def loop(built, workdir, writer, base, manager, clock, asked):
       # Before it is saved: with the best so far. What is ill is not the best.
       if last and not stop and not ill:
         before = best
-        numbers, best = check(state, it + 1, best)
+        numbers, best = test(state, it + 1, best)
         shown, due = shown | numbers, due or best != before
       if due:
         saved = time.monotonic()
@@ -147,7 +148,7 @@ def save(built, manager, clock, state, batch, ahead, place):
   done = place['iteration'] * c.train.inner + place['inner']
   with clock('checkpoint'):
     checkpoint.save(manager, done, state, batch,
-                    {**place, 'config': build.plain(c)}, ahead,
+                    {**place, 'config': check.plain(c)}, ahead,
                     built.steps.digest)
 
 
@@ -181,7 +182,7 @@ def finish(built, problems, workdir, writer, clock, place, started):
         group=c.train.group, protocol=c.data.protocol, samples=c.log.samples,
         weights=c.reward.weights, clock=clock)
   append(workdir, samples)
-  rules = build.settings(health.Config, c.health)
+  rules = check.settings(health.Config, c.health)
   place['health'] = health.note(rules, place['health'], numbers)
   numbers |= {'ill': len(health.broken(rules, place['health'])),
               'lr_scale': place['lr_scale']}
@@ -196,7 +197,7 @@ def judge(built, workdir, place, it, written):
   written: the numbers of its last update. A warning is given here, once until
   a buffer is well again.
   """
-  rules = build.settings(health.Config, built.config.health)
+  rules = check.settings(health.Config, built.config.health)
   state = place['health'] = health.note(rules, place['health'], written)
   found = health.broken(rules, state)
   if rules.action != 'warn':
@@ -210,7 +211,7 @@ def judge(built, workdir, place, it, written):
 
 def collapse(built, place, it):
   """Raises health.Collapse if training ends or rolls back after `it`."""
-  rules = build.settings(health.Config, built.config.health)
+  rules = check.settings(health.Config, built.config.health)
   found = health.broken(rules, place['health'])
   if rules.action not in ('stop', 'rollback') or not mesh.agree(found):
     return
@@ -228,11 +229,11 @@ def roll_back(built, workdir, manager, base, sentence, record):
   that the loop goes on from it as after a kill. SystemExit if the action is to
   stop, or all rollbacks are spent.
   """
-  rules = build.settings(health.Config, built.config.health)
+  rules = check.settings(health.Config, built.config.health)
   manager.wait_until_finished()
   state = built.steps.start(policy_of(built, base)[0])
   how = dict(digest=built.steps.digest,
-             refuse=build.refuse(built.config, build.FREE))
+             refuse=check.refuse(built.config, check.FREE))
   found = checkpoint.restore(manager, checkpoint.abstract(state), **how)
   meta = found[3] if found else {}
   done, seconds = meta.get('rollbacks', []), meta.get('seconds', 0.0)
@@ -243,7 +244,7 @@ def roll_back(built, workdir, manager, base, sentence, record):
                     'see "When training goes wrong" in docs/running.md')
   top, batch, ahead = (meta.get('best') or {'step': 0})['step'], None, None
   meta = {'iteration': -1, 'inner': built.config.train.inner, 'best': None,
-          'config': build.plain(built.config)}
+          'config': check.plain(built.config)}
   if top:
     state, batch, ahead, meta = checkpoint.restore(
         manager, checkpoint.abstract(state), buffers_at(built), only=top, **how)
@@ -269,7 +270,7 @@ def latest(built, workdir, base, best=False):
   if not os.path.isdir(folder):
     return {**frozen, **trainable}
   state = checkpoint.abstract(built.steps.start(trainable))
-  how = dict(digest=built.steps.digest, refuse=build.refuse(built.config))
+  how = dict(digest=built.steps.digest, refuse=check.refuse(built.config))
   with checkpoint.open_manager(folder,
                                built.config.checkpoint.keep) as manager:
     found = checkpoint.restore(manager, state, **how)
@@ -292,7 +293,7 @@ def resume(built, manager, state, problems, workdir, writer):
   batch, ahead, c = None, None, built.config
   found = checkpoint.restore(
       manager, checkpoint.abstract(state), buffers_at(built),
-      built.steps.digest, build.refuse(c, build.FREE))
+      built.steps.digest, check.refuse(c, check.FREE))
   if found:
     state, batch, ahead, meta = found
     place |= meta

@@ -13,6 +13,7 @@ import pytest
 from configs import base, rivals
 from dmpo_jax import (
     build,
+    check,
     checkpoint,
     mesh,
     model,
@@ -51,12 +52,12 @@ def tiny(name, **changes):
 def through(built, microbatches=1, **common):
   """(batch, new state, metrics) of a buffer and its first update: one jit."""
   c, cfg = built.config, built.model
-  hp = build.settings(sampler.SampleConfig, c.sampler)
+  hp = check.settings(sampler.SampleConfig, c.sampler)
   needs = built.objective.needs(built.hp)
   records = tuple(n for n in sampler.RECORDS if n in needs)
   rows = c.train.prompts * c.train.group
   same = dict(cfg=cfg, objective=built.objective, hp=built.hp)
-  how = build.settings(build.logprob.LogprobConfig, c.logprob)
+  how = check.settings(build.logprob.LogprobConfig, c.logprob)
   of_all = Common(**common)
 
   class Plain:
@@ -231,7 +232,7 @@ def test_one_step_completions_are_graded(built_of):
 
   class Problems:
     examples, changed = [built.task.load(
-        'train', build.settings(build.TaskOptions, built.config.data))[0]], 0
+        'train', check.settings(build.TaskOptions, built.config.data))[0]], 0
 
   started = rollout.Started(0, 0, np.zeros(2, int), np.arange(8), None, None,
                             {}, kept, np.arange(8), guess)
@@ -299,7 +300,7 @@ def test_a_new_objective_is_one_file(tmp_path, monkeypatch):
     elbos.append(float(metrics['elbo']))
   assert int(state.step) == 2 and np.isfinite(elbos).all()
   with pytest.raises(ValueError, match='objective.draws = 3 must be even'):
-    build.check(tiny('toy', **{'objective.draws': 3}), 1)
+    check.config(tiny('toy', **{'objective.draws': 3}), 1)
 
 
 # --- what cannot be
@@ -331,19 +332,19 @@ REFUSED = {
 def test_refused_before_anything_compiles(said):
   """The field to change, and the objective that wants it otherwise."""
   name, changes = REFUSED[said]
-  build.check(tiny(name), 1)
+  check.config(tiny(name), 1)
   with pytest.raises(ValueError, match=said):
-    build.check(tiny(name, **changes), 1)
+    check.config(tiny(name, **changes), 1)
 
 
 def test_base_is_the_first_objective_that_has_a_field():
   """What `check` takes for untouched is what base.py says."""
   section = base.get_config().objective
-  fields = build.objective_fields()
+  fields = check.objective_fields()
   assert {name: section[name] for name in fields} == fields
   own = {field.name for field in dataclasses.fields(Common)}
   assert set(section) == set(fields) | own | {'name'}
-  assert build.settings(Common, section) == Common()
+  assert check.settings(Common, section) == Common()
 
 
 def test_points_are_the_objectives_own_defaults():
@@ -352,4 +353,4 @@ def test_points_are_the_objectives_own_defaults():
     c = rivals.get_config(name)
     assert c.objective.name == point['objective.name'] == name
     kind = OBJECTIVES[name].hp
-    assert build.settings(kind, c.objective) == kind()
+    assert check.settings(kind, c.objective) == kind()

@@ -22,6 +22,7 @@ import main
 from configs import base
 from dmpo_jax import (
     build,
+    check,
     checkpoint,
     data,
     evaluate,
@@ -101,15 +102,15 @@ def test_config_files_can_run(path):
   if hasattr(module, 'sweep'):
     assert module.SWEEPS, 'a sweep needs its name in SWEEPS'
     points += [p for name in module.SWEEPS for p in module.sweep(name)]
-  known = build.flatten(base.get_config())
+  known = check.flatten(base.get_config())
   for point in points:
     c = module.get_config().lock()
     assert set(point) <= known.keys()
     c.update_from_flattened_dict(point)
-    assert build.flatten(c).keys() == known.keys()
-    assert all(type(v) is type(known[k]) for k, v in build.flatten(c).items())
+    assert check.flatten(c).keys() == known.keys()
+    assert all(type(v) is type(known[k]) for k, v in check.flatten(c).items())
     if jax.device_count() in fits(c):
-      build.check(c, jax.device_count())
+      check.config(c, jax.device_count())
 
 
 def fits(c):
@@ -410,7 +411,7 @@ ELSEWHERE |= OTHERS
 
 def test_every_field_is_in_a_table():
   """A new field must say what it changes."""
-  fields = build.flatten(base.get_config()).keys()
+  fields = check.flatten(base.get_config()).keys()
   assert set(PROGRAMS) | set(LOOPS) | ELSEWHERE == fields
   assert not set(PROGRAMS) & set(LOOPS)
 
@@ -429,7 +430,7 @@ def test_field_changes_a_program(field):
   """The program with the field's other value is another program."""
   value, name, *more = PROGRAMS[field]
   settings = tuple(more[0].items()) if more else ()
-  value = other(build.flatten(tiny(**dict(settings)))[field], value)
+  value = other(check.flatten(tiny(**dict(settings)))[field], value)
   whole = field.startswith(('model.', 'lora.'))
   assert program(name, settings, whole) != program(
       name, (*settings, (field, value)), whole)
@@ -593,7 +594,7 @@ def test_field_changes_a_run(field, places, numbers_of):
   """What a run asks for, writes or leaves differs with the field."""
   value, more = LOOPS[field]
   value = places.get(value, value)
-  value = other(build.flatten(tiny(**more))[field], value)
+  value = other(check.flatten(tiny(**more))[field], value)
   more = tuple(more.items())
   assert numbers_of(more) != numbers_of((*more, (field, value)))
 
@@ -616,7 +617,7 @@ def test_every_field_is_read(tmp_path, monkeypatch):
         walk(section[key], f'{prefix}{key}.')
 
   walk(c, '')
-  getitem, flatten = ml_collections.ConfigDict.__getitem__, build.flatten
+  getitem, flatten = ml_collections.ConfigDict.__getitem__, check.flatten
 
   def record(self, key):
     if not silent and id(self) in names:
@@ -650,7 +651,7 @@ def test_mesh_data_is_what_the_others_leave():
   assert dict(build.build(tiny(**{'mesh.data': 4, 'mesh.fsdp': 2})).mesh.shape
               ) == dict(data=4, fsdp=2, tensor=1)
   with pytest.raises(ValueError, match='mesh.data.* = 2, 2, 1 .*8 devices'):
-    build.check(tiny(**{'mesh.data': 2, 'mesh.fsdp': 2}), 8)
+    check.config(tiny(**{'mesh.data': 2, 'mesh.fsdp': 2}), 8)
 
 
 def test_reading_is_noticed(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from dmpo_jax import build, health
+from dmpo_jax import build, check, health
 
 pytestmark = pytest.mark.smoke
 EOS = 9
@@ -134,7 +134,7 @@ def test_record():
 
 
 def test_defaults_are_those_of_the_config():
-  given = build.settings(health.Config, base.get_config().health)
+  given = check.settings(health.Config, base.get_config().health)
   assert given == health.Config()
 
 
@@ -151,10 +151,10 @@ def test_refused(changes, said):
   c.objective.alpha, c.objective.antithetic = 0.0, False
   c.health.update(changes)
   with pytest.raises(ValueError, match=said):
-    build.check(c, 1)
+    check.config(c, 1)
   if 'kl' in changes:
     c.health.measure = True
-    build.check(c, 1)
+    check.config(c, 1)
 
 
 def test_no_effective_size(monkeypatch):
@@ -164,7 +164,7 @@ def test_no_effective_size(monkeypatch):
       scored.reward, scored.reward, {}))
   c = base.get_config()
   c.health.ess = 0.2
-  build.check(c, 1)
+  check.config(c, 1)
   monkeypatch.setitem(build.OBJECTIVES, 'dmpo', silent)
   with pytest.raises(ValueError, match='health.ess = 0.2: objective.name'):
-    build.check(c, 1)
+    check.config(c, 1)

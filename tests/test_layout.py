@@ -21,7 +21,7 @@ FLOORS = {
   'logprob': 2, 'sampler': 2, 'data': 2, 'optim': 2, 'checkpoint': 2,
   'weights': 2, 'grader': 2, 'watch': 1,
   'objectives': 3,
-  'step': 4, 'rollout': 4,
+  'step': 4, 'rollout': 4, 'check': 4,
   'build': 5,
   'evaluate': 6, 'plan': 6, 'export': 6,
   'train': 7, 'sft': 7,

@@ -17,6 +17,7 @@ import main
 from configs import base, quickstart
 from dmpo_jax import (
     build,
+    check,
     data,
     evaluate,
     export,
@@ -179,7 +180,7 @@ def test_refused_before_compilation(said, monkeypatch):
 def test_all_complaints_at_once():
   """A config with three faults is told of three."""
   with pytest.raises(ValueError) as info:
-    build.check(tiny(**{'objective.alpha': -1.0, 'sampler.block': 5,
+    check.config(tiny(**{'objective.alpha': -1.0, 'sampler.block': 5,
                         'data.task': 'chess'}), 8)
   assert str(info.value).startswith('this config cannot run:')
   assert len(str(info.value).splitlines()) == 4
@@ -187,7 +188,7 @@ def test_all_complaints_at_once():
 
 def test_the_defaults_of_the_tests_can_run():
   """The control of the table above."""
-  build.check(tiny(), 8)
+  check.config(tiny(), 8)
 
 
 # --- flags
@@ -247,7 +248,7 @@ def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
       {'seed': 1}, {'optim.lr': 1.0}, {'name': 'x'})]
   assert len({first, *others}) == 4
   written = json.loads((tmp_path / first / 'config.json').read_text())
-  assert build.flatten(written) == build.flatten(
+  assert check.flatten(written) == check.flatten(
       json.loads(tiny().to_json()))  # a tuple comes back as a list
 
 

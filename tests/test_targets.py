@@ -14,6 +14,7 @@ from test_train import INNER, fail_at, interrupt, letters, rows, run, same
 from configs import base
 from dmpo_jax import (
   build,
+  check,
   export,
   logprob,
   mesh,
@@ -217,7 +218,7 @@ def test_check(says, changes):
   c = base.get_config()
   c.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=says):
-    build.check(c, 8)
+    check.config(c, 8)
 
 
 def test_the_base_alone_changes_no_program():

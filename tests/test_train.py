@@ -15,6 +15,7 @@ import pytest
 from configs import base
 from dmpo_jax import (
     build,
+    check,
     checkpoint,
     data,
     evaluate,
@@ -810,7 +811,7 @@ def test_restores_onto_another_mesh(built, stopped):
     with checkpoint.open_manager(stopped / 'rl', 2) as manager:
       found = checkpoint.restore(manager, state, lambda step: (batch, None),
                                  part.steps.digest,
-                                 build.refuse(part.config, build.FREE))
+                                 check.refuse(part.config, check.FREE))
     for got, want in zip(jax.tree.leaves(found[0]), jax.tree.leaves(state),
                          strict=True):
       assert got.sharding.is_equivalent_to(want.sharding, got.ndim)
