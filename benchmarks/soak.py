@@ -4,11 +4,12 @@ python -m benchmarks.soak --minutes=60 [--config.train.iterations=50 ...]
 
 Loops `python main.py --config=configs/quickstart.py`, a seed after the other,
 with kill -9 after random (exponential) times and the same command again.
-Resident memory is read every second, into memory.csv. Its slope is that of all
-sessions in one least-squares fit, each with a level of its own and without its
-warm-up. The standard error takes readings as independent, which they are not:
-the slopes of single sessions say how far to trust it. The last line is JSON;
-the exit code is 1 if anything is lost.
+Resident memory is read every second, into memory.csv. It rises and falls within
+an iteration; the slope is that of its floor, the least of every WINDOW
+readings, of all sessions in one least-squares fit, each with a level of its own
+and without its warm-up. The standard error takes those as independent, which
+they are not: the slopes of single sessions say how far to trust it. The last
+line is JSON; the exit code is 1 if anything is lost.
 """
 
 import argparse
@@ -24,7 +25,8 @@ import numpy as np
 from benchmarks import kills
 from dmpo_jax import metrics
 
-FEWEST = 30  # readings of a session that counts
+FEWEST = 60  # readings of a session that counts
+WINDOW = 15  # readings, several iterations, whose least is one point of the fit
 
 
 def resident(process):
@@ -60,6 +62,12 @@ def live(session, life, warm, until):
   return readings
 
 
+def floor(readings):
+  """(n, 2) of (seconds, MiB): the middle and the least of every WINDOW."""
+  x = readings[:len(readings) // WINDOW * WINDOW].reshape(-1, WINDOW, 2)
+  return np.stack([x[..., 0].mean(1), x[..., 1].min(1)], axis=1)
+
+
 def slope(sessions):
   """(MiB/hour, its standard error, readings, [MiB/hour of each session]).
 
@@ -67,16 +75,18 @@ def slope(sessions):
   """
   kept = [np.array(session).reshape(-1, 2) for session in sessions]
   kept = [x[np.isfinite(x[:, 1])] for x in kept]
-  kept = [x - x.mean(axis=0) for x in kept if len(x) >= FEWEST]
+  kept = [floor(x) for x in kept if len(x) >= FEWEST]
   if not kept:
     return float('nan'), float('nan'), 0, []
+  readings = WINDOW * sum(map(len, kept))
+  kept = [x - x.mean(axis=0) for x in kept]
   fit = lambda x: float(x[:, 0] @ x[:, 1] / (x[:, 0] @ x[:, 0]))
   together = np.concatenate(kept)
   common = fit(together)
   left = together[:, 1] - common * together[:, 0]
   freedom = len(together) - len(kept) - 1
   error = np.sqrt(left @ left / freedom / (together[:, 0] @ together[:, 0]))
-  return (3600 * common, 3600 * float(error), len(together),
+  return (3600 * common, 3600 * float(error), readings,
           [3600 * fit(x) for x in kept])
 
 

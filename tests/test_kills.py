@@ -113,20 +113,24 @@ def test_where_a_run_is(tmp_path):
 
 
 def test_slope_of_memory():
-  """Levels of sessions do not count, nor short ones; the error is OLS's."""
+  """That of the floor: what rises and falls within WINDOW does not count, nor
+  do levels of sessions or short ones; the error is least squares'."""
   draw = np.random.default_rng(0)
-  t = np.arange(100.0)
-  make = lambda level: list(zip(t, level + 0.01 * t + draw.normal(
-      0, 0.1, 100), strict=True))
-  ended = [(101.0, float('nan'))]
+  t = np.arange(150.0)
+  saw = 130.0 * (np.arange(150) % 5 > 1)
+  make = lambda level: list(zip(t, level + 0.01 * t + saw + draw.normal(
+      0, 0.1, 150), strict=True))
+  ended = [(151.0, float('nan'))]
   sessions = [make(300), make(900) + ended, [(0, 1.0), (50, 9999.0)], []]
   rate, error, readings, each = soak.slope(sessions)
-  assert readings == 200 and len(each) == 2
+  assert readings == 300 and len(each) == 2
   assert abs(rate - 36) < 3 * error and 0.5 < error < 3
   # The same by a solver, with an intercept for each session.
-  x = np.concatenate([np.array(s)[:100] for s in sessions[:2]])
-  design = np.stack([x[:, 0], *np.repeat(np.eye(2), 100, 1)], 1)
+  low = [soak.floor(np.array(s)[:150]) for s in sessions[:2]]
+  assert [len(x) for x in low] == [10, 10] and max(low[0][:, 1]) < 305
+  x = np.concatenate(low)
+  design = np.stack([x[:, 0], *np.repeat(np.eye(2), 10, 1)], 1)
   (b, *_), (sse,), *_ = np.linalg.lstsq(design, x[:, 1], rcond=None)
-  se = np.sqrt(sse / (200 - 3) * np.linalg.inv(design.T @ design)[0, 0])
+  se = np.sqrt(sse / (20 - 3) * np.linalg.inv(design.T @ design)[0, 0])
   np.testing.assert_allclose((rate, error), (3600 * b, 3600 * se), rtol=1e-6)
   assert soak.slope([])[2:] == (0, [])
