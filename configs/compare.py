@@ -30,8 +30,10 @@ INNER = 2  # updates a buffer
 PAPER = {'logprob.estimator': 'elbo', 'objective.strength': 1.0,
          'objective.best': 0.0, 'objective.draws': 4}
 EXACT = {**PAPER, 'logprob.estimator': 'trajectory', 'logprob.states': 0}
+OURS = {'objective.strength': 0.3, 'objective.best': 1.0, 'objective.draws': 2}
 # DMPO with the release's weights, with exact ones and nothing else changed,
-# the same with the paper's other baselines, and as our configs have it.
+# the same with the paper's other baselines; as our configs have it, and that
+# with the release's weights.
 DMPO = {
     'dmpo-paper': PAPER,
     'dmpo-exact': EXACT,
@@ -39,8 +41,8 @@ DMPO = {
     'dmpo-group': {**EXACT, 'objective.baseline': 'group'},
     'dmpo-model': {**EXACT, 'objective.baseline': 'model',
                    'objective.common_masks': True},
-    'dmpo': {**EXACT, 'objective.strength': 0.3, 'objective.best': 1.0,
-             'objective.draws': 2},
+    'dmpo': {**EXACT, **OURS},
+    'dmpo-elbo': {**PAPER, **OURS},
 }
 ARMS = (*DMPO, *(name for name in OBJECTIVES if name != 'dmpo'))
 
@@ -48,7 +50,7 @@ ARMS = (*DMPO, *(name for name in OBJECTIVES if name != 'dmpo'))
 # counts them in the traced programs.
 COSTS = {
     **dict.fromkeys(DMPO, (8, 8, 12)), 'dmpo-model': (8, 16, 16),
-    'dmpo': (8, 8, 6), 'agrpo': (8, 0, 72), 'coupled_grpo': (8, 12, 9),
+    'dmpo': (8, 8, 6), 'dmpo-elbo': (8, 8, 6), 'agrpo': (8, 0, 72), 'coupled_grpo': (8, 12, 9),
     'diffpo': (8, 8, 6), 'diffu_grpo': (8, 4, 3), 'egspo': (8, 8, 24),
     'espo': (8, 16, 12), 'fork_grpo': (16, 0, 48), 'gdpo': (8, 12, 9),
     'gdsd': (8, 16, 12), 'just_grpo': (16, 0, 48), 'mapg': (8, 0, 36),
