@@ -86,7 +86,7 @@ def parse(argv):
       if arg.startswith('--config.') and name not in known:
         sys.exit(f'error: config.{name} is not a field' + hint(name, known))
     raise error
-  except flags.Error as error:
+  except (flags.Error, ValueError) as error:  # or what a config file refuses
     sys.exit(f'error: {error}')
 
 

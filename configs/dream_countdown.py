@@ -12,8 +12,8 @@ Published: base 11.2, ESPO 66.8 (mean over 128, 256, 512 tokens).
 from configs import llada_countdown
 
 
-def get_config():
-  c = llada_countdown.get_config()
+def get_config(recipe='ours'):
+  c = llada_countdown.get_config(recipe)
   c.name = 'dream_countdown'
   c.model.preset = 'dream_7b'
   c.lora.targets = 'all'

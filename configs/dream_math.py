@@ -12,10 +12,10 @@ Published (mean over 128, 256, 512 tokens): base 44.0, ESPO 46.0.
 from configs import dream_countdown, llada_math
 
 
-def get_config():
-  c = llada_math.get_config()
+def get_config(recipe='ours'):
+  c = llada_math.get_config(recipe)
   c.name = 'dream_math'
-  dream = dream_countdown.get_config()
+  dream = dream_countdown.get_config(recipe)
   c.model = dream.model
   c.lora = dream.lora
   return c

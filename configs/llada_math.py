@@ -16,8 +16,8 @@ Standard error of one number: 2.2.
 from configs import llada_gsm8k
 
 
-def get_config():
-  c = llada_gsm8k.get_config()
+def get_config(recipe='ours'):
+  c = llada_gsm8k.get_config(recipe)
   c.name = 'llada_math'
   c.data.task = 'math'
   return c

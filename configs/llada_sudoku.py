@@ -14,8 +14,8 @@ Published cell accuracy, zero-shot at 128 / 256 / 512 tokens: base 11.7 / 6.7 /
 from configs import llada_countdown
 
 
-def get_config():
-  c = llada_countdown.get_config()
+def get_config(recipe='ours'):
+  c = llada_countdown.get_config(recipe)
   c.name = 'llada_sudoku'
   c.data.task = 'sudoku'
   c.data.train_size = 20000

@@ -36,6 +36,8 @@ def get_config(name='dmpo'):
 def fields_of(name):
   """{config field: value}: the defaults of `name`, and of no other objective
   a field that is set."""
+  if wrong := check.nearest('the objective after the colon', name, OBJECTIVES):
+    raise ValueError(wrong[0])
   fields = check.objective_fields() | {
       field.name: field.default
       for field in dataclasses.fields(OBJECTIVES[name].hp)}

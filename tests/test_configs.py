@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import main
 from configs import base
@@ -111,6 +113,35 @@ def test_config_files_can_run(path):
     assert all(type(v) is type(known[k]) for k, v in check.flatten(c).items())
     if jax.device_count() in fits(c):
       check.config(c, jax.device_count())
+
+
+@pytest.mark.parametrize('name, wrong, said', [
+    ('llada_math', 'papr', "'papr' after the colon must be ours or paper"),
+    ('compare', 'chess', "'chess' after the colon must be sudoku or countdown"),
+    ('rivals', 'esp', "did you mean 'espo'")])
+def test_what_follows_the_colon(name, wrong, said, monkeypatch):
+  argv = ['main.py', f'--config={ROOT}/configs/{name}.py:{wrong}']
+  monkeypatch.setattr(sys, 'argv', argv)
+  saved = flagsaver.save_flag_values()
+  try:
+    with pytest.raises(SystemExit, match=said):
+      main.parse(argv)
+  finally:
+    flagsaver.restore_flag_values(saved)
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize('path', sorted(
+    p for p in FILES if p.stem.startswith(('llada', 'dream'))),
+                         ids=lambda p: p.stem)
+def test_paper_is_the_release(path):
+  """Our settings differ from it in the objective's alone."""
+  ours, paper = (check.flatten(load(path).get_config(recipe))
+                 for recipe in ('ours', 'paper'))
+  found = {name for name in ours if ours[name] != paper[name]}
+  assert {'objective.strength'} <= found <= {
+      'objective.strength', 'objective.best'}
+  assert paper['objective.strength'] == 1 and paper['objective.best'] == 0
 
 
 def fits(c):
