@@ -8,7 +8,7 @@ whose validation curve has the largest area. All runs are `main.py`'s own; what
 is done is not done again, so that the same command goes on where it was
 stopped. Then every final policy is judged by one sampler (KL along its
 trajectories, distinct right answers), and FOLDER/TASK.md, .png and .jsonl are
-written, of what there is: `--report` does only that.
+written, of what there is: `--only=report` does no more.
 
 --checkpoint=DIR starts from a model of your own in place of the base.
 """
@@ -338,7 +338,8 @@ def main(argv=None):
   parser.add_argument('--seeds', type=int, default=len(compare.SEEDS))
   parser.add_argument('--workers', type=int, default=2, help='runs at once')
   parser.add_argument('--checkpoint', default='')
-  parser.add_argument('--report', action='store_true', help='run nothing')
+  parser.add_argument('--only', choices=('train', 'judge', 'report'),
+                      help='one of the three, of what there is')
   parser.add_argument('--folder', type=pathlib.Path, default='runs/compare')
   args, args.overrides = parser.parse_known_args(argv)
   args.folder = args.folder.resolve()
@@ -346,16 +347,17 @@ def main(argv=None):
   for arm in arms:
     if arm not in compare.ARMS:
       sys.exit(f'--arms: {arm!r} must be one of {", ".join(compare.ARMS)}')
-  if not args.report:
+  if args.only in (None, 'train'):
     share_cores(args.workers)
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
       list(pool.map(lambda task: base(args, task), tasks))
       jobs = [(task, arm) for arm in arms for task in tasks]
       list(pool.map(lambda job: chain(args, *job), jobs))
-    for task in tasks:
-      judge(args, task)
   for task in tasks:
-    tables(args, task)
+    if args.only in (None, 'judge'):
+      judge(args, task)
+    if args.only in (None, 'report'):
+      tables(args, task)
 
 
 if __name__ == '__main__':

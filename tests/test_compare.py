@@ -91,7 +91,7 @@ def test_tables_of_what_is_done(tmp_path, capsys):
                 0.3, [0.3, 0.4, end + 0.02 * seed])
   write_run(tmp_path / 'sudoku' / f'wd1-{compare.RATES[0]:g}-0', 0.3,
             [0.3, 0.9])
-  bench.main(['--task=sudoku', '--report', f'--folder={tmp_path}'])
+  bench.main(['--task=sudoku', '--only=report', f'--folder={tmp_path}'])
   assert 'dmpo-paper' in capsys.readouterr().out
   lines = (tmp_path / 'sudoku.md').read_text().splitlines()[2:]
   assert [line.split(' | ')[0] for line in lines] == ['| dmpo', '| dmpo-paper']

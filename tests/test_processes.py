@@ -87,14 +87,19 @@ def free_port():
 
 
 def python(path, args, devices, log):
-  """A Python process with so many devices; its output goes to `log`."""
+  """A Python process with so many devices; its output goes to `log`.
+
+  What one compiles the later ones load.
+  """
   xla = re.sub('device_count=[0-9]+', f'device_count={devices}',
                os.environ['XLA_FLAGS'])
   with open(log, 'w') as f:
     return subprocess.Popen(
         [sys.executable, path, *args], stdout=f, stderr=subprocess.STDOUT,
         cwd=path.parent,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': xla})
+        env={'JAX_COMPILATION_CACHE_DIR': str(path.parent / 'programs'),
+             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+             **os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': xla})
 
 
 class Job:
