@@ -38,15 +38,13 @@ GROUP = 8
 SHARE = 0.8  # of the best arm's gain: forwards to reach it
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
-
-
 CORES = queue.Queue()  # shares that no run has: sets of cores
-
 
 # --- runs
 
 
 def share_cores(workers):
+  """Fills CORES: all there are, dealt out."""
   there = sorted(os.sched_getaffinity(0)) if hasattr(
       os, 'sched_getaffinity') else list(range(os.cpu_count()))
   for i in range(workers):
@@ -67,15 +65,17 @@ def call(workdir, *arguments):
   cache = {'JAX_COMPILATION_CACHE_DIR': str(folder),
            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   cores = CORES.get()
-  with open(log, 'a') as out:
-    out.write(shlex.join(command) + '\n')
-    out.flush()
-    process = subprocess.Popen(command, stdout=out, stderr=out,
-                               env={**cache, **os.environ})
-    if hasattr(os, 'sched_setaffinity'):  # before it has threads
-      os.sched_setaffinity(process.pid, cores)
-    code = process.wait()
-  CORES.put(cores)
+  try:
+    with open(log, 'a') as out:
+      out.write(shlex.join(command) + '\n')
+      out.flush()
+      process = subprocess.Popen(command, stdout=out, stderr=out,
+                                 env={**cache, **os.environ})
+      if hasattr(os, 'sched_setaffinity'):  # before it has threads
+        os.sched_setaffinity(process.pid, cores)
+      code = process.wait()
+  finally:
+    CORES.put(cores)
   if code:
     raise RuntimeError(f'{log}: exit code {code}\n{log.read_text()[-1500:]}')
 
@@ -113,13 +113,20 @@ def train(args, task, arm, rate, seed):
 
 
 def chain(args, task, arm):
-  """All runs of an arm: the search with the first seed, then the others."""
+  """All runs of an arm: the search with the first seed, then the others.
+
+  Returns what failed, as text; the other arms go on.
+  """
   first, *others = compare.SEEDS[:args.seeds]
-  for rate in compare.RATES:
-    train(args, task, arm, rate, first)
-  rate = best_rate(args, task, arm)
-  for seed in others:
-    train(args, task, arm, rate, seed)
+  try:
+    for rate in compare.RATES:
+      train(args, task, arm, rate, first)
+    rate = best_rate(args, task, arm)
+    for seed in others:
+      train(args, task, arm, rate, seed)
+  except RuntimeError as error:
+    return str(error)
+  return ''
 
 
 def best_rate(args, task, arm):
@@ -343,21 +350,26 @@ def main(argv=None):
   parser.add_argument('--folder', type=pathlib.Path, default='runs/compare')
   args, args.overrides = parser.parse_known_args(argv)
   args.folder = args.folder.resolve()
-  tasks, arms = args.task.split(','), args.arms.split(',')
-  for arm in arms:
-    if arm not in compare.ARMS:
-      sys.exit(f'--arms: {arm!r} must be one of {", ".join(compare.ARMS)}')
+  tasks, arms, failed = args.task.split(','), args.arms.split(','), []
+  for flag, names, known in (('arms', arms, compare.ARMS),
+                             ('task', tasks, compare.TASKS)):
+    for name in names:
+      if name not in known:
+        sys.exit(f'--{flag}: {name!r} must be one of {", ".join(known)}')
   if args.only in (None, 'train'):
     share_cores(args.workers)
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
       list(pool.map(lambda task: base(args, task), tasks))
       jobs = [(task, arm) for arm in arms for task in tasks]
-      list(pool.map(lambda job: chain(args, *job), jobs))
+      failed = [text for text in pool.map(
+          lambda job: chain(args, *job), jobs) if text]
   for task in tasks:
     if args.only in (None, 'judge'):
       judge(args, task)
     if args.only in (None, 'report'):
       tables(args, task)
+  if failed:
+    sys.exit('\n'.join(failed))
 
 
 if __name__ == '__main__':

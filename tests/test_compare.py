@@ -106,6 +106,47 @@ def test_tables_of_what_is_done(tmp_path, capsys):
   assert (tmp_path / 'sudoku.png').stat().st_size > 10_000
 
 
+def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
+  """A base, three rates of a seed, the others at the best; then nothing."""
+  calls = []
+
+  def call(workdir, *arguments):
+    calls.append((workdir.name, dict(
+        argument.removeprefix('--').split('=', 1) for argument in arguments)))
+    if workdir.name.startswith('spg'):
+      raise RuntimeError('spg is ill')
+    if workdir.name == 'base':
+      (workdir / 'model').mkdir(parents=True, exist_ok=True)
+      (workdir / 'model' / 'config.json').write_text('{}')
+    else:
+      best = f'-{compare.RATES[0]:g}-' in workdir.name
+      write_run(workdir, 0.3, [0.3, 0.5 + 0.1 * best])
+
+  monkeypatch.setattr(bench, 'call', call)
+  command = ['--task=countdown', '--arms=spg,wd1', '--only=train',
+             f'--folder={tmp_path}', '--config.model.width=32']
+  with pytest.raises(SystemExit, match='spg is ill'):
+    bench.main(command)
+  mine = [(name, given) for name, given in calls if name.startswith('wd1')]
+  first, last = compare.SEEDS[0], compare.SEEDS[-1]
+  assert [name for name, _ in mine] == [
+      *(f'wd1-{rate:g}-{first}' for rate in compare.RATES),
+      *(f'wd1-{compare.RATES[0]:g}-{seed}' for seed in compare.SEEDS[1:])]
+  given = mine[-1][1]
+  assert given['config.seed'] == str(last) and given['config.sft.steps'] == '0'
+  assert given['config.model.checkpoint'] == str(
+      tmp_path / 'countdown' / 'base' / 'model')
+  assert given['config.model.width'] == '32'
+  arm = int(given['sweep'].removeprefix('objectives:'))
+  assert compare.sweep('objectives')[arm]['objective.name'] == 'wd1'
+  del calls[:]
+  with pytest.raises(SystemExit):
+    bench.main(command)
+  assert {name for name, _ in calls} == {f'spg-{compare.RATES[0]:g}-0'}
+
+
 def test_unknown_arm_is_named():
   with pytest.raises(SystemExit, match="'ppo' must be one of dmpo-paper"):
     bench.main(['--arms=ppo'])
+  with pytest.raises(SystemExit, match='--task: .* one of sudoku, countdown'):
+    bench.main(['--task=chess'])
