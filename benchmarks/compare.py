@@ -10,11 +10,14 @@ stopped. Then every final policy is judged by one sampler (KL along its
 trajectories, distinct right answers), and FOLDER/TASK.md, .png and .jsonl are
 written, of what there is: `--only=report` does no more.
 
---checkpoint=DIR starts from a model of your own in place of the base.
+--known=FILE takes the runs in a TASK.jsonl (or several, one after the other) as
+done; docs/comparison.jsonl is one. --checkpoint=DIR starts from a model of your
+own in place of the base.
 """
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import math
 import os
@@ -97,10 +100,15 @@ def place(args, task, arm, rate, seed):
   return args.folder / task / f'{arm}-{rate:g}-{seed}'
 
 
+def done(args, *key):
+  """Whether a run is in the folder, or known from before."""
+  return key in args.known or (place(args, *key) / 'results.json').exists()
+
+
 def train(args, task, arm, rate, seed):
-  """One run, to its end; returns its workdir."""
+  """One run, to its end."""
   workdir = place(args, task, arm, rate, seed)
-  if not (workdir / 'results.json').exists():
+  if not done(args, task, arm, rate, seed):
     count = compare.fields_of(arm)['train.iterations']
     call(workdir, f'--config={ROOT}/configs/compare.py:{task}',
          f'--sweep=objectives:{compare.ARMS.index(arm)}',
@@ -108,8 +116,8 @@ def train(args, task, arm, rate, seed):
          f'--config.model.checkpoint={base(args, task)}',
          '--config.sft.steps=0',
          f'--config.eval.every={max(1, count // POINTS)}', *args.overrides)
-    print(f'{workdir}: {final(workdir):.3f}', flush=True)
-  return workdir
+    end = row_of(args, task, arm, rate, seed)['final']
+    print(f'{workdir}: {end:.3f}', flush=True)
 
 
 def chain(args, task, arm):
@@ -131,13 +139,11 @@ def chain(args, task, arm):
 
 def best_rate(args, task, arm):
   """Of the largest area under validation; None if some rate is not done."""
-  found = {}
-  for rate in compare.RATES:
-    workdir = place(args, task, arm, rate, compare.SEEDS[0])
-    if not (workdir / 'results.json').exists():
-      return None
-    found[rate] = area(*curve(workdir))
-  return max(found, key=found.get)
+  first = compare.SEEDS[0]
+  if not all(done(args, task, arm, rate, first) for rate in compare.RATES):
+    return None
+  return max(compare.RATES, key=lambda rate: row_of(
+      args, task, arm, rate, first)['area'])
 
 
 # --- what a run says
@@ -176,12 +182,10 @@ def reached(share, values, target):
   return float(share[at - 1] + part * (share[at] - share[at - 1]))
 
 
-def final(workdir):
-  return json.loads((workdir / 'results.json').read_text())['final']['accuracy']
-
-
 def row_of(args, task, arm, rate, seed):
   """What the tables are made of, of one finished run."""
+  if (task, arm, rate, seed) in args.known:
+    return args.known[task, arm, rate, seed]
   workdir = place(args, task, arm, rate, seed)
   results = json.loads((workdir / 'results.json').read_text())
   rows = [row for row in metrics.read(workdir) if row['phase'] == 'rl']
@@ -196,9 +200,19 @@ def row_of(args, task, arm, rate, seed):
       'base': results['base']['accuracy'],
       'final': results['final']['accuracy'],
       'area': area(share, values), 'forwards': spent,
-      'ess': [row['ess'] for row in rows if 'ess' in row],
-      'curve': [list(share), list(values)],
-      'seconds': results['seconds']['session'], **said}
+      'ess': [round(row['ess'], 3) for row in rows if 'ess' in row],
+      'curve': [np.round(share, 4).tolist(), values.tolist()],
+      'seconds': round(results['seconds']['session']), **said}
+
+
+def known(path):
+  """{(task, arm, rate, seed): row} of a FOLDER/TASK.jsonl; {} for ''."""
+  if not path:
+    return {}
+  with open(path) as f:
+    rows = [json.loads(text) for text in f]
+  return {tuple(row[name] for name in ('task', 'arm', 'rate', 'seed')): row
+          for row in rows}
 
 
 # --- judging
@@ -287,16 +301,16 @@ HEADER = ('| arm | rate | seeds | final accuracy | less dmpo-paper | area | '
 
 
 def tables(args, task):
-  """FOLDER/TASK.md, .png and .jsonl, of the runs that are done."""
-  arms, rows = {}, []
+  """FOLDER/TASK.md and .png of the arms whose search is done, and .jsonl of
+  all runs that are."""
+  rows = [row_of(args, task, *key) for key in itertools.product(
+      compare.ARMS, compare.RATES, compare.SEEDS) if done(args, task, *key)]
+  arms = {}
   for arm in compare.ARMS:
     rate = best_rate(args, task, arm)
-    if rate is None:
-      continue
-    arms[arm] = [row_of(args, task, arm, rate, seed) for seed in compare.SEEDS
-                 if (place(args, task, arm, rate, seed)
-                     / 'results.json').exists()]
-    rows += arms[arm]
+    if rate is not None:
+      arms[arm] = [row for row in rows if (row['arm'], row['rate']) == (
+          arm, rate)]
   if not arms:
     return
   against = arms.get('dmpo-paper', [])
@@ -305,6 +319,7 @@ def tables(args, task):
   target = target_of(arms)
   text = '\n'.join([HEADER.format(target, GROUP), *(
       line(arm, runs, against, target) for arm, runs in ranked)]) + '\n'
+  args.folder.mkdir(parents=True, exist_ok=True)
   out = args.folder / task
   out.with_suffix('.md').write_text(text)
   with open(out.with_suffix('.jsonl'), 'w') as f:
@@ -347,15 +362,16 @@ def main(argv=None):
   parser.add_argument('--checkpoint', default='')
   parser.add_argument('--only', choices=('train', 'judge', 'report'),
                       help='one of the three, of what there is')
+  parser.add_argument('--known', default='', help='a TASK.jsonl of before')
   parser.add_argument('--folder', type=pathlib.Path, default='runs/compare')
   args, args.overrides = parser.parse_known_args(argv)
-  args.folder = args.folder.resolve()
+  args.folder, args.known = args.folder.resolve(), known(args.known)
   tasks, arms, failed = args.task.split(','), args.arms.split(','), []
-  for flag, names, known in (('arms', arms, compare.ARMS),
+  for flag, names, there in (('arms', arms, compare.ARMS),
                              ('task', tasks, compare.TASKS)):
     for name in names:
-      if name not in known:
-        sys.exit(f'--{flag}: {name!r} must be one of {", ".join(known)}')
+      if name not in there:
+        sys.exit(f'--{flag}: {name!r} must be one of {", ".join(there)}')
   if args.only in (None, 'train'):
     share_cores(args.workers)
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:

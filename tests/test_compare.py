@@ -101,9 +101,15 @@ def test_tables_of_what_is_done(tmp_path, capsys):
   assert 'forwards to 0.51' in (tmp_path / 'sudoku.md').read_text()
   rows = [json.loads(line) for line in
           (tmp_path / 'sudoku.jsonl').read_text().splitlines()]
-  assert [row['seed'] for row in rows] == [0, 1, 2, 0, 1, 2]
+  assert [row['seed'] for row in rows] == [0, 0, 1, 2, 0] * 2 + [0]
   assert rows[0]['forwards'] == 2 * (8 + 8 + 2 * 12)
   assert (tmp_path / 'sudoku.png').stat().st_size > 10_000
+  # The same from the lines alone.
+  bench.main(['--task=sudoku', '--only=report', f'--folder={tmp_path}/again',
+              f'--known={tmp_path}/sudoku.jsonl'])
+  for name in ('sudoku.md', 'sudoku.jsonl'):
+    assert (tmp_path / 'again' / name).read_text() == (
+        tmp_path / name).read_text()
 
 
 def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
