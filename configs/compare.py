@@ -46,7 +46,7 @@ DMPO = {
 ARMS = (*DMPO, *(name for name in OBJECTIVES if name != 'dmpo'))
 
 # Forwards of a buffer: (sampling, scoring, one update). tests/test_compare.py
-# counts them in the traced programs.
+# counts them in the traced programs, without what remat does again.
 COSTS = {
     **dict.fromkeys(DMPO, (8, 8, 12)), 'dmpo-model': (8, 16, 16),
     'dmpo': (8, 8, 6), 'dmpo-elbo': (8, 8, 6), 'agrpo': (8, 0, 72),
