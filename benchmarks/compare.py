@@ -23,14 +23,13 @@ import math
 import os
 import pathlib
 import queue
-import shlex
 import statistics
-import subprocess
 import sys
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks import kills
 from configs import compare
 from dmpo_jax import build, checkpoint, metrics, report, rollout
 
@@ -59,24 +58,13 @@ def call(workdir, *arguments):
 
   RuntimeError with the end of its output if it fails.
   """
-  command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}',
-             *arguments]
-  log = workdir.with_name(workdir.name + '.log')
-  log.parent.mkdir(parents=True, exist_ok=True)
-  folder = workdir.parents[1].resolve() / 'programs'
-  # What one run compiles the others load.
-  cache = {'JAX_COMPILATION_CACHE_DIR': str(folder),
-           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  workdir.parent.mkdir(parents=True, exist_ok=True)
   cores = CORES.get()
   try:
-    with open(log, 'a') as out:
-      out.write(shlex.join(command) + '\n')
-      out.flush()
-      process = subprocess.Popen(command, stdout=out, stderr=out,
-                                 env={**cache, **os.environ})
-      if hasattr(os, 'sched_setaffinity'):  # before it has threads
-        os.sched_setaffinity(process.pid, cores)
-      code = process.wait()
+    process, log = kills.launch(workdir, arguments, workdir.parents[1])
+    if hasattr(os, 'sched_setaffinity'):  # before it has threads
+      os.sched_setaffinity(process.pid, cores)
+    code = process.wait()
   finally:
     CORES.put(cores)
   if code:
@@ -129,7 +117,8 @@ def chain(args, task, arm):
   try:
     for rate in compare.RATES:
       train(args, task, arm, rate, first)
-    rate = best_rate(args, task, arm)
+    rate = best_rate([row_of(args, task, arm, rate, first)
+                      for rate in compare.RATES])
     for seed in others:
       train(args, task, arm, rate, seed)
   except RuntimeError as error:
@@ -137,13 +126,14 @@ def chain(args, task, arm):
   return ''
 
 
-def best_rate(args, task, arm):
-  """Of the largest area under validation; None if some rate is not done."""
-  first = compare.SEEDS[0]
-  if not all(done(args, task, arm, rate, first) for rate in compare.RATES):
+def best_rate(rows):
+  """Of the largest area under validation, by an arm's rows of the first seed;
+  None if some rate is not among them."""
+  areas = {row['rate']: row['area'] for row in rows
+           if row['seed'] == compare.SEEDS[0]}
+  if len(areas) < len(compare.RATES):
     return None
-  return max(compare.RATES, key=lambda rate: row_of(
-      args, task, arm, rate, first)['area'])
+  return max(compare.RATES, key=areas.get)
 
 
 # --- what a run says
@@ -307,10 +297,10 @@ def tables(args, task):
       compare.ARMS, compare.RATES, compare.SEEDS) if done(args, task, *key)]
   arms = {}
   for arm in compare.ARMS:
-    rate = best_rate(args, task, arm)
+    mine = [row for row in rows if row['arm'] == arm]
+    rate = best_rate(mine)
     if rate is not None:
-      arms[arm] = [row for row in rows if (row['arm'], row['rate']) == (
-          arm, rate)]
+      arms[arm] = [row for row in mine if row['rate'] == rate]
   if not arms:
     return
   against = arms.get('dmpo-paper', [])
@@ -342,15 +332,13 @@ def picture(ranked, task, path):
     middle, half = interval([run['final'] for run in runs])
     right.errorbar([middle], [-i], xerr=[[half]] * 2, color=colour, marker='o',
                    ms=4, capsize=3)
-  left.set_title(f'{task}: validation accuracy', fontsize=10, loc='left')
-  left.set_xlabel('network forwards of a buffer', fontsize=8)
-  right.set_title('final accuracy, 95 % interval', fontsize=10, loc='left')
+  report.style(left, f'{task}: validation accuracy',
+               'network forwards of a buffer')
+  report.style(right, 'final accuracy, 95 % interval', '')
   right.set_yticks([-i for i in range(len(ranked))],
                    [arm for arm, _ in ranked], fontsize=8)
   left.legend(fontsize=7, frameon=False, ncols=2)
-  for ax in (left, right):
-    ax.grid(color='#e6e6e6', linewidth=0.8)
-  figure.savefig(path, dpi=110)
+  report.save(figure, path)
 
 
 def main(argv=None):

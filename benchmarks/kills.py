@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -56,19 +57,25 @@ class Seen(NamedTuple):
   fresh: bool  # whether this session has written anything
 
 
-def begin(workdir, arguments):
-  """Starts the command, or starts it again."""
+def launch(workdir, arguments, folder):
+  """main.py in a process of its own: (process, its log, which begins with the
+  command). What one compiles the others with this folder load."""
   log = workdir.with_name(workdir.name + '.log')
-  command = [sys.executable, ROOT / 'main.py', f'--workdir={workdir}',
+  command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}',
              *arguments]
-  # What one session compiles the next ones load: they are at work sooner.
-  cache = {'JAX_COMPILATION_CACHE_DIR': str(workdir.parent / 'programs'),
+  cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   with open(log, 'a') as out:
-    return Session(
-        subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT,
-                         env={**cache, **os.environ}),
-        workdir, time.time(), unfinished(workdir), log)
+    out.write(shlex.join(command) + '\n')
+    out.flush()
+    return subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT,
+                            env={**cache, **os.environ}), log
+
+
+def begin(workdir, arguments):
+  """Starts the command, or starts it again."""
+  process, log = launch(workdir, arguments, workdir.parent)
+  return Session(process, workdir, time.time(), unfinished(workdir), log)
 
 
 def unfinished(workdir):

@@ -100,7 +100,8 @@ def running_mean(values, window):
   return np.where(n > 0, (total[high] - total[low]) / np.maximum(n, 1), np.nan)
 
 
-def _style(ax, title, xlabel):
+def style(ax, title, xlabel):
+  """The axes of all pictures here and in benchmarks."""
   ax.set_title(title, fontsize=10, loc='left')
   ax.set_xlabel(xlabel, fontsize=8, color='#555555')
   ax.tick_params(labelsize=8, color='#aaaaaa')
@@ -113,7 +114,7 @@ def _style(ax, title, xlabel):
     ax.spines[side].set_color('#aaaaaa')
 
 
-def _save(figure, path):
+def save(figure, path):
   """Writes a PNG in one step, as someone may be looking at the old one."""
   temporary = path.with_name(path.name + '.tmp')
   figure.savefig(temporary, format='png', dpi=140)
@@ -162,14 +163,14 @@ def curves(workdir):
   for ax in axes[len(panels) :]:
     ax.set_visible(False)
   for ax, (title, xlabel, lines) in zip(axes, panels, strict=False):
-    _style(ax, title, xlabel)
+    style(ax, title, xlabel)
     for line in lines:
       _draw(ax, *line)
     if title == 'accuracy' and base is not None:
       ax.axhline(base, color=GREY, ls='--', lw=1.2, label=f'base {base:.3f}')
     ax.legend(fontsize=7, frameon=False)
   path = workdir / 'curves.png'
-  _save(figure, path)
+  save(figure, path)
   return path
 
 
@@ -248,7 +249,7 @@ def compare(workdirs, by, out):
 
   figure = Figure(figsize=(6.4, 4.0), layout='constrained')
   ax = figure.subplots()
-  _style(ax, 'validation accuracy', 'rollout iteration')
+  style(ax, 'validation accuracy', 'rollout iteration')
   for i, (label, runs) in enumerate(groups.items()):
     shared = sorted(set.intersection(*(set(run['curve']) for run in runs)))
     if not shared:
@@ -266,7 +267,7 @@ def compare(workdirs, by, out):
   ax.legend(title=by, title_fontsize=8, fontsize=8, frameon=False)
 
   out.parent.mkdir(parents=True, exist_ok=True)
-  _save(figure, out)
+  save(figure, out)
   markdown = _markdown(groups, by)
   out.with_suffix('.md').write_text(markdown, encoding='utf-8')
   return markdown, out
@@ -455,7 +456,7 @@ def compare_cards(paths, out):
            'forwards |', '|---|---|---|---|---|---|---|']
   figure = Figure(figsize=(6.4, 4.0), layout='constrained')
   ax = figure.subplots()
-  _style(ax, 'accuracy', 'completion length, tokens')
+  style(ax, 'accuracy', 'completion length, tokens')
   by_name = {}
   for _, card in cards:
     by_name.setdefault((card['model'], card['parameters']), []).append(card)
@@ -479,7 +480,7 @@ def compare_cards(paths, out):
   ax.legend(fontsize=8, frameon=False)
   out = pathlib.Path(out)
   out.parent.mkdir(parents=True, exist_ok=True)
-  _save(figure, out)
+  save(figure, out)
   markdown = '\n'.join(lines) + '\n'
   out.with_suffix('.md').write_text(markdown, encoding='utf-8')
   return markdown, out
