@@ -86,8 +86,10 @@ def parse(argv):
       if arg.startswith('--config.') and name not in known:
         sys.exit(f'error: config.{name} is not a field' + hint(name, known))
     raise error
-  except (flags.Error, ValueError) as error:  # or what a config file refuses
-    sys.exit(f'error: {error}')
+  except (flags.Error, ValueError) as error:
+    # What a config file refuses comes as the text of a traceback.
+    refused = str(error).strip().rpartition('\nValueError: ')[2]
+    sys.exit(f'error: {refused}')
 
 
 def hint(name, known):

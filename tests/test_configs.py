@@ -124,8 +124,9 @@ def test_what_follows_the_colon(name, wrong, said, monkeypatch):
   monkeypatch.setattr(sys, 'argv', argv)
   saved = flagsaver.save_flag_values()
   try:
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match=said) as info:
       main.parse(argv)
+    assert len(str(info.value).splitlines()) == 1
   finally:
     flagsaver.restore_flag_values(saved)
     flags.FLAGS.unparse_flags()
