@@ -359,7 +359,8 @@ def run_main(c, built, dog, asked):
   else:
     logging.info('%s on %d %s, into %s', c.name, jax.device_count(),
                  jax.devices()[0].device_kind, workdir)
-    run_train(built, workdir, MODE.value == 'sft', dog, asked)
+    with guard.alone(workdir):
+      run_train(built, workdir, MODE.value == 'sft', dog, asked)
   if MODE.value == 'train' and jax.process_index() == 0:
     print(report.summary(workdir))
 

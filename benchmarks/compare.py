@@ -27,11 +27,13 @@ import statistics
 import sys
 
 import numpy as np
+from absl import flags
 from matplotlib.figure import Figure
+from ml_collections import config_flags
 
 from benchmarks import kills
 from configs import compare
-from dmpo_jax import build, checkpoint, metrics, report, rollout
+from dmpo_jax import build, check, checkpoint, metrics, report, rollout
 
 ROOT = pathlib.Path(__file__).parents[1]
 POINTS = 8  # validations of a run
@@ -69,6 +71,27 @@ def call(workdir, *arguments):
     CORES.put(cores)
   if code:
     raise RuntimeError(f'{log}: exit code {code}\n{log.read_text()[-1500:]}')
+
+
+def config_of(args, task):
+  """The task's config, with the --config.field=value of the command line.
+
+  SystemExit for a flag that is neither of this file nor of the config.
+  """
+  c, values = compare.get_config(task), flags.FlagValues()
+  said = ['', *args.overrides]
+  for flag in args.overrides:
+    name = flag.partition('=')[0].removeprefix('--config.')
+    if name not in check.flatten(c):
+      sys.exit(f'error: {flag} is neither a flag of this command nor a field '
+               'of the config')
+  try:
+    config_flags.DEFINE_config_dict('config', c, flag_values=values,
+                                    sys_argv=said)
+    values(said)
+  except (flags.Error, ValueError) as error:
+    sys.exit(f'error: {error}')
+  return c
 
 
 def base(args, task):
@@ -218,7 +241,7 @@ def judge(args, task):
           if not (path.parent / 'judged.json').exists()]
   if not todo:
     return
-  c = compare.get_config(task)
+  c = config_of(args, task)
   c.update_from_flattened_dict(compare.fields_of('dmpo-exact'))
   c.update_from_flattened_dict({
       'train.prompts': PROMPTS, 'train.group': GROUP, 'sft.steps': 0,
@@ -360,6 +383,8 @@ def main(argv=None):
     for name in names:
       if name not in there:
         sys.exit(f'--{flag}: {name!r} must be one of {", ".join(there)}')
+  for task in tasks:
+    config_of(args, task)
   if args.only in (None, 'train'):
     share_cores(args.workers)
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:

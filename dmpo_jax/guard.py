@@ -6,7 +6,9 @@ of `health` is broken; all is saved, health.jsonl says which.
 """
 
 import contextlib
+import errno
 import faulthandler
+import fcntl
 import itertools
 import os
 import signal
@@ -18,6 +20,8 @@ import time
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
+
+from dmpo_jax import mesh
 
 PREEMPTED, STUCK, COLLAPSED = 75, 76, 77
 _asked = itertools.count()  # over SFT and RL, as JAX wants: never back
@@ -64,6 +68,27 @@ def _alone(where, patience):
       'is each of them running, and is that port of process 0 open to them?\n')
   sys.__stderr__.flush()
   os._exit(1)  # connecting cannot be interrupted
+
+
+@contextlib.contextmanager
+def alone(workdir):
+  """`with alone(workdir)`: ValueError if another run is under way there.
+
+  By a lock on workdir/lock, which goes when its process does, however that
+  ends; a file system without locks lets everybody in.
+  """
+  with contextlib.ExitStack() as stack:
+    taken = False
+    if jax.process_index() == 0:
+      file = stack.enter_context(open(os.path.join(workdir, 'lock'), 'w'))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError as error:
+        taken = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    if mesh.agree(taken):
+      raise ValueError(f'--workdir={workdir}: another process is training '
+                       'there: wait for its end, or name another workdir')
+    yield
 
 
 class Preemption:

@@ -1,5 +1,6 @@
 """The comparison: it charges what the programs cost; its tables."""
 
+import argparse
 import json
 import math
 
@@ -152,8 +153,17 @@ def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
   assert {name for name, _ in calls} == {f'spg-{compare.RATES[0]:g}-0'}
 
 
-def test_unknown_arm_is_named():
+def test_overrides_reach_the_judge():
+  """It must build the model that was trained."""
+  args = argparse.Namespace(overrides=['--config.model.width=32'])
+  assert bench.config_of(args, 'sudoku').model.width == 32
+
+
+def test_what_is_unknown_is_named():
   with pytest.raises(SystemExit, match="'ppo' must be one of dmpo-paper"):
     bench.main(['--arms=ppo'])
   with pytest.raises(SystemExit, match='--task: .* one of sudoku, countdown'):
     bench.main(['--task=chess'])
+  for flag in ('--steps=3', '--config.model.wide=3'):
+    with pytest.raises(SystemExit, match=flag.strip('-3=')):
+      bench.main([flag, '--only=report'])

@@ -268,6 +268,26 @@ def test_workdir_of_another_config(tmp_path):
   main.settle(tiny(**{'log.samples': 9, 'checkpoint.every': 3}), workdir)
 
 
+def test_two_runs_in_one_workdir(tmp_path):
+  """The second is refused while the first lives, and not after its kill."""
+  first = subprocess.Popen(
+      [sys.executable, '-c', 'import sys, time\n'
+       'from dmpo_jax import guard\n'
+       f'with guard.alone({str(tmp_path)!r}):\n'
+       '  print(1, flush=True)\n'
+       '  time.sleep(600)'], stdout=subprocess.PIPE)
+  try:
+    assert first.stdout.readline() == b'1\n'
+    with pytest.raises(ValueError, match='another process is training there'):
+      with guard.alone(str(tmp_path)):
+        pass
+  finally:
+    first.kill()
+    first.wait()
+  with guard.alone(str(tmp_path)):
+    pass
+
+
 def test_damaged_config_of_a_workdir(tmp_path):
   """A sentence that names the file, and what to do."""
   workdir = str(tmp_path / 'run')
