@@ -7,8 +7,8 @@ run at each of three rates with the first seed, and the other seeds at the rate
 whose validation curve has the largest area. All runs are `main.py`'s own; what
 is done is not done again, so that the same command goes on where it was
 stopped. Then every final policy is judged by one sampler (KL along its
-trajectories, distinct right answers), and FOLDER/TASK.md, .png and .jsonl are
-written, of what there is: `--only=report` does no more.
+trajectories, right answers and how many different ones), and FOLDER/TASK.md,
+.png and .jsonl are written, of what there is: `--only=report` does no more.
 
 --known=FILE takes the runs in a TASK.jsonl (or several, one after the other) as
 done; docs/comparison.jsonl is one. --checkpoint=DIR starts from a model of your
@@ -301,6 +301,7 @@ def line(arm, runs, against, target):
       arm, f"{runs[0]['rate']:g}", str(len(runs)),
       told([run['final'] for run in runs]), gain(runs, against),
       told([run['area'] for run in runs]), quick,
+      told([run['sampled'] for run in judged]) if judged else '',
       told([run['right'] for run in judged], 2) if judged else '',
       told([run['kl'] for run in judged], 2) if judged else '',
       f"{statistics.fmean(run['forwards'] for run in runs):.0f}",
@@ -309,8 +310,8 @@ def line(arm, runs, against, target):
 
 
 HEADER = ('| arm | rate | seeds | final accuracy | less dmpo-paper | area | '
-          'forwards to {:.2f} (runs) | distinct right of {} | KL, nats | '
-          'forwards | s |\n' + '|---' * 11 + '|')
+          'forwards to {:.2f} (runs) | sampled | distinct right of {} | '
+          'KL, nats | forwards | s |\n' + '|---' * 12 + '|')
 
 
 def tables(args, task):
@@ -342,26 +343,36 @@ def tables(args, task):
 
 
 def picture(ranked, task, path):
-  """Mean validation accuracy over the budget, and the final interval."""
-  figure = Figure(figsize=(10.4, 4.6), layout='constrained')
-  left, right = figure.subplots(1, 2)
+  """Mean validation accuracy and ESS over the budget; the final intervals."""
+  figure = Figure(figsize=(14, 4.6), layout='constrained')
+  left, middle, right = figure.subplots(1, 3)
   grid = np.linspace(0, 1, 41)
   for i, (arm, runs) in enumerate(ranked):
-    colour = report.CYCLE[i % len(report.CYCLE)]
-    style = ('-', '--', ':')[i // len(report.CYCLE) % 3]
+    look = {'color': report.CYCLE[i % len(report.CYCLE)], 'lw': 1.6,
+            'ls': ('-', '--', ':')[i // len(report.CYCLE) % 3]}
     mean = np.mean([np.interp(grid, *run['curve']) for run in runs], axis=0)
-    left.plot(grid * compare.BUDGET, mean, style, color=colour, lw=1.6,
-              label=arm)
-    middle, half = interval([run['final'] for run in runs])
-    right.errorbar([middle], [-i], xerr=[[half]] * 2, color=colour, marker='o',
-                   ms=4, capsize=3)
-  report.style(left, f'{task}: validation accuracy',
-               'network forwards of a buffer')
+    left.plot(grid * compare.BUDGET, mean, label=arm, **look)
+    if arm in compare.DMPO and all(run['ess'] for run in runs):
+      middle.plot(*ess_of(runs), **look)
+    mean, half = interval([run['final'] for run in runs])
+    right.errorbar([mean], [-i], xerr=[[half]] * 2, color=look['color'],
+                   marker='o', ms=4, capsize=3)
+  unit = 'network forwards of a buffer'
+  report.style(left, f'{task}: validation accuracy', unit)
+  report.style(middle, "effective size of a group's weights / G", unit)
   report.style(right, 'final accuracy, 95 % interval', '')
   right.set_yticks([-i for i in range(len(ranked))],
                    [arm for arm, _ in ranked], fontsize=8)
   left.legend(fontsize=7, frameon=False, ncols=2)
   report.save(figure, path)
+
+
+def ess_of(runs):
+  """(forwards, ESS): means over an eighth of the budget and the runs."""
+  parts = [[np.mean(part) for part in np.array_split(run['ess'], POINTS)]
+           for run in runs]
+  return (np.arange(POINTS) + 0.5) / POINTS * compare.BUDGET, np.mean(
+      parts, axis=0)
 
 
 def main(argv=None):
