@@ -164,9 +164,7 @@ def settle(c, workdir, free=check.FREE):
           f'name another workdir (only {", ".join(free)} may change)')
   elif jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
-    with open(path + '.new', 'w') as f:
-      f.write(as_json(c))
-    os.replace(path + '.new', path)  # whole, or not there
+    metrics.replace(path, as_json(c))
   return workdir
 
 
@@ -206,10 +204,9 @@ def run_train(built, workdir, only_sft, dog, asked):
       'seed': built.config.seed, 'config': built.config.name,
       'device': jax.devices()[0].device_kind,
       'versions': {p: importlib.metadata.version(p) for p in packages}}
-  path = os.path.join(workdir, 'results.json')
-  with open(path + '.new', 'w') as f:
-    json.dump(results, f, indent=2)
-  os.replace(path + '.new', path)  # that it is there says that all is done
+  # That it is there says that all is done.
+  metrics.replace(os.path.join(workdir, 'results.json'),
+                  json.dumps(results, indent=2))
   report.curves(workdir)
 
 

@@ -183,9 +183,7 @@ def resumed(path, batch, total):
   with open(path) as f:
     rows = [json.loads(line) for line in f if line.endswith('\n')]
   rows = rows[:total if len(rows) >= total else len(rows) // batch * batch]
-  with open(path + '.new', 'w') as f:
-    f.writelines(json.dumps(row) + '\n' for row in rows)
-  os.replace(path + '.new', path)
+  metrics.replace(path, ''.join(json.dumps(row) + '\n' for row in rows))
   return rows, rows[-1]['seconds'] if rows else 0.0
 
 

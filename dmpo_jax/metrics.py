@@ -64,11 +64,11 @@ def _load(path):
   return pairs
 
 
-def _replace(path, lines):
-  """Puts `lines` in place of the file in one step, or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
+def replace(path, text):
+  """Puts `text` in place of the file in one step, or not at all."""
+  temporary = f'{path}.new'
   with open(temporary, 'w', encoding='utf-8') as f:
-    f.writelines(line + '\n' for line in lines)
+    f.write(text)
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, path)
@@ -117,9 +117,9 @@ class Writer:
     if self._file:
       self._file.close()
     lines = [line for line, row in _load(self._path) if keep(row)]
-    text = ''.join(line + '\n' for line in lines).encode()
-    if self._path.exists() and self._path.read_bytes() != text:
-      _replace(self._path, lines)
+    text = ''.join(line + '\n' for line in lines)
+    if self._path.exists() and self._path.read_bytes() != text.encode():
+      replace(self._path, text)
     self._file = open(self._path, 'a', encoding='utf-8')
 
   def _board(self, phase, purge_step=None):

@@ -15,6 +15,8 @@ import sys
 import jax
 from absl import logging
 
+from dmpo_jax import metrics
+
 FILE = 'provenance.json'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
             'transformers', 'math-verify', 'libtpu')
@@ -76,6 +78,4 @@ def append(workdir, entry):
     except (ValueError, TypeError):
       logging.warning('%s is damaged: it is now %s.damaged', path, path)
       os.replace(path, path + '.damaged')
-  with open(path + '.new', 'w', encoding='utf-8') as f:
-    json.dump([*entries, entry], f, indent=2)
-  os.replace(path + '.new', path)
+  metrics.replace(path, json.dumps([*entries, entry], indent=2))

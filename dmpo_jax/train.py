@@ -413,6 +413,4 @@ def rewind_lines(path, last):
   with open(path) as f:
     lines = [line for line in f if line.endswith('\n')
              and json.loads(line)['iteration'] <= last]
-  with open(path + '.new', 'w') as f:
-    f.writelines(lines)
-  os.replace(path + '.new', path)
+  metrics.replace(path, ''.join(lines))

@@ -15,11 +15,11 @@ import pytest
 PACKAGE = 'dmpo_jax'
 FLOORS = {
   '__init__': -1,  # everybody imports it, so it imports nobody
-  'types': 0, 'rng': 0, 'metrics': 0, 'provenance': 0,
-  'health': 0,
+  'types': 0, 'rng': 0, 'metrics': 0, 'health': 0,
   'mesh': 1, 'masking': 1, 'model': 1, 'tasks': 1, 'report': 1, 'picks': 1,
+  'watch': 1, 'provenance': 1,
   'logprob': 2, 'sampler': 2, 'data': 2, 'optim': 2, 'checkpoint': 2,
-  'weights': 2, 'grader': 2, 'guard': 2, 'watch': 1,
+  'weights': 2, 'grader': 2, 'guard': 2,
   'objectives': 3,
   'step': 4, 'rollout': 4, 'check': 4,
   'build': 5,

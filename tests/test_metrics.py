@@ -126,7 +126,7 @@ def test_rewind_drops_exactly_what_is_redone(tmp_path):
   assert after[:-1] == kept
   assert steps(tmp_path, 'rl') == [0, 1, 2, 3]
   assert steps(tmp_path, 'update') == [0, 10, 20, 30, 40]
-  assert [p.name for p in tmp_path.glob('*.tmp')] == []
+  assert [p.name for p in tmp_path.glob('*.new')] == []
   # TensorBoard forgets the phase's later steps, and no other phase's.
   values, purges = scalars(tmp_path, 'rl')
   assert purges == [3] and (3, 'rl/x', 30) in values and len(values) == 6
