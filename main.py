@@ -37,6 +37,7 @@ from dmpo_jax import (
     plan,
     provenance,
     report,
+    resume,
     sft,
     train,
     watch,
@@ -370,7 +371,7 @@ def params_of(built, workdir):
   what = 'adapter' if built.config.lora.path else 'base'
   if os.path.isdir(os.path.join(workdir, 'rl')):
     what = OF.value
-  return train.latest(built, workdir, base, OF.value == 'best'), what
+  return resume.latest(built, workdir, base, OF.value == 'best'), what
 
 
 def run_eval(built, workdir, asked):
@@ -437,7 +438,7 @@ def run_export(built, workdir):
   """A checkpoint in a format that others read, as JSON what it is."""
   base = base_of(built, workdir)
   folder = OUT.value or os.path.join(workdir, f'export-{FORMAT.value}')
-  params = base if OF.value == 'base' else train.latest(
+  params = base if OF.value == 'base' else resume.latest(
       built, workdir, base, OF.value == 'best')
   say(json.dumps(export.run(built, params, base, folder, FORMAT.value)))
 

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from configs import base
-from dmpo_jax import build, check, evaluate, metrics, sft, train
+from dmpo_jax import build, check, evaluate, metrics, resume, sft
 
 PICKS = (
     ('confidence, 1 a step', dict(pick='confidence')),
@@ -44,7 +44,7 @@ def trained(workdir):
   built = build.build(c)
   with metrics.Writer(workdir, enabled=False) as writer:
     start = sft.run(built, workdir, writer)[0]
-  return built, train.latest(built, workdir, start)
+  return built, resume.latest(built, workdir, start)
 
 
 def section_of(built, args, cache, fields):

@@ -1,8 +1,8 @@
 """Whether a run is well: numbers of a buffer, and rules over several of them.
 
 Pure functions of arrays and dicts of numbers; what follows from a broken rule
-is done in train.py. The state of the rules goes into the checkpoints, so that
-a resumed run judges as if it had not been interrupted.
+is done in train.py and resume.py. The state of the rules goes into the
+checkpoints, so that a resumed run judges as if it had not been interrupted.
 """
 
 import dataclasses

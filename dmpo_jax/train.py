@@ -8,7 +8,6 @@ loop; after a rollback it is entered anew, as after a kill.
 """
 
 import functools
-import json
 import os
 import time
 
@@ -28,14 +27,9 @@ from dmpo_jax import (
     metrics,
     optim,
     plan,
+    resume,
     rollout,
 )
-
-
-def policy_of(built, base):
-  """(trainable, frozen): what RL changes, and the reference policy."""
-  lora = built.steps.init_lora()
-  return (lora or base), base
 
 
 def run(built, workdir, writer, base, beat=lambda phase, step: None):
@@ -59,7 +53,7 @@ def run(built, workdir, writer, base, beat=lambda phase, step: None):
         sentence, record = str(error), error.record
       # Out here the frames of the loop, and the state they held, are gone.
       with clock('checkpoint'):
-        roll_back(built, workdir, manager, base, sentence, record)
+        resume.roll_back(built, workdir, manager, base, sentence, record)
 
 
 def loop(built, workdir, writer, base, manager, clock, asked):
@@ -67,11 +61,11 @@ def loop(built, workdir, writer, base, manager, clock, asked):
   c, steps = built.config, built.steps
   problems = build.problems(built, 'train')
   held_out = build.problems(built, 'validation')
-  trainable, frozen = policy_of(built, base)
+  trainable, frozen = resume.policy_of(built, base)
   state = steps.start(trainable)
   with clock('checkpoint'):
-    state, batch, ahead, place = resume(built, manager, state, problems,
-                                        workdir, writer)
+    state, batch, ahead, place = resume.enter(
+        built, manager, state, problems, workdir, writer)
   if c.data.bucket:  # what would not fit fails now, not at the long prompt
     plan.compile_longest(built, data.bucketed(problems.valid, c.data.bucket))
   progress = metrics.Progress(c.train.iterations, 'rl',
@@ -126,36 +120,20 @@ def loop(built, workdir, writer, base, manager, clock, asked):
         shown, due = shown | numbers, due or best != before
       if due:
         saved = time.monotonic()
-        save(built, manager, clock, state, batch, ahead, dict(
+        resume.save(built, manager, clock, state, batch, ahead, dict(
             place, iteration=it, inner=inner + 1, best=best,
             seconds=time.time() - begun))
       if stop:
-        wait(manager, clock)
+        resume.wait(manager, clock)
         guard.leave()
       if ill:
         collapse(built, place, it)
     batch, ahead, place['inner'] = ahead, None, 0
     progress.update(it + 1, shown)
   progress.close()
-  wait(manager, clock)
+  resume.wait(manager, clock)
   jax.block_until_ready(state.trainable)
   return {**frozen, **state.trainable}, time.time() - begun
-
-
-def save(built, manager, clock, state, batch, ahead, place):
-  """Begins to save a place in the run: its buffers, and what resume reads."""
-  c = built.config
-  done = place['iteration'] * c.train.inner + place['inner']
-  with clock('checkpoint'):
-    checkpoint.save(manager, done, state, batch,
-                    {**place, 'config': check.plain(c)}, ahead,
-                    built.steps.digest)
-
-
-def wait(manager, clock):
-  """For the save under way: here, where a watchdog knows its name."""
-  with clock('checkpoint'):
-    manager.wait_until_finished()
 
 
 def start(built, problems, frozen, references, clock, state, it, age):
@@ -181,7 +159,7 @@ def finish(built, problems, workdir, writer, clock, place, started):
         built.steps, built.task, built.tokenizer, problems, started,
         group=c.train.group, protocol=c.data.protocol, samples=c.log.samples,
         weights=c.reward.weights, clock=clock)
-  append(workdir, samples)
+  resume.append(workdir, samples)
   rules = check.settings(health.Config, c.health)
   place['health'] = health.note(rules, place['health'], numbers)
   numbers |= {'ill': len(health.broken(rules, place['health'])),
@@ -204,7 +182,7 @@ def judge(built, workdir, place, it, written):
     return mesh.agree(found)
   for rule in [rule for rule in found if rule not in state['warned']]:
     logging.warning('iteration %d: %s', it, health.told(rules, state, rule))
-    note_down(workdir, health.record(rules, state, it, rule))
+    resume.note_down(workdir, health.record(rules, state, it, rule))
   state['warned'] = found
   return False
 
@@ -220,128 +198,6 @@ def collapse(built, place, it):
         'iteration': it, 'rule': 'of another process'})
   raise health.Collapse(health.told(rules, place['health'], found[0]),
                         health.record(rules, place['health'], it, found[0]))
-
-
-def roll_back(built, workdir, manager, base, sentence, record):
-  """Back to the best checkpoint, or the start, with a smaller learning rate.
-
-  It takes the place of all checkpoints after it, with the record in it, so
-  that the loop goes on from it as after a kill. SystemExit if the action is to
-  stop, or all rollbacks are spent.
-  """
-  rules = check.settings(health.Config, built.config.health)
-  manager.wait_until_finished()
-  state = built.steps.start(policy_of(built, base)[0])
-  how = dict(digest=built.steps.digest,
-             refuse=check.refuse(built.config, check.FREE))
-  found = checkpoint.restore(manager, checkpoint.abstract(state), **how)
-  meta = found[3] if found else {}
-  done, seconds = meta.get('rollbacks', []), meta.get('seconds', 0.0)
-  if rules.action == 'stop' or len(done) >= rules.rollbacks:
-    note_down(workdir, {**record, 'action': 'stop'})
-    spent = f', after {len(done)} rollbacks' if done else ''
-    guard.collapsed(f"iteration {record['iteration']}{spent}: {sentence}; "
-                    'see "When training goes wrong" in docs/running.md')
-  top, batch, ahead = (meta.get('best') or {'step': 0})['step'], None, None
-  meta = {'iteration': -1, 'inner': built.config.train.inner, 'best': None,
-          'config': check.plain(built.config)}
-  if top:
-    state, batch, ahead, meta = checkpoint.restore(
-        manager, checkpoint.abstract(state), buffers_at(built), only=top, **how)
-  scale = rules.lr_factor * (done[-1]['lr_scale'] if done else 1.0)
-  record = {**record, 'action': 'rollback', 'to_update': top,
-            'lr_scale': scale}
-  logging.warning('iteration %d: %s; back to update %d, learning rate * %g',
-                  record['iteration'], sentence, top, scale)
-  checkpoint.replace(manager, top, state, batch, {
-      **meta, 'seconds': seconds, 'rollbacks': [*done, record],
-      'lr_scale': scale, 'health': health.fresh(
-          meta.get('health', {}).get('best_reward'))},
-                     ahead, built.steps.digest)
-
-
-def latest(built, workdir, base, best=False):
-  """Parameters of the newest checkpoint, else what training starts from.
-
-  best: those that validated best so far. ValueError if they are gone.
-  """
-  trainable, frozen = policy_of(built, base)
-  folder = os.path.join(workdir, 'rl')
-  if not os.path.isdir(folder):
-    return {**frozen, **trainable}
-  state = checkpoint.abstract(built.steps.start(trainable))
-  how = dict(digest=built.steps.digest, refuse=check.refuse(built.config))
-  with checkpoint.open_manager(folder,
-                               built.config.checkpoint.keep) as manager:
-    found = checkpoint.restore(manager, state, **how)
-    top = found and found[3].get('best')
-    if best and top and not top['step']:
-      found = None  # nothing was better than the start
-    elif best and top and top['step'] != int(found[0].step):
-      found = checkpoint.restore(manager, state, only=top['step'], **how)
-  return {**frozen, **(found[0].trainable if found else trainable)}
-
-
-def resume(built, manager, state, problems, workdir, writer):
-  """(state, batch, ahead, place): the latest checkpoint, or a fresh start.
-
-  The buffers, in use and sampled ahead, are None where there is none.
-  ValueError if there are checkpoints and none can be used.
-  """
-  place = dict(iteration=0, inner=0, seconds=0.0, best=None,
-               health=health.fresh(), rollbacks=[], lr_scale=1.0)
-  batch, ahead, c = None, None, built.config
-  found = checkpoint.restore(
-      manager, checkpoint.abstract(state), buffers_at(built),
-      built.steps.digest, check.refuse(c, check.FREE))
-  if found:
-    state, batch, ahead, meta = found
-    place |= meta
-    checkpoint.set_aside(manager, int(state.step))
-    logging.info('resuming at iteration %d, inner step %d',
-                 place['iteration'], place['inner'])
-    if place['inner'] == c.train.inner:
-      batch, ahead = ahead, None
-      place = {**place, 'iteration': place['iteration'] + 1, 'inner': 0}
-  elif lost := writer.count('update'):
-    logging.warning('no checkpoint in %s: from the start, and the %d updates '
-                    'that are in the metrics are done again',
-                    os.path.join(workdir, 'rl'), lost)
-  # Everything after the checkpoint is forgotten and done again. What buffers
-  # in hand have written stays; their validation is that of the iteration begun.
-  last = place['iteration'] - (batch is None) + (ahead is not None)
-  writer.rewind('rl', last)
-  writer.rewind('eval', place['iteration'] - (place['inner'] == 0))
-  writer.rewind('update', int(state.step))
-  for name in ('samples.jsonl', 'failed_grades.jsonl'):
-    rewind_lines(os.path.join(workdir, name), last)
-  rewind_lines(os.path.join(workdir, 'health.jsonl'),
-               place['iteration'] - 1)
-  for record in place['rollbacks']:
-    note_down(workdir, record)
-  return state, batch, ahead, place
-
-
-def buffers_at(built):
-  """step -> shapes of the buffers in a checkpoint: in use, sampled ahead."""
-  c, problems = built.config, build.problems(built, 'train')
-
-  def buffers(step):
-    if not step:  # a rollback to the start
-      return None, None
-    it = (step - 1) // c.train.inner
-    more = c.train.overlap and it + 1 < c.train.iterations
-    return (shapes_at(built, problems, it),
-            shapes_at(built, problems, it + 1) if more else None)
-  return buffers
-
-
-def shapes_at(built, problems, it):
-  """The TrainBatch of iteration `it` as shapes, for restoring."""
-  c = built.config
-  prompts = data.prompts_at(problems, it, c.train.prompts, c.seed,
-                            c.data.bucket)
-  return build.abstract_batch(built, prompts.tokens.shape[1])
 
 
 def validate(built, frozen, held_out, writer, clock, state, it, best):
@@ -386,31 +242,3 @@ def write_late(writer, held, batch, workdir):
   """Hands (step, numbers) of updates to the writer, oldest first."""
   while held:
     stop_if_not_finite(writer.late('update', *held.pop(0)), batch, workdir)
-
-
-def note_down(workdir, record):
-  """Adds a line to health.jsonl, unless it is there."""
-  path = os.path.join(workdir, 'health.jsonl')
-  if jax.process_index() == 0 and os.path.exists(path):
-    with open(path) as f:
-      if json.dumps(record) + '\n' in f:
-        return
-  append(workdir, {'health.jsonl': [record]})
-
-
-def append(workdir, lines):
-  """Adds to the files of `lines`, {name: dicts}; none for nothing."""
-  for name, rows in lines.items():
-    if rows and jax.process_index() == 0:
-      with open(os.path.join(workdir, name), 'a') as f:
-        f.writelines(json.dumps(row) + '\n' for row in rows)
-
-
-def rewind_lines(path, last):
-  """Drops lines of iterations after `last`, and a torn last line."""
-  if jax.process_index() or not os.path.exists(path):
-    return
-  with open(path) as f:
-    lines = [line for line in f if line.endswith('\n')
-             and json.loads(line)['iteration'] <= last]
-  metrics.replace(path, ''.join(lines))

@@ -23,7 +23,7 @@ FLOORS = {
   'objectives': 3,
   'step': 4, 'rollout': 4, 'check': 4,
   'build': 5,
-  'evaluate': 6, 'plan': 6, 'export': 6,
+  'evaluate': 6, 'plan': 6, 'export': 6, 'resume': 6,
   'train': 7, 'sft': 7,
 }  # fmt: skip
 PLUGINS = ('tasks', 'objectives')  # folders; their files may share code

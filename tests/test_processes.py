@@ -30,7 +30,7 @@ from dmpo_jax import (
     guard,
     mesh,
     metrics,
-    train,
+    resume,
     weights,
 )
 from dmpo_jax.types import TrainState
@@ -205,7 +205,7 @@ def parameters():
   c.update_from_flattened_dict({**SETTINGS, 'mesh.fsdp': 8, 'eval.batch': 8})
   built = build.build(c)
   start = built.steps.init()
-  return lambda workdir: mesh.fetch(train.latest(built, workdir, start))
+  return lambda workdir: mesh.fetch(resume.latest(built, workdir, start))
 
 
 def close(a, b, rtol=1e-4, atol=1e-6):

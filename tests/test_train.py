@@ -14,20 +14,21 @@ import pytest
 
 from configs import base
 from dmpo_jax import (
-    build,
-    check,
-    checkpoint,
-    data,
-    evaluate,
-    guard,
-    mesh,
-    metrics,
-    optim,
-    rng,
-    rollout,
-    sft,
-    step,
-    train,
+  build,
+  check,
+  checkpoint,
+  data,
+  evaluate,
+  guard,
+  mesh,
+  metrics,
+  optim,
+  resume,
+  rng,
+  rollout,
+  sft,
+  step,
+  train,
 )
 from dmpo_jax.tasks import TASKS
 
@@ -453,7 +454,7 @@ def test_buffer_ahead_with_longer_prompts_resumes(early, base_params, tmp_path):
   part = vary(early, data={'bucket': 1}, checkpoint={'every': 2},
               train={'iterations': 2})
   part = part._replace(encoded={**part.encoded, 'train': longer})
-  assert [train.shapes_at(part, longer, it).tokens.shape[1] for it in (0, 1)
+  assert [resume.shapes_at(part, longer, it).tokens.shape[1] for it in (0, 1)
           ] == [width + 16, width + 4 + 16]
   once = run(part, tmp_path / 'once', base_params)
   with pytest.raises(KeyboardInterrupt):
@@ -611,9 +612,9 @@ def test_best_is_kept_and_found(every, built, base_params, tmp_path,
   run(part, tmp_path, base_params)
   assert saved_steps(tmp_path) == [6, 15]
   assert meta_of(tmp_path, 15)['best'] == {'step': 6, 'accuracy': 0.7}
-  top = mesh.fetch(train.latest(part, tmp_path, base_params, best=True))
+  top = mesh.fetch(resume.latest(part, tmp_path, base_params, best=True))
   same(top, seen[2])
-  last = mesh.fetch(train.latest(part, tmp_path, base_params))
+  last = mesh.fetch(resume.latest(part, tmp_path, base_params))
   assert not np.array_equal(jax.tree.leaves(top)[0], jax.tree.leaves(last)[0])
 
 
@@ -622,7 +623,7 @@ def test_best_may_be_the_start(built, base_params, tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate, 'accuracy', scored(built, 0.5, 0.5, 0.1))
   run(built, tmp_path, base_params)
   assert meta_of(tmp_path, 6)['best'] == {'step': 0, 'accuracy': 0.5}
-  same(mesh.fetch(train.latest(built, tmp_path, base_params, best=True)),
+  same(mesh.fetch(resume.latest(built, tmp_path, base_params, best=True)),
        mesh.fetch(base_params))
 
 
@@ -807,7 +808,7 @@ def test_restores_onto_another_mesh(built, stopped):
   other = build.build(c)
   def restored(part):
     state = checkpoint.abstract(part.steps.start(part.steps.init()))
-    batch = train.shapes_at(part, build.problems(part, 'train'), 1)
+    batch = resume.shapes_at(part, build.problems(part, 'train'), 1)
     with checkpoint.open_manager(stopped / 'rl', 2) as manager:
       found = checkpoint.restore(manager, state, lambda step: (batch, None),
                                  part.steps.digest,
