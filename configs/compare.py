@@ -66,6 +66,9 @@ def get_config(task='sudoku'):
   c.data.train_size = 4000
   if task == 'sudoku':
     c.sft.steps = 100
+  else:
+    c.data.train_size = 6500
+    c.sft.steps = 4000
   c.model.remat = 'dots'  # faster on a CPU: fewer arrays to write and read
   c.train.prompts = 16
   c.train.group = 8
