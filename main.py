@@ -53,7 +53,8 @@ SWEEP = flags.DEFINE_string('sweep', '', "NAME:i, point i of the config's "
 RUNS = flags.DEFINE_string('runs', '', 'report: glob of workdirs to compare')
 FORMAT = flags.DEFINE_enum('format', 'merged', ['merged', 'adapter'],
                            'export: Hugging Face weights, or a PEFT adapter')
-OUT = flags.DEFINE_string('out', '', 'export: default WORKDIR/export-FORMAT')
+OUT = flags.DEFINE_string('out', '', 'export: default WORKDIR/export-FORMAT; '
+                          'eval: folder of the cards; report --cards: the PNG')
 TOPOLOGY = flags.DEFINE_string('topology', '', 'plan: such as v5p:4x4x4, in '
                                'place of the devices here; needs libtpu')
 OF = flags.DEFINE_enum('of', 'latest', ['latest', 'best', 'base'],

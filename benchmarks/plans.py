@@ -1,9 +1,9 @@
 """The tables of docs/plans.md: LLaDA-8B on TPU slices, planned, not run.
 
-python -m benchmarks.plans > docs/plans.md
+python -m benchmarks.plans
 
-Needs libtpu (pip install libtpu) and no TPU; about two minutes a plan on two
-cores. Run with JAX_PLATFORMS=cpu.
+Needs libtpu (pip install libtpu) and no TPU; two to sixteen minutes a plan on
+two cores. Run with JAX_PLATFORMS=cpu.
 """
 
 import argparse

@@ -48,8 +48,8 @@ def get_config():
   d.attend_padding = False  # True: padding is seen, as in the papers' code
   d.seed = 0  # of the problems and their split
   d.train_size = 2000  # problems; 0 = all of a file
-  d.validation_size = 128  # problems
-  d.test_size = 256  # problems
+  d.validation_size = 128  # problems; 0 = all of a file
+  d.test_size = 256  # problems; 0 = all of a file
   d.min_blanks = 4  # sudoku: fewest empty cells
   d.max_blanks = 10  # sudoku: most empty cells
   d.largest = 99  # countdown: largest of the generated numbers
@@ -75,7 +75,7 @@ def get_config():
   o.alpha = 0.04  # temperature of the target; 0 = reward alone
   o.coef = 1.0  # proximal coefficient c in (0, 1]
   o.ess = 0.0  # 0 = c as given; else c per group for this effective size
-  o.baseline = 'individual'  # none | group | individual | model
+  o.baseline = 'individual'  # of wdce: none | group | individual | model
   o.strength = 1.0  # of the baseline
   o.best = 0.0  # the largest reward; groups far from it count less; 0 = off
   o.loss = 'wdce'  # wdce | ddo
@@ -87,7 +87,7 @@ def get_config():
   o.high = 1.0  # the release's range; its comment says 0.9
   o.antithetic = True  # second half of the draws = complement of the first
   o.loss_tail = True  # train the tokens after the first EOS
-  o.common_masks = False  # model, ddo: log p_old under the loss's own masks
+  o.common_masks = False  # model: log p_old under the loss's own masks
   o.advantage = 'mean'  # reward less: mean | loo (of the others) | zscore
   o.clip = 0.2  # ratios count down to 1 - clip (gdsd: gaps; 0 = no clamp)
   o.clip_high = 0.0  # and up to 1 + clip_high; 0 = as clip
@@ -195,7 +195,7 @@ def sampler():
   c = ml_collections.ConfigDict()
   c.length = 16  # L, tokens of a completion
   c.block = 16  # W, unmasked block by block
-  c.steps = 16  # for picks with a schedule: confidence, random, margin
+  c.steps = 16  # of picks with a schedule, as confidence, random, margin
   c.temperature = 1.0  # 0 = greedy
   c.pick = 'confidence'  # a name in picks.PICKS, or wino
   c.rank = 'max'  # confidence of the best token (max) or the sampled (token)

@@ -8,10 +8,11 @@ for i in $(seq 0 11); do
 done
 python main.py --mode=report --runs='runs/baselines-*' --by=objective.baseline
 
-The objective is the paper's: full strength, no `best`. One or two more
-cells are empty than in the quickstart, a buffer has half its puzzles, the rate
-is half. Two updates a buffer: with one, `model` would be `group`, since its
-softmax is of log p_theta - log p_old, which are zeros until the policy moves.
+The objective is the paper's: full strength, no `best`; its log-probs are of
+four recorded states, its copies two. One more cell is empty than in the
+quickstart, a buffer has half its puzzles, the rate is half. Two updates a
+buffer: with one, `model` would be `group`, since its softmax is of
+log p_theta - log p_old, which are zeros until the policy moves.
 docs/quickstart.md has the result.
 """
 

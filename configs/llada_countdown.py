@@ -19,7 +19,9 @@ Planned for 16 TPU v5e (mesh.fsdp=16): 11.3 GiB of a chip's 16, at least 42 s a
 rollout, 3.5 s an update, 9.8 h in all. docs/plans.md has larger slices.
 Published, the field's 256 test problems at 128 / 256 / 512 tokens: base 20.7 /
 19.5 / 16.0, d1 34.8 / 32.0 / 42.2, SPG 68.8 / 70.7 / 70.3, DMPO best 83.2 (one
-token a step). Standard error of one number: 2.4 to 3.1.
+token a step). Standard error of one number: 2.4 to 3.1. To measure as they did:
+--mode=eval --config.eval.style=eval, with --config.eval.sampler.steps=128 where
+they take two tokens a step; here it is one, and the prompts of training.
 """
 
 from configs import base

@@ -9,7 +9,7 @@ Planned as llada_countdown: 16 TPU v5e, 11.3 GiB a chip, at least 9.8 h. The
 reward is the lineage's five terms, quirks included (strict repairs them).
 Published, 1319 test problems at 128 / 256 / 512 tokens, two tokens a step:
 base 68.7 / 76.7 / 78.2, d1 73.2 / 81.1 / 82.1, SPG 78.5 / 86.1 / 84.5.
-Standard error of one number: 1.1.
+Standard error of one number: 1.1. To measure so: see llada_countdown.
 """
 
 from configs import llada_countdown

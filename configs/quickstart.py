@@ -10,8 +10,8 @@ that were never trained on.
 What matters here (docs/quickstart.md has the numbers):
 * many puzzles: 64 a buffer, one update each, two masked copies a completion;
 * pick `entropy` unmasks what is certain at once; it looks at the state alone,
-  so that the recorded trajectory gives log p_old exactly, and log p_ref from
-  two of its states;
+  so that log p_ref - log p_old can be taken along the recorded trajectory,
+  here from two of its states;
 * `best` = 1: where none of the eight answers is right the group has little
   of the target's mass, and would else teach the least wrong one.
 """

@@ -19,9 +19,9 @@ SWEEPS = ('objectives',)
 # What an objective needs of the sampler, or is made for.
 SAMPLERS = {
     'agrpo': dict(pick='random'),
-    'fork_grpo': dict(pick='threshold', fallback='leftmost'),
+    'fork_grpo': dict(pick='threshold', threshold=0.8, fallback='leftmost'),
     'just_grpo': dict(pick='confidence', block=1),
-    'mapg': dict(pick='plackett_luce', rank_temperature=0.5),
+    'mapg': dict(pick='plackett_luce', rank_temperature=0.5, steps=8),
 }
 
 

@@ -275,6 +275,24 @@ def check_objective(c):
        'model, whose choice of positions has a density')):
     if need in needs and wrong:
       found.append(f'{change} (objective.name = {o.name})')
+  return found + check_old(c, needs)
+
+
+def check_old(c, needs):
+  """log p_old under masks of its own: of the law of the loss's."""
+  o, e = c.objective, c.logprob
+  if o.name != 'dmpo' or 'elbo_old' not in needs or o.common_masks:
+    return []
+  why = 'log p_old and log p_theta are compared'
+  found = [f'logprob.{field} = {e[field]} must be objective.{field} = '
+           f'{o[field]}: {why}' for field in ('low', 'high', 'antithetic')
+           if e[field] != o[field]]
+  if e.elbo != 'paper':
+    found.append(f'logprob.elbo = {e.elbo} must be paper: {why}')
+  if not o.loss_tail:
+    found.append(f'objective.loss_tail = False: {why}, and log p_old has the '
+                 'tail: set True, or (baseline model) '
+                 'objective.common_masks=True')
   return found
 
 

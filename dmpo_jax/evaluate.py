@@ -245,9 +245,7 @@ def card(built, section, what, split, numbers, seconds, changed):
       'style': c.eval.template or c.eval.style or c.data.template
                or c.data.style,
       'model': c.model.checkpoint or c.model.preset, 'parameters': what,
-      **numbers, **{name: section[name] for name in (
-          'length', 'steps', 'block', 'pick', 'rank', 'temperature',
-          'guidance', 'cache')},
+      'adapter': c.lora.path, **numbers, **section.to_dict(),
       'samples': c.eval.samples, 'batch': c.eval.batch, 'seed': c.seed,
       'prompts_changed': changed, 'dtype': c.model.dtype,
       'quantize': c.model.quantize,

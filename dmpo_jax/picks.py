@@ -188,5 +188,6 @@ PICKS = {
 SCORED = ('confidence', 'margin', 'lowest_entropy')  # that rank by a score
 # Those that use hp.steps.
 SCHEDULED = (*SCORED, 'random', 'origin', 'plackett_luce')
-JUDGED = ('confidence', 'threshold', 'factor')  # by hp.rank's confidence
+# By hp.rank's confidence.
+JUDGED = ('confidence', 'threshold', 'factor', 'plackett_luce')
 DRAWN = ('random', 'random_order', 'origin', 'plackett_luce')  # by noise

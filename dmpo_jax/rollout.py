@@ -90,7 +90,9 @@ def finish(steps, task, tokenizer, problems, started, *, group, protocol,
     if started.guess is not None:
       guesses = judge_guesses(started, task, tokenizer, protocol, examples,
                               weights)
-      scores = {**scores, 'guess': guesses.reward.reshape(len(row), -1)}
+      none = started.guess[..., 0] < 0
+      scores = {**scores, 'guess': np.where(none, np.nan, np.reshape(
+          guesses.reward, none.shape)).astype(np.float32)}
       failed = failed + guesses.failed
   batch, weights = steps.pack(
       started.rollouts, started.completion, row,
@@ -118,7 +120,8 @@ def judge_guesses(started, task, tokenizer, protocol, examples, weights):
   """grader.Graded of the states that were completed in one step, (R * K,)."""
   draws, length = started.guess.shape[1:]
   texts = data.decode(
-      tokenizer, started.guess[started.mine].reshape(-1, length),
+      tokenizer, np.maximum(started.guess[started.mine], 0).reshape(
+          -1, length),
       data.stop_ids(tokenizer))
   places = (started.mine[:, None] * draws + np.arange(draws)).ravel()
   return grader.judge(task, protocol, texts,

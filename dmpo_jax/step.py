@@ -312,9 +312,10 @@ def under_masks(over_rows, loss_key, params, i, more=(), *, cfg, objective, hp,
     found = logprob.token_logp(cfg, params, part.tokens, masks.masked,
                                part.valid, None, masks.prompt, read)
     found = found if isinstance(found, dict) else {'logp': found}
-    if more:  # the tokens that were not masked stay
+    if more:  # the tokens that were not masked stay; -1: a draw of no step
       own = part.tokens[:, None, -completion.shape[1]:]
-      found['guess'] = jnp.where(masks.masked, found['guess'], own)
+      guess = jnp.where(masks.masked, found['guess'], own)
+      found['guess'] = jnp.where(masks.weight[..., None] > 0, guess, -1)
     return {**found, 'elbo': logprob.seq_elbo(found['logp'], masks.weight)}
   return over_rows(one)
 

@@ -55,7 +55,7 @@ class Scored(NamedTuple):
   length: Array  # (B, G) int32, tokens up to and including the first EOS
   logp_old: Array  # (B, G) float32, log p_old; zeros where not needed
   logp_ref: Array  # (B, G) float32, log p_ref; zeros where not needed
-  guess: Array | None = None  # (B, G, K) float32, rewards of 'guess'
+  guess: Array | None = None  # (B, G, K) rewards of 'guess'; nan: no draw
   live: Array | None = None  # (B,) bool, groups that count; None: all
 
 

@@ -226,6 +226,7 @@ def test_one_step_completions_are_graded(built_of):
   ids = np.array(built.tokenizer('1234')['input_ids'], np.int32)
   guess = np.tile(ids, (8, 3, 1))
   guess[0, 1, 2] = built.tokenizer.eos_token_id  # cuts it to two letters
+  guess[5, 2] = -1  # a draw of no step
   zeros = np.zeros((8, L), np.float32)
   kept = (np.tile(ids, (8, 1)), zeros.astype(np.int32), 4,
           np.ones((8, L), bool), zeros)
@@ -239,7 +240,7 @@ def test_one_step_completions_are_graded(built_of):
   rollout.finish(steps, task, built.tokenizer, Problems, started, group=4,
                  protocol='strict', samples=0, weights={})
   want = np.full((8, 3), 4.0)
-  want[0, 1] = 2
+  want[0, 1], want[5, 2] = 2, np.nan
   np.testing.assert_array_equal(steps.seen, want)
 
 

@@ -288,11 +288,14 @@ PROGRAMS = {
     'objective.ess': (0.5, 'pack'),
     'objective.baseline': ('model', 'update'),
     'objective.strength': (0.5, 'pack'),
-    'objective.loss': ('ddo', 'update', {'objective.antithetic': False}),
+    'objective.loss': ('ddo', 'update', {
+        'objective.antithetic': False, 'logprob.antithetic': False}),
     'objective.ddo_alpha': (0.5, 'update', {
-        'objective.antithetic': False, 'objective.loss': 'ddo'}),
+        'objective.antithetic': False, 'logprob.antithetic': False,
+        'objective.loss': 'ddo'}),
     'objective.ddo_beta': (0.5, 'update', {
-        'objective.antithetic': False, 'objective.loss': 'ddo'}),
+        'objective.antithetic': False, 'logprob.antithetic': False,
+        'objective.loss': 'ddo'}),
     'objective.draws': (2, 'update'),
     'objective.spread': (True, 'update'),
     'objective.low': (0.3, 'update'),

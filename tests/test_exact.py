@@ -219,6 +219,8 @@ def test_what_decides_the_order():
   assert of(rank='token', steps=1) == 'state'
   assert of(rank='token', steps=1, pick='factor') == 'tokens'
   assert of(rank='token', rank_temperature=0.1) == 'tokens'
+  luce = dict(pick='plackett_luce', rank_temperature=0.5)
+  assert of(**luce) == 'noise' and of(**luce, rank='token') == 'tokens'
   for pick in ('margin', 'lowest_entropy', 'entropy'):
     assert of(pick=pick, rank='token') == 'state'
   assert of(pick='margin', rank_temperature=0.1) == 'noise'

@@ -133,6 +133,14 @@ IMPOSSIBLE = {
     'objective.draws = 3 must be even': {'objective.draws': 3},
     'objective.alpha = -1.0 must be >= 0': {'objective.alpha': -1.0},
     'logprob.draws = 3 must be even': {'logprob.draws': 3},
+    'logprob.antithetic = True must be objective.antithetic = False': {
+        'objective.loss': 'ddo', 'objective.antithetic': False},
+    'logprob.low = 0.2 must be objective.low = 0.1': {
+        'objective.baseline': 'model', 'logprob.low': 0.2},
+    'logprob.elbo = stratified must be paper': {
+        'objective.baseline': 'model', 'logprob.elbo': 'stratified'},
+    'objective.loss_tail = False: log p_old': {
+        'objective.baseline': 'model', 'objective.loss_tail': False},
     'logprob.low = 0.9, logprob.high = 0.5':
         {'logprob.low': 0.9, 'logprob.high': 0.5},
     'trajectory needs sampler.temperature > 0':

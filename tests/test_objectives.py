@@ -254,6 +254,9 @@ def test_coverage_scales_a_group_by_its_best():
   close(np.sum(weight, -1), np.zeros(B))
   close(metrics['coverage'], scale.mean())
   close(metrics['ess'], before['ess'])  # of the target's own weights
+  # Of ddo both terms.
+  ddo = dmpo.weigh(scored(reward), dataclasses.replace(hp, loss='ddo'))[0]
+  close(ddo, np.broadcast_to(scale / G, (B, G)))
   # A best that is beaten scales nothing up.
   beaten = dmpo.weigh(scored(reward), dataclasses.replace(hp, best=0.5))[0]
   close(beaten[0], whole[0])
@@ -342,6 +345,7 @@ def test_ddo_is_its_loop():
   masks, logp = masks_and_logp(1)
   positive, old = softmax(draw(9, R)).astype(np.float32), draw(10, R)
   hp = dmpo.Config(loss='ddo', ddo_alpha=0.6, ddo_beta=0.4, antithetic=False)
+  share = np.repeat([0.25, 0.25, 0.05], G).astype(np.float32)  # a group counts less
   lp, mw = np.asarray(logp, np.float64), np.asarray(masks.weight)
   total = 0.0
   for r in range(R):
@@ -350,8 +354,8 @@ def test_ddo_is_its_loop():
       elbos = [mw[r, k] * lp[r, k].sum() for k in half]
       gap.append(np.mean(elbos) - old[r])
     total -= positive[r] * np.log(1 / (1 + np.exp(-0.4 * gap[0])))
-    total -= 0.6 / G * np.log(1 / (1 + np.exp(0.4 * gap[1])))
-  value, _ = dmpo.loss(logp, masks, batch(np.zeros(R), positive),
+    total -= 0.6 * share[r] * np.log(1 / (1 + np.exp(0.4 * gap[1])))
+  value, _ = dmpo.loss(logp, masks, batch(share, positive),
                        jnp.asarray(old), hp)
   close(value, total / B)
 
@@ -433,6 +437,7 @@ def test_needs():
 @pytest.mark.parametrize('field, changes', [
     ('alpha', dict(alpha=-1.0)), ('alpha', dict(alpha=float('nan'))),
     ('coef', dict(coef=0.0)), ('coef', dict(coef=1.5)),
+    ('coef', dict(coef=-1.0, alpha=0.0)),
     ('ess', dict(ess=1.0)), ('ess', dict(ess=-0.1)),
     ('baseline', dict(baseline='mean')), ('loss', dict(loss='ppo')),
     ('draws', dict(draws=3)), ('draws', dict(draws=0, antithetic=False)),
@@ -441,7 +446,8 @@ def test_needs():
     ('low', dict(low=0.5, high=0.5)), ('high', dict(high=1.1)),
     ('best', dict(best=1.0, alpha=0.0)), ('antithetic', dict(loss='ddo')),
     ('spread', dict(loss='ddo', antithetic=False, spread=True)),
-    ('loss', dict(loss='ddo', draws=3, antithetic=False))])
+    ('loss', dict(loss='ddo', draws=3, antithetic=False)),
+    ('common_masks', dict(loss='ddo', antithetic=False, common_masks=True))])
 def test_check_names_the_field(field, changes):
   """One sentence each, with the field by its name in the config."""
   found = dmpo.check(dmpo.Config(**changes))

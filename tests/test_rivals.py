@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dmpo_jax import masking, picks
-from dmpo_jax.objectives import OBJECTIVES, shared, spg, vrpo
+from dmpo_jax.objectives import OBJECTIVES, egspo, shared, spg, vrpo
 from dmpo_jax.types import Scored, TrainBatch, to_rows
 
 B, G, R, L, P, W = 2, 4, 8, 8, 3, 4
@@ -131,7 +131,10 @@ def k3(gap):
 def test_advantages(kind):
   """The mean, the others' mean, the z-score; equal groups have none."""
   close(shared.advantages(REWARD, kind).ravel(), advantage_of(kind))
-  assert not np.asarray(shared.advantages(np.ones((1, 3)), kind)).any()
+  for reward in (1, 0.1, 1 / 3):  # whose mean is not the same in float32
+    equal = jnp.full((1, 8), reward)
+    assert not np.asarray(jax.jit(
+        lambda x: shared.advantages(x, kind))(equal)).any()
 
 
 def test_surrogate():
@@ -161,6 +164,16 @@ def test_divergences():
         exact, rel=1e-5)
   assert np.sum(np.exp(now) * shared.kl('k2', now, ref)) == pytest.approx(
       exact, rel=0.1)
+  # Their gradients on policy are that of the KL; no gap is too far for k3.
+  at = jnp.array([0.3, -0.2, 0.5])
+  law = jax.nn.softmax(at)
+  whole = jax.grad(lambda x: jnp.sum(jax.nn.softmax(x) * (
+      jax.nn.log_softmax(x) - ref)))(at)
+  for kind in ('k1', 'k2'):
+    close(jax.grad(lambda x: jnp.sum(law * shared.kl(
+        kind, jax.nn.log_softmax(x), ref)))(at), whole, 1e-4)  # noqa: B023
+  far, slope = jax.value_and_grad(lambda x: shared.kl('k3', x, 0.0))(-500.0)
+  assert np.isfinite(far) and slope < -1e8
   close(shared.kl('k3_ratio', now, ref, ref),
         np.exp(now - ref) * k3(now - ref))
 
@@ -412,7 +425,8 @@ def test_gdsd(changes):
       gap = np.clip(gap / L, *ends) if hp.clip else gap / L
     total += (gap - a[r] / 0.5) ** 2 / R / 2
     far = pair(c.now, r, j) - pair(c.ref, r, j)
-    total += hp.beta / L * far ** 2 / 2 / R / 2
+    total += hp.beta / L * far ** 2 / 2 / R / (
+        4 if hp.variant == 'released' else 2)
   close(c.loss(), total, 1e-4)
 
 
@@ -537,7 +551,7 @@ def test_egspo():
   """The steps of most mean entropy, each with its own advantage and ratio."""
   c = Case('egspo', draws=2)
   reward = REWARD[..., None] + 0.5 * (REWARD[..., None] - c.guess)
-  a = (reward - reward.mean((1, 2), keepdims=True)) / 1.5
+  a = (reward - reward.mean(1, keepdims=True)) / 1.5
   total = 0.0
   for r, k in itertools.product(range(R), range(2)):
     b, g = divmod(r, G)
@@ -548,6 +562,18 @@ def test_egspo():
             for s in set(ORDER[r][COMPLETION[r]])}
     assert ORDER[r, at[0]] in sorted(mean, key=mean.get)[-2:]
   close(c.loss(), total, 1e-4)
+
+
+def test_egspo_leaves_out_draws_of_no_step():
+  """Where a completion has fewer steps than draws: of weight 0, in no mean."""
+  guess = np.random.default_rng(0).random((2, 4, 3)).astype(np.float32)
+  guess[0, 1, 2] = np.nan
+  scored = Scored(*[jnp.asarray(REWARD)] * 4, jnp.asarray(guess))
+  weight, _, more = OBJECTIVES['egspo'].weigh(scored, egspo.Config())
+  value = REWARD[..., None] + 0.5 * (REWARD[..., None] - guess)
+  close(weight, np.nan_to_num(
+      (value - np.nanmean(value, 1, keepdims=True)) / 1.5 / 4), 1e-5)
+  close(more['guess_reward'], np.nanmean(guess), 1e-5)
 
 
 def plackett_luce(score, taken):

@@ -22,8 +22,9 @@ Where we differ from the released code (dmpo_trainer.py), on purpose:
   mask and so indexes rows (:144-146).
 * DDO: its weights sum to one over a group and are summed, not averaged again,
   so that both terms have equal scale; gaps are means over draws (:186-203).
-  With `antithetic` its two halves are complements, hence not independent:
-  `check` refuses that.
+  With `antithetic` its two halves are complements, hence not independent, and
+  under common masks the gaps on policy are each other's negative: `check`
+  refuses both. It has no baseline; groups that count less do so in both terms.
 * alpha = -1 (crashes in the release, :462-471) is refused.
 * Sums over a group are averaged over the prompts of the batch; the release's
   scale depends on the batch of a process (:184).
@@ -57,7 +58,7 @@ class Config:
   high: float = 1.0
   antithetic: bool = True  # second half of the draws = complement
   loss_tail: bool = True  # train the tokens after the first EOS too
-  common_masks: bool = False  # model, ddo: log p_old under the loss's masks
+  common_masks: bool = False  # model: log p_old under the loss's own masks
 
 
 def target_weights(reward_BxG, log_rnd_BxG, alpha, coef=1.0):
@@ -122,6 +123,8 @@ def weigh(scored, hp):
   positive, negative = target_weights(scored.reward, log_rnd, hp.alpha, coef)
   baseline = {'group': 1 / positive.shape[-1], 'individual': negative}
   weight = positive - hp.strength * baseline.get(hp.baseline, 0.0)
+  if hp.loss == 'ddo':  # its second term takes all alike
+    weight = jnp.full_like(positive, 1 / positive.shape[-1])
   scale = jnp.ones_like(positive[:, :1])
   if hp.best:
     scale = coverage(scored.reward, hp.alpha, hp.best)
@@ -181,13 +184,8 @@ def ddo(logp_RxKxL, masks, batch, elbo_old_R, hp):
   gap = [logprob.seq_elbo(logp_RxKxL[:, part], masks.weight[:, part])
          - elbo_old_R for part in (slice(half), slice(half, None))]
   up = batch.positive * jax.nn.log_sigmoid(hp.ddo_beta * gap[0])
-  down = jax.nn.log_sigmoid(-hp.ddo_beta * gap[1]) * uniform_share(batch)
+  down = batch.weight * jax.nn.log_sigmoid(-hp.ddo_beta * gap[1])
   return -jnp.sum(up + hp.ddo_alpha * down)
-
-
-def uniform_share(batch):
-  """1/G for each row: `norm` is the number of groups, `total` the rows."""
-  return batch.norm / batch.total
 
 
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
@@ -216,8 +214,9 @@ def check(hp):
   if not hp.alpha >= 0:
     found.append(f'objective.alpha = {hp.alpha} must be >= 0 '
                  '(0 weighs by the reward alone)')
-  if not 0 < hp.coef <= 1 and hp.alpha:
-    found.append(f'objective.coef = {hp.coef} must be in (0, 1]')
+  if not 0 < hp.coef <= (1 if hp.alpha else float('inf')):
+    found.append(f'objective.coef = {hp.coef} must be in (0, 1] (with '
+                 'objective.alpha = 0: above 0)')
   if hp.best and not hp.alpha:
     found.append(f'objective.best = {hp.best} needs objective.alpha > 0')
   if not 0 <= hp.ess < 1:
@@ -236,10 +235,11 @@ def check(hp):
   if not 0 <= hp.low < hp.high <= 1:
     found.append(f'objective.low = {hp.low}, objective.high = {hp.high} must '
                  'be 0 <= low < high <= 1')
-  if hp.loss == 'ddo' and (hp.antithetic or hp.draws % 2 or hp.spread):
+  if hp.loss == 'ddo' and (hp.antithetic or hp.draws % 2 or hp.spread
+                           or hp.common_masks):
     found.append('objective.loss = ddo needs independent halves of an even '
                  'number of draws: set objective.antithetic=False, '
-                 'objective.spread=False')
+                 'objective.spread=False, objective.common_masks=False')
   return found
 
 

@@ -5,11 +5,13 @@ tokens had the most entropy on average; a step's log-prob is the sum over its
 tokens, its ratio one. With r1(s) the reward of completing the state before
 step s at once, by the most probable tokens, and lambda = `step_coef`:
 
-  A(g, s) = ( r_g + lambda (r_g - r1(s)) - mean over g, s ) / (1 + lambda)
+  A(g, s) = ( r_g + lambda (r_g - r1(s)) - mean over g ) / (1 + lambda)
 
-The choice of steps is not weighted: biased for the policy gradient. The states
-are completed in a pass of their own, `draws` forwards, for the sampler's logits
-are of one block.
+where the mean is over the completions' steps of the same rank by entropy, and
+a completion of fewer steps is not in it. The choice of steps is not weighted:
+biased for the policy gradient. The states are completed in a pass of their own,
+`draws` forwards, for the sampler's logits are of one block. The release's
+k3 penalty (0.04) is left out.
 """
 
 import dataclasses
@@ -40,10 +42,12 @@ def weigh(scored, hp):
   """(weights (B, G, K) of steps, scales (B, G), metrics)."""
   value = scored.reward[..., None] * (1 + hp.step_coef)
   value -= hp.step_coef * scored.guess
-  value -= jnp.mean(value, axis=(1, 2), keepdims=True)
+  live = jnp.isfinite(scored.guess)
+  mean = jnp.mean(value, axis=1, keepdims=True, where=live)
+  value = jnp.where(live, value - mean, 0.0)
   scale = shared.per_row(scored)
   return value / (1 + hp.step_coef) * scale[..., None], scale, {
-      'guess_reward': jnp.mean(scored.guess)}
+      'guess_reward': jnp.mean(scored.guess, where=live)}
 
 
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):

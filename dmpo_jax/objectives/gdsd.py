@@ -6,6 +6,8 @@ complementary masks, psi = 1/alpha and A leaving one out:
   loss = mean_g mean_pairs [ ((E_theta - E_old)/L - psi A)^2
                              + beta/L (E_theta - E_ref)^2 / 2 ]
 
+(released: the squares are summed over the K/2 pairs, the KL is a mean; here it
+is divided by K/2, which is the same but for the rate).
 centre: in the first term a token's logit less the mean over the vocabulary
 stands for its log-prob (TLC; the second release's, for in the first it cancels
 in the softmax). variant = elbo: weights (L+1)/m, and the clamp of the gap to
@@ -70,6 +72,8 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   value = scale * gap ** 2 - 2 * weight * gap / hp.alpha + target
   if hp.beta:
     far = by_pair(logp_RxKxL, masks) - by_pair(extra['tokens_ref'], masks)
+    if hp.variant == 'released':
+      length *= far.shape[1]
     value += hp.beta / length * scale * far ** 2 / 2
   return jnp.sum(jnp.mean(value, axis=1)) / batch.norm, {
       'ratio_log_abs': jnp.sum(jnp.mean(jnp.abs(gap), 1)) / batch.total}

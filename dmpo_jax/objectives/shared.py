@@ -31,6 +31,9 @@ ADVANTAGES = ('mean', 'loo', 'zscore')
 def advantages(reward_BxG, kind):
   """(B, G) rewards less their group's: mean, loo (of the others), zscore."""
   group = reward_BxG.shape[1]
+  # Equal rewards become zeros: the mean of eight times 0.1 is not 0.1 in
+  # float32, and a z-score would make ones of what is left.
+  reward_BxG = reward_BxG - reward_BxG[:, :1]
   centred = reward_BxG - jnp.mean(reward_BxG, axis=1, keepdims=True)
   if kind == 'loo':
     return centred * group / (group - 1)
@@ -95,16 +98,22 @@ KLS = ('k1', 'k2', 'k3', 'k3_ratio')
 def kl(kind, now, ref, old=None):
   """Estimates of KL(now || ref) by log-probs of samples, elementwise.
 
-  k1: the gap; k2: half its square; k3: exp(-gap) + gap - 1; k3_ratio: k3
-  times exp(now - old) (AGRPO).
+  k1: the gap, with the gradient of the KL, which is gap times that of `now`
+  (of the gap itself it would be zero on average); k2: half its square; k3:
+  exp(-gap) + gap - 1; k3_ratio: k3 times exp(now - old) (AGRPO).
   """
   gap = now - ref
   if kind == 'k1':
-    return gap
+    far = jax.lax.stop_gradient(gap)
+    return far + far * (now - jax.lax.stop_gradient(now))
   if kind == 'k2':
     return gap ** 2 / 2
-  value = jnp.exp(-gap) + gap - 1
-  return value * jnp.exp(now - old) if kind == 'k3_ratio' else value
+  # float32 must hold the exp of a long sequence's gap: a line from e^20 on.
+  rise = jnp.exp(jnp.minimum(-gap, 20.0)) * (1 + jnp.maximum(-gap - 20.0, 0.0))
+  value = rise + gap - 1
+  if kind == 'k3':
+    return value
+  return value * jnp.exp(jnp.minimum(now - old, 20.0))
 
 
 def like(x, y):
@@ -207,7 +216,9 @@ def choose_steps(key, row_R, wanted_RxT, entropy_RxT, choose, draws):
   if choose == 'entropy':
     chance = jnp.where(wanted_RxT, jnp.maximum(entropy_RxT, 1e-6), 0.0)
     chance /= jnp.maximum(jnp.sum(chance, axis=1, keepdims=True), 1e-30)
-    step = jax.vmap(jnp.searchsorted)(jnp.cumsum(chance, axis=1), u)
+    # To the right: u = 0 is not the first step's if that has no chance.
+    step = jax.vmap(lambda total, u: jnp.searchsorted(total, u, 'right'))(
+        jnp.cumsum(chance, axis=1), u)
     last = jnp.max(jnp.where(wanted_RxT, jnp.arange(
         wanted_RxT.shape[1])[None], 0), axis=1, keepdims=True)
     step = jnp.minimum(step, last)  # the sum may be below one by rounding
