@@ -377,12 +377,11 @@ def params_of(built, workdir):
 
 def run_eval(built, workdir, asked):
   """Results cards of the test split, one for each length."""
-  c = built.config
   params, what = params_of(built, workdir)
-  fields = {k: v for k, v in check.flatten(c).items()
-            if k.startswith(check.JUDGING)}
-  digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-  folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
+  # A folder of its own for each checkpoint and each way to judge it.
+  source = json.dumps(evaluate.source_of(built, params), sort_keys=True)
+  folder = OUT.value or os.path.join(
+      workdir, f'eval-{hashlib.sha256(source.encode()).hexdigest()[:8]}')
   for card in evaluate.run(built, params, folder, what,
                            beat=asked.check):
     told = evaluate.as_text(card).split('\n\n')[0].replace('**', '')

@@ -17,7 +17,7 @@ import time
 import jax
 import numpy as np
 
-from dmpo_jax import data, grader, mesh, metrics
+from dmpo_jax import check, data, grader, mesh, metrics
 from dmpo_jax.build import problems as load_problems
 
 PACKAGES = ('jax', 'flax', 'numpy', 'transformers', 'math-verify')
@@ -94,10 +94,10 @@ def generate(built, params, problems, sample, total, first):
 def run(built, params, folder, what, split='test', beat=lambda: None):
   """One results card per length of eval.lengths, as dicts; see `card`.
 
-  what: names the parameters (base, or latest with its step). Generations and
+  what: names the parameters (base, adapter, latest, best). Generations and
   cards are written into `folder` as they come; called again it goes on.
-  beat() is called after each generation.
-  ValueError before anything is sampled if a length is impossible.
+  beat() is called after each generation. ValueError before anything is sampled
+  if a length is impossible, or the folder has others' generations.
   """
   c = built.config
   lengths = c.eval.lengths or (c.eval.sampler.length,)
@@ -107,7 +107,7 @@ def run(built, params, folder, what, split='test', beat=lambda: None):
   if max(lengths) > room:
     raise ValueError(f'eval.lengths = {lengths}: with prompts of '
                      f'{held.tokens.shape[1]} tokens there is room for {room}')
-  os.makedirs(folder, exist_ok=True)
+  claim(folder, source_of(built, params))
   cards = []
   for section in sections:
     stem = os.path.join(folder, f'{c.data.task}_{what}_{section.length}_'
@@ -129,6 +129,31 @@ def run(built, params, folder, what, split='test', beat=lambda: None):
         f.write(as_text(made))
     cards.append(made)
   return cards
+
+
+def source_of(built, params):
+  """What generations depend on: {field: value}, and a digest of `params`."""
+  fields = json.loads(json.dumps(check.flatten(check.plain(built.config))))
+  free = (*check.FREE, 'eval.lengths', 'eval.every', 'reward.')
+  return {'parameters': int(built.steps.digest(params)), **{
+      name: value for name, value in fields.items()
+      if not name.startswith(free)}}
+
+
+def claim(folder, source):
+  """Makes `folder`, and notes whose generations are in it; ValueError if it
+  has those of another source."""
+  path = os.path.join(folder, 'source.json')
+  if not os.path.exists(path):
+    if jax.process_index() == 0:
+      os.makedirs(folder, exist_ok=True)
+      metrics.replace(path, json.dumps(source, indent=1))
+    return
+  with open(path) as f:
+    changed = check.changes(json.load(f), source, ())
+  if changed:
+    raise ValueError(f'{folder} has generations of another model or config '
+                     f'({changed}): name another --out')
 
 
 def section_of(c, length):

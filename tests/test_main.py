@@ -602,6 +602,13 @@ def test_train_evaluate_and_score_again(
   lines.write_text(''.join(lines.read_text().splitlines(True)[:11]) + '{"row')
   command(*judged)
   assert [strip(line) for line in lines.read_text().splitlines()] == whole
+  # Nor is it mixed with what another model, or another sampler, has made.
+  other = '--config.eval.sampler.temperature=0.5'
+  with pytest.raises(SystemExit, match='cards has generations of another '
+                     r'model or config \(eval.sampler.temperature: 1.0 there'):
+    command(*judged[:-2], other, judged[-1])
+  with pytest.raises(SystemExit, match=r'another model .* \(parameters: '):
+    command(*judged, '--of=base')
   with pytest.raises(SystemExit, match='lengths has 24, which must be a mult'):
     command(*settings, '--mode=eval', '--config.eval.lengths=(24,)')
   with pytest.raises(SystemExit, match='samples = 2 needs .*temperature > 0'):

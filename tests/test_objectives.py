@@ -345,7 +345,8 @@ def test_ddo_is_its_loop():
   masks, logp = masks_and_logp(1)
   positive, old = softmax(draw(9, R)).astype(np.float32), draw(10, R)
   hp = dmpo.Config(loss='ddo', ddo_alpha=0.6, ddo_beta=0.4, antithetic=False)
-  share = np.repeat([0.25, 0.25, 0.05], G).astype(np.float32)  # a group counts less
+  # The last group counts less.
+  share = np.repeat([0.25, 0.25, 0.05], G).astype(np.float32)
   lp, mw = np.asarray(logp, np.float64), np.asarray(masks.weight)
   total = 0.0
   for r in range(R):
