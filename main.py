@@ -345,6 +345,8 @@ def main(argv):
 
 def run_main(c, built, dog, asked):
   """The modes that make parameters, or write them."""
+  if MODE.value in ('train', 'sft'):
+    check.training(c)
   for split in ('train', 'validation', 'test'):  # a bad file: refuse it now
     dog.beat(f'data, {split}', 0)
     build.problems(built, split)

@@ -161,6 +161,11 @@ def problems(built, split):
           f'the longest prompt ({prompt} tokens) and {name}sampler.length = '
           f"{section.length} exceed the model's {built.model.positions} "
           'positions')
+  length = prompt + built.config.sampler.length
+  if built.config.model.attention == 'cudnn' and length % 2:
+    raise ValueError(
+        f'model.attention = cudnn trains on even lengths, this one is {length}:'
+        f' set data.prompt_length = {prompt + 1}')
   return found
 
 
@@ -208,6 +213,13 @@ def build(c, devices=None):
         f'model.checkpoint = {c.model.checkpoint!r} attends block by block '
         '(SDAR): it can be evaluated (train.iterations = 0), but the losses '
         'here mask completions as a whole, which is not its forward process')
+  s = c.eval.sampler
+  if cfg.block_causal and (s.block != cfg.block_causal
+                           or s.length % cfg.block_causal):
+    raise ValueError(
+        f'eval.sampler.block = {s.block}, length = {s.length}: this model '
+        f'attends in blocks of {cfg.block_causal}, so block must be that, and '
+        'length a multiple')
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   objective = OBJECTIVES[c.objective.name]
   hp = check.settings(objective.hp, c.objective)

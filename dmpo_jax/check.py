@@ -81,6 +81,15 @@ def config(c, count, platform=''):
         f'  {text}' for text in found))
 
 
+def training(c):
+  """ValueError if updates would be lost by rounding: of what trains alone."""
+  if c.model.param_dtype != 'float32' and (c.sft.steps or not c.lora.rank):
+    raise ValueError(
+        f'model.param_dtype = {c.model.param_dtype}: a change of less than a '
+        '500th of a weight is rounded away there; set float32, or train '
+        'adapters (lora.rank > 0, sft.steps = 0)')
+
+
 def check_numbers(c):
   """Fields below their least value."""
   least = {
@@ -165,6 +174,16 @@ def check_model(c):
                  'lora.rank > 0')
   if not 0 <= c.lora.dropout < 1:
     found.append(f'lora.dropout = {c.lora.dropout} must be in [0, 1)')
+  needs = set()
+  if c.objective.name in OBJECTIVES:
+    objective = OBJECTIVES[c.objective.name]
+    needs = objective.needs(settings(objective.hp, c.objective))
+  # `reweigh` ('policy') reads ELBOs of a pass without dropout.
+  if c.lora.dropout and (needs & {'tokens_old', 'record'} or
+                         'elbo_old' in needs and 'policy' not in needs):
+    found.append(f'lora.dropout = {c.lora.dropout}: objective.name = '
+                 f'{c.objective.name} compares log p_theta with log p_old, '
+                 'which has no dropout: set 0')
   if not c.lora.rank and (c.lora.dropout or c.lora.path):
     found.append('lora.dropout and lora.path need lora.rank > 0')
   return found

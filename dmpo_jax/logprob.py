@@ -139,14 +139,13 @@ def state_logp(cfg, params, rollouts, step_R, law):
   logits, _ = model.window_logits(
       cfg, params, state, rollouts.valid, prompt + start_R, law['block'],
       prompt, law['guidance'])
-  logp = model.sampling_logp(logits, law['temperature'])
 
   def window(x_RxL):
     take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, law['block'])
     return jax.vmap(take)(x_RxL, start_R)
 
-  tokens = window(rollouts.tokens[:, prompt:])
-  logp = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+  logp = model.logp_of(model.sampling_logits(logits, law['temperature']),
+                       window(rollouts.tokens[:, prompt:]))
   now = jnp.sum(jnp.where(window(shown), logp, 0.0), axis=1)
   return jnp.stack([now, jnp.sum(rollouts.logp * shown, axis=1)])
 

@@ -189,6 +189,24 @@ def matmul_bwd(dtype, kept, dy):
 matmul.defvjp(matmul_fwd, matmul_bwd)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul_frozen(x, kernel, dtype=None):
+  """`matmul` of a kernel that does not train: its gradient is zeros.
+
+  JAX's own rule multiplies float32 cotangents with a bfloat16 kernel, for which
+  a GPU makes a float32 copy of it: two GiB for the head of an 8B model.
+  """
+  return matmul(x, kernel, dtype)
+
+
+def matmul_frozen_bwd(dtype, kept, dy):
+  x, kernel = kept
+  return matmul(dy.astype(x.dtype), kernel.T), jnp.zeros_like(kernel)
+
+
+matmul_frozen.defvjp(matmul_fwd, matmul_frozen_bwd)
+
+
 def dense(kernel):
   """A kernel as matmuls take it: one stored by `quantize` is restored."""
   if not hasattr(kernel, 'qvalue'):
@@ -304,9 +322,8 @@ class Transformer(nn.Module):
   def logits(self, hidden):
     table = self.embedding if self.cfg.tied else self.head
     table = table.astype(self.cfg.dtype).T
-    if self.cfg.lora_rank:
-      return jnp.matmul(hidden, table, preferred_element_type=jnp.float32)
-    return matmul(hidden, table, jnp.float32)
+    product = matmul_frozen if self.cfg.lora_rank else matmul
+    return product(hidden, table, jnp.float32)
 
   def __call__(self, tokens, positions):
     return self.logits(self.hidden(tokens, positions, *[None] * 4)[0])
@@ -437,10 +454,18 @@ def init(cfg, key):
 
 
 def attention_mask(cfg, valid_RxS, positions_RxS, queries_RxT):
-  """What each query sees, (R, 1 or T, S) bool: no padding, no later block."""
-  mask = valid_RxS[:, None, :]
+  """What each query sees, (R, 1 or T, S) bool: no padding, no later block.
+
+  Blocks are counted from the start of a text that is given without valid_RxS.
+  With it the last is whole, and so are all of a completion whose length is a
+  multiple: it is the prompt's first block that may be short.
+  """
+  mask = True if valid_RxS is None else valid_RxS[:, None, :]
   if cfg.block_causal:
-    block = lambda x: x // cfg.block_causal
+    size = cfg.block_causal
+    short = 0 if valid_RxS is None else -jnp.sum(
+        valid_RxS, axis=1, keepdims=True) % size
+    block = lambda x: (x + short) // size
     mask &= block(positions_RxS)[:, None] <= block(queries_RxT)[..., None]
   return mask
 
@@ -467,7 +492,7 @@ def hidden(cfg, params, tokens_RxS, valid_RxS=None, keep=False, window=None,
         positions, start, tokens_RxS.shape[1], 1)
   mask = None
   if valid_RxS is not None or cfg.block_causal:
-    mask = attention_mask(cfg, valid, positions, queries)[:, None]
+    mask = attention_mask(cfg, valid_RxS, positions, queries)[:, None]
   h, kept = Transformer(cfg, keep).apply(
       params, tokens_RxS, queries, mask, cache, start, dropout_R,
       method=Transformer.hidden)
@@ -513,12 +538,13 @@ def window_logits(cfg, params, tokens_RxS, valid_RxS, start, width,
   if guidance:
     blank = jnp.arange(tokens_RxS.shape[1])[None] < prompt
     blind = jnp.where(blank, cfg.mask_id, tokens_RxS)
-    tokens_RxS = jnp.concatenate([tokens_RxS, blind])
-    valid_RxS = jnp.concatenate([valid_RxS, valid_RxS])
+    # Side by side, so that both of a row are on the same device.
+    tokens_RxS = jnp.stack([tokens_RxS, blind], 1).reshape(2 * row_count, -1)
+    valid_RxS = jnp.repeat(valid_RxS, 2, axis=0)
   if cache is None:
     h, kept = hidden(cfg, params, tokens_RxS, valid_RxS, keep)
     start_R = jnp.broadcast_to(start, (row_count,))
-    start_R = jnp.concatenate([start_R] * (1 + bool(guidance)))
+    start_R = jnp.repeat(start_R, 1 + bool(guidance))
     h = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width))(
         h, start_R)
   else:
@@ -530,7 +556,7 @@ def window_logits(cfg, params, tokens_RxS, valid_RxS, start, width,
     h = h[:, :width]
   logits = head(cfg, params, h)
   if guidance:
-    cond, blind = jnp.split(logits, 2)
+    cond, blind = jnp.moveaxis(logits.reshape(-1, 2, *logits.shape[1:]), 1, 0)
     logits = blind + (guidance + 1) * (cond - blind)
   return without_mask(cfg, logits), kept
 

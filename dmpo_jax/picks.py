@@ -45,8 +45,13 @@ def schedule(hp, masked_RxW, since_R):
 
 
 def rank_of(score_RxW, masked_RxW):
-  """0 for the highest masked score; ties go to the lower position."""
-  score = jnp.where(masked_RxW, score_RxW, -jnp.inf)
+  """0 for the highest masked score; ties go to the lower position.
+
+  A nan is the lowest of the masked: it must not hide them behind the others,
+  or nothing would be taken and the sampler never end.
+  """
+  score = jnp.where(jnp.isnan(score_RxW), -1e30, score_RxW)
+  score = jnp.where(masked_RxW, score, -jnp.inf)
   order = jnp.argsort(-score, axis=1, stable=True)
   return jnp.argsort(order, axis=1)
 

@@ -184,7 +184,7 @@ def update(state, loss_fn, parts, optimizer):
   updates, opt_state = optimizer.update(grad, state.opt_state, state.trainable)
   new = TrainState(state.step + 1,
                    optax.apply_updates(state.trainable, updates), opt_state)
-  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  finite = jnp.isfinite(loss + norm + optax.tree.norm(updates))
   new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
   return new, {**metrics, 'loss': loss, 'grad_norm': norm,
                'finite': finite.astype(jnp.float32)}
@@ -237,8 +237,8 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key,
   under = functools.partial(under_masks, over_rows, loss_key, cfg=cfg,
                             objective=objective, hp=hp, law=law)
   if 'elbo_old' in needs and hp.common_masks:
-    old = [under(policy, i)['elbo'] for i in range(inner)]
-    out['elbo_old'] = jnp.stack(old, axis=1)
+    old = jax.lax.map(lambda i: under(policy, i)['elbo'], jnp.arange(inner))
+    out['elbo_old'] = jnp.moveaxis(old, 0, 1)
   elif 'elbo_old' in needs:
     old = elbo_of_rows(over_rows, policy, key, cfg, how)
     out['elbo_old'] = jnp.repeat(old[:, None], inner, axis=1)

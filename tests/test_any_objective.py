@@ -317,6 +317,10 @@ REFUSED = {
     'sampler.pick = entropy.*threshold': ('fork_grpo', {
         'sampler.pick': 'entropy', 'sampler.fallback': 'best'}),
     'rank = token.*plackett_luce': ('mapg', {'sampler.rank': 'token'}),
+    'lora.dropout = 0.1: objective.name = espo compares': (
+        'espo', {'lora.rank': 2, 'lora.dropout': 0.1}),
+    'lora.dropout = 0.1: objective.name = agrpo compares': (
+        'agrpo', {'lora.rank': 2, 'lora.dropout': 0.1}),
     'rank_temperature > 0': ('mapg', {'sampler.rank_temperature': 0.0}),
     "objective.alpha = 0.5 is no setting of objective.name = espo": (
         'espo', {'objective.alpha': 0.5}),

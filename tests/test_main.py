@@ -139,6 +139,9 @@ IMPOSSIBLE = {
         'objective.baseline': 'model', 'logprob.low': 0.2},
     'logprob.elbo = stratified must be paper': {
         'objective.baseline': 'model', 'logprob.elbo': 'stratified'},
+    'lora.dropout = 0.1: objective.name = dmpo compares': {
+        'objective.loss': 'ddo', 'objective.antithetic': False,
+        'logprob.antithetic': False, 'lora.rank': 2, 'lora.dropout': 0.1},
     'objective.loss_tail = False: log p_old': {
         'objective.baseline': 'model', 'objective.loss_tail': False},
     'logprob.low = 0.9, logprob.high = 0.5':

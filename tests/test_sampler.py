@@ -591,3 +591,16 @@ def test_no_problems():
     assert sampler.problems(dataclasses.replace(BASE, pick=pick, steps=5)) == []
   both = dataclasses.replace(BASE, block=3, rank='top')
   assert len(sampler.problems(both)) == 2
+
+
+def test_nan_takes_something():
+  """Else the loop over unmasked places would have no end."""
+  nan = np.full((2, 4), np.nan, np.float32)
+  masked = np.array([[False, True, True, True], [True, True, False, False]])
+  for name, pick in picks.PICKS.items():
+    look = picks.Look(
+      np.full((2, 4, 5), np.nan, np.float32), nan, masked, np.ones(2, int),
+      np.full(2, 0.5, np.float32), np.full((2, 4), 0.5, np.float32))
+    hp = dataclasses.replace(BASE, pick=name, rank_temperature=0.5)
+    if name != 'origin':  # which looks at chance alone
+      assert np.asarray(pick(look, hp)).any(1).all(), name

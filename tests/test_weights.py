@@ -199,6 +199,18 @@ def test_blocks_see_no_later_block(loaded):
   assert moved.tolist() == [False] * 4 + [True] * 7
 
 
+def test_blocks_of_a_completion_are_whole(loaded):
+  """SDAR: whatever the prompt's length, blocks begin with the completion."""
+  cfg, params = loaded['sdar']
+  tokens = np.tile(TOKENS[:10], (4, 1))
+  valid = np.arange(10) >= np.arange(4)[:, None]  # 6, 5, 4 prompt tokens, 3
+  other = tokens.copy()
+  other[:, 7] = (other[:, 7] + 1) % V
+  a, b = (model.full_logits(cfg, params, t, valid) for t in (tokens, other))
+  moved = np.abs(np.asarray(a - b)).max(-1) > 1e-6
+  assert moved[:, -4:].all() and not (moved & valid)[:, :-4].any()
+
+
 def test_dtype_is_as_asked(tmp_path):
   """bfloat16 files load as bfloat16 to the bit, or widen to float32."""
   folder = write(tmp_path / 'x', LLADA, dtype=ml_dtypes.bfloat16)
