@@ -235,7 +235,7 @@ def digest(tree):
   """
   total = jnp.uint32(0)
   for leaf in jax.tree.leaves(tree):
-    if leaf.dtype == bool:
+    if leaf.dtype in (bool, jnp.uint4, jnp.int4):  # of less than a byte
       leaf = leaf.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(leaf, UINTS[leaf.dtype.itemsize])
     place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1

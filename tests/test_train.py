@@ -782,7 +782,8 @@ def test_digest_sees_every_bit():
   draw = np.random.default_rng(0)
   tree = {'a': draw.normal(size=(8, 4)).astype(np.float32),
           'b': draw.normal(size=(8,)).astype(jax.numpy.bfloat16),
-          'c': draw.integers(0, 2, (8, 3)) > 0, 'd': np.int32(5)}
+          'c': draw.integers(0, 2, (8, 3)) > 0, 'd': np.int32(5),
+          'e': draw.integers(0, 16, (8, 2)).astype(jax.numpy.uint4)}
   digest = jax.jit(checkpoint.digest)
   value = int(digest(tree))
   by_row = {name: mesh.put(x, mesh.rows(grid) if x.shape else
@@ -797,8 +798,9 @@ def test_digest_sees_every_bit():
   swapped = tree['a'].copy()
   swapped[[0, 1]] = swapped[[1, 0]]
   seen |= {int(digest({**tree, 'a': swapped})),
-           int(digest({**tree, 'c': ~tree['c']}))}
-  assert len(seen) == 7
+           int(digest({**tree, 'c': ~tree['c']})),
+           int(digest({**tree, 'e': tree['e'][::-1]}))}
+  assert len(seen) == 8
 
 
 def test_restores_onto_another_mesh(built, stopped):
