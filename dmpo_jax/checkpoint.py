@@ -9,6 +9,7 @@ read is skipped for the checkpoint before it; nothing is ever deleted for it.
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from dmpo_jax import mesh
+from dmpo_jax import mesh, metrics
 
 NAMES = ('state', 'batch', 'ahead')
 UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
@@ -209,6 +210,16 @@ def replace(manager, step, state, batch, meta, ahead=None, digest=None):
   with open_manager(f'{manager.directory}.next') as other:
     save(other, step, state, batch, meta, ahead, digest)
   settle(manager)
+
+
+def amend(manager, step, **fields):
+  """Puts `fields` into the meta that is saved at `step`, which stays whole."""
+  if jax.process_index() == 0:
+    path = os.path.join(manager.directory, str(step), 'meta', 'metadata')
+    with open(path, encoding='utf-8') as f:
+      meta = json.load(f)
+    metrics.replace(path, json.dumps({**meta, **fields}))
+  mesh.agree(False)  # nobody reads it before it is there
 
 
 def settle(manager):

@@ -39,6 +39,16 @@ def save(built, manager, clock, state, batch, ahead, place):
                     built.steps.digest)
 
 
+def note_best(manager, state, place, best):
+  """Tells the checkpoint of this place of a best that it was saved without.
+
+  After SIGTERM it is validated by the next start; if it was of the last update,
+  nothing is saved after it.
+  """
+  if best != place['best'] and int(state.step):
+    checkpoint.amend(manager, int(state.step), best=best)
+
+
 def wait(manager, clock):
   """For the save under way: here, where a watchdog knows its name."""
   with clock('checkpoint'):

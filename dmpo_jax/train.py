@@ -82,6 +82,7 @@ def loop(built, workdir, writer, base, manager, clock, asked):
   if not place['inner']:
     collapse(built, place, place['iteration'] - 1)
     shown, best = test(state, place['iteration'], best)
+    resume.note_best(manager, state, place, best)
   for it in range(place['iteration'], c.train.iterations):
     if batch is None:
       batch, numbers = end(begin(state, it, age=0))

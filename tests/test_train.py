@@ -506,6 +506,24 @@ def test_sigterm_saves_and_resumes_to_the_bit(
   same_files(tmp_path, whole[0])
 
 
+def test_sigterm_before_the_best_validation(built, base_params, tmp_path,
+                                            monkeypatch):
+  """The next start validates what was saved, and writes down that it is the
+  best, though it has nothing else to save."""
+  def terminate(batch):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return batch
+  monkeypatch.setattr(evaluate, 'accuracy', scored(built, 0.1, 0.2))
+  with pytest.raises(SystemExit, match='75'):
+    run(fail_at(built, 6, terminate), tmp_path, base_params)
+  assert meta_of(tmp_path, 6)['best'] == {'step': 3, 'accuracy': 0.2}
+  monkeypatch.setattr(evaluate, 'accuracy', scored(built, 0.9))
+  final = run(built, tmp_path, base_params)
+  assert meta_of(tmp_path, 6)['best'] == {'step': 6, 'accuracy': 0.9}
+  same(mesh.fetch(resume.latest(built, tmp_path, base_params, best=True)),
+       final)
+
+
 def test_sigterm_with_overlap(early, base_params, ahead, tmp_path):
   """The buffer that is sampled ahead is graded and saved, too."""
   def terminate(batch):
