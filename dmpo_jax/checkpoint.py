@@ -134,7 +134,8 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
   `state` and the two of buffers(step) are trees of ShapeDtypeStructs that carry
   shardings, so that a checkpoint can be read onto another mesh; None leaves a
   buffer out. refuse(meta) says why a checkpoint is not this run's, or ''. A
-  step that cannot be used is skipped with a warning. ValueError if none can be.
+  step that cannot be used is skipped with a warning. ValueError if none can be;
+  what says nothing of the files (memory is short, a disk is away) is raised.
   only: no other step than this.
   """
   faults = {}
@@ -145,11 +146,14 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
         found = read(files, step, state, *buffers(step))
       fault = refuse(found[3])
     except Exception as error:  # whatever a damaged file makes others raise
+      if passing(error):
+        raise
       fault = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
     if not mesh.agree(fault):  # skipped by one process, skipped by all
       fault = digest and changed(found, digest)  # computed by all together
       if not fault:
         return found
+    found = None  # the next is not read beside it: two might not fit
     faults[step] = fault or 'another process cannot read it'
     logging.warning('checkpoint %s cannot be used: %s',
                     os.path.join(manager.directory, str(step)), faults[step])
@@ -159,6 +163,14 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
         f'no checkpoint in {manager.directory} can be used:\n{told}\nBring one '
         'back from a copy, or move the directory away to begin from nothing')
   return None
+
+
+def passing(error):
+  """Whether an error is of the machine: the files may be well."""
+  return (isinstance(error, MemoryError)
+          or isinstance(error, OSError)
+          and not isinstance(error, FileNotFoundError)
+          or 'RESOURCE_EXHAUSTED' in str(error))
 
 
 def read(manager, step, state, batch, ahead):

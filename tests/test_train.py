@@ -1,5 +1,6 @@
 """A whole tiny run, interrupted in every way that matters, and resumed."""
 
+import errno
 import json
 import os
 import re
@@ -1132,7 +1133,7 @@ def test_rate_is_scaled_without_another_program(built, base_params):
 
 
 @pytest.mark.smoke
-def test_checkpoints(tmp_path):
+def test_checkpoints(tmp_path, monkeypatch):
   """State, batch and place come back equal; the latest `keep` stay."""
   from dmpo_jax.types import TrainState
   grid = mesh.make_mesh()
@@ -1150,6 +1151,14 @@ def test_checkpoints(tmp_path):
     same(mesh.fetch(got), mesh.fetch(state))
     manager.wait_until_finished()
     assert sorted(manager.all_steps()) == [2, 5]
+    # What says nothing of the files sets none of them aside.
+    for error in (OSError(errno.EIO, 'a disk is away'), MemoryError(),
+                  RuntimeError('RESOURCE_EXHAUSTED: Out of memory')):
+      def fail(*_, error=error):
+        raise error
+      monkeypatch.setattr(checkpoint, 'read', fail)
+      with pytest.raises(type(error)):
+        checkpoint.restore(manager, checkpoint.abstract(state))
 
 
 @pytest.mark.smoke
