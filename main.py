@@ -10,6 +10,7 @@ runs, with --cards one of results cards).
 """
 
 import copy
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -429,9 +430,13 @@ def shown_prompt(built):
 
 
 def base_of(built, workdir):
-  """The base model of a run: trained, or read from workdir/sft."""
+  """The base model of a run: trained, or read from workdir/sft.
+
+  ValueError if it is to be trained and another process is at it.
+  """
   with metrics.Writer(workdir, enabled=False) as writer:
-    return sft.run(built, workdir, writer)[0]
+    return sft.run(built, workdir, writer,
+                   alone=functools.partial(guard.alone, workdir))[0]
 
 
 def run_export(built, workdir):

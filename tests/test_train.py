@@ -1,6 +1,7 @@
 """A whole tiny run, interrupted in every way that matters, and resumed."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -550,7 +551,13 @@ def test_sigterm_in_supervised_training(built, base_params, tmp_path):
   with metrics.Writer(tmp_path) as writer:
     with pytest.raises(SystemExit, match='75'):
       sft.run(broken, str(tmp_path), writer)
-    params, _ = sft.run(broken, str(tmp_path), writer)
+    alone = functools.partial(guard.alone, str(tmp_path))
+    with guard.alone(str(tmp_path)):  # another's: they would both save
+      with pytest.raises(ValueError, match='another process is training'):
+        sft.run(broken, str(tmp_path), writer, alone=alone)
+    params, _ = sft.run(broken, str(tmp_path), writer, alone=alone)
+    with guard.alone(str(tmp_path)):  # all is trained: it is only read
+      sft.run(broken, str(tmp_path), writer, alone=alone)
   assert len(calls) == 3
   same(mesh.fetch(params), mesh.fetch(base_params))
 
@@ -866,14 +873,19 @@ def test_poisoned_update_stops_the_run(built, base_params, whole, tmp_path):
 
 
 def test_poisoned_supervised_step(built, tmp_path):
-  """Supervised training stops in the same way."""
+  """Supervised training stops in the same way, a step later, not at a save."""
+  calls = []
+
   def step(state, *args):
+    calls.append(0)
     state, numbers = built.steps.sft(state, *args)
-    return state, {**numbers, 'finite': 0.0}
-  broken = built._replace(steps=built.steps._replace(sft=step))
+    return state, {**numbers, 'finite': float(len(calls) > 1)}
+  broken = vary(built, checkpoint={'every': 100})
+  broken = broken._replace(steps=built.steps._replace(sft=step))
   with metrics.Writer(tmp_path) as writer:
     with pytest.raises(FloatingPointError, match='step 1: .*sft.lr'):
       sft.run(broken, str(tmp_path), writer)
+  assert len(calls) == 2
 
 
 def test_reward_that_is_not_finite(built, base_params, tmp_path):
