@@ -145,6 +145,8 @@ def compile_longest(built, prompt):
   if not jax.config.jax_compilation_cache_dir:
     return
   for name, program, args, _ in jobs(built, prompt):
+    if not hasattr(program, 'trace'):  # pmap compiles when it is called
+      continue
     logging.info('compiling %s for prompts of %d tokens', name, prompt)
     program.trace(*args).lower().compile()
 

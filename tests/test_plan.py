@@ -207,6 +207,33 @@ def test_plans_that_are_refused(monkeypatch):
     plan.prompt_length(build.build(c))
 
 
+def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
+  """What pmap samples with is left out; the others are compiled ahead."""
+  class Stub:
+    calls = 0
+
+    def trace(self):
+      return self
+
+    lower = trace
+
+    def compile(self):
+      self.calls += 1
+
+  built, stub = build.build(small(**{
+      'sampler.parallel': 'pmap', 'mesh.fsdp': 1, 'mesh.tensor': 1})), Stub()
+  monkeypatch.setattr(plan, 'jobs', lambda *_: [
+      ('sample', built.steps.sample, (), 1), ('update', stub, (), 1)])
+  plan.compile_longest(built, 20)
+  assert not stub.calls  # no cache would keep it
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  try:
+    plan.compile_longest(built, 20)
+  finally:
+    jax.config.update('jax_compilation_cache_dir', None)
+  assert stub.calls == 1
+
+
 def test_the_real_size_from_shapes_alone():
   """LLaDA-8B's parameters, 8.02 billion, without allocating any."""
   c = llada_countdown.get_config()
