@@ -8,9 +8,11 @@ read is skipped for the checkpoint before it; nothing is ever deleted for it.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
+import re
 import shutil
 import time
 
@@ -167,10 +169,16 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
 
 def passing(error):
   """Whether an error is of the machine: the files may be well."""
-  return (isinstance(error, MemoryError)
-          or isinstance(error, OSError)
-          and not isinstance(error, FileNotFoundError)
-          or 'RESOURCE_EXHAUSTED' in str(error))
+  while error:  # what Orbax raises says only that it met another
+    number = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+      return True
+    if number and int(number[1]) != errno.ENOENT:
+      return True
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def read(manager, step, state, batch, ahead):
