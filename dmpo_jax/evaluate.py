@@ -317,6 +317,8 @@ def rescore(built, path):
     raise ValueError(f'{path}: no list of generations, or an empty one')
   rows, examples = [], []
   for i, item in enumerate(items):
+    if not isinstance(item, dict):
+      raise ValueError(f'{path}: generation {i} is no object with fields')
     lacks = [name for name in ('question', 'generations', 'ground_truth')
              if item.get(name) is None]
     if lacks:

@@ -55,6 +55,12 @@ def wait(manager, clock):
     manager.wait_until_finished()
 
 
+def is_saved(workdir):
+  """Whether there is a checkpoint in workdir/rl."""
+  folder = os.path.join(workdir, 'rl')
+  return os.path.isdir(folder) and any(map(str.isdigit, os.listdir(folder)))
+
+
 def latest(built, workdir, base, best=False):
   """Parameters of the newest checkpoint, else what training starts from.
 

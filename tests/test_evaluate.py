@@ -122,6 +122,11 @@ def test_evaluation_asks_in_its_own_style(tmp_path):
   assert f'{puzzle} is {{not}} solved.' in text
   text = built.tokenizer.decode(build.problems(built, 'train').tokens[0])
   assert 'solved' not in text
+  empty = tmp_path / 'empty.csv'
+  empty.write_text('Puzzle,Solution\n')
+  with pytest.raises(ValueError, match='the data set is empty'):
+    build.problems(built_with(**{'data.path': str(empty),
+                                 'data.template': str(path)}), 'test')
   path.write_text('no field')
   with pytest.raises(ValueError, match='has no field of sudoku: {puzzle}'):
     build.problems(built_with(**{'eval.template': str(path)}), 'test')
