@@ -9,7 +9,9 @@ plan (memory, FLOPs and time of a run, before anything is loaded), report
 runs, with --cards one of results cards).
 """
 
+import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -45,6 +47,7 @@ from dmpo_jax import (
 
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', '', 'default: runs/<name>-<hash>')
+NO_CONFIG = '--config=FILE is missing, such as configs/quickstart.py'
 MODES = ('train', 'sft', 'eval', 'score', 'sample', 'export', 'plan',
          'report')
 MODE = flags.DEFINE_enum('mode', 'train', MODES, 'what to do')
@@ -78,11 +81,12 @@ HEARTBEAT = flags.DEFINE_integer('heartbeat', 100, 'seconds of silence after '
 
 def parse(argv):
   """Flags, with the nearest name for a misspelt config field."""
+  if not config_path(argv) and any(a.startswith('--config.') for a in argv):
+    sys.exit(f'error: {NO_CONFIG}')
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
-    path = next(a.split('=', 1)[1] for a in argv if a.startswith('--config='))
-    known = check.flatten(module(path).get_config())
+    known = check.flatten(module(config_path(argv)).get_config())
     for arg in argv:
       name = arg.removeprefix('--config.').split('=')[0]
       if arg.startswith('--config.') and name not in known:
@@ -94,7 +98,17 @@ def parse(argv):
     sys.exit(f'error: {refused}')
 
 
+def config_path(argv):
+  """The file that --config=FILE or --config FILE names; '' without."""
+  for i, arg in enumerate(argv):
+    name, equals, value = arg.partition('=')
+    if name in ('--config', '-config'):
+      return value if equals else ''.join(argv[i + 1:i + 2])
+  return ''
+
+
 def hint(name, known):
+  """The field that was perhaps meant, as the end of a sentence; or ''."""
   found = check.nearest('', name, known)[0].partition(';')[2]
   return ';' + found if found else ''
 
@@ -108,10 +122,20 @@ def module(path):
   return loaded
 
 
+def points_of(path, name):
+  """The points of a config file's sweep(name); ValueError if it has none."""
+  loaded = module(path)
+  names = getattr(loaded, 'SWEEPS', (name,)) if hasattr(loaded, 'sweep') else ()
+  if name not in names:
+    raise ValueError(f'--sweep={name}: {path} has ' + (
+        f'only {", ".join(names)}' if names else 'no sweep(name)'))
+  return loaded.sweep(name)
+
+
 def apply_sweep(c, flag, sweep):
   """Point i of the config file's sweep; refuses a field that is set twice."""
   name, _, index = sweep.partition(':')
-  points = module(config_flags.get_config_filename(flag)).sweep(name)
+  points = points_of(config_flags.get_config_filename(flag), name)
   known = check.flatten(c)
   for field in {field for point in points for field in point} - set(known):
     raise ValueError(f'sweep({name!r}) sets {field!r}, which is not a field' +
@@ -127,6 +151,7 @@ def apply_sweep(c, flag, sweep):
 
 
 def as_json(c):
+  """A config as its workdir keeps it, and as its name is made from."""
   return c.to_json(sort_keys=True, indent=2)
 
 
@@ -223,6 +248,7 @@ def note_start(c, workdir):
 
 
 def write_lines(path, rows):
+  """A file with an object a line."""
   with open(path, 'w') as f:
     f.writelines(json.dumps(row) + '\n' for row in rows)
 
@@ -314,6 +340,8 @@ def main(argv):
   if MODE.value == 'report':
     return show_report()
   c = CONFIG.value
+  if c is None:
+    raise ValueError(NO_CONFIG)
   split_cpu(c.mesh.cpu)
   if many:
     guard.join(**many)
@@ -366,13 +394,27 @@ def run_main(c, built, dog, asked):
     print(report.summary(workdir))
 
 
+def is_trained(workdir):
+  """Whether RL has saved anything there.
+
+  ValueError if not and --of was given: what it names would be judged as that.
+  """
+  there = mesh.agree(resume.is_saved(workdir))
+  if not there and OF.present and OF.value != 'base':
+    raise ValueError(f'--of={OF.value}: there is no checkpoint in '
+                     f'{os.path.join(workdir, "rl")}: is that the workdir? '
+                     'Without a run, leave --of out or use --of=base')
+  return there
+
+
 def params_of(built, workdir):
   """(parameters, what they are) for --of."""
+  there = is_trained(workdir)
   base = built.steps.quantize(base_of(built, workdir))
   if OF.value == 'base':
     return base, 'base'
   what = 'adapter' if built.config.lora.path else 'base'
-  if os.path.isdir(os.path.join(workdir, 'rl')):
+  if there:
     what = OF.value
   return resume.latest(built, workdir, base, OF.value == 'best'), what
 
@@ -431,13 +473,18 @@ def shown_prompt(built):
 
 
 def base_of(built, workdir):
-  """The base model of a run: trained, or read from workdir/sft."""
+  """The base model of a run: trained, or read from workdir/sft.
+
+  ValueError if it is to be trained and another process is at it.
+  """
   with metrics.Writer(workdir, enabled=False) as writer:
-    return sft.run(built, workdir, writer)[0]
+    return sft.run(built, workdir, writer,
+                   alone=functools.partial(guard.alone, workdir))[0]
 
 
 def run_export(built, workdir):
   """A checkpoint in a format that others read, as JSON what it is."""
+  is_trained(workdir)
   base = base_of(built, workdir)
   folder = OUT.value or os.path.join(workdir, f'export-{FORMAT.value}')
   params = base if OF.value == 'base' else resume.latest(
@@ -456,7 +503,8 @@ def show_report():
                                     'comparison.png')
     print(f'{table}\n{picture}')
   else:
-    print(report.curves(WORKDIR.value))
+    with contextlib.suppress(report.NoData):  # it has hardly begun
+      print(report.curves(WORKDIR.value))
     done = os.path.exists(os.path.join(WORKDIR.value, 'results.json'))
     print((report.summary if done else report.under_way)(WORKDIR.value))
 

@@ -125,6 +125,10 @@ def model_config(c, tokenizer, folder=''):
     raise ValueError(f'model.heads = {cfg.heads} must divide model.width = '
                      f'{cfg.width} and be a multiple of model.kv_heads = '
                      f'{cfg.kv_heads}')
+  if c.model.attention == 'splash' and cfg.kv_heads % c.mesh.tensor:
+    raise ValueError(f'model.attention = splash splits the K/V heads: '
+                     f'model.kv_heads = {cfg.kv_heads} must be a multiple of '
+                     f'mesh.tensor = {c.mesh.tensor}, or use xla')
   if tokenizer is not None and len(tokenizer) > cfg.vocab:
     raise ValueError(f'the tokenizer has {len(tokenizer)} tokens, the model '
                      f'{cfg.vocab}: data.tokenizer is not this model\'s')
@@ -183,6 +187,8 @@ def ask(built, examples, split):
             answers.PREFILL.get(style, ''))
   with open(path, encoding='utf-8') as f:
     template = f.read()
+  if not examples:
+    return [], ''  # data.encode_problems says what is wrong
   fields = [name for name in examples[0] if f'{{{name}}}' in template]
   if not fields:
     raise ValueError(
@@ -329,6 +335,7 @@ def optimizer_of(c, scale=1.0, lr=None):
 
 
 def is_adapter(path):
+  """Whether a path is the directory of a PEFT adapter."""
   return os.path.isfile(os.path.join(path, 'adapter_config.json'))
 
 

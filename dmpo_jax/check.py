@@ -91,7 +91,7 @@ def training(c):
 
 
 def check_numbers(c):
-  """Fields below their least value."""
+  """Numbers out of their range."""
   least = {
       'train.iterations': 0, 'train.prompts': 1, 'train.group': 2,
       'train.inner': 1, 'train.microbatches': 1, 'sft.steps': 0,
@@ -103,7 +103,8 @@ def check_numbers(c):
       'data.prompt_length': 0, 'data.bucket': 0, 'lora.rank': 0,
       'lora.alpha': 0,
       'optim.lr': 0, 'optim.warmup': 0, 'optim.decay_steps': 0,
-      'optim.clip': 0, 'sft.lr': 0, 'optim.weight_decay': 0,
+      'optim.clip': 0, 'sft.lr': 0, 'optim.weight_decay': 0, 'sft.clip': 0,
+      'sft.warmup': 0, 'sft.weight_decay': 0,
       'model.head_chunk': 0, 'mesh.data': 0,
       'reference.every': 1, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.cpu': 1,
       'log.samples': 0, 'log.stuck_minutes': 0, 'health.patience': 1,
@@ -112,6 +113,11 @@ def check_numbers(c):
   flat = flatten(c)
   found = [] if 0 <= c.seed < 2 ** 32 else [
       f'seed = {c.seed} must be in 0 to 2 ** 32 - 1']
+  found += [f'{name} = {flat[name]} must be in [0, 1)'
+            for name in ('optim.b1', 'optim.b2') if not 0 <= flat[name] < 1]
+  for name, wanted in (('optim.eps', True), ('lora.alpha', c.lora.rank)):
+    if wanted and not flat[name] > 0:
+      found.append(f'{name} = {flat[name]} must be > 0')
   return found + [f'{name} = {flat[name]} must be >= {low}'
                   for name, low in least.items() if not flat[name] >= low]
 

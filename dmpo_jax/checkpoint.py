@@ -8,8 +8,11 @@ read is skipped for the checkpoint before it; nothing is ever deleted for it.
 """
 
 import contextlib
+import errno
 import functools
+import json
 import os
+import re
 import shutil
 import time
 
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from dmpo_jax import mesh
+from dmpo_jax import mesh, metrics
 
 NAMES = ('state', 'batch', 'ahead')
 UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
@@ -133,7 +136,8 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
   `state` and the two of buffers(step) are trees of ShapeDtypeStructs that carry
   shardings, so that a checkpoint can be read onto another mesh; None leaves a
   buffer out. refuse(meta) says why a checkpoint is not this run's, or ''. A
-  step that cannot be used is skipped with a warning. ValueError if none can be.
+  step that cannot be used is skipped with a warning. ValueError if none can be;
+  what says nothing of the files (memory is short, a disk is away) is raised.
   only: no other step than this.
   """
   faults = {}
@@ -144,11 +148,14 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
         found = read(files, step, state, *buffers(step))
       fault = refuse(found[3])
     except Exception as error:  # whatever a damaged file makes others raise
+      if passing(error):
+        raise
       fault = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
     if not mesh.agree(fault):  # skipped by one process, skipped by all
       fault = digest and changed(found, digest)  # computed by all together
       if not fault:
         return found
+    found = None  # the next is not read beside it: two might not fit
     faults[step] = fault or 'another process cannot read it'
     logging.warning('checkpoint %s cannot be used: %s',
                     os.path.join(manager.directory, str(step)), faults[step])
@@ -158,6 +165,20 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
         f'no checkpoint in {manager.directory} can be used:\n{told}\nBring one '
         'back from a copy, or move the directory away to begin from nothing')
   return None
+
+
+def passing(error):
+  """Whether an error is of the machine: the files may be well."""
+  while error:  # what Orbax raises says only that it met another
+    number = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+      return True
+    if number and int(number[1]) != errno.ENOENT:
+      return True
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def read(manager, step, state, batch, ahead):
@@ -211,6 +232,16 @@ def replace(manager, step, state, batch, meta, ahead=None, digest=None):
   settle(manager)
 
 
+def amend(manager, step, **fields):
+  """Puts `fields` into the meta that is saved at `step`, which stays whole."""
+  if jax.process_index() == 0:
+    path = os.path.join(manager.directory, str(step), 'meta', 'metadata')
+    with open(path, encoding='utf-8') as f:
+      meta = json.load(f)
+    metrics.replace(path, json.dumps({**meta, **fields}))
+  mesh.agree(False)  # nobody reads it before it is there
+
+
 def settle(manager):
   """Completes a `replace` that was interrupted."""
   folder = f'{manager.directory}.next'
@@ -235,7 +266,7 @@ def digest(tree):
   """
   total = jnp.uint32(0)
   for leaf in jax.tree.leaves(tree):
-    if leaf.dtype == bool:
+    if leaf.dtype in (bool, jnp.uint4, jnp.int4):  # of less than a byte
       leaf = leaf.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(leaf, UINTS[leaf.dtype.itemsize])
     place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1

@@ -7,6 +7,7 @@ field's JSON, and a results card that says how the number was made.
 
 import copy
 import datetime
+import glob
 import importlib.metadata
 import itertools
 import json
@@ -141,10 +142,15 @@ def source_of(built, params):
 
 
 def claim(folder, source):
-  """Makes `folder`, and notes whose generations are in it; ValueError if it
-  has those of another source."""
+  """Makes `folder`, and notes whose generations are in it.
+
+  ValueError if it has those of another source, or nobody knows of which.
+  """
   path = os.path.join(folder, 'source.json')
   if not os.path.exists(path):
+    if glob.glob(os.path.join(glob.escape(folder), '*.jsonl')):
+      raise ValueError(f'{folder} has generations, but no source.json that says'
+                       ' whose: name another --out')
     if jax.process_index() == 0:
       os.makedirs(folder, exist_ok=True)
       metrics.replace(path, json.dumps(source, indent=1))
@@ -311,6 +317,8 @@ def rescore(built, path):
     raise ValueError(f'{path}: no list of generations, or an empty one')
   rows, examples = [], []
   for i, item in enumerate(items):
+    if not isinstance(item, dict):
+      raise ValueError(f'{path}: generation {i} is no object with fields')
     lacks = [name for name in ('question', 'generations', 'ground_truth')
              if item.get(name) is None]
     if lacks:

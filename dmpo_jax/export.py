@@ -113,6 +113,8 @@ def config_of(cfg, family):
           cfg.tied}
   if kind == 'llada':
     out |= dict(include_qkv_bias=cfg.qkv_bias, vocab_size=cfg.vocab)
+  if cfg.qk_norm:  # without it transformers takes Qwen3's 128
+    out['head_dim'] = cfg.head_dim or cfg.width // cfg.heads
   if kind == 'sdar':
     out['block_size'] = cfg.block_causal
   return out | dict(
@@ -142,12 +144,14 @@ def copy_small(source, folder):
 
 
 def write_json(folder, name, value):
+  """A JSON file, from the first process."""
   if jax.process_index() == 0:
     with open(os.path.join(folder, name), 'w') as f:
       json.dump(value, f, indent=2)
 
 
 def write_tokenizer(folder, tokenizer):
+  """The tokenizer's files, from the first process."""
   if jax.process_index() == 0:
     tokenizer.save_pretrained(folder)
 
@@ -196,8 +200,9 @@ def run(built, params, base, folder, kind):
   cfg, source = built.model, built.config.model.checkpoint
   source = source and weights.locate(source, False)
   if kind == 'adapter' and 'lora' not in params:
-    raise ValueError('--format=adapter: this run trained all parameters '
-                     '(lora.rank = 0); --format=merged writes them')
+    why = ('--of=base is the model without its adapters' if cfg.lora_rank else
+           'this run trained all parameters (lora.rank = 0)')
+    raise ValueError(f'--format=adapter: {why}; --format=merged writes them')
   if kind == 'adapter' and built.config.sft.steps:
     raise ValueError(
         f'--format=adapter: sft.steps = {built.config.sft.steps} changed the '

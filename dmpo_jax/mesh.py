@@ -52,6 +52,7 @@ def make_mesh(data=0, fsdp=1, tensor=1, devices=None):
 
 
 def path_of(path):
+  """A path of jax.tree_util as text: params/layers/q/kernel."""
   return '/'.join(str(getattr(p, 'key', getattr(p, 'name', p))) for p in path)
 
 
@@ -75,10 +76,12 @@ def shardings(tree, mesh):
 
 
 def rows(mesh):
+  """How arrays lie whose first axis is rows."""
   return NamedSharding(mesh, ROWS)
 
 
 def replicated(mesh):
+  """How arrays lie that every device holds whole."""
   return NamedSharding(mesh, P())
 
 

@@ -82,12 +82,6 @@ def read(workdir, name=FILE):
   return [row for _, row in _load(pathlib.Path(workdir) / name)]
 
 
-def drop_phase(workdir, phase):
-  """Forgets a phase of a run that no `Writer` has open."""
-  with Writer(workdir) as writer:
-    writer.drop_phase(phase)
-
-
 class Writer:
   """Appends to a run's metrics.jsonl and TensorBoard files.
 
@@ -190,10 +184,6 @@ class Writer:
   def count(self, phase):
     """Rows of the phase that are in the file."""
     return sum(row['phase'] == phase for _, row in _load(self._path))
-
-  def drop_phase(self, phase):
-    """Forgets all that the phase wrote."""
-    self.rewind(phase, -1)
 
   def close(self):
     """Writes what is pending and closes the files; twice does no harm."""

@@ -60,6 +60,8 @@ class Program(NamedTuple):
 
 
 class Plan(NamedTuple):
+  """What a run will hold and how long it takes."""
+
   devices: str
   mesh: dict
   rows: int
@@ -70,7 +72,7 @@ class Plan(NamedTuple):
   cache: int  # K/V bytes while it samples
   programs: list
   total: int  # bytes at the worst moment
-  memory: int  # bytes of the chip; 0 = unknown
+  memory: int  # bytes that JAX may take of the chip; 0 = unknown
   seconds: dict  # rollout, update, run: at least
 
 
@@ -127,7 +129,22 @@ def make(c, topology=''):
       prompt, per_device({**parts, **state.trainable}),
       held - per_device({**parts, **state.trainable})
       - per_device(state.opt_state), per_device(state.opt_state), cache, made,
-      total, int(chip.memory * GIB) if chip else 0, seconds)
+      total, memory_of(devices[0], chip, topology), seconds)
+
+
+def memory_of(device, chip, topology=''):
+  """Bytes of a device that JAX hands out; 0 = unknown.
+
+  As the device says where it is here, else as the data sheet does: JAX leaves a
+  quarter of a GPU to others, unless it is told another fraction.
+  """
+  told = {} if topology else device.memory_stats() or {}
+  if 'bytes_limit' in told or not chip:
+    return told.get('bytes_limit', 0)
+  names = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
+  fractions = [os.environ[name] for name in names if os.environ.get(name)]
+  fraction = float([*fractions, 0.75][0]) if device.platform == 'gpu' else 1.0
+  return int(fraction * chip.memory * GIB)
 
 
 def prompt_length(built):
@@ -145,6 +162,8 @@ def compile_longest(built, prompt):
   if not jax.config.jax_compilation_cache_dir:
     return
   for name, program, args, _ in jobs(built, prompt):
+    if not hasattr(program, 'trace'):  # pmap compiles when it is called
+      continue
     logging.info('compiling %s for prompts of %d tokens', name, prompt)
     program.trace(*args).lower().compile()
 
@@ -469,6 +488,7 @@ def show(plan, c):
 
 
 def duration(seconds):
+  """Seconds as text, in the unit that they are read best in."""
   if np.isnan(seconds):
     return 'unknown'
   if seconds < 120:

@@ -133,8 +133,15 @@ def _draw(ax, steps, values, phase, label, colour):
   ax.plot(steps, mean, color=colour, lw=1.8, label=label)
 
 
+class NoData(ValueError):
+  """There is nothing to draw yet."""
+
+
 def curves(workdir):
-  """Draws the run's curves.png, of a run under way too; returns its path."""
+  """Draws the run's curves.png, of a run under way too; returns its path.
+
+  NoData if there is no number in its metrics.
+  """
   workdir = pathlib.Path(workdir)
   rows = metrics.read(workdir)
   panels = []
@@ -147,7 +154,7 @@ def curves(workdir):
     if lines:
       panels.append((title, xlabel, lines))
   if not panels:
-    raise ValueError(f'no data to draw in {workdir / metrics.FILE}')
+    raise NoData(f'no data to draw in {workdir / metrics.FILE}')
 
   base = None
   if (workdir / 'results.json').exists():

@@ -39,10 +39,26 @@ def save(built, manager, clock, state, batch, ahead, place):
                     built.steps.digest)
 
 
+def note_best(manager, state, place, best):
+  """Tells the checkpoint of this place of a best that it was saved without.
+
+  After SIGTERM it is validated by the next start; if it was of the last update,
+  nothing is saved after it.
+  """
+  if best != place['best'] and int(state.step):
+    checkpoint.amend(manager, int(state.step), best=best)
+
+
 def wait(manager, clock):
   """For the save under way: here, where a watchdog knows its name."""
   with clock('checkpoint'):
     manager.wait_until_finished()
+
+
+def is_saved(workdir):
+  """Whether there is a checkpoint in workdir/rl."""
+  folder = os.path.join(workdir, 'rl')
+  return os.path.isdir(folder) and any(map(str.isdigit, os.listdir(folder)))
 
 
 def latest(built, workdir, base, best=False):
@@ -60,25 +76,29 @@ def latest(built, workdir, base, best=False):
                                built.config.checkpoint.keep) as manager:
     found = checkpoint.restore(manager, state, **how)
     top = found and found[3].get('best')
-    if best and top and not top['step']:
-      found = None  # nothing was better than the start
-    elif best and top and top['step'] != int(found[0].step):
-      found = checkpoint.restore(manager, state, only=top['step'], **how)
+    if best and top and top['step'] != int(found[0].step):
+      found = None  # not beside another: two might not fit
+      if top['step']:  # else nothing was better than the start
+        found = checkpoint.restore(manager, state, only=top['step'], **how)
   return {**frozen, **(found[0].trainable if found else trainable)}
 
 
-def enter(built, manager, state, problems, workdir, writer):
+def enter(built, manager, trainable, problems, workdir, writer):
   """(state, batch, ahead, place): the latest checkpoint, or a fresh start.
 
-  The buffers, in use and sampled ahead, are None where there is none.
-  ValueError if there are checkpoints and none can be used.
+  trainable: what a fresh state starts from. The buffers, in use and sampled
+  ahead, are None where there is none. ValueError if there are checkpoints and
+  none can be used.
   """
   place = dict(iteration=0, inner=0, seconds=0.0, best=None,
                health=health.fresh(), rollbacks=[], lr_scale=1.0)
   batch, ahead, c = None, None, built.config
-  found = checkpoint.restore(
-      manager, checkpoint.abstract(state), buffers_at(built),
-      built.steps.digest, check.refuse(c, check.FREE))
+  state = built.steps.start(trainable)
+  shapes = checkpoint.abstract(state)
+  if manager.all_steps():
+    state = None  # not beside the one that is read: two might not fit
+  found = checkpoint.restore(manager, shapes, buffers_at(built),
+                             built.steps.digest, check.refuse(c, check.FREE))
   if found:
     state, batch, ahead, meta = found
     place |= meta
@@ -116,11 +136,12 @@ def roll_back(built, workdir, manager, base, sentence, record):
   """
   rules = check.settings(health.Config, built.config.health)
   manager.wait_until_finished()
-  state = built.steps.start(policy_of(built, base)[0])
+  trainable = policy_of(built, base)[0]
+  shapes = checkpoint.abstract(built.steps.start(trainable))
   how = dict(digest=built.steps.digest,
              refuse=check.refuse(built.config, check.FREE))
-  found = checkpoint.restore(manager, checkpoint.abstract(state), **how)
-  meta = found[3] if found else {}
+  # Of what is read only the meta is kept: two states might not fit.
+  meta = (checkpoint.restore(manager, shapes, **how) or ({},))[-1]
   done, seconds = meta.get('rollbacks', []), meta.get('seconds', 0.0)
   if rules.action == 'stop' or len(done) >= rules.rollbacks:
     note_down(workdir, {**record, 'action': 'stop'})
@@ -132,7 +153,9 @@ def roll_back(built, workdir, manager, base, sentence, record):
           'config': check.plain(built.config)}
   if top:
     state, batch, ahead, meta = checkpoint.restore(
-        manager, checkpoint.abstract(state), buffers_at(built), only=top, **how)
+        manager, shapes, buffers_at(built), only=top, **how)
+  else:
+    state = built.steps.start(trainable)
   scale = rules.lr_factor * (done[-1]['lr_scale'] if done else 1.0)
   record = {**record, 'action': 'rollback', 'to_update': top,
             'lr_scale': scale}

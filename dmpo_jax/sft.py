@@ -4,6 +4,7 @@ Makes the base model of a run that starts from nothing. Position in the data
 is a function of the step, so that it resumes to the bit.
 """
 
+import contextlib
 import os
 import time
 
@@ -14,11 +15,13 @@ from absl import logging
 from dmpo_jax import build, check, checkpoint, data, guard, metrics
 
 
-def run(built, workdir, writer, beat=lambda phase, step: None):
+def run(built, workdir, writer, beat=lambda phase, step: None,
+        alone=contextlib.nullcontext):
   """Base parameters after sft.steps; resumes from, or reads, workdir/sft.
 
   Returns ({'params': ...}, seconds spent in all sessions). ValueError if there
   are checkpoints and none can be used; SystemExit, saved, after SIGTERM.
+  `with alone()` is held while it trains, for those who come without the lock.
   """
   c = built.config
   if not c.sft.steps:
@@ -34,8 +37,8 @@ def run(built, workdir, writer, beat=lambda phase, step: None):
       state, _, _, meta = found
       start, spent = meta['step'], meta['seconds']
     if start < c.sft.steps:
-      checkpoint.set_aside(manager, start)
-      with guard.Preemption() as asked:
+      with alone(), guard.Preemption() as asked:
+        checkpoint.set_aside(manager, start)
         state, spent = train(built, state, start, spent, writer, manager,
                              clock, asked)
   return state.trainable, spent
@@ -59,6 +62,7 @@ def train(built, state, start, spent, writer, manager, clock, asked):
           state, tokens[index], valid[index],
           np.arange(c.sft.batch, dtype=np.int32), at)
       written = writer.late('sft', at + 1, pending)
+    stop_if_not_finite(written)
     progress.update(at + 1, written or {})
     stop, last = asked(), at + 1 == c.sft.steps
     if stop or last or checkpoint.is_due(c.checkpoint, at + 1, saved):
@@ -79,6 +83,7 @@ def train(built, state, start, spent, writer, manager, clock, asked):
 
 
 def stop_if_not_finite(written):
+  """FloatingPointError if a step's numbers, where there are any, say so."""
   if written and not written['finite']:
     raise FloatingPointError(
         f"supervised loss or gradient is not finite at step {written['step']}:"

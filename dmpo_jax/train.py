@@ -62,10 +62,9 @@ def loop(built, workdir, writer, base, manager, clock, asked):
   problems = build.problems(built, 'train')
   held_out = build.problems(built, 'validation')
   trainable, frozen = resume.policy_of(built, base)
-  state = steps.start(trainable)
   with clock('checkpoint'):
     state, batch, ahead, place = resume.enter(
-        built, manager, state, problems, workdir, writer)
+        built, manager, trainable, problems, workdir, writer)
   if c.data.bucket:  # what would not fit fails now, not at the long prompt
     plan.compile_longest(built, data.bucketed(problems.valid, c.data.bucket))
   progress = metrics.Progress(c.train.iterations, 'rl',
@@ -82,6 +81,7 @@ def loop(built, workdir, writer, base, manager, clock, asked):
   if not place['inner']:
     collapse(built, place, place['iteration'] - 1)
     shown, best = test(state, place['iteration'], best)
+    resume.note_best(manager, state, place, best)
   for it in range(place['iteration'], c.train.iterations):
     if batch is None:
       batch, numbers = end(begin(state, it, age=0))

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from dmpo_jax import mesh, model
 
 INDEX = 'model.safetensors.index.json'
-SMALL = ('*.json', '*.jinja', '*.txt', '*.model')  # all but the weights
+# All but the weights; code is for who reads an export, nothing here runs it.
+SMALL = ('*.json', '*.jinja', '*.txt', '*.model', '*.py')
 # Where neither config.json nor tokenizer_config.json names the mask token.
 MASK_TOKENS = ('<|mdm_mask|>', '<|mask|>', '<|MASK|>', '[MASK]', '<mask>')
 
@@ -264,6 +265,7 @@ def special_ids(folder, raw, vocab):
 
 
 def complain(where, found):
+  """One ValueError for all that was found, if anything was."""
   if found:
     raise ValueError(f'{where}: ' + '; '.join(found))
 
@@ -439,6 +441,10 @@ def read_adapter(path, cfg, folder='', grid=None):
   found = [f'{name} = {told[name]!r}: only {plain!r} is implemented'
            for name, plain in PEFT_FIXED.items()
            if told.get(name, plain) not in (plain, None, {}, [])]
+  init = told.get('init_lora_weights')
+  if init not in (True, False, None, *PEFT_INIT):
+    found.append(f'init_lora_weights = {init!r} may change the base, too: only '
+                 f'true, false, {", ".join(PEFT_INIT)} are implemented')
   for field, name, value in (('rank', 'r', cfg.lora_rank),
                              ('alpha', 'lora_alpha', cfg.lora_alpha)):
     if told.get(name) != value:
@@ -466,6 +472,7 @@ def read_adapter(path, cfg, folder='', grid=None):
 PEFT_FIXED = dict(peft_type='LORA', bias='none', use_dora=False,
                   use_rslora=False, modules_to_save=None, rank_pattern={},
                   alpha_pattern={}, fan_in_fan_out=False)
+PEFT_INIT = ('gaussian', 'orthogonal', 'eva')  # those that leave the base alone
 
 
 def abstract_adapter(cfg):

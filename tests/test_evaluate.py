@@ -40,6 +40,19 @@ def test_lengths_keep_the_tokens_a_step():
     evaluate.section_of(c, 128)
 
 
+def test_a_folder_belongs_to_one_source(tmp_path):
+  """Its own goes on; another's, and an unknown one's, are refused."""
+  mine = {'parameters': 1, 'seed': 0}
+  for _ in range(2):
+    evaluate.claim(str(tmp_path / 'new'), mine)
+  with pytest.raises(ValueError, match='another model .*parameters: 1 there'):
+    evaluate.claim(str(tmp_path / 'new'), {**mine, 'parameters': 2})
+  (tmp_path / 'old').mkdir()
+  (tmp_path / 'old' / 'sudoku_base_16_16.jsonl').write_text('')
+  with pytest.raises(ValueError, match='old has generations, but no source'):
+    evaluate.claim(str(tmp_path / 'old'), mine)
+
+
 def card(path, **changes):
   made = dict(task='math', protocol='paper', split='test', style='chat',
               problems=500, model='m', parameters='base', steps=128, length=256,
@@ -109,6 +122,11 @@ def test_evaluation_asks_in_its_own_style(tmp_path):
   assert f'{puzzle} is {{not}} solved.' in text
   text = built.tokenizer.decode(build.problems(built, 'train').tokens[0])
   assert 'solved' not in text
+  empty = tmp_path / 'empty.csv'
+  empty.write_text('Puzzle,Solution\n')
+  with pytest.raises(ValueError, match='the data set is empty'):
+    build.problems(built_with(**{'data.path': str(empty),
+                                 'data.template': str(path)}), 'test')
   path.write_text('no field')
   with pytest.raises(ValueError, match='has no field of sudoku: {puzzle}'):
     build.problems(built_with(**{'eval.template': str(path)}), 'test')

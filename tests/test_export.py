@@ -35,6 +35,9 @@ def test_merged_weights_read_back(kind, tiny, weights_of, tmp_path):
   params = weights_of(cfg)
   assert weights.kind_of(cfg) == kind
   export.save_hf(tmp_path, cfg, params, shard_bytes=4000)
+  if cfg.qk_norm:  # transformers' default is not what the model has
+    told = json.loads((tmp_path / 'config.json').read_text())
+    assert told['head_dim'] == (cfg.head_dim or cfg.width // cfg.heads)
   again, read = weights.load_hf(str(tmp_path))
   tokens = export.probe(cfg)
   close(model.full_logits(again, read, tokens),
@@ -145,10 +148,16 @@ def test_adapters_that_are_refused(tiny, weights_of, tmp_path):
     with pytest.raises(ValueError, match=message):
       weights.read_adapter(str(tmp_path), other)
   path = tmp_path / 'adapter_config.json'
-  path.write_text(json.dumps(json.loads(path.read_text())
-                             | {'use_dora': True}))
-  with pytest.raises(ValueError, match='use_dora = True: only False'):
-    weights.read_adapter(str(tmp_path), cfg)
+  told = json.loads(path.read_text())
+  for name, value, message in (
+      ('use_dora', True, 'use_dora = True: only False'),
+      ('init_lora_weights', 'pissa_niter_4', "'pissa_niter_4' may change the"),
+      ('init_lora_weights', 'olora', "'olora' may change the base")):
+    path.write_text(json.dumps(told | {name: value}))
+    with pytest.raises(ValueError, match=message):
+      weights.read_adapter(str(tmp_path), cfg)
+  path.write_text(json.dumps(told | {'init_lora_weights': 'gaussian'}))
+  weights.read_adapter(str(tmp_path), cfg)
   with pytest.raises(ValueError, match='has no adapter_config.json'):
     weights.read_adapter(str(tmp_path / 'nowhere'), cfg)
 
@@ -190,6 +199,8 @@ def test_exports_that_are_refused(tiny, weights_of, tmp_path):
     export.run(fake_run(tiny), frozen, frozen, folder, 'merged')
   with refused('trained all parameters'):
     export.run(fake_run(tiny), frozen, frozen, folder, 'adapter')
+  with refused('--of=base is the model without its adapters'):
+    export.run(fake_run(cfg), frozen, frozen, folder, 'adapter')
   (tmp_path / 'x').write_text('')
   with refused('is not empty'):
     export.run(fake_run(cfg), params, frozen, str(tmp_path), 'merged')

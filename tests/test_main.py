@@ -71,10 +71,10 @@ def command(config_file, monkeypatch, tmp_path):
   monkeypatch.setattr(main, 'quiet', lambda: None)
   monkeypatch.chdir(tmp_path)
 
-  def call(*args, function=None):
+  def call(*args, function=None, config=(f'--config={config_file}',)):
     saved = flagsaver.save_flag_values()
     # ml_collections looks for overrides in sys.argv, whatever it is given.
-    argv = ['main.py', f'--config={config_file}', *args]
+    argv = ['main.py', *config, *args]
     monkeypatch.setattr(sys, 'argv', argv)
     try:
       rest = main.parse(argv)
@@ -162,6 +162,13 @@ IMPOSSIBLE = {
     'train.group = 1 must be >= 2': {'train.group': 1},
     'optim.lr = -1.0 must be >= 0': {'optim.lr': -1.0},
     'optim.lr = nan must be >= 0': {'optim.lr': float('nan')},
+    'optim.b1 = 1.0 must be in': {'optim.b1': 1.0},
+    'optim.b2 = -0.1 must be in': {'optim.b2': -0.1},
+    'optim.eps = 0.0 must be > 0': {'optim.eps': 0.0},
+    'sft.clip = -1.0 must be >= 0': {'sft.clip': -1.0},
+    'sft.warmup = -1 must be >= 0': {'sft.warmup': -1},
+    'sft.weight_decay = -1.0 must be >= 0': {'sft.weight_decay': -1.0},
+    'lora.alpha = 0.0 must be > 0': {'lora.alpha': 0.0, 'lora.rank': 2},
     'checkpoint.every = 0 must be >= 1': {'checkpoint.every': 0},
     'checkpoint.every_minutes = -1.0 must be >= 0':
         {'checkpoint.every_minutes': -1.0},
@@ -197,6 +204,17 @@ def test_all_complaints_at_once():
   assert len(str(info.value).splitlines()) == 4
 
 
+def test_splash_splits_the_heads_of_k_and_v():
+  """Its shard_map has whole heads on each device of the tensor axis."""
+  c = tiny(**{'model.attention': 'splash', 'mesh.tensor': 2})
+  tokenizer = data.char_tokenizer()
+  build.model_config(c, tokenizer)
+  c.model.kv_heads = 1
+  with pytest.raises(ValueError, match='kv_heads = 1 must be a multiple of mesh'
+                     '.tensor = 2'):
+    build.model_config(c, tokenizer)
+
+
 def test_the_defaults_of_the_tests_can_run():
   """The control of the table above."""
   check.config(tiny(), 8)
@@ -211,6 +229,15 @@ def test_misspelt_field(command):
     command('--config.optim.lrr=1')
   assert "config.optim.lrr is not a field" in str(info.value)
   assert "did you mean 'optim.lr'" in str(info.value)
+
+
+def test_config_named_otherwise(command, config_file):
+  """With a space in place of the =, or not at all: sentences, too."""
+  with pytest.raises(SystemExit, match="did you mean 'optim.lr'"):
+    command('--config.optim.lrr=1', config=('--config', config_file))
+  for args in ((), ('--workdir=run', '--mode=eval'), ('--config.seed=1',)):
+    with pytest.raises(SystemExit, match='^error: .*--config=FILE is missing'):
+      command(*args, config=())
 
 
 def test_wrong_type(command):
@@ -242,6 +269,10 @@ def test_sweep_points(command, config_file):
       applied(f'--sweep={bad}')
   with pytest.raises(ValueError, match="'optim.lr'.*set both by --sweep"):
     applied('--sweep=rates:0', '--config.optim.lr=1')
+  with pytest.raises(ValueError, match='--sweep=rate: .*has only rates'):
+    applied('--sweep=rate:0')
+  with pytest.raises(ValueError, match=r'quickstart.py has no sweep\(name\)'):
+    main.points_of(str(ROOT / 'configs' / 'quickstart.py'), 'rates')
   # A point is still only a config: the file itself is not changed.
   assert main.module(config_file).get_config().seed == 0
 
@@ -389,6 +420,13 @@ def test_report_mode(command, monkeypatch, capsys):
   assert capsys.readouterr().out == 'run/c.png\nbefore and after\n'
   with pytest.raises(SystemExit, match='error: .*config.json'):
     command('--workdir=nowhere', '--mode=report')
+
+
+def test_report_of_a_run_that_has_written_nothing(command, capsys):
+  """How far it is, without a picture."""
+  main.settle(tiny(), 'run')
+  command('--workdir=run', '--mode=report')
+  assert capsys.readouterr().out.startswith('supervised step 0 of')
 
 
 # --- what main alone does
@@ -612,6 +650,15 @@ def test_train_evaluate_and_score_again(
     command(*judged[:-2], other, judged[-1])
   with pytest.raises(SystemExit, match=r'another model .* \(parameters: '):
     command(*judged, '--of=base')
+  # Without its checkpoints it is the base, but not where they are asked for.
+  (tmp_path / 'run' / 'rl').rename(tmp_path / 'gone')
+  (tmp_path / 'run' / 'rl').mkdir()
+  with pytest.raises(SystemExit, match='no checkpoint in run/rl: is that the'):
+    command(*judged, '--of=best')
+  with pytest.raises(SystemExit, match=r'another model .* \(parameters: '):
+    command(*judged)
+  (tmp_path / 'run' / 'rl').rmdir()
+  (tmp_path / 'gone').rename(tmp_path / 'run' / 'rl')
   with pytest.raises(SystemExit, match='lengths has 24, which must be a mult'):
     command(*settings, '--mode=eval', '--config.eval.lengths=(24,)')
   with pytest.raises(SystemExit, match='samples = 2 needs .*temperature > 0'):
@@ -643,6 +690,7 @@ def test_generations_that_are_refused(command, tmp_path):
   for value, message in (
       ('{', 'x.json: not JSON'), ('[]', 'no list of generations'),
       ('{"generations": []}', 'no list of generations, or an empty'),
+      ('{"generations": ["x"]}', 'generation 0 is no object with fields'),
       (json.dumps({'generations': [{**good, 'ground_truth': None}]}),
        'generation 0 has no ground_truth'),
       (json.dumps({'generations': [{**good, 'question': 'x'}]}),

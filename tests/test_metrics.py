@@ -142,19 +142,6 @@ def test_rewind_of_open_phase_keeps_its_event_file(tmp_path):
   assert values == [(1, 'rl/x', 1), (2, 'rl/x', 2)] and purges == [2]
 
 
-def test_drop_phase(tmp_path):
-  with metrics.Writer(tmp_path) as writer:
-    writer.write('eval', 0, {'x': 1})
-    writer.write('sft', 0, {'x': 1})
-    writer.drop_phase('eval')
-    assert steps(tmp_path, 'eval') == [] and steps(tmp_path, 'sft') == [0]
-  metrics.drop_phase(tmp_path, 'sft')
-  metrics.drop_phase(tmp_path, 'never')
-  assert metrics.read(tmp_path) == []
-  assert scalars(tmp_path, 'sft')[1] == [0]
-  assert not (tmp_path / 'tensorboard' / 'never').exists()
-
-
 def test_bad_line_inside_the_file_is_an_error(tmp_path):
   (tmp_path / metrics.FILE).write_text('{"phase": "rl"\n{"phase": "rl"}\n')
   with pytest.raises(ValueError, match='line 1'):

@@ -183,6 +183,28 @@ def test_roofline():
   assert 'fits in' in plan.show(made._replace(memory=2 ** 40), small())
 
 
+def test_memory_that_there_is(monkeypatch):
+  """What the device says; else the data sheet, of which JAX leaves a part."""
+  class Device:
+    platform, told = 'gpu', {'bytes_limit': 77}
+
+    def memory_stats(self):
+      return self.told
+
+  chip, device = plan.CHIPS['NVIDIA H100'], Device()
+  assert plan.memory_of(device, chip) == plan.memory_of(device, None) == 77
+  device.told = None  # as of CPUs
+  assert plan.memory_of(device, None) == 0
+  for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+    monkeypatch.delenv(name, raising=False)
+  assert plan.memory_of(device, chip) == 60 * plan.GIB
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.9')
+  assert plan.memory_of(device, chip) == 72 * plan.GIB
+  device.platform = 'tpu'
+  device.memory_stats = None  # one that is not here cannot be asked
+  assert plan.memory_of(device, chip, 'v5e:4x4') == 80 * plan.GIB
+
+
 def test_plans_that_are_refused(monkeypatch):
   """No such topology, no libtpu, no prompt length, pmap."""
   from jax.experimental import topologies
@@ -205,6 +227,33 @@ def test_plans_that_are_refused(monkeypatch):
   c.train.prompts = 8
   with pytest.raises(ValueError, match='data.prompt_length = 0: without'):
     plan.prompt_length(build.build(c))
+
+
+def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
+  """What pmap samples with is left out; the others are compiled ahead."""
+  class Stub:
+    calls = 0
+
+    def trace(self):
+      return self
+
+    lower = trace
+
+    def compile(self):
+      self.calls += 1
+
+  built, stub = build.build(small(**{
+      'sampler.parallel': 'pmap', 'mesh.fsdp': 1, 'mesh.tensor': 1})), Stub()
+  monkeypatch.setattr(plan, 'jobs', lambda *_: [
+      ('sample', built.steps.sample, (), 1), ('update', stub, (), 1)])
+  plan.compile_longest(built, 20)
+  assert not stub.calls  # no cache would keep it
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  try:
+    plan.compile_longest(built, 20)
+  finally:
+    jax.config.update('jax_compilation_cache_dir', None)
+  assert stub.calls == 1
 
 
 def test_the_real_size_from_shapes_alone():

@@ -1,5 +1,7 @@
 """A whole tiny run, interrupted in every way that matters, and resumed."""
 
+import errno
+import functools
 import json
 import os
 import re
@@ -506,6 +508,24 @@ def test_sigterm_saves_and_resumes_to_the_bit(
   same_files(tmp_path, whole[0])
 
 
+def test_sigterm_before_the_best_validation(built, base_params, tmp_path,
+                                            monkeypatch):
+  """The next start validates what was saved, and writes down that it is the
+  best, though it has nothing else to save."""
+  def terminate(batch):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return batch
+  monkeypatch.setattr(evaluate, 'accuracy', scored(built, 0.1, 0.2))
+  with pytest.raises(SystemExit, match='75'):
+    run(fail_at(built, 6, terminate), tmp_path, base_params)
+  assert meta_of(tmp_path, 6)['best'] == {'step': 3, 'accuracy': 0.2}
+  monkeypatch.setattr(evaluate, 'accuracy', scored(built, 0.9))
+  final = run(built, tmp_path, base_params)
+  assert meta_of(tmp_path, 6)['best'] == {'step': 6, 'accuracy': 0.9}
+  same(mesh.fetch(resume.latest(built, tmp_path, base_params, best=True)),
+       final)
+
+
 def test_sigterm_with_overlap(early, base_params, ahead, tmp_path):
   """The buffer that is sampled ahead is graded and saved, too."""
   def terminate(batch):
@@ -531,7 +551,13 @@ def test_sigterm_in_supervised_training(built, base_params, tmp_path):
   with metrics.Writer(tmp_path) as writer:
     with pytest.raises(SystemExit, match='75'):
       sft.run(broken, str(tmp_path), writer)
-    params, _ = sft.run(broken, str(tmp_path), writer)
+    alone = functools.partial(guard.alone, str(tmp_path))
+    with guard.alone(str(tmp_path)):  # another's: they would both save
+      with pytest.raises(ValueError, match='another process is training'):
+        sft.run(broken, str(tmp_path), writer, alone=alone)
+    params, _ = sft.run(broken, str(tmp_path), writer, alone=alone)
+    with guard.alone(str(tmp_path)):  # all is trained: it is only read
+      sft.run(broken, str(tmp_path), writer, alone=alone)
   assert len(calls) == 3
   same(mesh.fetch(params), mesh.fetch(base_params))
 
@@ -782,7 +808,8 @@ def test_digest_sees_every_bit():
   draw = np.random.default_rng(0)
   tree = {'a': draw.normal(size=(8, 4)).astype(np.float32),
           'b': draw.normal(size=(8,)).astype(jax.numpy.bfloat16),
-          'c': draw.integers(0, 2, (8, 3)) > 0, 'd': np.int32(5)}
+          'c': draw.integers(0, 2, (8, 3)) > 0, 'd': np.int32(5),
+          'e': draw.integers(0, 16, (8, 2)).astype(jax.numpy.uint4)}
   digest = jax.jit(checkpoint.digest)
   value = int(digest(tree))
   by_row = {name: mesh.put(x, mesh.rows(grid) if x.shape else
@@ -797,8 +824,9 @@ def test_digest_sees_every_bit():
   swapped = tree['a'].copy()
   swapped[[0, 1]] = swapped[[1, 0]]
   seen |= {int(digest({**tree, 'a': swapped})),
-           int(digest({**tree, 'c': ~tree['c']}))}
-  assert len(seen) == 7
+           int(digest({**tree, 'c': ~tree['c']})),
+           int(digest({**tree, 'e': tree['e'][::-1]}))}
+  assert len(seen) == 8
 
 
 def test_restores_onto_another_mesh(built, stopped):
@@ -845,14 +873,19 @@ def test_poisoned_update_stops_the_run(built, base_params, whole, tmp_path):
 
 
 def test_poisoned_supervised_step(built, tmp_path):
-  """Supervised training stops in the same way."""
+  """Supervised training stops in the same way, a step later, not at a save."""
+  calls = []
+
   def step(state, *args):
+    calls.append(0)
     state, numbers = built.steps.sft(state, *args)
-    return state, {**numbers, 'finite': 0.0}
-  broken = built._replace(steps=built.steps._replace(sft=step))
+    return state, {**numbers, 'finite': float(len(calls) > 1)}
+  broken = vary(built, checkpoint={'every': 100})
+  broken = broken._replace(steps=built.steps._replace(sft=step))
   with metrics.Writer(tmp_path) as writer:
     with pytest.raises(FloatingPointError, match='step 1: .*sft.lr'):
       sft.run(broken, str(tmp_path), writer)
+  assert len(calls) == 2
 
 
 def test_reward_that_is_not_finite(built, base_params, tmp_path):
@@ -1112,7 +1145,7 @@ def test_rate_is_scaled_without_another_program(built, base_params):
 
 
 @pytest.mark.smoke
-def test_checkpoints(tmp_path):
+def test_checkpoints(tmp_path, monkeypatch):
   """State, batch and place come back equal; the latest `keep` stay."""
   from dmpo_jax.types import TrainState
   grid = mesh.make_mesh()
@@ -1130,6 +1163,15 @@ def test_checkpoints(tmp_path):
     same(mesh.fetch(got), mesh.fetch(state))
     manager.wait_until_finished()
     assert sorted(manager.all_steps()) == [2, 5]
+    # What says nothing of the files sets none of them aside.
+    for error in (OSError(errno.EIO, 'a disk is away'), MemoryError(),
+                  ValueError("INTERNAL: Failed to read [os_error_code='5']"),
+                  RuntimeError('RESOURCE_EXHAUSTED: Out of memory')):
+      def fail(*_, error=error):
+        raise KeyError('which array it was') from error  # as Orbax does
+      monkeypatch.setattr(checkpoint, 'read', fail)
+      with pytest.raises(KeyError, match='which array'):
+        checkpoint.restore(manager, checkpoint.abstract(state))
 
 
 @pytest.mark.smoke

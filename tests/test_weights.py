@@ -319,6 +319,12 @@ def test_directories_that_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
   with pytest.raises(ValueError, match='could not be had .*: no network$'):
     load('GSAI-ML/LLaDA-8B-Instruct')
+  asked = []
+  monkeypatch.setattr('huggingface_hub.snapshot_download',
+                      lambda *_, **how: asked.append(how['allow_patterns']))
+  weights.locate('GSAI-ML/LLaDA-8B-Instruct', False)
+  # auto_map in config.json points at code: an export must have it, too.
+  assert '*.py' in asked[0] and '*.safetensors' not in asked[0]
 
 
 @pytest.mark.parametrize('name', [
