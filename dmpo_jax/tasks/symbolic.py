@@ -20,7 +20,7 @@ import pebble
 
 MEMORY = 4 << 30  # bytes of address space of a worker
 MAX_LENGTH = 300  # characters; longer answers are compared as strings alone
-_state = {'pool': None, 'workers': 0, 'deadline': 3.0, 'failed': []}
+_state = {'pool': None, 'workers': 0, 'deadline': 3.0, 'failed': {}}
 _lock = threading.Lock()
 
 
@@ -30,13 +30,30 @@ def configure(workers=0, deadline=3.0):
   if (workers, deadline) != (_state['workers'], _state['deadline']):
     close()
     _state.update(workers=workers, deadline=deadline)
+    _ask.cache_clear()  # another deadline, another verdict
 
 
 def equal(left, right):
-  """math-verify's verdict; False if it gives none in time. Thread-safe."""
+  """math-verify's verdict; False if it gives none in time. Thread-safe.
+
+  What got no verdict is asked again only after a `drain`: a batch waits for it
+  once, though its reward and its grade want it.
+  """
   if max(len(left), len(right)) > MAX_LENGTH:
     return False
-  return _ask(left, right)
+  if (left, right) in _state['failed']:
+    return False
+  try:
+    return _ask(left, right)
+  except _Unanswered as error:
+    with _lock:
+      _state['failed'][left, right] = str(error)
+    return False
+
+
+class _Unanswered(Exception):
+  """No verdict. Raised, as what `_ask` returns is kept for ever: next time the
+  machine may be less busy."""
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -46,25 +63,20 @@ def _ask(left, right):
       return _pool().schedule(
           verify, (left, right), timeout=_state['deadline']).result()
     except TimeoutError:
-      return _fail(left, right, 'killed at its deadline')
+      raise _Unanswered('killed at its deadline') from None
     except Exception as error:  # a dead worker, a lost pool, math-verify's own
       if not again:
-        return _fail(left, right, f'{type(error).__name__}: {error}')
+        raise _Unanswered(f'{type(error).__name__}: {error}') from error
       if not _pool().active:
         close()
-
-
-def _fail(left, right, reason):
-  with _lock:
-    _state['failed'].append(dict(answer=left, truth=right, reason=reason))
-  return False
 
 
 def drain():
   """The questions that got no answer since the last call, as dicts."""
   with _lock:
-    failed, _state['failed'] = _state['failed'], []
-  return failed
+    failed, _state['failed'] = _state['failed'], {}
+  return [dict(answer=left, truth=right, reason=reason)
+          for (left, right), reason in failed.items()]
 
 
 def _pool():
