@@ -11,6 +11,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import threading
@@ -20,6 +21,17 @@ import pebble
 
 MEMORY = 4 << 30  # bytes of address space of a worker
 MAX_LENGTH = 300  # characters; longer answers are compared as strings alone
+# No operation stands in these, nor between what they part.
+SPACING = re.compile(r'\s|\\[!,:; ]|\\(?:left|right|quad|qquad)(?![a-zA-Z])'
+                     r'|\^\\circ|\^\{\\circ\}')
+RELATION = re.compile(r'\\(?:leq?|geq?|neq?|in|cup|cap|to|text|mathrm)'
+                      r'(?![a-zA-Z])')
+TIMES = re.compile(r'\\(?:cdot|times|ast)(?![a-zA-Z])')
+OPERATION = re.compile(
+    r'\^|!|(?<=[0-9a-zA-Z)\]}])(?:\+|-|\\pm|\\mp)'
+    r'|(?<=[0-9)\]}])\*+(?:[(\[{]*[-+]?[.0-9]'
+    r'|\\[dt]?frac(?:\{[0-9]+\}\{[0-9]+\}|[0-9][0-9]))'
+    r'|\\(?:div|binom|sum|prod|int|lim|lfloor|lceil|gcd|bmod)(?![a-zA-Z])')
 _state = {'pool': None, 'workers': 0, 'deadline': 3.0, 'failed': {}}
 _lock = threading.Lock()
 
@@ -138,21 +150,20 @@ def _confine():
 def verify(left, right):
   """Whether `left` is what `right`, the truth, is; both without \\boxed.
 
-  An unevaluated sum or power of numbers is not an answer: math-verify would
-  pay 1+1 for 2.
+  An operation that is left to do is no answer, where the truth has none:
+  math-verify would pay 1+1 for 2.
   """
   import math_verify  # half a second, and sympy: only here
   parsed = [math_verify.parse(f'${text}$', parsing_timeout=None,
                               extraction_config=[
                                   math_verify.LatexExtractionConfig()])
             for text in (right, left)]
-  if not all(parsed) or _sums_numbers(left) and not _sums_numbers(right):
+  if not all(parsed) or _operates(left) and not _operates(right):
     return False
   return bool(math_verify.verify(*parsed, timeout_seconds=None))
 
 
-def _sums_numbers(text):
-  """Whether digits are still to be added or multiplied: '1+1', '2\\cdot3'."""
-  plain = text.replace('\\cdot', '*').replace('\\times', '*').replace(' ', '')
-  return any(a.isdigit() and op in '+*' and b.isdigit()
-             for a, op, b in zip(plain, plain[1:], plain[2:], strict=False))
+def _operates(text):
+  """Whether there is an operation: '1+1', '2\\cdot3', '5!', 'x-1', not '-1'."""
+  plain = RELATION.sub(',', TIMES.sub('*', SPACING.sub('', text)))
+  return bool(OPERATION.search(plain))
