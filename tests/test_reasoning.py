@@ -214,6 +214,42 @@ def test_operations_left_to_do(left, right, same, monkeypatch):
   assert math.equal(left, right) == same
 
 
+@pytest.mark.parametrize('left, right, same', [
+    # Hedges, and equations that are false.
+    (r'5\text{ or }7\text{or }9', '5', False), ('x=4=5', '5', False),
+    (r'5\text{ (or maybe }6)', '5', False), (r'5\text{ or }7', '5', False),
+    (r'5\text{ or }7', r'5\text{ or }9', False), (r'5\text{ not}', '5', False),
+    (r'5\text{ or }7', '5,7', True), (r'5\text{ and }7', '5,7', True),
+    (r'\text{ Monday}', r'\text{ Tuesday}', False),
+    (r'\text{ Monday}', r'\text{Monday}', True),
+    ('6=5', '5', False), ('123=5', '5', False), ('7x=5', '5', False),
+    ('-x=5', '5', False), (r'\pi=5', '5', False), ('x=1,y=5', '5', False),
+    ('6=5', 'x=5', False), ('7x=5', 'x=5', False), ('7x=5', '7y=5', False),
+    ('x=5', '5', True), ('y_1 = 5', '5', True), (r'\theta=5', '5', True),
+    ('f(x)=2x', '2x', True), ('f^{-1}(x) = 2x', '2x', True),
+    (r'\text{Area}=5', '5', True), (r'm\angle ABC = 5', '5', True),
+    ('x=1, x=2', '1,2', True), (r'x=1 \text{ or } x=2', '1,2', True),
+    ('5', 'x=5', True), ('x = 5', 'x=5', True), ('y=2x+1', 'y = 1+2x', True),
+    # Signs within a number, and bases.
+    ('5$3', '53', False), (r'4^\circ5', '45', False), (r'5\%3', '53', False),
+    (r'5\$3', '53', False), (r'4^{\circ}\!5', '45', False),
+    (r'\$5', '5', True), ('$5$', '5', True), (r'90^\circ', '90', True),
+    (r'-\$5', '-5', True), (r'(30^\circ, 60^\circ)', '(30,60)', True),
+    (r'90^\circ, 45^\circ', '90,45', True), (r'50\%', '50', True),
+    ('10_3', '10_2', False), ('10_{2}', '10_2', True), ('10', '10_2', True),
+    # Decimals are exact.
+    ('1.414214', r'\sqrt{2}', False), ('3.141593', r'\pi', False),
+    (r'1.414214\sqrt{1}', r'\sqrt{2}', False), ('2.718282', 'e', False),
+    (r'1.5\pi', r'\frac{3\pi}{2}', True), ('0.5x', r'\frac{x}{2}', True),
+    ('0.5', r'\frac{1}{2}', True),
+    # Units stand at the end.
+    (r'5\text{ cm}', '5', True), (r'5 \text{ cm}^2.', '5', True),
+    (r'5\text{cm}', '5', True), ('5', r'5\text{ square units}', True)])
+def test_strict_equality(left, right, same, monkeypatch):
+  monkeypatch.setattr(symbolic, '_ask', symbolic.verify)
+  assert math.equal(left, right) == same
+
+
 @pytest.mark.parametrize('text, value', [
     ('7', 7), ('-7', -7), ('1,234', 1234), ('1{,}234', 1234),
     (r'1,\!234', 1234),

@@ -32,6 +32,7 @@ OPERATION = re.compile(
     r'|(?<=[0-9)\]}])\*+(?:[(\[{]*[-+]?[.0-9]'
     r'|\\[dt]?frac(?:\{[0-9]+\}\{[0-9]+\}|[0-9][0-9]))'
     r'|\\(?:div|binom|sum|prod|int|lim|lfloor|lceil|gcd|bmod)(?![a-zA-Z])')
+DECIMAL = re.compile(r'(?<![0-9])([0-9]*)\.([0-9]+)')
 _state = {'pool': None, 'workers': 0, 'deadline': 3.0, 'failed': {}}
 _lock = threading.Lock()
 
@@ -151,9 +152,13 @@ def verify(left, right):
   """Whether `left` is what `right`, the truth, is; both without \\boxed.
 
   An operation that is left to do is no answer, where the truth has none:
-  math-verify would pay 1+1 for 2.
+  math-verify would pay 1+1 for 2. And decimals are exact, where the truth has
+  none: it would look at six of them.
   """
   import math_verify  # half a second, and sympy: only here
+  if not DECIMAL.search(right):
+    left = DECIMAL.sub(lambda found: rf'\frac{{{found[1]}{found[2]}}}'
+                                     rf'{{1{"0" * len(found[2])}}}', left)
   parsed = [math_verify.parse(f'${text}$', parsing_timeout=None,
                               extraction_config=[
                                   math_verify.LatexExtractionConfig()])
