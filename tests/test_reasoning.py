@@ -99,9 +99,37 @@ def test_gsm8k_strict(text, want, right):
     ('5', 5), ('-5', -5), ('+5', 5), ('5.50', 5.5), ('.5', .5), ('1,000', 1000),
     ('1,00', None), ('5 6', None), ('5%', 5), ('$5.', 5), ('five', None),
     ('', None), ('1.2.3', None), ('\u0665', None),
-    ('12,345,678.5', 12345678.5)])
+    ('12,345,678.5', 12345678.5), ('1{,}072', 1072), (r'1\,072', 1072),
+    (r'1,\!072', 1072), (r'\$1,072', 1072), (r'1072\text{ dollars}', 1072),
+    ('1072 apples.', 1072), ('**1072**', 1072), (r'\(1072\)', 1072),
+    (r'1072\,\text{km}', 1072), (r'15\%', 15), ('5 m\u00b2', 5), ('5 m', 5),
+    ('5 books', 5), ('\u20135', -5), ('\u2013.5', -.5), ('cost \u2013 5', 5),
+    ('3\u20135', None), (r'\sqrt{1072}', None), (r'1072\pi', None),
+    ('\u221a1072', None), ('1072\u00b2', None), ('1072\u00bd', None),
+    ('1072!', None), ('1072^2', None), ('1072 million', None), ('5k', None),
+    ('5 Thousand', None), ('5M', None), (r'1072\text{ million}', None),
+    (r'\frac{1072}{}', None), (r'1\,07', None), ('1e3', None)])
 def test_one_number(text, value):
   assert gsm8k.number(text) == value
+
+
+@pytest.mark.parametrize('told, value', [
+    ('$18', 18), ('18%', 18), ('18 dollars', 18), ('1,800', 1800),
+    ('-2.5', -2.5)])
+@pytest.mark.parametrize('protocol', answers.PROTOCOLS)
+def test_gold_with_a_unit(protocol, told, value):
+  """What loads can be graded, and saved."""
+  example = {'question': '?', 'answer': f'So.\n#### {told}'}
+  assert gsm8k.record(example) == ('?', value)
+  for text, right in ((rf'\boxed{{{value}}}', 1), (r'\boxed{19}', 0)):
+    assert gsm8k.grade(text, example, protocol) == right
+
+
+@pytest.mark.parametrize('truth', [float('nan'), float('inf'), 10 ** 200])
+def test_truths_that_are_no_numbers(truth):
+  with pytest.raises(ValueError, match='ground_truth .* is not a number'):
+    gsm8k.recall('?', truth)
+  assert gsm8k.record(gsm8k.recall('?', 1e-7)) == ('?', 1e-7)
 
 
 def test_the_length_penalty_grows_with_the_whole_text():
