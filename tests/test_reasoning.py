@@ -15,6 +15,7 @@ GSM = {'question': 'How many clips?',
        'answer': 'In May 48/2 = <<48/2=24>>24.\n#### 1,072'}
 MATH = {'problem': 'Half of one?',
         'solution': r'As \boxed{2} is wrong, it is $\boxed{\frac{1}{2}}$.'}
+GRID, OTHER = '1234341221434321', '2134341212434321'  # differ in four cells
 R = '<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>'.format
 
 
@@ -428,6 +429,37 @@ def test_a_test_that_is_trained_on_is_refused(name, tmp_path):
   write(tmp_path / 'test.jsonl', name, 30, first=100)
   with pytest.raises(ValueError, match='training would see the test'):
     load('train')
+
+
+TOLD_TWICE = {  # problems of a test, and how a train file may tell the first
+    'gsm8k': ([{'question': f'How many  clips\nof {i}?', 'answer': '#### 2'}
+               for i in range(3)],
+              {'question': ' How many clips of 0? ', 'answer': 'Two.\n#### 2'}),
+    'math': ([{'problem': f'Half of  {i}?', 'solution': r'\boxed{0}'}
+              for i in range(3)],
+             {'problem': 'Half of 0?', 'solution': r'It is $\boxed{0}$.'}),
+    'countdown': ([{'nums': [7, 3, 5], 'target': t} for t in (22, 15, 27)],
+                  {'nums': [3, 5, 7], 'target': 22}),
+    'sudoku': ([{'Puzzle': '0' * n + GRID[n:], 'Solution': GRID}
+                for n in (10, 1, 2)],
+               {'Puzzle': '0' * 10 + GRID[10:], 'Solution': OTHER})}
+
+
+@pytest.mark.parametrize('name', TOLD_TWICE)
+def test_the_same_problem_told_otherwise_is_left_out(name, tmp_path):
+  """Other steps, white space, order, or another of two solutions."""
+  test, again = TOLD_TWICE[name]
+  for part, rows in (('train', [again] * 5), ('test', test)):
+    if name == 'sudoku':
+      (tmp_path / f'{part}.csv').write_text('\n'.join(
+          map(','.join, [rows[0], *(row.values() for row in rows)])))
+    else:
+      (tmp_path / f'{part}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  options = dataclasses.replace(OPTIONS, path=str(tmp_path))
+  assert len(TASKS[name].load('test', options)) == 3
+  for split in ('train', 'validation'):
+    with pytest.raises(ValueError, match='no example falls in the'):
+      TASKS[name].load(split, options)
 
 
 @pytest.mark.parametrize('name', TASKS)

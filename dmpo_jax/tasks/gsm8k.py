@@ -78,7 +78,7 @@ def load(split, options):
         'grade_school_math/data), or its parquet files from the hub; or tfds, '
         'which downloads them')
   return answers.take('gsm8k', _read, lambda e: answers.split_by(e['question']),
-                      split, options)
+                      lambda e: answers.words(e['question']), split, options)
 
 
 def _read(path):

@@ -66,7 +66,7 @@ def load(split, options):
         'test.jsonl, with columns problem and solution (on the hub: '
         'ankner/math-500 for training, HuggingFaceH4/MATH-500 for the test)')
   return answers.take('math', _read, lambda e: answers.split_by(e['problem']),
-                      split, options)
+                      lambda e: answers.words(e['problem']), split, options)
 
 
 def _read(path):

@@ -86,7 +86,7 @@ def load(split, options):
   if options.path:
     places = {grid: name for name, part in owned.items() for grid in part}
     return answers.take('sudoku', _read, lambda e: places[e['solution']],
-                        split, options)
+                        lambda e: e['puzzle'], split, options)
   if not 1 <= options.min_blanks <= options.max_blanks <= MAX_BLANKS:
     raise ValueError(
         f'min_blanks={options.min_blanks}, max_blanks={options.max_blanks}: '
