@@ -86,6 +86,13 @@ def test_records_come_back(name, example):
         task.recall(question, wrong)
 
 
+def test_truths_that_cannot_be_graded():
+  """Braces that do not pair leave another truth, or none."""
+  for wrong in (r'\left\{1', '{', 'x}{'):
+    with pytest.raises(ValueError, match='ground_truth'):
+      TASKS['math'].recall('q', wrong)
+
+
 def built_with(**changes):
   c = base.get_config()
   c.update_from_flattened_dict({

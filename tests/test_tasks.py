@@ -499,12 +499,21 @@ def test_answers_are_what_the_regex_finds():
     assert answers.last_answer(text) == found[-1]
 
 
-@pytest.mark.parametrize('text, content', [
-    (r'\boxed{1}', '1'), (r'\boxed{\frac{1}{2}} x', r'\frac{1}{2}'),
-    (r'\boxed{1} \boxed{2}', '2'), (r'\boxed{1', None), ('1', None),
-    (r'\boxed{1} \boxed{2', None), (r'\boxed 3$ x', '3'), (r'\boxed', None)])
-def test_last_boxed(text, content):
-  assert answers.last_boxed(text) == content
+@pytest.mark.parametrize('text, paper, strict', [
+    (r'\boxed{1}', '1', '1'), (r'\boxed{1} \boxed{2}', '2', '2'),
+    (r'\boxed{\frac{1}{2}} x', r'\frac{1}{2}', r'\frac{1}{2}'),
+    (r'\boxed{1', None, None), ('1', None, None), (r'\boxed', None, None),
+    (r'\boxed{1} \boxed{2', None, None), (r'\boxed 3$ x', '3', '3'),
+    (r'first \boxed 3$, no: \boxed{5}', '3', '5'), (r'\boxed3', None, None),
+    (r'\boxed{5} or \boxed 3$', '3', '3'), (r'\boxed {5} x', '{5} x', '5'),
+    (r'\boxed 3$ \boxed', '3', None)])
+def test_last_boxed(text, paper, strict):
+  assert answers.last_boxed(text) == paper
+  assert answers.last_boxed(text, strict=True) == strict
+  example = {'problem': '', 'solution': r'\boxed{5}'}
+  for name, told in (('math', example), ('gsm8k', {'answer': '#### 5'})):
+    graded = TASKS[name].grade(f'<answer>{text}</answer>', told, 'strict')
+    assert graded == (strict == '5')
 
 
 def test_long_texts_keep_their_end():

@@ -53,19 +53,23 @@ def _answers(text):
     end = stop + len('</answer>')
 
 
-def last_boxed(text):
+def last_boxed(text, strict=False):
   r"""Content of the last \boxed{...}, braces balanced, or None.
 
   As in the field's helper (DMPO eval/parser_helper.py:14-41), '\boxed ' with a
-  space anywhere wins and reaches to the next '$'.
+  space anywhere wins and reaches to the next '$'. strict: only if it is last.
   """
   text = clip(text)
-  if '\\boxed ' in text:
-    return text.rpartition('\\boxed ')[2].partition('$')[0]
-  start = text.rfind('\\boxed')
-  if start < 0 or not text.startswith('\\boxed{', start):
+  start = text.rfind('\\boxed ' if not strict and '\\boxed ' in text
+                     else '\\boxed')
+  if start < 0:
     return None
-  return braced(text, start + len('\\boxed'))
+  at = start + len('\\boxed')
+  if strict and text[at:].lstrip().startswith('{'):
+    return braced(text, text.index('{', at))
+  if text.startswith(' ', at):
+    return text[at + 1 :].partition('$')[0]
+  return braced(text, at)
 
 
 def braced(text, at):

@@ -185,8 +185,8 @@ def _strict_answer(text):
   r"""The last <answer> (what is \boxed in it), else the last \boxed, or ""."""
   answer = answers.last_answer(text)
   if answer is None:
-    return (answers.last_boxed(text) or '').strip()
-  boxed = answers.last_boxed(answer)
+    return (answers.last_boxed(text, strict=True) or '').strip()
+  boxed = answers.last_boxed(answer, strict=True)
   return (answer if boxed is None else boxed).strip()
 
 

@@ -111,7 +111,8 @@ def reward(text, example, protocol):
   answer = answers.last_answer(text)
   return {'correctness': 2.0 * equal(_strict_answer(text), gold(example)),
           'format': 0.5 * answers.formatted(text.strip()) + 0.5 * (
-              answer is not None and answers.last_boxed(answer) is not None)}
+              answer is not None and
+              answers.last_boxed(answer, strict=True) is not None)}
 
 
 def grade(text, example, protocol):
@@ -162,7 +163,7 @@ def _rewarded(text):
 def _strict_answer(text):
   r"""The last \boxed, within the last <answer> if there is one, or None."""
   answer = answers.last_answer(text)
-  return answers.last_boxed(text if answer is None else answer)
+  return answers.last_boxed(text if answer is None else answer, strict=True)
 
 
 # ---- equality
@@ -332,10 +333,13 @@ def record(example):
 
 
 def recall(question, truth):
-  """The example of a saved generation; ValueError if truth is no text."""
-  if not isinstance(truth, str) or not truth.strip():
-    raise ValueError(f'ground_truth {truth!r} is not an answer')
-  return {'problem': question, 'solution': f'\\boxed{{{truth}}}'}
+  """The example of a saved generation; ValueError if truth is no text, or its
+  braces do not pair."""
+  if isinstance(truth, str) and truth.strip():
+    example = {'problem': question, 'solution': f'\\boxed{{{truth}}}'}
+    if gold(example) == truth:
+      return example
+  raise ValueError(f'ground_truth {truth!r} is not an answer')
 
 
 TASK = Task(
