@@ -344,6 +344,19 @@ def test_a_full_puzzle_is_solved_only_by_itself():
   assert sudoku.reward(A(GRID), full, 'paper') == {'sudoku': 0.0}
 
 
+def test_every_solution_is_right():
+  """Of a puzzle with two, in a file; the reference knows the told one alone."""
+  other, told = '2134341212434321', {'puzzle': '00' + GRID[2:8] + '00' +
+                                     GRID[10:], 'solution': GRID}
+  assert valid_grid(other) and fits(told['puzzle'], other)
+  for grid, strict, paper in ((GRID, 1, 1), (other, 1, 0),
+                              ('1234341212434321', .5, .5)):
+    assert sudoku.reward(A(grid), told, 'strict') == {'sudoku': strict}
+    assert sudoku.grade(A(grid), told, 'strict') == (strict == 1)
+    assert sudoku.reward(A(grid), told, 'paper') == {'sudoku': paper}
+    assert sudoku.grade(A(grid), told, 'paper') == paper
+
+
 def reference_sudoku_answer(text):
   """The five patterns of DMPO eval/parse_and_get_acc.py, as they stand."""
   end = r'<\|eot_id\|>|<\|endoftext\|>'
