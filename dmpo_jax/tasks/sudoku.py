@@ -7,7 +7,8 @@ solution grids: 70% train, 15% validation, 15% test, permuted by the seed of
 
 'paper' is DMPO reward_func.py:183-237 for the reward and DMPO
 eval/parse_and_get_acc.py:269-353 for the grade: the share of empty cells that
-match, given cells unchecked; only the last MAX_TEXT characters are read.
+match, given cells unchecked; only the last MAX_TEXT characters are read. Its
+accuracy is of all empty cells together, so a puzzle counts by how many it has.
 'strict' wants 16 digits that keep the given cells, and grades whole puzzles; a
 grid by the rules is right, though the file may tell another.
 """
@@ -206,6 +207,11 @@ def answer(text, example, protocol):
           else _graded(answers.clip(text))) or None
 
 
+def counts(example, protocol):
+  """How much a puzzle counts in the accuracy; 'paper': by its empty cells."""
+  return example['puzzle'].count('0') if protocol == 'paper' else 1
+
+
 def _share(answer, example):
   """Share of empty cells where `answer` has the solution's digit."""
   empty = [at for at in range(CELLS) if example['puzzle'][at] == '0']
@@ -273,5 +279,5 @@ def recall(question, truth):
 
 TASK = Task(
     load=load, prompt=prompt, target=target, reward=reward, grade=grade,
-    extra=extra, answer=answer, record=record, recall=recall,
+    extra=extra, answer=answer, record=record, recall=recall, counts=counts,
     styles=tuple(TEMPLATES))
