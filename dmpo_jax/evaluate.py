@@ -38,13 +38,13 @@ def accuracy(built, params, problems, beat=lambda: None):
     beat()
   examples = [problems.examples[row['problem']] for row in rows]
   graded = judged(built, rows, examples)
-  numbers = [{'accuracy': grade, 'reward': float(reward),
-              'forwards': row['batch_forwards'],
+  numbers = [{'reward': float(reward), 'forwards': row['batch_forwards'],
               **built.task.extra(row['text'], example)}
-             for grade, reward, row, example in zip(
-                 graded.grades, graded.reward, rows, examples, strict=True)]
-  mean = {name: float(np.mean([row[name] for row in numbers]))
-          for name in numbers[0]}
+             for reward, row, example in zip(
+                 graded.reward, rows, examples, strict=True)]
+  mean = {'accuracy': averaged(built, examples, graded.grades),
+          **{name: float(np.mean([row[name] for row in numbers]))
+             for name in numbers[0]}}
   samples = [dict(prompt=built.task.prompt(example, 'bare'), example=example,
                   completion=row['text'], reward=terms, order=row['order'])
              for row, example, terms in zip(
@@ -59,6 +59,13 @@ def judged(built, rows, examples):
   return grader.judge(built.task, c.data.protocol,
                       [rows[i]['text'] for i in mine],
                       [examples[i] for i in mine], c.reward.weights, mine)
+
+
+def averaged(built, examples, grades):
+  """The mean of grades, each as much as its problem counts (Task.counts)."""
+  counts = [built.task.counts(example, built.config.data.protocol)
+            for example in examples]
+  return float(np.average(grades, weights=counts)) if any(counts) else 0.0
 
 
 def generate(built, params, problems, sample, total, first):
@@ -231,23 +238,24 @@ def numbers_of(built, rows, examples):
   mean = lambda dicts: {name: float(np.mean([d[name] for d in dicts]))
                         for name in dicts[0]}
   out = {'problems': len({row['problem'] for row in rows}),
-         'accuracy': float(np.mean(graded.grades)),
+         'accuracy': averaged(built, examples, graded.grades),
          'reward': float(np.mean(graded.reward)), 'terms': mean(graded.terms),
          **mean(extras), 'grades_failed': len(graded.failed),
          **mean([{name: row[name] for name in ('forwards', 'tokens')}
                  for row in rows if 'forwards' in row] or [{}])}
   out['interval'] = wilson(out['accuracy'], out['problems'])
-  by_problem = {}
+  by_problem, told = {}, {}
   for row, example, grade in zip(rows, examples, graded.grades, strict=True):
+    told.setdefault(row['problem'], example)
     by_problem.setdefault(row['problem'], []).append(
         (task.answer(row['text'], example, protocol), grade))
   samples = max(map(len, by_problem.values()))
   if samples > 1:
-    groups = by_problem.values()
+    best = [max(grade for _, grade in group) for group in by_problem.values()]
     out |= {'samples': samples,
-            f'pass@{samples}': float(np.mean([
-                max(grade for _, grade in group) for group in groups])),
-            'majority': float(np.mean([vote(group) for group in groups]))}
+            f'pass@{samples}': averaged(built, told.values(), best),
+            'majority': averaged(built, told.values(),
+                                 list(map(vote, by_problem.values())))}
   return out, graded.failed
 
 

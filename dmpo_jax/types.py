@@ -170,5 +170,7 @@ class Task(NamedTuple):
   # ValueError
   record: Callable = lambda example: ('', example)
   recall: Callable = lambda question, truth: truth
+  # (example, protocol) -> how much a problem counts in an accuracy
+  counts: Callable = lambda example, protocol: 1
   styles: tuple = ('bare', 'chat')  # names that `prompt` knows
   threads: bool = False  # judging waits for other processes: do many at once

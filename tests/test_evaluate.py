@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import types
 
 import pytest
 
@@ -99,12 +100,44 @@ def test_records_come_back(name, example):
         task.recall(question, wrong)
 
 
+def test_truths_that_cannot_be_graded():
+  """Braces that do not pair leave another truth, or none."""
+  for wrong in (r'\left\{1', '{', 'x}{'):
+    with pytest.raises(ValueError, match='ground_truth'):
+      TASKS['math'].recall('q', wrong)
+
+
 def built_with(**changes):
   c = base.get_config()
   c.update_from_flattened_dict({
       'data.train_size': 8, 'data.validation_size': 8, 'data.test_size': 8,
       'train.microbatches': 1, **changes})
   return build.build(c)
+
+
+@pytest.mark.parametrize('protocol, accuracy, best, majority', [
+    ('paper', (2 + 4 + 4 + 6) / 24, (4 + 6) / 12, (2 + 4) / 12),
+    ('strict', 1 / 4, 1 / 2, 0)])
+def test_cells_are_counted_together(protocol, accuracy, best, majority,
+                                    monkeypatch):
+  """Paper's sudoku: the right ones of all empty cells, not a mean of shares."""
+  built, grid = built_with(**{'data.protocol': protocol}), '1234341221434321'
+  told = [{'puzzle': '0' * n + grid[n:], 'solution': grid} for n in (4, 8)]
+  # Of 4 empty cells 2 and 4 are right, of 8 empty cells 4 and 6.
+  texts = ['2134' + grid[4:], grid, '21344312' + grid[8:],
+           '21343412' + grid[8:]]
+  rows = [{'problem': i // 2, 'text': f'<answer>{text}</answer>',
+           'batch_forwards': 1, 'order': [0]} for i, text in enumerate(texts)]
+  examples = [told[row['problem']] for row in rows]
+  numbers, _ = evaluate.numbers_of(built, rows, examples)
+  assert numbers['accuracy'] == pytest.approx(accuracy)
+  assert numbers['pass@2'] == pytest.approx(best)
+  assert numbers['majority'] == pytest.approx(majority)
+  monkeypatch.setattr(evaluate, 'generate', lambda *_: rows)
+  mean, _ = evaluate.accuracy(built, None, types.SimpleNamespace(examples=told))
+  assert mean['accuracy'] == numbers['accuracy']
+  full = [{'puzzle': grid, 'solution': grid}]
+  assert evaluate.averaged(built, full, [0.0]) == 0.0  # nothing to count
 
 
 def test_evaluation_asks_in_its_own_style(tmp_path):

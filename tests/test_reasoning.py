@@ -8,13 +8,14 @@ import re
 import pytest
 
 from dmpo_jax import types
-from dmpo_jax.tasks import TASKS, answers, gsm8k, math
+from dmpo_jax.tasks import TASKS, answers, gsm8k, math, symbolic
 
 OPTIONS = types.TaskOptions(train_size=0, validation_size=0, test_size=0)
 GSM = {'question': 'How many clips?',
        'answer': 'In May 48/2 = <<48/2=24>>24.\n#### 1,072'}
 MATH = {'problem': 'Half of one?',
         'solution': r'As \boxed{2} is wrong, it is $\boxed{\frac{1}{2}}$.'}
+GRID, OTHER = '1234341221434321', '2134341212434321'  # differ in four cells
 R = '<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>'.format
 
 
@@ -99,9 +100,37 @@ def test_gsm8k_strict(text, want, right):
     ('5', 5), ('-5', -5), ('+5', 5), ('5.50', 5.5), ('.5', .5), ('1,000', 1000),
     ('1,00', None), ('5 6', None), ('5%', 5), ('$5.', 5), ('five', None),
     ('', None), ('1.2.3', None), ('\u0665', None),
-    ('12,345,678.5', 12345678.5)])
+    ('12,345,678.5', 12345678.5), ('1{,}072', 1072), (r'1\,072', 1072),
+    (r'1,\!072', 1072), (r'\$1,072', 1072), (r'1072\text{ dollars}', 1072),
+    ('1072 apples.', 1072), ('**1072**', 1072), (r'\(1072\)', 1072),
+    (r'1072\,\text{km}', 1072), (r'15\%', 15), ('5 m\u00b2', 5), ('5 m', 5),
+    ('5 books', 5), ('\u20135', -5), ('\u2013.5', -.5), ('cost \u2013 5', 5),
+    ('3\u20135', None), (r'\sqrt{1072}', None), (r'1072\pi', None),
+    ('\u221a1072', None), ('1072\u00b2', None), ('1072\u00bd', None),
+    ('1072!', None), ('1072^2', None), ('1072 million', None), ('5k', None),
+    ('5 Thousand', None), ('5M', None), (r'1072\text{ million}', None),
+    (r'\frac{1072}{}', None), (r'1\,07', None), ('1e3', None)])
 def test_one_number(text, value):
   assert gsm8k.number(text) == value
+
+
+@pytest.mark.parametrize('told, value', [
+    ('$18', 18), ('18%', 18), ('18 dollars', 18), ('1,800', 1800),
+    ('-2.5', -2.5)])
+@pytest.mark.parametrize('protocol', answers.PROTOCOLS)
+def test_gold_with_a_unit(protocol, told, value):
+  """What loads can be graded, and saved."""
+  example = {'question': '?', 'answer': f'So.\n#### {told}'}
+  assert gsm8k.record(example) == ('?', value)
+  for text, right in ((rf'\boxed{{{value}}}', 1), (r'\boxed{19}', 0)):
+    assert gsm8k.grade(text, example, protocol) == right
+
+
+@pytest.mark.parametrize('truth', [float('nan'), float('inf'), 10 ** 200])
+def test_truths_that_are_no_numbers(truth):
+  with pytest.raises(ValueError, match='ground_truth .* is not a number'):
+    gsm8k.recall('?', truth)
+  assert gsm8k.record(gsm8k.recall('?', 1e-7)) == ('?', 1e-7)
 
 
 def test_the_length_penalty_grows_with_the_whole_text():
@@ -192,6 +221,62 @@ def test_math(text, paper, paper_grade, strict, strict_grade):
     ('1,000', '1000', False), ('0.50', '0.5', False), ('x', 'X', False)])
 def test_the_fields_equality(left, right, same):
   assert math.equal_text(left, right) == same == math.equal_text(right, left)
+
+
+@pytest.mark.parametrize('left, right, same', [
+    ('x^2+1', '1+x^2', True), ('x^2+3x+2', '(x+1)(x+2)', True),
+    ('3+4i', '4i+3', True), (r'1+2\sqrt{3}', r'2\sqrt{3}+1', True),
+    ('x^3+3x^2', 'x^2(x+3)', True), (r'2\cdot\pi', r'2\pi', True),
+    (r'\pm 3', '3,-3', True), (r'\left(-3, +4\right)', '(-3,4)', True),
+    ('+7x', '7x', True),
+    ('2^3', '8', False), ('10-8', '2', False), ('10 - 8', '2', False),
+    ('1+(1)', '2', False), ('1+{1}', '2', False), (r'1\!+\!1', '2', False),
+    (r'2\times(3)', '6', False), ('2*3', '6', False), ('2**3', '8', False),
+    (r'2\times(-3)', '-6', False), (r'4\cdot\frac{1}{2}', '2', False),
+    (r'6\div 2', '3', False), (r'5\pm 0', '5', False), ('5!', '120', False),
+    (r'\binom{10}{3}', '120', False), (r'\sum_{i=1}^{10} i', '55', False),
+    (r'\lfloor 2.5 \rfloor', '2', False), (r'\gcd(4,6)', '2', False),
+    (r'\frac{1+1}{2}', '1', False), ('i^2', '-1', False)])
+def test_operations_left_to_do(left, right, same, monkeypatch):
+  """They are no answer where the truth has none; asked in this process."""
+  monkeypatch.setattr(symbolic, '_ask', symbolic.verify)
+  assert math.equal(left, right) == same
+
+
+@pytest.mark.parametrize('left, right, same', [
+    # Hedges, and equations that are false.
+    (r'5\text{ or }7\text{or }9', '5', False), ('x=4=5', '5', False),
+    (r'5\text{ (or maybe }6)', '5', False), (r'5\text{ or }7', '5', False),
+    (r'5\text{ or }7', r'5\text{ or }9', False), (r'5\text{ not}', '5', False),
+    (r'5\text{ or }7', '5,7', True), (r'5\text{ and }7', '5,7', True),
+    (r'\text{ Monday}', r'\text{ Tuesday}', False),
+    (r'\text{ Monday}', r'\text{Monday}', True),
+    ('6=5', '5', False), ('123=5', '5', False), ('7x=5', '5', False),
+    ('-x=5', '5', False), (r'\pi=5', '5', False), ('x=1,y=5', '5', False),
+    ('6=5', 'x=5', False), ('7x=5', 'x=5', False), ('7x=5', '7y=5', False),
+    ('x=5', '5', True), ('y_1 = 5', '5', True), (r'\theta=5', '5', True),
+    ('f(x)=2x', '2x', True), ('f^{-1}(x) = 2x', '2x', True),
+    (r'\text{Area}=5', '5', True), (r'm\angle ABC = 5', '5', True),
+    ('x=1, x=2', '1,2', True), (r'x=1 \text{ or } x=2', '1,2', True),
+    ('5', 'x=5', True), ('x = 5', 'x=5', True), ('y=2x+1', 'y = 1+2x', True),
+    # Signs within a number, and bases.
+    ('5$3', '53', False), (r'4^\circ5', '45', False), (r'5\%3', '53', False),
+    (r'5\$3', '53', False), (r'4^{\circ}\!5', '45', False),
+    (r'\$5', '5', True), ('$5$', '5', True), (r'90^\circ', '90', True),
+    (r'-\$5', '-5', True), (r'(30^\circ, 60^\circ)', '(30,60)', True),
+    (r'90^\circ, 45^\circ', '90,45', True), (r'50\%', '50', True),
+    ('10_3', '10_2', False), ('10_{2}', '10_2', True), ('10', '10_2', True),
+    # Decimals are exact.
+    ('1.414214', r'\sqrt{2}', False), ('3.141593', r'\pi', False),
+    (r'1.414214\sqrt{1}', r'\sqrt{2}', False), ('2.718282', 'e', False),
+    (r'1.5\pi', r'\frac{3\pi}{2}', True), ('0.5x', r'\frac{x}{2}', True),
+    ('0.5', r'\frac{1}{2}', True),
+    # Units stand at the end.
+    (r'5\text{ cm}', '5', True), (r'5 \text{ cm}^2.', '5', True),
+    (r'5\text{cm}', '5', True), ('5', r'5\text{ square units}', True)])
+def test_strict_equality(left, right, same, monkeypatch):
+  monkeypatch.setattr(symbolic, '_ask', symbolic.verify)
+  assert math.equal(left, right) == same
 
 
 @pytest.mark.parametrize('text, value', [
@@ -344,6 +429,37 @@ def test_a_test_that_is_trained_on_is_refused(name, tmp_path):
   write(tmp_path / 'test.jsonl', name, 30, first=100)
   with pytest.raises(ValueError, match='training would see the test'):
     load('train')
+
+
+TOLD_TWICE = {  # problems of a test, and how a train file may tell the first
+    'gsm8k': ([{'question': f'How many  clips\nof {i}?', 'answer': '#### 2'}
+               for i in range(3)],
+              {'question': ' How many clips of 0? ', 'answer': 'Two.\n#### 2'}),
+    'math': ([{'problem': f'Half of  {i}?', 'solution': r'\boxed{0}'}
+              for i in range(3)],
+             {'problem': 'Half of 0?', 'solution': r'It is $\boxed{0}$.'}),
+    'countdown': ([{'nums': [7, 3, 5], 'target': t} for t in (22, 15, 27)],
+                  {'nums': [3, 5, 7], 'target': 22}),
+    'sudoku': ([{'Puzzle': '0' * n + GRID[n:], 'Solution': GRID}
+                for n in (10, 1, 2)],
+               {'Puzzle': '0' * 10 + GRID[10:], 'Solution': OTHER})}
+
+
+@pytest.mark.parametrize('name', TOLD_TWICE)
+def test_the_same_problem_told_otherwise_is_left_out(name, tmp_path):
+  """Other steps, white space, order, or another of two solutions."""
+  test, again = TOLD_TWICE[name]
+  for part, rows in (('train', [again] * 5), ('test', test)):
+    if name == 'sudoku':
+      (tmp_path / f'{part}.csv').write_text('\n'.join(
+          map(','.join, [rows[0], *(row.values() for row in rows)])))
+    else:
+      (tmp_path / f'{part}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  options = dataclasses.replace(OPTIONS, path=str(tmp_path))
+  assert len(TASKS[name].load('test', options)) == 3
+  for split in ('train', 'validation'):
+    with pytest.raises(ValueError, match='no example falls in the'):
+      TASKS[name].load(split, options)
 
 
 @pytest.mark.parametrize('name', TASKS)

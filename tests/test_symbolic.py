@@ -71,6 +71,18 @@ def test_what_hangs_is_killed(text):
   assert time.time() - begun < 20
 
 
+def test_only_verdicts_are_kept():
+  """What was killed is asked again, and counted again; a verdict is not."""
+  pair = (r'\sqrt{16} + y', r'y + \sqrt{16}')
+  symbolic.configure(2, 1e-6)
+  for _ in range(2):
+    assert not math.equal(*pair)
+    assert [lost['answer'] for lost in symbolic.drain()] == [pair[0]]
+  symbolic.configure(2, 20.0)
+  assert math.equal(*pair) and math.equal(*pair)
+  assert symbolic.drain() == [] and symbolic._ask.cache_info().hits == 1
+
+
 def test_a_killed_pool_loses_nothing():
   """Workers shot from outside: the question is asked again."""
   killed = 0

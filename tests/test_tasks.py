@@ -344,6 +344,19 @@ def test_a_full_puzzle_is_solved_only_by_itself():
   assert sudoku.reward(A(GRID), full, 'paper') == {'sudoku': 0.0}
 
 
+def test_every_solution_is_right():
+  """Of a puzzle with two, in a file; the reference knows the told one alone."""
+  other, told = '2134341212434321', {'puzzle': '00' + GRID[2:8] + '00' +
+                                     GRID[10:], 'solution': GRID}
+  assert valid_grid(other) and fits(told['puzzle'], other)
+  for grid, strict, paper in ((GRID, 1, 1), (other, 1, 0),
+                              ('1234341212434321', .5, .5)):
+    assert sudoku.reward(A(grid), told, 'strict') == {'sudoku': strict}
+    assert sudoku.grade(A(grid), told, 'strict') == (strict == 1)
+    assert sudoku.reward(A(grid), told, 'paper') == {'sudoku': paper}
+    assert sudoku.grade(A(grid), told, 'paper') == paper
+
+
 def reference_sudoku_answer(text):
   """The five patterns of DMPO eval/parse_and_get_acc.py, as they stand."""
   end = r'<\|eot_id\|>|<\|endoftext\|>'
@@ -499,12 +512,21 @@ def test_answers_are_what_the_regex_finds():
     assert answers.last_answer(text) == found[-1]
 
 
-@pytest.mark.parametrize('text, content', [
-    (r'\boxed{1}', '1'), (r'\boxed{\frac{1}{2}} x', r'\frac{1}{2}'),
-    (r'\boxed{1} \boxed{2}', '2'), (r'\boxed{1', None), ('1', None),
-    (r'\boxed{1} \boxed{2', None), (r'\boxed 3$ x', '3'), (r'\boxed', None)])
-def test_last_boxed(text, content):
-  assert answers.last_boxed(text) == content
+@pytest.mark.parametrize('text, paper, strict', [
+    (r'\boxed{1}', '1', '1'), (r'\boxed{1} \boxed{2}', '2', '2'),
+    (r'\boxed{\frac{1}{2}} x', r'\frac{1}{2}', r'\frac{1}{2}'),
+    (r'\boxed{1', None, None), ('1', None, None), (r'\boxed', None, None),
+    (r'\boxed{1} \boxed{2', None, None), (r'\boxed 3$ x', '3', '3'),
+    (r'first \boxed 3$, no: \boxed{5}', '3', '5'), (r'\boxed3', None, None),
+    (r'\boxed{5} or \boxed 3$', '3', '3'), (r'\boxed {5} x', '{5} x', '5'),
+    (r'\boxed 3$ \boxed', '3', None)])
+def test_last_boxed(text, paper, strict):
+  assert answers.last_boxed(text) == paper
+  assert answers.last_boxed(text, strict=True) == strict
+  example = {'problem': '', 'solution': r'\boxed{5}'}
+  for name, told in (('math', example), ('gsm8k', {'answer': '#### 5'})):
+    graded = TASKS[name].grade(f'<answer>{text}</answer>', told, 'strict')
+    assert graded == (strict == '5')
 
 
 def test_long_texts_keep_their_end():

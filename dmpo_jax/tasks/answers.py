@@ -53,19 +53,23 @@ def _answers(text):
     end = stop + len('</answer>')
 
 
-def last_boxed(text):
+def last_boxed(text, strict=False):
   r"""Content of the last \boxed{...}, braces balanced, or None.
 
   As in the field's helper (DMPO eval/parser_helper.py:14-41), '\boxed ' with a
-  space anywhere wins and reaches to the next '$'.
+  space anywhere wins and reaches to the next '$'. strict: only if it is last.
   """
   text = clip(text)
-  if '\\boxed ' in text:
-    return text.rpartition('\\boxed ')[2].partition('$')[0]
-  start = text.rfind('\\boxed')
-  if start < 0 or not text.startswith('\\boxed{', start):
+  start = text.rfind('\\boxed ' if not strict and '\\boxed ' in text
+                     else '\\boxed')
+  if start < 0:
     return None
-  return braced(text, start + len('\\boxed'))
+  at = start + len('\\boxed')
+  if strict and text[at:].lstrip().startswith('{'):
+    return braced(text, text.index('{', at))
+  if text.startswith(' ', at):
+    return text[at + 1 :].partition('$')[0]
+  return braced(text, at)
 
 
 def braced(text, at):
@@ -209,13 +213,14 @@ def file_of(folder, name):
   return os.path.join(folder, found[0])
 
 
-def take(task, read, place, split, options):
+def take(task, read, place, key, split, options):
   """The split's examples of data.path, at most `{split}_size` if that is > 0.
 
   data.path: a file, which place(example) shares among the splits; a directory
   with a train and a test file, or 'tfds': the test file is the test split,
   whole, and place says what of the train file is validation. `read(file)`
-  yields examples, and is read to its end so that every line is checked.
+  yields examples, and is read to its end so that every line is checked;
+  key(example) is equal for the same problem, however it is told.
   ValueError if the split gets none, or if the train file has the test's.
   """
   size, path = size_of(split, options), options.path
@@ -237,22 +242,27 @@ def take(task, read, place, split, options):
     held = (split == 'validation')
     chosen = [e for e in examples('train')
               if (place(e) == 'validation') == held]
-    chosen = without(chosen, list(examples('test')), path)
+    chosen = without(chosen, list(examples('test')), key, path)
   if not chosen:
     raise ValueError(f'{path}: no example falls in the {split} split')
   return chosen[:size] if size > 0 else chosen
 
 
-def without(examples, test, path):
-  """Examples that are not in the test; ValueError if they are the test."""
-  key = lambda example: json.dumps(example, sort_keys=True)
+def without(examples, test, key, path):
+  """Examples whose problem is not in the test; ValueError if most of the
+  test's are there."""
   seen = set(map(key, test))
   kept = [example for example in examples if key(example) not in seen]
-  found = len(examples) - len(kept)
-  if 2 * found > len(test):
-    raise ValueError(f'{path}: {found} of the {len(test)} test problems are in '
+  found = len(seen.intersection(map(key, examples)))
+  if 2 * found > len(seen):
+    raise ValueError(f'{path}: {found} of the {len(seen)} test problems are in '
                      'the train file: training would see the test')
   return kept
+
+
+def words(text):
+  """`text` with single spaces: the key of a problem told in words."""
+  return ' '.join(text.split())
 
 
 def split_by(text):

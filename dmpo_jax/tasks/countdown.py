@@ -81,7 +81,8 @@ def load(split, options):
   """
   size = answers.size_of(split, options)
   if options.path:
-    chosen = answers.take('countdown', _read, _place, split, options)
+    chosen = answers.take('countdown', _read, _place, lambda e: (
+        *sorted(e['numbers']), e['target']), split, options)
     return [
         dict(e, expression=solve(e['numbers'], e['target'])) for e in chosen]
   if not 1 <= size <= MAX_GENERATED:

@@ -13,7 +13,9 @@ line each, and a completion that ends with </answer> and no line break pays
 may have many lines, and no penalty but for text behind the answer.
 """
 
+import decimal
 import fractions
+import math
 import re
 
 from dmpo_jax.tasks import answers
@@ -56,6 +58,15 @@ NOTE = re.compile(r'<<[^<>]*>>')  # the calculator's, in the field's solutions
 MAX_DIGITS = 100  # of a number that is compared exactly
 WHOLE = r'[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+'
 EXACT = re.compile(rf'-?(?:(?:{WHOLE})(?:\.[0-9]+)?|\.[0-9]+)')
+# LaTeX and Markdown that change no number, and what is read in its place.
+PLAIN = (('\N{MINUS SIGN}', '-'), ('{,}', ','), (',\\!', ','), ('\\!', ''),
+         ('\\$', '$'), ('\\%', '%'), ('^{\\circ}', ''), ('^\\circ', ''),
+         *((mark, '') for mark in ('\\(', '\\)', '\\[', '\\]', '**')))
+THIN = re.compile(r'(?<=[0-9])\\[, ](?=[0-9]{3})')  # a space between thousands
+WORDS = re.compile(r'\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}\\]*)\}')
+# Behind a number these make another of it.
+FACTOR = re.compile(r'[!^]|\s*(?:(?i:hundred|thousand|(?:m|b|tr)illion)s?|'
+                    r'[kKMB]|bn|mn)(?![a-zA-Z])')
 
 
 def load(split, options):
@@ -67,7 +78,7 @@ def load(split, options):
         'grade_school_math/data), or its parquet files from the hub; or tfds, '
         'which downloads them')
   return answers.take('gsm8k', _read, lambda e: answers.split_by(e['question']),
-                      split, options)
+                      lambda e: answers.words(e['question']), split, options)
 
 
 def _read(path):
@@ -102,13 +113,25 @@ def target(example, style):
 def number(text):
   """The exact value of a text that holds one number, else None.
 
-  Units, currencies and a closing point may stand around it; thousands may have
-  commas. Fraction or None.
+  Units, currencies, a closing point and LaTeX's spaces may stand around it;
+  thousands may have commas. What computes with it (a root, a power, 'million')
+  may not. Fraction or None.
   """
-  found = EXACT.findall(text.replace('\N{MINUS SIGN}', '-'))
-  if len(found) != 1 or len(found[0]) > MAX_DIGITS:
+  for latex, plain in PLAIN:
+    text = text.replace(latex, plain)
+  text = WORDS.sub(r' \1', THIN.sub(',', text)).replace('\\,', ' ')
+  text = re.sub('\N{EN DASH}(?=[.0-9])', '-', text)
+  found = list(EXACT.finditer(text))
+  if len(found) != 1 or len(found[0][0]) > MAX_DIGITS:
     return None
-  return fractions.Fraction(found[0].replace(',', ''))
+  behind = text[found[0].end() :]
+  if '\\' in text or '\N{SQUARE ROOT}' in text or FACTOR.match(behind):
+    return None
+  # Digits of other kinds, but for those of a unit, square metres.
+  if any(c.isnumeric() and c not in '0123456789' for c in re.sub(
+      '(?<=[a-zA-Z])[\u00b2\u00b3]', '', text)):
+    return None
+  return fractions.Fraction(found[0][0].replace(',', ''))
 
 
 # ---- rewards
@@ -162,8 +185,8 @@ def _strict_answer(text):
   r"""The last <answer> (what is \boxed in it), else the last \boxed, or ""."""
   answer = answers.last_answer(text)
   if answer is None:
-    return (answers.last_boxed(text) or '').strip()
-  boxed = answers.last_boxed(answer)
+    return (answers.last_boxed(text, strict=True) or '').strip()
+  boxed = answers.last_boxed(answer, strict=True)
   return (answer if boxed is None else boxed).strip()
 
 
@@ -181,7 +204,7 @@ def grade(text, example, protocol):
   text = answers.clip(text)
   if protocol == 'strict':
     return float(_equal(_strict_answer(text), example))
-  return float(_graded(text) == float(gold(example).replace(',', '')))
+  return float(_graded(text) == float(number(gold(example))))
 
 
 def _graded(text):
@@ -222,15 +245,19 @@ def answer(text, example, protocol):
 
 def record(example):
   """(question, the number as a float)."""
-  return example['question'], float(gold(example).replace(',', ''))
+  return example['question'], float(number(gold(example)))
 
 
 def recall(question, truth):
   """The example of a saved generation; ValueError if truth is no number."""
-  if isinstance(truth, bool) or not isinstance(truth, (int, float)):
-    raise ValueError(f'ground_truth {truth!r} is not a number')
-  exact = int(truth) if truth == int(truth) else truth
-  return {'question': question, 'answer': f'#### {exact}'}
+  if isinstance(truth, (int, float)) and not isinstance(truth, bool) and (
+      math.isfinite(truth)):
+    exact = (int(truth) if truth == int(truth)
+             else f'{decimal.Decimal(repr(truth)):f}')  # 1e-07 is 0.0000001
+    example = {'question': question, 'answer': f'#### {exact}'}
+    if number(gold(example)) is not None:
+      return example
+  raise ValueError(f'ground_truth {truth!r} is not a number')
 
 
 TASK = Task(

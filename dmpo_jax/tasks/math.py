@@ -12,7 +12,8 @@ to; its helper hands back the whole text there. Only the last MAX_TEXT
 characters are read.
 'strict' reads the last \boxed with balanced braces, of the last <answer> if
 there is one, and also compares numbers as numbers and expressions as
-expressions (symbolic.py: math-verify in a process that may be killed).
+expressions (symbolic.py: math-verify in a process that may be killed). A hedge
+or a false equation around the right number is wrong ('7x = 5' for 5).
 """
 
 import fractions
@@ -42,6 +43,19 @@ MAX_DIGITS = 100  # of a number that is compared exactly
 DECIMAL = r'(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)'
 FRACTION = re.compile(r'(-?)\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}')
 DEGREES = (r'^{\circ}', r'^\circ')
+DOUBT = re.compile(r'\b(?:not|maybe|perhaps|probably)\b')
+UNIT = re.compile(
+    rf'(.*\S) *\\text\{{ (?![^{{}}]*(?:\b(?:or|and)\b|{DOUBT.pattern}))'
+    r'[a-zA-Z. /]+\}(?:\^\{?[23]\}?)?\.?', re.DOTALL)
+JOINED = re.compile(r'(,|\\text\{ *(?:or|and) *\})')
+GREEK = ('alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|'
+         'rho|sigma|tau|phi|varphi|chi|psi|omega')
+NAME = re.compile(  # of what an answer is the value of: x, y_1, f(x), \theta
+    rf'(?:[a-zA-Z]+|\\(?i:{GREEK})|m?\\angle[a-zA-Z0-9]+'
+    r'|\\(?:text|mathrm|mathbf|vec|overline)\{[a-zA-Z]+\})'
+    r"(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?(?:'*|\^\{-1\})(?:\([^()]*\))?")
+BASE = re.compile(r'[0-9]_(\{[^{}]*\}|.)')
+SIGN = re.compile(r'\^\{\\circ\}|\^\\circ|\\?\$|\\%')
 
 
 def load(split, options):
@@ -52,7 +66,7 @@ def load(split, options):
         'test.jsonl, with columns problem and solution (on the hub: '
         'ankner/math-500 for training, HuggingFaceH4/MATH-500 for the test)')
   return answers.take('math', _read, lambda e: answers.split_by(e['problem']),
-                      split, options)
+                      lambda e: answers.words(e['problem']), split, options)
 
 
 def _read(path):
@@ -97,7 +111,8 @@ def reward(text, example, protocol):
   answer = answers.last_answer(text)
   return {'correctness': 2.0 * equal(_strict_answer(text), gold(example)),
           'format': 0.5 * answers.formatted(text.strip()) + 0.5 * (
-              answer is not None and answers.last_boxed(answer) is not None)}
+              answer is not None and
+              answers.last_boxed(answer, strict=True) is not None)}
 
 
 def grade(text, example, protocol):
@@ -148,7 +163,7 @@ def _rewarded(text):
 def _strict_answer(text):
   r"""The last \boxed, within the last <answer> if there is one, or None."""
   answer = answers.last_answer(text)
-  return answers.last_boxed(text if answer is None else answer)
+  return answers.last_boxed(text if answer is None else answer, strict=True)
 
 
 # ---- equality
@@ -169,15 +184,59 @@ def equal_text(left, right):
 def equal(left, right):
   """As `equal_text`, or as numbers, or as expressions; None equals nothing.
 
-  Expressions are compared in a process that is killed at its deadline.
+  What says more than the truth does, another number or a false equation, is
+  not equal. Expressions are compared in a process that is killed at its
+  deadline.
   """
   if left is None or right is None:
+    return False
+  left, right = _measured(left), _measured(right)
+  if '=' not in right:
+    left = _unnamed(left)
+  elif '=' not in left:
+    right = _unnamed(right)
+  if _strays(left, right):
     return False
   values = value(left), value(right)
   if None not in values:
     return values[0] == values[1]
-  return equal_text(left, right) or bool(
-      left.strip()) and symbolic.equal(left.strip(), right.strip())
+  # Side by side: `normal` would drop what stands before '='.
+  sides = left.split('='), right.split('=')
+  same = len(sides[0]) == len(sides[1]) and all(map(equal_text, *sides))
+  return same or bool(left) and symbolic.equal(left, right)
+
+
+def _measured(text):
+  r"""`text` without the unit at its end, where `normal` sees a unit in all that
+  follows a '\text{ '."""
+  text = text.strip()
+  found = UNIT.fullmatch(text) if text.endswith(('}', '.', '2', '3')) else None
+  return (found[1] if found else text).replace('\\text{ ', '\\text{')
+
+
+def _unnamed(text):
+  """`text` without the names in it: 'x = 1, y_1 = 2' -> '1,2'."""
+  parts = JOINED.split(text)
+  for i, part in enumerate(parts):
+    name, equals, found = part.partition('=')
+    if equals and NAME.fullmatch(re.sub(r'\\[,;:! ]|\s', '', name)):
+      parts[i] = found.strip()
+  return ''.join(parts)
+
+
+def _strays(left, right):
+  """Whether `left` has what no way to write `right` has: an equation, a sign
+  amid a number, a doubt, or another base."""
+  if '=' in left and '=' not in right:
+    return True
+  bases = [sorted(base.strip('{ }') for base in BASE.findall(text))
+           for text in (left, right)]
+  if all(bases) and bases[0] != bases[1]:
+    return True
+  amid = lambda text: re.search(r'[0-9.]#+[0-9.]', SIGN.sub(
+      '#', ''.join(text.replace('\\!', '').split())))
+  return bool(amid(left) and not amid(right)
+              or DOUBT.search(left) and not DOUBT.search(right))
 
 
 def normal(text):
@@ -274,10 +333,13 @@ def record(example):
 
 
 def recall(question, truth):
-  """The example of a saved generation; ValueError if truth is no text."""
-  if not isinstance(truth, str) or not truth.strip():
-    raise ValueError(f'ground_truth {truth!r} is not an answer')
-  return {'problem': question, 'solution': f'\\boxed{{{truth}}}'}
+  """The example of a saved generation; ValueError if truth is no text, or its
+  braces do not pair."""
+  if isinstance(truth, str) and truth.strip():
+    example = {'problem': question, 'solution': f'\\boxed{{{truth}}}'}
+    if gold(example) == truth:
+      return example
+  raise ValueError(f'ground_truth {truth!r} is not an answer')
 
 
 TASK = Task(

@@ -11,6 +11,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import threading
@@ -20,7 +21,19 @@ import pebble
 
 MEMORY = 4 << 30  # bytes of address space of a worker
 MAX_LENGTH = 300  # characters; longer answers are compared as strings alone
-_state = {'pool': None, 'workers': 0, 'deadline': 3.0, 'failed': []}
+# No operation stands in these, nor between what they part.
+SPACING = re.compile(r'\s|\\[!,:; ]|\\(?:left|right|quad|qquad)(?![a-zA-Z])'
+                     r'|\^\\circ|\^\{\\circ\}')
+RELATION = re.compile(r'\\(?:leq?|geq?|neq?|in|cup|cap|to|text|mathrm)'
+                      r'(?![a-zA-Z])')
+TIMES = re.compile(r'\\(?:cdot|times|ast)(?![a-zA-Z])')
+OPERATION = re.compile(
+    r'\^|!|(?<=[0-9a-zA-Z)\]}])(?:\+|-|\\pm|\\mp)'
+    r'|(?<=[0-9)\]}])\*+(?:[(\[{]*[-+]?[.0-9]'
+    r'|\\[dt]?frac(?:\{[0-9]+\}\{[0-9]+\}|[0-9][0-9]))'
+    r'|\\(?:div|binom|sum|prod|int|lim|lfloor|lceil|gcd|bmod)(?![a-zA-Z])')
+DECIMAL = re.compile(r'(?<![0-9])([0-9]*)\.([0-9]+)')
+_state = {'pool': None, 'workers': 0, 'deadline': 3.0, 'failed': {}}
 _lock = threading.Lock()
 
 
@@ -30,13 +43,30 @@ def configure(workers=0, deadline=3.0):
   if (workers, deadline) != (_state['workers'], _state['deadline']):
     close()
     _state.update(workers=workers, deadline=deadline)
+    _ask.cache_clear()  # another deadline, another verdict
 
 
 def equal(left, right):
-  """math-verify's verdict; False if it gives none in time. Thread-safe."""
+  """math-verify's verdict; False if it gives none in time. Thread-safe.
+
+  What got no verdict is asked again only after a `drain`: a batch waits for it
+  once, though its reward and its grade want it.
+  """
   if max(len(left), len(right)) > MAX_LENGTH:
     return False
-  return _ask(left, right)
+  if (left, right) in _state['failed']:
+    return False
+  try:
+    return _ask(left, right)
+  except _Unanswered as error:
+    with _lock:
+      _state['failed'][left, right] = str(error)
+    return False
+
+
+class _Unanswered(Exception):
+  """No verdict. Raised, as what `_ask` returns is kept for ever: next time the
+  machine may be less busy."""
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -46,25 +76,20 @@ def _ask(left, right):
       return _pool().schedule(
           verify, (left, right), timeout=_state['deadline']).result()
     except TimeoutError:
-      return _fail(left, right, 'killed at its deadline')
+      raise _Unanswered('killed at its deadline') from None
     except Exception as error:  # a dead worker, a lost pool, math-verify's own
       if not again:
-        return _fail(left, right, f'{type(error).__name__}: {error}')
+        raise _Unanswered(f'{type(error).__name__}: {error}') from error
       if not _pool().active:
         close()
-
-
-def _fail(left, right, reason):
-  with _lock:
-    _state['failed'].append(dict(answer=left, truth=right, reason=reason))
-  return False
 
 
 def drain():
   """The questions that got no answer since the last call, as dicts."""
   with _lock:
-    failed, _state['failed'] = _state['failed'], []
-  return failed
+    failed, _state['failed'] = _state['failed'], {}
+  return [dict(answer=left, truth=right, reason=reason)
+          for (left, right), reason in failed.items()]
 
 
 def _pool():
@@ -126,21 +151,24 @@ def _confine():
 def verify(left, right):
   """Whether `left` is what `right`, the truth, is; both without \\boxed.
 
-  An unevaluated sum or power of numbers is not an answer: math-verify would
-  pay 1+1 for 2.
+  An operation that is left to do is no answer, where the truth has none:
+  math-verify would pay 1+1 for 2. And decimals are exact, where the truth has
+  none: it would look at six of them.
   """
   import math_verify  # half a second, and sympy: only here
+  if not DECIMAL.search(right):
+    left = DECIMAL.sub(lambda found: rf'\frac{{{found[1]}{found[2]}}}'
+                                     rf'{{1{"0" * len(found[2])}}}', left)
   parsed = [math_verify.parse(f'${text}$', parsing_timeout=None,
                               extraction_config=[
                                   math_verify.LatexExtractionConfig()])
             for text in (right, left)]
-  if not all(parsed) or _sums_numbers(left) and not _sums_numbers(right):
+  if not all(parsed) or _operates(left) and not _operates(right):
     return False
   return bool(math_verify.verify(*parsed, timeout_seconds=None))
 
 
-def _sums_numbers(text):
-  """Whether digits are still to be added or multiplied: '1+1', '2\\cdot3'."""
-  plain = text.replace('\\cdot', '*').replace('\\times', '*').replace(' ', '')
-  return any(a.isdigit() and op in '+*' and b.isdigit()
-             for a, op, b in zip(plain, plain[1:], plain[2:], strict=False))
+def _operates(text):
+  """Whether there is an operation: '1+1', '2\\cdot3', '5!', 'x-1', not '-1'."""
+  plain = RELATION.sub(',', TIMES.sub('*', SPACING.sub('', text)))
+  return bool(OPERATION.search(plain))
