@@ -164,10 +164,15 @@ def default_workdir(c, free):
     return folder(c)
   path = config_flags.get_config_filename(flags.FLAGS['config'])
   file = check.flatten(module(path).get_config())
-  plain = copy.deepcopy(c)
-  plain.update_from_flattened_dict({
-      k: v for k, v in file.items() if k.startswith(('eval.', 'reward.'))})
-  return folder(plain) if os.path.isdir(folder(plain)) else folder(c)
+  judging = tuple(name for name in check.JUDGING if name not in check.FREE)
+  # A run may have got its data.path by a flag: that is kept if it finds one.
+  for names in (('eval.', 'reward.'), judging):
+    plain = copy.deepcopy(c)
+    plain.update_from_flattened_dict({
+        k: v for k, v in file.items() if k.startswith(names)})
+    if os.path.isdir(folder(plain)):
+      return folder(plain)
+  return folder(c)
 
 
 def settle(c, workdir, free=check.FREE):

@@ -704,7 +704,7 @@ def test_generations_that_are_refused(command, tmp_path):
 
 
 def test_evaluation_finds_its_run(command, monkeypatch, tmp_path):
-  """Without --workdir, whatever eval.* and reward.* are set to."""
+  """Without --workdir, whatever may be judged otherwise than it was trained."""
   found = []
   monkeypatch.setattr(main, 'run_train', lambda *args: found.append(args[1]))
   monkeypatch.setattr(main, 'run_eval', lambda *args: found.append(args[1]))
@@ -714,7 +714,9 @@ def test_evaluation_finds_its_run(command, monkeypatch, tmp_path):
   command(*trained, '--mode=eval', '--config.eval.lengths=(32,)',
           '--config.reward.deadline=1.0')
   command('--mode=eval', '--config.eval.lengths=(32,)')  # was never trained
-  assert found[0] == found[1] != found[2]
+  command(*trained, '--mode=eval', '--config.data.protocol=paper',
+          '--config.data.test_size=9', '--config.eval.samples=1')
+  assert found[0] == found[1] == found[3] != found[2]
   text = (tmp_path / found[0] / 'config.json').read_text()
   assert json.loads(text)['eval']['lengths'] == []
 
