@@ -5,7 +5,8 @@ python main.py --config=configs/llada_countdown.py \
 
 checkpoint: a directory or a hub name. Problems are generated, each with a
 solution; --config.data.path=FILE reads the field's JSONL (`nums`, `target` or
-`input`, `output`) instead. Before you pay: the same with --mode=plan, which
+`input`, `output`) instead, with --config.data.numbers=3 those of three numbers
+alone, as the field trains. Before you pay: the same with --mode=plan, which
 needs no checkpoint, and on a machine without TPUs --topology=v5e:4x4
 --config.mesh.fsdp=16.
 

@@ -143,6 +143,7 @@ class TaskOptions:
   min_blanks: int = 4  # sudoku: fewest empty cells
   max_blanks: int = 10  # sudoku: most empty cells
   largest: int = 99  # countdown: largest of the generated numbers
+  numbers: int = 0  # countdown files: of so many numbers alone; 0 = 2 to 6
 
 
 class Task(NamedTuple):

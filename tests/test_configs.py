@@ -400,6 +400,8 @@ LOOPS = {
     'data.test_size': (7, {}),
     'data.min_blanks': (8, {}),
     'data.largest': (12, {'data.task': 'countdown'}),
+    'data.numbers': (3, {'data.task': 'countdown', 'data.path': '{jsonl}',
+                         'sft.steps': 0}),
     'data.max_blanks': (5, {}),
     'sft.steps': (5, {}),
     'sft.batch': (16, {}),
@@ -616,8 +618,12 @@ def places(tmp_path_factory):
   lines = ['Puzzle,Solution'] + [
       f'{"0" * 4 + grid[4:]},{grid}' for grid in sudoku.grids()]
   (folder / 'data.csv').write_text('\n'.join(lines) + '\n')
+  (folder / 'data.jsonl').write_text('\n'.join(
+      json.dumps({'nums': nums, 'target': sum(nums)})
+      for i in range(1, 200) for nums in ([i, 1], [i, 1, 2])))
   (folder / 'template').write_text('Solve {puzzle}!')
-  return {'{csv}': str(folder / 'data.csv'), '{tokenizer}': str(folder),
+  return {'{csv}': str(folder / 'data.csv'),
+          '{jsonl}': str(folder / 'data.jsonl'), '{tokenizer}': str(folder),
           '{template}': str(folder / 'template')}
 
 
@@ -635,6 +641,7 @@ def test_field_changes_a_run(field, places, numbers_of):
   """What a run asks for, writes or leaves differs with the field."""
   value, more = LOOPS[field]
   value = places.get(value, value)
+  more = {k: places[v] if v == '{jsonl}' else v for k, v in more.items()}
   value = other(check.flatten(tiny(**more))[field], value)
   more = tuple(more.items())
   assert numbers_of(more) != numbers_of((*more, (field, value)))

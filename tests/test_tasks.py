@@ -603,6 +603,26 @@ def test_countdown_jsonl(tmp_path):
     countdown.load('test', options(path))
 
 
+@pytest.mark.parametrize('count, found', [
+    (0, {2, 3, 4, 5, 6}), (2, {2}), (3, {3}), (6, {6})])
+def test_countdown_files_of_so_many_numbers(tmp_path, count, found):
+  """In every split, of a file and of a folder; what is no count is refused."""
+  for name, first in (('train', 1), ('test', 500)):
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(
+        json.dumps({'nums': [1] * (size - 1) + [i], 'target': i + size - 1})
+        for i in range(first, first + 60) for size in range(1, 9)))
+  for path in (tmp_path, tmp_path / 'train.jsonl'):
+    for split in SPLITS:
+      examples = countdown.load(split, options(
+          path, numbers=count, **{f'{split}_size': 0}))
+      assert {len(e['numbers']) for e in examples} == found
+  for wrong, path in ((1, tmp_path), (7, tmp_path), (7, ''), (-3, tmp_path)):
+    with pytest.raises(ValueError, match=f'numbers={wrong}: need 2 to 6'):
+      countdown.load('train', options(path, numbers=wrong))
+  with pytest.raises(ValueError, match='numbers=4: generated problems have 3'):
+    countdown.load('train', options('', numbers=4))
+
+
 @pytest.mark.parametrize('line, why', [
     ('{', 'not JSON'), ('[1]', 'object'), ('{"nums": [1, 2]}', 'neither'),
     ('{"nums": 3, "target": 4}', 'no list'), ('[' * 10 ** 5, 'not JSON'),

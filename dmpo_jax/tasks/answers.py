@@ -213,14 +213,15 @@ def file_of(folder, name):
   return os.path.join(folder, found[0])
 
 
-def take(task, read, place, key, split, options):
+def take(task, read, place, key, split, options, keep=lambda example: True):
   """The split's examples of data.path, at most `{split}_size` if that is > 0.
 
   data.path: a file, which place(example) shares among the splits; a directory
   with a train and a test file, or 'tfds': the test file is the test split,
   whole, and place says what of the train file is validation. `read(file)`
   yields examples, and is read to its end so that every line is checked;
-  key(example) is equal for the same problem, however it is told.
+  key(example) is equal for the same problem, however it is told. Examples that
+  keep(example) does not want are in no split.
   ValueError if the split gets none, or if the train file has the test's.
   """
   size, path = size_of(split, options), options.path
@@ -231,8 +232,8 @@ def take(task, read, place, key, split, options):
   def examples(name):
     if path == 'tfds':
       from dmpo_jax.tasks import prepared  # slow to import
-      return prepared.records(task, name, read, file_of)
-    return read(file_of(path, name) if whole else path)
+      return filter(keep, prepared.records(task, name, read, file_of))
+    return filter(keep, read(file_of(path, name) if whole else path))
 
   if not whole:
     chosen = [e for e in examples('') if place(e) == split]

@@ -5,7 +5,7 @@ its sorted numbers and its target; a hash of that puts it in a split (80% train,
 10% validation, 10% test), so that splits share no problem, whatever the file
 or the seed. Files are the field's JSONL: `input` and `output`, or `nums` (or
 `numbers`) and `target`; lines with fewer than 2 or more than 6 numbers are
-left out.
+left out, and with `TaskOptions.numbers` (the field: 3) all with others.
 
 'paper' is DMPO reward_func.py:96-180 for the reward and DMPO
 eval/parse_and_get_acc.py:158-266 for the grade, without their `eval`.
@@ -79,10 +79,17 @@ def load(split, options):
 
   Raises ValueError for an unknown split, a size out of range and a bad file.
   """
-  size = answers.size_of(split, options)
+  size, count = answers.size_of(split, options), options.numbers
+  if count not in (0, 2, 3, 4, 5, 6):
+    raise ValueError(f'numbers={count}: need 2 to 6, or 0 for all of these')
+  if count not in (0, 3) and not options.path:
+    raise ValueError(f'numbers={count}: generated problems have 3; others need '
+                     'a file (data.path)')
   if options.path:
-    chosen = answers.take('countdown', _read, _place, lambda e: (
-        *sorted(e['numbers']), e['target']), split, options)
+    chosen = answers.take(
+        'countdown', _read, _place, lambda e: (*sorted(e['numbers']),
+                                               e['target']), split, options,
+        keep=lambda e: count in (0, len(e['numbers'])))
     return [
         dict(e, expression=solve(e['numbers'], e['target'])) for e in chosen]
   if not 1 <= size <= MAX_GENERATED:
