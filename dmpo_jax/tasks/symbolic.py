@@ -27,8 +27,10 @@ SPACING = re.compile(r'\s|\\[!,:; ]|\\(?:left|right|quad|qquad)(?![a-zA-Z])'
 RELATION = re.compile(r'\\(?:leq?|geq?|neq?|in|cup|cap|to|text|mathrm)'
                       r'(?![a-zA-Z])')
 TIMES = re.compile(r'\\(?:cdot|times|ast)(?![a-zA-Z])')
+# A number to a whole power is one; 2^{1/3} and e^{-1} are ways to write it.
 OPERATION = re.compile(
-    r'\^|!|(?<=[0-9a-zA-Z)\]}])(?:\+|-|\\pm|\\mp)'
+    r'(?<=[0-9)\]}])\^\{?-?[0-9]+(?:\}|(?![0-9./]))|(?<![a-zA-Z])i\^|!'
+    r'|(?<=[0-9a-zA-Z)\]}])(?:\+|-|\\pm|\\mp)'
     r'|(?<=[0-9)\]}])\*+(?:[(\[{]*[-+]?[.0-9]'
     r'|\\[dt]?frac(?:\{[0-9]+\}\{[0-9]+\}|[0-9][0-9]))'
     r'|\\(?:div|binom|sum|prod|int|lim|lfloor|lceil|gcd|bmod)(?![a-zA-Z])')
