@@ -344,12 +344,12 @@ def tables(args, task):
 
 def picture(ranked, task, path):
   """Mean validation accuracy and ESS over the budget; the final intervals."""
-  figure = Figure(figsize=(14, 4.6), layout='constrained')
+  figure = Figure(figsize=(14, 5), layout='constrained')
   left, middle, right = figure.subplots(1, 3)
   grid = np.linspace(0, 1, 41)
   for i, (arm, runs) in enumerate(ranked):
     look = {'color': report.CYCLE[i % len(report.CYCLE)], 'lw': 1.6,
-            'ls': ('-', '--', ':')[i // len(report.CYCLE) % 3]}
+            'ls': ('-', '--', ':', '-.')[i // len(report.CYCLE) % 4]}
     mean = np.mean([np.interp(grid, *run['curve']) for run in runs], axis=0)
     left.plot(grid * compare.BUDGET, mean, label=arm, **look)
     if arm in compare.DMPO and all(run['ess'] for run in runs):
@@ -363,7 +363,8 @@ def picture(ranked, task, path):
   report.style(right, 'final accuracy, 95 % interval', '')
   right.set_yticks([-i for i in range(len(ranked))],
                    [arm for arm, _ in ranked], fontsize=8)
-  left.legend(fontsize=7, frameon=False, ncols=2)
+  figure.legend(loc='outside lower center', fontsize=7, frameon=False,
+                ncols=11)
   report.save(figure, path)
 
 
