@@ -53,8 +53,7 @@ def get_config():
   d.min_blanks = 4  # sudoku: fewest empty cells
   d.max_blanks = 10  # sudoku: most empty cells
   d.largest = 99  # countdown: largest of the generated numbers
-  # countdown files: problems of so many numbers alone; 0 = 2 to 6
-  d.numbers = 0
+  d.numbers = 0  # countdown files: numbers of a problem; 0 = 2 to 6
 
   c.reward = w = ml_collections.ConfigDict()
   w.workers = 0  # processes that compare expressions; 0 = one a core

@@ -53,12 +53,14 @@ def test_a_hung_worker_does_not_hold_up_the_others():
           for n in range(2, 22)]
   texts = [boxed(HANGS[0]), *fine]
   begun = time.time()
-  graded = grader.judge(TASKS['math'], 'strict', texts, [HALF] * len(texts), {})
+  hard = {'problem': '?', 'solution': boxed('x+1')}  # an operation: compared
+  graded = grader.judge(TASKS['math'], 'strict', texts,
+                        [hard] + [HALF] * len(fine), {})
   assert time.time() - begun < 20  # it would hang for ever
   assert graded.grades == [0.0] + [1.0] * len(fine)
   assert graded.reward[0] == 0.0 and (graded.reward[1:] == 2.0).all()
   lost, = graded.failed
-  assert lost == {'answer': HANGS[0], 'truth': r'\frac{1}{2}',
+  assert lost == {'answer': HANGS[0], 'truth': 'x+1',
                   'reason': 'killed at its deadline'}
   again = grader.judge(TASKS['math'], 'strict', fine[:1], [HALF], {})
   assert again.failed == []

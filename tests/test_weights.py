@@ -166,7 +166,8 @@ def test_padding_moves_nothing(name, loaded):
   valid = np.ones_like(rows, bool)
   valid[1, :pad] = False
   both = model.full_logits(cfg, params, rows, valid)
-  alone = model.full_logits(cfg, params, TOKENS[None, pad:])
+  alone = model.full_logits(cfg, params, TOKENS[None, pad:],
+                            np.ones((1, len(TOKENS) - pad), bool))
   np.testing.assert_allclose(both[1, pad:], alone[0], atol=1e-5)
 
 
