@@ -428,10 +428,10 @@ def run_eval(built, workdir, asked):
   """Results cards of the test split, one for each length."""
   params, what = params_of(built, workdir)
   # A folder of its own for each checkpoint and each way to judge it.
-  source = json.dumps(evaluate.source_of(built, params), sort_keys=True)
-  folder = OUT.value or os.path.join(
-      workdir, f'eval-{hashlib.sha256(source.encode()).hexdigest()[:8]}')
-  for card in evaluate.run(built, params, folder, what,
+  source = evaluate.source_of(built, params)
+  digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode())
+  folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
+  for card in evaluate.run(built, params, source, folder, what,
                            beat=asked.check):
     told = evaluate.as_text(card).split('\n\n')[0].replace('**', '')
     say(f"{told} at {card['length']} tokens, {card['steps']} steps")

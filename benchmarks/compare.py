@@ -79,10 +79,10 @@ def config_of(args, task):
   SystemExit for a flag that is neither of this file nor of the config.
   """
   c, values = compare.get_config(task), flags.FlagValues()
-  said = ['', *args.overrides]
+  said, known = ['', *args.overrides], check.flatten(c)
   for flag in args.overrides:
     name = flag.partition('=')[0].removeprefix('--config.')
-    if name not in check.flatten(c):
+    if name not in known:
       sys.exit(f'error: {flag} is neither a flag of this command nor a field '
                'of the config')
   try:

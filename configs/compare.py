@@ -63,12 +63,8 @@ def get_config(task='sudoku'):
     raise ValueError(f'{task!r} after the colon must be {" or ".join(TASKS)}')
   c = TASKS[task].get_config()
   c.name = f'compare-{task}'
-  c.data.train_size = 4000
-  if task == 'sudoku':
-    c.sft.steps = 100
-  else:
-    c.data.train_size = 6500
-    c.sft.steps = 4000
+  c.data.train_size, c.sft.steps = {
+      'sudoku': (4000, 100), 'countdown': (6500, 4000)}[task]
   c.model.remat = 'dots'  # faster on a CPU: fewer arrays to write and read
   c.train.prompts = 16
   c.train.group = 8

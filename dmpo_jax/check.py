@@ -180,16 +180,6 @@ def check_model(c):
                  'lora.rank > 0')
   if not 0 <= c.lora.dropout < 1:
     found.append(f'lora.dropout = {c.lora.dropout} must be in [0, 1)')
-  needs = set()
-  if c.objective.name in OBJECTIVES:
-    objective = OBJECTIVES[c.objective.name]
-    needs = objective.needs(settings(objective.hp, c.objective))
-  # `reweigh` ('policy') reads ELBOs of a pass without dropout.
-  if c.lora.dropout and (needs & {'tokens_old', 'record'} or
-                         'elbo_old' in needs and 'policy' not in needs):
-    found.append(f'lora.dropout = {c.lora.dropout}: objective.name = '
-                 f'{c.objective.name} compares log p_theta with log p_old, '
-                 'which has no dropout: set 0')
   if not c.lora.rank and (c.lora.dropout or c.lora.path):
     found.append('lora.dropout and lora.path need lora.rank > 0')
   return found
@@ -279,7 +269,8 @@ def check_objective(c):
   if o.elbo_draws < 2 or o.elbo_draws % 2:
     found.append(f'objective.elbo_draws = {o.elbo_draws} must be even: masks '
                  'come with their complements')
-  needs = OBJECTIVES[o.name].needs(settings(OBJECTIVES[o.name].hp, o))
+  hp = settings(OBJECTIVES[o.name].hp, o)
+  needs = OBJECTIVES[o.name].needs(hp)
   for need, wrong, change in (
       ('record', s.pick == 'wino', 'sampler.pick = wino takes tokens back: use '
        'another, for this needs recorded steps'),
@@ -300,16 +291,23 @@ def check_objective(c):
        'model, whose choice of positions has a density')):
     if need in needs and wrong:
       found.append(f'{change} (objective.name = {o.name})')
-  return found + check_old(c, needs)
+  return found + check_old(c, needs, hp)
 
 
-def check_old(c, needs):
-  """log p_old under masks of its own: of the law of the loss's."""
-  o, e = c.objective, c.logprob
-  if o.name != 'dmpo' or 'elbo_old' not in needs or o.common_masks:
-    return []
+def check_old(c, needs, hp):
+  """log p_old that log p_theta is compared with: without dropout on one side,
+  and where it has masks of its own, of the law of the loss's."""
+  found, o, e = [], c.objective, c.logprob
+  # `reweigh` ('policy') reads ELBOs of a pass without dropout.
+  if c.lora.dropout and (needs & {'tokens_old', 'record'} or
+                         'elbo_old' in needs and 'policy' not in needs):
+    found.append(f'lora.dropout = {c.lora.dropout}: objective.name = {o.name} '
+                 'compares log p_theta with log p_old, which has no dropout: '
+                 'set 0')
+  if 'elbo_old' not in needs or hp.common_masks:
+    return found
   why = 'log p_old and log p_theta are compared'
-  found = [f'logprob.{field} = {e[field]} must be objective.{field} = '
+  found += [f'logprob.{field} = {e[field]} must be objective.{field} = '
            f'{o[field]}: {why}' for field in ('low', 'high', 'antithetic')
            if e[field] != o[field]]
   if e.elbo != 'paper':

@@ -99,13 +99,14 @@ def generate(built, params, problems, sample, total, first):
 # ---- the evaluation that others compare with
 
 
-def run(built, params, folder, what, split='test', beat=lambda: None):
+def run(built, params, source, folder, what, split='test', beat=lambda: None):
   """One results card per length of eval.lengths, as dicts; see `card`.
 
-  what: names the parameters (base, adapter, latest, best). Generations and
-  cards are written into `folder` as they come; called again it goes on.
-  beat() is called after each generation. ValueError before anything is sampled
-  if a length is impossible, or the folder has others' generations.
+  source: what `source_of` says of params; what: their name (base, adapter,
+  latest, best). Generations and cards are written into `folder` as they come;
+  called again it goes on. beat() is called after each generation. ValueError
+  before anything is sampled if a length is impossible, or the folder has
+  others' generations.
   """
   c = built.config
   lengths = c.eval.lengths or (c.eval.sampler.length,)
@@ -115,7 +116,7 @@ def run(built, params, folder, what, split='test', beat=lambda: None):
   if max(lengths) > room:
     raise ValueError(f'eval.lengths = {lengths}: with prompts of '
                      f'{held.tokens.shape[1]} tokens there is room for {room}')
-  claim(folder, source_of(built, params))
+  claim(folder, source)
   cards = []
   for section in sections:
     stem = os.path.join(folder, f'{c.data.task}_{what}_{section.length}_'
@@ -141,10 +142,9 @@ def run(built, params, folder, what, split='test', beat=lambda: None):
 
 def source_of(built, params):
   """What generations depend on: {field: value}, and a digest of `params`."""
-  fields = json.loads(json.dumps(check.flatten(check.plain(built.config))))
   free = (*check.FREE, 'eval.lengths', 'eval.every', 'reward.')
   return {'parameters': int(built.steps.digest(params)), **{
-      name: value for name, value in fields.items()
+      name: value for name, value in check.plain(built.config).items()
       if not name.startswith(free)}}
 
 
