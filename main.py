@@ -28,40 +28,51 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dmpo_jax import (
-    build,
-    check,
-    data,
-    evaluate,
-    export,
-    guard,
-    mesh,
-    metrics,
-    plan,
-    provenance,
-    report,
-    resume,
-    sft,
-    train,
-    watch,
+  build,
+  check,
+  data,
+  evaluate,
+  export,
+  guard,
+  mesh,
+  metrics,
+  plan,
+  provenance,
+  report,
+  resume,
+  sft,
+  train,
+  watch,
 )
 
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', '', 'default: runs/<name>-<hash>')
 NO_CONFIG = '--config=FILE is missing, such as configs/quickstart.py'
-MODES = ('train', 'sft', 'eval', 'score', 'sample', 'export', 'plan',
-         'report')
+MODES = ('train', 'sft', 'eval', 'score', 'sample', 'export', 'plan', 'report')
 MODE = flags.DEFINE_enum('mode', 'train', MODES, 'what to do')
-SWEEP = flags.DEFINE_string('sweep', '', "NAME:i, point i of the config's "
-                            'sweep(NAME)')
+SWEEP = flags.DEFINE_string('sweep', '', "NAME:i, point i of the config's sweep(NAME)")
 RUNS = flags.DEFINE_string('runs', '', 'report: glob of workdirs to compare')
-FORMAT = flags.DEFINE_enum('format', 'merged', ['merged', 'adapter'],
-                           'export: Hugging Face weights, or a PEFT adapter')
-OUT = flags.DEFINE_string('out', '', 'export: default WORKDIR/export-FORMAT; '
-                          'eval: folder of the cards; report --cards: the PNG')
-TOPOLOGY = flags.DEFINE_string('topology', '', 'plan: such as v5p:4x4x4, in '
-                               'place of the devices here; needs libtpu')
-OF = flags.DEFINE_enum('of', 'latest', ['latest', 'best', 'base'],
-                       'eval, sample, export: which parameters of the run')
+FORMAT = flags.DEFINE_enum(
+  'format',
+  'merged',
+  ['merged', 'adapter'],
+  'export: Hugging Face weights, or a PEFT adapter',
+)
+OUT = flags.DEFINE_string(
+  'out',
+  '',
+  'export: default WORKDIR/export-FORMAT; '
+  'eval: folder of the cards; report --cards: the PNG',
+)
+TOPOLOGY = flags.DEFINE_string(
+  'topology', '', 'plan: such as v5p:4x4x4, in place of the devices here; needs libtpu'
+)
+OF = flags.DEFINE_enum(
+  'of',
+  'latest',
+  ['latest', 'best', 'base'],
+  'eval, sample, export: which parameters of the run',
+)
 GENERATIONS = flags.DEFINE_string('generations', '', 'score: file to grade')
 PROBLEM = flags.DEFINE_integer('problem', 0, 'sample: which of the test split')
 PROMPT = flags.DEFINE_string('prompt', '', 'sample: a prompt of your own')
@@ -69,14 +80,19 @@ HTML = flags.DEFINE_string('html', '', 'sample: also as a page, into this file')
 CARDS = flags.DEFINE_string('cards', '', 'report: glob of *.card.json')
 BY = flags.DEFINE_string('by', 'objective.baseline', 'report: field to compare')
 # The same command in each of several processes (docs/running.md).
-MULTIHOST = flags.DEFINE_enum('multihost', 'off', ['off', 'auto'],
-                              'auto: as Slurm, Open MPI or a TPU pod says')
-COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of process 0, '
-                                  'in place of --multihost=auto')
+MULTIHOST = flags.DEFINE_enum(
+  'multihost', 'off', ['off', 'auto'], 'auto: as Slurm, Open MPI or a TPU pod says'
+)
+COORDINATOR = flags.DEFINE_string(
+  'coordinator', '', 'host:port of process 0, in place of --multihost=auto'
+)
 PROCESSES = flags.DEFINE_integer('processes', None, 'how many there are')
 PROCESS = flags.DEFINE_integer('process', None, 'which this is, from 0')
-HEARTBEAT = flags.DEFINE_integer('heartbeat', 100, 'seconds of silence after '
-                                 'which a process is dead and the others end')
+HEARTBEAT = flags.DEFINE_integer(
+  'heartbeat',
+  100,
+  'seconds of silence after which a process is dead and the others end',
+)
 
 
 def parse(argv):
@@ -103,7 +119,7 @@ def config_path(argv):
   for i, arg in enumerate(argv):
     name, equals, value = arg.partition('=')
     if name in ('--config', '-config'):
-      return value if equals else ''.join(argv[i + 1:i + 2])
+      return value if equals else ''.join(argv[i + 1 : i + 2])
   return ''
 
 
@@ -115,8 +131,7 @@ def hint(name, known):
 
 def module(path):
   """The config file as a module: for its sweep(name)."""
-  spec = importlib.util.spec_from_file_location(
-      'config_file', path.split(':')[0])
+  spec = importlib.util.spec_from_file_location('config_file', path.split(':')[0])
   loaded = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(loaded)
   return loaded
@@ -127,8 +142,10 @@ def points_of(path, name):
   loaded = module(path)
   names = getattr(loaded, 'SWEEPS', (name,)) if hasattr(loaded, 'sweep') else ()
   if name not in names:
-    raise ValueError(f'--sweep={name}: {path} has ' + (
-        f'only {", ".join(names)}' if names else 'no sweep(name)'))
+    raise ValueError(
+      f'--sweep={name}: {path} has '
+      + (f'only {", ".join(names)}' if names else 'no sweep(name)')
+    )
   return loaded.sweep(name)
 
 
@@ -138,11 +155,13 @@ def apply_sweep(c, flag, sweep):
   points = points_of(config_flags.get_config_filename(flag), name)
   known = check.flatten(c)
   for field in {field for point in points for field in point} - set(known):
-    raise ValueError(f'sweep({name!r}) sets {field!r}, which is not a field' +
-                     hint(field, known))
+    raise ValueError(
+      f'sweep({name!r}) sets {field!r}, which is not a field' + hint(field, known)
+    )
   if not index.isdigit() or int(index) >= len(points):
-    raise ValueError(f'--sweep={sweep!r} must be {name}:i with i from 0 to '
-                     f'{len(points) - 1}')
+    raise ValueError(
+      f'--sweep={sweep!r} must be {name}:i with i from 0 to {len(points) - 1}'
+    )
   point = points[int(index)]
   twice = set(point) & set(config_flags.get_override_values(flag))
   if twice:
@@ -158,8 +177,9 @@ def as_json(c):
 def default_workdir(c, free):
   """runs/NAME-HASH of the config; that of a run which differs from it only in
   the evaluation (what the file has of it, not the flags) if there is one."""
-  folder = lambda c: os.path.join('runs', f'{c.name}-' + hashlib.sha256(
-      as_json(c).encode()).hexdigest()[:8])
+  folder = lambda c: os.path.join(
+    'runs', f'{c.name}-' + hashlib.sha256(as_json(c).encode()).hexdigest()[:8]
+  )
   if free != check.JUDGING or os.path.isdir(folder(c)):
     return folder(c)
   path = config_flags.get_config_filename(flags.FLAGS['config'])
@@ -168,8 +188,9 @@ def default_workdir(c, free):
   # A run may have got its data.path by a flag: that is kept if it finds one.
   for names in (('eval.', 'reward.'), judging):
     plain = copy.deepcopy(c)
-    plain.update_from_flattened_dict({
-        k: v for k, v in file.items() if k.startswith(names)})
+    plain.update_from_flattened_dict(
+      {k: v for k, v in file.items() if k.startswith(names)}
+    )
     if os.path.isdir(folder(plain)):
       return folder(plain)
   return folder(c)
@@ -187,13 +208,15 @@ def settle(c, workdir, free=check.FREE):
       try:
         old = check.flatten(json.load(f))
       except ValueError as error:
-        raise ValueError(f'{path} is damaged ({error}): remove it if this is '
-                         'the config of that run') from None
+        raise ValueError(
+          f'{path} is damaged ({error}): remove it if this is the config of that run'
+        ) from None
     changed = check.changes(old, check.plain(c), free)
     if changed:
       raise ValueError(
-          f'--workdir={workdir} was written by another config ({changed}): '
-          f'name another workdir (only {", ".join(free)} may change)')
+        f'--workdir={workdir} was written by another config ({changed}): '
+        f'name another workdir (only {", ".join(free)} may change)'
+      )
   elif jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
     metrics.replace(path, as_json(c))
@@ -212,8 +235,7 @@ def run_train(built, workdir, only_sft, dog, asked):
       say(f'base model in {os.path.join(workdir, "sft")}')
       return
     base = built.steps.quantize(base)
-    tuned, rl_seconds = train.run(built, workdir, writer, base,
-                                  dog.beat)
+    tuned, rl_seconds = train.run(built, workdir, writer, base, dog.beat)
   test = build.problems(built, 'test')
   results = {}
   updates = built.config.train.iterations * built.config.train.inner
@@ -230,15 +252,19 @@ def run_train(built, workdir, only_sft, dog, asked):
     return
   packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
   results |= {
-      'seconds': {'sft': sft_seconds, 'rl': rl_seconds,
-                  'total': sft_seconds + rl_seconds,
-                  'session': time.time() - begun},
-      'seed': built.config.seed, 'config': built.config.name,
-      'device': jax.devices()[0].device_kind,
-      'versions': {p: importlib.metadata.version(p) for p in packages}}
+    'seconds': {
+      'sft': sft_seconds,
+      'rl': rl_seconds,
+      'total': sft_seconds + rl_seconds,
+      'session': time.time() - begun,
+    },
+    'seed': built.config.seed,
+    'config': built.config.name,
+    'device': jax.devices()[0].device_kind,
+    'versions': {p: importlib.metadata.version(p) for p in packages},
+  }
   # That it is there says that all is done.
-  metrics.replace(os.path.join(workdir, 'results.json'),
-                  json.dumps(results, indent=2))
+  metrics.replace(os.path.join(workdir, 'results.json'), json.dumps(results, indent=2))
   report.curves(workdir)
 
 
@@ -248,8 +274,9 @@ def note_start(c, workdir):
   fields = config_flags.get_override_values(flag)
   if SWEEP.value:
     fields = {**fields, 'sweep': SWEEP.value}
-  provenance.append(workdir, provenance.record(
-      fields, {'seed': c.seed, 'data.seed': c.data.seed}))
+  provenance.append(
+    workdir, provenance.record(fields, {'seed': c.seed, 'data.seed': c.data.seed})
+  )
 
 
 def write_lines(path, rows):
@@ -263,8 +290,11 @@ def quiet():
   logging.set_verbosity(logging.INFO)
   ours = os.path.dirname(os.path.abspath(__file__))
   logging.get_absl_handler().addFilter(
-      lambda r: r.levelno >= 30 or (r.pathname.startswith(ours)
-                                    and 'site-packages' not in r.pathname))
+    lambda r: (
+      r.levelno >= 30
+      or (r.pathname.startswith(ours) and 'site-packages' not in r.pathname)
+    )
+  )
 
 
 def cache_programs(c):
@@ -282,8 +312,10 @@ def cache_programs(c):
   folder = os.path.join(root, 'dmpo_jax', 'programs')
   os.makedirs(folder, mode=0o700, exist_ok=True)
   if os.stat(folder).st_uid != os.getuid():
-    raise ValueError(f'{folder} belongs to another user: set XDG_CACHE_HOME or '
-                     'JAX_COMPILATION_CACHE_DIR, or --config.cache=False')
+    raise ValueError(
+      f'{folder} belongs to another user: set XDG_CACHE_HOME or '
+      'JAX_COMPILATION_CACHE_DIR, or --config.cache=False'
+    )
   jax.config.update('jax_compilation_cache_dir', folder)
 
 
@@ -292,8 +324,7 @@ def split_cpu(count):
 
   Small matmuls leave most of a second core idle; a device each does not.
   """
-  forced = 'xla_force_host_platform_device_count' in os.environ.get(
-      'XLA_FLAGS', '')
+  forced = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
   if count > 1 and not forced:
     jax.config.update('jax_num_cpu_devices', count)
 
@@ -305,30 +336,42 @@ def cluster():
   if not auto and explicit == ('', None, None):
     return None
   if auto and explicit != ('', None, None):
-    raise ValueError('--multihost=auto finds --coordinator, --processes and '
-                     '--process itself: give the one or the others')
+    raise ValueError(
+      '--multihost=auto finds --coordinator, --processes and '
+      '--process itself: give the one or the others'
+    )
   if HEARTBEAT.value < 1:
     raise ValueError(f'--heartbeat={HEARTBEAT.value} must be >= 1 second')
   if MODE.value in ('plan', 'report'):
-    raise ValueError(f'--mode={MODE.value} is for one process: without '
-                     '--multihost and --coordinator')
+    raise ValueError(
+      f'--mode={MODE.value} is for one process: without --multihost and --coordinator'
+    )
   if auto:
     return dict(heartbeat=HEARTBEAT.value)
-  lacks = [name for name, value in zip(
-      ('--coordinator', '--processes', '--process'), explicit, strict=True)
-           if value in ('', None)]
+  lacks = [
+    name
+    for name, value in zip(
+      ('--coordinator', '--processes', '--process'), explicit, strict=True
+    )
+    if value in ('', None)
+  ]
   if lacks:
-    raise ValueError(f'{", ".join(lacks)} missing: --coordinator=host:port, '
-                     '--processes=N and --process=i belong together')
+    raise ValueError(
+      f'{", ".join(lacks)} missing: --coordinator=host:port, '
+      '--processes=N and --process=i belong together'
+    )
   host, _, port = where.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-    raise ValueError(f'--coordinator={where} must be host:port, with a port '
-                     'from 1 to 65535')
+    raise ValueError(
+      f'--coordinator={where} must be host:port, with a port from 1 to 65535'
+    )
   if not 0 <= which < count:
-    raise ValueError(f'--process={which} must be in 0 to {count - 1}, for '
-                     f'--processes={count}')
-  return dict(coordinator=where, processes=count, process=which,
-              heartbeat=HEARTBEAT.value)
+    raise ValueError(
+      f'--process={which} must be in 0 to {count - 1}, for --processes={count}'
+    )
+  return dict(
+    coordinator=where, processes=count, process=which, heartbeat=HEARTBEAT.value
+  )
 
 
 def say(text):
@@ -361,9 +404,11 @@ def main(argv):
   if MODE.value == 'score':
     return score(built)
   if built.tokenizer is None:
-    raise ValueError(f'model.preset = {c.model.preset!r} is a published model: '
-                     'set model.checkpoint to its directory or hub name '
-                     '(without it there is only --mode=plan)')
+    raise ValueError(
+      f'model.preset = {c.model.preset!r} is a published model: '
+      'set model.checkpoint to its directory or hub name '
+      '(without it there is only --mode=plan)'
+    )
   if MODE.value in ('eval', 'sample'):
     build.problems(built, 'test')
     workdir = settle(c, WORKDIR.value, check.JUDGING)
@@ -371,8 +416,10 @@ def main(argv):
       return run_sample(built, workdir)
     with guard.Preemption(at_once=True) as asked:
       return run_eval(built, workdir, asked)
-  with guard.Preemption(at_once=True) as asked, guard.Watchdog(
-      60 * c.log.stuck_minutes) as dog:
+  with (
+    guard.Preemption(at_once=True) as asked,
+    guard.Watchdog(60 * c.log.stuck_minutes) as dog,
+  ):
     run_main(c, built, dog, asked)
 
 
@@ -391,8 +438,13 @@ def run_main(c, built, dog, asked):
   if done:
     say('this run is done; another seed: --config.seed=N')
   else:
-    logging.info('%s on %d %s, into %s', c.name, jax.device_count(),
-                 jax.devices()[0].device_kind, workdir)
+    logging.info(
+      '%s on %d %s, into %s',
+      c.name,
+      jax.device_count(),
+      jax.devices()[0].device_kind,
+      workdir,
+    )
     with guard.alone(workdir):
       run_train(built, workdir, MODE.value == 'sft', dog, asked)
   if MODE.value == 'train' and jax.process_index() == 0:
@@ -406,9 +458,11 @@ def is_trained(workdir):
   """
   there = mesh.agree(resume.is_saved(workdir))
   if not there and OF.present and OF.value != 'base':
-    raise ValueError(f'--of={OF.value}: there is no checkpoint in '
-                     f'{os.path.join(workdir, "rl")}: is that the workdir? '
-                     'Without a run, leave --of out or use --of=base')
+    raise ValueError(
+      f'--of={OF.value}: there is no checkpoint in '
+      f'{os.path.join(workdir, "rl")}: is that the workdir? '
+      'Without a run, leave --of out or use --of=base'
+    )
   return there
 
 
@@ -431,10 +485,9 @@ def run_eval(built, workdir, asked):
   source = evaluate.source_of(built, params)
   digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode())
   folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
-  for card in evaluate.run(built, params, source, folder, what,
-                           beat=asked.check):
+  for card in evaluate.run(built, params, source, folder, what, beat=asked.check):
     told = evaluate.as_text(card).split('\n\n')[0].replace('**', '')
-    say(f"{told} at {card['length']} tokens, {card['steps']} steps")
+    say(f'{told} at {card["length"]} tokens, {card["steps"]} steps')
   say(f'generations and cards in {folder}')
 
 
@@ -449,12 +502,14 @@ def run_sample(built, workdir):
   """A prompt being unmasked, on the terminal and as a page."""
   one, prompt = shown_prompt(built)
   params, what = params_of(built, workdir)
-  row, = evaluate.generate(built, params, one, built.steps.sample_eval, 1, 0)
-  told = f"{row['forwards']} steps, {row['tokens']} tokens"
+  (row,) = evaluate.generate(built, params, one, built.steps.sample_eval, 1, 0)
+  told = f'{row["forwards"]} steps, {row["tokens"]} tokens'
   if one.examples[0]:
     example, protocol = one.examples[0], built.config.data.protocol
-    told += (f", grade {built.task.grade(row['text'], example, protocol):g}; "
-             f'the answer: {built.task.record(example)[1]}')
+    told += (
+      f', grade {built.task.grade(row["text"], example, protocol):g}; '
+      f'the answer: {built.task.record(example)[1]}'
+    )
   steps = watch.pieces(row['ids'], row['order'], built.tokenizer.decode)
   say(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{told}')
   if HTML.value and jax.process_index() == 0:
@@ -465,16 +520,14 @@ def run_sample(built, workdir):
 def shown_prompt(built):
   """(data.Problems of one, its text): --prompt, else --problem of the test."""
   if PROMPT.value:
-    return data.encode_problems(
-        [{}], [PROMPT.value], built.tokenizer), PROMPT.value
+    return data.encode_problems([{}], [PROMPT.value], built.tokenizer), PROMPT.value
   problems, at = build.problems(built, 'test'), PROBLEM.value
   if not 0 <= at < len(problems.examples):
-    raise ValueError(f'--problem={at} must be in 0 to '
-                     f'{len(problems.examples) - 1}')
+    raise ValueError(f'--problem={at} must be in 0 to {len(problems.examples) - 1}')
   example = problems.examples[at]
-  return data.Problems([example], problems.tokens[at:at + 1],
-                       problems.valid[at:at + 1]), built.task.prompt(
-                           example, 'bare')
+  return data.Problems(
+    [example], problems.tokens[at : at + 1], problems.valid[at : at + 1]
+  ), built.task.prompt(example, 'bare')
 
 
 def base_of(built, workdir):
@@ -483,8 +536,9 @@ def base_of(built, workdir):
   ValueError if it is to be trained and another process is at it.
   """
   with metrics.Writer(workdir, enabled=False) as writer:
-    return sft.run(built, workdir, writer,
-                   alone=functools.partial(guard.alone, workdir))[0]
+    return sft.run(
+      built, workdir, writer, alone=functools.partial(guard.alone, workdir)
+    )[0]
 
 
 def run_export(built, workdir):
@@ -492,20 +546,25 @@ def run_export(built, workdir):
   is_trained(workdir)
   base = base_of(built, workdir)
   folder = OUT.value or os.path.join(workdir, f'export-{FORMAT.value}')
-  params = base if OF.value == 'base' else resume.latest(
-      built, workdir, base, OF.value == 'best')
+  params = (
+    base
+    if OF.value == 'base'
+    else resume.latest(built, workdir, base, OF.value == 'best')
+  )
   say(json.dumps(export.run(built, params, base, folder, FORMAT.value)))
 
 
 def show_report():
   """Curves and summary of one run, or a comparison of several."""
   if CARDS.value:
-    table, picture = report.compare_cards(sorted(glob.glob(CARDS.value)),
-                                          OUT.value or 'cards.png')
+    table, picture = report.compare_cards(
+      sorted(glob.glob(CARDS.value)), OUT.value or 'cards.png'
+    )
     print(f'{table}\n{picture}')
   elif RUNS.value:
-    table, picture = report.compare(sorted(glob.glob(RUNS.value)), BY.value,
-                                    'comparison.png')
+    table, picture = report.compare(
+      sorted(glob.glob(RUNS.value)), BY.value, 'comparison.png'
+    )
     print(f'{table}\n{picture}')
   else:
     with contextlib.suppress(report.NoData):  # it has hardly begun

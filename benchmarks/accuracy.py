@@ -20,27 +20,32 @@ from configs import base
 from dmpo_jax import build, check, evaluate, metrics, resume, sft
 
 PICKS = (
-    ('confidence, 1 a step', dict(pick='confidence')),
-    ('confidence, 2 a step', dict(pick='confidence', a_step=2)),
-    ('threshold 0.95', dict(pick='threshold', threshold=0.95)),
-    ('threshold 0.9', dict(pick='threshold', threshold=0.9)),
-    ('threshold 0.7', dict(pick='threshold', threshold=0.7)),
-    ('threshold 0.5', dict(pick='threshold', threshold=0.5)),
-    ('entropy 0.1', dict(pick='entropy', entropy_bound=0.1)),
-    ('wino 0.6', dict(pick='wino', threshold=0.6)),
+  ('confidence, 1 a step', dict(pick='confidence')),
+  ('confidence, 2 a step', dict(pick='confidence', a_step=2)),
+  ('threshold 0.95', dict(pick='threshold', threshold=0.95)),
+  ('threshold 0.9', dict(pick='threshold', threshold=0.9)),
+  ('threshold 0.7', dict(pick='threshold', threshold=0.7)),
+  ('threshold 0.5', dict(pick='threshold', threshold=0.5)),
+  ('entropy 0.1', dict(pick='entropy', entropy_bound=0.1)),
+  ('wino 0.6', dict(pick='wino', threshold=0.6)),
 )
 CACHES = ('none', 'prefix', 'dual')
-HEADER = ('| cache | pick | accuracy | tokens/s | forwards | same tokens |\n'
-          '|---|---|---|---|---|---|')
+HEADER = (
+  '| cache | pick | accuracy | tokens/s | forwards | same tokens |\n'
+  '|---|---|---|---|---|---|'
+)
 
 
 def trained(workdir):
   """(Built, parameters) of a finished run, as its config.json says."""
   c = base.get_config()
   with open(os.path.join(workdir, 'config.json')) as f:
-    c.update_from_flattened_dict({
+    c.update_from_flattened_dict(
+      {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in check.flatten(json.load(f)).items()})
+        for name, value in check.flatten(json.load(f)).items()
+      }
+    )
   built = build.build(c)
   with metrics.Writer(workdir, enabled=False) as writer:
     start = sft.run(built, workdir, writer)[0]
@@ -52,32 +57,41 @@ def section_of(built, args, cache, fields):
   section = copy.deepcopy(built.config.eval.sampler)
   fields = dict(fields)
   steps = section.length // fields.pop('a_step', 1)
-  section.update(dict(block=args.block or section.block, steps=steps,
-                      cache=cache, refresh=args.refresh if cache != 'none'
-                      else 0, temperature=0.0, **fields))
+  section.update(
+    dict(
+      block=args.block or section.block,
+      steps=steps,
+      cache=cache,
+      refresh=args.refresh if cache != 'none' else 0,
+      temperature=0.0,
+      **fields,
+    )
+  )
   return section
 
 
 def answers(built, params, held, section):
   """(accuracy, seconds, mean forwards of a batch, tokens) of a split."""
   sample, total = built.steps.sampler_of(section), len(held.examples)
-  run = lambda total: list(evaluate.generate(
-      built, params, held, sample, total, 0))
+  run = lambda total: list(evaluate.generate(built, params, held, sample, total, 0))
   run(1)  # compiles
   begun = time.perf_counter()
   rows = run(total)
   seconds = time.perf_counter() - begun
   examples = [held.examples[row['problem']] for row in rows]
   grades = evaluate.judged(built, rows, examples).grades
-  return (float(np.mean(grades)), seconds,
-          float(np.mean([row['batch_forwards'] for row in rows])),
-          np.array([row['ids'] for row in rows]))
+  return (
+    float(np.mean(grades)),
+    seconds,
+    float(np.mean([row['batch_forwards'] for row in rows])),
+    np.array([row['ids'] for row in rows]),
+  )
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--workdir', required=True, help='of a finished run')
-  parser.add_argument('--block', type=int, default=0, help='0: the run\'s')
+  parser.add_argument('--block', type=int, default=0, help="0: the run's")
   parser.add_argument('--refresh', type=int, default=0, help='of the caches')
   args = parser.parse_args()
   built, params = trained(args.workdir)
@@ -91,8 +105,11 @@ def main():
       section = section_of(built, args, cache, fields)
       accuracy, seconds, forwards, ids = answers(built, params, held, section)
       exact = ids if exact is None else exact
-      print(f'| {cache} | {name} | {accuracy:.3f} | {ids.size / seconds:,.0f} '
-            f'| {forwards:.1f} | {np.mean(ids == exact):.3f} |', flush=True)
+      print(
+        f'| {cache} | {name} | {accuracy:.3f} | {ids.size / seconds:,.0f} '
+        f'| {forwards:.1f} | {np.mean(ids == exact):.3f} |',
+        flush=True,
+      )
 
 
 if __name__ == '__main__':

@@ -14,13 +14,17 @@ from dmpo_jax import model, plan, sampler
 
 SMALL_IDS = dict(vocab=4096, mask_id=4095, eos_id=4094, pad_id=4094)
 SIZES = {
-    # Eight layers of 256, 8.9 M parameters: what two cores can do.
-    'tiny': {**model.PRESETS['small'], **SMALL_IDS},
-    # The quickstart's.
-    'quickstart': {**model.PRESETS['tiny'], 'vocab': 128, 'mask_id': 127,
-                   'eos_id': 126, 'pad_id': 126},
-    **{name: fields for name, fields in model.PRESETS.items()
-       if 'vocab' in fields},
+  # Eight layers of 256, 8.9 M parameters: what two cores can do.
+  'tiny': {**model.PRESETS['small'], **SMALL_IDS},
+  # The quickstart's.
+  'quickstart': {
+    **model.PRESETS['tiny'],
+    'vocab': 128,
+    'mask_id': 127,
+    'eos_id': 126,
+    'pad_id': 126,
+  },
+  **{name: fields for name, fields in model.PRESETS.items() if 'vocab' in fields},
 }
 
 
@@ -29,12 +33,15 @@ def arguments(parser):
   parser.add_argument('--rows', type=int, default=16)
   parser.add_argument('--prompt', type=int, default=64, help='tokens')
   parser.add_argument('--length', type=int, default=128, help='tokens')
-  parser.add_argument('--dtype', default='float32',
-                      choices=('float32', 'bfloat16'))
+  parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
   parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--sharpness', type=float, default=1.0,
-                      help='factor of the head: random weights are sure of '
-                      'nothing, and a threshold would never be met')
+  parser.add_argument(
+    '--sharpness',
+    type=float,
+    default=1.0,
+    help='factor of the head: random weights are sure of '
+    'nothing, and a threshold would never be met',
+  )
 
 
 def sampling_arguments(parser):
@@ -49,8 +56,15 @@ def sampling_arguments(parser):
 
 def sample_config(args, **changes):
   hp = sampler.SampleConfig(
-      args.length, args.block, args.steps, args.temperature, args.pick,
-      threshold=args.threshold, cache=args.cache, refresh=args.refresh)
+    args.length,
+    args.block,
+    args.steps,
+    args.temperature,
+    args.pick,
+    threshold=args.threshold,
+    cache=args.cache,
+    refresh=args.refresh,
+  )
   return dataclasses.replace(hp, **changes)
 
 
@@ -58,8 +72,12 @@ def make_model(args):
   """Random weights of a size."""
   rank = getattr(args, 'lora', 0)
   cfg = model.ModelConfig(
-      **SIZES[args.size], dtype=args.dtype, param_dtype=args.dtype,
-      remat='full' if args.size.endswith('b') else 'none', lora_rank=rank)
+    **SIZES[args.size],
+    dtype=args.dtype,
+    param_dtype=args.dtype,
+    remat='full' if args.size.endswith('b') else 'none',
+    lora_rank=rank,
+  )
   params = jax.jit(lambda: model.init(cfg, jax.random.key(0)))()
   params['params']['head'] *= args.sharpness
   return cfg, params
@@ -74,9 +92,11 @@ def prompts_of(args, cfg):
 
 def sampling(cfg, hp):
   """The sampler as a jitted function of (params, prompts, keys)."""
+
   def run(params, prompts, keys):
     valid = jnp.ones(prompts.shape, bool)
     return sampler.sample(cfg, params, prompts, valid, keys, hp)
+
   return jax.jit(run)
 
 
@@ -97,8 +117,7 @@ def measure(run, repeats, *inputs):
 
 
 def spread(spent):
-  return {'median': statistics.median(spent), 'min': min(spent),
-          'max': max(spent)}
+  return {'median': statistics.median(spent), 'min': min(spent), 'max': max(spent)}
 
 
 def flops_of(run, trips, *inputs):
@@ -121,26 +140,41 @@ def matmul_rate(dtype, size=0, repeats=5):
   size = size or (1536 if jax.default_backend() == 'cpu' else 8192)
   x = jax.random.normal(jax.random.key(3), (size, size), dtype)
   times, _ = measure(jax.jit(lambda a, b: a @ b), repeats, x, x)
-  return 2 * size ** 3 / times['median']
+  return 2 * size**3 / times['median']
 
 
 def peak_bytes():
   """Of the device; of the process where there is only a CPU."""
   stats = jax.devices()[0].memory_stats() or {}
-  return stats.get('peak_bytes_in_use',
-                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+  return stats.get(
+    'peak_bytes_in_use', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  )
 
 
 def show(args, params, times, flops, results):
   """Prints the JSON line; `flops` of one run."""
   peak = peak_bytes()
   rate = matmul_rate(args.dtype)
-  print(json.dumps({
-      'size': args.size, 'parameters': model.count_params(params),
-      'rows': args.rows, 'prompt': args.prompt, 'length': args.length,
-      'dtype': args.dtype, **results, 'seconds': times,
-      'matmul_flops': flops, 'matmul_rate': rate,
-      'share_of_rate': flops / times['median'] / rate, 'peak_bytes': peak,
-      'device': jax.devices()[0].device_kind, 'devices': jax.device_count(),
-      'jax': jax.__version__, 'python': platform.python_version()}),
-      flush=True)
+  print(
+    json.dumps(
+      {
+        'size': args.size,
+        'parameters': model.count_params(params),
+        'rows': args.rows,
+        'prompt': args.prompt,
+        'length': args.length,
+        'dtype': args.dtype,
+        **results,
+        'seconds': times,
+        'matmul_flops': flops,
+        'matmul_rate': rate,
+        'share_of_rate': flops / times['median'] / rate,
+        'peak_bytes': peak,
+        'device': jax.devices()[0].device_kind,
+        'devices': jax.device_count(),
+        'jax': jax.__version__,
+        'python': platform.python_version(),
+      }
+    ),
+    flush=True,
+  )

@@ -49,8 +49,11 @@ CORES = queue.Queue()  # shares that no run has: sets of cores
 
 def share_cores(workers):
   """Fills CORES: all there are, dealt out."""
-  there = sorted(os.sched_getaffinity(0)) if hasattr(
-      os, 'sched_getaffinity') else list(range(os.cpu_count()))
+  there = (
+    sorted(os.sched_getaffinity(0))
+    if hasattr(os, 'sched_getaffinity')
+    else list(range(os.cpu_count()))
+  )
   for i in range(workers):
     CORES.put(set(there[i::workers]) or {there[i % len(there)]})
 
@@ -83,11 +86,11 @@ def config_of(args, task):
   for flag in args.overrides:
     name = flag.partition('=')[0].removeprefix('--config.')
     if name not in known:
-      sys.exit(f'error: {flag} is neither a flag of this command nor a field '
-               'of the config')
+      sys.exit(
+        f'error: {flag} is neither a flag of this command nor a field of the config'
+      )
   try:
-    config_flags.DEFINE_config_dict('config', c, flag_values=values,
-                                    sys_argv=said)
+    config_flags.DEFINE_config_dict('config', c, flag_values=values, sys_argv=said)
     values(said)
   except (flags.Error, ValueError) as error:
     sys.exit(f'error: {error}')
@@ -121,12 +124,17 @@ def train(args, task, arm, rate, seed):
   workdir = place(args, task, arm, rate, seed)
   if not done(args, task, arm, rate, seed):
     count = compare.fields_of(arm)['train.iterations']
-    call(workdir, f'--config={ROOT}/configs/compare.py:{task}',
-         f'--sweep=objectives:{compare.ARMS.index(arm)}',
-         f'--config.seed={seed}', f'--config.optim.lr={rate}',
-         f'--config.model.checkpoint={base(args, task)}',
-         '--config.sft.steps=0',
-         f'--config.eval.every={max(1, count // POINTS)}', *args.overrides)
+    call(
+      workdir,
+      f'--config={ROOT}/configs/compare.py:{task}',
+      f'--sweep=objectives:{compare.ARMS.index(arm)}',
+      f'--config.seed={seed}',
+      f'--config.optim.lr={rate}',
+      f'--config.model.checkpoint={base(args, task)}',
+      '--config.sft.steps=0',
+      f'--config.eval.every={max(1, count // POINTS)}',
+      *args.overrides,
+    )
     end = row_of(args, task, arm, rate, seed)['final']
     print(f'{workdir}: {end:.3f}', flush=True)
 
@@ -136,12 +144,11 @@ def chain(args, task, arm):
 
   Returns what failed, as text; the other arms go on.
   """
-  first, *others = compare.SEEDS[:args.seeds]
+  first, *others = compare.SEEDS[: args.seeds]
   try:
     for rate in compare.RATES:
       train(args, task, arm, rate, first)
-    rate = best_rate([row_of(args, task, arm, rate, first)
-                      for rate in compare.RATES])
+    rate = best_rate([row_of(args, task, arm, rate, first) for rate in compare.RATES])
     for seed in others:
       train(args, task, arm, rate, seed)
   except RuntimeError as error:
@@ -152,8 +159,7 @@ def chain(args, task, arm):
 def best_rate(rows):
   """Of the largest area under validation, by an arm's rows of the first seed;
   None if some rate is not among them."""
-  areas = {row['rate']: row['area'] for row in rows
-           if row['seed'] == compare.SEEDS[0]}
+  areas = {row['rate']: row['area'] for row in rows if row['seed'] == compare.SEEDS[0]}
   if len(areas) < len(compare.RATES):
     return None
   return max(compare.RATES, key=areas.get)
@@ -177,10 +183,8 @@ def target_of(arms):
 
   Of means over its runs' last two validations: one alone is noise.
   """
-  start = statistics.fmean(run['curve'][1][0] for runs in arms.values()
-                           for run in runs)
-  best = max(np.mean([run['curve'][1][-2:] for run in runs])
-             for runs in arms.values())
+  start = statistics.fmean(run['curve'][1][0] for runs in arms.values() for run in runs)
+  best = max(np.mean([run['curve'][1][-2:] for run in runs]) for runs in arms.values())
   return float(start + SHARE * (best - start))
 
 
@@ -204,18 +208,25 @@ def row_of(args, task, arm, rate, seed):
   rows = [row for row in metrics.read(workdir) if row['phase'] == 'rl']
   sample, score, update = compare.COSTS[arm]
   spent = sum(row['forwards'] for row in rows) + len(rows) * (
-      score + compare.INNER * update)
+    score + compare.INNER * update
+  )
   judged = workdir / 'judged.json'
   said = json.loads(judged.read_text()) if judged.exists() else {}
   share, values = curve(workdir)
   return {
-      'task': task, 'arm': arm, 'rate': rate, 'seed': seed,
-      'base': results['base']['accuracy'],
-      'final': results['final']['accuracy'],
-      'area': area(share, values), 'forwards': spent,
-      'ess': [round(row['ess'], 3) for row in rows if 'ess' in row],
-      'curve': [np.round(share, 4).tolist(), values.tolist()],
-      'seconds': round(results['seconds']['session']), **said}
+    'task': task,
+    'arm': arm,
+    'rate': rate,
+    'seed': seed,
+    'base': results['base']['accuracy'],
+    'final': results['final']['accuracy'],
+    'area': area(share, values),
+    'forwards': spent,
+    'ess': [round(row['ess'], 3) for row in rows if 'ess' in row],
+    'curve': [np.round(share, 4).tolist(), values.tolist()],
+    'seconds': round(results['seconds']['session']),
+    **said,
+  }
 
 
 def known(path):
@@ -224,8 +235,9 @@ def known(path):
     return {}
   with open(path) as f:
     rows = [json.loads(text) for text in f]
-  return {tuple(row[name] for name in ('task', 'arm', 'rate', 'seed')): row
-          for row in rows}
+  return {
+    tuple(row[name] for name in ('task', 'arm', 'rate', 'seed')): row for row in rows
+  }
 
 
 # --- judging
@@ -236,16 +248,24 @@ def judge(args, task):
 
   One config for all, with the exact log-probs along the trajectories.
   """
-  todo = [path.parent for path in sorted(
-      (args.folder / task).glob('*/results.json'))
-          if not (path.parent / 'judged.json').exists()]
+  todo = [
+    path.parent
+    for path in sorted((args.folder / task).glob('*/results.json'))
+    if not (path.parent / 'judged.json').exists()
+  ]
   if not todo:
     return
   c = config_of(args, task)
   c.update_from_flattened_dict(compare.fields_of('dmpo-exact'))
-  c.update_from_flattened_dict({
-      'train.prompts': PROMPTS, 'train.group': GROUP, 'sft.steps': 0,
-      'train.microbatches': 8, 'model.checkpoint': base(args, task)})
+  c.update_from_flattened_dict(
+    {
+      'train.prompts': PROMPTS,
+      'train.group': GROUP,
+      'sft.steps': 0,
+      'train.microbatches': 8,
+      'model.checkpoint': base(args, task),
+    }
+  )
   built = build.build(c)
   problems, frozen = build.problems(built, 'test'), built.steps.init()
   state = built.steps.start(frozen)
@@ -253,14 +273,31 @@ def judge(args, task):
     with checkpoint.open_manager(str(workdir / 'rl'), 2) as manager:
       tuned = checkpoint.restore(manager, checkpoint.abstract(state))[0]
     started = rollout.start(
-        built.steps, problems, tuned.trainable, frozen, 0, prompts=PROMPTS,
-        group=GROUP, seed=c.seed)
+      built.steps,
+      problems,
+      tuned.trainable,
+      frozen,
+      0,
+      prompts=PROMPTS,
+      group=GROUP,
+      seed=c.seed,
+    )
     numbers = rollout.finish(
-        built.steps, built.task, built.tokenizer, problems, started,
-        group=GROUP, protocol=c.data.protocol, samples=0,
-        weights=c.reward.weights)[1]
-    kept = {'kl': numbers['kl_ref'], 'sampled': numbers['accuracy'],
-            'right': numbers['distinct_right']}
+      built.steps,
+      built.task,
+      built.tokenizer,
+      problems,
+      started,
+      group=GROUP,
+      protocol=c.data.protocol,
+      samples=0,
+      weights=c.reward.weights,
+    )[1]
+    kept = {
+      'kl': numbers['kl_ref'],
+      'sampled': numbers['accuracy'],
+      'right': numbers['distinct_right'],
+    }
     (workdir / 'judged.json').write_text(json.dumps(kept))
 
 
@@ -271,8 +308,7 @@ def interval(values):
   """(mean, half width of its 95 % interval by Student's t; nan for one)."""
   half = math.nan
   if len(values) > 1:
-    half = STUDENT[len(values) - 1] * statistics.stdev(
-        values) / math.sqrt(len(values))
+    half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
   return statistics.fmean(values), half
 
 
@@ -285,40 +321,50 @@ def told(values, digits=3):
 def gain(runs, rival):
   """Final accuracy less that of another arm, seed by seed."""
   theirs = {run['seed']: run['final'] for run in rival}
-  pairs = [run['final'] - theirs[run['seed']] for run in runs
-           if run['seed'] in theirs]
+  pairs = [run['final'] - theirs[run['seed']] for run in runs if run['seed'] in theirs]
   return told(pairs) if pairs else ''
 
 
 def line(arm, runs, against, target):
   """A row of the table."""
-  spent = [reached(*map(np.array, run['curve']), target) * run['forwards']
-           for run in runs]
+  spent = [
+    reached(*map(np.array, run['curve']), target) * run['forwards'] for run in runs
+  ]
   got = [x for x in spent if not math.isnan(x)]
   quick = f'{statistics.median(got):.0f} ({len(got)})' if got else 'never'
   judged = [run for run in runs if 'kl' in run]
   cells = [
-      arm, f"{runs[0]['rate']:g}", str(len(runs)),
-      told([run['final'] for run in runs]), gain(runs, against),
-      told([run['area'] for run in runs]), quick,
-      told([run['sampled'] for run in judged]) if judged else '',
-      told([run['right'] for run in judged], 2) if judged else '',
-      told([run['kl'] for run in judged], 2) if judged else '',
-      f"{statistics.fmean(run['forwards'] for run in runs):.0f}",
-      f"{statistics.fmean(run['seconds'] for run in runs):.0f}"]
+    arm,
+    f'{runs[0]["rate"]:g}',
+    str(len(runs)),
+    told([run['final'] for run in runs]),
+    gain(runs, against),
+    told([run['area'] for run in runs]),
+    quick,
+    told([run['sampled'] for run in judged]) if judged else '',
+    told([run['right'] for run in judged], 2) if judged else '',
+    told([run['kl'] for run in judged], 2) if judged else '',
+    f'{statistics.fmean(run["forwards"] for run in runs):.0f}',
+    f'{statistics.fmean(run["seconds"] for run in runs):.0f}',
+  ]
   return '| ' + ' | '.join(cells) + ' |'
 
 
-HEADER = ('| arm | rate | seeds | final accuracy | less dmpo-paper | area | '
-          'forwards to {:.2f} (runs) | sampled | distinct right of {} | '
-          'KL, nats | forwards | s |\n' + '|---' * 12 + '|')
+HEADER = (
+  '| arm | rate | seeds | final accuracy | less dmpo-paper | area | '
+  'forwards to {:.2f} (runs) | sampled | distinct right of {} | '
+  'KL, nats | forwards | s |\n' + '|---' * 12 + '|'
+)
 
 
 def tables(args, task):
   """FOLDER/TASK.md and .png of the arms whose search is done, and .jsonl of
   all runs that are."""
-  rows = [row_of(args, task, *key) for key in itertools.product(
-      compare.ARMS, compare.RATES, compare.SEEDS) if done(args, task, *key)]
+  rows = [
+    row_of(args, task, *key)
+    for key in itertools.product(compare.ARMS, compare.RATES, compare.SEEDS)
+    if done(args, task, *key)
+  ]
   arms = {}
   for arm in compare.ARMS:
     mine = [row for row in rows if row['arm'] == arm]
@@ -328,11 +374,19 @@ def tables(args, task):
   if not arms:
     return
   against = arms.get('dmpo-paper', [])
-  ranked = sorted(arms.items(), key=lambda item: -statistics.fmean(
-      run['final'] for run in item[1]))
+  ranked = sorted(
+    arms.items(), key=lambda item: -statistics.fmean(run['final'] for run in item[1])
+  )
   target = target_of(arms)
-  text = '\n'.join([HEADER.format(target, GROUP), *(
-      line(arm, runs, against, target) for arm, runs in ranked)]) + '\n'
+  text = (
+    '\n'.join(
+      [
+        HEADER.format(target, GROUP),
+        *(line(arm, runs, against, target) for arm, runs in ranked),
+      ]
+    )
+    + '\n'
+  )
   args.folder.mkdir(parents=True, exist_ok=True)
   out = args.folder / task
   out.with_suffix('.md').write_text(text)
@@ -348,32 +402,36 @@ def picture(ranked, task, path):
   left, middle, right = figure.subplots(1, 3)
   grid = np.linspace(0, 1, 41)
   for i, (arm, runs) in enumerate(ranked):
-    look = {'color': report.CYCLE[i % len(report.CYCLE)], 'lw': 1.6,
-            'ls': ('-', '--', ':', '-.')[i // len(report.CYCLE) % 4]}
+    look = {
+      'color': report.CYCLE[i % len(report.CYCLE)],
+      'lw': 1.6,
+      'ls': ('-', '--', ':', '-.')[i // len(report.CYCLE) % 4],
+    }
     mean = np.mean([np.interp(grid, *run['curve']) for run in runs], axis=0)
     left.plot(grid * compare.BUDGET, mean, label=arm, **look)
     if arm in compare.DMPO and all(run['ess'] for run in runs):
       middle.plot(*ess_of(runs), **look)
     mean, half = interval([run['final'] for run in runs])
-    right.errorbar([mean], [-i], xerr=[[half]] * 2, color=look['color'],
-                   marker='o', ms=4, capsize=3)
+    right.errorbar(
+      [mean], [-i], xerr=[[half]] * 2, color=look['color'], marker='o', ms=4, capsize=3
+    )
   unit = 'network forwards of a buffer'
   report.style(left, f'{task}: validation accuracy', unit)
   report.style(middle, "effective size of a group's weights / G", unit)
   report.style(right, 'final accuracy, 95 % interval', '')
-  right.set_yticks([-i for i in range(len(ranked))],
-                   [arm for arm, _ in ranked], fontsize=8)
-  figure.legend(loc='outside lower center', fontsize=7, frameon=False,
-                ncols=11)
+  right.set_yticks(
+    [-i for i in range(len(ranked))], [arm for arm, _ in ranked], fontsize=8
+  )
+  figure.legend(loc='outside lower center', fontsize=7, frameon=False, ncols=11)
   report.save(figure, path)
 
 
 def ess_of(runs):
   """(forwards, ESS): means over an eighth of the budget and the runs."""
-  parts = [[np.mean(part) for part in np.array_split(run['ess'], POINTS)]
-           for run in runs]
-  return (np.arange(POINTS) + 0.5) / POINTS * compare.BUDGET, np.mean(
-      parts, axis=0)
+  parts = [
+    [np.mean(part) for part in np.array_split(run['ess'], POINTS)] for run in runs
+  ]
+  return (np.arange(POINTS) + 0.5) / POINTS * compare.BUDGET, np.mean(parts, axis=0)
 
 
 def main(argv=None):
@@ -383,15 +441,20 @@ def main(argv=None):
   parser.add_argument('--seeds', type=int, default=len(compare.SEEDS))
   parser.add_argument('--workers', type=int, default=2, help='runs at once')
   parser.add_argument('--checkpoint', default='')
-  parser.add_argument('--only', choices=('train', 'judge', 'report'),
-                      help='one of the three, of what there is')
+  parser.add_argument(
+    '--only',
+    choices=('train', 'judge', 'report'),
+    help='one of the three, of what there is',
+  )
   parser.add_argument('--known', default='', help='a TASK.jsonl of before')
   parser.add_argument('--folder', type=pathlib.Path, default='runs/compare')
   args, args.overrides = parser.parse_known_args(argv)
   args.folder, args.known = args.folder.resolve(), known(args.known)
   tasks, arms, failed = args.task.split(','), args.arms.split(','), []
-  for flag, names, there in (('arms', arms, compare.ARMS),
-                             ('task', tasks, compare.TASKS)):
+  for flag, names, there in (
+    ('arms', arms, compare.ARMS),
+    ('task', tasks, compare.TASKS),
+  ):
     for name in names:
       if name not in there:
         sys.exit(f'--{flag}: {name!r} must be one of {", ".join(there)}')
@@ -402,8 +465,7 @@ def main(argv=None):
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
       list(pool.map(lambda task: base(args, task), tasks))
       jobs = [(task, arm) for arm in arms for task in tasks]
-      failed = [text for text in pool.map(
-          lambda job: chain(args, *job), jobs) if text]
+      failed = [text for text in pool.map(lambda job: chain(args, *job), jobs) if text]
   for task in tasks:
     if args.only in (None, 'judge'):
       judge(args, task)

@@ -27,10 +27,16 @@ from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import dmpo
 from dmpo_jax.types import Masks
 
-FROZEN = {'frozen scheduler, all': 0, 'frozen scheduler, n = 4': 4,
-          'frozen scheduler, n = 2': 2, 'frozen scheduler, n = 1': 1}
-ELBOS = {'released ELBO, 4 draws': LogprobConfig(),
-         'stratified ELBO, 4 draws': LogprobConfig(elbo='stratified')}
+FROZEN = {
+  'frozen scheduler, all': 0,
+  'frozen scheduler, n = 4': 4,
+  'frozen scheduler, n = 2': 2,
+  'frozen scheduler, n = 1': 1,
+}
+ELBOS = {
+  'released ELBO, 4 draws': LogprobConfig(),
+  'stratified ELBO, 4 draws': LogprobConfig(elbo='stratified'),
+}
 
 
 class Case(NamedTuple):
@@ -58,7 +64,8 @@ class Found(NamedTuple):
 
 def elbo_gap(case, out, masks):
   return logprob.elbo(case.cfg, case.ref, out.tokens, out.valid, masks) - (
-      logprob.elbo(case.cfg, case.old, out.tokens, out.valid, masks))
+    logprob.elbo(case.cfg, case.old, out.tokens, out.valid, masks)
+  )
 
 
 def gauss(key, row_R, length, nodes=3):
@@ -66,7 +73,8 @@ def gauss(key, row_R, length, nodes=3):
   at, share = np.polynomial.legendre.leggauss(nodes)
   rate = jnp.asarray((at + 1) / 2)[:, None]
   masked = rng.per_row(
-      key, row_R, lambda k: jax.random.uniform(k, (nodes, length)) < rate)
+    key, row_R, lambda k: jax.random.uniform(k, (nodes, length)) < rate
+  )
   weight = jnp.asarray(nodes * share / 2) / rate[:, 0]
   return Masks(masked, jnp.broadcast_to(weight, masked.shape[:2]))
 
@@ -77,8 +85,10 @@ def random_path(case, out, hp, key, row_R):
   order = rng.per_row(key, row_R, lambda k: jax.random.permutation(k, length))
   out = out._replace(order=order.astype(jnp.int32))
   law = {**hp.law(), 'block': length}
-  ref, old = (logprob.trajectory_logp(case.cfg, params, out, law)[0]
-              for params in (case.ref, case.old))
+  ref, old = (
+    logprob.trajectory_logp(case.cfg, params, out, law)[0]
+    for params in (case.ref, case.old)
+  )
   return ref - old
 
 
@@ -87,8 +97,9 @@ def looked(cfg, params, out, hp, hidden_RxL):
   prompt = out.tokens.shape[1] - hp.length
   state = masking.apply_masks(out.tokens, hidden_RxL[:, None], cfg.mask_id)
   start_R = jnp.argmax(hidden_RxL, axis=1) // hp.block * hp.block
-  logits, _ = model.window_logits(cfg, params, state[:, 0], out.valid,
-                                  prompt + start_R, hp.block, prompt)
+  logits, _ = model.window_logits(
+    cfg, params, state[:, 0], out.valid, prompt + start_R, hp.block, prompt
+  )
   return start_R, logits
 
 
@@ -104,20 +115,32 @@ def own_order(cfg, params, out, hp):
     start_R, logits = looked(cfg, params, out, hp, hidden)
     window = lambda x: sampler.windows(x, start_R, hp.block)
     prob, masked = jax.nn.softmax(logits), window(hidden)
-    look = picks.Look(prob, jnp.max(prob, -1), masked,
-                      *picks.schedule(hp, masked, since_R), masked * 0.0)
+    look = picks.Look(
+      prob,
+      jnp.max(prob, -1),
+      masked,
+      *picks.schedule(hp, masked, since_R),
+      masked * 0.0,
+    )
     take = picks.PICKS[hp.pick](look, hp)
     law = model.sampling_logp(logits, hp.temperature)
-    logp = jnp.take_along_axis(
-        law, window(out.tokens[:, prompt:])[..., None], -1)[..., 0]
+    logp = jnp.take_along_axis(law, window(out.tokens[:, prompt:])[..., None], -1)[
+      ..., 0
+    ]
     hidden = sampler.write(hidden, start_R, take, jnp.zeros_like(take))
     done_R = ~jnp.any(masked & ~take, axis=1)
-    return (hidden, jnp.where(done_R, 0, since_R + 1),
-            total_R + jnp.sum(jnp.where(take, logp, 0.0), axis=1))
+    return (
+      hidden,
+      jnp.where(done_R, 0, since_R + 1),
+      total_R + jnp.sum(jnp.where(take, logp, 0.0), axis=1),
+    )
 
   rows = len(out.tokens)
-  first = (jnp.ones((rows, hp.length), bool), jnp.zeros((rows,), jnp.int32),
-           jnp.zeros((rows,)))
+  first = (
+    jnp.ones((rows, hp.length), bool),
+    jnp.zeros((rows,), jnp.int32),
+    jnp.zeros((rows,)),
+  )
   return jax.lax.while_loop(lambda c: jnp.any(c[0]), step, first)[2]
 
 
@@ -133,18 +156,17 @@ def position_term(cfg, params, out, hp):
     start_R, logits = looked(cfg, params, out, hp, out.order >= at)
     window = lambda x: sampler.windows(x, start_R, hp.block)
     prob = jax.nn.softmax(logits)
-    own = jnp.take_along_axis(
-        prob, window(out.tokens[:, prompt:])[..., None], -1)[..., 0]
+    own = jnp.take_along_axis(prob, window(out.tokens[:, prompt:])[..., None], -1)[
+      ..., 0
+    ]
     order = window(out.order)
     least_R = jnp.min(jnp.where(order == at, own, jnp.inf), axis=1)
     below = prob < least_R[:, None, None]
     law = jnp.exp(model.sampling_logp(logits, hp.temperature))
     chance = jnp.maximum(jnp.sum(law * below, axis=-1), 1e-30)
-    return total_R + jnp.sum(
-        jnp.where(order > at, jnp.log(chance), 0.0), axis=1)
+    return total_R + jnp.sum(jnp.where(order > at, jnp.log(chance), 0.0), axis=1)
 
-  return jax.lax.fori_loop(0, jnp.max(out.order) + 1, add,
-                           jnp.zeros(len(out.tokens)))
+  return jax.lax.fori_loop(0, jnp.max(out.order) + 1, add, jnp.zeros(len(out.tokens)))
 
 
 def estimators(case, hp):
@@ -152,32 +174,45 @@ def estimators(case, hp):
   length, steps = hp.length, hp.steps
   found = {}
   for name, states in FROZEN.items():
+
     def along(out, key, row_R, states=states):
       ref, old = logprob.trajectory_logp(
-          case.cfg, case.ref, out, hp.law(), states, key, row_R)
+        case.cfg, case.ref, out, hp.law(), states, key, row_R
+      )
       return ref - old
+
     found[name] = along, bool(states), states or steps
   if hp.pick == 'random_order':
-    return {'its own trajectory': (found['frozen scheduler, all'][0], False,
-                                   length)}
+    return {'its own trajectory': (found['frozen scheduler, all'][0], False, length)}
   if hp.rank == 'token':
+
     def whole(out, key, row_R):
-      terms = [position_term(case.cfg, params, out, hp)
-               for params in (case.ref, case.old)]
+      terms = [
+        position_term(case.cfg, params, out, hp) for params in (case.ref, case.old)
+      ]
       return along_all(out, key, row_R) + terms[0] - terms[1]
+
     along_all = found['frozen scheduler, all'][0]
-    return {'token term alone': (along_all, False, steps),
-            'with the position term': (whole, False, steps)}
+    return {
+      'token term alone': (along_all, False, steps),
+      'with the position term': (whole, False, steps),
+    }
   for name, how in ELBOS.items():
+
     def elbo(out, key, row_R, how=how):
       return elbo_gap(case, out, logprob.draw(key, row_R, length, how))
+
     found[name] = elbo, True, 2 * how.draws
   found['Gauss nodes, 3 draws'] = (
-      lambda out, key, row_R: elbo_gap(case, out, gauss(key, row_R, length)),
-      True, 6)
+    lambda out, key, row_R: elbo_gap(case, out, gauss(key, row_R, length)),
+    True,
+    6,
+  )
   found['random order'] = (
-      lambda out, key, row_R: random_path(case, out, hp, key, row_R), True,
-      2 * length)
+    lambda out, key, row_R: random_path(case, out, hp, key, row_R),
+    True,
+    2 * length,
+  )
   return found
 
 
@@ -194,26 +229,29 @@ def spread(log_rnd, name_R, truth_R, group_R):
   values, names = log_rnd.ravel(), np.tile(name_R, len(log_rnd))
   count = np.bincount(names)
   mean = np.bincount(names, values) / np.maximum(count, 1)
-  var = np.bincount(names, values ** 2) / np.maximum(count, 1) - mean ** 2
+  var = np.bincount(names, values**2) / np.maximum(count, 1) - mean**2
   var = np.maximum(var, 0) * count / np.maximum(count - 1, 1)
-  centre = lambda x: x - (np.bincount(group_R, x) /
-                          np.bincount(group_R))[group_R]
+  centre = lambda x: x - (np.bincount(group_R, x) / np.bincount(group_R))[group_R]
   off = centre(mean[name_R] - truth_R)
   own = np.mean((var / count.clip(1))[name_R])
-  return (np.sqrt(max(np.mean(off ** 2) - own, 0)),
-          np.sqrt(np.mean(var[name_R])), np.std(centre(truth_R)))
+  return (
+    np.sqrt(max(np.mean(off**2) - own, 0)),
+    np.sqrt(np.mean(var[name_R])),
+    np.std(centre(truth_R)),
+  )
 
 
 def weights_of(reward_R, log_rnd_R, case):
   """(R,) DMPO's weights, baseline 1/G; and the groups' ESS without reward."""
-  reward, log_rnd = (np.asarray(x, np.float64).reshape(-1, case.group)
-                     for x in (reward_R, log_rnd_R))
+  reward, log_rnd = (
+    np.asarray(x, np.float64).reshape(-1, case.group) for x in (reward_R, log_rnd_R)
+  )
   soft = lambda x: np.exp(x - x.max(1, keepdims=True))
   weight = soft(log_rnd + reward / case.alpha)
   weight /= weight.sum(1, keepdims=True)
   plain = soft(log_rnd)
   plain /= plain.sum(1, keepdims=True)
-  ess = 1 / (case.group * (plain ** 2).sum(1))
+  ess = 1 / (case.group * (plain**2).sum(1))
   return weight.ravel(), ess.mean()
 
 
@@ -242,16 +280,22 @@ def row(sampler_name, name, found, reward_R, truth, case, names, groups, slope):
     cells += ['', '', f'{ess:.2f}', '', '', '']
   else:
     want, _ = weights_of(reward_R, truth, case)
-    tv = np.mean([np.abs(w - want).sum() for w, _ in values]
-                 ) * 0.5 * case.group / len(want)
+    tv = (
+      np.mean([np.abs(w - want).sum() for w, _ in values])
+      * 0.5
+      * case.group
+      / len(want)
+    )
     bias, noise, _ = spread(found.log_rnd, names, truth, groups)
     cells += [f'{bias:.2f}', f'{noise:.2f}', f'{ess:.2f}', f'{tv:.2f}']
     cells += [f'{x:.2f}' for x in slope([w for w, _ in values])]
   print('| ' + ' | '.join(cells) + ' |', flush=True)
 
 
-HEADER = ('| sampler | estimator | forwards | bias | noise | ESS | weights | '
-          'gradient bias | gradient s.d. |\n' + '|---' * 9 + '|')
+HEADER = (
+  '| sampler | estimator | forwards | bias | noise | ESS | weights | '
+  'gradient bias | gradient s.d. |\n' + '|---' * 9 + '|'
+)
 
 
 def measure(case, samplers, args, truth_of, slopes, exact, batches):
@@ -262,52 +306,66 @@ def measure(case, samplers, args, truth_of, slopes, exact, batches):
   print(HEADER)
   for title, hp in samplers.items():
     keys = rng.row_keys(rng.key_for(0, 'sample'), ids)
-    out = jax.jit(lambda keys, hp=hp: sampler.sample(
-        case.cfg, case.old, case.prompts, case.valid, keys, hp))(keys)
+    out = jax.jit(
+      lambda keys, hp=hp: sampler.sample(
+        case.cfg, case.old, case.prompts, case.valid, keys, hp
+      )
+    )(keys)
     reward_R = case.reward(out)
     truth, names, groups_ = truth_of(hp, out)
     groups_ = groups if groups_ is None else groups_
     slopes_RxN, goal = slopes(out), exact(hp, out, truth)
 
     def slope(weights, slopes_RxN=slopes_RxN, goal=goal):
-      return apart(np.concatenate([
-          gradient(w, case, slopes_RxN, batches) for w in weights]), goal)
+      return apart(
+        np.concatenate([gradient(w, case, slopes_RxN, batches) for w in weights]), goal
+      )
 
-    line = functools.partial(row, title, reward_R=reward_R, truth=truth,
-                             case=case, names=names, groups=groups_,
-                             slope=slope)
+    line = functools.partial(
+      row,
+      title,
+      reward_R=reward_R,
+      truth=truth,
+      case=case,
+      names=names,
+      groups=groups_,
+      slope=slope,
+    )
     if truth is not None:
       _, _, signal = spread(truth[None], names, truth, groups_)
       line(name=f'exact (s.d. {signal:.2f})', found=Found(truth[None], 0))
     for name, (fn, repeated, forwards) in estimators(case, hp).items():
       run = jax.jit(lambda key, fn=fn, out=out: fn(out, key, ids))
       times = args.repeats if repeated else 1
-      log_rnd = np.stack([np.asarray(run(rng.key_for(0, 'score', i)))
-                          for i in range(times)]).astype(np.float64)
+      log_rnd = np.stack(
+        [np.asarray(run(rng.key_for(0, 'score', i))) for i in range(times)]
+      ).astype(np.float64)
       line(name=name, found=Found(log_rnd, forwards))
 
 
 # ---- the masks of the loss
 
 LOSSES = {
-    'released: Bernoulli on (0.1, 1), K = 4, complements': dict(low=0.1),
-    'Bernoulli, K = 2, complements': dict(draws=2),
-    'Bernoulli, K = 2': dict(draws=2, antithetic=False),
-    'stratified, K = 2': dict(draws=2, antithetic=False, spread=True),
-    'Bernoulli, K = 4, complements': dict(),
-    'Bernoulli, K = 4': dict(antithetic=False),
-    'stratified, K = 4, complements': dict(spread=True),
-    'stratified, K = 4': dict(antithetic=False, spread=True),
+  'released: Bernoulli on (0.1, 1), K = 4, complements': dict(low=0.1),
+  'Bernoulli, K = 2, complements': dict(draws=2),
+  'Bernoulli, K = 2': dict(draws=2, antithetic=False),
+  'stratified, K = 2': dict(draws=2, antithetic=False, spread=True),
+  'Bernoulli, K = 4, complements': dict(),
+  'Bernoulli, K = 4': dict(antithetic=False),
+  'stratified, K = 4, complements': dict(spread=True),
+  'stratified, K = 4': dict(antithetic=False, spread=True),
 }
 SUBSETS = (1, 2, 4)  # of the masked tokens in the loss, with Bernoulli K = 4
 
 
 def some_of(key, row_R, masked_RxKxL, count):
   """At most `count` of each draw's masks, all alike."""
+
   def one(key, masked):
     score = jnp.where(masked, jax.random.uniform(key, masked.shape), -1.0)
     rank = jnp.argsort(jnp.argsort(-score, axis=-1), axis=-1)
     return masked & (rank < count)
+
   return jax.vmap(one)(rng.row_keys(key, row_R), masked_RxKxL)
 
 
@@ -322,24 +380,29 @@ def loss_table(case, out, weight_R, goal, args):
     @jax.jit
     def call(key):
       masked = dmpo.draw(key, ids, completion, hp).masked
-      kept = some_of(jax.random.fold_in(key, 1), ids, masked, count) if (
-          count) else masked
+      kept = (
+        some_of(jax.random.fold_in(key, 1), ids, masked, count) if (count) else masked
+      )
 
       def loss(params):
-        logp = logprob.token_logp(case.cfg, params, out.tokens, masked,
-                                  out.valid)
+        logp = logprob.token_logp(case.cfg, params, out.tokens, masked, out.valid)
         return dmpo.wdce(jnp.where(kept, logp, 0.0), kept, signed) / groups
-      return flat(jax.grad(loss)(case.old))
-    return np.stack([np.asarray(call(rng.key_for(0, 'mask', i)))
-                     for i in range(args.repeats)]).astype(np.float64)
 
-  print('\n| masks of the loss | gradient bias | gradient s.d. |\n'
-        '|---|---|---|')
+      return flat(jax.grad(loss)(case.old))
+
+    return np.stack(
+      [np.asarray(call(rng.key_for(0, 'mask', i))) for i in range(args.repeats)]
+    ).astype(np.float64)
+
+  print('\n| masks of the loss | gradient bias | gradient s.d. |\n|---|---|---|')
   base = dmpo.Config(low=0.0)
-  lines = [(name, dataclasses.replace(base, **changes), 0)
-           for name, changes in LOSSES.items()]
-  lines += [(f'Bernoulli, K = 4, complements, {n} of the masked tokens', base,
-             n) for n in SUBSETS]
+  lines = [
+    (name, dataclasses.replace(base, **changes), 0) for name, changes in LOSSES.items()
+  ]
+  lines += [
+    (f'Bernoulli, K = 4, complements, {n} of the masked tokens', base, n)
+    for n in SUBSETS
+  ]
   for name, hp, count in lines:
     bias, sd = apart(run(hp, count), goal)
     print(f'| {name} | {bias:.2f} | {sd:.2f} |', flush=True)
@@ -351,14 +414,17 @@ def flat(tree):
 
 def slopes_of(case, tokens, valid, masks):
   """(R, N) gradient of each row's weighted masked mean; masks (R, K, L)."""
+
   def one(row):
     tokens, valid, masked, share = row
 
     def loss(params):
-      logp = logprob.token_logp(case.cfg, params, tokens[None], masked[None],
-                                valid[None])[0]
+      logp = logprob.token_logp(
+        case.cfg, params, tokens[None], masked[None], valid[None]
+      )[0]
       count = jnp.maximum(jnp.sum(masked, axis=-1), 1)
       return -jnp.sum(share * jnp.sum(logp, axis=-1) / count)
+
     return flat(jax.grad(loss)(case.old))
 
   run = jax.jit(lambda *rows: jax.lax.map(one, rows))
@@ -376,12 +442,23 @@ PLACES = (SYMBOLS + 1) ** np.arange(LENGTH)[::-1]  # state -> its index
 def tiny_case(args):
   """Random weights, and a policy a little away from them."""
   cfg = model.ModelConfig(
-      vocab=SYMBOLS + 1, mask_id=SYMBOLS, eos_id=-1, pad_id=-1, width=16,
-      layers=2, heads=2, kv_heads=2, mlp=24, dtype='float32', remat='none')
+    vocab=SYMBOLS + 1,
+    mask_id=SYMBOLS,
+    eos_id=-1,
+    pad_id=-1,
+    width=16,
+    layers=2,
+    heads=2,
+    kv_heads=2,
+    mlp=24,
+    dtype='float32',
+    remat='none',
+  )
   draw = np.random.default_rng(0)
   tree = model.init(cfg, jax.random.key(0))
-  noise = lambda scale: jax.tree.map(lambda x: jnp.asarray(
-      scale * draw.normal(size=x.shape), x.dtype), tree)
+  noise = lambda scale: jax.tree.map(
+    lambda x: jnp.asarray(scale * draw.normal(size=x.shape), x.dtype), tree
+  )
   add = functools.partial(jax.tree.map, jnp.add)
   ref = add(tree, noise(0.25))
   prompts = np.full((args.rows, 1), 1, np.int32)
@@ -390,17 +467,29 @@ def tiny_case(args):
     x = np.asarray(out.tokens[:, 1:])
     return np.mean(x[:, 1:] == x[:, :-1], axis=1) + 0.5 * (x[:, 0] == 2)
 
-  return Case(cfg, add(ref, noise(args.apart)), ref, prompts,
-              np.ones(prompts.shape, bool), reward, 0.3, args.group)
+  return Case(
+    cfg,
+    add(ref, noise(args.apart)),
+    ref,
+    prompts,
+    np.ones(prompts.shape, bool),
+    reward,
+    0.3,
+    args.group,
+  )
 
 
 def law_of(case, params, hp):
   """(81,) the law of completions under a sampler, over all its paths."""
   tokens = np.concatenate([np.full((len(STATES), 1), 1), STATES], 1)
-  logits = np.asarray(jax.jit(lambda tokens: model.full_logits(
-      case.cfg, params, tokens))(tokens), np.float64)[:, 1:, :SYMBOLS]
-  soft = lambda x: np.exp(x - x.max(-1, keepdims=True)) / np.exp(
-      x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
+  logits = np.asarray(
+    jax.jit(lambda tokens: model.full_logits(case.cfg, params, tokens))(tokens),
+    np.float64,
+  )[:, 1:, :SYMBOLS]
+  soft = lambda x: (
+    np.exp(x - x.max(-1, keepdims=True))
+    / np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
+  )
   sure, law = soft(logits), soft(logits / hp.temperature)
   reached = np.zeros(len(STATES))
   reached[-1] = 1.0
@@ -423,36 +512,38 @@ def ways(left, sure, law, hp):
     best = sorted(left, key=lambda i: -sure[i].max())[:count]
     choices = [(tuple(best), 1.0)]
   else:
-    choices = [(places, 1.0)
-               for places in itertools.combinations(left, count)]
+    choices = [(places, 1.0) for places in itertools.combinations(left, count)]
   for places, share in choices:
     for tokens in itertools.product(range(SYMBOLS), repeat=len(places)):
       chance = share * np.prod(law[list(places), list(tokens)])
       if hp.rank == 'token' and hp.pick == 'confidence':
         least = min(sure[list(places), list(tokens)])
-        chance *= np.prod([law[j][sure[j] < least].sum()
-                           for j in left if j not in places])
+        chance *= np.prod(
+          [law[j][sure[j] < least].sum() for j in left if j not in places]
+        )
       yield places, list(tokens), chance
 
 
 def tiny(args):
   case = tiny_case(args)
-  hp = sampler.SampleConfig(LENGTH, LENGTH, LENGTH, args.temperature,
-                            rank='max')
+  hp = sampler.SampleConfig(LENGTH, LENGTH, LENGTH, args.temperature, rank='max')
   samplers = {
-      'max, 1 a step': hp,
-      'max, 2 a step': dataclasses.replace(hp, steps=2),
-      'random order': dataclasses.replace(hp, pick='random_order'),
-      'token, 1 a step': dataclasses.replace(hp, rank='token'),
-      'token, 2 a step': dataclasses.replace(hp, rank='token', steps=2)}
+    'max, 1 a step': hp,
+    'max, 2 a step': dataclasses.replace(hp, steps=2),
+    'random order': dataclasses.replace(hp, pick='random_order'),
+    'token, 1 a step': dataclasses.replace(hp, rank='token'),
+    'token, 2 a step': dataclasses.replace(hp, rank='token', steps=2),
+  }
   place = SYMBOLS ** np.arange(LENGTH)[::-1]
   name_of = lambda out: np.asarray(out.tokens[:, 1:]) @ place
   subsets = np.array(list(itertools.product([False, True], repeat=LENGTH)))
   count = subsets.sum(1)
   ways_of = np.array([np.sum(count == m) for m in count])
   share = 1 / ((LENGTH + 1) * ways_of)
-  full = Masks(np.broadcast_to(subsets, (81, *subsets.shape)),
-               np.broadcast_to(share.astype(np.float32), (81, len(share))))
+  full = Masks(
+    np.broadcast_to(subsets, (81, *subsets.shape)),
+    np.broadcast_to(share.astype(np.float32), (81, len(share))),
+  )
   tokens = np.concatenate([np.full((81, 1), 1), OUTPUTS], 1).astype(np.int32)
   slopes = slopes_of(case, tokens, np.ones(tokens.shape, bool), full)
   all_of = case.reward(sampler.Rollouts(tokens, *[None] * 5))
@@ -468,8 +559,15 @@ def tiny(args):
     goal = law_of(case, case.ref, hp) * np.exp(all_of / case.alpha)
     return (goal / goal.sum() - law_of(case, case.old, hp)) @ slopes
 
-  measure(case, samplers, args, truth_of,
-          lambda out: slopes[name_of(out)], exact, args.batches)
+  measure(
+    case,
+    samplers,
+    args,
+    truth_of,
+    lambda out: slopes[name_of(out)],
+    exact,
+    args.batches,
+  )
 
 
 # ---- a run and its base
@@ -479,6 +577,7 @@ def run_case(args):
   """(Case, the run's config) of a run of the quickstart's kind."""
   from benchmarks.accuracy import trained
   from dmpo_jax import build, grader, metrics, sft
+
   built, old = trained(args.workdir)
   with metrics.Writer(args.workdir, enabled=False) as writer:
     ref = sft.run(built, args.workdir, writer)[0]
@@ -486,39 +585,56 @@ def run_case(args):
   at = np.repeat(np.arange(args.rows // args.group), args.group)
 
   def reward(out):
-    texts = data.decode(built.tokenizer, np.asarray(
-        out.tokens[:, -c.sampler.length:]), data.stop_ids(built.tokenizer))
-    return grader.judge(built.task, c.data.protocol, texts,
-                        [problems.examples[i] for i in at],
-                        c.reward.weights).reward
+    texts = data.decode(
+      built.tokenizer,
+      np.asarray(out.tokens[:, -c.sampler.length :]),
+      data.stop_ids(built.tokenizer),
+    )
+    return grader.judge(
+      built.task,
+      c.data.protocol,
+      texts,
+      [problems.examples[i] for i in at],
+      c.reward.weights,
+    ).reward
 
   local = lambda tree: jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
-  case = Case(built.model, local(old), local(ref), problems.tokens[at],
-              problems.valid[at], reward, c.objective.alpha, args.group)
+  case = Case(
+    built.model,
+    local(old),
+    local(ref),
+    problems.tokens[at],
+    problems.valid[at],
+    reward,
+    c.objective.alpha,
+    args.group,
+  )
   return case, c.sampler.length
 
 
 def run(args):
   case, length = run_case(args)
-  hp = sampler.SampleConfig(length, length, length, args.temperature,
-                            rank='max')
-  samplers = {'max, 1 a step': hp,
-              'max, 2 a step': dataclasses.replace(hp, steps=length // 2),
-              'token, 1 a step': dataclasses.replace(hp, rank='token')}
+  hp = sampler.SampleConfig(length, length, length, args.temperature, rank='max')
+  samplers = {
+    'max, 1 a step': hp,
+    'max, 2 a step': dataclasses.replace(hp, steps=length // 2),
+    'token, 1 a step': dataclasses.replace(hp, rank='token'),
+  }
   ids, kept = jnp.arange(args.rows), {}
 
   def truth_of(hp, out):
     if hp.rank == 'token':
       return None, None, None
-    ref, old = (np.asarray(jax.jit(lambda p: own_order(
-        case.cfg, p, out, hp))(p), np.float64) for p in (case.ref, case.old))
+    ref, old = (
+      np.asarray(jax.jit(lambda p: own_order(case.cfg, p, out, hp))(p), np.float64)
+      for p in (case.ref, case.old)
+    )
     # The policy's own order is the recorded one.
     assert np.abs(old - np.asarray(out.logp).sum(1)).max() < 1e-2
     return ref - old, np.asarray(ids), None
 
   def slopes(out):
-    masks = masking.draw_even(rng.key_for(1, 'mask'), ids, length, args.masks,
-                              0.0, 1.0)
+    masks = masking.draw_even(rng.key_for(1, 'mask'), ids, length, args.masks, 0.0, 1.0)
     masks = masks._replace(weight=jnp.full(masks.weight.shape, 1 / args.masks))
     return slopes_of(case, out.tokens, out.valid, masks)
 
@@ -547,12 +663,24 @@ def main():
   parser.add_argument('--group', type=int, default=8, help='G')
   parser.add_argument('--temperature', type=float, default=0.8)
   parser.add_argument('--repeats', type=int, default=64, help='of estimates')
-  parser.add_argument('--masks', type=int, default=1024,
-                      help='with --workdir: draws of the exact gradient')
-  parser.add_argument('--apart', type=float, default=0.06,
-                      help='without: s.d. that is added to the weights')
-  parser.add_argument('--batches', type=int, default=128,
-                      help='without: pieces of the rows, an update each')
+  parser.add_argument(
+    '--masks',
+    type=int,
+    default=1024,
+    help='with --workdir: draws of the exact gradient',
+  )
+  parser.add_argument(
+    '--apart',
+    type=float,
+    default=0.06,
+    help='without: s.d. that is added to the weights',
+  )
+  parser.add_argument(
+    '--batches',
+    type=int,
+    default=128,
+    help='without: pieces of the rows, an update each',
+  )
   args = parser.parse_args()
   args.rows = args.rows or (128 if args.workdir else 16384)
   if args.workdir:

@@ -31,16 +31,29 @@ from dmpo_jax import metrics
 ROOT = pathlib.Path(__file__).parents[1]
 # Each phase takes long enough to be hit, a run a minute or two.
 SMALL = (
-    '--config.sft.steps=60', '--config.sft.batch=64',
-    '--config.data.train_size=2000', '--config.data.test_size=128',
-    '--config.train.iterations=24', '--config.train.inner=2',
-    '--config.train.prompts=16', '--config.train.microbatches=2',
-    '--config.checkpoint.every=3', '--config.eval.every=3',
-    '--config.optim.warmup=5', '--config.optim.lr=1e-4')
+  '--config.sft.steps=60',
+  '--config.sft.batch=64',
+  '--config.data.train_size=2000',
+  '--config.data.test_size=128',
+  '--config.train.iterations=24',
+  '--config.train.inner=2',
+  '--config.train.prompts=16',
+  '--config.train.microbatches=2',
+  '--config.checkpoint.every=3',
+  '--config.eval.every=3',
+  '--config.optim.warmup=5',
+  '--config.optim.lr=1e-4',
+)
 # Phases of a run, by what it has written last.
 START, SFT, SAMPLE, UPDATE, SAVE, EVALUATE, END = PHASES = (
-    'start', 'supervised', 'sampling', 'inner steps', 'saving', 'evaluation',
-    'final evaluation')
+  'start',
+  'supervised',
+  'sampling',
+  'inner steps',
+  'saving',
+  'evaluation',
+  'final evaluation',
+)
 
 
 class Session(NamedTuple):
@@ -61,15 +74,17 @@ def launch(workdir, arguments, folder):
   """main.py in a process of its own: (process, its log, which begins with the
   command). What one compiles the others with this folder load."""
   log = workdir.with_name(workdir.name + '.log')
-  command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}',
-             *arguments]
-  cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
-           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}', *arguments]
+  cache = {
+    'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
   with open(log, 'a') as out:
     out.write(shlex.join(command) + '\n')
     out.flush()
-    return subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT,
-                            env={**cache, **os.environ}), log
+    return subprocess.Popen(
+      command, stdout=out, stderr=out, cwd=ROOT, env={**cache, **os.environ}
+    ), log
 
 
 def begin(workdir, arguments):
@@ -83,8 +98,11 @@ def unfinished(workdir):
   found = set()
   for folder in ('rl', 'sft'):
     if (workdir / folder).is_dir():
-      found |= {(entry.name, entry.inode()) for entry in
-                os.scandir(workdir / folder) if not entry.name.isdigit()}
+      found |= {
+        (entry.name, entry.inode())
+        for entry in os.scandir(workdir / folder)
+        if not entry.name.isdigit()
+      }
   return found
 
 
@@ -131,8 +149,9 @@ def seen(session):
     yield look(session)
     time.sleep(0.003)
   if session.process.returncode:
-    sys.exit(f'{session.log}: the run failed by itself\n' +
-             session.log.read_text()[-2000:])
+    sys.exit(
+      f'{session.log}: the run failed by itself\n' + session.log.read_text()[-2000:]
+    )
 
 
 def in_peace(workdir, arguments):
@@ -148,9 +167,8 @@ def in_peace(workdir, arguments):
 
 def plan(kills, updates, draw):
   """[(phase to be hit, update from which on)], in the order of updates."""
-  laps = [draw.sample([SAMPLE, UPDATE, SAVE, EVALUATE, START], 5)
-          for _ in range(kills)]
-  middle = [phase for lap in laps for phase in lap][:max(0, kills - 2)]
+  laps = [draw.sample([SAMPLE, UPDATE, SAVE, EVALUATE, START], 5) for _ in range(kills)]
+  middle = [phase for lap in laps for phase in lap][: max(0, kills - 2)]
   places = sorted(draw.randrange(updates) for _ in middle)
   return [(SFT, 0), *zip(middle, places, strict=True), (END, updates)][:kills]
 
@@ -178,8 +196,10 @@ def killed(workdir, arguments, moments, takes, draw):
     if hit is None:
       break
     hits.append(hit.phase)
-    print(f'kill {len(hits)} of {len(moments)}: {hit.phase}, after update '
-          f'{hit.update}', flush=True)
+    print(
+      f'kill {len(hits)} of {len(moments)}: {hit.phase}, after update {hit.update}',
+      flush=True,
+    )
   in_peace(workdir, arguments)
   return hits
 
@@ -192,13 +212,13 @@ def checkpoints(workdir):
   found = {}
   for folder in sorted((workdir / 'rl').glob('*[0-9]')):
     meta = json.loads((folder / 'meta' / 'metadata').read_text())
-    found[f'{folder.name}/meta'] = {
-        k: v for k, v in meta.items() if k != 'seconds'}
+    found[f'{folder.name}/meta'] = {k: v for k, v in meta.items() if k != 'seconds'}
     for name in ('state', 'batch'):
       with ocp.StandardCheckpointer() as about, ocp.PyTreeCheckpointer() as io:
         shapes = about.metadata(folder / name).item_metadata.tree
         as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes
+        )
         tree = io.restore(folder / name, restore_args=as_numpy)
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         found[f'{folder.name}/{name}{jax.tree_util.keystr(path)}'] = leaf
@@ -210,15 +230,18 @@ def lines(workdir):
   found = {}
   for i, row in enumerate(metrics.read(workdir)):
     found[f'{metrics.FILE}/{i + 1}'] = {
-        k: v for k, v in row.items()
-        if k not in ('time', 'compilations') and not k.startswith('seconds')}
+      k: v
+      for k, v in row.items()
+      if k not in ('time', 'compilations') and not k.startswith('seconds')
+    }
   for name in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl'):
     text = (workdir / name).read_text()
-    found |= {f'{name}/{i + 1}': line
-              for i, line in enumerate(text.split('\n'))}
+    found |= {f'{name}/{i + 1}': line for i, line in enumerate(text.split('\n'))}
   results = json.loads((workdir / 'results.json').read_text())
-  return found | {f'results.json/{k}': results[k] for k in (
-      'base', 'final', 'seed', 'config', 'versions')}
+  return found | {
+    f'results.json/{k}': results[k]
+    for k in ('base', 'final', 'seed', 'config', 'versions')
+  }
 
 
 def differences(one, two):
@@ -226,13 +249,14 @@ def differences(one, two):
   said = []
   for read in (checkpoints, lines):
     a, b = read(one), read(two)
-    said += [f'{name} is in {one if name in a else two} alone'
-             for name in sorted(set(a) ^ set(b))]
+    said += [
+      f'{name} is in {one if name in a else two} alone'
+      for name in sorted(set(a) ^ set(b))
+    ]
     for name in sorted(set(a) & set(b)):
       x, y = a[name], b[name]
       if isinstance(x, np.ndarray):
-        same = (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape,
-                                                   y.tobytes())
+        same = (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
       else:
         same = repr(x) == repr(y)
       said += [] if same else [f'{name} differs']
@@ -251,19 +275,27 @@ def main(argv=None):
   arguments = ['--config=configs/quickstart.py', *SMALL, *overrides]
   draw, begun = random.Random(args.seed), time.time()
   takes = in_peace(folder / 'whole', arguments)
-  print('seconds a phase:', {k: round(v, 2) for k, v in takes.items()},
-        flush=True)
+  print('seconds a phase:', {k: round(v, 2) for k, v in takes.items()}, flush=True)
   t = json.loads((folder / 'whole' / 'config.json').read_text())['train']
-  hits = killed(folder / 'killed', arguments,
-                plan(args.kills, t['iterations'] * t['inner'], draw), takes,
-                draw)
+  hits = killed(
+    folder / 'killed',
+    arguments,
+    plan(args.kills, t['iterations'] * t['inner'], draw),
+    takes,
+    draw,
+  )
   logging.set_verbosity(logging.ERROR)  # Orbax on files that none has
   said = differences(folder / 'whole', folder / 'killed')
   for text in said[:20]:
     print(text)
-  result = dict(kills=len(hits), phases=collections.Counter(hits),
-                identical=not said, differences=len(said), seed=args.seed,
-                seconds=round(time.time() - begun))
+  result = dict(
+    kills=len(hits),
+    phases=collections.Counter(hits),
+    identical=not said,
+    differences=len(said),
+    seed=args.seed,
+    seconds=round(time.time() - begun),
+  )
   print(json.dumps(result), flush=True)
   return result
 

@@ -27,12 +27,12 @@ from benchmarks import common, train_step
 from dmpo_jax import export
 
 CASES = {
-    'none': {},
-    'threshold': dict(pick='threshold'),
-    'prefix': dict(cache='prefix'),
-    'dual': dict(cache='dual'),
-    'dual_threshold': dict(cache='dual', pick='threshold'),
-    'prefix_threshold': dict(cache='prefix', pick='threshold'),
+  'none': {},
+  'threshold': dict(pick='threshold'),
+  'prefix': dict(cache='prefix'),
+  'dual': dict(cache='dual'),
+  'dual_threshold': dict(cache='dual', pick='threshold'),
+  'prefix_threshold': dict(cache='prefix', pick='threshold'),
 }
 
 
@@ -51,8 +51,11 @@ class Peer:
   def __init__(self, args, folder):
     script = pathlib.Path(__file__).with_name('peer_torch.py')
     self.process = subprocess.Popen(
-        [args.python, str(script), args.reference, folder],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+      [args.python, str(script), args.reference, folder],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
     self.about = self.read()
 
   def read(self):
@@ -84,32 +87,52 @@ def compare(args, cfg, params, peer, name):
   hp = common.sample_config(args, **CASES[name])
   run, inputs = common.sampling(cfg, hp), common.prompts_of(args, cfg)
   threshold = args.threshold if hp.pick == 'threshold' else None
-  request = dict(what='sample', cache=hp.cache, steps=hp.steps,
-                 length=hp.length, block=hp.block, threshold=threshold)
+  request = dict(
+    what='sample',
+    cache=hp.cache,
+    steps=hp.steps,
+    length=hp.length,
+    block=hp.block,
+    threshold=threshold,
+  )
   ours, theirs = in_turns(
-      args.repeats, lambda: jax.block_until_ready(run(params, *inputs)),
-      lambda: peer.ask(**request))
+    args.repeats,
+    lambda: jax.block_until_ready(run(params, *inputs)),
+    lambda: peer.ask(**request),
+  )
   same = np.asarray(ours[1].tokens) == np.asarray(theirs[1]['tokens'])
   tokens = args.rows * args.length
   speeds = [tokens / statistics.median(x) for x in (ours[0], theirs[0])]
-  return dict(case=name, ours=speeds[0], theirs=speeds[1],
-              ratio=speeds[0] / speeds[1], unit='tokens per second',
-              forwards=int(ours[1].forwards),
-              same_tokens=float(same[:, args.prompt:].mean()),
-              our_seconds=common.spread(ours[0]),
-              their_seconds=common.spread(theirs[0]))
+  return dict(
+    case=name,
+    ours=speeds[0],
+    theirs=speeds[1],
+    ratio=speeds[0] / speeds[1],
+    unit='tokens per second',
+    forwards=int(ours[1].forwards),
+    same_tokens=float(same[:, args.prompt :].mean()),
+    our_seconds=common.spread(ours[0]),
+    their_seconds=common.spread(theirs[0]),
+  )
 
 
 def compare_training(args, cfg, params, peer):
   run, inputs = train_step.make_step(args, cfg, params)
   ours, theirs = in_turns(
-      args.repeats, lambda: jax.block_until_ready(run(*inputs)),
-      lambda: peer.ask(what='train', draws=args.draws, length=args.length))
+    args.repeats,
+    lambda: jax.block_until_ready(run(*inputs)),
+    lambda: peer.ask(what='train', draws=args.draws, length=args.length),
+  )
   medians = [statistics.median(x) for x in (ours[0], theirs[0])]
-  return dict(case='train_step', ours=medians[0], theirs=medians[1],
-              ratio=medians[1] / medians[0], unit='seconds a step',
-              our_seconds=common.spread(ours[0]),
-              their_seconds=common.spread(theirs[0]))
+  return dict(
+    case='train_step',
+    ours=medians[0],
+    theirs=medians[1],
+    ratio=medians[1] / medians[0],
+    unit='seconds a step',
+    our_seconds=common.spread(ours[0]),
+    their_seconds=common.spread(theirs[0]),
+  )
 
 
 def main():
@@ -118,8 +141,9 @@ def main():
   common.sampling_arguments(parser)
   train_step.arguments(parser)
   parser.add_argument('--reference', required=True, help='its folder')
-  parser.add_argument('--python', default=sys.executable,
-                      help='an interpreter that has torch')
+  parser.add_argument(
+    '--python', default=sys.executable, help='an interpreter that has torch'
+  )
   parser.add_argument('--cases', default=','.join([*CASES, 'train_step']))
   args = parser.parse_args()
   cfg, params = common.make_model(args)
@@ -127,9 +151,11 @@ def main():
     export_all(folder, args, cfg, params)
     peer = Peer(args, folder)
     for name in args.cases.split(','):
-      found = (compare_training(args, cfg, params, peer)
-               if name == 'train_step' else
-               compare(args, cfg, params, peer, name))
+      found = (
+        compare_training(args, cfg, params, peer)
+        if name == 'train_step'
+        else compare(args, cfg, params, peer, name)
+      )
       print(json.dumps(found | peer.about), flush=True)
     peer.process.stdin.close()
     peer.process.wait()

@@ -16,8 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 # The reference's functions for our names of caches.
-GENERATE = {'none': 'generate_pd', 'prefix': 'generate_with_prefix_cache',
-            'dual': 'generate_with_dual_cache'}
+GENERATE = {
+  'none': 'generate_pd',
+  'prefix': 'generate_with_prefix_cache',
+  'dual': 'generate_with_dual_cache',
+}
 
 
 def load(reference, folder):
@@ -27,7 +30,8 @@ def load(reference, folder):
   part = lambda name: importlib.import_module(f'{reference.name}.{name}')
   fields = json.loads((pathlib.Path(folder) / 'config.json').read_text())
   cfg = part('configuration_llada').LLaDAConfig(
-      **fields, init_device='cpu', use_cache=False)
+    **fields, init_device='cpu', use_cache=False
+  )
   model = part('modeling_llada').LLaDAModelLM(cfg)
   weights = load_file(pathlib.Path(folder) / 'model.safetensors')
   missing = model.load_state_dict(weights, strict=False)
@@ -39,10 +43,16 @@ def load(reference, folder):
 def sample(model, module, mask_id, prompts, request):
   run = getattr(module, GENERATE[request['cache']])
   begun = time.perf_counter()
-  out = run(model, prompts, steps=request['steps'],
-            gen_length=request['length'], block_length=request['block'],
-            temperature=0.0, mask_id=mask_id,
-            threshold_pd=request['threshold'])
+  out = run(
+    model,
+    prompts,
+    steps=request['steps'],
+    gen_length=request['length'],
+    block_length=request['block'],
+    temperature=0.0,
+    mask_id=mask_id,
+    threshold_pd=request['threshold'],
+  )
   return {'seconds': time.perf_counter() - begun, 'tokens': out.tolist()}
 
 
@@ -71,13 +81,14 @@ def train(model, optimizer, mask_id, tokens, request):
 def main():
   reference, folder = sys.argv[1:]
   model, module, mask_id = load(reference, folder)
-  tokens = torch.from_numpy(
-      np.load(pathlib.Path(folder) / 'prompts.npy')).long()
+  tokens = torch.from_numpy(np.load(pathlib.Path(folder) / 'prompts.npy')).long()
   whole = torch.from_numpy(np.load(pathlib.Path(folder) / 'rows.npy')).long()
   # As dear as any rate, and later cases still sample from the same weights.
   optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-  print(json.dumps({'torch': torch.__version__,
-                    'threads': torch.get_num_threads()}), flush=True)
+  print(
+    json.dumps({'torch': torch.__version__, 'threads': torch.get_num_threads()}),
+    flush=True,
+  )
   for line in sys.stdin:
     request = json.loads(line)
     if request['what'] == 'train':

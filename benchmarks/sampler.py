@@ -23,10 +23,21 @@ def main():
   times, out = common.measure(run, args.repeats, params, *inputs)
   forwards = int(out.forwards)
   flops = common.flops_of(run, common.trips_of(hp, forwards), params, *inputs)
-  common.show(args, params, times, flops, {
+  common.show(
+    args,
+    params,
+    times,
+    flops,
+    {
       'tokens_per_second': args.rows * args.length / times['median'],
-      'forwards': forwards, 'steps': args.steps, 'block': args.block,
-      'pick': args.pick, 'cache': args.cache, 'refresh': args.refresh})
+      'forwards': forwards,
+      'steps': args.steps,
+      'block': args.block,
+      'pick': args.pick,
+      'cache': args.cache,
+      'refresh': args.refresh,
+    },
+  )
 
 
 if __name__ == '__main__':

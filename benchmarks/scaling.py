@@ -43,9 +43,12 @@ def elsewhere(devices):
   """The seconds of this command on so many host devices."""
   flags = f'--xla_force_host_platform_device_count={devices}'
   out = subprocess.run(
-      [sys.executable, '-m', 'benchmarks.scaling', *sys.argv[1:], '--alone'],
-      env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-      check=True, capture_output=True, text=True).stdout
+    [sys.executable, '-m', 'benchmarks.scaling', *sys.argv[1:], '--alone'],
+    env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
   return json.loads(out)
 
 
@@ -54,16 +57,16 @@ def report(axis, sizes, times):
     print(json.dumps({axis: size, 'seconds': seconds}), flush=True)
   medians = [seconds['median'] for seconds in times]
   slope = np.polyfit(np.log(sizes), np.log(medians), 1)[0]
-  print(json.dumps({'axis': axis, 'exponent': round(float(slope), 3)}),
-        flush=True)
+  print(json.dumps({'axis': axis, 'exponent': round(float(slope), 3)}), flush=True)
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   common.arguments(parser)
   common.sampling_arguments(parser)
-  parser.add_argument('--alone', action='store_true',
-                      help='time the given size only, print the seconds')
+  parser.add_argument(
+    '--alone', action='store_true', help='time the given size only, print the seconds'
+  )
   args = parser.parse_args()
   if args.alone:
     print(json.dumps(timed(args)))

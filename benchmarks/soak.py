@@ -57,14 +57,15 @@ def live(session, life, warm, until):
       return readings
     time.sleep(1)
   if session.process.returncode:
-    sys.exit(f'{session.log}: the run failed by itself\n' +
-             session.log.read_text()[-2000:])
+    sys.exit(
+      f'{session.log}: the run failed by itself\n' + session.log.read_text()[-2000:]
+    )
   return readings
 
 
 def floor(readings):
   """(n, 2) of (seconds, MiB): the middle and the least of every WINDOW."""
-  x = readings[:len(readings) // WINDOW * WINDOW].reshape(-1, WINDOW, 2)
+  x = readings[: len(readings) // WINDOW * WINDOW].reshape(-1, WINDOW, 2)
   return np.stack([x[..., 0].mean(1), x[..., 1].min(1)], axis=1)
 
 
@@ -86,8 +87,7 @@ def slope(sessions):
   left = together[:, 1] - common * together[:, 0]
   freedom = len(together) - len(kept) - 1
   error = np.sqrt(left @ left / freedom / (together[:, 0] @ together[:, 0]))
-  return (3600 * common, 3600 * float(error), readings,
-          [3600 * fit(x) for x in kept])
+  return (3600 * common, 3600 * float(error), readings, [3600 * fit(x) for x in kept])
 
 
 def lost(workdir):
@@ -97,36 +97,46 @@ def lost(workdir):
   if not config.exists():
     return []  # stopped before it had begun
   c = json.loads(config.read_text())
-  n, inner, every = (c['train']['iterations'], c['train']['inner'],
-                     c['eval']['every'])
-  whole = {'sft': range(1, c['sft']['steps'] + 1), 'rl': range(n),
-           'update': range(1, n * inner + 1),
-           'eval': [i for i in range(n + 1) if i == n or every and
-                    i % every == 0]}
+  n, inner, every = (c['train']['iterations'], c['train']['inner'], c['eval']['every'])
+  whole = {
+    'sft': range(1, c['sft']['steps'] + 1),
+    'rl': range(n),
+    'update': range(1, n * inner + 1),
+    'eval': [i for i in range(n + 1) if i == n or every and i % every == 0],
+  }
   found, said = collections.defaultdict(list), []
   for row in metrics.read(workdir):
     found[row['phase']].append(row['step'])
   for phase, steps in whole.items():
-    wanted = list(steps)[:None if done else len(found[phase])]
+    wanted = list(steps)[: None if done else len(found[phase])]
     if found[phase] != wanted:
       said.append(f'{workdir}: steps of {phase} are {found[phase]}')
-  count = collections.Counter(row['iteration'] for row in metrics.read(
-      workdir, 'samples.jsonl'))
+  count = collections.Counter(
+    row['iteration'] for row in metrics.read(workdir, 'samples.jsonl')
+  )
   for it in found['rl'] if done else found['rl'][:-1]:
     if count[it] != c['log']['samples']:
       said.append(f'{workdir}: {count[it]} samples of iteration {it}')
-  left = [path.name for pattern in ('*.new', '*.tmp', '*-tmp*')
-          for path in workdir.rglob(pattern)]
+  left = [
+    path.name
+    for pattern in ('*.new', '*.tmp', '*-tmp*')
+    for path in workdir.rglob(pattern)
+  ]
   return said + ([f'{workdir}: left over: {left}'] if done and left else [])
 
 
 def main(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--minutes', type=float, default=60)
-  parser.add_argument('--mean', type=float, default=8,
-                      help='minutes from the warm-up to a kill')
-  parser.add_argument('--warm', type=int, default=45, help='updates of each '
-                      'session that do not count: two validations are in them')
+  parser.add_argument(
+    '--mean', type=float, default=8, help='minutes from the warm-up to a kill'
+  )
+  parser.add_argument(
+    '--warm',
+    type=int,
+    default=45,
+    help='updates of each session that do not count: two validations are in them',
+  )
   parser.add_argument('--seed', type=int, default=0, help='of the kills')
   parser.add_argument('--folder', default='runs/soak', help='a new one')
   args, overrides = parser.parse_known_args(argv)
@@ -136,30 +146,39 @@ def main(argv=None):
   runs, sessions, said, killed = 0, [], [], 0
   while time.time() < until:
     workdir = folder / f'run_{runs}'
-    session = kills.begin(workdir, [
-        '--config=configs/quickstart.py', f'--config.seed={runs}', *overrides])
+    session = kills.begin(
+      workdir, ['--config=configs/quickstart.py', f'--config.seed={runs}', *overrides]
+    )
     life = draw.expovariate(1 / (60 * args.mean))
     sessions.append(live(session, life, args.warm, until))
     with open(folder / 'memory.csv', 'a') as f:
-      f.writelines(f'{len(sessions)},{t:.1f},{mib:.1f}\n'
-                   for t, mib in sessions[-1])
+      f.writelines(f'{len(sessions)},{t:.1f},{mib:.1f}\n' for t, mib in sessions[-1])
     stopped, after = session.process.returncode == -9, time.time() < until
     killed += stopped and after
     said += lost(workdir)
     runs += not stopped
-    print(f'session {len(sessions)}: {workdir.name} '
-          f'{"killed" if stopped else "done"} after {len(sessions[-1])} '
-          'readings', flush=True)
+    print(
+      f'session {len(sessions)}: {workdir.name} '
+      f'{"killed" if stopped else "done"} after {len(sessions[-1])} '
+      'readings',
+      flush=True,
+    )
   rate, error, readings, each = slope(sessions)
   for text in said[:20]:
     print(text)
   most = max((mib for s in sessions for _, mib in s), default=0)
   result = dict(
-      minutes=args.minutes, runs=runs, sessions=len(sessions), kills=killed,
-      slope_MiB_per_hour=round(rate, 2) if readings else None,
-      standard_error=round(error, 2) if readings else None,
-      readings=readings, each_session=[round(x, 1) for x in each],
-      largest_MiB=round(most), lost=len(said))
+    minutes=args.minutes,
+    runs=runs,
+    sessions=len(sessions),
+    kills=killed,
+    slope_MiB_per_hour=round(rate, 2) if readings else None,
+    standard_error=round(error, 2) if readings else None,
+    readings=readings,
+    each_session=[round(x, 1) for x in each],
+    largest_MiB=round(most),
+    lost=len(said),
+  )
   print(json.dumps(result), flush=True)
   return result
 

@@ -21,20 +21,23 @@ def make_batch(args, cfg, key, group):
   shape = (args.rows, args.prompt + args.length)
   rows = jnp.zeros((args.rows,))
   return TrainBatch(
-      tokens=jax.random.randint(key, shape, 0, cfg.vocab - 2),
-      valid=jnp.ones(shape, bool),
-      completion=jnp.ones((args.rows, args.length), bool),
-      row=jnp.arange(args.rows), weight=jnp.sin(jnp.arange(args.rows) * 1.0),
-      positive=rows + 1 / group, elbo_old=rows[:, None],
-      norm=jnp.float32(args.rows / group), total=jnp.float32(args.rows))
+    tokens=jax.random.randint(key, shape, 0, cfg.vocab - 2),
+    valid=jnp.ones(shape, bool),
+    completion=jnp.ones((args.rows, args.length), bool),
+    row=jnp.arange(args.rows),
+    weight=jnp.sin(jnp.arange(args.rows) * 1.0),
+    positive=rows + 1 / group,
+    elbo_old=rows[:, None],
+    norm=jnp.float32(args.rows / group),
+    total=jnp.float32(args.rows),
+  )
 
 
 def arguments(parser):
   parser.add_argument('--draws', type=int, default=4)
   parser.add_argument('--microbatches', type=int, default=4)
   parser.add_argument('--lora', type=int, default=0, help='rank; 0 = full')
-  parser.add_argument('--baseline', default='individual',
-                      choices=dmpo.BASELINES)
+  parser.add_argument('--baseline', default='individual', choices=dmpo.BASELINES)
 
 
 def make_step(args, cfg, params):
@@ -50,9 +53,19 @@ def make_step(args, cfg, params):
 
   def run(state, frozen, batch):
     return step.train_step(
-        state, frozen, batch, rng.key_for(0, 'mask'), 0, cfg=cfg,
-        objective=dmpo.OBJECTIVE, hp=hp, optimizer=optimizer, group=group,
-        microbatches=args.microbatches)
+      state,
+      frozen,
+      batch,
+      rng.key_for(0, 'mask'),
+      0,
+      cfg=cfg,
+      objective=dmpo.OBJECTIVE,
+      hp=hp,
+      optimizer=optimizer,
+      group=group,
+      microbatches=args.microbatches,
+    )
+
   return jax.jit(run), (state, frozen, batch)
 
 
@@ -65,11 +78,20 @@ def main():
   run, inputs = make_step(args, cfg, params)
   times, _ = common.measure(run, args.repeats, *inputs)
   tokens = args.rows * args.draws * (args.prompt + args.length)
-  common.show(args, params, times, common.flops_of(run, (1,), *inputs), {
+  common.show(
+    args,
+    params,
+    times,
+    common.flops_of(run, (1,), *inputs),
+    {
       'seconds_per_step': times['median'],
-      'tokens_per_second': tokens / times['median'], 'draws': args.draws,
-      'microbatches': args.microbatches, 'baseline': args.baseline,
-      'lora': args.lora})
+      'tokens_per_second': tokens / times['median'],
+      'draws': args.draws,
+      'microbatches': args.microbatches,
+      'baseline': args.baseline,
+      'lora': args.lora,
+    },
+  )
 
 
 if __name__ == '__main__':

@@ -59,8 +59,15 @@ def get_config():
   w.workers = 0  # processes that compare expressions; 0 = one a core
   w.deadline = 3.0  # seconds one comparison may take
   w.weights = dict(  # factor of each term a task pays
-      correctness=1.0, int=1.0, strict_format=1.0, soft_format=1.0,
-      xmlcount=1.0, format=1.0, countdown=1.0, sudoku=1.0)
+    correctness=1.0,
+    int=1.0,
+    strict_format=1.0,
+    soft_format=1.0,
+    xmlcount=1.0,
+    format=1.0,
+    countdown=1.0,
+    sudoku=1.0,
+  )
 
   c.sft = s = ml_collections.ConfigDict()
   s.steps = 0  # supervised steps before RL; 0 = none

@@ -41,5 +41,8 @@ def get_config():
 
 def sweep(name):
   baselines = ('none', 'group', 'individual', 'model')
-  return {'baseline': [{'objective.baseline': b, 'seed': s}
-                       for s in (0, 1, 2) for b in baselines]}[name]
+  return {
+    'baseline': [
+      {'objective.baseline': b, 'seed': s} for s in (0, 1, 2) for b in baselines
+    ]
+  }[name]

@@ -26,36 +26,55 @@ TASKS = {'sudoku': quickstart, 'countdown': countdown}
 LENGTH = 16  # tokens; so that both tasks cost the same
 INNER = 2  # updates a buffer
 
-PAPER = {'logprob.estimator': 'elbo', 'objective.strength': 1.0,
-         'objective.best': 0.0, 'objective.draws': 4}
+PAPER = {
+  'logprob.estimator': 'elbo',
+  'objective.strength': 1.0,
+  'objective.best': 0.0,
+  'objective.draws': 4,
+}
 EXACT = {**PAPER, 'logprob.estimator': 'trajectory', 'logprob.states': 0}
 OURS = {'objective.strength': 0.3, 'objective.best': 1.0, 'objective.draws': 2}
 # DMPO with the release's weights, with exact ones and nothing else changed,
 # the same with the paper's other baselines; as our configs have it, and that
 # with the release's weights.
 DMPO = {
-    'dmpo-paper': PAPER,
-    'dmpo-exact': EXACT,
-    'dmpo-none': {**EXACT, 'objective.baseline': 'none'},
-    'dmpo-group': {**EXACT, 'objective.baseline': 'group'},
-    'dmpo-model': {**EXACT, 'objective.baseline': 'model',
-                   'objective.common_masks': True},
-    'dmpo': {**EXACT, **OURS},
-    'dmpo-elbo': {**PAPER, **OURS},
+  'dmpo-paper': PAPER,
+  'dmpo-exact': EXACT,
+  'dmpo-none': {**EXACT, 'objective.baseline': 'none'},
+  'dmpo-group': {**EXACT, 'objective.baseline': 'group'},
+  'dmpo-model': {
+    **EXACT,
+    'objective.baseline': 'model',
+    'objective.common_masks': True,
+  },
+  'dmpo': {**EXACT, **OURS},
+  'dmpo-elbo': {**PAPER, **OURS},
 }
 ARMS = (*DMPO, *(name for name in OBJECTIVES if name != 'dmpo'))
 
 # Forwards of a buffer: (sampling, scoring, one update). tests/test_compare.py
 # counts them in the traced programs, without what remat does again.
 COSTS = {
-    **dict.fromkeys(DMPO, (8, 8, 12)), 'dmpo-model': (8, 16, 16),
-    'dmpo': (8, 8, 6), 'dmpo-elbo': (8, 8, 6), 'agrpo': (8, 0, 72),
-    'coupled_grpo': (8, 12, 9),
-    'diffpo': (8, 8, 6), 'diffu_grpo': (8, 4, 3), 'egspo': (8, 8, 24),
-    'espo': (8, 16, 12), 'fork_grpo': (16, 0, 48), 'gdpo': (8, 12, 9),
-    'gdsd': (8, 16, 12), 'just_grpo': (16, 0, 48), 'mapg': (8, 0, 36),
-    'residual': (8, 8, 16), 'spg': (8, 0, 6), 'vrpo': (8, 16, 32),
-    'wd1': (8, 0, 3)}
+  **dict.fromkeys(DMPO, (8, 8, 12)),
+  'dmpo-model': (8, 16, 16),
+  'dmpo': (8, 8, 6),
+  'dmpo-elbo': (8, 8, 6),
+  'agrpo': (8, 0, 72),
+  'coupled_grpo': (8, 12, 9),
+  'diffpo': (8, 8, 6),
+  'diffu_grpo': (8, 4, 3),
+  'egspo': (8, 8, 24),
+  'espo': (8, 16, 12),
+  'fork_grpo': (16, 0, 48),
+  'gdpo': (8, 12, 9),
+  'gdsd': (8, 16, 12),
+  'just_grpo': (16, 0, 48),
+  'mapg': (8, 0, 36),
+  'residual': (8, 8, 16),
+  'spg': (8, 0, 6),
+  'vrpo': (8, 16, 32),
+  'wd1': (8, 0, 3),
+}
 
 
 def get_config(task='sudoku'):
@@ -63,8 +82,9 @@ def get_config(task='sudoku'):
     raise ValueError(f'{task!r} after the colon must be {" or ".join(TASKS)}')
   c = TASKS[task].get_config()
   c.name = f'compare-{task}'
-  c.data.train_size, c.sft.steps = {
-      'sudoku': (4000, 100), 'countdown': (6500, 4000)}[task]
+  c.data.train_size, c.sft.steps = {'sudoku': (4000, 100), 'countdown': (6500, 4000)}[
+    task
+  ]
   c.model.remat = 'dots'  # faster on a CPU: fewer arrays to write and read
   c.train.prompts = 16
   c.train.group = 8

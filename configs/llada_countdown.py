@@ -47,8 +47,7 @@ def get_config(recipe='ours'):
   c.data.prompt_length = 256
   c.data.overlong = 'drop'
   c.data.bucket = 64
-  for s, temperature, steps in ((c.sampler, 0.2, 128),
-                                (c.eval.sampler, 0.0, 256)):
+  for s, temperature, steps in ((c.sampler, 0.2, 128), (c.eval.sampler, 0.0, 256)):
     s.length = 256
     s.block = 32
     s.steps = steps

@@ -18,10 +18,10 @@ from dmpo_jax.objectives import OBJECTIVES
 SWEEPS = ('objectives',)
 # What an objective needs of the sampler, or is made for.
 SAMPLERS = {
-    'agrpo': dict(pick='random'),
-    'fork_grpo': dict(pick='threshold', threshold=0.8, fallback='leftmost'),
-    'just_grpo': dict(pick='confidence', block=1),
-    'mapg': dict(pick='plackett_luce', rank_temperature=0.5, steps=8),
+  'agrpo': dict(pick='random'),
+  'fork_grpo': dict(pick='threshold', threshold=0.8, fallback='leftmost'),
+  'just_grpo': dict(pick='confidence', block=1),
+  'mapg': dict(pick='plackett_luce', rank_temperature=0.5, steps=8),
 }
 
 
@@ -39,12 +39,15 @@ def fields_of(name):
   if wrong := check.nearest('the objective after the colon', name, OBJECTIVES):
     raise ValueError(wrong[0])
   fields = check.objective_fields() | {
-      field.name: field.default
-      for field in dataclasses.fields(OBJECTIVES[name].hp)}
+    field.name: field.default for field in dataclasses.fields(OBJECTIVES[name].hp)
+  }
   sampler = SAMPLERS.get(name, {})
-  return {'name': f'rivals-{name}', 'objective.name': name,
-          **{f'objective.{field}': value for field, value in fields.items()},
-          **{f'sampler.{field}': value for field, value in sampler.items()}}
+  return {
+    'name': f'rivals-{name}',
+    'objective.name': name,
+    **{f'objective.{field}': value for field, value in fields.items()},
+    **{f'sampler.{field}': value for field, value in sampler.items()},
+  }
 
 
 def sweep(name):

@@ -39,7 +39,7 @@ class Kept:
 
   def should_preserve(self, checkpoints, *, context):
     steps = [info.step for info in checkpoints]
-    return [step in steps[-self.count:] or step == self.best for step in steps]
+    return [step in steps[-self.count :] or step == self.best for step in steps]
 
 
 @functools.cache
@@ -53,8 +53,10 @@ def save_whole():
     level = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # it warns of what is asked for
     ocp.type_handlers.register_type_handler(
-        jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False),
-        override=True)
+      jax.Array,
+      ocp.type_handlers.ArrayHandler(use_replica_parallel=False),
+      override=True,
+    )
     logging.set_verbosity(level)
 
 
@@ -64,10 +66,12 @@ class Manager(ocp.CheckpointManager):
   def __init__(self, directory, keep):
     self.kept = Kept(keep)
     save_whole()
-    super().__init__(os.path.abspath(directory),
-                     options=ocp.CheckpointManagerOptions(
-                         preservation_policy=self.kept,
-                         enable_async_checkpointing=True))
+    super().__init__(
+      os.path.abspath(directory),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self.kept, enable_async_checkpointing=True
+      ),
+    )
 
   def reached_preemption(self, step):
     """Never: guard.Preemption asks JAX, which wants one row of counts.
@@ -89,11 +93,12 @@ def reader(manager):
     return
   me = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(
-      primary_host=me, active_processes={me},
-      barrier_sync_key_prefix=f'reader{me}')
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'reader{me}'
+  )
   with ocp.CheckpointManager(
-      manager.directory, options=ocp.CheckpointManagerOptions(
-          create=False, multiprocessing_options=alone)) as found:
+    manager.directory,
+    options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone),
+  ) as found:
     yield found
 
 
@@ -109,15 +114,14 @@ def save(manager, step, state, batch, meta, ahead=None, digest=None):
   old it gets. digest: the function below, compiled.
   """
   trees = {'state': state, 'batch': batch, 'ahead': ahead}
-  trees = {name: tree._asdict() for name, tree in trees.items()
-           if tree is not None}
+  trees = {name: tree._asdict() for name, tree in trees.items() if tree is not None}
   if digest:
-    meta = {**meta, 'digest': {
-        name: int(digest(tree)) for name, tree in trees.items()}}
+    meta = {**meta, 'digest': {name: int(digest(tree)) for name, tree in trees.items()}}
   items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
   manager.kept.best = (meta.get('best') or {'step': None})['step']
-  manager.save(step, force=True, args=ocp.args.Composite(
-      **items, meta=ocp.args.JsonSave(meta)))
+  manager.save(
+    step, force=True, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
+  )
 
 
 def is_due(section, done, saved):
@@ -125,12 +129,17 @@ def is_due(section, done, saved):
   if done % section.every == 0:
     return True
   spent = time.monotonic() - saved
-  return bool(section.every_minutes) and mesh.agree(
-      spent >= 60 * section.every_minutes)
+  return bool(section.every_minutes) and mesh.agree(spent >= 60 * section.every_minutes)
 
 
-def restore(manager, state, buffers=lambda step: (None, None), digest=None,
-            refuse=lambda meta: '', only=None):
+def restore(
+  manager,
+  state,
+  buffers=lambda step: (None, None),
+  digest=None,
+  refuse=lambda meta: '',
+  only=None,
+):
   """(state, batch, ahead, meta) of the newest step that can be read, or None.
 
   `state` and the two of buffers(step) are trees of ShapeDtypeStructs that carry
@@ -157,13 +166,17 @@ def restore(manager, state, buffers=lambda step: (None, None), digest=None,
         return found
     found = None  # the next is not read beside it: two might not fit
     faults[step] = fault or 'another process cannot read it'
-    logging.warning('checkpoint %s cannot be used: %s',
-                    os.path.join(manager.directory, str(step)), faults[step])
+    logging.warning(
+      'checkpoint %s cannot be used: %s',
+      os.path.join(manager.directory, str(step)),
+      faults[step],
+    )
   if faults:
     told = '\n'.join(f'  {step}: {fault}' for step, fault in faults.items())
     raise ValueError(
-        f'no checkpoint in {manager.directory} can be used:\n{told}\nBring one '
-        'back from a copy, or move the directory away to begin from nothing')
+      f'no checkpoint in {manager.directory} can be used:\n{told}\nBring one '
+      'back from a copy, or move the directory away to begin from nothing'
+    )
   return None
 
 
@@ -185,12 +198,16 @@ def read(manager, step, state, batch, ahead):
   """(state, batch, ahead, meta) at `step`, as it lies there."""
   trees = zip(NAMES, (state, batch, ahead), strict=True)
   wanted = {name: tree for name, tree in trees if tree}
-  items = {name: ocp.args.StandardRestore(tree._asdict())
-           for name, tree in wanted.items()}
-  got = manager.restore(step, args=ocp.args.Composite(
-      **items, meta=ocp.args.JsonRestore()))
-  return (*(type(wanted[name])(**got[name]) if name in wanted else None
-            for name in NAMES), got.meta)
+  items = {
+    name: ocp.args.StandardRestore(tree._asdict()) for name, tree in wanted.items()
+  }
+  got = manager.restore(
+    step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore())
+  )
+  return (
+    *(type(wanted[name])(**got[name]) if name in wanted else None for name in NAMES),
+    got.meta,
+  )
 
 
 def changed(found, digest):
@@ -215,8 +232,10 @@ def set_aside(manager, step):
   if jax.process_index() == 0:
     os.makedirs(folder, exist_ok=True)
     for s in newer:
-      shutil.move(os.path.join(manager.directory, str(s)),
-                  os.path.join(folder, f'{s}-{time.time_ns()}'))
+      shutil.move(
+        os.path.join(manager.directory, str(s)),
+        os.path.join(folder, f'{s}-{time.time_ns()}'),
+      )
   mesh.agree(False)  # nobody goes on before they are moved
   manager.reload()
 
@@ -251,8 +270,9 @@ def settle(manager):
   for step in steps:
     set_aside(manager, step - 1)
     if jax.process_index() == 0:
-      shutil.move(os.path.join(folder, str(step)),
-                  os.path.join(manager.directory, str(step)))
+      shutil.move(
+        os.path.join(folder, str(step)), os.path.join(manager.directory, str(step))
+      )
       shutil.rmtree(folder)
     mesh.agree(False)
     manager.reload()
@@ -282,5 +302,5 @@ def digest(tree):
 def abstract(tree):
   """ShapeDtypeStructs of arrays, with their shardings."""
   return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      tree)
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+  )

@@ -17,9 +17,13 @@ from safetensors.numpy import save_file
 from dmpo_jax import mesh, model, weights
 
 ARCHITECTURES = {
-    'llada': 'LLaDAModelLM', 'Dream': 'DreamModel', 'sdar': 'SDARForCausalLM',
-    'a2d-qwen3': 'A2DQwen3LMHeadModel', 'a2d-qwen2': 'A2DQwen2LMHeadModel',
-    'a2d-llama': 'A2DLlamaLMHeadModel'}
+  'llada': 'LLaDAModelLM',
+  'Dream': 'DreamModel',
+  'sdar': 'SDARForCausalLM',
+  'a2d-qwen3': 'A2DQwen3LMHeadModel',
+  'a2d-qwen2': 'A2DQwen2LMHeadModel',
+  'a2d-llama': 'A2DLlamaLMHeadModel',
+}
 
 
 def save_hf(folder, cfg, params, tokenizer=None, source='', shard_bytes=5e9):
@@ -41,8 +45,11 @@ def save_hf(folder, cfg, params, tokenizer=None, source='', shard_bytes=5e9):
   shards = shard(tensors(cfg, family), shard_bytes)
   index, total = {}, 0
   for i, names in enumerate(shards):
-    name = ('model.safetensors' if len(shards) == 1 else
-            f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors')
+    name = (
+      'model.safetensors'
+      if len(shards) == 1
+      else f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+    )
     found = {}
     for theirs, path, layer, turned in names:
       x = merged(cfg, params, path, layer)
@@ -52,8 +59,9 @@ def save_hf(folder, cfg, params, tokenizer=None, source='', shard_bytes=5e9):
     if jax.process_index() == 0:
       save_file(found, os.path.join(folder, name), {'format': 'pt'})
   if len(shards) > 1:
-    write_json(folder, weights.INDEX, {
-        'metadata': {'total_size': total}, 'weight_map': index})
+    write_json(
+      folder, weights.INDEX, {'metadata': {'total_size': total}, 'weight_map': index}
+    )
 
 
 def tensors(cfg, family):
@@ -104,13 +112,13 @@ def at(tree, path):
 def config_of(cfg, family):
   """config.json of a model that came from no checkpoint."""
   kind = weights.kind_of(cfg)
-  out = {name: values[0] for name, values in family.fixed.items()
-         if values[0] is not None}
+  out = {
+    name: values[0] for name, values in family.fixed.items() if values[0] is not None
+  }
   for theirs, ours in family.fields.items():
     if getattr(cfg, ours):
       out[theirs] = getattr(cfg, ours)
-  out |= {'weight_tying' if kind == 'llada' else 'tie_word_embeddings':
-          cfg.tied}
+  out |= {'weight_tying' if kind == 'llada' else 'tie_word_embeddings': cfg.tied}
   if kind == 'llada':
     out |= dict(include_qkv_bias=cfg.qkv_bias, vocab_size=cfg.vocab)
   if cfg.qk_norm:  # without it transformers takes Qwen3's 128
@@ -118,9 +126,13 @@ def config_of(cfg, family):
   if kind == 'sdar':
     out['block_size'] = cfg.block_causal
   return out | dict(
-      model_type=kind, architectures=[ARCHITECTURES[kind]],
-      mask_token_id=cfg.mask_id, eos_token_id=cfg.eos_id,
-      pad_token_id=cfg.pad_id, torch_dtype=cfg.param_dtype)
+    model_type=kind,
+    architectures=[ARCHITECTURES[kind]],
+    mask_token_id=cfg.mask_id,
+    eos_token_id=cfg.eos_id,
+    pad_token_id=cfg.pad_id,
+    torch_dtype=cfg.param_dtype,
+  )
 
 
 def copy_small(source, folder):
@@ -138,8 +150,10 @@ def copy_small(source, folder):
     path = os.path.join(source, name)
     if small and name != weights.INDEX and os.path.isfile(path):
       if os.path.commonpath([root, os.path.realpath(path)]) != root:
-        raise ValueError(f'{path} is a link to {os.path.realpath(path)}, '
-                         'outside of its directory: put a copy in its place')
+        raise ValueError(
+          f'{path} is a link to {os.path.realpath(path)}, '
+          'outside of its directory: put a copy in its place'
+        )
       shutil.copy(path, folder)
 
 
@@ -162,8 +176,11 @@ def save_adapter(folder, cfg, params, base='', source=''):
   base: name of the base model, for the reader; source: its directory. The
   targets are one regular expression, for LLaDA calls its head like a linear.
   """
-  family = (weights.family_of(source)[0] if source
-            else weights.FAMILIES[weights.kind_of(cfg)][0])
+  family = (
+    weights.family_of(source)[0]
+    if source
+    else weights.FAMILIES[weights.kind_of(cfg)][0]
+  )
   os.makedirs(folder, exist_ok=True)
   lora = mesh.fetch(params['lora'])
   found = {}
@@ -172,18 +189,35 @@ def save_adapter(folder, cfg, params, base='', source=''):
     for i, name in enumerate(entry.names):
       found[name] = np.ascontiguousarray(leaf[i].T)
   layer = family.layer.replace('.', r'\.').format(r'\d+')
-  linears = [family.layers[name].replace('.', r'\.')
-             for name in model.LINEARS if name in lora['layers']]
-  write_json(folder, 'adapter_config.json', dict(
-      peft_type='LORA', task_type='CAUSAL_LM', r=cfg.lora_rank,
-      lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, bias='none',
-      target_modules=f"{layer}({'|'.join(linears)})", inference_mode=True,
-      base_model_name_or_path=base, fan_in_fan_out=False,
-      init_lora_weights=True, modules_to_save=None, use_dora=False,
-      use_rslora=False))
+  linears = [
+    family.layers[name].replace('.', r'\.')
+    for name in model.LINEARS
+    if name in lora['layers']
+  ]
+  write_json(
+    folder,
+    'adapter_config.json',
+    dict(
+      peft_type='LORA',
+      task_type='CAUSAL_LM',
+      r=cfg.lora_rank,
+      lora_alpha=cfg.lora_alpha,
+      lora_dropout=cfg.lora_dropout,
+      bias='none',
+      target_modules=f'{layer}({"|".join(linears)})',
+      inference_mode=True,
+      base_model_name_or_path=base,
+      fan_in_fan_out=False,
+      init_lora_weights=True,
+      modules_to_save=None,
+      use_dora=False,
+      use_rslora=False,
+    ),
+  )
   if jax.process_index() == 0:
-    save_file(found, os.path.join(folder, 'adapter_model.safetensors'),
-              {'format': 'pt'})
+    save_file(
+      found, os.path.join(folder, 'adapter_model.safetensors'), {'format': 'pt'}
+    )
 
 
 # --- the export of a run
@@ -200,20 +234,26 @@ def run(built, params, base, folder, kind):
   cfg, source = built.model, built.config.model.checkpoint
   source = source and weights.locate(source, False)
   if kind == 'adapter' and 'lora' not in params:
-    why = ('--of=base is the model without its adapters' if cfg.lora_rank else
-           'this run trained all parameters (lora.rank = 0)')
+    why = (
+      '--of=base is the model without its adapters'
+      if cfg.lora_rank
+      else 'this run trained all parameters (lora.rank = 0)'
+    )
     raise ValueError(f'--format=adapter: {why}; --format=merged writes them')
   if kind == 'adapter' and built.config.sft.steps:
     raise ValueError(
-        f'--format=adapter: sft.steps = {built.config.sft.steps} changed the '
-        'base too, so an adapter would fit no published model; '
-        '--format=merged writes all')
+      f'--format=adapter: sft.steps = {built.config.sft.steps} changed the '
+      'base too, so an adapter would fit no published model; '
+      '--format=merged writes all'
+    )
   if mesh.agree(os.path.isdir(folder) and os.listdir(folder)):
     raise ValueError(f'--out={folder} is not empty: name another directory')
   made_here = params is base and built.config.sft.steps  # --of=base
   if not made_here and not changed(params, base):
-    raise ValueError('the trained model equals its base in every weight: '
-                     'there is nothing to export (was it trained at all?)')
+    raise ValueError(
+      'the trained model equals its base in every weight: '
+      'there is nothing to export (was it trained at all?)'
+    )
   if kind == 'adapter':
     save_adapter(folder, cfg, params, built.config.model.checkpoint, source)
     mesh.agree(False)  # all is written before any process reads it
@@ -225,19 +265,25 @@ def run(built, params, base, folder, kind):
     cfg_again, again = weights.load_hf(folder, cfg.param_dtype, built.mesh)
     cfg_again = dataclasses.replace(cfg_again, dtype=cfg.dtype)
   tokens = probe(cfg)
-  before, after = (np.asarray(mesh.fetch(model.full_logits(c, p, tokens)))
-                   for c, p in ((cfg, params), (cfg_again, again)))
-  return {'folder': folder, 'format': kind,
-          'max_logit_difference': float(np.max(np.abs(after - before))),
-          'max_logit': float(np.max(np.abs(before)))}
+  before, after = (
+    np.asarray(mesh.fetch(model.full_logits(c, p, tokens)))
+    for c, p in ((cfg, params), (cfg_again, again))
+  )
+  return {
+    'folder': folder,
+    'format': kind,
+    'max_logit_difference': float(np.max(np.abs(after - before))),
+    'max_logit': float(np.max(np.abs(before))),
+  }
 
 
 def changed(params, base):
   """Whether training moved any weight (an adapter's b is zero at first)."""
   if 'lora' in params:
     moved = jax.tree_util.tree_leaves_with_path(params['lora'])
-    return any(bool(jnp.any(x)) for path, x in moved
-               if mesh.path_of(path).endswith('/b'))
+    return any(
+      bool(jnp.any(x)) for path, x in moved if mesh.path_of(path).endswith('/b')
+    )
   pairs = zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True)
   return any(bool(jnp.any(x != y)) for x, y in pairs)
 

@@ -31,9 +31,9 @@ def judge(task, protocol, texts, examples, weights, rows=None):
   the others judge the rest. A row has one grade, though hosts differ in speed.
   ValueError names a reward that is not finite.
   """
+
   def one(text, example):
-    return (task.reward(text, example, protocol),
-            task.grade(text, example, protocol))
+    return (task.reward(text, example, protocol), task.grade(text, example, protocol))
 
   if task.threads and len(texts) > 1:
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -41,23 +41,31 @@ def judge(task, protocol, texts, examples, weights, rows=None):
   else:
     found = list(map(one, texts, examples))
   rows = range(len(texts)) if rows is None else map(int, rows)
-  parts = mesh.gather([list(zip(rows, texts, found, strict=True)),
-                       symbolic.drain()])
-  judged = sorted((item for part, _ in parts for item in part),
-                  key=lambda item: item[0])
+  parts = mesh.gather([list(zip(rows, texts, found, strict=True)), symbolic.drain()])
+  judged = sorted(
+    (item for part, _ in parts for item in part), key=lambda item: item[0]
+  )
   texts = [text for _, text, _ in judged]
   terms = [terms for _, _, (terms, _) in judged]
-  return Graded(terms, total(terms, texts, weights),
-                [grade for _, _, (_, grade) in judged],
-                [question for _, failed in parts for question in failed], texts)
+  return Graded(
+    terms,
+    total(terms, texts, weights),
+    [grade for _, _, (_, grade) in judged],
+    [question for _, failed in parts for question in failed],
+    texts,
+  )
 
 
 def total(terms, texts, weights):
   """(R,) float32 weighted sums; ValueError names what is not finite."""
-  sums = [sum(weights.get(name, 1.0) * value for name, value in term.items())
-          for term in terms]
+  sums = [
+    sum(weights.get(name, 1.0) * value for name, value in term.items())
+    for term in terms
+  ]
   for value, term, text in zip(sums, terms, texts, strict=True):
     if not math.isfinite(value):
-      raise ValueError(f'the reward {term} of the completion {text[:200]!r} is '
-                       'not finite: rewards must be finite numbers')
+      raise ValueError(
+        f'the reward {term} of the completion {text[:200]!r} is '
+        'not finite: rewards must be finite numbers'
+      )
   return np.array(sums, np.float32)

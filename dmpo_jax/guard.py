@@ -43,29 +43,38 @@ def join(coordinator='', processes=0, process=0, heartbeat=100, patience=600):
         s.bind(('', int(coordinator.rpartition(':')[2])))
       except OSError as error:  # the coordinator would crash
         raise ValueError(f'{where}: no port for process 0: {error}') from None
-  explicit = dict(coordinator_address=coordinator, num_processes=processes,
-                  process_id=process, cluster_detection_method='deactivate')
+  explicit = dict(
+    coordinator_address=coordinator,
+    num_processes=processes,
+    process_id=process,
+    cluster_detection_method='deactivate',
+  )
   # JAX's own timeout aborts the process with a stack of C++.
   alarm = threading.Timer(patience, _alone, (where, patience))
   alarm.daemon = True
   alarm.start()
   try:
     jax.distributed.initialize(
-        **explicit if coordinator else {}, heartbeat_timeout_seconds=heartbeat,
-        shutdown_timeout_seconds=heartbeat,
-        initialization_timeout=patience + 60)
+      **explicit if coordinator else {},
+      heartbeat_timeout_seconds=heartbeat,
+      shutdown_timeout_seconds=heartbeat,
+      initialization_timeout=patience + 60,
+    )
   except (ValueError, RuntimeError) as error:
-    raise ValueError(f'{where}: {error} (auto is for Slurm\'s srun, TPU pods '
-                     'and Open MPI; else --coordinator, --processes, '
-                     '--process)') from None
+    raise ValueError(
+      f"{where}: {error} (auto is for Slurm's srun, TPU pods "
+      'and Open MPI; else --coordinator, --processes, '
+      '--process)'
+    ) from None
   finally:
     alarm.cancel()
 
 
 def _alone(where, patience):
   sys.__stderr__.write(
-      f'error: {where}: the processes have not met within {patience} seconds: '
-      'is each of them running, and is that port of process 0 open to them?\n')
+    f'error: {where}: the processes have not met within {patience} seconds: '
+    'is each of them running, and is that port of process 0 open to them?\n'
+  )
   sys.__stderr__.flush()
   os._exit(1)  # connecting cannot be interrupted
 
@@ -86,8 +95,10 @@ def alone(workdir):
       except OSError as error:
         taken = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
     if mesh.agree(taken):
-      raise ValueError(f'--workdir={workdir}: another process is training '
-                       'there: wait for its end, or name another workdir')
+      raise ValueError(
+        f'--workdir={workdir}: another process is training '
+        'there: wait for its end, or name another workdir'
+      )
     yield
 
 
@@ -174,19 +185,22 @@ class Watchdog:
   def _watch(self):
     while not self._over.is_set():
       # Armed anew each time: it goes off when this thread is held up, too.
-      faulthandler.dump_traceback_later(2 * self._limit, exit=True,
-                                        file=sys.__stderr__)
+      faulthandler.dump_traceback_later(2 * self._limit, exit=True, file=sys.__stderr__)
       self._over.wait(min(10, self._limit / 10))
       last, phase, step = self._last
       if not self._over.is_set() and time.monotonic() - last > self._limit:
         self._bark(phase, step)
 
   def _bark(self, phase, step):
-    text = (f'error: no progress for {self._limit:g} seconds in {phase!r} at '
-            f'update {step}; the same command goes on from the last '
-            'checkpoint. The stacks of all threads:\n')
-    for file in (lambda: contextlib.nullcontext(sys.__stderr__),
-                 lambda: open(self.path, 'a')):
+    text = (
+      f'error: no progress for {self._limit:g} seconds in {phase!r} at '
+      f'update {step}; the same command goes on from the last '
+      'checkpoint. The stacks of all threads:\n'
+    )
+    for file in (
+      lambda: contextlib.nullcontext(sys.__stderr__),
+      lambda: open(self.path, 'a'),
+    ):
       with contextlib.suppress(OSError), file() as f:
         f.write(text)
         f.flush()

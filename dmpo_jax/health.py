@@ -14,14 +14,14 @@ ACTIONS = ('none', 'warn', 'stop', 'rollback')
 
 # Field of Config: (the metric it bounds, on which side a run is ill).
 RULES = {
-    'empty': ('empty', 'above'),
-    'repeated': ('repeated', 'above'),
-    'distinct': ('distinct', 'below'),
-    'equal': ('equal_wrong_groups', 'above'),
-    'reward': ('reward', 'below'),  # as a share of its best mean
-    'ess': ('ess', 'below'),
-    'kl': ('kl_ref', 'above'),
-    'grad_norm': ('grad_norm', 'above'),
+  'empty': ('empty', 'above'),
+  'repeated': ('repeated', 'above'),
+  'distinct': ('distinct', 'below'),
+  'equal': ('equal_wrong_groups', 'above'),
+  'reward': ('reward', 'below'),  # as a share of its best mean
+  'ess': ('ess', 'below'),
+  'kl': ('kl_ref', 'above'),
+  'grad_norm': ('grad_norm', 'above'),
 }
 
 
@@ -65,21 +65,25 @@ def buffer_metrics(tokens_RxL, completion_RxL, eos_id, reward_BxG, grade_BxG):
   follows = words[:, 1:]  # a word's predecessor is always a word
   again = follows & (tokens_RxL[:, 1:] == tokens_RxL[:, :-1])
   group = reward_BxG.shape[1]
-  texts = [tokens[word].tobytes() for tokens, word in zip(
-      np.ascontiguousarray(tokens_RxL), words, strict=True)]
+  texts = [
+    tokens[word].tobytes()
+    for tokens, word in zip(np.ascontiguousarray(tokens_RxL), words, strict=True)
+  ]
   heads = range(0, len(texts), group)
-  distinct = [len(set(texts[at:at + group])) / group for at in heads]
-  right = [text if grade == 1 else None for text, grade in zip(
-      texts, grade_BxG.ravel(), strict=True)]
-  distinct_right = [len(set(right[at:at + group]) - {None}) for at in heads]
+  distinct = [len(set(texts[at : at + group])) / group for at in heads]
+  right = [
+    text if grade == 1 else None
+    for text, grade in zip(texts, grade_BxG.ravel(), strict=True)
+  ]
+  distinct_right = [len(set(right[at : at + group]) - {None}) for at in heads]
   equal = reward_BxG.max(axis=1) == reward_BxG.min(axis=1)
   return {
-      'empty': float(np.mean(~words.any(axis=1))),
-      'repeated': float(again.sum() / max(1, follows.sum())),
-      'distinct': float(np.mean(distinct)),
-      'distinct_right': float(np.mean(distinct_right)),
-      'equal_reward_groups': float(np.mean(equal)),
-      'equal_wrong_groups': float(np.mean(equal & (grade_BxG == 0).all(1))),
+    'empty': float(np.mean(~words.any(axis=1))),
+    'repeated': float(again.sum() / max(1, follows.sum())),
+    'distinct': float(np.mean(distinct)),
+    'distinct_right': float(np.mean(distinct_right)),
+    'equal_reward_groups': float(np.mean(equal)),
+    'equal_wrong_groups': float(np.mean(equal & (grade_BxG == 0).all(1))),
   }
 
 
@@ -105,12 +109,12 @@ def note(hp, state, numbers):
       value = numbers[metric]
       if rule == 'reward':
         value = share_of_best(state['best_reward'], value)
-      values[rule] = [*values.get(rule, []), value][-hp.patience:]
+      values[rule] = [*values.get(rule, []), value][-hp.patience :]
       if well(hp, rule, value):
         warned = [name for name in warned if name != rule]
   state = {**state, 'values': values, 'warned': warned}
   if 'reward' in numbers:
-    rewards = [*state['rewards'], numbers['reward']][-hp.patience:]
+    rewards = [*state['rewards'], numbers['reward']][-hp.patience :]
     best, mean = state['best_reward'], sum(rewards) / len(rewards)
     if len(rewards) == hp.patience and (best is None or mean > best):
       best = mean
@@ -127,10 +131,13 @@ def broken(hp, state):
   """Names of the rules that the last `patience` buffers all break."""
   if hp.action == 'none':
     return []
-  last = {rule: values[-hp.patience:]
-          for rule, values in state['values'].items()}
-  return [rule for rule in RULES if len(last.get(rule, [])) == hp.patience
-          and not any(well(hp, rule, value) for value in last[rule])]
+  last = {rule: values[-hp.patience :] for rule, values in state['values'].items()}
+  return [
+    rule
+    for rule in RULES
+    if len(last.get(rule, [])) == hp.patience
+    and not any(well(hp, rule, value) for value in last[rule])
+  ]
 
 
 def told(hp, state, rule):
@@ -139,15 +146,21 @@ def told(hp, state, rule):
   if rule == 'reward':
     metric = 'the reward, as a share of its best mean,'
   value = state['values'][rule][-1]
-  return (f'{metric} is {side} health.{rule} = {getattr(hp, rule):g} for '
-          f'{hp.patience} buffers, now {value:.4g}')
+  return (
+    f'{metric} is {side} health.{rule} = {getattr(hp, rule):g} for '
+    f'{hp.patience} buffers, now {value:.4g}'
+  )
 
 
 def record(hp, state, iteration, rule):
   """What is written down of a broken rule."""
-  return {'iteration': iteration, 'rule': rule,
-          'threshold': getattr(hp, rule), 'action': hp.action,
-          'values': [as_json(x) for x in state['values'][rule]]}
+  return {
+    'iteration': iteration,
+    'rule': rule,
+    'threshold': getattr(hp, rule),
+    'action': hp.action,
+    'values': [as_json(x) for x in state['values'][rule]],
+  }
 
 
 def as_json(value):

@@ -28,8 +28,16 @@ class LogprobConfig:
   fuse: bool = False  # elbo with adapters: log p_old and log p_ref in one pass
 
 
-def token_logp(cfg, params, tokens_RxS, masked_RxKxL, valid_RxS=None,
-               dropout_R=None, prompt_RxKxP=None, read=model.logp_of):
+def token_logp(
+  cfg,
+  params,
+  tokens_RxS,
+  masked_RxKxL,
+  valid_RxS=None,
+  dropout_R=None,
+  prompt_RxKxP=None,
+  read=model.logp_of,
+):
   """Log p(token | the rest, masked), (R, K, L) float32, 0 where not masked.
 
   tokens_RxS int32 hold the true completion in their last L places;
@@ -39,8 +47,7 @@ def token_logp(cfg, params, tokens_RxS, masked_RxKxL, valid_RxS=None,
   numbers in the log-probs' place, see `reader`; of a dict each is (R, K, L).
   """
   rows, draws, length = masked_RxKxL.shape
-  noisy = masking.apply_masks(tokens_RxS, masked_RxKxL, cfg.mask_id,
-                              prompt_RxKxP)
+  noisy = masking.apply_masks(tokens_RxS, masked_RxKxL, cfg.mask_id, prompt_RxKxP)
   noisy = noisy.reshape(rows * draws, -1)
   valid = None if valid_RxS is None else jnp.repeat(valid_RxS, draws, axis=0)
   keys = dropout_R
@@ -50,8 +57,8 @@ def token_logp(cfg, params, tokens_RxS, masked_RxKxL, valid_RxS=None,
   targets = jnp.repeat(tokens_RxS[:, -length:], draws, axis=0)
   found = chosen_logp(cfg, params, h[:, -length:], targets, read)
   return jax.tree.map(
-      lambda x: jnp.where(masked_RxKxL, x.reshape(masked_RxKxL.shape), 0.0),
-      found)
+    lambda x: jnp.where(masked_RxKxL, x.reshape(masked_RxKxL.shape), 0.0), found
+  )
 
 
 def reader(cfg, law=None, more=()):
@@ -62,12 +69,17 @@ def reader(cfg, law=None, more=()):
   'score' (the largest log-prob over law['rank_temperature'], as the pick
   plackett_luce ranks), 'guess' (the most probable token).
   """
+
   def read(logits, tokens):
     if law is None:
       out = {'logp': model.logp_of(logits, tokens)}
     else:
-      out = {'logp': model.logp_of(model.sampling_logits(
-          model.without_mask(cfg, logits), law['temperature']), tokens)}
+      out = {
+        'logp': model.logp_of(
+          model.sampling_logits(model.without_mask(cfg, logits), law['temperature']),
+          tokens,
+        )
+      }
     if 'centred' in more:
       own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
       out['centred'] = own - jnp.mean(logits, axis=-1)
@@ -78,11 +90,13 @@ def reader(cfg, law=None, more=()):
     if 'guess' in more:
       out['guess'] = jnp.argmax(model.without_mask(cfg, logits), axis=-1)
     return out if more else out['logp']
+
   return read
 
 
 def chosen_logp(cfg, params, hidden_RxLxD, targets_RxL, read=model.logp_of):
   """(R, L) log-softmax at the targets, the head in chunks under remat."""
+
   @jax.checkpoint
   def one(hidden, targets):
     return read(model.head(cfg, params, hidden), targets)
@@ -91,10 +105,13 @@ def chosen_logp(cfg, params, hidden_RxLxD, targets_RxL, read=model.logp_of):
   if not chunk or chunk >= length:
     return one(hidden_RxLxD, targets_RxL)
   if length % chunk:
-    raise ValueError(f'model.head_chunk = {chunk} must divide the completion '
-                     f'length {length}')
-  pieces = [jnp.stack(jnp.split(x, length // chunk, axis=1))
-            for x in (hidden_RxLxD, targets_RxL)]
+    raise ValueError(
+      f'model.head_chunk = {chunk} must divide the completion length {length}'
+    )
+  pieces = [
+    jnp.stack(jnp.split(x, length // chunk, axis=1))
+    for x in (hidden_RxLxD, targets_RxL)
+  ]
   found = jax.lax.map(lambda piece: one(*piece), tuple(pieces))
   return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), found)
 
@@ -104,7 +121,8 @@ def draw(key, row_R, length, hp):
   if hp.elbo == 'stratified':
     return masking.draw_stratified(key, row_R, length, hp.draws)
   return masking.draw_bernoulli(
-      key, row_R, length, hp.draws, hp.low, hp.high, hp.antithetic)
+    key, row_R, length, hp.draws, hp.low, hp.high, hp.antithetic
+  )
 
 
 def seq_elbo(logp_RxKxL, weight_RxK):
@@ -133,19 +151,27 @@ def state_logp(cfg, params, rollouts, step_R, law):
   hidden_yet = rollouts.order >= step_R[:, None]
   hidden_yet |= rollouts.order < 0  # the tail that eos_stop has left masked
   shown = rollouts.order == step_R[:, None]
-  state = masking.apply_masks(
-      rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]
+  state = masking.apply_masks(rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]
   start_R = jnp.argmax(shown, axis=1) // law['block'] * law['block']
   logits, _ = model.window_logits(
-      cfg, params, state, rollouts.valid, prompt + start_R, law['block'],
-      prompt, law['guidance'])
+    cfg,
+    params,
+    state,
+    rollouts.valid,
+    prompt + start_R,
+    law['block'],
+    prompt,
+    law['guidance'],
+  )
 
   def window(x_RxL):
     take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, law['block'])
     return jax.vmap(take)(x_RxL, start_R)
 
-  logp = model.logp_of(model.sampling_logits(logits, law['temperature']),
-                       window(rollouts.tokens[:, prompt:]))
+  logp = model.logp_of(
+    model.sampling_logits(logits, law['temperature']),
+    window(rollouts.tokens[:, prompt:]),
+  )
   now = jnp.sum(jnp.where(window(shown), logp, 0.0), axis=1)
   return jnp.stack([now, jnp.sum(rollouts.logp * shown, axis=1)])
 
@@ -163,9 +189,11 @@ def trajectory_logp(cfg, params, rollouts, law, states=0, key=None, row_R=None):
   """
   count_R = jnp.max(rollouts.order, axis=1) + 1
   if not states:
+
     def add(step, total):
       step_R = jnp.full_like(count_R, step)
       return total + state_logp(cfg, params, rollouts, step_R, law)
+
     zero = jnp.zeros((2,) + count_R.shape, jnp.float32)
     return tuple(jax.lax.fori_loop(0, jnp.max(count_R), add, zero))
   u_R = rng.per_row(key, row_R, jax.random.uniform)

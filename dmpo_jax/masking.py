@@ -34,8 +34,7 @@ def apply_masks(tokens_RxS, masked_RxKxL, mask_id, prompt_RxKxP=None):
   return jnp.concatenate([jnp.broadcast_to(prompt, shape), completion], -1)
 
 
-def draw_bernoulli(key, row_R, length, draws, low=0.1, high=1.0,
-                   antithetic=True):
+def draw_bernoulli(key, row_R, length, draws, low=0.1, high=1.0, antithetic=True):
   """Masks each position with probability lambda ~ U(low, high), per draw.
 
   With `antithetic` the second half of the draws is the complement of the
@@ -147,8 +146,7 @@ def draw_prompt(key, row_R, valid_RxP, draws, rate):
   length = valid_RxP.shape[1]
 
   def one(key):
-    keys = jax.vmap(lambda at: jax.random.fold_in(key, at))(
-        jnp.arange(length)[::-1])
+    keys = jax.vmap(lambda at: jax.random.fold_in(key, at))(jnp.arange(length)[::-1])
     noise = jax.vmap(lambda key: jax.random.uniform(key, (draws,)))(keys)
     return noise.T < rate
 
@@ -160,6 +158,7 @@ def draw_sft(key, row_R, length, floor=1e-3):
 
   Weight 1/p, so that the masked sum is an ELBO (LLaDA GUIDELINES.md).
   """
+
   def one(key):
     key_rate, key_mask = jax.random.split(key)
     rate = (1 - floor) * jax.random.uniform(key_rate, (1, 1)) + floor

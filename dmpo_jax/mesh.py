@@ -21,16 +21,16 @@ ROWS = P(('data', 'fsdp'))
 # (regex on the leaf's path, spec). One line serves a parameter, its adapter
 # and its optimizer moments; layers are stacked on a leading axis.
 RULES = (
-    (r'(^|/)(embedding|head)$', P('tensor', 'fsdp')),
-    # A quantized kernel has two parts; its scales lie along the same axes.
-    (r'/(q|k|v|gate|up)/kernel(/qvalue|/scale)?$', P(None, 'fsdp', 'tensor')),
-    (r'/(o|down)/kernel(/qvalue|/scale)?$', P(None, 'tensor', 'fsdp')),
-    (r'/(q|k|v|gate|up)/bias$', P(None, 'tensor')),
-    (r'/(q|k|v|gate|up)/a$', P(None, 'fsdp', None)),
-    (r'/(q|k|v|gate|up)/b$', P(None, None, 'tensor')),
-    (r'/(o|down)/a$', P(None, 'tensor', None)),
-    (r'/(o|down)/b$', P(None, None, 'fsdp')),
-    (r'(^|/)(scale|count|step)$', P()),
+  (r'(^|/)(embedding|head)$', P('tensor', 'fsdp')),
+  # A quantized kernel has two parts; its scales lie along the same axes.
+  (r'/(q|k|v|gate|up)/kernel(/qvalue|/scale)?$', P(None, 'fsdp', 'tensor')),
+  (r'/(o|down)/kernel(/qvalue|/scale)?$', P(None, 'tensor', 'fsdp')),
+  (r'/(q|k|v|gate|up)/bias$', P(None, 'tensor')),
+  (r'/(q|k|v|gate|up)/a$', P(None, 'fsdp', None)),
+  (r'/(q|k|v|gate|up)/b$', P(None, None, 'tensor')),
+  (r'/(o|down)/a$', P(None, 'tensor', None)),
+  (r'/(o|down)/b$', P(None, None, 'fsdp')),
+  (r'(^|/)(scale|count|step)$', P()),
 )
 
 
@@ -44,11 +44,11 @@ def make_mesh(data=0, fsdp=1, tensor=1, devices=None):
   data = data or count // (fsdp * tensor)
   if data * fsdp * tensor != count:
     raise ValueError(
-        f'mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} '
-        f'must equal the {count} devices')
+      f'mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} '
+      f'must equal the {count} devices'
+    )
   types = (AxisType.Auto,) * 3
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types,
-                       devices=devices)
+  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
 
 
 def path_of(path):
@@ -60,7 +60,7 @@ def spec_of(path, leaf, mesh):
   """The first rule that matches; axes that do not divide are left whole."""
   for pattern, spec in RULES:
     if re.search(pattern, path):
-      parts = list(spec)[:len(leaf.shape)]
+      parts = list(spec)[: len(leaf.shape)]
       for i, axis in enumerate(parts):
         if axis and leaf.shape[i] % mesh.shape[axis]:
           parts[i] = None
@@ -71,8 +71,8 @@ def spec_of(path, leaf, mesh):
 def shardings(tree, mesh):
   """NamedShardings of a tree of arrays or shapes, by RULES."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf,
-                                                     mesh)), tree)
+    lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf, mesh)), tree
+  )
 
 
 def rows(mesh):
@@ -95,10 +95,15 @@ def fetch(tree):
   """A tree of global arrays -> host arrays, whole, on every process."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
-  split = lambda x: isinstance(x, jax.Array) and not (
-      x.is_fully_addressable or x.is_fully_replicated)
-  return jax.tree.map(lambda x: multihost_utils.process_allgather(
-      x, tiled=True) if split(x) else np.asarray(x), tree)
+  split = lambda x: (
+    isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+  )
+  return jax.tree.map(
+    lambda x: (
+      multihost_utils.process_allgather(x, tiled=True) if split(x) else np.asarray(x)
+    ),
+    tree,
+  )
 
 
 # ---- many processes: every row's text is read in one of them
@@ -115,23 +120,33 @@ def my_rows(x_Rx):
     return np.arange(rows)
   for device, at in x_Rx.sharding.devices_indices_map(x_Rx.shape).items():
     first.setdefault(at[0].indices(rows)[:2], device)
-  return np.concatenate([np.arange(0), *(
-      np.arange(*at) for at, device in sorted(first.items())
-      if device.process_index == jax.process_index())])
+  return np.concatenate(
+    [
+      np.arange(0),
+      *(
+        np.arange(*at)
+        for at, device in sorted(first.items())
+        if device.process_index == jax.process_index()
+      ),
+    ]
+  )
 
 
 def gather(thing):
   """What each process hands in, JSON-able, as a list: the same on all."""
   if jax.process_count() == 1:
     return [thing]
-  text = np.frombuffer(json.dumps(
-      thing, default=lambda number: number.item()).encode(), np.uint8)
+  text = np.frombuffer(
+    json.dumps(thing, default=lambda number: number.item()).encode(), np.uint8
+  )
   sizes = multihost_utils.process_allgather(np.int32(len(text)))
   # Of few sizes, for each is a program.
   padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
-  padded[:len(text)] = text
-  return [json.loads(part[:size].tobytes()) for part, size in zip(
-      multihost_utils.process_allgather(padded), sizes, strict=True)]
+  padded[: len(text)] = text
+  return [
+    json.loads(part[:size].tobytes())
+    for part, size in zip(multihost_utils.process_allgather(padded), sizes, strict=True)
+  ]
 
 
 def agree(flag):

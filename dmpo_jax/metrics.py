@@ -221,9 +221,7 @@ class Progress:
     self._unlogged = None  # the newest line, where it was held back
     self._bar = None
     if sys.stderr.isatty():
-      self._bar = tqdm.tqdm(
-        total=total, initial=start, desc=label, dynamic_ncols=True
-      )
+      self._bar = tqdm.tqdm(total=total, initial=start, desc=label, dynamic_ncols=True)
 
   def _left(self, step, now):
     """Seconds left. The first update compiles: later ones do not count it."""

@@ -25,17 +25,17 @@ from dmpo_jax.types import Array
 
 LINEARS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')  # of a layer
 LORA_TARGETS = {
-    'all': f'^({"|".join(LINEARS)})$',
-    # The names in the papers' target lists that exist in LLaDA's checkpoint.
-    'paper': r'^(q|k|v|up)$',
+  'all': f'^({"|".join(LINEARS)})$',
+  # The names in the papers' target lists that exist in LLaDA's checkpoint.
+  'paper': r'^(q|k|v|up)$',
 }
 
 # What a layer's backward pass recomputes: nothing, everything, or everything
 # but the results of the linears.
 REMAT = {
-    'none': None,
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 # Kinds of quantized kernels: qwix's type, and inputs that share a scale.
 QUANT = {'int8': ('int8', 0), 'nf4': ('nf4', 64)}  # 0 = a whole column
@@ -75,24 +75,64 @@ class ModelConfig:
 
 
 PRESETS = {
-    # vocab and special ids of the small ones come from the tokenizer.
-    # 'tiny' is for short sequences: a small RoPE base and q/k norms make it
-    # learn several times faster there.
-    'tiny': dict(width=64, layers=3, heads=2, kv_heads=2, mlp=128,
-                 positions=512, rope_theta=100.0, qk_norm=True),
-    'small': dict(width=256, layers=8, heads=8, kv_heads=8, mlp=768,
-                  positions=2048),
-    'llada_8b': dict(
-        vocab=126464, width=4096, layers=32, heads=32, kv_heads=32, mlp=12288,
-        mask_id=126336, eos_id=126081, pad_id=126081, rope_theta=500000.0),
-    'dream_7b': dict(
-        vocab=152064, width=3584, layers=28, heads=28, kv_heads=4, mlp=18944,
-        mask_id=151666, eos_id=151643, pad_id=151643, rope_theta=1e6, eps=1e-6,
-        positions=131072, qkv_bias=True, shift=True),
-    'sdar_8b': dict(
-        vocab=151936, width=4096, layers=36, heads=32, kv_heads=8, mlp=12288,
-        head_dim=128, mask_id=151669, eos_id=151643, pad_id=151643,
-        rope_theta=1e6, eps=1e-6, positions=32768, qk_norm=True),
+  # vocab and special ids of the small ones come from the tokenizer.
+  # 'tiny' is for short sequences: a small RoPE base and q/k norms make it
+  # learn several times faster there.
+  'tiny': dict(
+    width=64,
+    layers=3,
+    heads=2,
+    kv_heads=2,
+    mlp=128,
+    positions=512,
+    rope_theta=100.0,
+    qk_norm=True,
+  ),
+  'small': dict(width=256, layers=8, heads=8, kv_heads=8, mlp=768, positions=2048),
+  'llada_8b': dict(
+    vocab=126464,
+    width=4096,
+    layers=32,
+    heads=32,
+    kv_heads=32,
+    mlp=12288,
+    mask_id=126336,
+    eos_id=126081,
+    pad_id=126081,
+    rope_theta=500000.0,
+  ),
+  'dream_7b': dict(
+    vocab=152064,
+    width=3584,
+    layers=28,
+    heads=28,
+    kv_heads=4,
+    mlp=18944,
+    mask_id=151666,
+    eos_id=151643,
+    pad_id=151643,
+    rope_theta=1e6,
+    eps=1e-6,
+    positions=131072,
+    qkv_bias=True,
+    shift=True,
+  ),
+  'sdar_8b': dict(
+    vocab=151936,
+    width=4096,
+    layers=36,
+    heads=32,
+    kv_heads=8,
+    mlp=12288,
+    head_dim=128,
+    mask_id=151669,
+    eos_id=151643,
+    pad_id=151643,
+    rope_theta=1e6,
+    eps=1e-6,
+    positions=32768,
+    qk_norm=True,
+  ),
 }
 
 
@@ -122,8 +162,7 @@ class Linear(nn.Module):
   def __call__(self, x, keys=None):
     cfg, shape = self.cfg, (x.shape[-1], self.features)
     dtype = jnp.dtype(cfg.dtype)
-    init = nn.initializers.variance_scaling(
-        self.gain, 'fan_in', 'truncated_normal')
+    init = nn.initializers.variance_scaling(self.gain, 'fan_in', 'truncated_normal')
     kernel = self.param('kernel', init, shape, cfg.param_dtype)
     # A base under adapters has no gradient of its kernels.
     product = jnp.matmul if cfg.lora_rank else matmul
@@ -148,14 +187,19 @@ class Linear(nn.Module):
       key = jax.random.fold_in(key, name)
       kept = jax.random.bernoulli(key, 1 - rate, row.shape)
       return jnp.where(kept, row / (1 - rate), 0).astype(row.dtype)
+
     return jax.vmap(one)(x, keys)
 
   def adapter(self, x, shape):
     """PEFT's initialisation (kaiming_uniform(sqrt 5), zeros), float32."""
     cfg, bound = self.cfg, shape[0] ** -0.5
-    a = self.variable('lora', 'a', lambda: jax.random.uniform(
-        self.make_rng('lora'), (shape[0], cfg.lora_rank), minval=-bound,
-        maxval=bound))
+    a = self.variable(
+      'lora',
+      'a',
+      lambda: jax.random.uniform(
+        self.make_rng('lora'), (shape[0], cfg.lora_rank), minval=-bound, maxval=bound
+      ),
+    )
     b = self.variable('lora', 'b', jnp.zeros, (cfg.lora_rank, shape[1]))
     x = x.astype(jnp.float32)
     return (x @ a.value) @ b.value * (cfg.lora_alpha / cfg.lora_rank)
@@ -212,6 +256,7 @@ def dense(kernel):
   if not hasattr(kernel, 'qvalue'):
     return kernel
   import qwix
+
   return qwix.dequantize(kernel)
 
 
@@ -222,12 +267,16 @@ def quantize(kernel_NxDxF, kind):
   ValueError if the inputs do not divide by that.
   """
   import qwix
+
   qtype, tile = QUANT[kind]
   if tile and kernel_NxDxF.shape[1] % tile:
-    raise ValueError(f'model.quantize = {kind} needs linears whose inputs are '
-                     f'a multiple of {tile}; one has {kernel_NxDxF.shape[1]}')
-  return qwix.quantize(kernel_NxDxF, qtype, channelwise_axes=(0, 2),
-                       tiled_axes={1: tile} if tile else None)
+    raise ValueError(
+      f'model.quantize = {kind} needs linears whose inputs are '
+      f'a multiple of {tile}; one has {kernel_NxDxF.shape[1]}'
+    )
+  return qwix.quantize(
+    kernel_NxDxF, qtype, channelwise_axes=(0, 2), tiled_axes={1: tile} if tile else None
+  )
 
 
 class Norm(nn.Module):
@@ -282,8 +331,7 @@ class Block(nn.Module):
         z = Norm(cfg, name=f'{name}_norm')(z)
       return jnp.swapaxes(z, 1, 2)
 
-    return (heads('q', cfg.heads), heads('k', cfg.kv_heads),
-            heads('v', cfg.kv_heads))
+    return (heads('q', cfg.heads), heads('k', cfg.kv_heads), heads('v', cfg.kv_heads))
 
 
 class Transformer(nn.Module):
@@ -294,17 +342,19 @@ class Transformer(nn.Module):
 
   def setup(self):
     cfg = self.cfg
-    init = nn.initializers.normal(cfg.width ** -0.5)
+    init = nn.initializers.normal(cfg.width**-0.5)
     shape = (cfg.vocab, cfg.width)
     self.embedding = self.param('embedding', init, shape, cfg.param_dtype)
     block = Block
     if cfg.remat != 'none':
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
     self.layers = nn.scan(
-        block, variable_axes={'params': 0, 'lora': 0},
-        split_rngs={'params': True, 'lora': True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-        length=cfg.layers)(cfg, self.keep)
+      block,
+      variable_axes={'params': 0, 'lora': 0},
+      split_rngs={'params': True, 'lora': True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=cfg.layers,
+    )(cfg, self.keep)
     self.final_norm = Norm(cfg)
     if not cfg.tied:
       self.head = self.param('head', init, shape, cfg.param_dtype)
@@ -386,11 +436,11 @@ def attend(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask):
 def attend_cudnn(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask):
   """`attend` by cuDNN's fused kernel: GPUs, bfloat16, C a multiple of 8."""
   if mask is not None:  # it takes no mask of one row for all queries
-    mask = jnp.broadcast_to(mask, (
-        *mask.shape[:2], q_RxHxTxC.shape[2], mask.shape[3]))
+    mask = jnp.broadcast_to(mask, (*mask.shape[:2], q_RxHxTxC.shape[2], mask.shape[3]))
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_RxHxTxC, k_RxKxSxC, v_RxKxSxC))
-  y = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0,
-                                   implementation='cudnn')
+  y = jax.nn.dot_product_attention(
+    q, k, v, mask=mask, scale=1.0, implementation='cudnn'
+  )
   return jnp.swapaxes(y, 1, 2)
 
 
@@ -402,27 +452,34 @@ def attend_splash(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask, interpret=False):
   ValueError on a mask that differs between queries.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import (
-      splash_attention_kernel as splash,
+    splash_attention_kernel as splash,
   )
   from jax.experimental.pallas.ops.tpu.splash_attention import (
-      splash_attention_mask as masks,
+    splash_attention_mask as masks,
   )
+
   if mask is None:
     mask = jnp.ones((q_RxHxTxC.shape[0], 1, 1, k_RxKxSxC.shape[2]), bool)
   if mask.shape[2] > 1:
-    raise ValueError('model.attention = splash hides keys from all queries or '
-                     'from none: block-causal models and wino need xla')
+    raise ValueError(
+      'model.attention = splash hides keys from all queries or '
+      'from none: block-causal models and wino need xla'
+    )
 
   def local(q, k, v, real_RxS):
-    wide = lambda x, axis: jnp.pad(x, [
-        (0, -n % 128 if i == axis else 0) for i, n in enumerate(x.shape)])
+    wide = lambda x, axis: jnp.pad(
+      x, [(0, -n % 128 if i == axis else 0) for i, n in enumerate(x.shape)]
+    )
     length = q.shape[2]
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     q, k, v, real = wide(q, 2), wide(k, 2), wide(v, 2), wide(real_RxS, 1)
     full = masks.FullMask((q.shape[2], k.shape[2]))
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([full] * q.shape[1]), head_shards=1,
-        q_seq_shards=1, interpret=interpret)
+      masks.MultiHeadMask([full] * q.shape[1]),
+      head_shards=1,
+      q_seq_shards=1,
+      interpret=interpret,
+    )
     seen = splash.SegmentIds(jnp.ones((len(q), q.shape[2]), jnp.int32), real)
     return jax.vmap(kernel)(q, k, v, seen)[:, :, :length]
 
@@ -432,9 +489,12 @@ def attend_splash(q_RxHxTxC, k_RxKxSxC, v_RxKxSxC, mask, interpret=False):
     return local(*args)
   rows = PartitionSpec(('data', 'fsdp'), 'tensor', None, None)
   return jax.shard_map(
-      local, mesh=mesh, in_specs=(rows, rows, rows,
-                                  PartitionSpec(('data', 'fsdp'), None)),
-      out_specs=rows, check_vma=False)(*args)
+    local,
+    mesh=mesh,
+    in_specs=(rows, rows, rows, PartitionSpec(('data', 'fsdp'), None)),
+    out_specs=rows,
+    check_vma=False,
+  )(*args)
 
 
 ATTENTION = {'xla': attend, 'cudnn': attend_cudnn, 'splash': attend_splash}
@@ -463,15 +523,17 @@ def attention_mask(cfg, valid_RxS, positions_RxS, queries_RxT):
   mask = True if valid_RxS is None else valid_RxS[:, None, :]
   if cfg.block_causal:
     size = cfg.block_causal
-    short = 0 if valid_RxS is None else -jnp.sum(
-        valid_RxS, axis=1, keepdims=True) % size
+    short = (
+      0 if valid_RxS is None else -jnp.sum(valid_RxS, axis=1, keepdims=True) % size
+    )
     block = lambda x: (x + short) // size
     mask &= block(positions_RxS)[:, None] <= block(queries_RxT)[..., None]
   return mask
 
 
-def hidden(cfg, params, tokens_RxS, valid_RxS=None, keep=False, window=None,
-           dropout_R=None):
+def hidden(
+  cfg, params, tokens_RxS, valid_RxS=None, keep=False, window=None, dropout_R=None
+):
   """The last hidden states; `head` makes logits of them.
 
   Returns ((R, T, D), Cache or None). Without `window` T = S and index i holds
@@ -482,20 +544,27 @@ def hidden(cfg, params, tokens_RxS, valid_RxS=None, keep=False, window=None,
   """
   valid = jnp.ones_like(tokens_RxS, bool) if valid_RxS is None else valid_RxS
   if window is None and valid.shape != tokens_RxS.shape:
-    raise ValueError(f'valid has shape {valid.shape}, tokens '
-                     f'{tokens_RxS.shape}: they must be equal')
+    raise ValueError(
+      f'valid has shape {valid.shape}, tokens {tokens_RxS.shape}: they must be equal'
+    )
   positions = positions_of(valid)
   cache, start, queries = None, None, positions
   if window is not None:
     cache, start = window
-    queries = jax.lax.dynamic_slice_in_dim(
-        positions, start, tokens_RxS.shape[1], 1)
+    queries = jax.lax.dynamic_slice_in_dim(positions, start, tokens_RxS.shape[1], 1)
   mask = None
   if valid_RxS is not None or cfg.block_causal:
     mask = attention_mask(cfg, valid_RxS, positions, queries)[:, None]
   h, kept = Transformer(cfg, keep).apply(
-      params, tokens_RxS, queries, mask, cache, start, dropout_R,
-      method=Transformer.hidden)
+    params,
+    tokens_RxS,
+    queries,
+    mask,
+    cache,
+    start,
+    dropout_R,
+    method=Transformer.hidden,
+  )
   if cfg.shift and window is None:
     h = unshift(h, valid)
   return h, kept
@@ -504,8 +573,7 @@ def hidden(cfg, params, tokens_RxS, valid_RxS=None, keep=False, window=None,
 def unshift(h_RxSxD, valid_RxS):
   """Moves states one right; the first real token keeps its own (Dream)."""
   previous = jnp.concatenate([h_RxSxD[:, :1], h_RxSxD[:, :-1]], axis=1)
-  real = jnp.concatenate(
-      [jnp.zeros_like(valid_RxS[:, :1]), valid_RxS[:, :-1]], axis=1)
+  real = jnp.concatenate([jnp.zeros_like(valid_RxS[:, :1]), valid_RxS[:, :-1]], axis=1)
   return jnp.where(real[..., None], previous, h_RxSxD)
 
 
@@ -523,8 +591,19 @@ def full_logits(cfg, params, tokens_RxS, valid_RxS=None):
   return head(cfg, params, hidden(cfg, params, tokens_RxS, valid_RxS)[0])
 
 
-def window_logits(cfg, params, tokens_RxS, valid_RxS, start, width,
-                  prompt=0, guidance=0.0, keep=False, cache=None, span=0):
+def window_logits(
+  cfg,
+  params,
+  tokens_RxS,
+  valid_RxS,
+  start,
+  width,
+  prompt=0,
+  guidance=0.0,
+  keep=False,
+  cache=None,
+  span=0,
+):
   """Logits of positions [start, start + width) under the sampling law.
 
   start: () or (R,) int32. guidance > 0 is classifier-free guidance: a second
@@ -545,14 +624,13 @@ def window_logits(cfg, params, tokens_RxS, valid_RxS, start, width,
     h, kept = hidden(cfg, params, tokens_RxS, valid_RxS, keep)
     start_R = jnp.broadcast_to(start, (row_count,))
     start_R = jnp.repeat(start_R, 1 + bool(guidance))
-    h = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width))(
-        h, start_R)
+    h = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width))(h, start_R)
   else:
     shift = int(cfg.shift)
     part = jax.lax.dynamic_slice_in_dim(
-        tokens_RxS, start - shift, (span or width) + shift, 1)
-    h, kept = hidden(cfg, params, part, valid_RxS, keep,
-                     Window(cache, start - shift))
+      tokens_RxS, start - shift, (span or width) + shift, 1
+    )
+    h, kept = hidden(cfg, params, part, valid_RxS, keep, Window(cache, start - shift))
     h = h[:, :width]
   logits = head(cfg, params, h)
   if guidance:
@@ -579,13 +657,17 @@ def shadow_logits(cfg, params, tokens_RxS, valid_RxS, start_R, width):
   part = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width))
   positions = positions_of(valid_RxS)
   places = jnp.concatenate([positions, part(positions, start_R - shift)], 1)
-  shadow = (part(tokens_RxS, start_R - 1) if shift else
-            jnp.full((len(start_R), width), cfg.mask_id, jnp.int32))
+  shadow = (
+    part(tokens_RxS, start_R - 1)
+    if shift
+    else jnp.full((len(start_R), width), cfg.mask_id, jnp.int32)
+  )
   # Which real token each column is; a shadow of a mask is none (-1).
   window = start_R[:, None] + jnp.arange(width)[None]
   real = jnp.broadcast_to(jnp.arange(size)[None], tokens_RxS.shape)
   column = jnp.concatenate(
-      [real, window - 1 if shift else jnp.full_like(window, -1)], axis=1)
+    [real, window - 1 if shift else jnp.full_like(window, -1)], axis=1
+  )
   mask = attention_mask(cfg, valid_RxS, positions, places)
   mask = jnp.broadcast_to(mask, (len(start_R), size + width, size))
   is_shadow = jnp.arange(size + width) >= size
@@ -594,10 +676,19 @@ def shadow_logits(cfg, params, tokens_RxS, valid_RxS, start_R, width):
   twin = jnp.concatenate([jnp.full_like(real, -2), window], axis=1)
   mask &= column[:, None, :] != twin[:, :, None]
   h, _ = Transformer(cfg).apply(
-      params, jnp.concatenate([tokens_RxS, shadow], axis=1), places,
-      mask[:, None], None, None, None, method=Transformer.hidden)
-  return tuple(without_mask(cfg, head(cfg, params, x)) for x in (
-      part(h[:, :size], start_R - shift), h[:, size:]))
+    params,
+    jnp.concatenate([tokens_RxS, shadow], axis=1),
+    places,
+    mask[:, None],
+    None,
+    None,
+    None,
+    method=Transformer.hidden,
+  )
+  return tuple(
+    without_mask(cfg, head(cfg, params, x))
+    for x in (part(h[:, :size], start_R - shift), h[:, size:])
+  )
 
 
 def sampling_logits(logits, temperature, top_p=1.0, top_k=0):

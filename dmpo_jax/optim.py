@@ -15,8 +15,9 @@ class Held(NamedTuple):
   reference: dict  # shaped as what trains
 
 
-def make_optimizer(lr, warmup, b1, b2, eps, weight_decay, clip, decay_steps=0,
-                   scale=1.0, hold=False):
+def make_optimizer(
+  lr, warmup, b1, b2, eps, weight_decay, clip, decay_steps=0, scale=1.0, hold=False
+):
   """The papers' optimizer. warmup in updates; clip 0 = off.
 
   decay_steps > 0 lets the rate fall linearly to zero over so many updates;
@@ -24,6 +25,7 @@ def make_optimizer(lr, warmup, b1, b2, eps, weight_decay, clip, decay_steps=0,
   Weight decay spares norms and biases, as the Hugging Face trainer does.
   scale multiplies the rate; it may be traced, and leaves the state as it is.
   """
+
   def schedule(count):
     rate = lr * jnp.minimum(1.0, (count + 1) / max(warmup, 1))
     if decay_steps:
@@ -31,12 +33,16 @@ def make_optimizer(lr, warmup, b1, b2, eps, weight_decay, clip, decay_steps=0,
     return rate * scale
 
   parts = [optax.clip_by_global_norm(clip)] if clip else []
-  parts.append(optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay,
-                           mask=decayed))
+  parts.append(
+    optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
+  )
   if hold:
-    parts.append(optax.GradientTransformation(
+    parts.append(
+      optax.GradientTransformation(
         lambda params: Held(jax.tree.map(jnp.copy, params)),
-        lambda updates, state, params=None: (updates, state)))
+        lambda updates, state, params=None: (updates, state),
+      )
+    )
   return optax.chain(*parts)
 
 
@@ -53,14 +59,17 @@ def follow(old, new, every, mix):
   """
   due = (new.step > old.step) & (new.step % every == 0)
   reference = jax.tree.map(
-      lambda r, x: jnp.where(due, mix * x + (1 - mix) * r, r).astype(r.dtype),
-      reference_of(new.opt_state), new.trainable)
-  return new._replace(
-      opt_state=optax.tree.set(new.opt_state, reference=reference))
+    lambda r, x: jnp.where(due, mix * x + (1 - mix) * r, r).astype(r.dtype),
+    reference_of(new.opt_state),
+    new.trainable,
+  )
+  return new._replace(opt_state=optax.tree.set(new.opt_state, reference=reference))
 
 
 def decayed(params):
   """True on matrices, False on norms and biases."""
+
   def matrix(path, leaf):
     return str(path[-1].key) not in ('scale', 'bias')
+
   return jax.tree_util.tree_map_with_path(matrix, params)

@@ -106,12 +106,12 @@ def plackett_luce_logp(score, masked, taken):
   y = jnp.linspace(-40.0, 40.0, 321)
   log_v = -jax.nn.softplus(-y)
   log_dv = log_v - jax.nn.softplus(y) + jnp.log(y[1] - y[0])
-  beaten = -jnp.expm1(ratio[..., None] * jnp.expand_dims(
-      log_v, range(ratio.ndim)))
+  beaten = -jnp.expm1(ratio[..., None] * jnp.expand_dims(log_v, range(ratio.ndim)))
   terms = jnp.where(taken[..., None], jnp.log(jnp.maximum(beaten, 1e-37)), 0.0)
   total = jnp.sum(terms, axis=-2)
   logp = jax.nn.logsumexp(
-      total + jnp.expand_dims(log_dv, range(total.ndim - 1)), axis=-1)
+    total + jnp.expand_dims(log_dv, range(total.ndim - 1)), axis=-1
+  )
   free = jnp.any(rest, axis=-1) & jnp.any(taken, axis=-1)
   return jnp.where(free, logp, 0.0)
 
@@ -165,12 +165,14 @@ def longest_prefix(look, score_RxW, accept):
 
 def pick_factor(look, hp):
   """Longest prefix c_1 >= c_2 .. with c_j >= 1 - factor/(j+1) (Fast-dLLM)."""
-  return longest_prefix(look, look.confidence,
-                        lambda c, j: c >= 1 - hp.factor / (j + 2))
+  return longest_prefix(
+    look, look.confidence, lambda c, j: c >= 1 - hp.factor / (j + 2)
+  )
 
 
 def pick_entropy(look, hp):
   """Longest prefix by entropy with sum - max <= bound (the EB sampler)."""
+
   def accept(minus, place):
     rises = jnp.where(jnp.isfinite(minus), -minus, jnp.inf)
     return jnp.cumsum(rises, axis=1) - rises <= hp.entropy_bound
@@ -179,16 +181,16 @@ def pick_entropy(look, hp):
 
 
 PICKS = {
-    'confidence': pick_confidence,
-    'random': pick_random,
-    'random_order': pick_random_order,
-    'threshold': pick_threshold,
-    'factor': pick_factor,
-    'margin': pick_margin,
-    'entropy': pick_entropy,
-    'lowest_entropy': pick_lowest_entropy,
-    'origin': pick_origin,
-    'plackett_luce': pick_plackett_luce,
+  'confidence': pick_confidence,
+  'random': pick_random,
+  'random_order': pick_random_order,
+  'threshold': pick_threshold,
+  'factor': pick_factor,
+  'margin': pick_margin,
+  'entropy': pick_entropy,
+  'lowest_entropy': pick_lowest_entropy,
+  'origin': pick_origin,
+  'plackett_luce': pick_plackett_luce,
 }
 SCORED = ('confidence', 'margin', 'lowest_entropy')  # that rank by a score
 # Those that use hp.steps.

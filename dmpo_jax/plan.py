@@ -22,7 +22,7 @@ from absl import logging
 
 from dmpo_jax import build, check, mesh, model, optim, picks, step
 
-GIB = 2 ** 30
+GIB = 2**30
 
 
 class Chip(NamedTuple):
@@ -36,13 +36,13 @@ class Chip(NamedTuple):
 
 # By the start of jax's device_kind; the first that fits.
 CHIPS = {
-    'TPU v4': Chip(32, 275e12, 1.23e12, 300e9),
-    'TPU v5 lite': Chip(16, 197e12, 0.82e12, 200e9),
-    'TPU v5': Chip(95, 459e12, 2.76e12, 600e9),
-    'TPU v6 lite': Chip(32, 918e12, 1.64e12, 448e9),
-    'NVIDIA A100': Chip(80, 312e12, 2.0e12, 300e9),
-    'NVIDIA H100': Chip(80, 989e12, 3.35e12, 450e9),
-    'NVIDIA H200': Chip(141, 989e12, 4.8e12, 450e9),
+  'TPU v4': Chip(32, 275e12, 1.23e12, 300e9),
+  'TPU v5 lite': Chip(16, 197e12, 0.82e12, 200e9),
+  'TPU v5': Chip(95, 459e12, 2.76e12, 600e9),
+  'TPU v6 lite': Chip(32, 918e12, 1.64e12, 448e9),
+  'NVIDIA A100': Chip(80, 312e12, 2.0e12, 300e9),
+  'NVIDIA H100': Chip(80, 989e12, 3.35e12, 450e9),
+  'NVIDIA H200': Chip(141, 989e12, 4.8e12, 450e9),
 }
 
 
@@ -84,17 +84,21 @@ def topology_devices(name):
   if not name:
     return None
   if not importlib.util.find_spec('libtpu'):
-    raise ValueError(f'--topology={name} needs libtpu, which compiles for TPUs '
-                     'also where there are none: pip install libtpu')
+    raise ValueError(
+      f'--topology={name} needs libtpu, which compiles for TPUs '
+      'also where there are none: pip install libtpu'
+    )
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # no TPU host to ask
   from jax.experimental import topologies
+
   try:
     return list(topologies.get_topology_desc(name, 'tpu').devices)
   except Exception as error:  # libtpu's own kinds
     raise ValueError(
-        f'--topology={name}: {str(error).splitlines()[0]}; such as v5e:4x4, '
-        'v5p:2x4x4 or v6e:8x8 would be right (and one process at a time can '
-        'use libtpu)') from None
+      f'--topology={name}: {str(error).splitlines()[0]}; such as v5e:4x4, '
+      'v5p:2x4x4 or v6e:8x8 would be right (and one process at a time can '
+      'use libtpu)'
+    ) from None
 
 
 def run(c, topology=''):
@@ -112,24 +116,33 @@ def make(c, topology=''):
   kind = devices[0].device_kind
   chip = next((x for name, x in CHIPS.items() if kind.startswith(name)), None)
   prompt = prompt_length(built)
-  made = [compiled(built, chip, len(devices), *job)
-          for job in jobs(built, prompt)]
+  made = [compiled(built, chip, len(devices), *job) for job in jobs(built, prompt)]
   parts, state = states(built)
   cache = cache_bytes(built, prompt)
-  held = per_device(parts) + per_device(state) + fixed_bytes(
-      built, parts, state)
+  held = per_device(parts) + per_device(state) + fixed_bytes(built, parts, state)
   total = held + max(p.temporaries + p.output for p in made)
   sample, score, update = (p.seconds for p in made)
   t = c.train
   rollout = sample + score
-  seconds = {'rollout': rollout, 'update': update,
-             'run': t.iterations * (rollout + t.inner * update)}
+  seconds = {
+    'rollout': rollout,
+    'update': update,
+    'run': t.iterations * (rollout + t.inner * update),
+  }
   return Plan(
-      f'{len(devices)} {kind}', dict(built.mesh.shape), t.prompts * t.group,
-      prompt, per_device({**parts, **state.trainable}),
-      held - per_device({**parts, **state.trainable})
-      - per_device(state.opt_state), per_device(state.opt_state), cache, made,
-      total, memory_of(devices[0], chip, topology), seconds)
+    f'{len(devices)} {kind}',
+    dict(built.mesh.shape),
+    t.prompts * t.group,
+    prompt,
+    per_device({**parts, **state.trainable}),
+    held - per_device({**parts, **state.trainable}) - per_device(state.opt_state),
+    per_device(state.opt_state),
+    cache,
+    made,
+    total,
+    memory_of(devices[0], chip, topology),
+    seconds,
+  )
 
 
 def memory_of(device, chip, topology=''):
@@ -152,8 +165,10 @@ def prompt_length(built):
   if built.config.data.prompt_length:
     return built.config.data.prompt_length
   if built.tokenizer is None:
-    raise ValueError('data.prompt_length = 0: without a checkpoint the '
-                     "prompts' length is not known, set it to plan")
+    raise ValueError(
+      'data.prompt_length = 0: without a checkpoint the '
+      "prompts' length is not known, set it to plan"
+    )
   return build.problems(built, 'train').tokens.shape[1]
 
 
@@ -174,8 +189,10 @@ def compile_longest(built, prompt):
 def sharded(tree, grid):
   """ShapeDtypeStructs with the shardings of mesh.RULES."""
   return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
-      mesh.shardings(tree, grid))
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    mesh.shardings(tree, grid),
+  )
 
 
 def states(built):
@@ -197,33 +214,47 @@ def references(built, frozen, state):
     return ()
   moving = 'moving' in c.reference.of and optim.reference_of(state.opt_state)
   return tuple(
-      {} if path == 'base' else moving if path == 'moving'
-      else state.trainable if build.is_adapter(path) else frozen
-      for path in c.reference.of)
+    {}
+    if path == 'base'
+    else moving
+    if path == 'moving'
+    else state.trainable
+    if build.is_adapter(path)
+    else frozen
+    for path in c.reference.of
+  )
 
 
 def fixed_bytes(built, frozen, state):
   """Bytes of the references that are read; the moving one is in the state."""
-  return sum(per_device(tree) for path, tree in zip(
-      built.config.reference.of, references(built, frozen, state),
-      strict=False) if path != 'moving')
+  return sum(
+    per_device(tree)
+    for path, tree in zip(
+      built.config.reference.of, references(built, frozen, state), strict=False
+    )
+    if path != 'moving'
+  )
 
 
 def quantized(params, kind):
   """Shapes of parameters as model.quantize = kind stores them."""
+
   def one(path, x):
     if kind == 'none' or not mesh.path_of(path).endswith('/kernel'):
       return x
     return jax.eval_shape(lambda x: model.quantize(x, kind), x)
+
   return jax.tree_util.tree_map_with_path(one, params)
 
 
 def per_device(tree):
   """Bytes that one device holds of a tree of sharded shapes."""
+
   def size(x):
     shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
     bits = 4 if x.dtype in (jnp.uint4, jnp.int4) else 8 * x.dtype.itemsize
     return math.prod(shape) * bits // 8
+
   return sum(size(x) for x in jax.tree.leaves(tree))
 
 
@@ -260,17 +291,43 @@ def jobs(built, prompt):
     a_lap = min(a_block, c.sampler.refresh or a_block)
     trips = (-(-a_block // a_lap), a_lap - 1)
   return [
-      ('sample', built.steps.sample,
-       ({**frozen, **state.trainable}, row((prompt,), jnp.int32),
-        row((prompt,), jnp.bool_), row((), jnp.int32)), trips),
-      ('score', built.steps.score,
-       (state.trainable, frozen, rollouts, row((), jnp.int32),
-        row((length,), jnp.bool_), references(built, frozen, state)),
-       (steps,)),
-      ('update', built.steps.update,
-       (state, frozen, build.abstract_batch(built, prompt),
+    (
+      'sample',
+      built.steps.sample,
+      (
+        {**frozen, **state.trainable},
+        row((prompt,), jnp.int32),
+        row((prompt,), jnp.bool_),
+        row((), jnp.int32),
+      ),
+      trips,
+    ),
+    (
+      'score',
+      built.steps.score,
+      (
+        state.trainable,
+        frozen,
+        rollouts,
+        row((), jnp.int32),
+        row((length,), jnp.bool_),
+        references(built, frozen, state),
+      ),
+      (steps,),
+    ),
+    (
+      'update',
+      built.steps.update,
+      (
+        state,
+        frozen,
+        build.abstract_batch(built, prompt),
         jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.float32)), (1,))]
+        jax.ShapeDtypeStruct((), jnp.float32),
+      ),
+      (1,),
+    ),
+  ]
 
 
 def compiled(built, chip, devices, name, program, args, trips):
@@ -279,26 +336,28 @@ def compiled(built, chip, devices, name, program, args, trips):
   tensor = built.mesh.shape['tensor']
   flops, moved = matmuls(traced.jaxpr.jaxpr, trips, devices, tensor)
   begun = time.time()
-  lowered = traced.lower(lowering_platforms=(
-      built.mesh.devices.flat[0].platform,))
+  lowered = traced.lower(lowering_platforms=(built.mesh.devices.flat[0].platform,))
   least = max(flops / chip.flops, moved / chip.bandwidth) if chip else math.nan
   try:
     done = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    return Program(name, wanted(str(error), chip), 0, flops, moved, None,
-                   time.time() - begun, least)
+    return Program(
+      name, wanted(str(error), chip), 0, flops, moved, None, time.time() - begun, least
+    )
   spent = time.time() - begun
   memory = done.memory_analysis()
   found = collectives(hlo_text(lowered, done), trips)
   if chip:
-    sent = sum(size * (2 if kind == 'all-reduce' else 1)
-               for kind, (_, size) in found.items())
+    sent = sum(
+      size * (2 if kind == 'all-reduce' else 1) for kind, (_, size) in found.items()
+    )
     least = max(least, sent / chip.network)
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return Program(name, memory.temp_size_in_bytes, max(0, output), flops,
-                 moved, found, spent, least)
+  return Program(
+    name, memory.temp_size_in_bytes, max(0, output), flops, moved, found, spent, least
+  )
 
 
 def wanted(error, chip):
@@ -316,11 +375,10 @@ def hlo_text(lowered, done):
   try:
     return done.as_text()
   except jax.errors.JaxRuntimeError as error:
-    logging.info('compiling again to read the program: %s',
-                 str(error).splitlines()[0])
+    logging.info('compiling again to read the program: %s', str(error).splitlines()[0])
   with tempfile.TemporaryDirectory() as folder:
     lowered.compile({'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
-    found, = glob.glob(os.path.join(folder, '*.after_optimizations.txt'))
+    (found,) = glob.glob(os.path.join(folder, '*.after_optimizations.txt'))
     with open(found) as f:
       return f.read()
 
@@ -343,8 +401,9 @@ def matmuls(jaxpr, trips, devices, tensor=1):
       shapes = [v.aval for v in (*eqn.invars, *eqn.outvars)]
       inner = math.prod(shapes[0].shape[i] for i in left)
       flops += 2 * math.prod(shapes[2].shape) * inner / devices
-      moved += sum(x.size * x.dtype.itemsize / (
-          tensor if x.ndim <= 2 else devices) for x in shapes)
+      moved += sum(
+        x.size * x.dtype.itemsize / (tensor if x.ndim <= 2 else devices) for x in shapes
+      )
       continue
     is_open = eqn.primitive.name == 'while'
     times = trips[0] if is_open else eqn.params.get('length', 1)
@@ -364,13 +423,20 @@ def inner_jaxprs(params):
         yield x
 
 
-KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
-         'collective-permute')
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
 HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 LINE = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z\-]+)\((.*)$')
 TYPE = re.compile(r'(pred|[a-z]+\d+)\w*\[([\d,]*)\]')
-CALL = re.compile(r'(?:calls|to_apply|body|condition|true_computation|'
-                  r'false_computation)=%?([\w.\-]+)')
+CALL = re.compile(
+  r'(?:calls|to_apply|body|condition|true_computation|'
+  r'false_computation)=%?([\w.\-]+)'
+)
 
 
 def collectives(text, trips):
@@ -426,16 +492,20 @@ def parse(text):
     calls = [(callee, 1) for callee in CALL.findall(rest)]
     if op == 'while':
       told = re.search(r'known_trip_count\D+(\d+)', rest)
-      loops.append((calls, int(told[1]) if told else None, re.search(
-          r'condition=%?([\w.\-]+)', rest)[1]))
+      loops.append(
+        (
+          calls,
+          int(told[1]) if told else None,
+          re.search(r'condition=%?([\w.\-]+)', rest)[1],
+        )
+      )
     base = op.removesuffix('-start')
     if base in KINDS or calls:
       operand = re.match(r'%?([\w.\-]+)', rest)
       size = max(sizes[result], sizes.get(operand[1], 0) if operand else 0)
       channel = re.search(r'channel_id=(\d+)', rest)
       channel = channel[1] if channel else f'{name}/{result}'
-      computations[name].append(
-          (base if base in KINDS else '', size, channel, calls))
+      computations[name].append((base if base in KINDS else '', size, channel, calls))
   for calls, told, condition in loops:
     limit = bounds.get(condition)
     times = told or (int(limit) if limit and limit.isdigit() else None)
@@ -445,9 +515,11 @@ def parse(text):
 
 def largest(kind):
   """Bytes of the largest array in an HLO type (a tuple has several)."""
+
   def size(dtype, dims):
     bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
     return math.prod(int(d) for d in dims.split(',') if d) * bits // 8
+
   return max((size(*found) for found in TYPE.findall(kind)), default=0)
 
 
@@ -456,34 +528,54 @@ def largest(kind):
 
 def show(plan, c):
   """The plan as text."""
-  gib = lambda x: f'{x / GIB:.2f} GiB' if x >= GIB / 20 else (
-      f'{x / 2 ** 20:.2f} MiB')
+  gib = lambda x: f'{x / GIB:.2f} GiB' if x >= GIB / 20 else (f'{x / 2**20:.2f} MiB')
   t = c.train
   lines = [
-      f'{c.name} on {plan.devices}, mesh ' + ' '.join(
-          f'{k}={v}' for k, v in plan.mesh.items()),
-      f'{t.prompts} prompts x {t.group} completions = {plan.rows} rows of '
-      f'{plan.prompt} + {c.sampler.length} tokens, {t.inner} updates, '
-      f'{t.iterations} iterations', '', 'memory of a device',
-      f'  parameters      {gib(plan.parameters)}',
-      f'  reference       {gib(plan.reference)}',
-      f'  optimizer       {gib(plan.optimizer)}',
-      '  temporaries     ' + ', '.join(
-          f'{p.name} {gib(p.temporaries)}' for p in plan.programs)
-      + (f' (K/V cache {gib(plan.cache)})' if plan.cache else '')]
-  fits = ('unknown' if not plan.memory else
-          f'fits in {gib(plan.memory)}' if plan.total < 0.95 * plan.memory else
-          f'DOES NOT FIT in {gib(plan.memory)} (5 % kept free)')
-  lines += [f'  at the worst    {gib(plan.total)}: {fits}', '',
-            'program   TFLOP  GiB moved   at least  compile  collectives']
+    f'{c.name} on {plan.devices}, mesh '
+    + ' '.join(f'{k}={v}' for k, v in plan.mesh.items()),
+    f'{t.prompts} prompts x {t.group} completions = {plan.rows} rows of '
+    f'{plan.prompt} + {c.sampler.length} tokens, {t.inner} updates, '
+    f'{t.iterations} iterations',
+    '',
+    'memory of a device',
+    f'  parameters      {gib(plan.parameters)}',
+    f'  reference       {gib(plan.reference)}',
+    f'  optimizer       {gib(plan.optimizer)}',
+    '  temporaries     '
+    + ', '.join(f'{p.name} {gib(p.temporaries)}' for p in plan.programs)
+    + (f' (K/V cache {gib(plan.cache)})' if plan.cache else ''),
+  ]
+  fits = (
+    'unknown'
+    if not plan.memory
+    else f'fits in {gib(plan.memory)}'
+    if plan.total < 0.95 * plan.memory
+    else f'DOES NOT FIT in {gib(plan.memory)} (5 % kept free)'
+  )
+  lines += [
+    f'  at the worst    {gib(plan.total)}: {fits}',
+    '',
+    'program   TFLOP  GiB moved   at least  compile  collectives',
+  ]
   for p in plan.programs:
-    sent = 'unknown: too large to compile' if p.collectives is None else (
-        ', '.join(f'{n} {kind} {gib(size)}' for kind, (n, size)
-                  in sorted(p.collectives.items())) or 'none')
-    lines.append(f'{p.name:8}{p.flops / 1e12:7.2f}{p.bytes / GIB:11.2f}'
-                 f'{duration(p.seconds):>11}{p.compile_seconds:7.0f} s  {sent}')
-  lines += ['', ', '.join(f'{name} at least {duration(s)}'
-                          for name, s in plan.seconds.items())]
+    sent = (
+      'unknown: too large to compile'
+      if p.collectives is None
+      else (
+        ', '.join(
+          f'{n} {kind} {gib(size)}' for kind, (n, size) in sorted(p.collectives.items())
+        )
+        or 'none'
+      )
+    )
+    lines.append(
+      f'{p.name:8}{p.flops / 1e12:7.2f}{p.bytes / GIB:11.2f}'
+      f'{duration(p.seconds):>11}{p.compile_seconds:7.0f} s  {sent}'
+    )
+  lines += [
+    '',
+    ', '.join(f'{name} at least {duration(s)}' for name, s in plan.seconds.items()),
+  ]
   return '\n'.join(lines)
 
 
@@ -493,5 +585,4 @@ def duration(seconds):
     return 'unknown'
   if seconds < 120:
     return f'{seconds:.3g} s'
-  return f'{seconds / 60:.0f} min' if seconds < 7200 else (
-      f'{seconds / 3600:.1f} h')
+  return f'{seconds / 60:.0f} min' if seconds < 7200 else (f'{seconds / 3600:.1f} h')

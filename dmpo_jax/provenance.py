@@ -18,8 +18,17 @@ from absl import logging
 from dmpo_jax import metrics
 
 FILE = 'provenance.json'
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy',
-            'transformers', 'math-verify', 'libtpu')
+PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'numpy',
+  'transformers',
+  'math-verify',
+  'libtpu',
+)
 FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_PLATFORMS')
 LONGEST = 1 << 20  # characters of a diff that are kept
 
@@ -36,12 +45,18 @@ def record(overrides, seeds):
     except importlib.metadata.PackageNotFoundError:
       continue
   return dict(
-      time=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-      command=sys.argv, overrides=overrides, seeds=seeds, git=code(),
-      versions={'python': platform.python_version(), **versions},
-      device=jax.devices()[0].device_kind, devices=jax.device_count(),
-      processes=jax.process_count(), host=platform.platform(),
-      flags={name: os.environ[name] for name in FLAGS if name in os.environ})
+    time=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    command=sys.argv,
+    overrides=overrides,
+    seeds=seeds,
+    git=code(),
+    versions={'python': platform.python_version(), **versions},
+    device=jax.devices()[0].device_kind,
+    devices=jax.device_count(),
+    processes=jax.process_count(),
+    host=platform.platform(),
+    flags={name: os.environ[name] for name in FLAGS if name in os.environ},
+  )
 
 
 def code():
@@ -52,17 +67,26 @@ def code():
   root = pathlib.Path(__file__).resolve().parents[1]
 
   def git(*args):
-    return subprocess.run(('git', '-C', root, *args), capture_output=True,
-                          check=True, timeout=60, encoding='utf-8',
-                          errors='replace').stdout
+    return subprocess.run(
+      ('git', '-C', root, *args),
+      capture_output=True,
+      check=True,
+      timeout=60,
+      encoding='utf-8',
+      errors='replace',
+    ).stdout
 
   try:
     if pathlib.Path(git('rev-parse', '--show-toplevel').strip()) != root:
       return {}
     diff = git('diff', 'HEAD')
     untracked = git('ls-files', '--others', '--exclude-standard').splitlines()
-    return dict(revision=git('rev-parse', 'HEAD').strip(), untracked=untracked,
-                diff=diff[:LONGEST], diff_characters=len(diff))
+    return dict(
+      revision=git('rev-parse', 'HEAD').strip(),
+      untracked=untracked,
+      diff=diff[:LONGEST],
+      diff_characters=len(diff),
+    )
   except (OSError, subprocess.SubprocessError):
     return {}
 

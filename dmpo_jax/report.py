@@ -37,22 +37,14 @@ PANELS = (
       ('eval', 'accuracy', 'validation', VALIDATION),
     ),
   ),
-  (
-    'effective sample size',
-    'rollout iteration',
-    (('rl', 'ess', 'ESS', TRAIN),),
-  ),
+  ('effective sample size', 'rollout iteration', (('rl', 'ess', 'ESS', TRAIN),)),
   (
     'log RND, standard deviation',
     'rollout iteration',
     (('rl', 'log_rnd_std', 'log RND s.d.', TRAIN),),
   ),
   ('loss', 'optimizer step', (('update', 'loss', 'RL', TRAIN),)),
-  (
-    'gradient norm',
-    'optimizer step',
-    (('update', 'grad_norm', 'RL', TRAIN),),
-  ),
+  ('gradient norm', 'optimizer step', (('update', 'grad_norm', 'RL', TRAIN),)),
   ('SFT loss', 'SFT step', (('sft', 'loss', 'SFT', SFT),)),
   ('SFT gradient norm', 'SFT step', (('sft', 'grad_norm', 'SFT', SFT),)),
 )
@@ -76,9 +68,7 @@ def _pick(tree, path, where):
 def series(rows, phase, name):
   """(steps, values) of a metric, by step; of a step written twice the last."""
   points = {
-    row['step']: row[name]
-    for row in rows
-    if row['phase'] == phase and name in row
+    row['step']: row[name] for row in rows if row['phase'] == phase and name in row
   }
   steps = sorted(points)
   return np.array(steps, float), np.array([points[s] for s in steps], float)
@@ -159,9 +149,7 @@ def curves(workdir):
   base = None
   if (workdir / 'results.json').exists():
     base = _pick(
-      _json(workdir, 'results.json'),
-      'base.accuracy',
-      workdir / 'results.json',
+      _json(workdir, 'results.json'), 'base.accuracy', workdir / 'results.json'
     )
   columns = min(2, len(panels))
   height = -(-len(panels) // columns)
@@ -189,9 +177,7 @@ def _runs(workdirs, by):
   for name in ('results.json', 'config.json'):
     lacking = [str(w) for w in workdirs if not (w / name).exists()]
     if lacking:
-      raise ValueError(
-        f'no {name} (run not finished?) in: {", ".join(lacking)}'
-      )
+      raise ValueError(f'no {name} (run not finished?) in: {", ".join(lacking)}')
   runs, seen = [], {}
   for w in workdirs:
     config, results = _json(w, 'config.json'), _json(w, 'results.json')
@@ -268,9 +254,7 @@ def compare(workdirs, by, out):
       shared, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0
     )
     name = f'{label} ({len(runs)} seed{"s" * (len(runs) > 1)})'
-    ax.plot(
-      shared, values.mean(0), color=colour, marker='o', ms=3, lw=1.8, label=name
-    )
+    ax.plot(shared, values.mean(0), color=colour, marker='o', ms=3, lw=1.8, label=name)
   ax.legend(title=by, title_fontsize=8, fontsize=8, frameon=False)
 
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -309,8 +293,10 @@ def under_way(workdir, now=None):
   """
   workdir, now = pathlib.Path(workdir), now or time.time()
   config, rows = _json(workdir, 'config.json'), metrics.read(workdir)
-  phases = {phase: [row for row in rows if row['phase'] == phase]
-            for phase in ('sft', 'rl', 'update', 'eval')}
+  phases = {
+    phase: [row for row in rows if row['phase'] == phase]
+    for phase in ('sft', 'rl', 'update', 'eval')
+  }
   starts = _starts(workdir)
   seconds = _seconds_each(phases['rl'], starts)
   silence = now - max([row['time'] for row in rows] + starts, default=now)
@@ -319,8 +305,7 @@ def under_way(workdir, now=None):
     *_numbers(phases),
     _saved(workdir, now),
     f'restarts: {max(0, len(starts) - 1)}',
-    *(f'warning: {text}' for text in
-      _warnings(workdir, config, phases, starts)),
+    *(f'warning: {text}' for text in _warnings(workdir, config, phases, starts)),
   ]
   if silence > max(600, 10 * (seconds or 0)):
     lines.append('warning: nothing new for so long: is it still running?')
@@ -331,8 +316,9 @@ def _starts(workdir):
   """When the run was started, and started again, as of time.time()."""
   try:
     told = _json(workdir, 'provenance.json')
-    return [datetime.datetime.fromisoformat(entry['time']).timestamp()
-            for entry in told]
+    return [
+      datetime.datetime.fromisoformat(entry['time']).timestamp() for entry in told
+    ]
   except (OSError, ValueError, TypeError, KeyError):
     return []
 
@@ -355,8 +341,10 @@ def _place(config, phases, seconds):
   t = config['train']
   if not phases['rl']:
     done = phases['sft'][-1]['step'] if phases['sft'] else 0
-    return (f'supervised step {done} of {config["sft"]["steps"]}, then '
-            f'{t["iterations"]} iterations')
+    return (
+      f'supervised step {done} of {config["sft"]["steps"]}, then '
+      f'{t["iterations"]} iterations'
+    )
   updates = phases['update'][-1]['step'] if phases['update'] else 0
   done = updates // t['inner']
   text = f'iteration {done} of {t["iterations"]}, update {updates}'
@@ -407,8 +395,7 @@ def _warnings(workdir, config, phases, starts):
   if rl and (age := rl[-1].get('policy_age', 0)):
     yield f'rollouts are by the policy of {age:.0f} updates before'
   if late := _late_compilations(config, rl, starts):
-    yield (f'{late} programs compiled in the last 20 iterations: some shape '
-           'changes')
+    yield (f'{late} programs compiled in the last 20 iterations: some shape changes')
   for path in sorted((workdir / 'failed').glob('*.npz')):
     yield f'a loss or gradient was not finite: {path}'
   if aside := list((workdir / 'rl.damaged').glob('*')):
@@ -417,8 +404,7 @@ def _warnings(workdir, config, phases, starts):
     yield f'it hung at least once: {path}'
   for row in metrics.read(workdir, 'health.jsonl')[-3:]:
     yield 'health: ' + ', '.join(
-      f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
-      for k, v in row.items()
+      f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in row.items()
     )
 
 
@@ -445,22 +431,28 @@ def compare_cards(paths, out):
   interval overlaps that of the best. ValueError names cards that cannot be
   compared, as for different protocols.
   """
-  cards = [(str(path), json.loads(pathlib.Path(path).read_text('utf-8')))
-           for path in paths]
+  cards = [
+    (str(path), json.loads(pathlib.Path(path).read_text('utf-8'))) for path in paths
+  ]
   if not cards:
     raise ValueError('no card to compare')
   first, reference = cards[0]
   for path, card in cards:
-    wrong = [f'{name}: {reference.get(name)!r} and {card.get(name)!r}'
-             for name in SAME if card.get(name) != reference.get(name)]
+    wrong = [
+      f'{name}: {reference.get(name)!r} and {card.get(name)!r}'
+      for name in SAME
+      if card.get(name) != reference.get(name)
+    ]
     if wrong:
-      raise ValueError(f'{first} and {path} cannot be compared '
-                       f'({"; ".join(wrong)})')
-  lines = [f'{reference["task"]}, protocol {reference["protocol"]}, '
-           f'{reference["problems"]} problems; * = not distinguishable from '
-           'the best of its length (95 % intervals overlap)', '',
-           '| length | model | parameters | steps | accuracy | interval | '
-           'forwards |', '|---|---|---|---|---|---|---|']
+      raise ValueError(f'{first} and {path} cannot be compared ({"; ".join(wrong)})')
+  lines = [
+    f'{reference["task"]}, protocol {reference["protocol"]}, '
+    f'{reference["problems"]} problems; * = not distinguishable from '
+    'the best of its length (95 % intervals overlap)',
+    '',
+    '| length | model | parameters | steps | accuracy | interval | forwards |',
+    '|---|---|---|---|---|---|---|',
+  ]
   figure = Figure(figsize=(6.4, 4.0), layout='constrained')
   ax = figure.subplots()
   style(ax, 'accuracy', 'completion length, tokens')
@@ -468,22 +460,32 @@ def compare_cards(paths, out):
   for _, card in cards:
     by_name.setdefault((card['model'], card['parameters']), []).append(card)
   for length in sorted({card['length'] for _, card in cards}):
-    here = sorted((card for _, card in cards if card['length'] == length),
-                  key=lambda card: -card['accuracy'])
+    here = sorted(
+      (card for _, card in cards if card['length'] == length),
+      key=lambda card: -card['accuracy'],
+    )
     for card in here:
       low, high = card['interval']
       near = card is not here[0] and high >= here[0]['interval'][0]
       lines.append(
-          f"| {length} | {card['model']} | {card['parameters']} | "
-          f"{card['steps']} | {card['accuracy']:.3f}{' *' * near} | "
-          f"{low:.3f} to {high:.3f} | "
-          f"{card.get('forwards', float('nan')):.0f} |")
+        f'| {length} | {card["model"]} | {card["parameters"]} | '
+        f'{card["steps"]} | {card["accuracy"]:.3f}{" *" * near} | '
+        f'{low:.3f} to {high:.3f} | '
+        f'{card.get("forwards", float("nan")):.0f} |'
+      )
   for i, (name, group) in enumerate(by_name.items()):
     group.sort(key=lambda card: card['length'])
     rate = np.array([card['accuracy'] for card in group])
     error = np.abs(np.array([card['interval'] for card in group]).T - rate)
-    ax.errorbar([card['length'] for card in group], rate, error, marker='o',
-                capsize=3, color=CYCLE[i % len(CYCLE)], label=', '.join(name))
+    ax.errorbar(
+      [card['length'] for card in group],
+      rate,
+      error,
+      marker='o',
+      capsize=3,
+      color=CYCLE[i % len(CYCLE)],
+      label=', '.join(name),
+    )
   ax.legend(fontsize=8, frameon=False)
   out = pathlib.Path(out)
   out.parent.mkdir(parents=True, exist_ok=True)

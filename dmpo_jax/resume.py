@@ -12,15 +12,7 @@ import os
 import jax
 from absl import logging
 
-from dmpo_jax import (
-    build,
-    check,
-    checkpoint,
-    data,
-    guard,
-    health,
-    metrics,
-)
+from dmpo_jax import build, check, checkpoint, data, guard, health, metrics
 
 
 def policy_of(built, base):
@@ -34,9 +26,15 @@ def save(built, manager, clock, state, batch, ahead, place):
   c = built.config
   done = place['iteration'] * c.train.inner + place['inner']
   with clock('checkpoint'):
-    checkpoint.save(manager, done, state, batch,
-                    {**place, 'config': check.plain(c)}, ahead,
-                    built.steps.digest)
+    checkpoint.save(
+      manager,
+      done,
+      state,
+      batch,
+      {**place, 'config': check.plain(c)},
+      ahead,
+      built.steps.digest,
+    )
 
 
 def note_best(manager, state, place, best):
@@ -72,8 +70,7 @@ def latest(built, workdir, base, best=False):
     return {**frozen, **trainable}
   state = checkpoint.abstract(built.steps.start(trainable))
   how = dict(digest=built.steps.digest, refuse=check.refuse(built.config))
-  with checkpoint.open_manager(folder,
-                               built.config.checkpoint.keep) as manager:
+  with checkpoint.open_manager(folder, built.config.checkpoint.keep) as manager:
     found = checkpoint.restore(manager, state, **how)
     top = found and found[3].get('best')
     if best and top and top['step'] != int(found[0].step):
@@ -90,28 +87,40 @@ def enter(built, manager, trainable, problems, workdir, writer):
   ahead, are None where there is none. ValueError if there are checkpoints and
   none can be used.
   """
-  place = dict(iteration=0, inner=0, seconds=0.0, best=None,
-               health=health.fresh(), rollbacks=[], lr_scale=1.0)
+  place = dict(
+    iteration=0,
+    inner=0,
+    seconds=0.0,
+    best=None,
+    health=health.fresh(),
+    rollbacks=[],
+    lr_scale=1.0,
+  )
   batch, ahead, c = None, None, built.config
   state = built.steps.start(trainable)
   shapes = checkpoint.abstract(state)
   if manager.all_steps():
     state = None  # not beside the one that is read: two might not fit
-  found = checkpoint.restore(manager, shapes, buffers_at(built),
-                             built.steps.digest, check.refuse(c, check.FREE))
+  found = checkpoint.restore(
+    manager, shapes, buffers_at(built), built.steps.digest, check.refuse(c, check.FREE)
+  )
   if found:
     state, batch, ahead, meta = found
     place |= meta
     checkpoint.set_aside(manager, int(state.step))
-    logging.info('resuming at iteration %d, inner step %d',
-                 place['iteration'], place['inner'])
+    logging.info(
+      'resuming at iteration %d, inner step %d', place['iteration'], place['inner']
+    )
     if place['inner'] == c.train.inner:
       batch, ahead = ahead, None
       place = {**place, 'iteration': place['iteration'] + 1, 'inner': 0}
   elif lost := writer.count('update'):
-    logging.warning('no checkpoint in %s: from the start, and the %d updates '
-                    'that are in the metrics are done again',
-                    os.path.join(workdir, 'rl'), lost)
+    logging.warning(
+      'no checkpoint in %s: from the start, and the %d updates '
+      'that are in the metrics are done again',
+      os.path.join(workdir, 'rl'),
+      lost,
+    )
   # Everything after the checkpoint is forgotten and done again. What buffers
   # in hand have written stays; their validation is that of the iteration begun.
   last = place['iteration'] - (batch is None) + (ahead is not None)
@@ -120,8 +129,7 @@ def enter(built, manager, trainable, problems, workdir, writer):
   writer.rewind('update', int(state.step))
   for name in ('samples.jsonl', 'failed_grades.jsonl'):
     rewind_lines(os.path.join(workdir, name), last)
-  rewind_lines(os.path.join(workdir, 'health.jsonl'),
-               place['iteration'] - 1)
+  rewind_lines(os.path.join(workdir, 'health.jsonl'), place['iteration'] - 1)
   for record in place['rollbacks']:
     note_down(workdir, record)
   return state, batch, ahead, place
@@ -138,34 +146,54 @@ def roll_back(built, workdir, manager, base, sentence, record):
   manager.wait_until_finished()
   trainable = policy_of(built, base)[0]
   shapes = checkpoint.abstract(built.steps.start(trainable))
-  how = dict(digest=built.steps.digest,
-             refuse=check.refuse(built.config, check.FREE))
+  how = dict(digest=built.steps.digest, refuse=check.refuse(built.config, check.FREE))
   # Of what is read only the meta is kept: two states might not fit.
   meta = (checkpoint.restore(manager, shapes, **how) or ({},))[-1]
   done, seconds = meta.get('rollbacks', []), meta.get('seconds', 0.0)
   if rules.action == 'stop' or len(done) >= rules.rollbacks:
     note_down(workdir, {**record, 'action': 'stop'})
     spent = f', after {len(done)} rollbacks' if done else ''
-    guard.collapsed(f"iteration {record['iteration']}{spent}: {sentence}; "
-                    'see "When training goes wrong" in docs/running.md')
+    guard.collapsed(
+      f'iteration {record["iteration"]}{spent}: {sentence}; '
+      'see "When training goes wrong" in docs/running.md'
+    )
   top, batch, ahead = (meta.get('best') or {'step': 0})['step'], None, None
-  meta = {'iteration': -1, 'inner': built.config.train.inner, 'best': None,
-          'config': check.plain(built.config)}
+  meta = {
+    'iteration': -1,
+    'inner': built.config.train.inner,
+    'best': None,
+    'config': check.plain(built.config),
+  }
   if top:
     state, batch, ahead, meta = checkpoint.restore(
-        manager, shapes, buffers_at(built), only=top, **how)
+      manager, shapes, buffers_at(built), only=top, **how
+    )
   else:
     state = built.steps.start(trainable)
   scale = rules.lr_factor * (done[-1]['lr_scale'] if done else 1.0)
-  record = {**record, 'action': 'rollback', 'to_update': top,
-            'lr_scale': scale}
-  logging.warning('iteration %d: %s; back to update %d, learning rate * %g',
-                  record['iteration'], sentence, top, scale)
-  checkpoint.replace(manager, top, state, batch, {
-      **meta, 'seconds': seconds, 'rollbacks': [*done, record],
-      'lr_scale': scale, 'health': health.fresh(
-          meta.get('health', {}).get('best_reward'))},
-                     ahead, built.steps.digest)
+  record = {**record, 'action': 'rollback', 'to_update': top, 'lr_scale': scale}
+  logging.warning(
+    'iteration %d: %s; back to update %d, learning rate * %g',
+    record['iteration'],
+    sentence,
+    top,
+    scale,
+  )
+  checkpoint.replace(
+    manager,
+    top,
+    state,
+    batch,
+    {
+      **meta,
+      'seconds': seconds,
+      'rollbacks': [*done, record],
+      'lr_scale': scale,
+      'health': health.fresh(meta.get('health', {}).get('best_reward')),
+    },
+    ahead,
+    built.steps.digest,
+  )
 
 
 def buffers_at(built):
@@ -177,16 +205,18 @@ def buffers_at(built):
       return None, None
     it = (step - 1) // c.train.inner
     more = c.train.overlap and it + 1 < c.train.iterations
-    return (shapes_at(built, problems, it),
-            shapes_at(built, problems, it + 1) if more else None)
+    return (
+      shapes_at(built, problems, it),
+      shapes_at(built, problems, it + 1) if more else None,
+    )
+
   return buffers
 
 
 def shapes_at(built, problems, it):
   """The TrainBatch of iteration `it` as shapes, for restoring."""
   c = built.config
-  prompts = data.prompts_at(problems, it, c.train.prompts, c.seed,
-                            c.data.bucket)
+  prompts = data.prompts_at(problems, it, c.train.prompts, c.seed, c.data.bucket)
   return build.abstract_batch(built, prompts.tokens.shape[1])
 
 
@@ -213,6 +243,9 @@ def rewind_lines(path, last):
   if jax.process_index() or not os.path.exists(path):
     return
   with open(path) as f:
-    lines = [line for line in f if line.endswith('\n')
-             and json.loads(line)['iteration'] <= last]
+    lines = [
+      line
+      for line in f
+      if line.endswith('\n') and json.loads(line)['iteration'] <= last
+    ]
   metrics.replace(path, ''.join(lines))

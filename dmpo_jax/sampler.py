@@ -51,9 +51,12 @@ class SampleConfig:
 
   def law(self):
     """What `logprob.trajectory_logp` must know of the sampling law."""
-    return dict(block=self.block, temperature=self.temperature,
-                guidance=self.guidance,
-                rank_temperature=self.rank_temperature)
+    return dict(
+      block=self.block,
+      temperature=self.temperature,
+      guidance=self.guidance,
+      rank_temperature=self.rank_temperature,
+    )
 
   def order_from(self):
     """What decides which positions a step reveals, beside the tokens there.
@@ -70,8 +73,11 @@ class SampleConfig:
     """
     if self.pick == 'wino':
       return 'hindsight'
-    alone = self.block == 1 or self.pick == 'confidence' and (
-        self.steps * self.block == self.length)
+    alone = (
+      self.block == 1
+      or self.pick == 'confidence'
+      and (self.steps * self.block == self.length)
+    )
     if alone:  # all that is proposed is kept
       return 'state'
     if self.pick in picks.JUDGED and self.rank == 'token' and self.temperature:
@@ -86,9 +92,10 @@ def entropy_record(look, take, hp):
 
 def fallback_record(look, take, hp):
   """Where pick threshold found no token sure enough."""
-  return jnp.broadcast_to(~jnp.any(
-      look.masked & (look.confidence >= hp.threshold), 1, keepdims=True),
-                          take.shape)
+  return jnp.broadcast_to(
+    ~jnp.any(look.masked & (look.confidence >= hp.threshold), 1, keepdims=True),
+    take.shape,
+  )
 
 
 def place_record(look, take, hp):
@@ -101,9 +108,9 @@ def place_record(look, take, hp):
 # What can be recorded of every token when it is revealed, beside what always
 # is: (Look, taken, SampleConfig) -> (R, W).
 RECORDS = {
-    'entropy': entropy_record,
-    'fallback': fallback_record,
-    'place': place_record,
+  'entropy': entropy_record,
+  'fallback': fallback_record,
+  'place': place_record,
 }
 
 
@@ -111,8 +118,12 @@ def record_of(rollouts, needs):
   """What an objective may see of how rollouts came about; None for nothing."""
   if 'record' not in needs:
     return None
-  return dict(order=rollouts.order, logp=rollouts.logp,
-              confidence=rollouts.confidence, **(rollouts.more or {}))
+  return dict(
+    order=rollouts.order,
+    logp=rollouts.logp,
+    confidence=rollouts.confidence,
+    **(rollouts.more or {}),
+  )
 
 
 class Loop(NamedTuple):
@@ -171,33 +182,43 @@ def sample(cfg, params, prompts_RxP, valid_RxP, keys_R, hp, records=()):
   rows, prompt = prompts_RxP.shape
   if prompt + hp.length > cfg.positions:
     raise ValueError(
-        f'sampler.length = {hp.length} after a prompt of {prompt} tokens '
-        f"exceeds the model's {cfg.positions} positions")
+      f'sampler.length = {hp.length} after a prompt of {prompt} tokens '
+      f"exceeds the model's {cfg.positions} positions"
+    )
   # 1. The canvas: the prompt, then L masks.
   blank = jnp.full((rows, hp.length), cfg.mask_id, jnp.int32)
   tokens = jnp.concatenate([jnp.asarray(prompts_RxP, jnp.int32), blank], 1)
   valid = jnp.concatenate([valid_RxP, jnp.ones_like(blank, bool)], axis=1)
   zeros_R, zeros = jnp.zeros_like(blank[:, 0]), jnp.zeros(blank.shape)
-  more = {name: jnp.zeros(blank.shape, bool if name == 'fallback' else
-                          jnp.float32) for name in records} or None
-  loop = Loop(tokens, jnp.zeros_like(blank), zeros, zeros, zeros_R, zeros_R,
-              jnp.int32(0), more)
+  more = {
+    name: jnp.zeros(blank.shape, bool if name == 'fallback' else jnp.float32)
+    for name in records
+  } or None
+  loop = Loop(
+    tokens, jnp.zeros_like(blank), zeros, zeros, zeros_R, zeros_R, jnp.int32(0), more
+  )
   # 2. Steps until every mask that must go is gone.
   setting = Setting(cfg, params, hp, valid, prompt, keys_R, tuple(records))
-  unmask = (wino if hp.pick == 'wino' else
-            each_row if hp.cache == 'none' else block_by_block)
+  unmask = (
+    wino if hp.pick == 'wino' else each_row if hp.cache == 'none' else block_by_block
+  )
   loop = unmask(setting, loop)
   # 3. What eos_stop has left masked is EOS, and belongs to no step.
   left = loop.tokens == cfg.mask_id
   return Rollouts(
-      jnp.where(left, cfg.eos_id, loop.tokens), valid,
-      jnp.where(left[:, prompt:], -1, loop.order), loop.logp, loop.forwards,
-      loop.confidence, loop.more)
+    jnp.where(left, cfg.eos_id, loop.tokens),
+    valid,
+    jnp.where(left[:, prompt:], -1, loop.order),
+    loop.logp,
+    loop.forwards,
+    loop.confidence,
+    loop.more,
+  )
 
 
 def needed(setting, tokens_RxS):
   """(R, L) bool: masks that must go. With eos_stop not those after an EOS."""
-  completion = tokens_RxS[:, setting.prompt:]
+  completion = tokens_RxS[:, setting.prompt :]
   masked = completion == setting.cfg.mask_id
   if setting.hp.eos_stop:
     eos = completion == setting.cfg.eos_id
@@ -207,13 +228,15 @@ def needed(setting, tokens_RxS):
 
 def each_row(setting, loop):
   """No cache: every row is in its own first block with a mask."""
+
   def step(loop):
     live_R, start_R = place(setting, loop)
     logits = forward(setting, loop.tokens, start_R)[0]
     return reveal(setting, loop, logits, start_R, live_R)
 
   return jax.lax.while_loop(
-      lambda loop: jnp.any(needed(setting, loop.tokens)), step, loop)
+    lambda loop: jnp.any(needed(setting, loop.tokens)), step, loop
+  )
 
 
 def place(setting, loop):
@@ -230,8 +253,10 @@ def block_by_block(setting, loop):
   starts = range(prompt, prompt + hp.length, hp.block)
   if hp.cache == 'dual':  # every block has the same shapes: one program
     loop, _ = jax.lax.scan(
-        lambda loop, start: (block(setting, loop, start, hp.block), None),
-        loop, jnp.asarray(starts))
+      lambda loop, start: (block(setting, loop, start, hp.block), None),
+      loop,
+      jnp.asarray(starts),
+    )
     return loop
   for start in starts:
     loop = block(setting, loop, start, prompt + hp.length - start)
@@ -264,8 +289,8 @@ def block(setting, loop, start, span):
       return left(loop) & ((loop.forwards < until) | (hp.refresh == 0))
 
     def cached(loop):
-      return step(loop, forward(setting, loop.tokens, start, cache=cache,
-                                span=span)[0])
+      return step(loop, forward(setting, loop.tokens, start, cache=cache, span=span)[0])
+
     return jax.lax.while_loop(more, cached, loop)
 
   return jax.lax.while_loop(left, lap, loop)
@@ -274,23 +299,32 @@ def block(setting, loop, start, span):
 def forward(setting, tokens, start, **cache):
   """(logits (R, W, V) of the windows from `start` on, Cache or None)."""
   s = setting
-  return model.window_logits(s.cfg, s.params, tokens, s.valid, start,
-                             s.hp.block, s.prompt, s.hp.guidance, **cache)
+  return model.window_logits(
+    s.cfg,
+    s.params,
+    tokens,
+    s.valid,
+    start,
+    s.hp.block,
+    s.prompt,
+    s.hp.guidance,
+    **cache,
+  )
 
 
 def windows(x_RxT, start_R, width):
   """(R, W): each row's window."""
-  return jax.vmap(
-      lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width))(x_RxT, start_R)
+  return jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width))(
+    x_RxT, start_R
+  )
 
 
 def write(x_RxT, start_R, where_RxW, new_RxW):
   """x with `new` at the places of the rows' windows that `where` names."""
-  new = jnp.where(where_RxW, new_RxW,
-                  windows(x_RxT, start_R, where_RxW.shape[1]))
+  new = jnp.where(where_RxW, new_RxW, windows(x_RxT, start_R, where_RxW.shape[1]))
   return jax.vmap(
-      lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0))(
-          x_RxT, new, start_R)
+    lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0)
+  )(x_RxT, new, start_R)
 
 
 def reveal(setting, loop, logits_RxWxV, start_R, live_R):
@@ -322,8 +356,9 @@ def propose(setting, loop, logits_RxWxV, start_R):
     confidence = jnp.exp(best - jax.nn.logsumexp(judged, axis=-1))
   noise = jax.vmap(lambda k: jax.random.uniform(k, (hp.block,)))(noise_key)
   quota, share = picks.schedule(hp, masked, loop.since)
-  look = picks.Look(jax.nn.softmax(judged, axis=-1), confidence, masked, quota,
-                    share, noise)
+  look = picks.Look(
+    jax.nn.softmax(judged, axis=-1), confidence, masked, quota, share, noise
+  )
   return Proposal(token, model.logp_of(law, token), own, look)
 
 
@@ -338,15 +373,22 @@ def record(setting, loop, proposal, take, again, start_R, live_R):
   # Whether the row leaves its block.
   done_R = ~jnp.any(masked & ~take | again, axis=1)
   busy_R = live_R & jnp.any(masked, axis=1)
-  more = {name: write(loop.more[name], at_R, take, RECORDS[name](
-      proposal.look, take, setting.hp)) for name in setting.records} or None
+  more = {
+    name: write(
+      loop.more[name], at_R, take, RECORDS[name](proposal.look, take, setting.hp)
+    )
+    for name in setting.records
+  } or None
   return Loop(
-      write(loop.tokens, start_R, take | again, token),
-      write(loop.order, at_R, take, step),
-      write(loop.logp, at_R, take, proposal.logp),
-      write(loop.confidence, at_R, take, proposal.confidence),
-      loop.count + busy_R, jnp.where(done_R, 0, loop.since + busy_R),
-      loop.forwards + 1, more)
+    write(loop.tokens, start_R, take | again, token),
+    write(loop.order, at_R, take, step),
+    write(loop.logp, at_R, take, proposal.logp),
+    write(loop.confidence, at_R, take, proposal.confidence),
+    loop.count + busy_R,
+    jnp.where(done_R, 0, loop.since + busy_R),
+    loop.forwards + 1,
+    more,
+  )
 
 
 # ---- draft and verify
@@ -361,12 +403,13 @@ def wino(setting, loop):
   before has taken, so that rows advance. Ours is for batches, and bounded: a
   row's block takes at most 2 W steps, the last W without verifying.
   """
+
   def step(state):
     loop, before_R = state
     live_R, start_R = place(setting, loop)
     logits, shadow = model.shadow_logits(
-        setting.cfg, setting.params, loop.tokens, setting.valid, start_R,
-        setting.hp.block)
+      setting.cfg, setting.params, loop.tokens, setting.valid, start_R, setting.hp.block
+    )
     proposal = propose(setting, loop, logits, start_R)
     take = draft(proposal.look, setting.hp) & live_R[:, None]
     again = doubtful(setting, loop, shadow, take, before_R, start_R)
@@ -376,8 +419,8 @@ def wino(setting, loop):
 
   before_R = jnp.full_like(loop.count, FIRST_DRAFT)
   loop, _ = jax.lax.while_loop(
-      lambda state: jnp.any(needed(setting, state[0].tokens)), step,
-      (loop, before_R))
+    lambda state: jnp.any(needed(setting, state[0].tokens)), step, (loop, before_R)
+  )
   return loop
 
 
@@ -409,29 +452,39 @@ def problems(hp):
   """What is impossible in a SampleConfig, one sentence each."""
   found = []
   if hp.length < 1 or hp.block < 1 or hp.length % hp.block:
-    found.append(f'sampler.block = {hp.block} must divide sampler.length = '
-                 f'{hp.length}')
+    found.append(f'sampler.block = {hp.block} must divide sampler.length = {hp.length}')
   elif hp.pick in picks.SCHEDULED:
     blocks = hp.length // hp.block
     if hp.steps < blocks or hp.steps > hp.length or hp.steps % blocks:
       found.append(
-          f'sampler.steps = {hp.steps} must be a multiple of the {blocks} '
-          f'blocks and at most sampler.length = {hp.length}')
+        f'sampler.steps = {hp.steps} must be a multiple of the {blocks} '
+        f'blocks and at most sampler.length = {hp.length}'
+      )
   for field, allowed in (
-      ('pick', NAMES), ('rank', ('token', 'max')), ('cache', CACHES),
-      ('fallback', ('best', 'leftmost')), ('schedule', ('even', 'dream')),
-      ('rank_law', ('model', 'sampling'))):
+    ('pick', NAMES),
+    ('rank', ('token', 'max')),
+    ('cache', CACHES),
+    ('fallback', ('best', 'leftmost')),
+    ('schedule', ('even', 'dream')),
+    ('rank_law', ('model', 'sampling')),
+  ):
     value = getattr(hp, field)
     if value not in allowed:
-      found.append(f'sampler.{field} = {value!r} must be one of '
-                   f'{", ".join(allowed)}')
+      found.append(f'sampler.{field} = {value!r} must be one of {", ".join(allowed)}')
   for field in ('threshold', 'verify'):
     if not 0 <= getattr(hp, field) <= 1:
       found.append(f'sampler.{field} = {getattr(hp, field)} must be in [0, 1]')
   if not 0 < hp.top_p <= 1:
     found.append(f'sampler.top_p = {hp.top_p} must be in (0, 1]')
-  for field in ('temperature', 'factor', 'entropy_bound', 'guidance',
-                'rank_temperature', 'top_k', 'refresh'):
+  for field in (
+    'temperature',
+    'factor',
+    'entropy_bound',
+    'guidance',
+    'rank_temperature',
+    'top_k',
+    'refresh',
+  ):
     if not getattr(hp, field) >= 0:
       found.append(f'sampler.{field} = {getattr(hp, field)} must be >= 0')
   return found + contradictions(hp)
@@ -447,14 +500,21 @@ def contradictions(hp):
 
   only('refresh', 0, hp.cache != 'none', 'sampler.cache = prefix or dual')
   only('fallback', 'best', hp.pick == 'threshold', 'sampler.pick = threshold')
-  only('schedule', 'even', hp.pick in picks.SCHEDULED,
-       f'sampler.pick = {" or ".join(picks.SCHEDULED)}')
+  only(
+    'schedule',
+    'even',
+    hp.pick in picks.SCHEDULED,
+    f'sampler.pick = {" or ".join(picks.SCHEDULED)}',
+  )
   drawn = (*picks.SCORED, 'plackett_luce')
-  only('rank_temperature', 0.0, hp.pick in drawn,
-       f'sampler.pick = {" or ".join(drawn)}')
+  only(
+    'rank_temperature', 0.0, hp.pick in drawn, f'sampler.pick = {" or ".join(drawn)}'
+  )
   if hp.pick == 'plackett_luce' and not hp.rank_temperature:
-    found.append('sampler.pick = plackett_luce needs sampler.rank_temperature '
-                 '> 0: its chances are confidence^(1/rank_temperature)')
+    found.append(
+      'sampler.pick = plackett_luce needs sampler.rank_temperature '
+      '> 0: its chances are confidence^(1/rank_temperature)'
+    )
   if hp.pick == 'wino':
     for field, usual in (('cache', 'none'), ('guidance', 0.0)):
       only(field, usual, False, f'another pick: wino knows {usual!r} alone')

@@ -45,13 +45,19 @@ def in_microbatches(fn, rows, microbatches):
 
 def split_batch(batch, microbatches):
   split = lambda x: split_rows(x, microbatches)
-  return batch._replace(**{
-      name: jnp.broadcast_to(x, (microbatches,)) if name in SCALARS
-      else jax.tree.map(split, x) for name, x in batch._asdict().items()})
+  return batch._replace(
+    **{
+      name: jnp.broadcast_to(x, (microbatches,))
+      if name in SCALARS
+      else jax.tree.map(split, x)
+      for name, x in batch._asdict().items()
+    }
+  )
 
 
-def draw(objective, hp, key, row_R, tokens_RxS, valid_RxS, completion_RxL,
-         record, *, cfg, law):
+def draw(
+  objective, hp, key, row_R, tokens_RxS, valid_RxS, completion_RxL, record, *, cfg, law
+):
   """The loss's Masks; an objective sees no more than it needs."""
   needs, length = objective.needs(hp), completion_RxL.shape[1]
   seen = dict(record) if 'record' in needs else {}
@@ -71,20 +77,35 @@ def reading(objective, hp, cfg, law, more=()):
   return logprob.reader(cfg, law if 'law' in needs else None, more)
 
 
-def batch_logp(params, batch, key, cfg, objective, hp, dropout=False,
-               law=None):
+def batch_logp(params, batch, key, cfg, objective, hp, dropout=False, law=None):
   """(logp_RxKxL, Masks) of a batch under the loss's masks of this key.
 
   In the log-probs' place a dict, where the objective needs more of the logits.
   """
   extra = batch.extra or {}
-  masks = draw(objective, hp, key, batch.row, batch.tokens, batch.valid,
-               batch.completion, extra.get('record'), cfg=cfg, law=law)
+  masks = draw(
+    objective,
+    hp,
+    key,
+    batch.row,
+    batch.tokens,
+    batch.valid,
+    batch.completion,
+    extra.get('record'),
+    cfg=cfg,
+    law=law,
+  )
   keys = rng.row_keys(jax.random.fold_in(key, DROPOUT), batch.row)
   logp = logprob.token_logp(
-      cfg, params, batch.tokens, masks.masked, batch.valid,
-      keys if dropout else None, masks.prompt,
-      reading(objective, hp, cfg, law))
+    cfg,
+    params,
+    batch.tokens,
+    masks.masked,
+    batch.valid,
+    keys if dropout else None,
+    masks.prompt,
+    reading(objective, hp, cfg, law),
+  )
   return logp, masks
 
 
@@ -92,27 +113,30 @@ def at_inner(batch, inner):
   """The batch with what its extras hold for this inner step alone."""
   if not batch.extra:
     return batch
-  return batch._replace(extra={
-      name: x[:, inner] if name in INNER else x
-      for name, x in batch.extra.items()})
+  return batch._replace(
+    extra={name: x[:, inner] if name in INNER else x for name, x in batch.extra.items()}
+  )
 
 
 def anchor(params, batch, key, cfg, common):
   """- coef times the mean ELBO per token of the rollouts (DiPOD)."""
   length = batch.completion.shape[1]
-  masks = masking.draw_stratified(jax.random.fold_in(key, ANCHOR), batch.row,
-                                  length, common.elbo_draws)
+  masks = masking.draw_stratified(
+    jax.random.fold_in(key, ANCHOR), batch.row, length, common.elbo_draws
+  )
   elbo = logprob.elbo(cfg, params, batch.tokens, batch.valid, masks) / length
   return -common.elbo_coef * jnp.sum(elbo) / batch.total
 
 
-def reweighed(params, batch, key, inner, microbatches, *, cfg, objective, hp,
-              group, law=None):
+def reweighed(
+  params, batch, key, inner, microbatches, *, cfg, objective, hp, group, law=None
+):
   """The batch with weights that depend on the current policy.
 
   A pass without gradient over all rows first, so that a group's softmax is
   whole however the rows are cut into microbatches.
   """
+
   def elbo(part):
     logp, masks = batch_logp(params, part, key, cfg, objective, hp, law=law)
     return logprob.seq_elbo(logp, masks.weight)
@@ -120,13 +144,27 @@ def reweighed(params, batch, key, inner, microbatches, *, cfg, objective, hp,
   rows = split_batch(batch, microbatches)
   elbo_R = join_rows(jax.lax.map(elbo, rows))
   old_R = batch.elbo_old[:, inner]
-  return batch._replace(
-      weight=objective.reweigh(elbo_R, old_R, batch, group, hp))
+  return batch._replace(weight=objective.reweigh(elbo_R, old_R, batch, group, hp))
 
 
-def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
-               optimizer, group, microbatches=1, law=None, common=None,
-               drift=False, moves=None):
+def train_step(
+  state,
+  frozen,
+  batch,
+  key,
+  inner,
+  *,
+  cfg,
+  objective,
+  hp,
+  optimizer,
+  group,
+  microbatches=1,
+  law=None,
+  common=None,
+  drift=False,
+  moves=None,
+):
   """One update on a TrainBatch; returns (TrainState, metrics).
 
   key addresses the masks of this inner step; the microbatches add up to the
@@ -140,19 +178,29 @@ def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
   batch = at_inner(batch, inner)
   if 'policy' in objective.needs(hp):
     params = {**frozen, **state.trainable}
-    batch = reweighed(params, batch, key, inner, microbatches, cfg=cfg,
-                      objective=objective, hp=hp, group=group, law=law)
+    batch = reweighed(
+      params,
+      batch,
+      key,
+      inner,
+      microbatches,
+      cfg=cfg,
+      objective=objective,
+      hp=hp,
+      group=group,
+      law=law,
+    )
   if 'fresh' in objective.needs(hp):
     key = jax.random.fold_in(key, FRESH)
 
   def loss_fn(trainable, part):
     params = {**frozen, **trainable}
-    logp, masks = batch_logp(params, part, key, cfg, objective, hp,
-                             bool(cfg.lora_dropout), law)
+    logp, masks = batch_logp(
+      params, part, key, cfg, objective, hp, bool(cfg.lora_dropout), law
+    )
     if isinstance(logp, dict):
       more = {name: x for name, x in logp.items() if name != 'logp'}
-      logp, part = logp['logp'], part._replace(
-          extra={**(part.extra or {}), **more})
+      logp, part = logp['logp'], part._replace(extra={**(part.extra or {}), **more})
     old_R = part.elbo_old[:, inner]
     loss, metrics = objective.loss(logp, masks, part, old_R, hp)
     if drift:
@@ -162,8 +210,7 @@ def train_step(state, frozen, batch, key, inner, *, cfg, objective, hp,
       loss += anchor(params, part, key, cfg, common)
     return loss, metrics
 
-  new, metrics = update(state, loss_fn, split_batch(batch, microbatches),
-                        optimizer)
+  new, metrics = update(state, loss_fn, split_batch(batch, microbatches), optimizer)
   return optim.follow(state, new, *moves) if moves else new, metrics
 
 
@@ -177,21 +224,26 @@ def update(state, loss_fn, parts, optimizer):
 
   first = jax.tree.map(lambda x: x[0], parts)
   shapes = jax.eval_shape(grad_fn, state.trainable, first)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                       (*shapes[0], shapes[1]))
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes[0], shapes[1]))
   (loss, metrics, grad), _ = jax.lax.scan(add, zeros, parts)
   norm = optax.tree.norm(grad)
   updates, opt_state = optimizer.update(grad, state.opt_state, state.trainable)
-  new = TrainState(state.step + 1,
-                   optax.apply_updates(state.trainable, updates), opt_state)
+  new = TrainState(
+    state.step + 1, optax.apply_updates(state.trainable, updates), opt_state
+  )
   finite = jnp.isfinite(loss + norm + optax.tree.norm(updates))
   new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-  return new, {**metrics, 'loss': loss, 'grad_norm': norm,
-               'finite': finite.astype(jnp.float32)}
+  return new, {
+    **metrics,
+    'loss': loss,
+    'grad_norm': norm,
+    'finite': finite.astype(jnp.float32),
+  }
 
 
-def sft_step(state, tokens_RxS, valid_RxS, row_R, key, *, cfg, length,
-             optimizer, microbatches=1):
+def sft_step(
+  state, tokens_RxS, valid_RxS, row_R, key, *, cfg, length, optimizer, microbatches=1
+):
   """One step of LLaDA's SFT loss: sum of CE/p over the masks, per length.
 
   Only completions are masked; EOS padding counts as part of the answer
@@ -206,14 +258,32 @@ def sft_step(state, tokens_RxS, valid_RxS, row_R, key, *, cfg, length,
     nll = -logprob.seq_elbo(logp, masks.weight) / length
     return jnp.sum(nll) / total, {}
 
-  parts = jax.tree.map(lambda x: split_rows(x, microbatches),
-                       (tokens_RxS, valid_RxS, row_R))
+  parts = jax.tree.map(
+    lambda x: split_rows(x, microbatches), (tokens_RxS, valid_RxS, row_R)
+  )
   return update(state, loss_fn, parts, optimizer)
 
 
-def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key,
-          references=(), *, cfg, objective, hp, how, law, inner,
-          microbatches=1, measure=False, weights=()):
+def score(
+  trainable,
+  frozen,
+  rollouts,
+  row_R,
+  completion_RxL,
+  key,
+  loss_key,
+  references=(),
+  *,
+  cfg,
+  objective,
+  hp,
+  how,
+  law,
+  inner,
+  microbatches=1,
+  measure=False,
+  weights=(),
+):
   """Log-probs of rollouts: dict of 'old', 'ref' (R,) and 'elbo_old' (R, I).
 
   `how` is a LogprobConfig. p_old is {**frozen, **trainable} as it stands now;
@@ -231,11 +301,20 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key,
     return in_microbatches(lambda part: fn(*part), rows, microbatches)
 
   policy = {**frozen, **trainable}
-  out = pair_scores(over_rows, needs | ({'old', 'ref'} if measure else set()),
-                    policy, [{**frozen, **tree} for tree in references] or
-                    [frozen], weights, key, cfg, how, law)
-  under = functools.partial(under_masks, over_rows, loss_key, cfg=cfg,
-                            objective=objective, hp=hp, law=law)
+  out = pair_scores(
+    over_rows,
+    needs | ({'old', 'ref'} if measure else set()),
+    policy,
+    [{**frozen, **tree} for tree in references] or [frozen],
+    weights,
+    key,
+    cfg,
+    how,
+    law,
+  )
+  under = functools.partial(
+    under_masks, over_rows, loss_key, cfg=cfg, objective=objective, hp=hp, law=law
+  )
   if 'elbo_old' in needs and hp.common_masks:
     old = jax.lax.map(lambda i: under(policy, i)['elbo'], jnp.arange(inner))
     out['elbo_old'] = jnp.moveaxis(old, 0, 1)
@@ -245,8 +324,9 @@ def score(trainable, frozen, rollouts, row_R, completion_RxL, key, loss_key,
   elif measure:
     old = under(policy, inner - 1)['elbo']
     out['elbo_old'] = jnp.repeat(old[:, None], inner, axis=1)
-  return out | extras(needs, functools.partial(under, policy),
-                      functools.partial(under, frozen), inner)
+  return out | extras(
+    needs, functools.partial(under, policy), functools.partial(under, frozen), inner
+  )
 
 
 def pair_scores(over_rows, needs, policy, parts, weights, key, cfg, how, law):
@@ -254,6 +334,7 @@ def pair_scores(over_rows, needs, policy, parts, weights, key, cfg, how, law):
 
   parts: what p_ref is the product of, to the powers of `weights`.
   """
+
   def product(logps):
     if weights in ((), (1.0,)):
       return logps[0]
@@ -263,10 +344,17 @@ def pair_scores(over_rows, needs, policy, parts, weights, key, cfg, how, law):
   if how.estimator == 'trajectory':
     if 'ref' not in wanted:
       return {}
-    refs, olds = zip(*(over_rows(
-        lambda part, _, params=params: logprob.trajectory_logp(
-            cfg, params, part, law, how.states, key, part.forwards))
-                       for params in parts), strict=True)
+    refs, olds = zip(
+      *(
+        over_rows(
+          lambda part, _, params=params: logprob.trajectory_logp(
+            cfg, params, part, law, how.states, key, part.forwards
+          )
+        )
+        for params in parts
+      ),
+      strict=True,
+    )
     return {'ref': product(refs), 'old': olds[0]}
   if how.fuse and len(wanted) == 2:
     return fused(over_rows, policy, key, cfg, how)
@@ -279,63 +367,86 @@ def pair_scores(over_rows, needs, policy, parts, weights, key, cfg, how, law):
 
 def elbo_of_rows(over_rows, params, key, cfg, how, tail=True):
   """(R,) ELBO under the masks of `how`; tail: after the first EOS, too."""
+
   def fn(part, completion):
     masks = logprob.draw(key, part.forwards, completion.shape[1], how)
-    return logprob.elbo(cfg, params, part.tokens, part.valid, masks,
-                        None if tail else completion)
+    return logprob.elbo(
+      cfg, params, part.tokens, part.valid, masks, None if tail else completion
+    )
+
   return over_rows(fn)
 
 
 def fused(over_rows, policy, key, cfg, how):
   """Both in one pass of twice the rows: zero adapters are the reference."""
+
   def pair(part, completion):
     masks = logprob.draw(key, part.forwards, completion.shape[1], how)
-    lora = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]),
-                        policy['lora'])
-    return jax.vmap(lambda lora: logprob.elbo(
-        cfg, {**policy, 'lora': lora}, part.tokens, part.valid, masks,
-        None if how.tail else completion))(lora).T
+    lora = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), policy['lora'])
+    return jax.vmap(
+      lambda lora: logprob.elbo(
+        cfg,
+        {**policy, 'lora': lora},
+        part.tokens,
+        part.valid,
+        masks,
+        None if how.tail else completion,
+      )
+    )(lora).T
+
   old, ref = over_rows(pair).T
   return {'old': old, 'ref': ref}
 
 
-def under_masks(over_rows, loss_key, params, i, more=(), *, cfg, objective, hp,
-                law):
+def under_masks(over_rows, loss_key, params, i, more=(), *, cfg, objective, hp, law):
   """The loss's pass of inner step i over all rows, without gradient: a dict of
   logp_RxKxL, elbo_R and what the loss reads besides."""
   read = reading(objective, hp, cfg, law, more)
 
   def one(part, completion):
-    masks = draw(objective, hp, jax.random.fold_in(loss_key, i), part.forwards,
-                 part.tokens, part.valid, completion,
-                 sampler.record_of(part, objective.needs(hp)), cfg=cfg, law=law)
-    found = logprob.token_logp(cfg, params, part.tokens, masks.masked,
-                               part.valid, None, masks.prompt, read)
+    masks = draw(
+      objective,
+      hp,
+      jax.random.fold_in(loss_key, i),
+      part.forwards,
+      part.tokens,
+      part.valid,
+      completion,
+      sampler.record_of(part, objective.needs(hp)),
+      cfg=cfg,
+      law=law,
+    )
+    found = logprob.token_logp(
+      cfg, params, part.tokens, masks.masked, part.valid, None, masks.prompt, read
+    )
     found = found if isinstance(found, dict) else {'logp': found}
     if more:  # the tokens that were not masked stay; -1: a draw of no step
-      own = part.tokens[:, None, -completion.shape[1]:]
+      own = part.tokens[:, None, -completion.shape[1] :]
       guess = jnp.where(masks.masked, found['guess'], own)
       found['guess'] = jnp.where(masks.weight[..., None] > 0, guess, -1)
     return {**found, 'elbo': logprob.seq_elbo(found['logp'], masks.weight)}
+
   return over_rows(one)
 
 
 def extras(needs, of_old, of_ref, inner):
   """What `score` adds where `needs` asks for it; of_*(i) are dicts."""
+
   def each(fn, *names):
-    found = jax.lax.map(lambda i: {name: fn(i)[name] for name in names},
-                        jnp.arange(inner))
+    found = jax.lax.map(
+      lambda i: {name: fn(i)[name] for name in names}, jnp.arange(inner)
+    )
     return [jnp.moveaxis(found[name], 0, 1) for name in names]
 
   out = {}
   if 'tokens_old' in needs and 'centred' in needs:
     out['tokens_old'], out['centred_old'] = each(of_old, 'logp', 'centred')
   elif 'tokens_old' in needs:
-    out['tokens_old'], = each(of_old, 'logp')
+    (out['tokens_old'],) = each(of_old, 'logp')
   if 'tokens_ref' in needs:
-    out['tokens_ref'], = each(of_ref, 'logp')
+    (out['tokens_ref'],) = each(of_ref, 'logp')
   if 'elbo_ref' in needs:
-    out['elbo_ref'], = each(of_ref, 'elbo')
+    (out['elbo_ref'],) = each(of_ref, 'elbo')
   if 'guess' in needs:
     out['guess'] = of_old(0, ('guess',))['guess'].astype(jnp.int32)
   return out

@@ -16,19 +16,19 @@ import numpy as np
 from absl import logging
 
 from dmpo_jax import (
-    build,
-    check,
-    checkpoint,
-    data,
-    evaluate,
-    guard,
-    health,
-    mesh,
-    metrics,
-    optim,
-    plan,
-    resume,
-    rollout,
+  build,
+  check,
+  checkpoint,
+  data,
+  evaluate,
+  guard,
+  health,
+  mesh,
+  metrics,
+  optim,
+  plan,
+  resume,
+  rollout,
 )
 
 
@@ -41,8 +41,12 @@ def run(built, workdir, writer, base, beat=lambda phase, step: None):
   """
   clock = metrics.Clock(beat)
   # `with`: what stops the run, an error too, waits for the save under way.
-  with guard.Preemption() as asked, checkpoint.open_manager(
-      os.path.join(workdir, 'rl'), built.config.checkpoint.keep) as manager:
+  with (
+    guard.Preemption() as asked,
+    checkpoint.open_manager(
+      os.path.join(workdir, 'rl'), built.config.checkpoint.keep
+    ) as manager,
+  ):
     checkpoint.settle(manager)
     while True:
       try:
@@ -64,18 +68,22 @@ def loop(built, workdir, writer, base, manager, clock, asked):
   trainable, frozen = resume.policy_of(built, base)
   with clock('checkpoint'):
     state, batch, ahead, place = resume.enter(
-        built, manager, trainable, problems, workdir, writer)
+      built, manager, trainable, problems, workdir, writer
+    )
   if c.data.bucket:  # what would not fit fails now, not at the long prompt
     plan.compile_longest(built, data.bucketed(problems.valid, c.data.bucket))
-  progress = metrics.Progress(c.train.iterations, 'rl',
-                              start=place['iteration'],
-                              every_seconds=c.log.every_seconds)
+  progress = metrics.Progress(
+    c.train.iterations,
+    'rl',
+    start=place['iteration'],
+    every_seconds=c.log.every_seconds,
+  )
   total = c.train.iterations * c.train.inner
   begun, saved, shown = time.time() - place['seconds'], time.monotonic(), {}
-  begin = functools.partial(start, built, problems, frozen,
-                            steps.read_references(), clock)
-  end = functools.partial(finish, built, problems, workdir, writer, clock,
-                          place)
+  begin = functools.partial(
+    start, built, problems, frozen, steps.read_references(), clock
+  )
+  end = functools.partial(finish, built, problems, workdir, writer, clock, place)
   test = functools.partial(validate, built, frozen, held_out, writer, clock)
   best = place['best']
   if not place['inner']:
@@ -94,15 +102,13 @@ def loop(built, workdir, writer, base, manager, clock, asked):
       done, last = it * c.train.inner + inner + 1, inner + 1 == c.train.inner
       clock.step = done
       with clock('update'):
-        state, pending = steps.update(state, frozen, batch, inner,
-                                      place['lr_scale'])
+        state, pending = steps.update(state, frozen, batch, inner, place['lr_scale'])
         held.append((done, pending))
         # Nothing waits for an update while there is a buffer to be graded.
         if coming is None:
           write_late(writer, held, batch, workdir)
       stop = asked()
-      due = stop or done == total or checkpoint.is_due(c.checkpoint, done,
-                                                       saved)
+      due = stop or done == total or checkpoint.is_due(c.checkpoint, done, saved)
       if coming and (due or last):
         ahead, numbers = end(coming)
         shown |= numbers
@@ -120,9 +126,17 @@ def loop(built, workdir, writer, base, manager, clock, asked):
         shown, due = shown | numbers, due or best != before
       if due:
         saved = time.monotonic()
-        resume.save(built, manager, clock, state, batch, ahead, dict(
-            place, iteration=it, inner=inner + 1, best=best,
-            seconds=time.time() - begun))
+        resume.save(
+          built,
+          manager,
+          clock,
+          state,
+          batch,
+          ahead,
+          dict(
+            place, iteration=it, inner=inner + 1, best=best, seconds=time.time() - begun
+          ),
+        )
       if stop:
         resume.wait(manager, clock)
         guard.leave()
@@ -139,13 +153,24 @@ def loop(built, workdir, writer, base, manager, clock, asked):
 def start(built, problems, frozen, references, clock, state, it, age):
   """Buffer `it` sampled with the parameters of `state` (rollout.Started)."""
   c = built.config
-  references = [optim.reference_of(state.opt_state) if tree is None else tree
-                for tree in references]
+  references = [
+    optim.reference_of(state.opt_state) if tree is None else tree for tree in references
+  ]
   with clock('rollout'):
     return rollout.start(
-        built.steps, problems, state.trainable, frozen, it, age,
-        prompts=c.train.prompts, group=c.train.group, seed=c.seed,
-        bucket=c.data.bucket, clock=clock, references=tuple(references))
+      built.steps,
+      problems,
+      state.trainable,
+      frozen,
+      it,
+      age,
+      prompts=c.train.prompts,
+      group=c.train.group,
+      seed=c.seed,
+      bucket=c.data.bucket,
+      clock=clock,
+      references=tuple(references),
+    )
 
 
 def finish(built, problems, workdir, writer, clock, place, started):
@@ -156,17 +181,27 @@ def finish(built, problems, workdir, writer, clock, place, started):
   c = built.config
   with clock('rollout'):
     batch, numbers, samples = rollout.finish(
-        built.steps, built.task, built.tokenizer, problems, started,
-        group=c.train.group, protocol=c.data.protocol, samples=c.log.samples,
-        weights=c.reward.weights, clock=clock)
+      built.steps,
+      built.task,
+      built.tokenizer,
+      problems,
+      started,
+      group=c.train.group,
+      protocol=c.data.protocol,
+      samples=c.log.samples,
+      weights=c.reward.weights,
+      clock=clock,
+    )
   resume.append(workdir, samples)
   rules = check.settings(health.Config, c.health)
   place['health'] = health.note(rules, place['health'], numbers)
-  numbers |= {'ill': len(health.broken(rules, place['health'])),
-              'lr_scale': place['lr_scale']}
-  return batch, writer.write('rl', started.iteration,
-                             {**numbers, **build.compilations(),
-                              **clock.take()})
+  numbers |= {
+    'ill': len(health.broken(rules, place['health'])),
+    'lr_scale': place['lr_scale'],
+  }
+  return batch, writer.write(
+    'rl', started.iteration, {**numbers, **build.compilations(), **clock.take()}
+  )
 
 
 def judge(built, workdir, place, it, written):
@@ -194,10 +229,14 @@ def collapse(built, place, it):
   if rules.action not in ('stop', 'rollback') or not mesh.agree(found):
     return
   if not found:  # another process has: all end here
-    raise health.Collapse('another process has found a collapse', {
-        'iteration': it, 'rule': 'of another process'})
-  raise health.Collapse(health.told(rules, place['health'], found[0]),
-                        health.record(rules, place['health'], it, found[0]))
+    raise health.Collapse(
+      'another process has found a collapse',
+      {'iteration': it, 'rule': 'of another process'},
+    )
+  raise health.Collapse(
+    health.told(rules, place['health'], found[0]),
+    health.record(rules, place['health'], it, found[0]),
+  )
 
 
 def validate(built, frozen, held_out, writer, clock, state, it, best):
@@ -223,19 +262,22 @@ def stop_if_not_finite(written, batch, workdir):
   if not written or written['finite']:
     return
   folder = os.path.join(workdir, 'failed')
-  path = os.path.join(folder, f"update_{written['step']}.npz")
+  path = os.path.join(folder, f'update_{written["step"]}.npz')
   batch = mesh.fetch(batch)
   leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
   if jax.process_index() == 0:
     os.makedirs(folder, exist_ok=True)
     np.savez(path, **{mesh.path_of(where): leaf for where, leaf in leaves})
   raise health.Collapse(
-      f"loss or gradient is not finite at update {written['step']}: loss "
-      f"{written['loss']}, gradient norm {written['grad_norm']}; its batch is "
-      f'in {path}, the last checkpoint is intact. Try a smaller optim.lr', {
-          'iteration': int(batch.row[0]) // len(batch.row), 'rule': 'finite',
-          'values': [health.as_json(written[name]) for name in (
-              'loss', 'grad_norm')]})
+    f'loss or gradient is not finite at update {written["step"]}: loss '
+    f'{written["loss"]}, gradient norm {written["grad_norm"]}; its batch is '
+    f'in {path}, the last checkpoint is intact. Try a smaller optim.lr',
+    {
+      'iteration': int(batch.row[0]) // len(batch.row),
+      'rule': 'finite',
+      'values': [health.as_json(written[name]) for name in ('loss', 'grad_norm')],
+    },
+  )
 
 
 def write_late(writer, held, batch, workdir):

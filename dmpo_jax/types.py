@@ -93,27 +93,27 @@ class TrainState(NamedTuple):
 
 # What an objective may ask for. What is not asked for costs nothing.
 NEEDS = {
-    'old': 'Scored.logp_old', 'ref': 'Scored.logp_ref',
-    'elbo_old': "batch.elbo_old, under the loss's masks",
-    'elbo_ref': "extra['elbo_ref'] (R,), the same of the reference",
-    'tokens_old': "extra['tokens_old'] (R, K, L), log-probs under the loss's "
-                  'masks',
-    'tokens_ref': "extra['tokens_ref'], the same of the reference",
-    'policy': '`reweigh` is called in every update',
-    'fresh': "`reweigh` gets ELBOs under other masks than the loss's; elbo_ref "
-             'is under the same',
-    'prompt': "draw's record: 'prompt' (R, P) bool, which tokens are real",
-    'block': "draw's record: 'block' int, the sampler's",
-    'record': "draw's record, and extra['record']: order, logp, confidence",
-    'entropy': "the record: 'entropy' (R, L), of a token's law when revealed",
-    'fallback': "the record: 'fallback' (R, L) bool, no token was sure enough",
-    'place': "the record: 'place' (R, L), log-prob of a step's positions",
-    'law': 'log-probs are those of the sampling law, not of temperature 1',
-    'centred': "extra['centred'] (R, K, L), logits less their mean; and "
-               "'centred_old' with tokens_old",
-    'score': "extra['score'] (R, K, L), by which plackett_luce ranks",
-    'guess': "Scored.guess: the loss's states, completed in one step, graded",
-    'left_to_right': 'completions are sampled from left to right',
+  'old': 'Scored.logp_old',
+  'ref': 'Scored.logp_ref',
+  'elbo_old': "batch.elbo_old, under the loss's masks",
+  'elbo_ref': "extra['elbo_ref'] (R,), the same of the reference",
+  'tokens_old': "extra['tokens_old'] (R, K, L), log-probs under the loss's masks",
+  'tokens_ref': "extra['tokens_ref'], the same of the reference",
+  'policy': '`reweigh` is called in every update',
+  'fresh': "`reweigh` gets ELBOs under other masks than the loss's; elbo_ref "
+  'is under the same',
+  'prompt': "draw's record: 'prompt' (R, P) bool, which tokens are real",
+  'block': "draw's record: 'block' int, the sampler's",
+  'record': "draw's record, and extra['record']: order, logp, confidence",
+  'entropy': "the record: 'entropy' (R, L), of a token's law when revealed",
+  'fallback': "the record: 'fallback' (R, L) bool, no token was sure enough",
+  'place': "the record: 'place' (R, L), log-prob of a step's positions",
+  'law': 'log-probs are those of the sampling law, not of temperature 1',
+  'centred': "extra['centred'] (R, K, L), logits less their mean; and "
+  "'centred_old' with tokens_old",
+  'score': "extra['score'] (R, K, L), by which plackett_luce ranks",
+  'guess': "Scored.guess: the loss's states, completed in one step, graded",
+  'left_to_right': 'completions are sampled from left to right',
 }
 
 

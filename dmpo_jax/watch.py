@@ -24,14 +24,23 @@ def pieces(tokens_L, order_L, decode):
   decode: list of ids -> text, for each token alone. A model may write what
   commands a terminal: control characters are shown as dots.
   """
-  texts = [''.join(c if c.isprintable() else UNSEEN
-                   for c in decode([int(t)]).replace('\n', BREAK))
-           for t in tokens_L]
-  kind = lambda at, step: ('new' if at == step else
-                           'old' if at < step else 'mask')
-  return [(step, [(text if kind(at, step) != 'mask' else MASK, kind(at, step))
-                  for text, at in zip(texts, order_L, strict=True)])
-          for step in range(-1, max(order_L) + 1)]
+  texts = [
+    ''.join(
+      c if c.isprintable() else UNSEEN for c in decode([int(t)]).replace('\n', BREAK)
+    )
+    for t in tokens_L
+  ]
+  kind = lambda at, step: 'new' if at == step else 'old' if at < step else 'mask'
+  return [
+    (
+      step,
+      [
+        (text if kind(at, step) != 'mask' else MASK, kind(at, step))
+        for text, at in zip(texts, order_L, strict=True)
+      ],
+    )
+    for step in range(-1, max(order_L) + 1)
+  ]
 
 
 def terminal(steps, colour=True):
@@ -49,9 +58,15 @@ def page(steps, title, prompt, told):
   rows = []
   for step, parts in steps:
     cells = ''.join(
-        html.escape(text) if kind == 'old' else
-        f'<span class="{kind}">{html.escape(text)}</span>'
-        for text, kind in parts)
+      html.escape(text)
+      if kind == 'old'
+      else f'<span class="{kind}">{html.escape(text)}</span>'
+      for text, kind in parts
+    )
     rows.append(f'<tr><td>{step + 1}</td><td>{cells}</td></tr>')
-  return PAGE.format(title=html.escape(title), prompt=html.escape(prompt),
-                     told=html.escape(told), rows='\n'.join(rows))
+  return PAGE.format(
+    title=html.escape(title),
+    prompt=html.escape(prompt),
+    told=html.escape(told),
+    rows='\n'.join(rows),
+  )

@@ -42,78 +42,166 @@ class Family(NamedTuple):
 
 SIZES = ('width', 'layers', 'heads', 'mlp', 'vocab')
 ANY = (  # what transformers writes into every config.json
-    'architectures', 'auto_map', 'model_type', 'torch_dtype', 'dtype',
-    'transformers_version', '_name_or_path', '_attn_implementation',
-    'attn_implementation', 'use_cache', 'initializer_range', 'bos_token_id',
-    'eos_token_id', 'pad_token_id', 'mask_token_id', 'attention_dropout',
-    'unsloth_version', 'id2label', 'label2id', 'return_dict',
-    'output_attentions', 'output_hidden_states')
+  'architectures',
+  'auto_map',
+  'model_type',
+  'torch_dtype',
+  'dtype',
+  'transformers_version',
+  '_name_or_path',
+  '_attn_implementation',
+  'attn_implementation',
+  'use_cache',
+  'initializer_range',
+  'bos_token_id',
+  'eos_token_id',
+  'pad_token_id',
+  'mask_token_id',
+  'attention_dropout',
+  'unsloth_version',
+  'id2label',
+  'label2id',
+  'return_dict',
+  'output_attentions',
+  'output_hidden_states',
+)
 LLADA = Family(
-    fields=dict(
-        d_model='width', n_layers='layers', n_heads='heads',
-        n_kv_heads='kv_heads', mlp_hidden_size='mlp', embedding_size='vocab',
-        rope_theta='rope_theta', rms_norm_eps='eps', weight_tying='tied',
-        max_sequence_length='positions', include_qkv_bias='qkv_bias'),
-    needs=SIZES,
-    fixed=dict(
-        activation_type=('silu', 'swiglu'), alibi=(False,),
-        attention_layer_norm=(False,), bias_for_layer_norm=(False, None),
-        block_type=('llama',), include_bias=(False,),
-        input_emb_norm=(False,), layer_norm_type=('rms',),
-        layer_norm_with_affine=(True,), multi_query_attention=(None, False),
-        rope=(True,), scale_logits=(False,), clip_qkv=(None,),
-        quantization_config=(None,)),
-    ignored=(
-        'alibi_bias_max', 'attention_layer_norm_with_affine',
-        'block_group_size', 'embedding_dropout', 'flash_attention',
-        'init_cutoff_factor', 'init_device', 'init_fn', 'init_std',
-        'mlp_ratio', 'precision', 'residual_dropout', 'rope_full_precision',
-        'vocab_size', 'emb_init_std', 'flex_attention'),
-    tensors=dict(
-        embedding='model.transformer.wte.weight',
-        final_norm='model.transformer.ln_f.weight',
-        head='model.transformer.ff_out.weight'),
-    layer='model.transformer.blocks.{}.',
-    layers=dict(
-        q='q_proj', k='k_proj', v='v_proj', o='attn_out', gate='ff_proj',
-        up='up_proj', down='ff_out', attn_norm='attn_norm',
-        mlp_norm='ff_norm'))
+  fields=dict(
+    d_model='width',
+    n_layers='layers',
+    n_heads='heads',
+    n_kv_heads='kv_heads',
+    mlp_hidden_size='mlp',
+    embedding_size='vocab',
+    rope_theta='rope_theta',
+    rms_norm_eps='eps',
+    weight_tying='tied',
+    max_sequence_length='positions',
+    include_qkv_bias='qkv_bias',
+  ),
+  needs=SIZES,
+  fixed=dict(
+    activation_type=('silu', 'swiglu'),
+    alibi=(False,),
+    attention_layer_norm=(False,),
+    bias_for_layer_norm=(False, None),
+    block_type=('llama',),
+    include_bias=(False,),
+    input_emb_norm=(False,),
+    layer_norm_type=('rms',),
+    layer_norm_with_affine=(True,),
+    multi_query_attention=(None, False),
+    rope=(True,),
+    scale_logits=(False,),
+    clip_qkv=(None,),
+    quantization_config=(None,),
+  ),
+  ignored=(
+    'alibi_bias_max',
+    'attention_layer_norm_with_affine',
+    'block_group_size',
+    'embedding_dropout',
+    'flash_attention',
+    'init_cutoff_factor',
+    'init_device',
+    'init_fn',
+    'init_std',
+    'mlp_ratio',
+    'precision',
+    'residual_dropout',
+    'rope_full_precision',
+    'vocab_size',
+    'emb_init_std',
+    'flex_attention',
+  ),
+  tensors=dict(
+    embedding='model.transformer.wte.weight',
+    final_norm='model.transformer.ln_f.weight',
+    head='model.transformer.ff_out.weight',
+  ),
+  layer='model.transformer.blocks.{}.',
+  layers=dict(
+    q='q_proj',
+    k='k_proj',
+    v='v_proj',
+    o='attn_out',
+    gate='ff_proj',
+    up='up_proj',
+    down='ff_out',
+    attn_norm='attn_norm',
+    mlp_norm='ff_norm',
+  ),
+)
 QWEN = Family(
-    fields=dict(
-        hidden_size='width', num_hidden_layers='layers',
-        num_attention_heads='heads', num_key_value_heads='kv_heads',
-        head_dim='head_dim', intermediate_size='mlp', vocab_size='vocab',
-        rms_norm_eps='eps', tie_word_embeddings='tied',
-        max_position_embeddings='positions', rope_theta='rope_theta'),
-    needs=SIZES,
-    fixed=dict(
-        hidden_act=('silu',), attention_bias=(False,), mlp_bias=(False,),
-        rope_scaling=(None,), use_sliding_window=(False,),
-        use_mrope=(False,), pretraining_tp=(1,), quantization_config=(None,)),
-    ignored=(
-        'sliding_window', 'max_window_layers', 'full_attn_mask', 'is_causal',
-        'fuse_cross_entropy', 'debug', 'ep_size', 'micro_forward',
-        'skip_checkpoint'),
-    tensors=dict(embedding='model.embed_tokens.weight',
-                 final_norm='model.norm.weight', head='lm_head.weight'),
-    layer='model.layers.{}.',
-    layers=dict(
-        q='self_attn.q_proj', k='self_attn.k_proj', v='self_attn.v_proj',
-        o='self_attn.o_proj', gate='mlp.gate_proj', up='mlp.up_proj',
-        down='mlp.down_proj', attn_norm='input_layernorm',
-        mlp_norm='post_attention_layernorm', q_norm='self_attn.q_norm',
-        k_norm='self_attn.k_norm'))
+  fields=dict(
+    hidden_size='width',
+    num_hidden_layers='layers',
+    num_attention_heads='heads',
+    num_key_value_heads='kv_heads',
+    head_dim='head_dim',
+    intermediate_size='mlp',
+    vocab_size='vocab',
+    rms_norm_eps='eps',
+    tie_word_embeddings='tied',
+    max_position_embeddings='positions',
+    rope_theta='rope_theta',
+  ),
+  needs=SIZES,
+  fixed=dict(
+    hidden_act=('silu',),
+    attention_bias=(False,),
+    mlp_bias=(False,),
+    rope_scaling=(None,),
+    use_sliding_window=(False,),
+    use_mrope=(False,),
+    pretraining_tp=(1,),
+    quantization_config=(None,),
+  ),
+  ignored=(
+    'sliding_window',
+    'max_window_layers',
+    'full_attn_mask',
+    'is_causal',
+    'fuse_cross_entropy',
+    'debug',
+    'ep_size',
+    'micro_forward',
+    'skip_checkpoint',
+  ),
+  tensors=dict(
+    embedding='model.embed_tokens.weight',
+    final_norm='model.norm.weight',
+    head='lm_head.weight',
+  ),
+  layer='model.layers.{}.',
+  layers=dict(
+    q='self_attn.q_proj',
+    k='self_attn.k_proj',
+    v='self_attn.v_proj',
+    o='self_attn.o_proj',
+    gate='mlp.gate_proj',
+    up='mlp.up_proj',
+    down='mlp.down_proj',
+    attn_norm='input_layernorm',
+    mlp_norm='post_attention_layernorm',
+    q_norm='self_attn.q_norm',
+    k_norm='self_attn.k_norm',
+  ),
+)
 
 # model_type -> (how it is written, what the type implies)
 DREAM, QWEN3 = dict(qkv_bias=True, shift=True), dict(qk_norm=True)
 FAMILIES = {
-    'llada': (LLADA, {}),
-    'Dream': (QWEN, DREAM), 'dream': (QWEN, DREAM),
-    'sdar': (QWEN, QWEN3),
-    'qwen2': (QWEN, dict(qkv_bias=True)),
-    'a2d-qwen2': (QWEN, dict(qkv_bias=True)),
-    'qwen3': (QWEN, QWEN3), 'a2d-qwen3': (QWEN, QWEN3),
-    'llama': (QWEN, {}), 'a2d-llama': (QWEN, {}),
+  'llada': (LLADA, {}),
+  'Dream': (QWEN, DREAM),
+  'dream': (QWEN, DREAM),
+  'sdar': (QWEN, QWEN3),
+  'qwen2': (QWEN, dict(qkv_bias=True)),
+  'a2d-qwen2': (QWEN, dict(qkv_bias=True)),
+  'qwen3': (QWEN, QWEN3),
+  'a2d-qwen3': (QWEN, QWEN3),
+  'llama': (QWEN, {}),
+  'a2d-llama': (QWEN, {}),
 }
 
 
@@ -125,8 +213,9 @@ def load_hf(path, dtype='float32', mesh=None, **settings):
   missing, unexpected, mis-shaped or unknown.
   """
   folder = locate(path)
-  cfg = model.ModelConfig(**{'dtype': dtype, **read_config(folder),
-                             **settings, 'param_dtype': dtype})
+  cfg = model.ModelConfig(
+    **{'dtype': dtype, **read_config(folder), **settings, 'param_dtype': dtype}
+  )
   return cfg, read_params(folder, cfg, mesh)
 
 
@@ -138,16 +227,21 @@ def locate(path, weights=True):
   if os.path.isdir(path):
     return path
   if path.count('/') != 1 or path.startswith(('.', '/', '~')):
-    raise ValueError(f'model.checkpoint = {path!r} is no directory, and no hub '
-                     "name ('owner/name') either")
+    raise ValueError(
+      f'model.checkpoint = {path!r} is no directory, and no hub '
+      "name ('owner/name') either"
+    )
   import huggingface_hub
+
   try:
     return huggingface_hub.snapshot_download(
-        path, allow_patterns=[*SMALL, *['*.safetensors'] * weights])
+      path, allow_patterns=[*SMALL, *['*.safetensors'] * weights]
+    )
   except Exception as error:  # many kinds: offline, no such name, no access
     raise ValueError(
-        f'model.checkpoint = {path!r} is no directory here and could not be '
-        f'had from the hub: {str(error).splitlines()[0]}') from error
+      f'model.checkpoint = {path!r} is no directory here and could not be '
+      f'had from the hub: {str(error).splitlines()[0]}'
+    ) from error
 
 
 # --- config.json
@@ -169,15 +263,14 @@ def family_of(folder):
   """(Family, what its type implies, config.json) of a directory."""
   raw = read_json(folder, 'config.json')
   if not raw:
-    raise ValueError(f'{folder} has no config.json: it is no Hugging Face '
-                     'checkpoint')
+    raise ValueError(f'{folder} has no config.json: it is no Hugging Face checkpoint')
   kind = raw.get('model_type')
   if kind not in FAMILIES:
     close = difflib.get_close_matches(str(kind), list(FAMILIES), 1)
     raise ValueError(
-        f'{folder}/config.json: model_type = {kind!r} is none of '
-        f'{", ".join(FAMILIES)}' + (f'; did you mean {close[0]!r}?'
-                                    if close else ''))
+      f'{folder}/config.json: model_type = {kind!r} is none of '
+      f'{", ".join(FAMILIES)}' + (f'; did you mean {close[0]!r}?' if close else '')
+    )
   return *FAMILIES[kind], raw
 
 
@@ -189,8 +282,11 @@ def read_config(folder):
   """
   family, implied, raw = family_of(folder)
   raw, found = without_nesting(raw), []
-  fields = {ours: raw[theirs] for theirs, ours in family.fields.items()
-            if raw.get(theirs) is not None}
+  fields = {
+    ours: raw[theirs]
+    for theirs, ours in family.fields.items()
+    if raw.get(theirs) is not None
+  }
   if 'vocab' not in fields and raw.get('vocab_size'):
     fields['vocab'] = raw['vocab_size']
   fields = {**fields, **implied}
@@ -201,10 +297,13 @@ def read_config(folder):
   found += [f'{names[n]} is missing' for n in family.needs if n not in fields]
   for name, value in raw.items():
     if name in family.fixed and value not in family.fixed[name]:
-      found.append(f'{name} = {value!r}: only {family.fixed[name][0]!r} is '
-                   'implemented')
-    elif not (name in family.fields or name in family.fixed
-              or name in family.ignored or name in ANY):
+      found.append(f'{name} = {value!r}: only {family.fixed[name][0]!r} is implemented')
+    elif not (
+      name in family.fields
+      or name in family.fixed
+      or name in family.ignored
+      or name in ANY
+    ):
       found.append(f'{name} = {value!r} is an unknown field')
   ids, wrong = special_ids(folder, raw, fields.get('vocab') or 0)
   complain(f'{folder}/config.json', found + wrong)
@@ -233,10 +332,13 @@ def special_ids(folder, raw, vocab):
   (the mask) from the usual names among the added tokens.
   """
   told = read_json(folder, 'tokenizer_config.json')
-  added = {t['content']: t['id'] for t in read_json(
-      folder, 'tokenizer.json').get('added_tokens', [])}
-  added |= {t['content']: int(i) for i, t in told.get(
-      'added_tokens_decoder', {}).items()}
+  added = {
+    t['content']: t['id']
+    for t in read_json(folder, 'tokenizer.json').get('added_tokens', [])
+  }
+  added |= {
+    t['content']: int(i) for i, t in told.get('added_tokens_decoder', {}).items()
+  }
   ids, found = {}, []
   for name in ('mask', 'eos', 'pad'):
     value = raw.get(f'{name}_token_id')
@@ -245,8 +347,9 @@ def special_ids(folder, raw, vocab):
     token = token['content'] if isinstance(token, dict) else token
     spoken = added.get(token)
     if name == 'mask' and None not in (value, spoken) and value != spoken:
-      found.append(f'mask_token_id = {value}, but tokenizer_config.json says '
-                   f'{token!r} = {spoken}')
+      found.append(
+        f'mask_token_id = {value}, but tokenizer_config.json says {token!r} = {spoken}'
+      )
     ids[f'{name}_id'] = spoken if value is None else value
   if ids['mask_id'] is None:
     ids['mask_id'] = next((added[t] for t in MASK_TOKENS if t in added), None)
@@ -254,13 +357,15 @@ def special_ids(folder, raw, vocab):
     ids['pad_id'] = ids['eos_id']
   for name, value in ids.items():
     if value is None:
-      found.append(f'{name[:-3]}_token_id is missing, here and in the '
-                   "tokenizer's files")
+      found.append(
+        f"{name[:-3]}_token_id is missing, here and in the tokenizer's files"
+      )
     elif not 0 <= value < vocab:
-      found.append(f'{name[:-3]}_token_id = {value} is outside the vocabulary '
-                   f'of {vocab}')
+      found.append(
+        f'{name[:-3]}_token_id = {value} is outside the vocabulary of {vocab}'
+      )
   if ids['mask_id'] is not None and ids['mask_id'] == ids['eos_id']:
-    found.append(f"mask_token_id = eos_token_id = {ids['mask_id']}")
+    found.append(f'mask_token_id = eos_token_id = {ids["mask_id"]}')
   return ids, found
 
 
@@ -307,8 +412,9 @@ def entries(cfg, family):
     path = mesh.path_of(path)
     name = path.split('/')[-2]
     if path.startswith('params/layers/') and name not in family.layers:
-      raise ValueError(f'this family has no {name}: its checkpoints cannot '
-                       'hold this model')
+      raise ValueError(
+        f'this family has no {name}: its checkpoints cannot hold this model'
+      )
     out.append((path, leaf, entry_of(path, family, cfg.layers)))
   return out
 
@@ -320,21 +426,31 @@ def tensor_files(folder):
   """
   index = read_json(folder, INDEX).get('weight_map')
   if index:
-    complain(folder, [
+    complain(
+      folder,
+      [
         f'{INDEX} names {f!r}, which is no *.safetensors file of this directory'
         for f in sorted(set(map(str, index.values())))
-        if os.path.basename(f) != f or not f.endswith('.safetensors')])
-    lost = sorted({f for f in index.values()
-                   if not os.path.exists(os.path.join(folder, f))})
+        if os.path.basename(f) != f or not f.endswith('.safetensors')
+      ],
+    )
+    lost = sorted(
+      {f for f in index.values() if not os.path.exists(os.path.join(folder, f))}
+    )
     complain(folder, [f'{INDEX} names {f}, which is not there' for f in lost])
     return index
   files = sorted(glob.glob(os.path.join(glob.escape(folder), '*.safetensors')))
   if not files:
-    raise ValueError(f'{folder} has no *.safetensors file (weights in '
-                     'torch\'s .bin format must be converted first)')
+    raise ValueError(
+      f'{folder} has no *.safetensors file (weights in '
+      "torch's .bin format must be converted first)"
+    )
   with contextlib.ExitStack() as stack:
-    return {name: os.path.basename(path) for path in files
-            for name in open_file(path, stack).keys()}
+    return {
+      name: os.path.basename(path)
+      for path in files
+      for name in open_file(path, stack).keys()
+    }
 
 
 def open_file(path, stack):
@@ -351,12 +467,20 @@ def read_params(folder, cfg, grid=None):
   wanted = entries(cfg, family)
   with contextlib.ExitStack() as stack:
     files = tensor_files(folder)
-    opened = {name: open_file(os.path.join(folder, name), stack)
-              for name in sorted(set(files.values()))}
+    opened = {
+      name: open_file(os.path.join(folder, name), stack)
+      for name in sorted(set(files.values()))
+    }
     check_tensors(folder, wanted, files, opened)
-    leaves = [read_leaf(leaf, entry, lambda name: opened[
-        files[name]].get_slice(name), place(path, leaf, grid))
-              for path, leaf, entry in wanted]
+    leaves = [
+      read_leaf(
+        leaf,
+        entry,
+        lambda name: opened[files[name]].get_slice(name),
+        place(path, leaf, grid),
+      )
+      for path, leaf, entry in wanted
+    ]
   return jax.tree.unflatten(jax.tree.structure(abstract(cfg)), leaves)
 
 
@@ -364,7 +488,7 @@ def check_tensors(folder, wanted, files, opened):
   """One ValueError for all tensors missing, unexpected or of another shape."""
   found, known = [], set()
   for _, leaf, entry in wanted:
-    shape = leaf.shape[entry.stacked:]
+    shape = leaf.shape[entry.stacked :]
     shape = shape[::-1] if entry.transposed else shape
     for name in entry.names:
       known.add(name)
@@ -380,8 +504,11 @@ def check_tensors(folder, wanted, files, opened):
         found.append(f'{name} is {got}, config.json means {shape}')
   # Tied checkpoints may write the head all the same; buffers are no weights.
   spare = ('lm_head.weight', 'model.transformer.ff_out.weight')
-  found += [f'{name} is unexpected' for name in sorted(set(files) - known)
-            if name not in spare and not name.endswith('rotary_emb.inv_freq')]
+  found += [
+    f'{name} is unexpected'
+    for name in sorted(set(files) - known)
+    if name not in spare and not name.endswith('rotary_emb.inv_freq')
+  ]
   if len(found) > 12:
     found = [*found[:12], f'and {len(found) - 12} more']
   complain(folder, found)
@@ -400,8 +527,7 @@ def read_leaf(leaf, entry, get_slice, sharding):
   Replicas are read once.
   """
   parts = {}
-  for device, at in sharding.addressable_devices_indices_map(
-      leaf.shape).items():
+  for device, at in sharding.addressable_devices_indices_map(leaf.shape).items():
     parts.setdefault(str(at), (at, []))[1].append(device)
   arrays = []
   for at, devices in parts.values():
@@ -415,7 +541,7 @@ def read_part(leaf, entry, get_slice, at):
   """One device's slice of a leaf as a host array of its dtype."""
   bounds = [s.indices(n)[:2] for s, n in zip(at, leaf.shape, strict=True)]
   shape = [stop - start for start, stop in bounds]
-  inner = tuple(slice(*b) for b in bounds[entry.stacked:])
+  inner = tuple(slice(*b) for b in bounds[entry.stacked :])
   inner = inner[::-1] if entry.transposed else inner
   turn = (lambda x: x.T) if entry.transposed else (lambda x: x)
   if not entry.stacked:
@@ -436,17 +562,24 @@ def read_adapter(path, cfg, folder='', grid=None):
   """
   told = read_json(path, 'adapter_config.json')
   if not told:
-    raise ValueError(f'lora.path = {path!r} has no adapter_config.json: it is '
-                     'no PEFT adapter')
-  found = [f'{name} = {told[name]!r}: only {plain!r} is implemented'
-           for name, plain in PEFT_FIXED.items()
-           if told.get(name, plain) not in (plain, None, {}, [])]
+    raise ValueError(
+      f'lora.path = {path!r} has no adapter_config.json: it is no PEFT adapter'
+    )
+  found = [
+    f'{name} = {told[name]!r}: only {plain!r} is implemented'
+    for name, plain in PEFT_FIXED.items()
+    if told.get(name, plain) not in (plain, None, {}, [])
+  ]
   init = told.get('init_lora_weights')
   if init not in (True, False, None, *PEFT_INIT):
-    found.append(f'init_lora_weights = {init!r} may change the base, too: only '
-                 f'true, false, {", ".join(PEFT_INIT)} are implemented')
-  for field, name, value in (('rank', 'r', cfg.lora_rank),
-                             ('alpha', 'lora_alpha', cfg.lora_alpha)):
+    found.append(
+      f'init_lora_weights = {init!r} may change the base, too: only '
+      f'true, false, {", ".join(PEFT_INIT)} are implemented'
+    )
+  for field, name, value in (
+    ('rank', 'r', cfg.lora_rank),
+    ('alpha', 'lora_alpha', cfg.lora_alpha),
+  ):
     if told.get(name) != value:
       found.append(f'{name} = {told.get(name)}, but lora.{field} = {value}')
   complain(f'{path}/adapter_config.json', found)
@@ -456,22 +589,32 @@ def read_adapter(path, cfg, folder='', grid=None):
     name = 'adapter_model.safetensors'
     file = open_file(os.path.join(path, name), stack)
     try:
-      check_tensors(path, wanted, dict.fromkeys(file.keys(), name),
-                    {name: file})
+      check_tensors(path, wanted, dict.fromkeys(file.keys(), name), {name: file})
     except ValueError as error:
-      raise ValueError(f'{error} (lora.targets = {cfg.lora_targets!r}; the '
-                       'adapter was made for '
-                       f"{told.get('base_model_name_or_path')!r}, targets "
-                       f"{told.get('target_modules')!r})") from None
-    leaves = [read_leaf(leaf, entry, file.get_slice, place(path, leaf, grid))
-              for path, leaf, entry in wanted]
+      raise ValueError(
+        f'{error} (lora.targets = {cfg.lora_targets!r}; the '
+        'adapter was made for '
+        f'{told.get("base_model_name_or_path")!r}, targets '
+        f'{told.get("target_modules")!r})'
+      ) from None
+    leaves = [
+      read_leaf(leaf, entry, file.get_slice, place(path, leaf, grid))
+      for path, leaf, entry in wanted
+    ]
   shapes = abstract_adapter(cfg)
   return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
-PEFT_FIXED = dict(peft_type='LORA', bias='none', use_dora=False,
-                  use_rslora=False, modules_to_save=None, rank_pattern={},
-                  alpha_pattern={}, fan_in_fan_out=False)
+PEFT_FIXED = dict(
+  peft_type='LORA',
+  bias='none',
+  use_dora=False,
+  use_rslora=False,
+  modules_to_save=None,
+  rank_pattern={},
+  alpha_pattern={},
+  fan_in_fan_out=False,
+)
 PEFT_INIT = ('gaussian', 'orthogonal', 'eva')  # those that leave the base alone
 
 
@@ -488,8 +631,7 @@ def adapter_entries(cfg, family):
     path = mesh.path_of(path)
     _, _, name, part = path.split('/')
     stem = f'base_model.model.{family.layer}{family.layers[name]}.lora_'
-    names = tuple(f'{stem}{part.upper()}.weight'.format(i)
-                  for i in range(cfg.layers))
+    names = tuple(f'{stem}{part.upper()}.weight'.format(i) for i in range(cfg.layers))
     out.append((path, leaf, Entry(names, True, True)))
   return out
 

@@ -140,9 +140,7 @@ def full_logits(cfg, params, tokens_T):
 
 def subsets(length):
   """All masks, (2^L, L) bool; row j masks the bits of j."""
-  return np.array(
-    [[bool(j >> i & 1) for i in range(length)] for j in range(2**length)]
-  )
+  return np.array([[bool(j >> i & 1) for i in range(length)] for j in range(2**length)])
 
 
 def index_of(masked):
@@ -305,8 +303,9 @@ def schedule(hp):
     shares = [1 - t[i + 1] / t[i] for i in range(per_block - 1)] + [1.0]
     return [(None, share) for share in shares]
   more = hp.block % per_block
-  return [(hp.block // per_block + (i < more), 1 / (per_block - i))
-          for i in range(per_block)]
+  return [
+    (hp.block // per_block + (i < more), 1 / (per_block - i)) for i in range(per_block)
+  ]
 
 
 def law_of(logits, hp):
@@ -335,8 +334,7 @@ def unfinished(hp, cfg, completion):
 def canvas(cfg, prompt, hp):
   """A completion before its first step: (tokens, order, logp, sure, step)."""
   tokens = [int(t) for t in prompt] + [cfg.mask_id] * hp.length
-  return (tokens, np.full(hp.length, -1), np.zeros(hp.length),
-          np.zeros(hp.length), 0)
+  return (tokens, np.full(hp.length, -1), np.zeros(hp.length), np.zeros(hp.length), 0)
 
 
 def sample(cfg, params, prompt, hp, noise=None):
@@ -360,13 +358,13 @@ def sample(cfg, params, prompt, hp, noise=None):
         logits = unled + (hp.guidance + 1) * (logits - unled)
       logits[:, cfg.mask_id] = -np.inf  # the mask token is never drawn
       proposal, law, prob, own, confidence = proposed(
-        logits, hp, noise(step) if noise else (0.0, None))
+        logits, hp, noise(step) if noise else (0.0, None)
+      )
       uniform = noise(step)[1] if noise else np.zeros(hp.block)
       quota, share = plan[min(done, len(plan) - 1)]
       if quota is None:
         quota = int(np.float32(len(left)) * share)
-      for j in picks(hp, prob[left], confidence[left], quota, share,
-                     uniform[left]):
+      for j in picks(hp, prob[left], confidence[left], quota, share, uniform[left]):
         i = left[j]
         tokens[start + i] = int(proposal[i])
         order[at + i], sure[at + i] = step, own[i]
@@ -422,7 +420,8 @@ def wino(cfg, params, prompt, hp, noise=None):
       logits, shadow = shadow_logits(cfg, params, tokens, start, hp.block)
       logits[:, cfg.mask_id] = shadow[:, cfg.mask_id] = -np.inf
       proposal, law, _, own, confidence = proposed(
-        logits, hp, noise(step) if noise else (0.0, None))
+        logits, hp, noise(step) if noise else (0.0, None)
+      )
       hindsight = np.exp(log_softmax(shadow))
       over = [j for j in range(len(left)) if confidence[left[j]] > hp.threshold]
       most = min(max(int(0.7 * len(left)), 5), 20)
@@ -506,16 +505,41 @@ def hf_logits(folder, tokens_T):
   heads = get('n_heads', 'num_attention_heads')
   kv = get('n_kv_heads', 'num_key_value_heads', heads)
   eps, theta = c['rms_norm_eps'], c['rope_theta']
-  root, top = (('model.transformer.blocks', 'model.transformer') if llada
-               else ('model.layers', 'model'))
-  names = (dict(zip('qkvogud', (
-      'q_proj', 'k_proj', 'v_proj', 'attn_out', 'ff_proj', 'up_proj',
-      'ff_out'), strict=True)) if llada else dict(zip('qkvogud', (
-          'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj',
-          'self_attn.o_proj', 'mlp.gate_proj', 'mlp.up_proj',
-          'mlp.down_proj'), strict=True)))
-  norms = (('attn_norm', 'ff_norm') if llada else
-           ('input_layernorm', 'post_attention_layernorm'))
+  root, top = (
+    ('model.transformer.blocks', 'model.transformer')
+    if llada
+    else ('model.layers', 'model')
+  )
+  names = (
+    dict(
+      zip(
+        'qkvogud',
+        ('q_proj', 'k_proj', 'v_proj', 'attn_out', 'ff_proj', 'up_proj', 'ff_out'),
+        strict=True,
+      )
+    )
+    if llada
+    else dict(
+      zip(
+        'qkvogud',
+        (
+          'self_attn.q_proj',
+          'self_attn.k_proj',
+          'self_attn.v_proj',
+          'self_attn.o_proj',
+          'mlp.gate_proj',
+          'mlp.up_proj',
+          'mlp.down_proj',
+        ),
+        strict=True,
+      )
+    )
+  )
+  norms = (
+    ('attn_norm', 'ff_norm')
+    if llada
+    else ('input_layernorm', 'post_attention_layernorm')
+  )
   table = t[f'{top}.wte.weight' if llada else 'model.embed_tokens.weight']
   x = table[tokens_T]
   place = np.arange(len(tokens_T))
@@ -549,8 +573,7 @@ def hf_logits(folder, tokens_T):
     y = rms_norm(x, t[f'{root}.{i}.{norms[1]}.weight'], eps)
     gate = linear(i, 'g', y)
     x = x + linear(i, 'd', gate / (1 + np.exp(-gate)) * linear(i, 'u', y))
-  x = rms_norm(x, t[f'{top}.ln_f.weight' if llada else 'model.norm.weight'],
-               eps)
+  x = rms_norm(x, t[f'{top}.ln_f.weight' if llada else 'model.norm.weight'], eps)
   tied = get('weight_tying', 'tie_word_embeddings')
   head = f'{top}.ff_out.weight' if llada else 'lm_head.weight'
   return x @ (table if tied else t[head]).T

@@ -11,17 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base, rivals
-from dmpo_jax import (
-    build,
-    check,
-    checkpoint,
-    mesh,
-    model,
-    rng,
-    rollout,
-    sampler,
-    step,
-)
+from dmpo_jax import build, check, checkpoint, mesh, model, rng, rollout, sampler, step
 from dmpo_jax.objectives import OBJECTIVES, dmpo
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.types import Scored, TrainState
@@ -33,14 +23,27 @@ P, L = 3, 4
 def tiny(name, **changes):
   c = base.get_config()
   c.update_from_flattened_dict(rivals.fields_of(name))
-  c.update_from_flattened_dict({
-      'model.width': 16, 'model.layers': 1, 'model.heads': 2,
-      'model.kv_heads': 2, 'model.mlp': 16, 'data.train_size': 16,
-      'data.validation_size': 8, 'data.test_size': 8,
-      'sampler.length': L, 'sampler.steps': 2, 'sampler.temperature': 0.7,
+  c.update_from_flattened_dict(
+    {
+      'model.width': 16,
+      'model.layers': 1,
+      'model.heads': 2,
+      'model.kv_heads': 2,
+      'model.mlp': 16,
+      'data.train_size': 16,
+      'data.validation_size': 8,
+      'data.test_size': 8,
+      'sampler.length': L,
+      'sampler.steps': 2,
+      'sampler.temperature': 0.7,
       'sampler.block': 1 if name == 'just_grpo' else L,
-      'train.prompts': 2, 'train.group': 4, 'train.inner': 2,
-      'train.microbatches': 1, 'logprob.draws': 2})
+      'train.prompts': 2,
+      'train.group': 4,
+      'train.inner': 2,
+      'train.microbatches': 1,
+      'logprob.draws': 2,
+    }
+  )
   if name == 'just_grpo':
     c.sampler.steps = L
   if 'low' in OBJECTIVES[name].hp.__dataclass_fields__ and name == 'dmpo':
@@ -62,31 +65,62 @@ def through(built, microbatches=1, **common):
 
   class Plain:
     """SGD with rate one: an update is minus the gradient."""
+
     init = staticmethod(lambda tree: ())
     update = staticmethod(
-        lambda grad, state, _: (jax.tree.map(jnp.negative, grad), state))
+      lambda grad, state, _: (jax.tree.map(jnp.negative, grad), state)
+    )
 
   @jax.jit
   def run(params):
     row = jnp.arange(rows)
     keys = rng.row_keys(jax.random.key(1), row)
     prompts = jax.random.randint(jax.random.key(2), (rows, P), 8, 14)
-    out = sampler.sample(cfg, params, prompts, jnp.ones((rows, P), bool), keys,
-                         hp, records)
+    out = sampler.sample(
+      cfg, params, prompts, jnp.ones((rows, P), bool), keys, hp, records
+    )
     completion = jnp.ones((rows, L), bool).at[:, -1].set(row % 2 == 0)
-    scores = step.score(params, params, out, row, completion, jax.random.key(3),
-                        jax.random.key(4), **same, how=how, law=hp.law(),
-                        inner=c.train.inner)
+    scores = step.score(
+      params,
+      params,
+      out,
+      row,
+      completion,
+      jax.random.key(3),
+      jax.random.key(4),
+      **same,
+      how=how,
+      law=hp.law(),
+      inner=c.train.inner,
+    )
     reward = jax.random.uniform(jax.random.key(5), (2, 4)).at[1].set(0.5)
     if 'guess' in scores:
       scores['guess'] = jnp.mean(scores['guess'] % 3, axis=-1)
-    batch, _ = rollout.pack(out, completion, row, reward, scores,
-                            objective=built.objective, hp=built.hp,
-                            inner=c.train.inner, skip_equal=of_all.skip_equal)
+    batch, _ = rollout.pack(
+      out,
+      completion,
+      row,
+      reward,
+      scores,
+      objective=built.objective,
+      hp=built.hp,
+      inner=c.train.inner,
+      skip_equal=of_all.skip_equal,
+    )
     state = TrainState(jnp.int32(0), params, ())
     new, metrics = step.train_step(
-        state, {}, batch, jax.random.key(4), 0, **same, optimizer=Plain,
-        group=4, microbatches=microbatches, law=hp.law(), common=of_all)
+      state,
+      {},
+      batch,
+      jax.random.key(4),
+      0,
+      **same,
+      optimizer=Plain,
+      group=4,
+      microbatches=microbatches,
+      law=hp.law(),
+      common=of_all,
+    )
     return batch, new.trainable, metrics
 
   return run(model.init(cfg, jax.random.key(0)))
@@ -100,12 +134,18 @@ def built_of():
     if name not in cache:
       cache[name] = build.build(tiny(name))
     return cache[name]
+
   return call
 
 
 def close(a, b, tol=1e-5):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(
-      np.asarray(x), np.asarray(y), rtol=tol, atol=tol), a, b)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      np.asarray(x), np.asarray(y), rtol=tol, atol=tol
+    ),
+    a,
+    b,
+  )
 
 
 @pytest.mark.parametrize('name', OBJECTIVES)
@@ -133,8 +173,9 @@ def test_microbatches_change_nothing(name, built_of):
 
 def test_equal_groups_are_skipped(built_of):
   """The second group weighs nothing, the first twice as much."""
-  plain, skipped = (through(built_of('diffu_grpo'), skip_equal=x)[0]
-                    for x in (False, True))
+  plain, skipped = (
+    through(built_of('diffu_grpo'), skip_equal=x)[0] for x in (False, True)
+  )
   assert np.asarray(plain.positive[4:] > 0).all()
   assert not np.asarray(skipped.weight[4:]).any()
   assert not np.asarray(skipped.positive[4:]).any()
@@ -149,8 +190,9 @@ def test_elbo_can_be_held_up(built_of):
   """DiPOD's term adds its gradient, the same for any objective."""
   built = built_of('wd1')
   moves = [through(built, elbo_coef=coef)[1] for coef in (0.0, 0.5, 1.0)]
-  flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-          for tree in moves]
+  flat = [
+    np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in moves
+  ]
   assert np.abs(flat[1] - flat[0]).max() > 1e-4
   close(2 * (flat[1] - flat[0]), flat[2] - flat[0], 1e-4)
 
@@ -162,18 +204,32 @@ def test_what_is_not_asked_for_is_free(built_of):
   batch = through(built)[0]
   rows = batch.tokens.shape[0]
   assert batch.extra is None and batch.weight.shape == (rows,)
-  full = batch._replace(extra=dict(
+  full = batch._replace(
+    extra=dict(
       record=dict(order=jnp.zeros((rows, L), jnp.int32)),
-      elbo_ref=jnp.zeros((rows, 2)), tokens_old=jnp.zeros((rows, 2, 4, L))))
+      elbo_ref=jnp.zeros((rows, 2)),
+      tokens_old=jnp.zeros((rows, 2, 4, L)),
+    )
+  )
   optimizer = build.optim.make_optimizer(1e-3, 0, 0.9, 0.99, 1e-8, 0.0, 1.0)
   params = model.init(built.model, jax.random.key(0))
   state = step.init_state(params, optimizer)
 
   def update(state, batch):
     return step.train_step(
-        state, {}, batch, jax.random.key(0), 0, cfg=built.model,
-        objective=dmpo.OBJECTIVE, hp=built.hp, optimizer=optimizer, group=4,
-        law=dict(block=1), common=Common())
+      state,
+      {},
+      batch,
+      jax.random.key(0),
+      0,
+      cfg=built.model,
+      objective=dmpo.OBJECTIVE,
+      hp=built.hp,
+      optimizer=optimizer,
+      group=4,
+      law=dict(block=1),
+      common=Common(),
+    )
 
   costs, results = [], []
   for each in (batch, full):
@@ -198,19 +254,20 @@ def test_checkpoints_hold_the_extras(built_of, tmp_path):
   built = built_of('diffpo')
   batch = through(built)[0]
   shapes = build.abstract_batch(built, P)
-  batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding),
-                       batch, shapes)
+  batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, shapes)
   state = TrainState(mesh.put(np.int32(1), mesh.replicated(built.mesh)), {}, {})
   with checkpoint.open_manager(str(tmp_path)) as manager:
     checkpoint.save(manager, 1, state, batch, {})
     manager.wait_until_finished()
-    found = checkpoint.restore(manager, checkpoint.abstract(state),
-                               lambda step: (shapes, None))
+    found = checkpoint.restore(
+      manager, checkpoint.abstract(state), lambda step: (shapes, None)
+    )
   jax.tree.map(np.testing.assert_array_equal, found[1], batch)
 
 
 def test_one_step_completions_are_graded(built_of):
   """EGSPO's states, completed at once, go through the task's reward."""
+
   class Steps:
     def __init__(self):
       self.seen = None
@@ -221,24 +278,38 @@ def test_one_step_completions_are_graded(built_of):
 
   built, steps = built_of('egspo'), Steps()
   letters = lambda text, example, protocol: {'length': float(len(text))}
-  task = built.task._replace(reward=letters,
-                             grade=lambda *_: 0.0)
+  task = built.task._replace(reward=letters, grade=lambda *_: 0.0)
   ids = np.array(built.tokenizer('1234')['input_ids'], np.int32)
   guess = np.tile(ids, (8, 3, 1))
   guess[0, 1, 2] = built.tokenizer.eos_token_id  # cuts it to two letters
   guess[5, 2] = -1  # a draw of no step
   zeros = np.zeros((8, L), np.float32)
-  kept = (np.tile(ids, (8, 1)), zeros.astype(np.int32), 4,
-          np.ones((8, L), bool), zeros)
+  kept = (np.tile(ids, (8, 1)), zeros.astype(np.int32), 4, np.ones((8, L), bool), zeros)
 
   class Problems:
-    examples, changed = [built.task.load(
-        'train', check.settings(build.TaskOptions, built.config.data))[0]], 0
+    examples, changed = (
+      [
+        built.task.load('train', check.settings(build.TaskOptions, built.config.data))[
+          0
+        ]
+      ],
+      0,
+    )
 
-  started = rollout.Started(0, 0, np.zeros(2, int), np.arange(8), None, None,
-                            {}, kept, np.arange(8), guess)
-  rollout.finish(steps, task, built.tokenizer, Problems, started, group=4,
-                 protocol='strict', samples=0, weights={})
+  started = rollout.Started(
+    0, 0, np.zeros(2, int), np.arange(8), None, None, {}, kept, np.arange(8), guess
+  )
+  rollout.finish(
+    steps,
+    task,
+    built.tokenizer,
+    Problems,
+    started,
+    group=4,
+    protocol='strict',
+    samples=0,
+    weights={},
+  )
   want = np.full((8, 3), 4.0)
   want[0, 1], want[5, 2] = 2, np.nan
   np.testing.assert_array_equal(steps.seen, want)
@@ -248,16 +319,21 @@ def test_records_of_the_sampler(built_of):
   """Entropies are the model's; a fallback is one leftmost token, alone."""
   cfg = built_of('fork_grpo').model
   params = model.init(cfg, jax.random.key(0))
-  hp = sampler.SampleConfig(8, 8, 8, 1.0, 'threshold', 'max', 0.2,
-                            fallback='leftmost')
+  hp = sampler.SampleConfig(8, 8, 8, 1.0, 'threshold', 'max', 0.2, fallback='leftmost')
   prompts = jax.random.randint(jax.random.key(2), (16, P), 8, 14)
   valid = jnp.ones((16, P), bool)
 
   @jax.jit
   def run(params):
-    out = sampler.sample(cfg, params, prompts, valid,
-                         rng.row_keys(jax.random.key(1), jnp.arange(16)), hp,
-                         ('entropy', 'fallback'))
+    out = sampler.sample(
+      cfg,
+      params,
+      prompts,
+      valid,
+      rng.row_keys(jax.random.key(1), jnp.arange(16)),
+      hp,
+      ('entropy', 'fallback'),
+    )
     blank = jnp.concatenate([prompts, jnp.full((16, 8), cfg.mask_id)], axis=1)
     logits = model.full_logits(cfg, params, blank)[:, P:]
     logp = jax.nn.log_softmax(logits.at[..., cfg.mask_id].set(-1e9))
@@ -291,7 +367,8 @@ def test_a_new_objective_is_one_file(tmp_path, monkeypatch):
   row = np.arange(8, dtype=np.int32)
   params = built.steps.init()
   rollouts, completion = built.steps.sample(
-      params, np.zeros((8, P), np.int32), np.ones((8, P), bool), row)
+    params, np.zeros((8, P), np.int32), np.ones((8, P), bool), row
+  )
   scores = built.steps.score(params, params, rollouts, row, completion)
   reward = np.random.default_rng(0).random((2, 4)).astype(np.float32)
   batch, _ = built.steps.pack(rollouts, completion, row, reward, scores)
@@ -308,27 +385,35 @@ def test_a_new_objective_is_one_file(tmp_path, monkeypatch):
 
 
 REFUSED = {
-    'sampler.pick = wino.*recorded steps.*agrpo': ('agrpo', {
-        'sampler.pick': 'wino'}),
-    'sampler.temperature = 0': ('diffpo', {'sampler.temperature': 0.0}),
-    'sampler.top_p = 0.9': ('egspo', {'sampler.top_p': 0.9}),
-    'sampler.guidance = 1.0': ('mapg', {'sampler.guidance': 1.0}),
-    'sampler.block = 4.*this needs 1': ('just_grpo', {'sampler.block': 4}),
-    'sampler.pick = entropy.*threshold': ('fork_grpo', {
-        'sampler.pick': 'entropy', 'sampler.fallback': 'best'}),
-    'rank = token.*plackett_luce': ('mapg', {'sampler.rank': 'token'}),
-    'lora.dropout = 0.1: objective.name = espo compares': (
-        'espo', {'lora.rank': 2, 'lora.dropout': 0.1}),
-    'lora.dropout = 0.1: objective.name = agrpo compares': (
-        'agrpo', {'lora.rank': 2, 'lora.dropout': 0.1}),
-    'rank_temperature > 0': ('mapg', {'sampler.rank_temperature': 0.0}),
-    "objective.alpha = 0.5 is no setting of objective.name = espo": (
-        'espo', {'objective.alpha': 0.5}),
-    "objective.clip = 0.5 is no setting of objective.name = dmpo: leave it": (
-        'dmpo', {'objective.clip': 0.5}),
-    'objective.elbo_draws = 3 must be even': (
-        'wd1', {'objective.elbo_draws': 3}),
-    "did you mean 'espo'": ('espo', {'objective.name': 'esspo'}),
+  'sampler.pick = wino.*recorded steps.*agrpo': ('agrpo', {'sampler.pick': 'wino'}),
+  'sampler.temperature = 0': ('diffpo', {'sampler.temperature': 0.0}),
+  'sampler.top_p = 0.9': ('egspo', {'sampler.top_p': 0.9}),
+  'sampler.guidance = 1.0': ('mapg', {'sampler.guidance': 1.0}),
+  'sampler.block = 4.*this needs 1': ('just_grpo', {'sampler.block': 4}),
+  'sampler.pick = entropy.*threshold': (
+    'fork_grpo',
+    {'sampler.pick': 'entropy', 'sampler.fallback': 'best'},
+  ),
+  'rank = token.*plackett_luce': ('mapg', {'sampler.rank': 'token'}),
+  'lora.dropout = 0.1: objective.name = espo compares': (
+    'espo',
+    {'lora.rank': 2, 'lora.dropout': 0.1},
+  ),
+  'lora.dropout = 0.1: objective.name = agrpo compares': (
+    'agrpo',
+    {'lora.rank': 2, 'lora.dropout': 0.1},
+  ),
+  'rank_temperature > 0': ('mapg', {'sampler.rank_temperature': 0.0}),
+  'objective.alpha = 0.5 is no setting of objective.name = espo': (
+    'espo',
+    {'objective.alpha': 0.5},
+  ),
+  'objective.clip = 0.5 is no setting of objective.name = dmpo: leave it': (
+    'dmpo',
+    {'objective.clip': 0.5},
+  ),
+  'objective.elbo_draws = 3 must be even': ('wd1', {'objective.elbo_draws': 3}),
+  "did you mean 'espo'": ('espo', {'objective.name': 'esspo'}),
 }
 
 

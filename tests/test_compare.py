@@ -11,8 +11,9 @@ from benchmarks import compare as bench
 from configs import compare
 from dmpo_jax import build, plan
 
-DIFFERENT = [arm for arm in compare.ARMS
-             if arm not in ('dmpo-exact', 'dmpo-none', 'dmpo-group')]
+DIFFERENT = [
+  arm for arm in compare.ARMS if arm not in ('dmpo-exact', 'dmpo-none', 'dmpo-group')
+]
 
 
 def test_every_objective_is_an_arm_with_a_cost():
@@ -30,16 +31,16 @@ def test_costs_are_those_of_the_programs(arm):
   built = build.build(c)
   jobs = plan.jobs(built, plan.prompt_length(built))
   sample, score, update = (
-      plan.matmuls(program.trace(*args).jaxpr.jaxpr, trips, 1)[0]
-      for _, program, args, trips in jobs)
+    plan.matmuls(program.trace(*args).jaxpr.jaxpr, trips, 1)[0]
+    for _, program, args, trips in jobs
+  )
   steps = jobs[0][3][0]
   said = compare.COSTS[arm]
   forward = sample / steps
   if arm != 'fork_grpo':  # as many as its policy is unsure
     assert said[0] == steps
   # A loss does a little more than its forwards.
-  np.testing.assert_allclose((score / forward, update / forward), said[1:],
-                             rtol=0.06)
+  np.testing.assert_allclose((score / forward, update / forward), said[1:], rtol=0.06)
 
 
 def test_budget():
@@ -69,15 +70,26 @@ def test_interval_is_students():
 def write_run(workdir, base, accuracies):
   workdir.mkdir(parents=True)
   last = len(accuracies) - 1
-  rows = [{'phase': 'eval', 'step': i, 'time': i, 'accuracy': accuracy}
-          for i, accuracy in enumerate(accuracies)]
-  rows += [{'phase': 'rl', 'step': i, 'time': i, 'forwards': 8.0, 'ess': 0.5}
-           for i in range(last)]
+  rows = [
+    {'phase': 'eval', 'step': i, 'time': i, 'accuracy': accuracy}
+    for i, accuracy in enumerate(accuracies)
+  ]
+  rows += [
+    {'phase': 'rl', 'step': i, 'time': i, 'forwards': 8.0, 'ess': 0.5}
+    for i in range(last)
+  ]
   (workdir / 'metrics.jsonl').write_text(
-      ''.join(json.dumps(row) + '\n' for row in rows))
-  (workdir / 'results.json').write_text(json.dumps({
-      'base': {'accuracy': base}, 'final': {'accuracy': accuracies[-1]},
-      'seconds': {'session': 60.0}}))
+    ''.join(json.dumps(row) + '\n' for row in rows)
+  )
+  (workdir / 'results.json').write_text(
+    json.dumps(
+      {
+        'base': {'accuracy': base},
+        'final': {'accuracy': accuracies[-1]},
+        'seconds': {'session': 60.0},
+      }
+    )
+  )
 
 
 def test_tables_of_what_is_done(tmp_path, capsys):
@@ -86,32 +98,43 @@ def test_tables_of_what_is_done(tmp_path, capsys):
   for arm, end in ends.items():
     for rate in compare.RATES:
       worse = 0.1 * (rate != compare.RATES[1])
-      write_run(tmp_path / 'sudoku' / f'{arm}-{rate:g}-0', 0.3,
-                [0.3, 0.4, end - worse])
+      write_run(tmp_path / 'sudoku' / f'{arm}-{rate:g}-0', 0.3, [0.3, 0.4, end - worse])
     for seed in (1, 2):
-      write_run(tmp_path / 'sudoku' / f'{arm}-{compare.RATES[1]:g}-{seed}',
-                0.3, [0.3, 0.4, end + 0.02 * seed])
-  write_run(tmp_path / 'sudoku' / f'wd1-{compare.RATES[0]:g}-0', 0.3,
-            [0.3, 0.9])
+      write_run(
+        tmp_path / 'sudoku' / f'{arm}-{compare.RATES[1]:g}-{seed}',
+        0.3,
+        [0.3, 0.4, end + 0.02 * seed],
+      )
+  write_run(tmp_path / 'sudoku' / f'wd1-{compare.RATES[0]:g}-0', 0.3, [0.3, 0.9])
   bench.main(['--task=sudoku', '--only=report', f'--folder={tmp_path}'])
   assert 'dmpo-paper' in capsys.readouterr().out
   lines = (tmp_path / 'sudoku.md').read_text().splitlines()[2:]
   assert [line.split(' | ')[0] for line in lines] == ['| dmpo', '| dmpo-paper']
   assert lines[0].split(' | ')[1:5] == [
-      f'{compare.RATES[1]:g}', '3', '0.720 ± 0.050', '0.200 ± 0.000']
+    f'{compare.RATES[1]:g}',
+    '3',
+    '0.720 ± 0.050',
+    '0.200 ± 0.000',
+  ]
   # The best's last two validations: 0.56 on average, from 0.3.
   assert 'forwards to 0.51' in (tmp_path / 'sudoku.md').read_text()
-  rows = [json.loads(line) for line in
-          (tmp_path / 'sudoku.jsonl').read_text().splitlines()]
+  rows = [
+    json.loads(line) for line in (tmp_path / 'sudoku.jsonl').read_text().splitlines()
+  ]
   assert [row['seed'] for row in rows] == [0, 0, 1, 2, 0] * 2 + [0]
   assert rows[0]['forwards'] == 2 * (8 + 8 + 2 * 12)
   assert (tmp_path / 'sudoku.png').stat().st_size > 10_000
   # The same from the lines alone.
-  bench.main(['--task=sudoku', '--only=report', f'--folder={tmp_path}/again',
-              f'--known={tmp_path}/sudoku.jsonl'])
+  bench.main(
+    [
+      '--task=sudoku',
+      '--only=report',
+      f'--folder={tmp_path}/again',
+      f'--known={tmp_path}/sudoku.jsonl',
+    ]
+  )
   for name in ('sudoku.md', 'sudoku.jsonl'):
-    assert (tmp_path / 'again' / name).read_text() == (
-        tmp_path / name).read_text()
+    assert (tmp_path / 'again' / name).read_text() == (tmp_path / name).read_text()
 
 
 def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
@@ -119,8 +142,12 @@ def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
   calls = []
 
   def call(workdir, *arguments):
-    calls.append((workdir.name, dict(
-        argument.removeprefix('--').split('=', 1) for argument in arguments)))
+    calls.append(
+      (
+        workdir.name,
+        dict(argument.removeprefix('--').split('=', 1) for argument in arguments),
+      )
+    )
     if workdir.name.startswith('spg'):
       raise RuntimeError('spg is ill')
     if workdir.name == 'base':
@@ -131,19 +158,26 @@ def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
       write_run(workdir, 0.3, [0.3, 0.5 + 0.1 * best])
 
   monkeypatch.setattr(bench, 'call', call)
-  command = ['--task=countdown', '--arms=spg,wd1', '--only=train',
-             f'--folder={tmp_path}', '--config.model.width=32']
+  command = [
+    '--task=countdown',
+    '--arms=spg,wd1',
+    '--only=train',
+    f'--folder={tmp_path}',
+    '--config.model.width=32',
+  ]
   with pytest.raises(SystemExit, match='spg is ill'):
     bench.main(command)
   mine = [(name, given) for name, given in calls if name.startswith('wd1')]
   first, last = compare.SEEDS[0], compare.SEEDS[-1]
   assert [name for name, _ in mine] == [
-      *(f'wd1-{rate:g}-{first}' for rate in compare.RATES),
-      *(f'wd1-{compare.RATES[0]:g}-{seed}' for seed in compare.SEEDS[1:])]
+    *(f'wd1-{rate:g}-{first}' for rate in compare.RATES),
+    *(f'wd1-{compare.RATES[0]:g}-{seed}' for seed in compare.SEEDS[1:]),
+  ]
   given = mine[-1][1]
   assert given['config.seed'] == str(last) and given['config.sft.steps'] == '0'
   assert given['config.model.checkpoint'] == str(
-      tmp_path / 'countdown' / 'base' / 'model')
+    tmp_path / 'countdown' / 'base' / 'model'
+  )
   assert given['config.model.width'] == '32'
   arm = int(given['sweep'].removeprefix('objectives:'))
   assert compare.sweep('objectives')[arm]['objective.name'] == 'wd1'

@@ -23,24 +23,25 @@ from absl.testing import flagsaver
 import main
 from configs import base
 from dmpo_jax import (
-    build,
-    check,
-    checkpoint,
-    data,
-    evaluate,
-    logprob,
-    mesh,
-    metrics,
-    model,
-    sft,
-    step,
-    train,
+  build,
+  check,
+  checkpoint,
+  data,
+  evaluate,
+  logprob,
+  mesh,
+  metrics,
+  model,
+  sft,
+  step,
+  train,
 )
 from dmpo_jax.types import Rollouts, TrainBatch, TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted(p for p in (ROOT / 'configs').glob('*.py')
-               if p.stem not in ('__init__', 'base'))
+FILES = sorted(
+  p for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'base')
+)
 PROMPT = 6  # tokens of the prompts in traced programs
 
 
@@ -50,28 +51,63 @@ def tiny(**changes):
   What the tables below change is set here where base might come to agree.
   """
   c = base.get_config()
-  sampler = dict(length=16, block=16, steps=16, pick='confidence', rank='max',
-                 cache='none', parallel='jit', guidance=0.0)
+  sampler = dict(
+    length=16,
+    block=16,
+    steps=16,
+    pick='confidence',
+    rank='max',
+    cache='none',
+    parallel='jit',
+    guidance=0.0,
+  )
   c.sampler.update(sampler)
   c.eval.sampler.update(sampler)
-  c.update_from_flattened_dict({
-      'model.preset': 'tiny', 'model.width': 16, 'model.layers': 1,
-      'model.heads': 2, 'model.kv_heads': 2, 'model.mlp': 16,
-      'model.dtype': 'float32', 'model.param_dtype': 'float32',
-      'lora.rank': 0, 'lora.targets': 'all', 'data.task': 'sudoku',
-      'data.style': 'bare', 'data.protocol': 'strict', 'data.train_size': 12,
-      'data.validation_size': 9, 'data.test_size': 8, 'sft.steps': 4,
-      'sft.batch': 8, 'objective.baseline': 'individual',
-      'objective.loss': 'wdce', 'objective.alpha': 0.04, 'objective.ess': 0.0,
-      'objective.antithetic': True, 'objective.draws': 4,
-      'objective.loss_tail': True, 'objective.common_masks': False,
+  c.update_from_flattened_dict(
+    {
+      'model.preset': 'tiny',
+      'model.width': 16,
+      'model.layers': 1,
+      'model.heads': 2,
+      'model.kv_heads': 2,
+      'model.mlp': 16,
+      'model.dtype': 'float32',
+      'model.param_dtype': 'float32',
+      'lora.rank': 0,
+      'lora.targets': 'all',
+      'data.task': 'sudoku',
+      'data.style': 'bare',
+      'data.protocol': 'strict',
+      'data.train_size': 12,
+      'data.validation_size': 9,
+      'data.test_size': 8,
+      'sft.steps': 4,
+      'sft.batch': 8,
+      'objective.baseline': 'individual',
+      'objective.loss': 'wdce',
+      'objective.alpha': 0.04,
+      'objective.ess': 0.0,
+      'objective.antithetic': True,
+      'objective.draws': 4,
+      'objective.loss_tail': True,
+      'objective.common_masks': False,
       'objective.spread': False,
-      'logprob.estimator': 'elbo', 'logprob.elbo': 'paper',
-      'logprob.antithetic': True, 'logprob.tail': True, 'logprob.draws': 4,
-      'train.iterations': 3, 'train.prompts': 2, 'train.group': 4,
-      'train.inner': 2, 'train.microbatches': 1,
+      'logprob.estimator': 'elbo',
+      'logprob.elbo': 'paper',
+      'logprob.antithetic': True,
+      'logprob.tail': True,
+      'logprob.draws': 4,
+      'train.iterations': 3,
+      'train.prompts': 2,
+      'train.group': 4,
+      'train.inner': 2,
+      'train.microbatches': 1,
       'eval.every': 2,
-      'eval.batch': 8, 'checkpoint.every': 2, 'checkpoint.keep': 2})
+      'eval.batch': 8,
+      'checkpoint.every': 2,
+      'checkpoint.keep': 2,
+    }
+  )
   c.update_from_flattened_dict(changes)
   return c
 
@@ -115,10 +151,14 @@ def test_config_files_can_run(path):
       check.config(c, jax.device_count())
 
 
-@pytest.mark.parametrize('name, wrong, said', [
+@pytest.mark.parametrize(
+  'name, wrong, said',
+  [
     ('llada_math', 'papr', "'papr' after the colon must be ours or paper"),
     ('compare', 'chess', "'chess' after the colon must be sudoku or countdown"),
-    ('rivals', 'esp', "did you mean 'espo'")])
+    ('rivals', 'esp', "did you mean 'espo'"),
+  ],
+)
 def test_what_follows_the_colon(name, wrong, said, monkeypatch):
   argv = ['main.py', f'--config={ROOT}/configs/{name}.py:{wrong}']
   monkeypatch.setattr(sys, 'argv', argv)
@@ -132,16 +172,18 @@ def test_what_follows_the_colon(name, wrong, said, monkeypatch):
     flags.FLAGS.unparse_flags()
 
 
-@pytest.mark.parametrize('path', sorted(
-    p for p in FILES if p.stem.startswith(('llada', 'dream'))),
-                         ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+  'path',
+  sorted(p for p in FILES if p.stem.startswith(('llada', 'dream'))),
+  ids=lambda p: p.stem,
+)
 def test_paper_is_the_release(path):
   """Our settings differ from it in the objective's alone."""
-  ours, paper = (check.flatten(load(path).get_config(recipe))
-                 for recipe in ('ours', 'paper'))
+  ours, paper = (
+    check.flatten(load(path).get_config(recipe)) for recipe in ('ours', 'paper')
+  )
   found = {name for name in ours if ours[name] != paper[name]}
-  assert {'objective.strength'} <= found <= {
-      'objective.strength', 'objective.best'}
+  assert {'objective.strength'} <= found <= {'objective.strength', 'objective.best'}
   assert paper['objective.strength'] == 1 and paper['objective.best'] == 0
 
 
@@ -168,9 +210,11 @@ def test_base_documents_its_fields():
 
 def show(fn, last=(), **_):
   """Stands for build.compiled's result: the program as text, and `last`."""
+
   def call(*args):
     text = str(jax.make_jaxpr(fn)(*args, *last))
-    return f"{re.sub(r'0x[0-9a-f]+', '', text)} of {last}"
+    return f'{re.sub(r"0x[0-9a-f]+", "", text)} of {last}'
+
   call.trace = None
   return call
 
@@ -182,8 +226,7 @@ def parts(changes, starts=False):
   `starts`: those that make states too; they trace the model when built.
   """
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(build, 'compiled', lambda grid, fn, last=(), **_: show(
-        fn, last))
+    patch.setattr(build, 'compiled', lambda grid, fn, last=(), **_: show(fn, last))
     patch.setattr(mesh, 'put', lambda x, sharding: x)
     patch.setattr(build, 'pmap_rows', lambda fn, grid: lambda *args: 'pmap')
     if not starts:
@@ -211,8 +254,9 @@ def shapes(changes):
   return start(trainable), params, start(params)
 
 
-def cheap_logp(cfg, params, tokens, masked, valid, dropout=None, prompt=None,
-               read=model.logp_of):
+def cheap_logp(
+  cfg, params, tokens, masked, valid, dropout=None, prompt=None, read=model.logp_of
+):
   """In place of the model, where the field is not the model's."""
   total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
   logp = jnp.where(masked, total.astype(jnp.float32), 0.0)
@@ -237,22 +281,24 @@ def program(name, changes, whole=False):
   valid = np.ones_like(tokens, bool)
   prompts = tokens[:, :PROMPT], valid[:, :PROMPT], row
   zeros = np.zeros((rows, length), np.float32)
-  rollouts = Rollouts(tokens, valid, tokens[:, PROMPT:], zeros, np.int32(0),
-                      zeros)
+  rollouts = Rollouts(tokens, valid, tokens[:, PROMPT:], zeros, np.int32(0), zeros)
   completion = valid[:, PROMPT:]
-  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-                       build.abstract_batch(built, PROMPT))
-  reward = np.zeros((built.config.train.prompts, built.config.train.group),
-                    np.float32)
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+    build.abstract_batch(built, PROMPT),
+  )
+  reward = np.zeros((built.config.train.prompts, built.config.train.group), np.float32)
   scores = dict.fromkeys(('old', 'ref'), np.zeros(rows, np.float32))
   if 'guess' in built.objective.needs(built.hp):
     scores['guess'] = np.zeros(batch.weight.shape, np.float32)
   args = {
-      'sample': (params, *prompts), 'sample_eval': (params, *prompts),
-      'score': (state.trainable, params, rollouts, row, completion),
-      'pack': (rollouts, completion, row, reward, scores),
-      'update': (state, params, batch, 0),
-      'sft': (sft_state, tokens, valid, row, 0)}[name]
+    'sample': (params, *prompts),
+    'sample_eval': (params, *prompts),
+    'score': (state.trainable, params, rollouts, row, completion),
+    'pack': (rollouts, completion, row, reward, scores),
+    'update': (state, params, batch, 0),
+    'sft': (sft_state, tokens, valid, row, 0),
+  }[name]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mesh, 'put', lambda x, sharding: x)
     if not whole:
@@ -263,168 +309,198 @@ def program(name, changes, whole=False):
 SPG = {'objective.name': 'spg', 'objective.masks': 'random'}
 # field: (new value, a program it changes, further settings it needs)
 PROGRAMS = {
-    'seed': (1, 'sample'),
-    'model.preset': ('small', 'update', {'model.width': 0}),
-    'model.width': (32, 'update'),
-    'model.layers': (2, 'update'),
-    'model.heads': (4, 'update'),
-    'model.kv_heads': (1, 'update'),
-    'model.mlp': (24, 'update'),
-    'model.dtype': ('bfloat16', 'update'),
-    'model.param_dtype': ('bfloat16', 'init'),
-    'model.remat': ('full', 'update'),
-    'model.head_chunk': (4, 'update'),
-    'lora.rank': (2, 'update'),
-    'lora.alpha': (3.0, 'update', {'lora.rank': 2}),
-    'lora.targets': ('paper', 'init_lora', {'lora.rank': 2}),
-    'lora.dropout': (0.5, 'update', {'lora.rank': 2}),
-    'objective.best': (1.0, 'pack'),
-    'sft.lr': (1e-3, 'sft'),
-    'sft.warmup': (3, 'sft'),
-    'sft.weight_decay': (0.1, 'sft'),
-    'sft.clip': (0.5, 'sft'),
-    'objective.alpha': (0.1, 'pack'),
-    'objective.coef': (0.5, 'pack'),
-    'objective.ess': (0.5, 'pack'),
-    'objective.baseline': ('model', 'update'),
-    'objective.strength': (0.5, 'pack'),
-    'objective.loss': ('ddo', 'update', {
-        'objective.antithetic': False, 'logprob.antithetic': False}),
-    'objective.ddo_alpha': (0.5, 'update', {
-        'objective.antithetic': False, 'logprob.antithetic': False,
-        'objective.loss': 'ddo'}),
-    'objective.ddo_beta': (0.5, 'update', {
-        'objective.antithetic': False, 'logprob.antithetic': False,
-        'objective.loss': 'ddo'}),
-    'objective.draws': (2, 'update'),
-    'objective.spread': (True, 'update'),
-    'objective.low': (0.3, 'update'),
-    'objective.high': (0.8, 'update'),
-    'objective.antithetic': (False, 'update'),
-    'objective.loss_tail': (False, 'update'),
-    'objective.common_masks': (True, 'score', {'objective.baseline': 'model'}),
-    'objective.advantage': ('loo', 'pack', {'objective.name': 'espo'}),
-    'objective.clip': (0.5, 'update', {'objective.name': 'espo'}),
-    'objective.clip_high': (0.5, 'update', {'objective.name': 'espo'}),
-    'objective.beta': (0.5, 'update', {'objective.name': 'espo'}),
-    'objective.kl': ('k2', 'update', {
-        'objective.name': 'espo', 'objective.beta': 0.5}),
-    'objective.choose': ('uniform', 'update', {'objective.name': 'agrpo'}),
-    'objective.variant': ('unit', 'update', {
-        'objective.name': 'coupled_grpo', 'objective.high': 0.8}),
-    'objective.masks': ('random', 'update', {'objective.name': 'espo'}),
-    'objective.mask_prompt': (0.5, 'update', {'objective.name': 'wd1'}),
-    'objective.truncate': (3.0, 'update', {'objective.name': 'diffpo'}),
-    'objective.step_coef': (0.1, 'pack', {'objective.name': 'egspo'}),
-    'objective.centre': (True, 'update', {'objective.name': 'gdsd'}),
-    'objective.places': (False, 'update', {
-        'objective.name': 'mapg', 'sampler.pick': 'plackett_luce',
-        'sampler.rank_temperature': 0.5}),
-    'objective.fresh': (False, 'update', {'objective.name': 'residual'}),
-    'objective.per_token': (True, 'update', {'objective.name': 'residual'}),
-    'objective.bound': ('eubo', 'update', SPG),
-    'objective.power': (2.0, 'update', SPG),
-    'objective.mix': (0.3, 'update', SPG),
-    'objective.sft_coef': (0.1, 'update', {
-        'objective.name': 'vrpo', 'objective.beta': 0.2,
-        'objective.variant': 'all'}),
-    'objective.skip_equal': (True, 'pack'),
-    'objective.elbo_coef': (0.1, 'update'),
-    'objective.elbo_draws': (4, 'update', {'objective.elbo_coef': 0.1}),
-    'logprob.estimator': ('trajectory', 'score'),
-    'logprob.elbo': ('stratified', 'score'),
-    'logprob.draws': (2, 'score'),
-    'logprob.low': (0.3, 'score'),
-    'logprob.high': (0.8, 'score'),
-    'logprob.antithetic': (False, 'score'),
-    'logprob.tail': (False, 'score'),
-    'logprob.states': (2, 'score', {'logprob.estimator': 'trajectory'}),
-    'logprob.fuse': (True, 'score', {'lora.rank': 2}),
-    'reference.every': (2, 'update', {'reference.of': ('moving',)}),
-    'reference.mix': (0.5, 'update', {'reference.of': ('moving',)}),
-    'train.microbatches': (2, 'update', {'train.prompts': 4}),
-    'optim.lr': (1e-3, 'update'),
-    'optim.warmup': (3, 'update'),
-    'optim.decay_steps': (50, 'update'),
-    'optim.b1': (0.8, 'update'),
-    'optim.b2': (0.9, 'update'),
-    'optim.eps': (1e-6, 'update'),
-    'optim.weight_decay': (0.1, 'update'),
-    'optim.clip': (0.5, 'update'),
-    'health.measure': (True, 'score'),
+  'seed': (1, 'sample'),
+  'model.preset': ('small', 'update', {'model.width': 0}),
+  'model.width': (32, 'update'),
+  'model.layers': (2, 'update'),
+  'model.heads': (4, 'update'),
+  'model.kv_heads': (1, 'update'),
+  'model.mlp': (24, 'update'),
+  'model.dtype': ('bfloat16', 'update'),
+  'model.param_dtype': ('bfloat16', 'init'),
+  'model.remat': ('full', 'update'),
+  'model.head_chunk': (4, 'update'),
+  'lora.rank': (2, 'update'),
+  'lora.alpha': (3.0, 'update', {'lora.rank': 2}),
+  'lora.targets': ('paper', 'init_lora', {'lora.rank': 2}),
+  'lora.dropout': (0.5, 'update', {'lora.rank': 2}),
+  'objective.best': (1.0, 'pack'),
+  'sft.lr': (1e-3, 'sft'),
+  'sft.warmup': (3, 'sft'),
+  'sft.weight_decay': (0.1, 'sft'),
+  'sft.clip': (0.5, 'sft'),
+  'objective.alpha': (0.1, 'pack'),
+  'objective.coef': (0.5, 'pack'),
+  'objective.ess': (0.5, 'pack'),
+  'objective.baseline': ('model', 'update'),
+  'objective.strength': (0.5, 'pack'),
+  'objective.loss': (
+    'ddo',
+    'update',
+    {'objective.antithetic': False, 'logprob.antithetic': False},
+  ),
+  'objective.ddo_alpha': (
+    0.5,
+    'update',
+    {
+      'objective.antithetic': False,
+      'logprob.antithetic': False,
+      'objective.loss': 'ddo',
+    },
+  ),
+  'objective.ddo_beta': (
+    0.5,
+    'update',
+    {
+      'objective.antithetic': False,
+      'logprob.antithetic': False,
+      'objective.loss': 'ddo',
+    },
+  ),
+  'objective.draws': (2, 'update'),
+  'objective.spread': (True, 'update'),
+  'objective.low': (0.3, 'update'),
+  'objective.high': (0.8, 'update'),
+  'objective.antithetic': (False, 'update'),
+  'objective.loss_tail': (False, 'update'),
+  'objective.common_masks': (True, 'score', {'objective.baseline': 'model'}),
+  'objective.advantage': ('loo', 'pack', {'objective.name': 'espo'}),
+  'objective.clip': (0.5, 'update', {'objective.name': 'espo'}),
+  'objective.clip_high': (0.5, 'update', {'objective.name': 'espo'}),
+  'objective.beta': (0.5, 'update', {'objective.name': 'espo'}),
+  'objective.kl': ('k2', 'update', {'objective.name': 'espo', 'objective.beta': 0.5}),
+  'objective.choose': ('uniform', 'update', {'objective.name': 'agrpo'}),
+  'objective.variant': (
+    'unit',
+    'update',
+    {'objective.name': 'coupled_grpo', 'objective.high': 0.8},
+  ),
+  'objective.masks': ('random', 'update', {'objective.name': 'espo'}),
+  'objective.mask_prompt': (0.5, 'update', {'objective.name': 'wd1'}),
+  'objective.truncate': (3.0, 'update', {'objective.name': 'diffpo'}),
+  'objective.step_coef': (0.1, 'pack', {'objective.name': 'egspo'}),
+  'objective.centre': (True, 'update', {'objective.name': 'gdsd'}),
+  'objective.places': (
+    False,
+    'update',
+    {
+      'objective.name': 'mapg',
+      'sampler.pick': 'plackett_luce',
+      'sampler.rank_temperature': 0.5,
+    },
+  ),
+  'objective.fresh': (False, 'update', {'objective.name': 'residual'}),
+  'objective.per_token': (True, 'update', {'objective.name': 'residual'}),
+  'objective.bound': ('eubo', 'update', SPG),
+  'objective.power': (2.0, 'update', SPG),
+  'objective.mix': (0.3, 'update', SPG),
+  'objective.sft_coef': (
+    0.1,
+    'update',
+    {'objective.name': 'vrpo', 'objective.beta': 0.2, 'objective.variant': 'all'},
+  ),
+  'objective.skip_equal': (True, 'pack'),
+  'objective.elbo_coef': (0.1, 'update'),
+  'objective.elbo_draws': (4, 'update', {'objective.elbo_coef': 0.1}),
+  'logprob.estimator': ('trajectory', 'score'),
+  'logprob.elbo': ('stratified', 'score'),
+  'logprob.draws': (2, 'score'),
+  'logprob.low': (0.3, 'score'),
+  'logprob.high': (0.8, 'score'),
+  'logprob.antithetic': (False, 'score'),
+  'logprob.tail': (False, 'score'),
+  'logprob.states': (2, 'score', {'logprob.estimator': 'trajectory'}),
+  'logprob.fuse': (True, 'score', {'lora.rank': 2}),
+  'reference.every': (2, 'update', {'reference.of': ('moving',)}),
+  'reference.mix': (0.5, 'update', {'reference.of': ('moving',)}),
+  'train.microbatches': (2, 'update', {'train.prompts': 4}),
+  'optim.lr': (1e-3, 'update'),
+  'optim.warmup': (3, 'update'),
+  'optim.decay_steps': (50, 'update'),
+  'optim.b1': (0.8, 'update'),
+  'optim.b2': (0.9, 'update'),
+  'optim.eps': (1e-6, 'update'),
+  'optim.weight_decay': (0.1, 'update'),
+  'optim.clip': (0.5, 'update'),
+  'health.measure': (True, 'score'),
 }
 SAMPLER = {
-    'length': (32, {}),
-    'block': (8, {}),
-    'steps': (8, {}),
-    'temperature': (0.5, {}),
-    'pick': ('random', {}),
-    'rank': ('token', {}),
-    'threshold': (0.5, {'pick': 'threshold'}),
-    'factor': (0.5, {'pick': 'factor'}),
-    'entropy_bound': (0.5, {'pick': 'entropy'}),
-    'guidance': (0.5, {}),
-    'cache': ('dual', {}),
-    'refresh': (3, {'cache': 'dual'}),
-    'eos_stop': (True, {}),
-    'fallback': ('leftmost', {'pick': 'threshold'}),
-    'schedule': ('dream', {}),
-    'rank_law': ('sampling', {'temperature': 0.5}),
-    'rank_temperature': (0.5, {}),
-    'top_p': (0.5, {}),
-    'top_k': (2, {}),
-    'verify': (0.5, {'pick': 'wino'}),
-    'parallel': ('pmap', {}),
+  'length': (32, {}),
+  'block': (8, {}),
+  'steps': (8, {}),
+  'temperature': (0.5, {}),
+  'pick': ('random', {}),
+  'rank': ('token', {}),
+  'threshold': (0.5, {'pick': 'threshold'}),
+  'factor': (0.5, {'pick': 'factor'}),
+  'entropy_bound': (0.5, {'pick': 'entropy'}),
+  'guidance': (0.5, {}),
+  'cache': ('dual', {}),
+  'refresh': (3, {'cache': 'dual'}),
+  'eos_stop': (True, {}),
+  'fallback': ('leftmost', {'pick': 'threshold'}),
+  'schedule': ('dream', {}),
+  'rank_law': ('sampling', {'temperature': 0.5}),
+  'rank_temperature': (0.5, {}),
+  'top_p': (0.5, {}),
+  'top_k': (2, {}),
+  'verify': (0.5, {'pick': 'wino'}),
+  'parallel': ('pmap', {}),
 }
 for section, name in (('sampler', 'sample'), ('eval.sampler', 'sample_eval')):
   for field, (value, more) in SAMPLER.items():
     PROGRAMS[f'{section}.{field}'] = (
-        value, name, {f'{section}.{k}': v for k, v in more.items()})
+      value,
+      name,
+      {f'{section}.{k}': v for k, v in more.items()},
+    )
 # field: (new value, further settings); seen in `numbers` of a run on the host
 LOOPS = {
-    'data.task': ('countdown', {'sft.steps': 0}),
-    'data.path': ('{csv}', {}),
-    'data.tokenizer': ('{tokenizer}', {}),
-    'data.style': ('chat', {'sft.steps': 0}),
-    'data.template': ('{template}', {}),
-    'eval.style': ('chat', {}),
-    'eval.template': ('{template}', {}),
-    'reward.weights.sudoku': (2.0, {'data.protocol': 'paper'}),
-    'data.protocol': ('paper', {}),
-    'data.prompt_length': (30, {}),
-    'data.bucket': (16, {'data.prompt_length': 40}),
-    'data.attend_padding': (True, {'data.prompt_length': 30}),
-    'data.seed': (1, {}),
-    'data.train_size': (13, {}),
-    'data.validation_size': (10, {}),
-    'data.test_size': (7, {}),
-    'data.min_blanks': (8, {}),
-    'data.largest': (12, {'data.task': 'countdown'}),
-    'data.numbers': (3, {'data.task': 'countdown', 'data.path': '{jsonl}',
-                         'sft.steps': 0}),
-    'data.max_blanks': (5, {}),
-    'sft.steps': (5, {}),
-    'sft.batch': (16, {}),
-    'train.iterations': (4, {}),
-    'train.prompts': (4, {}),
-    'train.group': (8, {}),
-    'train.inner': (3, {}),
-    'train.overlap': (True, {}),
-    'eval.every': (1, {}),
-    'eval.batch': (16, {}),
-    'checkpoint.every': (3, {}),
-    'checkpoint.every_minutes': (1e-9, {}),
-    'checkpoint.keep': (1, {}),
-    'mesh.fsdp': (2, {}),
-    'mesh.tensor': (2, {}),
-    'log.every_seconds': (5.0, {}),
-    'log.samples': (3, {}),
-    'health.action': ('none', {'health.distinct': 0.5, 'health.patience': 1}),
-    'health.patience': (1, {'health.distinct': 0.5}),
-    'health.repeated': (0.9, {'health.patience': 1}),
-    'health.distinct': (0.5, {'health.patience': 1}),
-    'health.equal': (0.5, {'health.patience': 1}),
-    'health.grad_norm': (0.5, {'health.patience': 1}),
+  'data.task': ('countdown', {'sft.steps': 0}),
+  'data.path': ('{csv}', {}),
+  'data.tokenizer': ('{tokenizer}', {}),
+  'data.style': ('chat', {'sft.steps': 0}),
+  'data.template': ('{template}', {}),
+  'eval.style': ('chat', {}),
+  'eval.template': ('{template}', {}),
+  'reward.weights.sudoku': (2.0, {'data.protocol': 'paper'}),
+  'data.protocol': ('paper', {}),
+  'data.prompt_length': (30, {}),
+  'data.bucket': (16, {'data.prompt_length': 40}),
+  'data.attend_padding': (True, {'data.prompt_length': 30}),
+  'data.seed': (1, {}),
+  'data.train_size': (13, {}),
+  'data.validation_size': (10, {}),
+  'data.test_size': (7, {}),
+  'data.min_blanks': (8, {}),
+  'data.largest': (12, {'data.task': 'countdown'}),
+  'data.numbers': (
+    3,
+    {'data.task': 'countdown', 'data.path': '{jsonl}', 'sft.steps': 0},
+  ),
+  'data.max_blanks': (5, {}),
+  'sft.steps': (5, {}),
+  'sft.batch': (16, {}),
+  'train.iterations': (4, {}),
+  'train.prompts': (4, {}),
+  'train.group': (8, {}),
+  'train.inner': (3, {}),
+  'train.overlap': (True, {}),
+  'eval.every': (1, {}),
+  'eval.batch': (16, {}),
+  'checkpoint.every': (3, {}),
+  'checkpoint.every_minutes': (1e-9, {}),
+  'checkpoint.keep': (1, {}),
+  'mesh.fsdp': (2, {}),
+  'mesh.tensor': (2, {}),
+  'log.every_seconds': (5.0, {}),
+  'log.samples': (3, {}),
+  'health.action': ('none', {'health.distinct': 0.5, 'health.patience': 1}),
+  'health.patience': (1, {'health.distinct': 0.5}),
+  'health.repeated': (0.9, {'health.patience': 1}),
+  'health.distinct': (0.5, {'health.patience': 1}),
+  'health.equal': (0.5, {'health.patience': 1}),
+  'health.grad_norm': (0.5, {'health.patience': 1}),
 }
 # objective.name is in test_rivals; two others have tests at the end.
 # data.overlong is in test_data; what comes from files, and what only a
@@ -433,16 +509,43 @@ LOOPS = {
 # alone reads, in test_main; rules that the stub cannot break, and
 # what a rollback reads, in test_health and test_train; what p_ref is made of in
 # test_targets.
-ELSEWHERE = {'name', 'objective.name', 'mesh.data', 'model.checkpoint',
-             'model.attention',  # other kernels need other devices
-             'model.quantize', 'lora.path', 'data.overlong', 'eval.lengths',
-             'eval.samples', 'reward.workers', 'reward.deadline', 'mesh.cpu',
-             'cache', 'log.stuck_minutes', 'health.empty', 'health.reward',
-             'health.ess', 'health.kl', 'health.lr_factor', 'health.rollbacks',
-             'reference.of', 'reference.weights'}
-OTHERS = {f'reward.weights.{name}' for name in (
-    'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
-    'countdown')}
+ELSEWHERE = {
+  'name',
+  'objective.name',
+  'mesh.data',
+  'model.checkpoint',
+  'model.attention',  # other kernels need other devices
+  'model.quantize',
+  'lora.path',
+  'data.overlong',
+  'eval.lengths',
+  'eval.samples',
+  'reward.workers',
+  'reward.deadline',
+  'mesh.cpu',
+  'cache',
+  'log.stuck_minutes',
+  'health.empty',
+  'health.reward',
+  'health.ess',
+  'health.kl',
+  'health.lr_factor',
+  'health.rollbacks',
+  'reference.of',
+  'reference.weights',
+}
+OTHERS = {
+  f'reward.weights.{name}'
+  for name in (
+    'correctness',
+    'int',
+    'strict_format',
+    'soft_format',
+    'xmlcount',
+    'format',
+    'countdown',
+  )
+}
 ELSEWHERE |= OTHERS
 
 
@@ -470,13 +573,19 @@ def test_field_changes_a_program(field):
   value = other(check.flatten(tiny(**dict(settings)))[field], value)
   whole = field.startswith(('model.', 'lora.'))
   assert program(name, settings, whole) != program(
-      name, (*settings, (field, value)), whole)
+    name, (*settings, (field, value)), whole
+  )
 
 
 def test_another_seed_and_rate_are_the_same_programs():
   """So that the cache of compiled programs serves a whole sweep."""
-  for name, other in (('update', 'optim.lr'), ('update', 'seed'),
-                      ('sample', 'seed'), ('score', 'seed'), ('sft', 'seed')):
+  for name, other in (
+    ('update', 'optim.lr'),
+    ('update', 'seed'),
+    ('sample', 'seed'),
+    ('score', 'seed'),
+    ('sft', 'seed'),
+  ):
     texts = []
     for changes in ((), ((other, 3),)):
       for cached in (parts, program):  # what was traced before shows
@@ -508,8 +617,11 @@ class Stubs:
     return {}
 
   def start(self, trainable):
-    return TrainState(mesh.put(np.int32(0), self.whole), trainable,
-                      {'count': mesh.put(np.int32(0), self.whole)})
+    return TrainState(
+      mesh.put(np.int32(0), self.whole),
+      trainable,
+      {'count': mesh.put(np.int32(0), self.whole)},
+    )
 
   start_sft = start
 
@@ -524,8 +636,9 @@ class Stubs:
     out = np.concatenate([tokens, text], 1)
     self.calls.append(('sample', tokens.tolist(), valid.tolist()))
     full = np.concatenate([valid, np.ones_like(text, bool)], 1)
-    return Rollouts(out, full, np.zeros_like(text), text * 0.0,
-                    np.int32(length), text * 0.0), np.ones_like(text, bool)
+    return Rollouts(
+      out, full, np.zeros_like(text), text * 0.0, np.int32(length), text * 0.0
+    ), np.ones_like(text, bool)
 
   sample_eval = sample
 
@@ -543,15 +656,30 @@ class Stubs:
     zero = np.zeros(rows, np.float32)
     put = functools.partial(mesh.put, sharding=self.by_row)
     batch = TrainBatch(
-        *map(put, (rollouts.tokens, rollouts.valid, completion, row, zero,
-                   zero, np.zeros((rows, self.c.train.inner), np.float32))),
-        self._leaf(rows / self.c.train.group), self._leaf(rows))
+      *map(
+        put,
+        (
+          rollouts.tokens,
+          rollouts.valid,
+          completion,
+          row,
+          zero,
+          zero,
+          np.zeros((rows, self.c.train.inner), np.float32),
+        ),
+      ),
+      self._leaf(rows / self.c.train.group),
+      self._leaf(rows),
+    )
     return batch, {'ess': np.float32(1)}
 
   def update(self, state, frozen, batch, inner, scale=1.0):
     self.calls.append(('update', inner, scale))
-    numbers = {'loss': np.float32(1), 'grad_norm': np.float32(1),
-               'finite': np.float32(1)}
+    numbers = {
+      'loss': np.float32(1),
+      'grad_norm': np.float32(1),
+      'finite': np.float32(1),
+    }
     return state._replace(step=state.step + 1), numbers
 
   def sft(self, state, tokens, valid, row, at):
@@ -587,8 +715,9 @@ def numbers(c, workdir):
 
   built = build.build(c)
   stubs = Stubs(c, built.mesh, built.tokenizer, asked)
-  built = built._replace(steps=build.Steps(
-      **{name: getattr(stubs, name) for name in build.Steps._fields}))
+  built = built._replace(
+    steps=build.Steps(**{name: getattr(stubs, name) for name in build.Steps._fields})
+  )
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(metrics, 'Progress', progress)
     patch.setattr(checkpoint, 'open_manager', manager)
@@ -600,11 +729,24 @@ def numbers(c, workdir):
       params, _ = sft.run(built, str(workdir), writer)
       train.run(built, str(workdir), writer, params)
   test, _ = evaluate.accuracy(built, params, build.problems(built, 'test'))
-  rows = [{k: v for k, v in row.items()
-           if k not in ('time', 'compilations') and not k.startswith('seconds')}
-          for row in metrics.read(workdir)]
-  return json.dumps([rows, (workdir / 'samples.jsonl').read_text(), test,
-                     asked, dict(built.mesh.shape), len(built.tokenizer)])
+  rows = [
+    {
+      k: v
+      for k, v in row.items()
+      if k not in ('time', 'compilations') and not k.startswith('seconds')
+    }
+    for row in metrics.read(workdir)
+  ]
+  return json.dumps(
+    [
+      rows,
+      (workdir / 'samples.jsonl').read_text(),
+      test,
+      asked,
+      dict(built.mesh.shape),
+      len(built.tokenizer),
+    ]
+  )
 
 
 @pytest.fixture(scope='module')
@@ -615,24 +757,35 @@ def places(tmp_path_factory):
   tokenizer.add_tokens(['<extra>'])
   tokenizer.save_pretrained(folder)
   from dmpo_jax.tasks import sudoku
+
   lines = ['Puzzle,Solution'] + [
-      f'{"0" * 4 + grid[4:]},{grid}' for grid in sudoku.grids()]
+    f'{"0" * 4 + grid[4:]},{grid}' for grid in sudoku.grids()
+  ]
   (folder / 'data.csv').write_text('\n'.join(lines) + '\n')
-  (folder / 'data.jsonl').write_text('\n'.join(
+  (folder / 'data.jsonl').write_text(
+    '\n'.join(
       json.dumps({'nums': nums, 'target': sum(nums)})
-      for i in range(1, 200) for nums in ([i, 1], [i, 1, 2])))
+      for i in range(1, 200)
+      for nums in ([i, 1], [i, 1, 2])
+    )
+  )
   (folder / 'template').write_text('Solve {puzzle}!')
-  return {'{csv}': str(folder / 'data.csv'),
-          '{jsonl}': str(folder / 'data.jsonl'), '{tokenizer}': str(folder),
-          '{template}': str(folder / 'template')}
+  return {
+    '{csv}': str(folder / 'data.csv'),
+    '{jsonl}': str(folder / 'data.jsonl'),
+    '{tokenizer}': str(folder),
+    '{template}': str(folder / 'template'),
+  }
 
 
 @pytest.fixture(scope='module')
 def numbers_of(tmp_path_factory):
   """`numbers` of the tiny config with changes, each run once."""
+
   @functools.cache
   def call(changes):
     return numbers(tiny(**dict(changes)), tmp_path_factory.mktemp('run'))
+
   return call
 
 
@@ -683,8 +836,10 @@ def test_every_field_is_read(tmp_path, monkeypatch):
   monkeypatch.setattr(check, 'flatten', quietly)
   numbers(c, tmp_path)
   monkeypatch.undo()
-  assert set(flatten(c)) - read == {
-      'name', 'mesh.cpu', 'cache', 'log.stuck_minutes'} | OTHERS
+  assert (
+    set(flatten(c)) - read
+    == {'name', 'mesh.cpu', 'cache', 'log.stuck_minutes'} | OTHERS
+  )
 
 
 def test_name_is_in_the_workdir(tmp_path, monkeypatch):
@@ -696,8 +851,9 @@ def test_name_is_in_the_workdir(tmp_path, monkeypatch):
 
 def test_mesh_data_is_what_the_others_leave():
   """It has one right value on given devices, and 0 stands for it."""
-  assert dict(build.build(tiny(**{'mesh.data': 4, 'mesh.fsdp': 2})).mesh.shape
-              ) == dict(data=4, fsdp=2, tensor=1)
+  assert dict(build.build(tiny(**{'mesh.data': 4, 'mesh.fsdp': 2})).mesh.shape) == dict(
+    data=4, fsdp=2, tensor=1
+  )
   with pytest.raises(ValueError, match='mesh.data.* = 2, 2, 1 .*8 devices'):
     check.config(tiny(**{'mesh.data': 2, 'mesh.fsdp': 2}), 8)
 
@@ -706,9 +862,11 @@ def test_reading_is_noticed(monkeypatch):
   """The recorder above sees c.a.b and c['a']['b'] alike: its own test."""
   seen = []
   getitem = ml_collections.ConfigDict.__getitem__
-  monkeypatch.setattr(ml_collections.ConfigDict, '__getitem__',
-                      lambda self, key: (seen.append(key),
-                                         getitem(self, key))[1])
+  monkeypatch.setattr(
+    ml_collections.ConfigDict,
+    '__getitem__',
+    lambda self, key: (seen.append(key), getitem(self, key))[1],
+  )
   c = tiny()
   seen.clear()
   assert c.optim.lr == c['optim']['lr']

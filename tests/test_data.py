@@ -21,8 +21,7 @@ def ids(tokenizer, text):
 def test_left_pad():
   """Ids stand right, padding left; an empty list is all padding."""
   tokens, valid = data.left_pad([[5, 6, 7], [], [8]], 4, 99)
-  np.testing.assert_array_equal(
-      tokens, [[99, 5, 6, 7], [99] * 4, [99, 99, 99, 8]])
+  np.testing.assert_array_equal(tokens, [[99, 5, 6, 7], [99] * 4, [99, 99, 99, 8]])
   np.testing.assert_array_equal(valid, tokens != 99)
   assert tokens.dtype == np.int32 and valid.dtype == bool
 
@@ -39,7 +38,7 @@ def test_characters_round_trip(tokenizer):
 
 def test_text_round_trip(tokenizer):
   """Spaces, doubled or at an end, and punctuation survive decoding."""
-  text = '  a  b .\n\n " x \' , \n n\'t  '
+  text = "  a  b .\n\n \" x ' , \n n't  "
   assert tokenizer.decode(ids(tokenizer, text)) == text
 
 
@@ -51,8 +50,12 @@ def test_tags_and_specials_are_single_tokens(tokenizer):
   got = ids(tokenizer, text)
   assert len(got) == 2 + 2 + 1 + 2 + 2
   assert tokenizer.decode(got, skip_special_tokens=True) == text
-  named = (tokenizer.pad_token_id, tokenizer.mask_token_id,
-           tokenizer.eos_token_id, tokenizer.unk_token_id)
+  named = (
+    tokenizer.pad_token_id,
+    tokenizer.mask_token_id,
+    tokenizer.eos_token_id,
+    tokenizer.unk_token_id,
+  )
   assert sorted(named) == [0, 1, 2, 3]
   assert ids(tokenizer, 'é') == [tokenizer.unk_token_id]
 
@@ -128,8 +131,7 @@ def test_overlong_prompts(tokenizer, caplog):
   cut = data.encode_problems(EXAMPLES, TEXTS, tokenizer, limit, overlong='cut')
   np.testing.assert_array_equal(cut.tokens, whole.tokens[:, 1:])
   np.testing.assert_array_equal(cut.valid.sum(1), np.minimum(lengths, limit))
-  dropped = data.encode_problems(EXAMPLES, TEXTS, tokenizer, limit,
-                                 overlong='drop')
+  dropped = data.encode_problems(EXAMPLES, TEXTS, tokenizer, limit, overlong='drop')
   kept = np.flatnonzero(lengths <= limit)
   assert dropped.examples == [EXAMPLES[i] for i in kept]
   np.testing.assert_array_equal(dropped.tokens, whole.tokens[kept, 1:])
@@ -143,8 +145,7 @@ def test_overlong_prompts(tokenizer, caplog):
 def test_every_problem_once_per_epoch():
   """Epochs are permutations, joined end to end, also within a batch."""
   count, batch = 7, 3
-  places = np.concatenate(
-      [data.indices_at(i, batch, count, 5) for i in range(14)])
+  places = np.concatenate([data.indices_at(i, batch, count, 5) for i in range(14)])
   epochs = places.reshape(-1, count)
   assert len(epochs) == 6
   for epoch in epochs:
@@ -161,10 +162,10 @@ def test_position_is_a_function_of_the_step():
   np.testing.assert_array_equal(data.indices_at(9, 3, 7, 5), first)
   # One step of six is two steps of three: no draw per call.
   np.testing.assert_array_equal(
-      data.indices_at(4, 6, 7, 5),
-      np.concatenate([data.indices_at(i, 3, 7, 5) for i in (8, 9)]))
-  assert not np.array_equal(data.indices_at(0, 7, 7, 5),
-                            data.indices_at(0, 7, 7, 6))
+    data.indices_at(4, 6, 7, 5),
+    np.concatenate([data.indices_at(i, 3, 7, 5) for i in (8, 9)]),
+  )
+  assert not np.array_equal(data.indices_at(0, 7, 7, 5), data.indices_at(0, 7, 7, 6))
 
 
 def test_prompts_at(tokenizer):
@@ -208,7 +209,6 @@ def test_decode_stops_at_the_first_eos(tokenizer):
   """What follows it is dropped; other special tokens stay visible."""
   eos = tokenizer.eos_token_id
   a, b = ids(tokenizer, 'ab')
-  rows = np.array([[a, eos, b, eos], [eos, a, b, a],
-                   [a, tokenizer.pad_token_id, b, a]])
+  rows = np.array([[a, eos, b, eos], [eos, a, b, a], [a, tokenizer.pad_token_id, b, a]])
   assert data.decode(tokenizer, rows, eos) == ['a', '', 'a<|pad|>ba']
   assert data.decode(tokenizer, rows, (eos, b)) == ['a', '', 'a<|pad|>']

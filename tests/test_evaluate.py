@@ -11,19 +11,31 @@ from dmpo_jax import build, data, evaluate, report, watch
 from dmpo_jax.tasks import TASKS, answers, sudoku
 
 
-@pytest.mark.parametrize('rate, count, low, high', [
-    (0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0),
-    (0.8, 1319, 0.7776, 0.8207)])
+@pytest.mark.parametrize(
+  'rate, count, low, high',
+  [
+    (0.5, 100, 0.4038, 0.5962),
+    (0.0, 10, 0.0, 0.2775),
+    (1.0, 10, 0.7225, 1.0),
+    (0.8, 1319, 0.7776, 0.8207),
+  ],
+)
 def test_wilson(rate, count, low, high):
   """Against published tables of the score interval."""
   assert evaluate.wilson(rate, count) == pytest.approx([low, high], abs=2e-4)
 
 
-@pytest.mark.parametrize('group, grade', [
+@pytest.mark.parametrize(
+  'group, grade',
+  [
     ([('a', 1.0), ('b', 0.0), ('a', 1.0)], 1.0),
     ([('a', 1.0), ('b', 0.0), ('b', 0.0)], 0.0),
-    ([('a', 0.0), ('b', 1.0)], 0.0), ([(None, 0.0), ('b', 1.0)], 1.0),
-    ([(None, 0.0), (None, 0.0), ('b', 1.0)], 1.0), ([(None, 0.0)], 0.0)])
+    ([('a', 0.0), ('b', 1.0)], 0.0),
+    ([(None, 0.0), ('b', 1.0)], 1.0),
+    ([(None, 0.0), (None, 0.0), ('b', 1.0)], 1.0),
+    ([(None, 0.0)], 0.0),
+  ],
+)
 def test_majority(group, grade):
   assert evaluate.vote(group) == grade
 
@@ -55,9 +67,22 @@ def test_a_folder_belongs_to_one_source(tmp_path):
 
 
 def card(path, **changes):
-  made = dict(task='math', protocol='paper', split='test', style='chat',
-              problems=500, model='m', parameters='base', steps=128, length=256,
-              accuracy=0.3, forwards=128.0) | changes
+  made = (
+    dict(
+      task='math',
+      protocol='paper',
+      split='test',
+      style='chat',
+      problems=500,
+      model='m',
+      parameters='base',
+      steps=128,
+      length=256,
+      accuracy=0.3,
+      forwards=128.0,
+    )
+    | changes
+  )
   made['interval'] = evaluate.wilson(made['accuracy'], made['problems'])
   path.write_text(json.dumps(made))
   return path
@@ -65,17 +90,27 @@ def card(path, **changes):
 
 def test_cards_side_by_side(tmp_path):
   """Best first in a length; a star where the intervals overlap."""
-  paths = [card(tmp_path / 'a', accuracy=0.30),
-           card(tmp_path / 'b', parameters='latest', accuracy=0.33),
-           card(tmp_path / 'c', model='n', accuracy=0.20),
-           card(tmp_path / 'd', parameters='latest', length=512, accuracy=0.4)]
+  paths = [
+    card(tmp_path / 'a', accuracy=0.30),
+    card(tmp_path / 'b', parameters='latest', accuracy=0.33),
+    card(tmp_path / 'c', model='n', accuracy=0.20),
+    card(tmp_path / 'd', parameters='latest', length=512, accuracy=0.4),
+  ]
   text, picture = report.compare_cards(paths, tmp_path / 'out.png')
   rows = [line for line in text.splitlines() if line[:3] in ('| 2', '| 5')]
-  assert ['0.330 |' in rows[0], '0.300 * |' in rows[1], '0.200 |' in rows[2],
-          '0.400 |' in rows[3]] == [True] * 4
+  assert [
+    '0.330 |' in rows[0],
+    '0.300 * |' in rows[1],
+    '0.200 |' in rows[2],
+    '0.400 |' in rows[3],
+  ] == [True] * 4
   assert picture.stat().st_size > 1000
-  for field, value in (('protocol', 'strict'), ('task', 'gsm8k'),
-                       ('problems', 100), ('style', 'eval')):
+  for field, value in (
+    ('protocol', 'strict'),
+    ('task', 'gsm8k'),
+    ('problems', 100),
+    ('style', 'eval'),
+  ):
     other = card(tmp_path / 'e', **{field: value})
     with pytest.raises(ValueError, match=f'cannot be compared.*{field}'):
       report.compare_cards([*paths, other], tmp_path / 'out.png')
@@ -83,12 +118,16 @@ def test_cards_side_by_side(tmp_path):
     report.compare_cards([], tmp_path / 'out.png')
 
 
-@pytest.mark.parametrize('name, example', [
+@pytest.mark.parametrize(
+  'name, example',
+  [
     ('sudoku', {'puzzle': '0234341221434321', 'solution': '1234341221434321'}),
     ('countdown', {'numbers': [7, 3, 5], 'target': 22}),
     ('gsm8k', {'question': 'Q', 'answer': '#### 1072'}),
     ('gsm8k', {'question': 'Q', 'answer': '#### -2.5'}),
-    ('math', {'problem': 'P', 'solution': r'\boxed{\frac{1}{2}}'})])
+    ('math', {'problem': 'P', 'solution': r'\boxed{\frac{1}{2}}'}),
+  ],
+)
 def test_records_come_back(name, example):
   """Through JSON to the same problem and the same verdict."""
   task = TASKS[name]
@@ -109,25 +148,40 @@ def test_truths_that_cannot_be_graded():
 
 def built_with(**changes):
   c = base.get_config()
-  c.update_from_flattened_dict({
-      'data.train_size': 8, 'data.validation_size': 8, 'data.test_size': 8,
-      'train.microbatches': 1, **changes})
+  c.update_from_flattened_dict(
+    {
+      'data.train_size': 8,
+      'data.validation_size': 8,
+      'data.test_size': 8,
+      'train.microbatches': 1,
+      **changes,
+    }
+  )
   return build.build(c)
 
 
-@pytest.mark.parametrize('protocol, accuracy, best, majority', [
+@pytest.mark.parametrize(
+  'protocol, accuracy, best, majority',
+  [
     ('paper', (2 + 4 + 4 + 6) / 24, (4 + 6) / 12, (2 + 4) / 12),
-    ('strict', 1 / 4, 1 / 2, 0)])
-def test_cells_are_counted_together(protocol, accuracy, best, majority,
-                                    monkeypatch):
+    ('strict', 1 / 4, 1 / 2, 0),
+  ],
+)
+def test_cells_are_counted_together(protocol, accuracy, best, majority, monkeypatch):
   """Paper's sudoku: the right ones of all empty cells, not a mean of shares."""
   built, grid = built_with(**{'data.protocol': protocol}), '1234341221434321'
   told = [{'puzzle': '0' * n + grid[n:], 'solution': grid} for n in (4, 8)]
   # Of 4 empty cells 2 and 4 are right, of 8 empty cells 4 and 6.
-  texts = ['2134' + grid[4:], grid, '21344312' + grid[8:],
-           '21343412' + grid[8:]]
-  rows = [{'problem': i // 2, 'text': f'<answer>{text}</answer>',
-           'batch_forwards': 1, 'order': [0]} for i, text in enumerate(texts)]
+  texts = ['2134' + grid[4:], grid, '21344312' + grid[8:], '21343412' + grid[8:]]
+  rows = [
+    {
+      'problem': i // 2,
+      'text': f'<answer>{text}</answer>',
+      'batch_forwards': 1,
+      'order': [0],
+    }
+    for i, text in enumerate(texts)
+  ]
   examples = [told[row['problem']] for row in rows]
   numbers, _ = evaluate.numbers_of(built, rows, examples)
   assert numbers['accuracy'] == pytest.approx(accuracy)
@@ -158,8 +212,9 @@ def test_evaluation_asks_in_its_own_style(tmp_path):
   empty = tmp_path / 'empty.csv'
   empty.write_text('Puzzle,Solution\n')
   with pytest.raises(ValueError, match='the data set is empty'):
-    build.problems(built_with(**{'data.path': str(empty),
-                                 'data.template': str(path)}), 'test')
+    build.problems(
+      built_with(**{'data.path': str(empty), 'data.template': str(path)}), 'test'
+    )
   path.write_text('no field')
   with pytest.raises(ValueError, match='has no field of sudoku: {puzzle}'):
     build.problems(built_with(**{'eval.template': str(path)}), 'test')
@@ -172,8 +227,13 @@ def test_evaluation_asks_in_its_own_style(tmp_path):
 @pytest.mark.parametrize('name', TASKS)
 def test_every_style_puts_the_problem(name):
   task = TASKS[name]
-  example = {'puzzle': '0234341221434321', 'numbers': [7, 3, 5], 'target': 22,
-             'question': 'Why?', 'problem': 'Why?'}
+  example = {
+    'puzzle': '0234341221434321',
+    'numbers': [7, 3, 5],
+    'target': 22,
+    'question': 'Why?',
+    'problem': 'Why?',
+  }
   told = {'sudoku': '0234341221434321', 'countdown': '22'}.get(name, 'Why?')
   texts = {style: task.prompt(example, style) for style in task.styles}
   assert all(told in text for text in texts.values())
@@ -195,8 +255,7 @@ def test_worked_examples_are_right():
 def test_dropped_prompts_are_counted():
   tokenizer = data.char_tokenizer()
   texts = ['1', '12345', '123456']
-  made = lambda how: data.encode_problems(
-      [{}] * 3, texts, tokenizer, 4, overlong=how)
+  made = lambda how: data.encode_problems([{}] * 3, texts, tokenizer, 4, overlong=how)
   assert made('drop').changed == made('cut').changed == 2
   assert data.encode_problems([{}] * 3, texts, tokenizer).changed == 0
 
@@ -204,8 +263,11 @@ def test_dropped_prompts_are_counted():
 def test_watching():
   """Every position is new in exactly one line, then old; masks before."""
   order = [2, 0, 1, 0]
-  steps = watch.pieces([5, 6, 7, 8], order, lambda ids: '<' if ids[0] == 5
-                       else '\n' if ids[0] == 6 else str(ids[0]))
+  steps = watch.pieces(
+    [5, 6, 7, 8],
+    order,
+    lambda ids: '<' if ids[0] == 5 else '\n' if ids[0] == 6 else str(ids[0]),
+  )
   assert [step for step, _ in steps] == [-1, 0, 1, 2]
   for place, at in enumerate(order):
     kinds = [parts[place][1] for _, parts in steps]
@@ -220,8 +282,14 @@ def test_watching():
 
 def test_page_shows_what_a_model_writes_as_text():
   """No tag, no attribute, no entity of its own; nor a terminal's command."""
-  evil = ['<script>alert(1)</script>', '" onload="alert(1)', "' x='", '&lt;',
-          '\x1b]0;owned\x07', '</pre></td>{rows}']
+  evil = [
+    '<script>alert(1)</script>',
+    '" onload="alert(1)',
+    "' x='",
+    '&lt;',
+    '\x1b]0;owned\x07',
+    '</pre></td>{rows}',
+  ]
   steps = watch.pieces(range(6), [0, 1, 2, 3, 4, 5], lambda ids: evil[ids[0]])
   page = watch.page(steps, *['<b title="x">' + text for text in evil[:3]])
   found = []
@@ -229,12 +297,27 @@ def test_page_shows_what_a_model_writes_as_text():
   class Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
       found.append((tag, attributes))
+
   Reader().feed(page)
   tags = {tag for tag, _ in found}
-  assert tags == {'meta', 'title', 'style', 'h1', 'pre', 'p', 'table', 'tr',
-                  'td', 'span'}
+  assert tags == {
+    'meta',
+    'title',
+    'style',
+    'h1',
+    'pre',
+    'p',
+    'table',
+    'tr',
+    'td',
+    'span',
+  }
   assert {tuple(a) for _, a in found} == {
-      (), (('charset', 'utf-8'),), (('class', 'new'),), (('class', 'mask'),)}
+    (),
+    (('charset', 'utf-8'),),
+    (('class', 'new'),),
+    (('class', 'mask'),),
+  }
   assert '\x1b' not in page + watch.terminal(steps, colour=False)
   last = watch.terminal(steps, colour=False).splitlines()[-1]
   assert '·]0;owned·' in last

@@ -78,9 +78,7 @@ def rollouts(model, policies):
     def call(old, ref):
       prompts = jnp.asarray([PROMPT] * ROWS)
       out = sampler.generate(model, old, prompts, rng.key_for(0, 'sample'), hp)
-      along = functools.partial(
-        logprob.trajectory_logp, model, ref, out, hp.law()
-      )
+      along = functools.partial(logprob.trajectory_logp, model, ref, out, hp.law())
       some = along(1, rng.key_for(0, 'score'), jnp.arange(ROWS))
       return out, *along(), some
 
@@ -192,9 +190,9 @@ def test_some_states_are_unbiased(name, rollouts):
   mean of the whole sum; its exponential has not."""
   out, ref, old, some = rollouts(name)
   error = (some[0] - some[1]) - (ref - old)
-  paths = np.unique(
-    np.c_[out.tokens, out.order], axis=0, return_inverse=True
-  )[1].ravel()
+  paths = np.unique(np.c_[out.tokens, out.order], axis=0, return_inverse=True)[
+    1
+  ].ravel()
   count = np.bincount(paths)
   mean = np.bincount(paths, error) / count
   spread = np.sqrt(np.bincount(paths, error**2) / count - mean**2)
@@ -207,6 +205,7 @@ def test_some_states_are_unbiased(name, rollouts):
 @pytest.mark.smoke
 def test_what_decides_the_order():
   """Alone in its block, or kept whole, a proposal decides nothing."""
+
   def of(**fields):
     return dataclasses.replace(HOW, **fields).order_from()
 

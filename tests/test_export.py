@@ -15,11 +15,11 @@ from configs import base
 from dmpo_jax import build, data, export, mesh, model, weights
 
 KINDS = {
-    'llada': dict(),
-    'a2d-qwen3': dict(qk_norm=True, kv_heads=1, head_dim=6),
-    'Dream': dict(qkv_bias=True, shift=True, kv_heads=1),
-    'a2d-llama': dict(head_dim=10, tied=True),
-    'sdar': dict(qk_norm=True, block_causal=4),
+  'llada': dict(),
+  'a2d-qwen3': dict(qk_norm=True, kv_heads=1, head_dim=6),
+  'Dream': dict(qkv_bias=True, shift=True, kv_heads=1),
+  'a2d-llama': dict(head_dim=10, tied=True),
+  'sdar': dict(qk_norm=True, block_causal=4),
 }
 
 
@@ -40,11 +40,14 @@ def test_merged_weights_read_back(kind, tiny, weights_of, tmp_path):
     assert told['head_dim'] == (cfg.head_dim or cfg.width // cfg.heads)
   again, read = weights.load_hf(str(tmp_path))
   tokens = export.probe(cfg)
-  close(model.full_logits(again, read, tokens),
-        model.full_logits(cfg, params, tokens))
+  close(model.full_logits(again, read, tokens), model.full_logits(cfg, params, tokens))
   alone = {'params': params['params']}
-  assert np.abs(model.full_logits(cfg, alone, tokens) - model.full_logits(
-      cfg, params, tokens)).max() > 1e-2  # the adapters matter
+  assert (
+    np.abs(
+      model.full_logits(cfg, alone, tokens) - model.full_logits(cfg, params, tokens)
+    ).max()
+    > 1e-2
+  )  # the adapters matter
 
 
 def test_shards_and_index(tiny, params, tmp_path):
@@ -59,8 +62,7 @@ def test_shards_and_index(tiny, params, tmp_path):
   for name in files:
     held = load_file(tmp_path / name)
     assert not set(held) & set(found)
-    assert set(held) == {k for k, v in index['weight_map'].items()
-                         if v == name}
+    assert set(held) == {k for k, v in index['weight_map'].items() if v == name}
     assert len(held) == 1 or sum(x.nbytes for x in held.values()) <= limit
     found |= held
   total = sum(x.nbytes for x in found.values())
@@ -74,8 +76,7 @@ def test_sharded_parameters_are_written_whole(tiny, params, tmp_path):
   spread = jax.device_put(params, mesh.shardings(params, grid))
   for name, tree in (('one', params), ('eight', spread)):
     export.save_hf(tmp_path / name, tiny, tree)
-  one, eight = (load_file(tmp_path / n / 'model.safetensors')
-                for n in ('one', 'eight'))
+  one, eight = (load_file(tmp_path / n / 'model.safetensors') for n in ('one', 'eight'))
   assert one.keys() == eight.keys()
   for name in one:
     np.testing.assert_array_equal(one[name], eight[name])
@@ -89,8 +90,12 @@ def test_small_files_of_the_source_are_kept(tiny, params, tmp_path):
   config = (source / 'config.json').read_text()
   export.save_hf(tmp_path / 'out', tiny, params, source=str(source))
   names = set(os.listdir(tmp_path / 'out'))
-  assert {'config.json', 'tokenizer.json', 'modeling_llada.py',
-          'model.safetensors'} <= names
+  assert {
+    'config.json',
+    'tokenizer.json',
+    'modeling_llada.py',
+    'model.safetensors',
+  } <= names
   assert not any('-of-' in n or n == weights.INDEX for n in names)
   assert (tmp_path / 'out' / 'config.json').read_text() == config
 
@@ -123,13 +128,17 @@ def test_adapter_round_trip(tiny, weights_of, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, read, {'lora': params['lora']})
   told = json.loads((tmp_path / 'adapter_config.json').read_text())
   assert (told['r'], told['lora_alpha'], told['base_model_name_or_path']) == (
-      3, 7.0, 'owner/base')
+    3,
+    7.0,
+    'owner/base',
+  )
   matches = lambda name: re.fullmatch(told['target_modules'], name)
   assert matches('model.transformer.blocks.13.ff_out')
   assert not matches('model.transformer.ff_out')  # the head
   held = load_file(tmp_path / 'adapter_model.safetensors')
-  assert held['base_model.model.model.transformer.blocks.1.ff_out.lora_A.'
-              'weight'].shape == (3, tiny.mlp)
+  assert held[
+    'base_model.model.model.transformer.blocks.1.ff_out.lora_A.weight'
+  ].shape == (3, tiny.mlp)
   stems = {re.match(r'base_model\.model\.(.*)\.lora_', n)[1] for n in held}
   assert len(stems) == 7 * cfg.layers and all(map(matches, stems))
 
@@ -140,19 +149,21 @@ def test_adapters_that_are_refused(tiny, weights_of, tmp_path):
   export.save_adapter(tmp_path, cfg, weights_of(cfg), 'owner/base')
   change = lambda **fields: dataclasses.replace(cfg, **fields)
   for other, message in (
-      (change(lora_rank=4), 'r = 3, but lora.rank = 4'),
-      (change(lora_alpha=1.0), 'lora_alpha = 64.0, but lora.alpha = 1.0'),
-      (change(lora_targets='^q$'), 'unexpected.*owner/base'),
-      (change(mlp=8), r'is \(3, 24\), config.json means \(3, 8\)'),
-      (change(layers=3), 'blocks.2.* is missing')):
+    (change(lora_rank=4), 'r = 3, but lora.rank = 4'),
+    (change(lora_alpha=1.0), 'lora_alpha = 64.0, but lora.alpha = 1.0'),
+    (change(lora_targets='^q$'), 'unexpected.*owner/base'),
+    (change(mlp=8), r'is \(3, 24\), config.json means \(3, 8\)'),
+    (change(layers=3), 'blocks.2.* is missing'),
+  ):
     with pytest.raises(ValueError, match=message):
       weights.read_adapter(str(tmp_path), other)
   path = tmp_path / 'adapter_config.json'
   told = json.loads(path.read_text())
   for name, value, message in (
-      ('use_dora', True, 'use_dora = True: only False'),
-      ('init_lora_weights', 'pissa_niter_4', "'pissa_niter_4' may change the"),
-      ('init_lora_weights', 'olora', "'olora' may change the base")):
+    ('use_dora', True, 'use_dora = True: only False'),
+    ('init_lora_weights', 'pissa_niter_4', "'pissa_niter_4' may change the"),
+    ('init_lora_weights', 'olora', "'olora' may change the base"),
+  ):
     path.write_text(json.dumps(told | {name: value}))
     with pytest.raises(ValueError, match=message):
       weights.read_adapter(str(tmp_path), cfg)
@@ -165,19 +176,26 @@ def test_adapters_that_are_refused(tiny, weights_of, tmp_path):
 def fake_run(cfg):
   """What export.run needs of a Built."""
   return types.SimpleNamespace(
-      model=cfg, config=base.get_config(), tokenizer=data.char_tokenizer(),
-      mesh=mesh.make_mesh())
+    model=cfg,
+    config=base.get_config(),
+    tokenizer=data.char_tokenizer(),
+    mesh=mesh.make_mesh(),
+  )
 
 
 def test_a_run_is_exported_and_compared(tiny, weights_of, tmp_path):
   """Both formats report how far what was read back is off: next to nothing."""
   ids = data.char_tokenizer()
   cfg = dataclasses.replace(
-      tiny, lora_rank=2, vocab=len(ids), mask_id=ids.mask_token_id,
-      eos_id=ids.eos_token_id, pad_id=ids.pad_token_id)
+    tiny,
+    lora_rank=2,
+    vocab=len(ids),
+    mask_id=ids.mask_token_id,
+    eos_id=ids.eos_token_id,
+    pad_id=ids.pad_token_id,
+  )
   params = weights_of(cfg)
-  params = jax.device_put(
-      params, mesh.shardings(params, mesh.make_mesh()))
+  params = jax.device_put(params, mesh.shardings(params, mesh.make_mesh()))
   frozen = {'params': params['params']}
   for kind in ('merged', 'adapter'):
     told = export.run(fake_run(cfg), params, frozen, str(tmp_path / kind), kind)
@@ -189,8 +207,12 @@ def test_exports_that_are_refused(tiny, weights_of, tmp_path):
   cfg = dataclasses.replace(tiny, lora_rank=2)
   params = weights_of(cfg)
   frozen = {'params': params['params']}
-  same = {**frozen, 'lora': jax.tree_util.tree_map_with_path(
-      lambda path, x: x * (path[-1].key == 'a'), params['lora'])}
+  same = {
+    **frozen,
+    'lora': jax.tree_util.tree_map_with_path(
+      lambda path, x: x * (path[-1].key == 'a'), params['lora']
+    ),
+  }
   refused = lambda *args: pytest.raises(ValueError, match=args[0])
   folder = str(tmp_path / 'new')
   with refused('equals its base in every weight'):
@@ -213,12 +235,15 @@ def test_dropout_is_addressed(tiny, weights_of):
   """Off without keys; with them a row's mask depends on its own key alone."""
   cfg = dataclasses.replace(tiny, lora_rank=2, lora_dropout=0.5)
   params, tokens = weights_of(cfg), export.probe(cfg)[:, :6]
-  run = jax.jit(lambda tokens, keys: model.hidden(
-      cfg, params, tokens, dropout_R=keys)[0])
+  run = jax.jit(
+    lambda tokens, keys: model.hidden(cfg, params, tokens, dropout_R=keys)[0]
+  )
   keys = jax.random.split(jax.random.key(1), 2)
   plain = dataclasses.replace(cfg, lora_dropout=0.0)
-  close(model.hidden(cfg, params, tokens)[0],
-        model.hidden(plain, params, tokens, dropout_R=keys)[0])
+  close(
+    model.hidden(cfg, params, tokens)[0],
+    model.hidden(plain, params, tokens, dropout_R=keys)[0],
+  )
   both = run(tokens, keys)
   assert np.abs(both - model.hidden(cfg, params, tokens)[0]).max() > 1e-2
   close(run(tokens[::-1], keys[::-1])[::-1], both)
@@ -248,24 +273,25 @@ def test_a_quantized_base_trains_its_adapters(tiny, weights_of):
   params, grid = weights_of(cfg), mesh.make_mesh(fsdp=4, tensor=2)
   c = base.get_config()
   c.model.quantize = 'int8'
-  frozen = {'params': jax.device_put(
-      params['params'], mesh.shardings(params['params'], grid))}
+  frozen = {
+    'params': jax.device_put(params['params'], mesh.shardings(params['params'], grid))
+  }
   stored = build.make_quantize(c, grid)(jax.tree.map(jax.numpy.copy, frozen))
   up = stored['params']['layers']['up']['kernel']
-  assert up.qvalue.dtype == np.int8 and up.qvalue.addressable_shards[
-      0].data.shape == (tiny.layers, tiny.width // 4, tiny.mlp // 2)
-  np.testing.assert_array_equal(stored['params']['head'],
-                                params['params']['head'])
+  assert up.qvalue.dtype == np.int8 and up.qvalue.addressable_shards[0].data.shape == (
+    tiny.layers,
+    tiny.width // 4,
+    tiny.mlp // 2,
+  )
+  np.testing.assert_array_equal(stored['params']['head'], params['params']['head'])
   tokens = export.probe(cfg)
 
   def total(lora, frozen):
-    return (model.full_logits(cfg, {**frozen, 'lora': lora}, tokens) ** 2
-            ).mean()
+    return (model.full_logits(cfg, {**frozen, 'lora': lora}, tokens) ** 2).mean()
 
   grads = jax.jit(jax.grad(total))
   a, b = (grads(params['lora'], f) for f in (stored, params))
-  flat = lambda tree: np.concatenate(
-      [np.ravel(x) for x in jax.tree.leaves(tree)])
+  flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
   cosine = flat(a) @ flat(b) / np.linalg.norm(flat(a)) / np.linalg.norm(flat(b))
   assert 0.99 < cosine < 1 - 1e-9
 
@@ -275,11 +301,13 @@ def test_remat_changes_no_gradient(tiny, params):
   tokens = export.probe(tiny)[:, :5]
 
   def value(cfg):
-    return jax.jit(jax.value_and_grad(lambda p: (
-        model.full_logits(cfg, p, tokens) ** 2).mean()))(params)
+    return jax.jit(
+      jax.value_and_grad(lambda p: (model.full_logits(cfg, p, tokens) ** 2).mean())
+    )(params)
 
   want = value(tiny)
   for policy in model.REMAT:
     got = value(dataclasses.replace(tiny, remat=policy))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5,
-                                                         atol=1e-6), got, want)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, want
+    )

@@ -20,9 +20,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 def python(code, *args, **variables):
   """The code in a process of its own."""
   return subprocess.run(
-      [sys.executable, '-c', code, *args], cwd=ROOT, capture_output=True,
-      text=True, timeout=120,
-      env={**os.environ, 'PYTHONPATH': str(ROOT), **variables})
+    [sys.executable, '-c', code, *args],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env={**os.environ, 'PYTHONPATH': str(ROOT), **variables},
+  )
 
 
 # --- SIGTERM
@@ -46,7 +50,8 @@ with guard.Preemption(at_once=True):
 
 def test_under_distributed_jax_asks():
   """Its own handler stays, and tells; ours would have taken its place."""
-  done = python("""
+  done = python(
+    """
 import os, signal, socket, time
 import jax
 with socket.socket() as s:
@@ -66,7 +71,9 @@ with guard.Preemption(at_once=True):
       if answers[-1]:
         break
 print(answers[0], answers[-1])
-""", XLA_FLAGS='')
+""",
+    XLA_FLAGS='',
+  )
   assert done.stdout == 'False True\n', done.stderr
 
 
@@ -124,9 +131,12 @@ with guard.Watchdog(1.0, sys.argv[1]) as dog:
   rollout.finish(None, task, tokenizer, problems, started, group=2,
                  protocol='strict', samples=1, weights={}, clock=clock)
 """
-HANGS = {'pool': ('reward', 'grader.py'), 'here': ('reward', 'grader.py'),
-         'data': ('data', 'in prompts_at'), 'checkpoint': (
-             'checkpoint', 'checkpoint.py')}
+HANGS = {
+  'pool': ('reward', 'grader.py'),
+  'here': ('reward', 'grader.py'),
+  'data': ('data', 'in prompts_at'),
+  'checkpoint': ('checkpoint', 'checkpoint.py'),
+}
 
 
 @pytest.mark.parametrize('where', HANGS)
@@ -156,7 +166,8 @@ with guard.Watchdog(0.5):
 
 def test_run_that_makes_progress_is_left_alone(tmp_path):
   """So is one without a limit, and one that has ended."""
-  done = python("""
+  done = python(
+    """
 import sys, time
 from dmpo_jax import guard
 with guard.Watchdog(0.5, sys.argv[1]) as dog:
@@ -166,7 +177,9 @@ with guard.Watchdog(0.5, sys.argv[1]) as dog:
 time.sleep(1.5)
 with guard.Watchdog(0, sys.argv[1]):
   time.sleep(0.3)
-""", str(tmp_path / 'stuck.txt'))
+""",
+    str(tmp_path / 'stuck.txt'),
+  )
   assert done.returncode == 0, done.stderr
   assert not list(tmp_path.iterdir())
 
@@ -180,16 +193,18 @@ def repository(tmp_path, monkeypatch):
   root = tmp_path / 'project'
   (root / 'package').mkdir(parents=True)
   (root / 'package' / 'provenance.py').write_text('x = 1\n')
-  monkeypatch.setattr(provenance, '__file__',
-                      str(root / 'package' / 'provenance.py'))
+  monkeypatch.setattr(provenance, '__file__', str(root / 'package' / 'provenance.py'))
   for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'):
     monkeypatch.delenv(name, raising=False)
   return root
 
 
 def git(root, *args):
-  subprocess.run(('git', '-C', root, '-c', 'user.name=a', '-c', 'user.email=b',
-                  *args), check=True, capture_output=True)
+  subprocess.run(
+    ('git', '-C', root, '-c', 'user.name=a', '-c', 'user.email=b', *args),
+    check=True,
+    capture_output=True,
+  )
 
 
 def test_code_is_known_to_the_line(repository):

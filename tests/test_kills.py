@@ -14,20 +14,35 @@ import pytest
 from benchmarks import kills, soak
 
 TINY = {
-    'model.width': 16, 'model.layers': 1, 'model.heads': 2,
-    'model.kv_heads': 2, 'model.mlp': 16, 'data.train_size': 64,
-    'data.validation_size': 8, 'data.test_size': 8, 'eval.batch': 8,
-    'eval.every': 2, 'sft.steps': 6, 'sft.batch': 8, 'train.iterations': 6,
-    'train.inner': 2, 'train.prompts': 2, 'train.group': 4,
-    'train.microbatches': 1, 'checkpoint.every': 2, 'mesh.cpu': 1,
-    'objective.best': 0.0}  # an untrained model learns from no reward, too
+  'model.width': 16,
+  'model.layers': 1,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+  'model.mlp': 16,
+  'data.train_size': 64,
+  'data.validation_size': 8,
+  'data.test_size': 8,
+  'eval.batch': 8,
+  'eval.every': 2,
+  'sft.steps': 6,
+  'sft.batch': 8,
+  'train.iterations': 6,
+  'train.inner': 2,
+  'train.prompts': 2,
+  'train.group': 4,
+  'train.microbatches': 1,
+  'checkpoint.every': 2,
+  'mesh.cpu': 1,
+  'objective.best': 0.0,
+}  # an untrained model learns from no reward, too
 
 
 @pytest.fixture
 def one_device(monkeypatch):
   """What is compiled for one device is there sooner than for eight."""
-  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'].replace(
-      'device_count=8', 'device_count=1'))
+  monkeypatch.setenv(
+    'XLA_FLAGS', os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')
+  )
 
 
 @pytest.fixture
@@ -41,14 +56,21 @@ def nobody_else():
 def test_killed_runs_end_as_the_whole_one(one_device, nobody_else, tmp_path):
   """All there is, bit by bit; and no file that others may read."""
   folder = tmp_path / 'kills'
-  told = kills.main([f'--folder={folder}', '--kills=3', '--seed=1', *(
-      f'--config.{name}={value}' for name, value in TINY.items())])
+  told = kills.main(
+    [
+      f'--folder={folder}',
+      '--kills=3',
+      '--seed=1',
+      *(f'--config.{name}={value}' for name, value in TINY.items()),
+    ]
+  )
   assert told['kills'] == sum(told['phases'].values()) == 3
   assert told['identical'] and not told['differences']
   files = [path for path in folder.rglob('*') if not path.is_symlink()]
   assert len(files) > 100
-  assert [path for path in files if path.stat().st_mode & (
-      stat.S_IRWXG | stat.S_IRWXO)] == []
+  assert [
+    path for path in files if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+  ] == []
   assert soak.lost(folder / 'killed') == []
   controls(folder / 'whole', folder / 'killed')
 
@@ -63,7 +85,7 @@ def controls(whole, killed):
   with open(killed / 'samples.jsonl', 'a') as f:
     f.write('{"iteration": 5}\n')
   said = kills.differences(whole, killed)
-  assert len(said) == 4 and "13.orbax" in said[-1], said
+  assert len(said) == 4 and '13.orbax' in said[-1], said
   said = soak.lost(killed)
   assert len(said) == 3 and 'eval are [0, 2, 4, 7]' in said[0], said
   assert '3 samples of iteration 5' in said[1] and '13.orbax' in said[2]
@@ -78,30 +100,39 @@ def test_moments_of_kills():
     assert (phases[0], phases[-1], places[-1]) == (kills.SFT, kills.END, 48)
     assert set(phases) == set(kills.PHASES)
     assert min(phases.count(phase) for phase in phases[1:-1]) >= 3
-  assert [p for p, _ in kills.plan(2, 48, random.Random(0))] == [
-      kills.SFT, kills.END]
+  assert [p for p, _ in kills.plan(2, 48, random.Random(0))] == [kills.SFT, kills.END]
 
 
 def test_where_a_run_is(tmp_path):
   """By the last line it has written, whole, and by its checkpoints."""
-  (tmp_path / 'config.json').write_text(json.dumps({
-      'sft': {'steps': 5}, 'train': {'iterations': 9, 'inner': 2},
-      'eval': {'every': 3}}))
+  (tmp_path / 'config.json').write_text(
+    json.dumps(
+      {
+        'sft': {'steps': 5},
+        'train': {'iterations': 9, 'inner': 2},
+        'eval': {'every': 3},
+      }
+    )
+  )
   (tmp_path / 'rl').mkdir()
   session = kills.Session(None, tmp_path, 100.0, set(), None)
   lines = [
-      (None, 0, (kills.START, 0, False)), ('sft', 4, (kills.SFT, 0, True)),
-      ('sft', 5, (kills.EVALUATE, 0, True)),
-      ('eval', 3, (kills.SAMPLE, 6, True)), ('rl', 3, (kills.UPDATE, 6, True)),
-      ('update', 7, (kills.UPDATE, 7, True)),
-      ('update', 8, (kills.SAMPLE, 8, True)),
-      ('update', 12, (kills.EVALUATE, 12, True)),
-      ('update', 18, (kills.EVALUATE, 18, True)),
-      ('eval', 9, (kills.END, 18, True))]
+    (None, 0, (kills.START, 0, False)),
+    ('sft', 4, (kills.SFT, 0, True)),
+    ('sft', 5, (kills.EVALUATE, 0, True)),
+    ('eval', 3, (kills.SAMPLE, 6, True)),
+    ('rl', 3, (kills.UPDATE, 6, True)),
+    ('update', 7, (kills.UPDATE, 7, True)),
+    ('update', 8, (kills.SAMPLE, 8, True)),
+    ('update', 12, (kills.EVALUATE, 12, True)),
+    ('update', 18, (kills.EVALUATE, 18, True)),
+    ('eval', 9, (kills.END, 18, True)),
+  ]
   for phase, step, expected in lines:
     row = {'phase': phase, 'step': step, 'time': 101.0}
     (tmp_path / 'metrics.jsonl').write_text(
-        (json.dumps(row) + '\n') * bool(phase) + '{"phase": "torn')
+      (json.dumps(row) + '\n') * bool(phase) + '{"phase": "torn'
+    )
     assert kills.look(session) == expected
   assert kills.look(session._replace(begun=102.0))[:2] == (kills.START, 18)
   (tmp_path / 'rl' / '12').mkdir()
@@ -118,8 +149,9 @@ def test_slope_of_memory():
   draw = np.random.default_rng(0)
   t = np.arange(150.0)
   saw = 130.0 * (np.arange(150) % 5 > 1)
-  make = lambda level: list(zip(t, level + 0.01 * t + saw + draw.normal(
-      0, 0.1, 150), strict=True))
+  make = lambda level: list(
+    zip(t, level + 0.01 * t + saw + draw.normal(0, 0.1, 150), strict=True)
+  )
   ended = [(151.0, float('nan'))]
   sessions = [make(300), make(900) + ended, [(0, 1.0), (50, 9999.0)], []]
   rate, error, readings, each = soak.slope(sessions)

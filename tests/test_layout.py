@@ -113,9 +113,7 @@ def check_compile(path, tree):
   bound = {'jax'}
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
-      bound |= {
-        a.asname for a in node.names if a.asname and a.name.startswith('jax')
-      }
+      bound |= {a.asname for a in node.names if a.asname and a.name.startswith('jax')}
   for name, line in imports(tree, path):
     parts = name.split('.')
     if parts[0] == 'jax' and parts[-1] in COMPILE:
@@ -143,10 +141,7 @@ def check_config(path, tree):
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
       names = chain(node.func)
       if names[-1] == 'get' and CONFIG & set(names[:-1]):
-        yield (
-          node.lineno,
-          f'{".".join(names)}(): a default belongs into the config',
-        )
+        yield (node.lineno, f'{".".join(names)}(): a default belongs into the config')
 
 
 def check_functions(path, tree):
@@ -228,10 +223,10 @@ def test_package():
 def test_nothing_runs_what_a_file_says():
   """The package is in `test_package`; this is what stands around it."""
   root = pathlib.Path(__file__).parents[1]
-  paths = [root / 'main.py', *root.glob('configs/*.py'),
-           *root.glob('benchmarks/*.py')]
-  found = {str(path): list(check_safety(path, ast.parse(path.read_text())))
-           for path in paths}
+  paths = [root / 'main.py', *root.glob('configs/*.py'), *root.glob('benchmarks/*.py')]
+  found = {
+    str(path): list(check_safety(path, ast.parse(path.read_text()))) for path in paths
+  }
   assert len(found) > 5 and not any(found.values()), found
 
 

@@ -60,9 +60,7 @@ def test_token_logp_is_the_logits_gathered(tiny, params, token_logp, batch):
   tokens, masked, valid = batch
   logp = np.asarray(token_logp(*batch))
   noisy = masking.apply_masks(tokens, masked, tiny.mask_id)
-  full = jax.jit(
-    lambda noisy, valid: model.full_logits(tiny, params, noisy, valid)
-  )
+  full = jax.jit(lambda noisy, valid: model.full_logits(tiny, params, noisy, valid))
   for k in range(3):
     logits = np.asarray(full(noisy[:, k], valid), np.float64)
     want = reference.log_softmax(logits)[:, -LENGTH:]
@@ -133,8 +131,7 @@ def test_head_chunk_must_divide(tiny, params, batch):
   tokens, masked, valid = batch
   with pytest.raises(ValueError, match='head_chunk = 3 must divide'):
     jax.eval_shape(
-      lambda params: logprob.token_logp(cfg, params, tokens, masked, valid),
-      params,
+      lambda params: logprob.token_logp(cfg, params, tokens, masked, valid), params
     )
 
 
@@ -188,9 +185,7 @@ def test_sft_draw_is_an_elbo(table):
   values = np.asarray(
     logprob.seq_elbo(table[reference.index_of(masks.masked)], masks.weight)
   )
-  want = reference.bernoulli_elbo(
-    table, 1e-3, 1.0, False, lambda m, rate: 1 / rate
-  )
+  want = reference.bernoulli_elbo(table, 1e-3, 1.0, False, lambda m, rate: 1 / rate)
   np.testing.assert_allclose(want, reference.exact_elbo(table), rtol=0.02)
   assert abs(values.mean() - want) < 4 * values.std() / len(values) ** 0.5
 

@@ -16,17 +16,17 @@ from absl.testing import flagsaver
 import main
 from configs import base, quickstart
 from dmpo_jax import (
-    build,
-    check,
-    data,
-    evaluate,
-    export,
-    guard,
-    metrics,
-    report,
-    sft,
-    train,
-    weights,
+  build,
+  check,
+  data,
+  evaluate,
+  export,
+  guard,
+  metrics,
+  report,
+  sft,
+  train,
+  weights,
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,9 +51,15 @@ def sweep(name):
 
 def tiny(**changes):
   c = base.get_config()
-  c.update_from_flattened_dict({
-      'train.prompts': 2, 'train.group': 4, 'train.microbatches': 1,
-      'sft.batch': 8, 'eval.batch': 8})
+  c.update_from_flattened_dict(
+    {
+      'train.prompts': 2,
+      'train.group': 4,
+      'train.microbatches': 1,
+      'sft.batch': 8,
+      'eval.batch': 8,
+    }
+  )
   c.update_from_flattened_dict(changes)
   return c
 
@@ -82,105 +88,131 @@ def command(config_file, monkeypatch, tmp_path):
     finally:
       flagsaver.restore_flag_values(saved)
       flags.FLAGS.unparse_flags()
+
   return call
 
 
 def sub(*args, folder):
   """The command in a process of its own."""
   return subprocess.run(
-      [sys.executable, ROOT / 'main.py', *args], cwd=folder,
-      env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True,
-      text=True, timeout=120)
+    [sys.executable, ROOT / 'main.py', *args],
+    cwd=folder,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
 
 
 # --- what cannot run is refused before anything is compiled
 
 
 IMPOSSIBLE = {
-    "sampler.pick = 'confidense'.*did you mean 'confidence'":
-        {'sampler.pick': 'confidense'},
-    "eval.sampler.pick = 'margn'.*did you mean 'margin'":
-        {'eval.sampler.pick': 'margn'},
-    "data.task = 'sudoko'.*did you mean 'sudoku'": {'data.task': 'sudoko'},
-    "objective.name = 'dmppo'.*did you mean 'dmpo'":
-        {'objective.name': 'dmppo'},
-    "model.preset = 'tinny'.*did you mean 'tiny'": {'model.preset': 'tinny'},
-    "data.style = 'zzz' must be one of bare, chat, eval, one_shot":
-        {'data.style': 'zzz'},
-    "data.protocol = 'stric'.*'strict'": {'data.protocol': 'stric'},
-    "logprob.estimator = 'elbow'.*'elbo'": {'logprob.estimator': 'elbow'},
-    "logprob.elbo = 'paperr'.*'paper'": {'logprob.elbo': 'paperr'},
-    "model.attention = 'flash' must be one of xla, cudnn, splash":
-        {'model.attention': 'flash'},
-    'model.attention = splash needs a tpu, this is a cpu':
-        {'model.attention': 'splash'},
-    'model.attention = cudnn needs model.dtype = bfloat16':
-        {'model.attention': 'cudnn'},
-    "model.dtype = 'float16'.*one of float32": {'model.dtype': 'float16'},
-    "sampler.parallel = 'jitt'.*'jit'": {'sampler.parallel': 'jitt'},
-    'group = 8 rows must be a multiple of 8 .*microbatches = 24':
-        {'train.microbatches': 3},
-    'group = 6 rows must be a multiple of 8': {'train.group': 3},
-    'eval.batch = 9 must be a multiple of the 8': {'eval.batch': 9},
-    'sft.batch = 9 must be a multiple of the 8':
-        {'sft.batch': 9, 'sft.steps': 1},
-    r'^  sampler.block = 5 must divide sampler.length = 16':
-        {'sampler.block': 5},
-    r'^  eval.sampler.block = 5 must divide': {'eval.sampler.block': 5},
-    'sampler.steps = 17 must be a multiple.*at most': {'sampler.steps': 17},
-    'sampler.temperature = -1.0 must be >= 0': {'sampler.temperature': -1.0},
-    'sampler.threshold = 1.5 must be in': {'sampler.threshold': 1.5},
-    'objective.draws = 3 must be even': {'objective.draws': 3},
-    'objective.alpha = -1.0 must be >= 0': {'objective.alpha': -1.0},
-    'logprob.draws = 3 must be even': {'logprob.draws': 3},
-    'logprob.antithetic = True must be objective.antithetic = False': {
-        'objective.loss': 'ddo', 'objective.antithetic': False},
-    'logprob.low = 0.2 must be objective.low = 0.1': {
-        'objective.baseline': 'model', 'logprob.low': 0.2},
-    'logprob.elbo = stratified must be paper': {
-        'objective.baseline': 'model', 'logprob.elbo': 'stratified'},
-    'lora.dropout = 0.1: objective.name = dmpo compares': {
-        'objective.loss': 'ddo', 'objective.antithetic': False,
-        'logprob.antithetic': False, 'lora.rank': 2, 'lora.dropout': 0.1},
-    'objective.loss_tail = False: log p_old': {
-        'objective.baseline': 'model', 'objective.loss_tail': False},
-    'logprob.low = 0.9, logprob.high = 0.5':
-        {'logprob.low': 0.9, 'logprob.high': 0.5},
-    'trajectory needs sampler.temperature > 0':
-        {'logprob.estimator': 'trajectory', 'sampler.temperature': 0.0},
-    'logprob.tail = False has no meaning':
-        {'logprob.estimator': 'trajectory', 'logprob.tail': False},
-    'logprob.estimator = trajectory needs 1 and 0':
-        {'logprob.estimator': 'trajectory', 'sampler.top_p': 0.9},
-    'sampler.pick = wino takes tokens back':
-        {'logprob.estimator': 'trajectory', 'sampler.pick': 'wino'},
-    'sampler.rank = token: .*use sampler.rank = max':
-        {'logprob.estimator': 'trajectory', 'sampler.rank': 'token'},
-    'logprob.fuse = True needs lora.rank > 0': {'logprob.fuse': True},
-    'eval.sampler.refresh = 2 needs sampler.cache = prefix or dual':
-        {'eval.sampler.refresh': 2},
-    'train.group = 1 must be >= 2': {'train.group': 1},
-    'optim.lr = -1.0 must be >= 0': {'optim.lr': -1.0},
-    'optim.lr = nan must be >= 0': {'optim.lr': float('nan')},
-    'optim.b1 = 1.0 must be in': {'optim.b1': 1.0},
-    'optim.b2 = -0.1 must be in': {'optim.b2': -0.1},
-    'optim.eps = 0.0 must be > 0': {'optim.eps': 0.0},
-    'sft.clip = -1.0 must be >= 0': {'sft.clip': -1.0},
-    'sft.warmup = -1 must be >= 0': {'sft.warmup': -1},
-    'sft.weight_decay = -1.0 must be >= 0': {'sft.weight_decay': -1.0},
-    'lora.alpha = 0.0 must be > 0': {'lora.alpha': 0.0, 'lora.rank': 2},
-    'checkpoint.every = 0 must be >= 1': {'checkpoint.every': 0},
-    'checkpoint.every_minutes = -1.0 must be >= 0':
-        {'checkpoint.every_minutes': -1.0},
-    'log.stuck_minutes = -1.0 must be >= 0': {'log.stuck_minutes': -1.0},
-    'mesh.data, mesh.fsdp, mesh.tensor = 0, 3, 1': {'mesh.fsdp': 3},
-    'sampler.parallel = pmap needs replicated':
-        {'sampler.parallel': 'pmap', 'mesh.fsdp': 2},
-    'model.head_chunk = 5 must divide': {'model.head_chunk': 5},
-    'model.heads = 3 must divide model.width = 64':
-        {'model.heads': 3, 'model.kv_heads': 3},
-    'model.kv_heads = 3': {'model.kv_heads': 3},
-    "data.tokenizer = 'nowhere' must be": {'data.tokenizer': 'nowhere'},
+  "sampler.pick = 'confidense'.*did you mean 'confidence'": {
+    'sampler.pick': 'confidense'
+  },
+  "eval.sampler.pick = 'margn'.*did you mean 'margin'": {'eval.sampler.pick': 'margn'},
+  "data.task = 'sudoko'.*did you mean 'sudoku'": {'data.task': 'sudoko'},
+  "objective.name = 'dmppo'.*did you mean 'dmpo'": {'objective.name': 'dmppo'},
+  "model.preset = 'tinny'.*did you mean 'tiny'": {'model.preset': 'tinny'},
+  "data.style = 'zzz' must be one of bare, chat, eval, one_shot": {'data.style': 'zzz'},
+  "data.protocol = 'stric'.*'strict'": {'data.protocol': 'stric'},
+  "logprob.estimator = 'elbow'.*'elbo'": {'logprob.estimator': 'elbow'},
+  "logprob.elbo = 'paperr'.*'paper'": {'logprob.elbo': 'paperr'},
+  "model.attention = 'flash' must be one of xla, cudnn, splash": {
+    'model.attention': 'flash'
+  },
+  'model.attention = splash needs a tpu, this is a cpu': {'model.attention': 'splash'},
+  'model.attention = cudnn needs model.dtype = bfloat16': {'model.attention': 'cudnn'},
+  "model.dtype = 'float16'.*one of float32": {'model.dtype': 'float16'},
+  "sampler.parallel = 'jitt'.*'jit'": {'sampler.parallel': 'jitt'},
+  'group = 8 rows must be a multiple of 8 .*microbatches = 24': {
+    'train.microbatches': 3
+  },
+  'group = 6 rows must be a multiple of 8': {'train.group': 3},
+  'eval.batch = 9 must be a multiple of the 8': {'eval.batch': 9},
+  'sft.batch = 9 must be a multiple of the 8': {'sft.batch': 9, 'sft.steps': 1},
+  r'^  sampler.block = 5 must divide sampler.length = 16': {'sampler.block': 5},
+  r'^  eval.sampler.block = 5 must divide': {'eval.sampler.block': 5},
+  'sampler.steps = 17 must be a multiple.*at most': {'sampler.steps': 17},
+  'sampler.temperature = -1.0 must be >= 0': {'sampler.temperature': -1.0},
+  'sampler.threshold = 1.5 must be in': {'sampler.threshold': 1.5},
+  'objective.draws = 3 must be even': {'objective.draws': 3},
+  'objective.alpha = -1.0 must be >= 0': {'objective.alpha': -1.0},
+  'logprob.draws = 3 must be even': {'logprob.draws': 3},
+  'logprob.antithetic = True must be objective.antithetic = False': {
+    'objective.loss': 'ddo',
+    'objective.antithetic': False,
+  },
+  'logprob.low = 0.2 must be objective.low = 0.1': {
+    'objective.baseline': 'model',
+    'logprob.low': 0.2,
+  },
+  'logprob.elbo = stratified must be paper': {
+    'objective.baseline': 'model',
+    'logprob.elbo': 'stratified',
+  },
+  'lora.dropout = 0.1: objective.name = dmpo compares': {
+    'objective.loss': 'ddo',
+    'objective.antithetic': False,
+    'logprob.antithetic': False,
+    'lora.rank': 2,
+    'lora.dropout': 0.1,
+  },
+  'objective.loss_tail = False: log p_old': {
+    'objective.baseline': 'model',
+    'objective.loss_tail': False,
+  },
+  'logprob.low = 0.9, logprob.high = 0.5': {'logprob.low': 0.9, 'logprob.high': 0.5},
+  'trajectory needs sampler.temperature > 0': {
+    'logprob.estimator': 'trajectory',
+    'sampler.temperature': 0.0,
+  },
+  'logprob.tail = False has no meaning': {
+    'logprob.estimator': 'trajectory',
+    'logprob.tail': False,
+  },
+  'logprob.estimator = trajectory needs 1 and 0': {
+    'logprob.estimator': 'trajectory',
+    'sampler.top_p': 0.9,
+  },
+  'sampler.pick = wino takes tokens back': {
+    'logprob.estimator': 'trajectory',
+    'sampler.pick': 'wino',
+  },
+  'sampler.rank = token: .*use sampler.rank = max': {
+    'logprob.estimator': 'trajectory',
+    'sampler.rank': 'token',
+  },
+  'logprob.fuse = True needs lora.rank > 0': {'logprob.fuse': True},
+  'eval.sampler.refresh = 2 needs sampler.cache = prefix or dual': {
+    'eval.sampler.refresh': 2
+  },
+  'train.group = 1 must be >= 2': {'train.group': 1},
+  'optim.lr = -1.0 must be >= 0': {'optim.lr': -1.0},
+  'optim.lr = nan must be >= 0': {'optim.lr': float('nan')},
+  'optim.b1 = 1.0 must be in': {'optim.b1': 1.0},
+  'optim.b2 = -0.1 must be in': {'optim.b2': -0.1},
+  'optim.eps = 0.0 must be > 0': {'optim.eps': 0.0},
+  'sft.clip = -1.0 must be >= 0': {'sft.clip': -1.0},
+  'sft.warmup = -1 must be >= 0': {'sft.warmup': -1},
+  'sft.weight_decay = -1.0 must be >= 0': {'sft.weight_decay': -1.0},
+  'lora.alpha = 0.0 must be > 0': {'lora.alpha': 0.0, 'lora.rank': 2},
+  'checkpoint.every = 0 must be >= 1': {'checkpoint.every': 0},
+  'checkpoint.every_minutes = -1.0 must be >= 0': {'checkpoint.every_minutes': -1.0},
+  'log.stuck_minutes = -1.0 must be >= 0': {'log.stuck_minutes': -1.0},
+  'mesh.data, mesh.fsdp, mesh.tensor = 0, 3, 1': {'mesh.fsdp': 3},
+  'sampler.parallel = pmap needs replicated': {
+    'sampler.parallel': 'pmap',
+    'mesh.fsdp': 2,
+  },
+  'model.head_chunk = 5 must divide': {'model.head_chunk': 5},
+  'model.heads = 3 must divide model.width = 64': {
+    'model.heads': 3,
+    'model.kv_heads': 3,
+  },
+  'model.kv_heads = 3': {'model.kv_heads': 3},
+  "data.tokenizer = 'nowhere' must be": {'data.tokenizer': 'nowhere'},
 }
 
 
@@ -188,8 +220,10 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize('said', IMPOSSIBLE)
 def test_refused_before_compilation(said, monkeypatch):
   """One sentence that names the field, and no jit before it."""
+
   def compiles(*_, **__):
     raise AssertionError('compiled before the config was checked')
+
   monkeypatch.setattr(build, 'compiled', compiles)
   with pytest.raises(ValueError, match=f'(?m){said}'):
     build.build(tiny(**IMPOSSIBLE[said]))
@@ -198,8 +232,9 @@ def test_refused_before_compilation(said, monkeypatch):
 def test_all_complaints_at_once():
   """A config with three faults is told of three."""
   with pytest.raises(ValueError) as info:
-    check.config(tiny(**{'objective.alpha': -1.0, 'sampler.block': 5,
-                        'data.task': 'chess'}), 8)
+    check.config(
+      tiny(**{'objective.alpha': -1.0, 'sampler.block': 5, 'data.task': 'chess'}), 8
+    )
   assert str(info.value).startswith('this config cannot run:')
   assert len(str(info.value).splitlines()) == 4
 
@@ -210,8 +245,9 @@ def test_splash_splits_the_heads_of_k_and_v():
   tokenizer = data.char_tokenizer()
   build.model_config(c, tokenizer)
   c.model.kv_heads = 1
-  with pytest.raises(ValueError, match='kv_heads = 1 must be a multiple of mesh'
-                     '.tensor = 2'):
+  with pytest.raises(
+    ValueError, match='kv_heads = 1 must be a multiple of mesh.tensor = 2'
+  ):
     build.model_config(c, tokenizer)
 
 
@@ -227,7 +263,7 @@ def test_misspelt_field(command):
   """The nearest field is named, and the exit is a sentence."""
   with pytest.raises(SystemExit) as info:
     command('--config.optim.lrr=1')
-  assert "config.optim.lrr is not a field" in str(info.value)
+  assert 'config.optim.lrr is not a field' in str(info.value)
   assert "did you mean 'optim.lr'" in str(info.value)
 
 
@@ -255,12 +291,15 @@ def test_stray_argument(command):
 
 def test_sweep_points(command, config_file):
   """Point i is applied; set twice, out of range and unknown are refused."""
+
   def applied(*args):
     def read(_):
       c = main.CONFIG.value
       main.apply_sweep(c, flags.FLAGS['config'], main.SWEEP.value)
       return c
+
     return command(*args, function=read)
+
   c = applied('--sweep=rates:1', '--config.train.inner=3')
   assert (c.optim.lr, c.seed, c.train.inner, c.name) == (1e-4, 7, 3, 'mine')
   assert applied('--sweep=rates:0').optim.lr == 1e-3
@@ -286,12 +325,15 @@ def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
   first = main.settle(tiny(), '')
   assert main.settle(tiny(), '') == first
   assert first.startswith('runs/base-')
-  others = [main.settle(tiny(**change), '') for change in (
-      {'seed': 1}, {'optim.lr': 1.0}, {'name': 'x'})]
+  others = [
+    main.settle(tiny(**change), '')
+    for change in ({'seed': 1}, {'optim.lr': 1.0}, {'name': 'x'})
+  ]
   assert len({first, *others}) == 4
   written = json.loads((tmp_path / first / 'config.json').read_text())
   assert check.flatten(written) == check.flatten(
-      json.loads(tiny().to_json()))  # a tuple comes back as a list
+    json.loads(tiny().to_json())
+  )  # a tuple comes back as a list
 
 
 def test_workdir_of_another_config(tmp_path):
@@ -313,11 +355,17 @@ def test_workdir_of_another_config(tmp_path):
 def test_two_runs_in_one_workdir(tmp_path):
   """The second is refused while the first lives, and not after its kill."""
   first = subprocess.Popen(
-      [sys.executable, '-c', 'import sys, time\n'
-       'from dmpo_jax import guard\n'
-       f'with guard.alone({str(tmp_path)!r}):\n'
-       '  print(1, flush=True)\n'
-       '  time.sleep(600)'], stdout=subprocess.PIPE)
+    [
+      sys.executable,
+      '-c',
+      'import sys, time\n'
+      'from dmpo_jax import guard\n'
+      f'with guard.alone({str(tmp_path)!r}):\n'
+      '  print(1, flush=True)\n'
+      '  time.sleep(600)',
+    ],
+    stdout=subprocess.PIPE,
+  )
   try:
     assert first.stdout.readline() == b'1\n'
     with pytest.raises(ValueError, match='another process is training there'):
@@ -340,30 +388,32 @@ def test_damaged_config_of_a_workdir(tmp_path):
     main.settle(tiny(), workdir)
 
 
-def test_command_settles_and_trains_once(command, monkeypatch, tmp_path,
-                                         capsys):
+def test_command_settles_and_trains_once(command, monkeypatch, tmp_path, capsys):
   """Training leaves results; the same command then says that it is done."""
   params = {'params': {}}
   monkeypatch.setattr(sft, 'run', lambda *_: (params, 2.0))
   monkeypatch.setattr(train, 'run', lambda *_: (params, 3.0))
   monkeypatch.setattr(
-      evaluate, 'accuracy', lambda *_: ({'accuracy': 0.5, 'reward': 1.0},
-                                        [{'completion': 'x'}]))
+    evaluate,
+    'accuracy',
+    lambda *_: ({'accuracy': 0.5, 'reward': 1.0}, [{'completion': 'x'}]),
+  )
   monkeypatch.setattr(report, 'curves', lambda workdir: None)
   monkeypatch.setattr(report, 'summary', lambda workdir: 'the summary')
   command('--workdir=run', '--config.seed=3')
   assert capsys.readouterr().out == 'the summary\n'
   results = json.loads((tmp_path / 'run' / 'results.json').read_text())
-  assert results['base'] == results['final'] == {
-      'accuracy': 0.5, 'reward': 1.0}
+  assert results['base'] == results['final'] == {'accuracy': 0.5, 'reward': 1.0}
   assert results['seconds']['total'] == 5.0 and results['seed'] == 3
   assert results['config'] == 'mine' and 'jax' in results['versions']
   assert (tmp_path / 'run' / 'test_final.jsonl').read_text() == (
-      '{"completion": "x"}\n')
+    '{"completion": "x"}\n'
+  )
   assert (tmp_path / 'run' / 'tokenizer' / 'tokenizer.json').exists()
 
   def again(*_):
     raise AssertionError('a finished run was run again')
+
   monkeypatch.setattr(train, 'run', again)
   command('--workdir=run', '--config.seed=3')
   out = capsys.readouterr().out
@@ -382,8 +432,10 @@ def test_only_the_base_model(command, monkeypatch, capsys):
 
 def test_bad_numbers_are_one_sentence(command, monkeypatch):
   """A run that stops on nan ends with the sentence, not with a traceback."""
+
   def stop(*_):
     raise FloatingPointError('not finite at update 3')
+
   monkeypatch.setattr(sft, 'run', stop)
   monkeypatch.delenv('DMPO_TRACEBACK', raising=False)
   with pytest.raises(SystemExit, match='^error: not finite at update 3$'):
@@ -436,8 +488,7 @@ def test_starts_are_recorded(command, monkeypatch, tmp_path):
   """What the command line changed and the seeds, once for each start."""
   monkeypatch.setattr(sft, 'run', lambda *_: ({}, 2.0))
   for _ in range(2):
-    command('--workdir=run', '--mode=sft', '--config.seed=3',
-            '--sweep=rates:0')
+    command('--workdir=run', '--mode=sft', '--config.seed=3', '--sweep=rates:0')
   found = json.loads((tmp_path / 'run' / 'provenance.json').read_text())
   assert len(found) == 2
   for entry in found:
@@ -452,6 +503,7 @@ def test_watchdog_of_a_run(command, monkeypatch):
   def run(built, workdir, writer, beat):
     dogs.append(beat.__self__)
     return {}, 0.0
+
   monkeypatch.setattr(sft, 'run', run)
   command('--workdir=run', '--mode=sft', '--config.log.stuck_minutes=2')
   command('--workdir=run', '--mode=sft')
@@ -461,8 +513,12 @@ def test_watchdog_of_a_run(command, monkeypatch):
 
 def test_hanging_start(config_file, tmp_path):
   """In a process of its own: its code, and a stack of what takes so long."""
-  done = sub(f'--config={config_file}', '--config.log.stuck_minutes=0.0005',
-             '--config.data.train_size=20000', folder=tmp_path)
+  done = sub(
+    f'--config={config_file}',
+    '--config.log.stuck_minutes=0.0005',
+    '--config.data.train_size=20000',
+    folder=tmp_path,
+  )
   assert done.returncode == guard.STUCK and 'most recent call' in done.stderr
   assert "no progress for 0.03 seconds in 'data, train'" in done.stderr
 
@@ -514,12 +570,10 @@ def test_bad_data_file_names_its_line(tmp_path):
 def test_errors_of_the_real_command(tmp_path):
   """In a process of its own: one line on stderr, exit code 1."""
   config = str(ROOT / 'configs' / 'quickstart.py')
-  done = sub(f'--config={config}', '--config.sampler.pik=random',
-             folder=tmp_path)
+  done = sub(f'--config={config}', '--config.sampler.pik=random', folder=tmp_path)
   assert done.returncode == 1 and 'Traceback' not in done.stderr
   assert "did you mean 'sampler.pick'" in done.stderr
-  done = sub(f'--config={config}', '--config.sampler.block=5',
-             folder=tmp_path)
+  done = sub(f'--config={config}', '--config.sampler.block=5', folder=tmp_path)
   assert done.returncode == 1 and 'Traceback' not in done.stderr
   assert 'error: this config cannot run' in done.stderr
   assert 'sampler.block = 5 must divide' in done.stderr
@@ -528,19 +582,30 @@ def test_errors_of_the_real_command(tmp_path):
 
 
 def test_quickstart_from_a_checkpoint(
-    command, config_file, tiny_checkpoint, tmp_path, capsys):
+  command, config_file, tiny_checkpoint, tmp_path, capsys
+):
   """LLaDA's format, adapters on an int8 base, and out again in both formats."""
   pathlib.Path(config_file).write_text(
-      'from configs.quickstart import get_config  # as it stands')
+    'from configs.quickstart import get_config  # as it stands'
+  )
   settings = (
-      f'--config.model.checkpoint={tiny_checkpoint}', '--workdir=run',
-      '--config.model.quantize=int8', '--config.lora.rank=2',
-      '--config.lora.dropout=0.1', '--config.sft.steps=2',
-      '--config.sft.batch=8', '--config.train.iterations=2',
-      '--config.train.prompts=2', '--config.train.group=4',
-      '--config.train.microbatches=1', '--config.optim.warmup=1',
-      '--config.data.train_size=8', '--config.data.validation_size=8',
-      '--config.data.test_size=8', '--config.eval.batch=8')
+    f'--config.model.checkpoint={tiny_checkpoint}',
+    '--workdir=run',
+    '--config.model.quantize=int8',
+    '--config.lora.rank=2',
+    '--config.lora.dropout=0.1',
+    '--config.sft.steps=2',
+    '--config.sft.batch=8',
+    '--config.train.iterations=2',
+    '--config.train.prompts=2',
+    '--config.train.group=4',
+    '--config.train.microbatches=1',
+    '--config.optim.warmup=1',
+    '--config.data.train_size=8',
+    '--config.data.validation_size=8',
+    '--config.data.test_size=8',
+    '--config.eval.batch=8',
+  )
   command(*settings)
   results = json.loads((tmp_path / 'run' / 'results.json').read_text())
   assert set(results['final']) == set(results['base'])
@@ -548,26 +613,36 @@ def test_quickstart_from_a_checkpoint(
   command(*settings, '--mode=export', '--out=merged')
   told = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert told['max_logit_difference'] < 1e-4 * told['max_logit']
-  before, after = (weights.load_hf(str(f))[1] for f in (
-      tiny_checkpoint, tmp_path / 'merged'))
-  assert not all(jax.tree.leaves(jax.tree.map(
-      lambda x, y: bool((x == y).all()), before, after)))
+  before, after = (
+    weights.load_hf(str(f))[1] for f in (tiny_checkpoint, tmp_path / 'merged')
+  )
+  assert not all(
+    jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), before, after))
+  )
   with pytest.raises(SystemExit, match='sft.steps = 2 changed the base'):
     command(*settings, '--mode=export', '--format=adapter')
 
 
 def test_a_published_adapter_is_where_training_starts(
-    tiny_checkpoint, weights_of, tmp_path):
+  tiny_checkpoint, weights_of, tmp_path
+):
   """lora.path: the policy starts as base and adapter, the reference as base."""
   c = quickstart.get_config()
-  c.update_from_flattened_dict({
-      'model.checkpoint': str(tiny_checkpoint), 'lora.rank': 2,
-      'lora.path': str(tmp_path / 'adapter'), 'sft.steps': 0})
+  c.update_from_flattened_dict(
+    {
+      'model.checkpoint': str(tiny_checkpoint),
+      'lora.rank': 2,
+      'lora.path': str(tmp_path / 'adapter'),
+      'sft.steps': 0,
+    }
+  )
   cfg, _ = weights.load_hf(str(tiny_checkpoint), lora_rank=2)
   lora = weights_of(cfg)['lora']
   export.save_adapter(
-      str(tmp_path / 'adapter'),
-      dataclasses.replace(cfg, lora_alpha=c.lora.alpha), {'lora': lora})
+    str(tmp_path / 'adapter'),
+    dataclasses.replace(cfg, lora_alpha=c.lora.alpha),
+    {'lora': lora},
+  )
   read = build.build(c).steps.init_lora()['lora']
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), read, lora)
 
@@ -577,8 +652,12 @@ def tiny_checkpoint(request, weights_of, tmp_path):
   """A LLaDA directory with the character tokenizer, in two shards."""
   ids = data.char_tokenizer()
   cfg = dataclasses.replace(
-      request.getfixturevalue('tiny'), vocab=len(ids), eos_id=ids.eos_token_id,
-      mask_id=ids.mask_token_id, pad_id=ids.pad_token_id)
+    request.getfixturevalue('tiny'),
+    vocab=len(ids),
+    eos_id=ids.eos_token_id,
+    mask_id=ids.mask_token_id,
+    pad_id=ids.pad_token_id,
+  )
   folder = tmp_path / 'llada'
   export.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
   assert (folder / weights.INDEX).exists()
@@ -592,50 +671,80 @@ def write_gsm8k(folder):
   """Files in the field's format; the answers are single digits."""
   folder.mkdir()
   for name, count in (('train', 200), ('test', 9)):
-    (folder / f'{name}.jsonl').write_text('\n'.join(json.dumps(
-        {'question': f'{i} and {name}?', 'answer': f'So.\n#### {i % 10}'})
-        for i in range(count)))
+    (folder / f'{name}.jsonl').write_text(
+      '\n'.join(
+        json.dumps({'question': f'{i} and {name}?', 'answer': f'So.\n#### {i % 10}'})
+        for i in range(count)
+      )
+    )
   return folder
 
 
 def test_train_evaluate_and_score_again(
-    command, config_file, tiny_checkpoint, tmp_path, capsys):
+  command, config_file, tiny_checkpoint, tmp_path, capsys
+):
   """GSM8K files, three lengths, k samples; others' parsers and ours agree."""
   path = write_gsm8k(tmp_path / 'files')
   pathlib.Path(config_file).write_text(
-      'from configs.quickstart import get_config  # as it stands')
+    'from configs.quickstart import get_config  # as it stands'
+  )
   settings = (
-      f'--config.model.checkpoint={tiny_checkpoint}', '--workdir=run',
-      '--config.data.task=gsm8k', f'--config.data.path={path}',
-      '--config.data.test_size=0', '--config.data.train_size=0',
-      '--config.lora.rank=2', '--config.sft.steps=0',
-      '--config.train.iterations=1', '--config.train.prompts=2',
-      '--config.train.group=4', '--config.train.microbatches=1',
-      '--config.eval.batch=8', '--config.data.validation_size=8')
+    f'--config.model.checkpoint={tiny_checkpoint}',
+    '--workdir=run',
+    '--config.data.task=gsm8k',
+    f'--config.data.path={path}',
+    '--config.data.test_size=0',
+    '--config.data.train_size=0',
+    '--config.lora.rank=2',
+    '--config.sft.steps=0',
+    '--config.train.iterations=1',
+    '--config.train.prompts=2',
+    '--config.train.group=4',
+    '--config.train.microbatches=1',
+    '--config.eval.batch=8',
+    '--config.data.validation_size=8',
+  )
   command(*settings)
-  judged = (*settings, '--config.eval.lengths=(16, 32, 48)', '--mode=eval',
-            '--config.eval.samples=2',
-            '--config.eval.sampler.temperature=1.0', '--out=cards')
+  judged = (
+    *settings,
+    '--config.eval.lengths=(16, 32, 48)',
+    '--mode=eval',
+    '--config.eval.samples=2',
+    '--config.eval.sampler.temperature=1.0',
+    '--out=cards',
+  )
   command(*judged)
   said = capsys.readouterr().out
-  cards = {length: json.loads((tmp_path / f'cards/gsm8k_latest_{length}_'
-                               f'{length}.card.json').read_text())
-           for length in (16, 32, 48)}
+  cards = {
+    length: json.loads(
+      (tmp_path / f'cards/gsm8k_latest_{length}_{length}.card.json').read_text()
+    )
+    for length in (16, 32, 48)
+  }
   for length, card in cards.items():
     assert f'at {length} tokens, {length} steps' in said
     assert card['problems'] == 9 and card['samples'] == 2
     assert card['forwards'] == length and 1 <= card['tokens'] <= length
     assert card['accuracy'] <= card['pass@2'] <= 1
     assert card['interval'] == evaluate.wilson(card['accuracy'], 9)
-    assert {'protocol', 'pick', 'block', 'temperature', 'batch', 'dtype',
-            'device', 'seed', 'versions', 'seconds'} <= card.keys()
+    assert {
+      'protocol',
+      'pick',
+      'block',
+      'temperature',
+      'batch',
+      'dtype',
+      'device',
+      'seed',
+      'versions',
+      'seconds',
+    } <= card.keys()
     file = f'cards/gsm8k_latest_{length}_{length}_0_generations.json'
     saved = json.loads((tmp_path / file).read_text())
     assert saved['gen_length'] == length and len(saved['generations']) == 18
-    assert {type(item['ground_truth']) for item in saved['generations']} == {
-        float}
+    assert {type(item['ground_truth']) for item in saved['generations']} == {float}
     command(*settings, '--mode=score', f'--generations={file}')
-    again = f"{100 * card['accuracy']:.1f} %"
+    again = f'{100 * card["accuracy"]:.1f} %'
     assert again in capsys.readouterr().out
   # What is there is not sampled again; what is torn off is, to the same.
   lines = tmp_path / 'cards/gsm8k_latest_16_16.jsonl'
@@ -645,8 +754,11 @@ def test_train_evaluate_and_score_again(
   assert [strip(line) for line in lines.read_text().splitlines()] == whole
   # Nor is it mixed with what another model, or another sampler, has made.
   other = '--config.eval.sampler.temperature=0.5'
-  with pytest.raises(SystemExit, match='cards has generations of another '
-                     r'model or config \(eval.sampler.temperature: 1.0 there'):
+  with pytest.raises(
+    SystemExit,
+    match='cards has generations of another '
+    r'model or config \(eval.sampler.temperature: 1.0 there',
+  ):
     command(*judged[:-2], other, judged[-1])
   with pytest.raises(SystemExit, match=r'another model .* \(parameters: '):
     command(*judged, '--of=base')
@@ -688,14 +800,20 @@ def test_generations_that_are_refused(command, tmp_path):
   path = tmp_path / 'x.json'
   good = {'question': '0' * 16, 'generations': '', 'ground_truth': '1' * 16}
   for value, message in (
-      ('{', 'x.json: not JSON'), ('[]', 'no list of generations'),
-      ('{"generations": []}', 'no list of generations, or an empty'),
-      ('{"generations": ["x"]}', 'generation 0 is no object with fields'),
-      (json.dumps({'generations': [{**good, 'ground_truth': None}]}),
-       'generation 0 has no ground_truth'),
-      (json.dumps({'generations': [{**good, 'question': 'x'}]}),
-       'generation 0: no puzzle in the question'),
-      (json.dumps({'generations': [good]}), 'does not solve')):
+    ('{', 'x.json: not JSON'),
+    ('[]', 'no list of generations'),
+    ('{"generations": []}', 'no list of generations, or an empty'),
+    ('{"generations": ["x"]}', 'generation 0 is no object with fields'),
+    (
+      json.dumps({'generations': [{**good, 'ground_truth': None}]}),
+      'generation 0 has no ground_truth',
+    ),
+    (
+      json.dumps({'generations': [{**good, 'question': 'x'}]}),
+      'generation 0: no puzzle in the question',
+    ),
+    (json.dumps({'generations': [good]}), 'does not solve'),
+  ):
     path.write_text(value)
     with pytest.raises(SystemExit, match=message):
       command('--mode=score', '--generations=x.json')
@@ -711,11 +829,20 @@ def test_evaluation_finds_its_run(command, monkeypatch, tmp_path):
   monkeypatch.setattr(main.report, 'summary', lambda workdir: '')
   trained = ('--config.seed=5', '--config.optim.lr=1e-3')
   command(*trained)
-  command(*trained, '--mode=eval', '--config.eval.lengths=(32,)',
-          '--config.reward.deadline=1.0')
+  command(
+    *trained,
+    '--mode=eval',
+    '--config.eval.lengths=(32,)',
+    '--config.reward.deadline=1.0',
+  )
   command('--mode=eval', '--config.eval.lengths=(32,)')  # was never trained
-  command(*trained, '--mode=eval', '--config.data.protocol=paper',
-          '--config.data.test_size=9', '--config.eval.samples=1')
+  command(
+    *trained,
+    '--mode=eval',
+    '--config.data.protocol=paper',
+    '--config.data.test_size=9',
+    '--config.eval.samples=1',
+  )
   assert found[0] == found[1] == found[3] != found[2]
   text = (tmp_path / found[0] / 'config.json').read_text()
   assert json.loads(text)['eval']['lengths'] == []
@@ -723,12 +850,19 @@ def test_evaluation_finds_its_run(command, monkeypatch, tmp_path):
 
 def test_a_cpu_can_be_several_devices():
   """mesh.cpu splits it, unless XLA_FLAGS already has."""
-  code = ('import main, sys, jax; main.split_cpu(int(sys.argv[1]));'
-          'print(jax.device_count())')
+  code = (
+    'import main, sys, jax; main.split_cpu(int(sys.argv[1]));print(jax.device_count())'
+  )
   for flags_, count, devices in (
-      ('', 2, 2), ('', 1, 1),
-      ('--xla_force_host_platform_device_count=3', 2, 3)):
+    ('', 2, 2),
+    ('', 1, 1),
+    ('--xla_force_host_platform_device_count=3', 2, 3),
+  ):
     done = subprocess.run(
-        [sys.executable, '-c', code, str(count)], cwd=ROOT, text=True,
-        env={**os.environ, 'XLA_FLAGS': flags_}, capture_output=True)
+      [sys.executable, '-c', code, str(count)],
+      cwd=ROOT,
+      text=True,
+      env={**os.environ, 'XLA_FLAGS': flags_},
+      capture_output=True,
+    )
     assert done.stdout == f'{devices}\n', done.stderr

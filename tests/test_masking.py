@@ -26,15 +26,11 @@ DRAWS = {
     static_argnums=3,
   ),
   'stratified': jax.jit(
-    lambda rows, low, high, length: masking.draw_stratified(
-      KEY, rows, length, 4
-    ),
+    lambda rows, low, high, length: masking.draw_stratified(KEY, rows, length, 4),
     static_argnums=3,
   ),
   'even': jax.jit(
-    lambda rows, low, high, length: masking.draw_even(
-      KEY, rows, length, 4, 0.1, 0.9
-    ),
+    lambda rows, low, high, length: masking.draw_even(KEY, rows, length, 4, 0.1, 0.9),
     static_argnums=3,
   ),
   'even, free': jax.jit(

@@ -18,8 +18,18 @@ from dmpo_jax.types import Scored, TrainBatch, to_groups
 
 L, SYMBOLS, ALPHA, GROUP = 4, 3, 0.7, 512
 CFG = model.ModelConfig(
-    vocab=4, mask_id=3, eos_id=-1, pad_id=-1, width=32, layers=2, heads=2,
-    kv_heads=2, mlp=64, dtype='float32', remat='none')
+  vocab=4,
+  mask_id=3,
+  eos_id=-1,
+  pad_id=-1,
+  width=32,
+  layers=2,
+  heads=2,
+  kv_heads=2,
+  mlp=64,
+  dtype='float32',
+  remat='none',
+)
 OUTPUTS = np.array(list(itertools.product(range(SYMBOLS), repeat=L)), np.int32)
 ORDERS = np.array(list(itertools.permutations(range(L))), np.int32)
 HOW = sampler.SampleConfig(L, L, L, temperature=1.0, pick='random_order')
@@ -44,6 +54,7 @@ def conditionals(params):
     logits = model.full_logits(CFG, params, seen)[:, 1:, :SYMBOLS]
     logp = jax.nn.log_softmax(logits)
     return jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
+
   return jax.lax.map(one, sets)
 
 
@@ -75,31 +86,49 @@ def train(reference, hp, iterations, flip=1.0, anchored=True, inner=4):
 
   Many small updates: at three times the rate it stays 0.2 away.
   """
-  optimizer = optim.make_optimizer(1e-3, 0, 0.9, 0.99, 1e-8, 0.0, 1.0,
-                                   decay_steps=iterations * inner)
+  optimizer = optim.make_optimizer(
+    1e-3, 0, 0.9, 0.99, 1e-8, 0.0, 1.0, decay_steps=iterations * inner
+  )
   state = step.init_state(jax.tree.map(jnp.copy, reference), optimizer)
   prompts = jnp.full((GROUP, 1), PROMPT, jnp.int32)
 
   @jax.jit
   def iterate(state, it):
     row = it * GROUP + jnp.arange(GROUP)
-    out = sampler.generate(CFG, state.trainable, prompts,
-                           rng.key_for(0, 'sample', it), HOW)
+    out = sampler.generate(
+      CFG, state.trainable, prompts, rng.key_for(0, 'sample', it), HOW
+    )
     ref, old = logprob.trajectory_logp(CFG, reference, out, HOW.law())
     r = flip * reward(out.tokens[:, 1:])
     grouped = functools.partial(to_groups, group=GROUP)
-    scored = Scored(grouped(r), None, grouped(old),
-                    grouped(ref if anchored else old))
+    scored = Scored(grouped(r), None, grouped(old), grouped(ref if anchored else old))
     weight, positive, metrics = dmpo.weigh(scored, hp)
     batch = TrainBatch(
-        out.tokens, out.valid, jnp.ones((GROUP, L), bool), row,
-        weight.ravel(), positive.ravel(), jnp.zeros((GROUP, inner)),
-        jnp.float32(1), jnp.float32(GROUP))
+      out.tokens,
+      out.valid,
+      jnp.ones((GROUP, L), bool),
+      row,
+      weight.ravel(),
+      positive.ravel(),
+      jnp.zeros((GROUP, inner)),
+      jnp.float32(1),
+      jnp.float32(GROUP),
+    )
     for i in range(inner):
       state, _ = step.train_step(
-          state, {}, batch, rng.key_for(0, 'mask'), i, cfg=CFG,
-          objective=dmpo.OBJECTIVE, hp=hp, optimizer=optimizer, group=GROUP)
+        state,
+        {},
+        batch,
+        rng.key_for(0, 'mask'),
+        i,
+        cfg=CFG,
+        objective=dmpo.OBJECTIVE,
+        hp=hp,
+        optimizer=optimizer,
+        group=GROUP,
+      )
     return state, metrics
+
   for it in range(iterations):
     state, metrics = iterate(state, it)
   return state.trainable, metrics

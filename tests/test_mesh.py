@@ -23,27 +23,51 @@ def grid(*shape):
 def settings(shape):
   """A tiny config on a mesh; an update has eight rows."""
   c = base.get_config()
-  c.update_from_flattened_dict({
-      'model.width': 16, 'model.layers': 1, 'model.heads': 2,
-      'model.kv_heads': 2, 'model.mlp': 16, 'train.prompts': 2,
-      'train.group': 4, 'train.microbatches': 1, 'objective.draws': 2,
-      'mesh.data': shape[0], 'mesh.fsdp': shape[1], 'mesh.tensor': shape[2]})
+  c.update_from_flattened_dict(
+    {
+      'model.width': 16,
+      'model.layers': 1,
+      'model.heads': 2,
+      'model.kv_heads': 2,
+      'model.mlp': 16,
+      'train.prompts': 2,
+      'train.group': 4,
+      'train.microbatches': 1,
+      'objective.draws': 2,
+      'mesh.data': shape[0],
+      'mesh.fsdp': shape[1],
+      'mesh.tensor': shape[2],
+    }
+  )
   return c
 
 
 def every_leaf():
   """Shapes of a state with every kind of parameter, adapter and moment."""
   cfg = model.ModelConfig(
-      vocab=8, mask_id=7, eos_id=6, pad_id=6, width=16, layers=2, heads=4,
-      kv_heads=2, mlp=24, lora_rank=4, qkv_bias=True, qk_norm=True)
+    vocab=8,
+    mask_id=7,
+    eos_id=6,
+    pad_id=6,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    mlp=24,
+    lora_rank=4,
+    qkv_bias=True,
+    qk_norm=True,
+  )
   params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
   optimizer = optim.make_optimizer(1e-3, 5, 0.9, 0.99, 1e-8, 0.1, 1.0)
   return jax.eval_shape(lambda p: step.init_state(p, optimizer), params)
 
 
 def leaves(tree):
-  return {mesh.path_of(path): leaf for path, leaf in
-          jax.tree_util.tree_flatten_with_path(tree)[0]}
+  return {
+    mesh.path_of(path): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
 
 
 @pytest.mark.smoke
@@ -54,8 +78,18 @@ def test_every_leaf_has_a_rule():
     found = leaves(mesh.shardings(state, grid(*shape)))
     assert found.keys() == leaves(state).keys()
   names = '\n'.join(found)
-  for part in ('q/kernel', 'q/bias', 'q_norm/scale', 'down/a', 'down/b',
-               'mu/params/embedding', 'nu/lora', 'count', 'step', 'head'):
+  for part in (
+    'q/kernel',
+    'q/bias',
+    'q_norm/scale',
+    'down/a',
+    'down/b',
+    'mu/params/embedding',
+    'nu/lora',
+    'count',
+    'step',
+    'head',
+  ):
     assert part in names
 
 
@@ -72,15 +106,17 @@ def test_moments_lie_as_their_parameters():
 def test_every_rule_is_used():
   """No line of the table is dead: each is some leaf's first match."""
   import re
-  first = {next(i for i, (pattern, _) in enumerate(mesh.RULES)
-                if re.search(pattern, path)) for path in leaves(every_leaf())}
+
+  first = {
+    next(i for i, (pattern, _) in enumerate(mesh.RULES) if re.search(pattern, path))
+    for path in leaves(every_leaf())
+  }
   assert first == set(range(len(mesh.RULES)))
 
 
 def test_matrices_are_split():
   """On (2, 2, 2) every matrix of the model is split over four devices."""
-  found = leaves(mesh.shardings(every_leaf().trainable['params'],
-                                grid(2, 2, 2)))
+  found = leaves(mesh.shardings(every_leaf().trainable['params'], grid(2, 2, 2)))
   for path, sharding in found.items():
     used = {axis for axis in sharding.spec if axis}
     if path.endswith(('kernel', 'embedding', 'head')):
@@ -121,8 +157,7 @@ def test_put_and_fetch():
   """Host -> devices -> host, whole or by rows, keeps values and types."""
   for shape in MESHES:
     for make in (mesh.rows, mesh.replicated):
-      for x in (np.arange(48, dtype=np.int32).reshape(16, 3),
-                np.arange(16) % 3 == 0):
+      for x in (np.arange(48, dtype=np.int32).reshape(16, 3), np.arange(16) % 3 == 0):
         y = mesh.put(x, make(grid(*shape)))
         assert y.dtype == x.dtype and len(y.sharding.device_set) == 8
         back = mesh.fetch({'x': y})['x']
@@ -141,9 +176,17 @@ def random_batch():
   valid = np.ones((R, PROMPT + L), bool)
   valid[::2, :2] = False
   weight = rng_.normal(size=R).astype(np.float32)
-  return TrainBatch(tokens, valid, np.ones((R, L), bool),
-                    np.arange(R, dtype=np.int32), weight, weight,
-                    np.zeros((R, 2), np.float32), np.float32(2), np.float32(R))
+  return TrainBatch(
+    tokens,
+    valid,
+    np.ones((R, L), bool),
+    np.arange(R, dtype=np.int32),
+    weight,
+    weight,
+    np.zeros((R, 2), np.float32),
+    np.float32(2),
+    np.float32(R),
+  )
 
 
 def placed(tree, shape):
@@ -157,13 +200,20 @@ def plain():
   built = build.build(settings(MESHES[0]))
   c = built.config
   optimizer = optim.make_optimizer(**c.optim)
-  params = jax.jit(lambda: model.init(
-      built.model, rng.key_for(0, 'init')))()
-  fn = jax.jit(functools.partial(
-      step.train_step, cfg=built.model, objective=built.objective,
-      hp=built.hp, optimizer=optimizer, group=c.train.group))
-  state, metrics = fn(step.init_state(params, optimizer), {}, random_batch(),
-                      rng.key_for(0, 'mask'), 1)
+  params = jax.jit(lambda: model.init(built.model, rng.key_for(0, 'init')))()
+  fn = jax.jit(
+    functools.partial(
+      step.train_step,
+      cfg=built.model,
+      objective=built.objective,
+      hp=built.hp,
+      optimizer=optimizer,
+      group=c.train.group,
+    )
+  )
+  state, metrics = fn(
+    step.init_state(params, optimizer), {}, random_batch(), rng.key_for(0, 'mask'), 1
+  )
   return jax.device_get((params, state, metrics))
 
 
@@ -176,12 +226,13 @@ def test_update_is_the_same_on_every_mesh(shape, plain):
   for path, leaf in leaves(state).items():
     spec = mesh.spec_of(path, leaf, built.mesh)
     assert leaf.sharding.is_equivalent_to(
-        jax.sharding.NamedSharding(built.mesh, spec), leaf.ndim), path
+      jax.sharding.NamedSharding(built.mesh, spec), leaf.ndim
+    ), path
   abstract = build.abstract_batch(built, PROMPT)
-  batch = jax.tree.map(lambda x, to: mesh.put(x, to.sharding),
-                       random_batch(), abstract)
+  batch = jax.tree.map(lambda x, to: mesh.put(x, to.sharding), random_batch(), abstract)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
-      lambda x: (x.shape, x.dtype), abstract)
+    lambda x: (x.shape, x.dtype), abstract
+  )
   new, numbers = built.steps.update(state, {}, batch, 1)
   numbers = mesh.fetch(numbers)
   assert float(numbers['finite']) == 1 and float(numbers['grad_norm']) > 1e-2
@@ -191,8 +242,7 @@ def test_update_is_the_same_on_every_mesh(shape, plain):
   # Adam divides by the root of the square: compare its moments, which are
   # the gradient, tightly, and the weights within a fraction of the rate.
   jax.tree.map(close, got.opt_state, want.opt_state)
-  jax.tree.map(functools.partial(close, atol=2e-6), got.trainable,
-               want.trainable)
+  jax.tree.map(functools.partial(close, atol=2e-6), got.trainable, want.trainable)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), got.trainable, params)
   assert min(jax.tree.leaves(moved)) > 5e-6  # lr/warmup = 1e-5
 

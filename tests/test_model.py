@@ -48,8 +48,7 @@ class Net:
 @pytest.fixture(scope='module')
 def nets(tiny, weights):
   cfgs = {
-    name: dataclasses.replace(tiny, **fields)
-    for name, fields in VARIANTS.items()
+    name: dataclasses.replace(tiny, **fields) for name, fields in VARIANTS.items()
   }
   return {name: Net(cfg, weights(cfg)) for name, cfg in cfgs.items()}
 
@@ -148,9 +147,7 @@ def test_window(net):
   np.testing.assert_allclose(logits, full[:, start : start + width], **close)
   again, kept = look(tokens, start, cache)
   np.testing.assert_allclose(again, logits, **close)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, **close), kept, cache
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), kept, cache)
 
   changed = tokens.at[:, start : start + width].set(cfg.mask_id)
   found, _ = look(changed, start, cache)
@@ -176,9 +173,7 @@ def test_every_row_may_have_its_own_window(plain):
       plain.cfg, plain.params, tokens, valid, starts, 3
     )
   )(starts)
-  for row, full, at in zip(
-    rows, plain.full(tokens, valid), starts, strict=True
-  ):
+  for row, full, at in zip(rows, plain.full(tokens, valid), starts, strict=True):
     other = np.arange(plain.cfg.vocab) != plain.cfg.mask_id
     np.testing.assert_allclose(
       row[:, other], full[at : at + 3, other], rtol=1e-4, atol=1e-4
@@ -195,9 +190,7 @@ def test_guidance(plain):
     )
   )(tokens)
   blind = tokens.at[:, :prompt].set(cfg.mask_id)
-  cond, blind = (
-    np.asarray(plain.full(x, valid))[:, prompt:] for x in (tokens, blind)
-  )
+  cond, blind = (np.asarray(plain.full(x, valid))[:, prompt:] for x in (tokens, blind))
   want = blind + (g + 1) * (cond - blind)
   want[..., cfg.mask_id] = -np.inf
   np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
@@ -314,29 +307,19 @@ def test_program_does_not_grow_with_depth(tiny):
     # of attention, MLP and norms, and the last norm.
     (
       'llada_8b',
-      2 * 126464 * 4096
-      + 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096)
-      + 4096,
+      2 * 126464 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096) + 4096,
     ),
     (
       'dream_7b',
       2 * 152064 * 3584
       + 28
-      * (
-        2 * 3584**2
-        + 2 * 3584 * 512
-        + 3584
-        + 2 * 512
-        + 3 * 3584 * 18944
-        + 2 * 3584
-      )
+      * (2 * 3584**2 + 2 * 3584 * 512 + 3584 + 2 * 512 + 3 * 3584 * 18944 + 2 * 3584)
       + 3584,
     ),
     (
       'sdar_8b',
       2 * 151936 * 4096
-      + 36
-      * (2 * 4096**2 + 2 * 4096 * 1024 + 2 * 128 + 3 * 4096 * 12288 + 2 * 4096)
+      + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 2 * 128 + 3 * 4096 * 12288 + 2 * 4096)
       + 4096,
     ),
   ],
@@ -354,8 +337,10 @@ def test_presets_have_the_published_size(name, size):
 def heads():
   """(q, k, v, mask) of 4 rows, 4 heads on 2; the first keys are padding."""
   draw = np.random.default_rng(1)
-  q, k, v = (jnp.asarray(draw.normal(size=(4, n, t, 128)) / 4, jnp.float32)
-             for n, t in ((4, 5), (2, 9), (2, 9)))
+  q, k, v = (
+    jnp.asarray(draw.normal(size=(4, n, t, 128)) / 4, jnp.float32)
+    for n, t in ((4, 5), (2, 9), (2, 9))
+  )
   mask = np.arange(9)[None] >= np.arange(4)[:, None]
   return q, k, v, jnp.asarray(mask[:, None, None])
 
@@ -393,7 +378,8 @@ def test_gradients_of_matmul(wide):
   x, kernel = draw.normal(size=(2, 3, 4)), draw.normal(size=(4, wide))
   x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
   loss = lambda fn: lambda x, kernel: jnp.sum(jnp.sin(fn(x, kernel)))
-  found, want = (jax.grad(loss(fn), (0, 1))(x, kernel)
-                 for fn in (model.matmul, jnp.matmul))
+  found, want = (
+    jax.grad(loss(fn), (0, 1))(x, kernel) for fn in (model.matmul, jnp.matmul)
+  )
   for one, other in zip(found, want, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

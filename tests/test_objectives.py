@@ -15,8 +15,18 @@ from dmpo_jax.types import Masks, Scored, TrainBatch
 
 B, G, R, K, L = 3, 4, 12, 4, 6
 TINY = model.ModelConfig(
-    vocab=9, mask_id=8, eos_id=7, pad_id=7, width=16, layers=1, heads=2,
-    kv_heads=2, mlp=16, dtype='float32', remat='none')
+  vocab=9,
+  mask_id=8,
+  eos_id=7,
+  pad_id=7,
+  width=16,
+  layers=1,
+  heads=2,
+  kv_heads=2,
+  mlp=16,
+  dtype='float32',
+  remat='none',
+)
 
 
 def close(a, b, tol=1e-5):
@@ -54,17 +64,27 @@ def reference_weights(reward, log_rnd, alpha, coef):
 def scored(reward=REWARD, log_rnd=LOG_RND):
   """A Scored whose log p_ref - log p_old is log_rnd."""
   old = draw(3, *reward.shape)
-  return Scored(jnp.asarray(reward), jnp.full(reward.shape, L),
-                jnp.asarray(old), jnp.asarray(old + log_rnd))
+  return Scored(
+    jnp.asarray(reward),
+    jnp.full(reward.shape, L),
+    jnp.asarray(old),
+    jnp.asarray(old + log_rnd),
+  )
 
 
 def batch(weight_R, positive_R, rows=R, norm=B, tokens=None):
   """A TrainBatch with what losses look at."""
   return TrainBatch(
-      tokens=tokens, valid=None, completion=jnp.ones((rows, L), bool),
-      row=jnp.arange(rows), weight=jnp.asarray(weight_R),
-      positive=jnp.asarray(positive_R), elbo_old=jnp.zeros((rows, 1)),
-      norm=jnp.float32(norm), total=jnp.float32(rows))
+    tokens=tokens,
+    valid=None,
+    completion=jnp.ones((rows, L), bool),
+    row=jnp.arange(rows),
+    weight=jnp.asarray(weight_R),
+    positive=jnp.asarray(positive_R),
+    elbo_old=jnp.zeros((rows, 1)),
+    norm=jnp.float32(norm),
+    total=jnp.float32(rows),
+  )
 
 
 def masks_and_logp(seed=0):
@@ -75,8 +95,9 @@ def masks_and_logp(seed=0):
   logp = np.where(masked, -rng.exponential(size=(R, K, L)), 0.0)
   count = masked.sum(-1)
   weight = L / np.maximum(count, 1)
-  return Masks(jnp.asarray(masked), jnp.asarray(weight, jnp.float32)), \
-      jnp.asarray(logp, jnp.float32)
+  return Masks(jnp.asarray(masked), jnp.asarray(weight, jnp.float32)), jnp.asarray(
+    logp, jnp.float32
+  )
 
 
 # --- target weights
@@ -107,8 +128,7 @@ def test_two_completions_are_a_sigmoid():
   reward, rnd = REWARD[:, :2], LOG_RND[:, :2]
   plus, minus = dmpo.target_weights(reward, rnd, 0.5, 0.8)
   for sign, got in ((1, plus), (-1, minus)):
-    gap = 0.8 * (rnd[:, 0] - rnd[:, 1]
-                 + sign * (reward[:, 0] - reward[:, 1]) / 0.5)
+    gap = 0.8 * (rnd[:, 0] - rnd[:, 1] + sign * (reward[:, 0] - reward[:, 1]) / 0.5)
     close(got[:, 0], 1 / (1 + np.exp(-gap)))
 
 
@@ -125,15 +145,19 @@ def test_weights_ignore_what_a_group_shares():
   """A constant added to a group's rewards or log_rnd changes nothing."""
   shift = np.array([[5.0], [-3.0], [0.0]], np.float32)
   want = dmpo.target_weights(REWARD, LOG_RND, 0.5)
-  for got in (dmpo.target_weights(REWARD + shift, LOG_RND, 0.5),
-              dmpo.target_weights(REWARD, LOG_RND + shift, 0.5)):
+  for got in (
+    dmpo.target_weights(REWARD + shift, LOG_RND, 0.5),
+    dmpo.target_weights(REWARD, LOG_RND + shift, 0.5),
+  ):
     close(got, want)
 
 
 def test_alpha_zero_drops_log_rnd():
   """alpha = 0 weighs by the reward alone."""
-  close(dmpo.target_weights(REWARD, LOG_RND, 0.0),
-        dmpo.target_weights(REWARD, 9 * LOG_RND, 0.0))
+  close(
+    dmpo.target_weights(REWARD, LOG_RND, 0.0),
+    dmpo.target_weights(REWARD, 9 * LOG_RND, 0.0),
+  )
 
 
 def test_a_group_does_not_see_the_others():
@@ -141,9 +165,9 @@ def test_a_group_does_not_see_the_others():
   for hp in (dmpo.Config(alpha=0.5), dmpo.Config(alpha=0.5, ess=0.7)):
     whole = dmpo.weigh(scored(), hp)[:2]
     for b in range(B):
-      part = jax.tree.map(lambda x, b=b: x[b:b + 1], scored())
+      part = jax.tree.map(lambda x, b=b: x[b : b + 1], scored())
       for w, p in zip(whole, dmpo.weigh(part, hp)[:2], strict=True):
-        close(w[b:b + 1], p)
+        close(w[b : b + 1], p)
 
 
 # --- effective size and c
@@ -155,8 +179,10 @@ def test_effective_size():
   close(dmpo.effective_size(np.full((1, G), 1 / G, np.float32)), [1.0])
   close(dmpo.effective_size(one), [1 / G])
   weight = softmax(LOG_RND)
-  close(dmpo.effective_size(jnp.asarray(weight, jnp.float32)),
-        [1 / (G * (w ** 2).sum()) for w in weight])
+  close(
+    dmpo.effective_size(jnp.asarray(weight, jnp.float32)),
+    [1 / (G * (w**2).sum()) for w in weight],
+  )
 
 
 @pytest.mark.parametrize('alpha', [0.0, 0.3])
@@ -166,8 +192,7 @@ def test_adaptive_coef_hits_the_wanted_size(alpha):
   for wanted in (0.65, 0.8):
     coef = dmpo.adaptive_coef(reward, LOG_RND, alpha, wanted)
     assert ((np.asarray(coef) > 0.011) & (np.asarray(coef) < 0.989)).all()
-    size = dmpo.effective_size(
-        dmpo.target_weights(reward, LOG_RND, alpha, coef)[0])
+    size = dmpo.effective_size(dmpo.target_weights(reward, LOG_RND, alpha, coef)[0])
     close(size, np.full(B, wanted), 1e-3)
 
 
@@ -178,9 +203,10 @@ def test_adaptive_coef_matches_a_grid_search():
     got = dmpo.adaptive_coef(REWARD, LOG_RND, 0.5, wanted)
     for b in range(B):
       weights = softmax(grid[:, None] * (LOG_RND[b] + REWARD[b] / 0.5))
-      size = 1 / (G * (weights ** 2).sum(-1))
+      size = 1 / (G * (weights**2).sum(-1))
       assert float(got[b]) == pytest.approx(
-          grid[np.argmin((size - wanted) ** 2)], abs=3e-4)
+        grid[np.argmin((size - wanted) ** 2)], abs=3e-4
+      )
 
 
 def test_adaptive_coef_stops_at_its_ends():
@@ -233,7 +259,7 @@ def test_metrics_of_weighing():
   hp = dmpo.Config(alpha=0.5, coef=0.7)
   weight, positive, metrics = dmpo.weigh(scored(reward), hp)
   positive = np.asarray(positive)
-  close(metrics['ess'], np.mean(1 / (G * (positive ** 2).sum(-1))))
+  close(metrics['ess'], np.mean(1 / (G * (positive**2).sum(-1))))
   close(metrics['coef'], 0.7)
   close(metrics['log_rnd_std'], LOG_RND.std(-1).mean())
   close(metrics['weight_abs'], np.abs(weight).sum(-1).mean())
@@ -241,8 +267,9 @@ def test_metrics_of_weighing():
 
 def test_coverage_scales_a_group_by_its_best():
   """exp((max r - best) / alpha), 1 where it is reached; sums stay zero."""
-  reward = np.array([[1.0, 0.2, 0.0, 0.5], [0.9, 0.1, 0.9, 0.0],
-                     [0.0, 0.0, 0.0, 0.0]], np.float32)
+  reward = np.array(
+    [[1.0, 0.2, 0.0, 0.5], [0.9, 0.1, 0.9, 0.0], [0.0, 0.0, 0.0, 0.0]], np.float32
+  )
   plain = dmpo.Config(alpha=0.2)
   hp = dataclasses.replace(plain, best=1.0)
   scale = np.exp((reward.max(-1, keepdims=True) - 1.0) / 0.2)
@@ -266,8 +293,12 @@ def test_coverage_reaches_the_model_baseline():
   """What is subtracted shrinks with the group, so that sums stay zero."""
   positive = (softmax(LOG_RND) * [[1.0], [0.3], [0.01]]).astype(np.float32)
   got = dmpo.reweigh(
-      jnp.asarray(draw(4, R)), jnp.asarray(draw(5, R)),
-      batch(np.zeros(R), positive.ravel()), G, dmpo.Config(baseline='model'))
+    jnp.asarray(draw(4, R)),
+    jnp.asarray(draw(5, R)),
+    batch(np.zeros(R), positive.ravel()),
+    G,
+    dmpo.Config(baseline='model'),
+  )
   close(np.reshape(got, (B, G)).sum(-1), np.zeros(B))
 
 
@@ -276,8 +307,9 @@ def test_reweigh_is_a_softmax_over_each_group():
   elbo, old = draw(4, R), draw(5, R)
   positive = softmax(LOG_RND).ravel().astype(np.float32)
   hp = dmpo.Config(baseline='model', strength=0.6)
-  got = dmpo.reweigh(jnp.asarray(elbo), jnp.asarray(old),
-                     batch(np.zeros(R), positive), G, hp)
+  got = dmpo.reweigh(
+    jnp.asarray(elbo), jnp.asarray(old), batch(np.zeros(R), positive), G, hp
+  )
   want = positive - 0.6 * softmax((elbo - old).reshape(B, G)).ravel()
   close(got, want)
 
@@ -285,9 +317,18 @@ def test_reweigh_is_a_softmax_over_each_group():
 def test_reweigh_stops_the_gradient():
   """The baseline is a constant of the loss."""
   positive = softmax(LOG_RND).ravel().astype(np.float32)
-  grad = jax.grad(lambda elbo: jnp.sum(dmpo.reweigh(
-      elbo, jnp.zeros(R), batch(np.zeros(R), positive), G,
-      dmpo.Config(baseline='model')) * draw(6, R)))(jnp.asarray(draw(4, R)))
+  grad = jax.grad(
+    lambda elbo: jnp.sum(
+      dmpo.reweigh(
+        elbo,
+        jnp.zeros(R),
+        batch(np.zeros(R), positive),
+        G,
+        dmpo.Config(baseline='model'),
+      )
+      * draw(6, R)
+    )
+  )(jnp.asarray(draw(4, R)))
   assert (np.asarray(grad) == 0).all()
 
 
@@ -322,8 +363,9 @@ def test_wdce_is_its_loop():
   weight = draw(7, R)
   want = loop_wdce(np.asarray(logp), np.asarray(masks.masked), weight)
   close(dmpo.wdce(logp, masks.masked, jnp.asarray(weight)), want)
-  value, metrics = dmpo.loss(logp, masks, batch(weight, weight),
-                             jnp.zeros(R), dmpo.Config())
+  value, metrics = dmpo.loss(
+    logp, masks, batch(weight, weight), jnp.zeros(R), dmpo.Config()
+  )
   close(value, want / B)
   close(metrics['nll'], -np.asarray(logp).sum() / (K * R))
 
@@ -333,8 +375,7 @@ def test_empty_draws_weigh_nothing():
   empty = jnp.zeros((R, K, L), bool)
 
   def loss(logp):
-    return dmpo.wdce(jnp.where(empty, logp, 0.0), empty,
-                     jnp.asarray(draw(7, R)))
+    return dmpo.wdce(jnp.where(empty, logp, 0.0), empty, jnp.asarray(draw(7, R)))
 
   value, grad = jax.value_and_grad(loss)(jnp.asarray(draw(8, R, K, L)))
   assert float(value) == 0 and (np.asarray(grad) == 0).all()
@@ -356,8 +397,7 @@ def test_ddo_is_its_loop():
       gap.append(np.mean(elbos) - old[r])
     total -= positive[r] * np.log(1 / (1 + np.exp(-0.4 * gap[0])))
     total -= 0.6 * share[r] * np.log(1 / (1 + np.exp(0.4 * gap[1])))
-  value, _ = dmpo.loss(logp, masks, batch(share, positive),
-                       jnp.asarray(old), hp)
+  value, _ = dmpo.loss(logp, masks, batch(share, positive), jnp.asarray(old), hp)
   close(value, total / B)
 
 
@@ -370,12 +410,15 @@ def test_draws_without_the_tail():
   want = np.asarray(with_tail.masked) & np.asarray(completion)[:, None]
   np.testing.assert_array_equal(without.masked, want)
   np.testing.assert_array_equal(
-      without.masked, masking.restrict(with_tail, completion).masked)
+    without.masked, masking.restrict(with_tail, completion).masked
+  )
   # The loss then averages over those positions only.
   logp = jnp.where(without.masked, -1.5, 0.0)
   weight = draw(7, R)
-  close(dmpo.wdce(logp, without.masked, jnp.asarray(weight)),
-        loop_wdce(np.asarray(logp), want, weight))
+  close(
+    dmpo.wdce(logp, without.masked, jnp.asarray(weight)),
+    loop_wdce(np.asarray(logp), want, weight),
+  )
 
 
 def test_draws_are_the_settings():
@@ -385,9 +428,11 @@ def test_draws_are_the_settings():
   masks = dmpo.draw(key, row, completion, dmpo.Config(draws=6))
   assert masks.masked.shape == (64, 6, 32)
   np.testing.assert_array_equal(masks.masked[:, 3:], ~masks.masked[:, :3])
-  rate = np.asarray(dmpo.draw(
-      key, row, completion,
-      dmpo.Config(low=0.2, high=0.4, antithetic=False)).masked).mean()
+  rate = np.asarray(
+    dmpo.draw(
+      key, row, completion, dmpo.Config(low=0.2, high=0.4, antithetic=False)
+    ).masked
+  ).mean()
   assert rate == pytest.approx(0.3, abs=0.03)
 
 
@@ -403,7 +448,8 @@ def test_masks_leave_the_loss_its_expectation(low, antithetic):
   key, row = jax.random.key(0), jnp.arange(rows)
   completion = jnp.ones((rows, length), bool)
   want = -reference.bernoulli_elbo(
-      table, low, 1.0, antithetic, lambda m, _: 1 / max(m, 1))
+    table, low, 1.0, antithetic, lambda m, _: 1 / max(m, 1)
+  )
   if not low:
     assert want == pytest.approx(-reference.exact_elbo(table) / (length + 1))
   deviation = {}
@@ -412,7 +458,7 @@ def test_masks_leave_the_loss_its_expectation(low, antithetic):
     masked = np.asarray(dmpo.draw(key, row, completion, hp).masked)
     logp = table[reference.index_of(masked)]
     value = -np.mean(logp.sum(-1) / np.maximum(masked.sum(-1), 1), -1)
-    assert abs(value.mean() - want) < 4 * value.std() / rows ** 0.5
+    assert abs(value.mean() - want) < 4 * value.std() / rows**0.5
     deviation[spread] = value.std()
   assert deviation[True] < 0.99 * deviation[False]
 
@@ -423,32 +469,43 @@ def test_masks_leave_the_loss_its_expectation(low, antithetic):
 def test_needs():
   """Which log-probs a rollout must provide, for every kind of setting."""
   cases = {
-      (): {'old', 'ref'},
-      (('alpha', 0.0),): set(),
-      (('baseline', 'model'),): {'old', 'ref', 'elbo_old', 'policy'},
-      (('baseline', 'model'), ('alpha', 0.0)): {'elbo_old', 'policy'},
-      # DDO does not use the signed weight, so it needs no policy pass.
-      (('loss', 'ddo'),): {'old', 'ref', 'elbo_old'},
-      (('loss', 'ddo'), ('baseline', 'model')): {'old', 'ref', 'elbo_old'},
+    (): {'old', 'ref'},
+    (('alpha', 0.0),): set(),
+    (('baseline', 'model'),): {'old', 'ref', 'elbo_old', 'policy'},
+    (('baseline', 'model'), ('alpha', 0.0)): {'elbo_old', 'policy'},
+    # DDO does not use the signed weight, so it needs no policy pass.
+    (('loss', 'ddo'),): {'old', 'ref', 'elbo_old'},
+    (('loss', 'ddo'), ('baseline', 'model')): {'old', 'ref', 'elbo_old'},
   }
   for changes, wanted in cases.items():
     assert dmpo.needs(dmpo.Config(**dict(changes))) == wanted
 
 
-@pytest.mark.parametrize('field, changes', [
-    ('alpha', dict(alpha=-1.0)), ('alpha', dict(alpha=float('nan'))),
-    ('coef', dict(coef=0.0)), ('coef', dict(coef=1.5)),
+@pytest.mark.parametrize(
+  'field, changes',
+  [
+    ('alpha', dict(alpha=-1.0)),
+    ('alpha', dict(alpha=float('nan'))),
+    ('coef', dict(coef=0.0)),
+    ('coef', dict(coef=1.5)),
     ('coef', dict(coef=-1.0, alpha=0.0)),
-    ('ess', dict(ess=1.0)), ('ess', dict(ess=-0.1)),
-    ('baseline', dict(baseline='mean')), ('loss', dict(loss='ppo')),
-    ('draws', dict(draws=3)), ('draws', dict(draws=0, antithetic=False)),
+    ('ess', dict(ess=1.0)),
+    ('ess', dict(ess=-0.1)),
+    ('baseline', dict(baseline='mean')),
+    ('loss', dict(loss='ppo')),
+    ('draws', dict(draws=3)),
+    ('draws', dict(draws=0, antithetic=False)),
     ('spread', dict(spread=True, draws=2)),
     ('spread', dict(spread=True, draws=1, antithetic=False)),
-    ('low', dict(low=0.5, high=0.5)), ('high', dict(high=1.1)),
-    ('best', dict(best=1.0, alpha=0.0)), ('antithetic', dict(loss='ddo')),
+    ('low', dict(low=0.5, high=0.5)),
+    ('high', dict(high=1.1)),
+    ('best', dict(best=1.0, alpha=0.0)),
+    ('antithetic', dict(loss='ddo')),
     ('spread', dict(loss='ddo', antithetic=False, spread=True)),
     ('loss', dict(loss='ddo', draws=3, antithetic=False)),
-    ('common_masks', dict(loss='ddo', antithetic=False, common_masks=True))])
+    ('common_masks', dict(loss='ddo', antithetic=False, common_masks=True)),
+  ],
+)
 def test_check_names_the_field(field, changes):
   """One sentence each, with the field by its name in the config."""
   found = dmpo.check(dmpo.Config(**changes))
@@ -463,8 +520,9 @@ def test_check_accepts():
   assert dmpo.check(dmpo.Config(loss='ddo', antithetic=False)) == []
   assert dmpo.check(dmpo.Config(draws=3, antithetic=False)) == []
   for draws, antithetic in ((4, True), (2, False)):
-    assert dmpo.check(dmpo.Config(draws=draws, antithetic=antithetic,
-                                  spread=True)) == []
+    assert (
+      dmpo.check(dmpo.Config(draws=draws, antithetic=antithetic, spread=True)) == []
+    )
 
 
 # --- the gradient
@@ -476,16 +534,21 @@ def test_gradient_by_finite_differences():
   tokens = jax.random.randint(jax.random.key(1), (rows, 2 + L), 0, 7)
   weight = softmax(draw(11, rows)).astype(np.float32)
   part = batch(weight, weight, rows, 1, tokens)._replace(
-      valid=jnp.ones((rows, 2 + L), bool))
+    valid=jnp.ones((rows, 2 + L), bool)
+  )
   params = model.init(TINY, jax.random.key(0))
 
   def loss_fn(params):
     hp = dmpo.Config(antithetic=False, ddo_beta=0.1)
-    logp, masks = step.batch_logp(params, part, jax.random.key(3), TINY,
-                                  dmpo.OBJECTIVE, hp)
-    return sum(dmpo.loss(logp, masks, part, jnp.full(rows, -10.0),
-                         dataclasses.replace(hp, loss=kind))[0]
-               for kind in ('wdce', 'ddo'))
+    logp, masks = step.batch_logp(
+      params, part, jax.random.key(3), TINY, dmpo.OBJECTIVE, hp
+    )
+    return sum(
+      dmpo.loss(
+        logp, masks, part, jnp.full(rows, -10.0), dataclasses.replace(hp, loss=kind)
+      )[0]
+      for kind in ('wdce', 'ddo')
+    )
 
   both = jax.jit(jax.value_and_grad(loss_fn))
   flat, tree = jax.tree.flatten(params)
@@ -496,9 +559,15 @@ def test_gradient_by_finite_differences():
     way = draw(20 + i, *flat[i].shape)
     way = way / np.linalg.norm(way)
     eps = 2e-2  # float32: rounding 1e-7/eps against curvature eps^2
-    moved = [both(jax.tree.unflatten(tree, [
-        leaf + sign * eps * way if j == i else leaf
-        for j, leaf in enumerate(flat)]))[0] for sign in (1, -1)]
+    moved = [
+      both(
+        jax.tree.unflatten(
+          tree,
+          [leaf + sign * eps * way if j == i else leaf for j, leaf in enumerate(flat)],
+        )
+      )[0]
+      for sign in (1, -1)
+    ]
     along = float((np.asarray(grad[i]) * way).sum())
     assert abs(along) > 1e-3
     assert (moved[0] - moved[1]) / (2 * eps) == pytest.approx(along, rel=0.02)
@@ -508,7 +577,8 @@ def test_golden():
   """One number for the weights of a fixed input."""
   reward = np.array([[1.0, 0.0, 0.5, 0.25]], np.float32)
   log_rnd = np.array([[0.1, -0.2, 0.0, 0.3]], np.float32)
-  weight, _, metrics = dmpo.weigh(scored(reward, log_rnd),
-                                  dmpo.Config(alpha=0.5, ess=0.8))
+  weight, _, metrics = dmpo.weigh(
+    scored(reward, log_rnd), dmpo.Config(alpha=0.5, ess=0.8)
+  )
   close(weight[0], [0.332703, -0.225356, 0.024548, -0.131895], 1e-4)
   close(metrics['coef'], 0.609122, 1e-4)

@@ -8,12 +8,14 @@ import pytest
 
 from dmpo_jax import optim
 
-PARAMS = {'layers': {'q': {'kernel': jnp.array([[1.0, -2.0]]),
-                           'bias': jnp.array([3.0])},
-                     'norm': {'scale': jnp.array([2.0])}},
-          'embedding': jnp.array([[4.0]])}
-PLAIN = dict(lr=0.1, warmup=0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0,
-             clip=0.0)
+PARAMS = {
+  'layers': {
+    'q': {'kernel': jnp.array([[1.0, -2.0]]), 'bias': jnp.array([3.0])},
+    'norm': {'scale': jnp.array([2.0])},
+  },
+  'embedding': jnp.array([[4.0]]),
+}
+PLAIN = dict(lr=0.1, warmup=0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip=0.0)
 
 
 def moves(grads, **changes):
@@ -45,8 +47,9 @@ def test_warm_up_is_a_ramp_then_constant():
   np.testing.assert_allclose(got, [0.025, 0.05, 0.075] + [0.1] * 5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('warmup, want', [(0, [0.1] * 3), (1, [0.1] * 3),
-                                          (2, [0.05, 0.1, 0.1])])
+@pytest.mark.parametrize(
+  'warmup, want', [(0, [0.1] * 3), (1, [0.1] * 3), (2, [0.05, 0.1, 0.1])]
+)
 def test_short_warm_ups(warmup, want):
   """No warm-up is the full rate from the first update; none is lost."""
   got = [size(u) for u in moves([filled(0.5)] * 3, warmup=warmup)]
@@ -62,9 +65,11 @@ def test_decay_spares_norms_and_biases():
   assert float(q['bias'][0]) == 0
   assert float(update['layers']['norm']['scale'][0]) == 0
   mask = optim.decayed({**PARAMS, 'lora': {'q': {'a': 1.0, 'b': 1.0}}})
-  assert mask == {'layers': {'q': {'kernel': True, 'bias': False},
-                             'norm': {'scale': False}},
-                  'embedding': True, 'lora': {'q': {'a': True, 'b': True}}}
+  assert mask == {
+    'layers': {'q': {'kernel': True, 'bias': False}, 'norm': {'scale': False}},
+    'embedding': True,
+    'lora': {'q': {'a': True, 'b': True}},
+  }
 
 
 def test_clip_is_by_the_global_norm():
@@ -84,20 +89,21 @@ def test_clip_is_by_the_global_norm():
 def test_adamw_by_hand():
   """Two updates of one weight against the formulas."""
   grads, decay = [0.5, -0.2], 0.3
-  got = moves([filled(g) for g in grads], b1=0.8, b2=0.95, eps=1e-3,
-              weight_decay=decay)
+  got = moves([filled(g) for g in grads], b1=0.8, b2=0.95, eps=1e-3, weight_decay=decay)
   m = v = 0.0
   for t, (g, update) in enumerate(zip(grads, got, strict=True), 1):
     m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
-    step = m / (1 - 0.8 ** t) / ((v / (1 - 0.95 ** t)) ** 0.5 + 1e-3)
+    step = m / (1 - 0.8**t) / ((v / (1 - 0.95**t)) ** 0.5 + 1e-3)
     assert float(update['embedding'][0, 0]) == pytest.approx(
-        -0.1 * (step + decay * 4.0), rel=1e-4)
+      -0.1 * (step + decay * 4.0), rel=1e-4
+    )
 
 
 def test_golden():
   """The third update of a fixed run."""
-  got = moves([filled(g) for g in (1.0, -0.5, 0.25)], warmup=2, clip=1.0,
-              weight_decay=0.1)[2]
+  got = moves(
+    [filled(g) for g in (1.0, -0.5, 0.25)], warmup=2, clip=1.0, weight_decay=0.1
+  )[2]
   assert float(got['embedding'][0, 0]) == pytest.approx(-0.0597419, abs=1e-6)
 
 

@@ -21,6 +21,7 @@ def flops(fn, *args, trips=(1,)):
 
 def test_flops_of_loops_and_branches():
   """Loops count as often as they run, open ones `trips` times."""
+
   def scan(a, b):
     return jax.lax.scan(lambda c, _: (c + (a @ b).sum(), None), 0.0, None, 5)
 
@@ -33,9 +34,9 @@ def test_flops_of_loops_and_branches():
   assert flops(jnp.matmul, A, B) == ONE
   assert flops(scan, A, B) == 5 * ONE
   assert flops(nested, A, B) == 15 * ONE
+
   def around(a, b):
-    return jax.lax.while_loop(lambda c: c < 1, lambda c: c + open_loop(a, b),
-                              0.0)
+    return jax.lax.while_loop(lambda c: c < 1, lambda c: c + open_loop(a, b), 0.0)
 
   assert flops(open_loop, A, B, trips=(7,)) == 7 * ONE
   assert flops(around, A, B, trips=(2, 7)) == 14 * ONE
@@ -55,8 +56,11 @@ def test_forward_is_the_textbook_formula(tiny, params):
   rows, size = 3, 7
   tokens = jnp.zeros((rows, size), jnp.int32)
   got = flops(lambda p: model.full_logits(tiny, p, tokens), params)
-  kernels = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(
-      params) if path[-1].key in ('kernel', 'head'))
+  kernels = sum(
+    x.size
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+    if path[-1].key in ('kernel', 'head')
+  )
   attention = 4 * tiny.layers * rows * size * size * tiny.width
   assert got == 2 * rows * size * kernels + attention
 
@@ -103,8 +107,10 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 def test_collectives_of_a_text():
   """Trip counts told, found in the condition, or given; async pairs once."""
   assert plan.collectives(HLO, trips=(9,)) == {
-      'all-gather': (5, 5 * 64 * 4), 'all-reduce': (9, 9 * 6 * 2),
-      'reduce-scatter': (1, 16 * 4)}
+    'all-gather': (5, 5 * 64 * 4),
+    'all-reduce': (9, 9 * 6 * 2),
+    'reduce-scatter': (1, 16 * 4),
+  }
 
 
 def test_collectives_of_a_program():
@@ -114,29 +120,45 @@ def test_collectives_of_a_program():
   def fn(x):
     def step(c, _):
       return c + jax.lax.psum(jnp.sin(c), 'fsdp'), None
+
     return jax.lax.scan(step, x, None, length=5)[0]
 
-  mapped = jax.shard_map(fn, mesh=grid, in_specs=jax.P(None),
-                         out_specs=jax.P(None), check_vma=False)
+  mapped = jax.shard_map(
+    fn, mesh=grid, in_specs=jax.P(None), out_specs=jax.P(None), check_vma=False
+  )
   text = jax.jit(mapped).lower(np.zeros(6, np.float32)).compile().as_text()
   assert plan.collectives(text, trips=(100,)) == {'all-reduce': (5, 5 * 6 * 4)}
 
 
 def small(**changes):
   c = base.get_config()
-  c.update_from_flattened_dict({
-      'model.width': 16, 'model.layers': 2, 'model.mlp': 32,
-      'data.prompt_length': 20, 'train.prompts': 8, 'train.group': 4,
-      'train.microbatches': 1, 'mesh.fsdp': 4, 'mesh.tensor': 2,
-      'sampler.steps': 8, **changes})
+  c.update_from_flattened_dict(
+    {
+      'model.width': 16,
+      'model.layers': 2,
+      'model.mlp': 32,
+      'data.prompt_length': 20,
+      'train.prompts': 8,
+      'train.group': 4,
+      'train.microbatches': 1,
+      'mesh.fsdp': 4,
+      'mesh.tensor': 2,
+      'sampler.steps': 8,
+      **changes,
+    }
+  )
   return c
 
 
 def held(tree):
   """Bytes that the first device holds."""
   first = jax.devices()[0]
-  return sum(s.data.nbytes for x in jax.tree.leaves(tree)
-             for s in x.addressable_shards if s.device == first)
+  return sum(
+    s.data.nbytes
+    for x in jax.tree.leaves(tree)
+    for s in x.addressable_shards
+    if s.device == first
+  )
 
 
 @pytest.mark.parametrize('rank', [0, 4])
@@ -146,9 +168,11 @@ def test_bytes_are_what_a_run_allocates(rank):
   frozen, state = plan.states(built)
   base_params, lora = built.steps.init(), built.steps.init_lora()
   real = built.steps.start(lora or base_params)
-  for planned, allocated in ((frozen, base_params), (state.trainable,
-                             real.trainable), (state.opt_state,
-                                               real.opt_state)):
+  for planned, allocated in (
+    (frozen, base_params),
+    (state.trainable, real.trainable),
+    (state.opt_state, real.opt_state),
+  ):
     assert abs(plan.per_device(planned) / held(allocated) - 1) < 0.01
 
 
@@ -158,8 +182,12 @@ def test_a_plan():
   made = plan.make(c)
   sample, score, update = made.programs
   assert [p.name for p in made.programs] == ['sample', 'score', 'update']
-  assert made.total >= (made.parameters + made.reference + made.optimizer
-                        + max(p.temporaries for p in made.programs))
+  assert made.total >= (
+    made.parameters
+    + made.reference
+    + made.optimizer
+    + max(p.temporaries for p in made.programs)
+  )
   assert made.cache == 2 * 2 * 8 * 36 * 16 * 4  # k and v, N, rows, S, D, f32
   assert update.collectives and math.isnan(update.seconds)
   text = plan.show(made, c)
@@ -175,16 +203,19 @@ def test_roofline():
   built = build.build(small())
   job = plan.jobs(built, 20)[2]
   p = plan.compiled(built, chip, 8, *job)
-  sent = sum(size * (2 if kind == 'all-reduce' else 1)
-             for kind, (_, size) in p.collectives.items())
+  sent = sum(
+    size * (2 if kind == 'all-reduce' else 1)
+    for kind, (_, size) in p.collectives.items()
+  )
   assert p.seconds == max(p.flops, p.bytes, sent) / 1e9
   made = plan.make(small())._replace(memory=10, programs=[p] * 3)
   assert 'DOES NOT FIT' in plan.show(made, small())
-  assert 'fits in' in plan.show(made._replace(memory=2 ** 40), small())
+  assert 'fits in' in plan.show(made._replace(memory=2**40), small())
 
 
 def test_memory_that_there_is(monkeypatch):
   """What the device says; else the data sheet, of which JAX leaves a part."""
+
   class Device:
     platform, told = 'gpu', {'bytes_limit': 77}
 
@@ -211,6 +242,7 @@ def test_plans_that_are_refused(monkeypatch):
 
   def fail(*_):
     raise RuntimeError('Invalid TPU external name: TPU v9\nmore')
+
   monkeypatch.setattr(topologies, 'get_topology_desc', fail)
   monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda _: True)
   with pytest.raises(ValueError, match='topology=v9:2x2: Invalid .* v9; such'):
@@ -220,8 +252,7 @@ def test_plans_that_are_refused(monkeypatch):
     plan.topology_devices('v5e:4x4')
   assert plan.topology_devices('') is None
   with pytest.raises(ValueError, match='pmap cannot be planned'):
-    plan.make(small(**{'sampler.parallel': 'pmap', 'mesh.fsdp': 1,
-                       'mesh.tensor': 1}))
+    plan.make(small(**{'sampler.parallel': 'pmap', 'mesh.fsdp': 1, 'mesh.tensor': 1}))
   c = llada_countdown.get_config()
   c.data.prompt_length = 0
   c.train.prompts = 8
@@ -231,6 +262,7 @@ def test_plans_that_are_refused(monkeypatch):
 
 def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
   """What pmap samples with is left out; the others are compiled ahead."""
+
   class Stub:
     calls = 0
 
@@ -242,10 +274,17 @@ def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
     def compile(self):
       self.calls += 1
 
-  built, stub = build.build(small(**{
-      'sampler.parallel': 'pmap', 'mesh.fsdp': 1, 'mesh.tensor': 1})), Stub()
-  monkeypatch.setattr(plan, 'jobs', lambda *_: [
-      ('sample', built.steps.sample, (), 1), ('update', stub, (), 1)])
+  built, stub = (
+    build.build(
+      small(**{'sampler.parallel': 'pmap', 'mesh.fsdp': 1, 'mesh.tensor': 1})
+    ),
+    Stub(),
+  )
+  monkeypatch.setattr(
+    plan,
+    'jobs',
+    lambda *_: [('sample', built.steps.sample, (), 1), ('update', stub, (), 1)],
+  )
   plan.compile_longest(built, 20)
   assert not stub.calls  # no cache would keep it
   jax.config.update('jax_compilation_cache_dir', str(tmp_path))
@@ -261,8 +300,7 @@ def test_the_real_size_from_shapes_alone():
   c = llada_countdown.get_config()
   c.mesh.fsdp = 8
   frozen, state = plan.states(build.build(c))
-  assert plan.per_device(frozen) * 8 == pytest.approx(
-      8_015_581_184 * 2, rel=1e-3)
+  assert plan.per_device(frozen) * 8 == pytest.approx(8_015_581_184 * 2, rel=1e-3)
   adapters = 32 * (3 * (4096 + 4096) + 4096 + 12288) * 128 * 4
   held = sum(x.size * 4 for x in jax.tree.leaves(state.trainable))
   assert held == pytest.approx(adapters, rel=1e-6)
@@ -273,6 +311,7 @@ def test_the_real_size_from_shapes_alone():
 
 def test_what_does_not_compile_does_not_fit():
   """The compiler's own number, and a plan in place of a traceback."""
+
   class Stub:
     jaxpr = jax.make_jaxpr(lambda: 0)()
 
@@ -287,8 +326,10 @@ def test_what_does_not_compile_does_not_fit():
 
   built, chip = build.build(small()), plan.CHIPS['TPU v5 lite']
   stub = Stub()
-  stub.said = ('RESOURCE_EXHAUSTED: the total memory required for HLO '
-               'temporaries (16.30G) exceeds available HBM (15.75G)')
+  stub.said = (
+    'RESOURCE_EXHAUSTED: the total memory required for HLO '
+    'temporaries (16.30G) exceeds available HBM (15.75G)'
+  )
   made = plan.compiled(built, chip, 8, 'update', stub, (), 1)
   assert made.temporaries == int(16.3 * plan.GIB) and made.collectives is None
   stub.said = 'RESOURCE_EXHAUSTED'

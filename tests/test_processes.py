@@ -24,29 +24,40 @@ from jax.experimental import multihost_utils
 
 import main
 from configs import base
-from dmpo_jax import (
-    build,
-    checkpoint,
-    guard,
-    mesh,
-    metrics,
-    resume,
-    weights,
-)
+from dmpo_jax import build, checkpoint, guard, mesh, metrics, resume, weights
 from dmpo_jax.types import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES, UPDATES = 4, 6
 SETTINGS = {
-    'model.width': 16, 'model.layers': 1, 'model.heads': 2,
-    'model.kv_heads': 2, 'model.mlp': 16, 'data.train_size': 16,
-    'data.validation_size': 6, 'data.test_size': 6, 'sampler.steps': 4,
-    'eval.sampler.steps': 4, 'eval.batch': 4, 'eval.every': 1,
-    'sft.steps': 2, 'sft.batch': 8, 'objective.draws': 2, 'logprob.draws': 2,
-    'train.iterations': 3, 'train.prompts': 2, 'train.group': 4,
-    'train.inner': 2, 'train.microbatches': 1, 'train.overlap': True,
-    'mesh.fsdp': 2, 'optim.lr': 1e-3, 'checkpoint.every': 1,
-    'checkpoint.keep': 9, 'log.samples': 8}
+  'model.width': 16,
+  'model.layers': 1,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+  'model.mlp': 16,
+  'data.train_size': 16,
+  'data.validation_size': 6,
+  'data.test_size': 6,
+  'sampler.steps': 4,
+  'eval.sampler.steps': 4,
+  'eval.batch': 4,
+  'eval.every': 1,
+  'sft.steps': 2,
+  'sft.batch': 8,
+  'objective.draws': 2,
+  'logprob.draws': 2,
+  'train.iterations': 3,
+  'train.prompts': 2,
+  'train.group': 4,
+  'train.inner': 2,
+  'train.microbatches': 1,
+  'train.overlap': True,
+  'mesh.fsdp': 2,
+  'optim.lr': 1e-3,
+  'checkpoint.every': 1,
+  'checkpoint.keep': 9,
+  'log.samples': 8,
+}
 CONFIG = f"""
 from configs import base
 
@@ -91,15 +102,23 @@ def python(path, args, devices, log):
 
   What one compiles the later ones load.
   """
-  xla = re.sub('device_count=[0-9]+', f'device_count={devices}',
-               os.environ['XLA_FLAGS'])
+  xla = re.sub(
+    'device_count=[0-9]+', f'device_count={devices}', os.environ['XLA_FLAGS']
+  )
   with open(log, 'w') as f:
     return subprocess.Popen(
-        [sys.executable, path, *args], stdout=f, stderr=subprocess.STDOUT,
-        cwd=path.parent,
-        env={'JAX_COMPILATION_CACHE_DIR': str(path.parent / 'programs'),
-             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-             **os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': xla})
+      [sys.executable, path, *args],
+      stdout=f,
+      stderr=subprocess.STDOUT,
+      cwd=path.parent,
+      env={
+        'JAX_COMPILATION_CACHE_DIR': str(path.parent / 'programs'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        **os.environ,
+        'PYTHONPATH': str(ROOT),
+        'XLA_FLAGS': xla,
+      },
+    )
 
 
 class Job:
@@ -107,22 +126,35 @@ class Job:
 
   def __init__(self, folder, name, count, *args):
     self.workdir = folder / name
-    many = [] if count == 1 else [
-        f'--coordinator=localhost:{free_port()}', f'--processes={count}']
+    many = (
+      []
+      if count == 1
+      else [f'--coordinator=localhost:{free_port()}', f'--processes={count}']
+    )
     start = len(list(folder.glob('*.txt')))
     self.logs = [folder / f'{start + i}.txt' for i in range(count)]
     self.processes = [
-        python(folder / 'command.py',
-               ['--config=config.py', f'--workdir={name}', *many, *args,
-                *([f'--process={i}'] if many else [])],
-               DEVICES // count, log)
-        for i, log in enumerate(self.logs)]
+      python(
+        folder / 'command.py',
+        [
+          '--config=config.py',
+          f'--workdir={name}',
+          *many,
+          *args,
+          *([f'--process={i}'] if many else []),
+        ],
+        DEVICES // count,
+        log,
+      )
+      for i, log in enumerate(self.logs)
+    ]
 
   def when(self, phase, step, send, which):
     """Sends a signal to one process when metrics.jsonl tells of the step."""
     end = time.time() + 300
-    while not any((row['phase'], row['step']) == (phase, step)
-                  for row in metrics.read(self.workdir)):
+    while not any(
+      (row['phase'], row['step']) == (phase, step) for row in metrics.read(self.workdir)
+    ):
       assert self.processes[which].poll() is None, self.output()
       assert time.time() < end, self.output()
       time.sleep(0.02)
@@ -163,7 +195,8 @@ def one(folder):
 def killed(folder):
   """Two, of which the second is killed in the middle of training."""
   return Job(folder, 'two', 2, '--heartbeat=10').when(
-      'update', 3, signal.SIGKILL, 1)  # the first checkpoint is whole
+    'update', 3, signal.SIGKILL, 1
+  )  # the first checkpoint is whole
 
 
 @pytest.fixture(scope='module')
@@ -188,10 +221,15 @@ def moved(folder, asked):
 
 def rows(workdir):
   """{(phase, step): numbers} but for times and compilations."""
-  return {(row['phase'], row['step']): {
-      name: x for name, x in row.items() if name not in (
-          'phase', 'step', 'time', 'compilations')
-      and not name.startswith('seconds/')} for row in metrics.read(workdir)}
+  return {
+    (row['phase'], row['step']): {
+      name: x
+      for name, x in row.items()
+      if name not in ('phase', 'step', 'time', 'compilations')
+      and not name.startswith('seconds/')
+    }
+    for row in metrics.read(workdir)
+  }
 
 
 def lines(path):
@@ -209,8 +247,9 @@ def parameters():
 
 
 def close(a, b, rtol=1e-4, atol=1e-6):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(
-      x, y, rtol=rtol, atol=atol), a, b)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b
+  )
 
 
 # --- the same numbers
@@ -228,8 +267,14 @@ def test_computes_what_one_process_computes(name, one, request, parameters):
   close(got, want)
   for phase, step in want:  # of the host: the same to the bit
     if phase in ('rl', 'eval'):
-      for number in ('reward', 'accuracy', 'length', 'cut', 'reward/letters',
-                     'tokens_per_step'):
+      for number in (
+        'reward',
+        'accuracy',
+        'length',
+        'cut',
+        'reward/letters',
+        'tokens_per_step',
+      ):
         assert got[phase, step].get(number) == want[phase, step].get(number)
   assert len({row['reward'] for row in want.values() if 'reward' in row}) > 1
   close(parameters(many.workdir), parameters(one.workdir), atol=1e-5)
@@ -238,8 +283,7 @@ def test_computes_what_one_process_computes(name, one, request, parameters):
 def test_each_judges_its_share(one, two, killed):
   """Every completion is judged in one process; one of them writes."""
   assert 'resuming at iteration' in two.output()
-  counts = [int(re.search(r'judged (\d+)', log.read_text())[1])
-            for log in two.logs]
+  counts = [int(re.search(r'judged (\d+)', log.read_text())[1]) for log in two.logs]
   assert counts[0] == counts[1] > 0
   told = [log.read_text() for log in two.logs]
   assert 'accuracy' in told[0] and 'accuracy' not in told[1]
@@ -266,11 +310,11 @@ def test_sigterm_to_one_stops_all(asked, moved):
 def test_orbax_asks_no_questions(tmp_path, monkeypatch):
   """JAX stops at an equal count: other numbers in between would miss it."""
   counts = []
-  monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point',
-                      counts.append)
+  monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', counts.append)
   with checkpoint.open_manager(tmp_path, 1) as manager:
-    checkpoint.save(manager, 3, TrainState(
-        jnp.int32(3), {'params': jnp.zeros(2)}, {}), None, {})
+    checkpoint.save(
+      manager, 3, TrainState(jnp.int32(3), {'params': jnp.zeros(2)}, {}), None, {}
+    )
   assert not counts and (tmp_path / '3').exists()
 
 
@@ -281,10 +325,11 @@ def test_evaluation_and_export(folder, one, two, parameters):
   """What two write of their run is what one process knows of it."""
   Job(folder, 'two', 2, '--mode=eval', '--out=cards').done()
   Job(folder, 'two', 2, '--mode=export', '--out=hf').done()
-  saved, = (folder / 'cards').glob('*generations.json')
+  (saved,) = (folder / 'cards').glob('*generations.json')
   saved = json.loads(saved.read_text())
   assert [item['generations'] for item in saved['generations']] == [
-      row['completion'] for row in lines(one.workdir / 'test_final.jsonl')]
+    row['completion'] for row in lines(one.workdir / 'test_final.jsonl')
+  ]
   results = json.loads((one.workdir / 'results.json').read_text())
   assert saved['card']['accuracy'] == results['final']['accuracy']
   _, params = weights.load_hf(str(folder / 'hf'))
@@ -310,6 +355,7 @@ def cluster(tmp_path, monkeypatch):
     finally:
       flagsaver.restore_flag_values(saved)
       flags.FLAGS.unparse_flags()
+
   return call
 
 
@@ -319,12 +365,15 @@ HERE = ('--coordinator=host:1234', '--processes=2', '--process=0')
 def test_flags_of_a_cluster(cluster):
   assert cluster() is None and cluster('--multihost=off') is None
   assert cluster('--multihost=auto', '--heartbeat=7') == {'heartbeat': 7}
-  assert cluster(*HERE) == dict(coordinator='host:1234', processes=2,
-                                process=0, heartbeat=100)
+  assert cluster(*HERE) == dict(
+    coordinator='host:1234', processes=2, process=0, heartbeat=100
+  )
   assert cluster('--coordinator=[::1]:80', *HERE[1:])['processes'] == 2
 
 
-@pytest.mark.parametrize('args, said', [
+@pytest.mark.parametrize(
+  'args, said',
+  [
     (('--multihost=auto', HERE[0]), '--multihost=auto finds --coordinator'),
     (('--multihost=auto', '--process=0'), '--multihost=auto finds'),
     (HERE[:1], '--processes, --process missing'),
@@ -338,7 +387,9 @@ def test_flags_of_a_cluster(cluster):
     ((*HERE[:2], '--process=-1'), '--process=-1 must be in 0 to 1'),
     ((*HERE, '--heartbeat=0'), '--heartbeat=0 must be >= 1'),
     ((*HERE, '--mode=plan'), '--mode=plan is for one process'),
-    (('--multihost=auto', '--mode=report'), '--mode=report is for one')])
+    (('--multihost=auto', '--mode=report'), '--mode=report is for one'),
+  ],
+)
 def test_flags_that_are_refused(args, said, cluster):
   """Before anything is started, in a sentence that names the flag."""
   with pytest.raises(ValueError) as info:
@@ -364,11 +415,16 @@ def test_who_cannot_be_reached_is_named(tmp_path):
     s.listen()
     taken = f"'localhost:{s.getsockname()[1]}'"
     free = [f"'localhost:{free_port()}'" for _ in range(2)]
-    cases = [((), '--multihost=auto: '), ((free[0], '2', '1'), 'have not met'),
-             ((free[1], '2', '0'), 'have not met within 2 seconds'),
-             ((taken, '2', '0'), 'no port for process 0')]
-    started = [python(tmp_path / 'join.py', args, 1, tmp_path / f'{i}.txt')
-               for i, (args, _) in enumerate(cases)]
+    cases = [
+      ((), '--multihost=auto: '),
+      ((free[0], '2', '1'), 'have not met'),
+      ((free[1], '2', '0'), 'have not met within 2 seconds'),
+      ((taken, '2', '0'), 'no port for process 0'),
+    ]
+    started = [
+      python(tmp_path / 'join.py', args, 1, tmp_path / f'{i}.txt')
+      for i, (args, _) in enumerate(cases)
+    ]
     for i, (args, said) in enumerate(cases):
       assert started[i].wait(timeout=120) == 1
       told = (tmp_path / f'{i}.txt').read_text()
@@ -480,8 +536,15 @@ def test_rows_of_processes(tmp_path):
   """Which rows a process reads, what all then know; damaged checkpoints."""
   (tmp_path / 'rows.py').write_text(ROWS)
   where = f'localhost:{free_port()}'
-  started = [python(tmp_path / 'rows.py', [where, str(i), tmp_path / 'saved'],
-                    2, tmp_path / f'{i}.txt') for i in range(2)]
+  started = [
+    python(
+      tmp_path / 'rows.py',
+      [where, str(i), tmp_path / 'saved'],
+      2,
+      tmp_path / f'{i}.txt',
+    )
+    for i in range(2)
+  ]
   codes = [process.wait(timeout=300) for process in started]
   told = [(tmp_path / f'{i}.txt').read_text() for i in range(2)]
   assert codes == [0, 0], told

@@ -180,9 +180,19 @@ def iterations(first, last, time, each=10.0, **values):
   for it in range(first, last):
     late = 5.0 if it == first + 1 else 0.0
     time += each + late
-    yield ('rl', it, time, {'reward': 0.5 + it / 100, 'accuracy': 0.25,
-                            'ess': 0.75, 'compilations': bool(late),
-                            'seconds/compile': late, **values})
+    yield (
+      'rl',
+      it,
+      time,
+      {
+        'reward': 0.5 + it / 100,
+        'accuracy': 0.25,
+        'ess': 0.75,
+        'compilations': bool(late),
+        'seconds/compile': late,
+        **values,
+      },
+    )
     for inner in (1, 2):
       yield ('update', 2 * it + inner, time, {'loss': 0.125, 'grad_norm': 2.0})
     if it % 5 == 4:
@@ -202,8 +212,7 @@ def test_a_run_under_way(tmp_path):
     with open(tmp_path / name, 'a') as f:
       f.write('{"phase": "rl", "st')
   assert report.under_way(tmp_path, 1560.0).splitlines() == [
-    'iteration 20 of 50, update 40; 10 s an iteration, 5m00s left; '
-    'last line 5s ago',
+    'iteration 20 of 50, update 40; 10 s an iteration, 5m00s left; last line 5s ago',
     'reward 0.69, accuracy 0.25, ess 0.75, loss 0.125, grad_norm 2',
     'validation 0.3 at iteration 20, best 0.55 at 10',
     'checkpoint: rl/36, 1m00s old',
@@ -216,16 +225,21 @@ def test_what_is_wrong_with_a_run_under_way(tmp_path):
   write_start(tmp_path)
   write_rows(tmp_path, iterations(0, 20, 1000.0))
   assert 'warning' not in report.under_way(tmp_path, 1210.0)
-  write_rows(tmp_path, iterations(20, 23, 1205.0, grades_failed=2.0,
-                                  policy_age=2.0, compilations=4.0))
+  write_rows(
+    tmp_path,
+    iterations(20, 23, 1205.0, grades_failed=2.0, policy_age=2.0, compilations=4.0),
+  )
   for name in ('failed/update_5.npz', 'rl.damaged/6-1/x', 'stuck_0.txt'):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text('')
   (tmp_path / 'health.jsonl').write_text(
-    '{"iteration": 3, "rule": "ess", "value": 0.12345678}\n{"torn')
-  said = [line.removeprefix('warning: ') for line in
-          report.under_way(tmp_path, 5000.0).splitlines()
-          if line.startswith('warning: ')]
+    '{"iteration": 3, "rule": "ess", "value": 0.12345678}\n{"torn'
+  )
+  said = [
+    line.removeprefix('warning: ')
+    for line in report.under_way(tmp_path, 5000.0).splitlines()
+    if line.startswith('warning: ')
+  ]
   assert said == [
     '6 grades without a verdict (failed_grades.jsonl)',
     'rollouts are by the policy of 2 updates before',

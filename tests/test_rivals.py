@@ -22,17 +22,27 @@ REWARD = np.array([[0, 2, 1, 2], [1, 0, 0, 3]], np.float32)
 LENGTH = RNG.integers(3, L + 1, R)
 COMPLETION = np.arange(L)[None] < LENGTH[:, None]
 # Two tokens a step, block by block.
-ORDER = np.concatenate([np.argsort(RNG.random((R, W)), 1) // 2 + 2 * block
-                        for block in range(L // W)], axis=1)
+ORDER = np.concatenate(
+  [np.argsort(RNG.random((R, W)), 1) // 2 + 2 * block for block in range(L // W)],
+  axis=1,
+)
 RECORD = dict(
-    order=ORDER, logp=-RNG.exponential(size=(R, L)),
-    confidence=RNG.random((R, L)), entropy=RNG.random((R, L)),
-    fallback=RNG.random((R, L)) < 0.5, place=-RNG.random((R, L)))
+  order=ORDER,
+  logp=-RNG.exponential(size=(R, L)),
+  confidence=RNG.random((R, L)),
+  entropy=RNG.random((R, L)),
+  fallback=RNG.random((R, L)) < 0.5,
+  place=-RNG.random((R, L)),
+)
 # Steps have one flag and one place each.
 for name in ('fallback', 'place'):
   RECORD[name] = np.take_along_axis(RECORD[name], ORDER, 1)
-SEEN = {**RECORD, 'text': COMPLETION & (np.arange(L) < 6), 'block': W,
-        'prompt': np.ones((R, P), bool)}
+SEEN = {
+  **RECORD,
+  'text': COMPLETION & (np.arange(L) < 6),
+  'block': W,
+  'prompt': np.ones((R, P), bool),
+}
 KEY = jax.random.key(7)
 
 
@@ -41,8 +51,13 @@ def close(a, b, tol=2e-5):
 
 
 def scored(**more):
-  return Scored(jnp.asarray(REWARD), jnp.asarray(LENGTH.reshape(B, G)),
-                jnp.zeros((B, G)), jnp.zeros((B, G)), **more)
+  return Scored(
+    jnp.asarray(REWARD),
+    jnp.asarray(LENGTH.reshape(B, G)),
+    jnp.zeros((B, G)),
+    jnp.zeros((B, G)),
+    **more,
+  )
 
 
 class Case:
@@ -54,47 +69,70 @@ class Case:
     assert self.objective.check(self.hp) == []
     self.needs = self.objective.needs(self.hp)
     record = any(n in self.needs for n in ('record', 'prompt', 'block'))
-    seen = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.asarray(x),
-                        SEEN)
+    seen = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.asarray(x), SEEN)
     self.masks = self.objective.draw(
-        KEY, jnp.arange(R), jnp.asarray(COMPLETION), self.hp,
-        *([seen] * record))
+      KEY, jnp.arange(R), jnp.asarray(COMPLETION), self.hp, *([seen] * record)
+    )
     self.masked = np.asarray(self.masks.masked)
     self.K = self.masked.shape[1]
     rng = np.random.default_rng(1)
-    arrays = {n: np.where(self.masked, -rng.exponential(size=self.masked.shape),
-                          0.0) for n in ('now', 'old', 'ref', 'centred',
-                                         'centred_old')}
+    arrays = {
+      n: np.where(self.masked, -rng.exponential(size=self.masked.shape), 0.0)
+      for n in ('now', 'old', 'ref', 'centred', 'centred_old')
+    }
     for n in ('old', 'ref'):  # near, so that some ratios are clipped
       arrays[n] = np.where(
-          self.masked, arrays['now'] + 0.4 * rng.normal(size=self.masked.shape),
-          0.0)
+        self.masked, arrays['now'] + 0.4 * rng.normal(size=self.masked.shape), 0.0
+      )
     self.__dict__ |= arrays
-    self.score = np.where(self.masked, -rng.exponential(
-        size=self.masked.shape), 0.0)
+    self.score = np.where(self.masked, -rng.exponential(size=self.masked.shape), 0.0)
     self.guess = rng.random((B, G, self.K)).astype(np.float32)
     self.weight = np.asarray(self.masks.weight, np.float64)
-    self.counted = self.masked if self.masks.counted is None else \
-        np.broadcast_to(self.masks.counted, self.masked.shape)
+    self.counted = (
+      self.masked
+      if self.masks.counted is None
+      else np.broadcast_to(self.masks.counted, self.masked.shape)
+    )
     self.elbo_old, self.elbo_ref = self.elbo(self.old), self.elbo(self.ref)
     more = {'guess': jnp.asarray(self.guess)} if 'guess' in self.needs else {}
-    self.row_weight, self.scale, _ = self.objective.weigh(
-        scored(**more), self.hp)
+    self.row_weight, self.scale, _ = self.objective.weigh(scored(**more), self.hp)
     self.batch = TrainBatch(
-        None, None, jnp.asarray(COMPLETION), jnp.arange(R),
-        to_rows(self.row_weight), to_rows(self.scale), None, jnp.float32(B),
-        jnp.float32(R), extra=jax.tree.map(jnp.asarray, dict(
-            record=RECORD, tokens_old=self.old, tokens_ref=self.ref,
-            elbo_ref=self.elbo_ref, centred=self.centred,
-            centred_old=self.centred_old, score=self.score)))
+      None,
+      None,
+      jnp.asarray(COMPLETION),
+      jnp.arange(R),
+      to_rows(self.row_weight),
+      to_rows(self.scale),
+      None,
+      jnp.float32(B),
+      jnp.float32(R),
+      extra=jax.tree.map(
+        jnp.asarray,
+        dict(
+          record=RECORD,
+          tokens_old=self.old,
+          tokens_ref=self.ref,
+          elbo_ref=self.elbo_ref,
+          centred=self.centred,
+          centred_old=self.centred_old,
+          score=self.score,
+        ),
+      ),
+    )
 
   def elbo(self, logp):
     return np.mean(self.weight * logp.sum(-1), axis=1)
 
   def loss(self):
-    return float(self.objective.loss(
-        jnp.asarray(self.now), self.masks, self.batch,
-        jnp.asarray(self.elbo_old), self.hp)[0])
+    return float(
+      self.objective.loss(
+        jnp.asarray(self.now),
+        self.masks,
+        self.batch,
+        jnp.asarray(self.elbo_old),
+        self.hp,
+      )[0]
+    )
 
   def places(self):
     """(r, k, i) of the tokens that count."""
@@ -112,10 +150,13 @@ def advantage_of(kind):
   for group in REWARD.astype(np.float64):
     for g in range(G):
       others = np.delete(group, g)
-      out.append({'mean': group[g] - group.mean(),
-                  'loo': group[g] - others.mean(),
-                  'zscore': (group[g] - group.mean()) / (group.std() or 1)
-                  }[kind])
+      out.append(
+        {
+          'mean': group[g] - group.mean(),
+          'loo': group[g] - others.mean(),
+          'zscore': (group[g] - group.mean()) / (group.std() or 1),
+        }[kind]
+      )
   return np.array(out)
 
 
@@ -133,8 +174,7 @@ def test_advantages(kind):
   close(shared.advantages(REWARD, kind).ravel(), advantage_of(kind))
   for reward in (1, 0.1, 1 / 3):  # whose mean is not the same in float32
     equal = jnp.full((1, 8), reward)
-    assert not np.asarray(jax.jit(
-        lambda x: shared.advantages(x, kind))(equal)).any()
+    assert not np.asarray(jax.jit(lambda x: shared.advantages(x, kind))(equal)).any()
 
 
 def test_surrogate():
@@ -150,7 +190,8 @@ def test_surrogate():
     assert float(slope(-0.1 * np.sign(a), a, 0.0, 0.0)) != 0
   # float32 holds any gap, of whatever sign.
   far = jax.vmap(jax.value_and_grad(shared.surrogate), (0, 0, None, None))(
-      jnp.array([300.0, -300.0, 300.0]), jnp.array([1.0, -1.0, -1.0]), 0.2, 0.2)
+    jnp.array([300.0, -300.0, 300.0]), jnp.array([1.0, -1.0, -1.0]), 0.2, 0.2
+  )
   assert np.isfinite(far).all()
 
 
@@ -161,21 +202,28 @@ def test_divergences():
   exact = np.sum(np.exp(now) * (now - ref))
   for kind in ('k1', 'k3'):  # both are exact means
     assert np.sum(np.exp(now) * shared.kl(kind, now, ref)) == pytest.approx(
-        exact, rel=1e-5)
+      exact, rel=1e-5
+    )
   assert np.sum(np.exp(now) * shared.kl('k2', now, ref)) == pytest.approx(
-      exact, rel=0.1)
+    exact, rel=0.1
+  )
   # Their gradients on policy are that of the KL; no gap is too far for k3.
   at = jnp.array([0.3, -0.2, 0.5])
   law = jax.nn.softmax(at)
-  whole = jax.grad(lambda x: jnp.sum(jax.nn.softmax(x) * (
-      jax.nn.log_softmax(x) - ref)))(at)
+  whole = jax.grad(
+    lambda x: jnp.sum(jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref))
+  )(at)
   for kind in ('k1', 'k2'):
-    close(jax.grad(lambda x: jnp.sum(law * shared.kl(
-        kind, jax.nn.log_softmax(x), ref)))(at), whole, 1e-4)  # noqa: B023
+    close(
+      jax.grad(
+        lambda x, kind=kind: jnp.sum(law * shared.kl(kind, jax.nn.log_softmax(x), ref))
+      )(at),
+      whole,
+      1e-4,
+    )  # noqa: B023
   far, slope = jax.value_and_grad(lambda x: shared.kl('k3', x, 0.0))(-500.0)
   assert np.isfinite(far) and slope < -1e8
-  close(shared.kl('k3_ratio', now, ref, ref),
-        np.exp(now - ref) * k3(now - ref))
+  close(shared.kl('k3_ratio', now, ref, ref), np.exp(now - ref) * k3(now - ref))
 
 
 def test_scales():
@@ -201,19 +249,22 @@ def test_random_masks_are_an_elbo():
 def test_steps_stand_for_all(choose, draws):
   """The weighted mean over draws estimates that over the wanted steps."""
   rng = np.random.default_rng(2)
-  wanted = np.array([[1, 0, 1, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0, 0, 0],
-                     [0] * 8], bool)
+  wanted = np.array([[1, 0, 1, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0, 0, 0], [0] * 8], bool)
   entropy = rng.random((3, 8)).astype(np.float32)
   value = rng.normal(size=(3, 8))
   copies = 1 if choose == 'top' else 3000
   tile = lambda x: jnp.repeat(jnp.asarray(x), copies, axis=0)
   step, weight = shared.choose_steps(
-      KEY, jnp.arange(3 * copies), tile(wanted), tile(entropy), choose, draws)
+    KEY, jnp.arange(3 * copies), tile(wanted), tile(entropy), choose, draws
+  )
   if choose in ('each', 'top'):
     draws = min(draws, 8)
   assert step.shape == weight.shape == (3 * copies, draws)
-  got = np.mean(np.asarray(weight) * np.take_along_axis(
-      np.asarray(tile(value)), np.asarray(step), 1), 1).reshape(3, copies)
+  got = np.mean(
+    np.asarray(weight)
+    * np.take_along_axis(np.asarray(tile(value)), np.asarray(step), 1),
+    1,
+  ).reshape(3, copies)
   for r in range(3):
     kept = np.nonzero(wanted[r])[0]
     if choose == 'top':
@@ -233,18 +284,21 @@ def test_states_before_steps():
   order = ORDER.copy()
   order[0, -2:] = -1  # never revealed: eos_stop
   wanted = shared.shown_steps(dict(order=order), jnp.asarray(COMPLETION))
-  masks = shared.draw_steps(KEY, jnp.arange(R), dict(order=jnp.asarray(order)),
-                            wanted, hp)
+  masks = shared.draw_steps(
+    KEY, jnp.arange(R), dict(order=jnp.asarray(order)), wanted, hp
+  )
   for r in range(R):
-    steps = sorted({order[r, i] for i in range(L)
-                    if COMPLETION[r, i] and order[r, i] >= 0})
+    steps = sorted(
+      {order[r, i] for i in range(L) if COMPLETION[r, i] and order[r, i] >= 0}
+    )
     for k in range(L):
       if k >= len(steps):
         assert masks.weight[r, k] == 0 and not masks.counted[r, k].any()
         continue
       close(masks.weight[r, k], L / len(steps))
       np.testing.assert_array_equal(
-          masks.masked[r, k], (order[r] >= steps[k]) | (order[r] < 0))
+        masks.masked[r, k], (order[r] >= steps[k]) | (order[r] < 0)
+      )
       np.testing.assert_array_equal(masks.counted[r, k], order[r] == steps[k])
 
 
@@ -254,8 +308,9 @@ def test_prompt_masks():
   got = masking.draw_prompt(KEY, jnp.arange(400), valid, 2, 0.15)
   assert not got[:, :, 0].any()
   assert np.asarray(got)[:, :, 1:].mean() == pytest.approx(0.15, abs=0.02)
-  more = masking.draw_prompt(KEY, jnp.arange(400), jnp.pad(
-      valid, ((0, 0), (4, 0))), 2, 0.15)
+  more = masking.draw_prompt(
+    KEY, jnp.arange(400), jnp.pad(valid, ((0, 0), (4, 0))), 2, 0.15
+  )
   np.testing.assert_array_equal(more[:, :, 4:], got)
 
 
@@ -287,19 +342,26 @@ def test_wd1(strength):
   close(c.loss(), total / B)
 
 
-@pytest.mark.parametrize('changes', [
-    {}, dict(clip=0.0, beta=0.1), dict(beta=0.1, kl='k1', clip_high=0.5),
-    dict(beta=0.1, kl='k3', masks='random', advantage='mean')])
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    dict(clip=0.0, beta=0.1),
+    dict(beta=0.1, kl='k1', clip_high=0.5),
+    dict(beta=0.1, kl='k3', masks='random', advantage='mean'),
+  ],
+)
 def test_espo(changes):
   """A ratio of sequences, to the power 1/L, and k2 over L."""
   c = Case('espo', **changes)
   hp, a, total = c.hp, advantage_of(changes.get('advantage', 'loo')), 0.0
   now = c.elbo(c.now)
   for r in range(R):
-    total -= ppo((now[r] - c.elbo_old[r]) / L, a[r], hp.clip,
-                 hp.clip_high or hp.clip) / R
+    total -= (
+      ppo((now[r] - c.elbo_old[r]) / L, a[r], hp.clip, hp.clip_high or hp.clip) / R
+    )
     gap = now[r] - c.elbo_ref[r]
-    kl = {'k1': gap, 'k2': gap ** 2 / 2, 'k3': k3(gap)}[hp.kl]
+    kl = {'k1': gap, 'k2': gap**2 / 2, 'k3': k3(gap)}[hp.kl]
     total += hp.beta * kl / L / R
   close(c.loss(), total)
 
@@ -357,16 +419,21 @@ def test_spg(bound, variant):
     share = m / LENGTH[r]
     upper = []
     for i in range(L):
-      mean = np.mean([np.exp(1.5 * c.now[r, k, i]) / share[k]
-                      if c.counted[r, k, i] else 0.0 for k in range(4)])
+      mean = np.mean(
+        [
+          np.exp(1.5 * c.now[r, k, i]) / share[k] if c.counted[r, k, i] else 0.0
+          for k in range(4)
+        ]
+      )
       upper += [np.log(mean) / 1.5] if mean > 0 else []
     if variant == 'released':
       elbo, eubo = np.mean(sums / m), np.mean(upper)
       scale = LENGTH[r] / LENGTH.sum()
     else:
       elbo, eubo, scale = np.mean(sums / share), np.sum(upper), 1 / R
-    below = {'elbo': elbo, 'eubo': eubo, 'none': 0.0,
-             'mix': 0.3 * eubo + 0.7 * elbo}[bound]
+    below = {'elbo': elbo, 'eubo': eubo, 'none': 0.0, 'mix': 0.3 * eubo + 0.7 * elbo}[
+      bound
+    ]
     total -= a[r] * (elbo if a[r] > 0 else below) * scale
   close(c.loss(), total, 1e-4)
 
@@ -374,8 +441,13 @@ def test_spg(bound, variant):
 def test_spg_block_masks():
   """Clean before the chosen block, all after it and behind the EOS."""
   copies, hp = 300, spg.Config(draws=2, mask_prompt=0.0)
-  masks = spg.draw(KEY, jnp.arange(R * copies), jnp.repeat(
-      jnp.asarray(COMPLETION), copies, 0), hp, {'block': W})
+  masks = spg.draw(
+    KEY,
+    jnp.arange(R * copies),
+    jnp.repeat(jnp.asarray(COMPLETION), copies, 0),
+    hp,
+    {'block': W},
+  )
   masked = np.asarray(masks.masked).reshape(R, copies * 2, L)
   for r in range(R):
     inside = COMPLETION[r]
@@ -390,18 +462,23 @@ def test_spg_block_masks():
       share = np.bincount(some[:, own].sum(1), minlength=own.sum() + 1)
       assert share[0] == 0
       close(share[1:] / share.sum(), np.full(own.sum(), 1 / own.sum()), 0.15)
-  noisy = spg.draw(KEY, jnp.arange(R * copies), jnp.repeat(
-      jnp.asarray(COMPLETION), copies, 0), spg.Config(draws=2),
-      {'block': W, 'prompt': jnp.ones((R * copies, P), bool)})
+  noisy = spg.draw(
+    KEY,
+    jnp.arange(R * copies),
+    jnp.repeat(jnp.asarray(COMPLETION), copies, 0),
+    spg.Config(draws=2),
+    {'block': W, 'prompt': jnp.ones((R * copies, P), bool)},
+  )
   clean = ~masked.reshape(-1, 2, L)
   rate = np.asarray(noisy.masked)[clean].mean()
   assert rate == pytest.approx(0.15, abs=0.01)
   assert np.asarray(noisy.prompt).mean() == pytest.approx(0.15, abs=0.02)
 
 
-@pytest.mark.parametrize('changes', [
-    {}, dict(variant='released', clip=0.1), dict(clip=0.1, beta=0.0),
-    dict(centre=True)])
+@pytest.mark.parametrize(
+  'changes',
+  [{}, dict(variant='released', clip=0.1), dict(clip=0.1, beta=0.0), dict(centre=True)],
+)
 def test_gdsd(changes):
   """Squares of the gap less psi A, per pair; KL on log-probs."""
   c = Case('gdsd', alpha=0.5, **changes)
@@ -425,8 +502,7 @@ def test_gdsd(changes):
       gap = np.clip(gap / L, *ends) if hp.clip else gap / L
     total += (gap - a[r] / 0.5) ** 2 / R / 2
     far = pair(c.now, r, j) - pair(c.ref, r, j)
-    total += hp.beta / L * far ** 2 / 2 / R / (
-        4 if hp.variant == 'released' else 2)
+    total += hp.beta / L * far**2 / 2 / R / (4 if hp.variant == 'released' else 2)
   close(c.loss(), total, 1e-4)
 
 
@@ -443,12 +519,12 @@ def test_residual(per_token):
     gap = gap - gap.mean(1, keepdims=True)
     return jnp.sum(0.3 / 2 * (gap - a / 0.3) ** 2) / R
 
-  weight = c.objective.reweigh(jnp.asarray(elbo), jnp.zeros(R), c.batch, G,
-                               c.hp)
+  weight = c.objective.reweigh(jnp.asarray(elbo), jnp.zeros(R), c.batch, G, c.hp)
   want = jax.grad(squares)(jnp.asarray(elbo, jnp.float32))
   close(-np.asarray(weight) / B, want, 1e-4)
-  value = c.objective.loss(jnp.asarray(c.now), c.masks, c.batch._replace(
-      weight=weight), None, c.hp)[0]
+  value = c.objective.loss(
+    jnp.asarray(c.now), c.masks, c.batch._replace(weight=weight), None, c.hp
+  )[0]
   close(value, -np.sum(np.asarray(weight) * elbo) / B, 1e-4)
 
 
@@ -471,10 +547,8 @@ def test_vrpo(variant):
         out += loss / len(pairs) / B
     return out
 
-  weight = c.objective.reweigh(jnp.asarray(elbo), jnp.zeros(R), c.batch, G,
-                               c.hp)
-  close(-np.asarray(weight) / B,
-        jax.grad(dpo)(jnp.asarray(elbo, jnp.float32)), 1e-4)
+  weight = c.objective.reweigh(jnp.asarray(elbo), jnp.zeros(R), c.batch, G, c.hp)
+  close(-np.asarray(weight) / B, jax.grad(dpo)(jnp.asarray(elbo, jnp.float32)), 1e-4)
   none = vrpo.pairs(jnp.ones((1, G)), c.hp)
   assert not np.asarray(none).any()
 
@@ -497,12 +571,12 @@ def test_agrpo(choose):
   close(c.loss(), step_loss(c, advantage_of('mean'), 0.2, 0.2, 0.1), 1e-4)
   for r in range(R):
     last = ORDER[r][SEEN['text'][r]].max()
-    shown = {ORDER[r, i] for k in range(6)
-             for i in np.nonzero(c.counted[r, k])[0]}
+    shown = {ORDER[r, i] for k in range(6) for i in np.nonzero(c.counted[r, k])[0]}
     assert max(shown) <= last
     if choose == 'entropy':  # weight = 1/(T + 1) / p_s
-      sums = np.array([RECORD['entropy'][r][ORDER[r] == s].sum()
-                       for s in range(last + 1)])
+      sums = np.array(
+        [RECORD['entropy'][r][ORDER[r] == s].sum() for s in range(last + 1)]
+      )
       for k in range(6):
         s = ORDER[r][c.counted[r, k]][0]
         close(c.weight[r, k], sums.sum() / sums[s] / (last + 1), 1e-4)
@@ -524,10 +598,10 @@ def test_fork_grpo():
   for r, _, i in c.places():
     assert RECORD['fallback'][r, i]
   for r in range(R):
-    want = {ORDER[r, i] for i in range(L)
-            if RECORD['fallback'][r, i] and COMPLETION[r, i]}
-    got = {ORDER[r, i] for k in range(6) for i in np.nonzero(
-        c.counted[r, k])[0]}
+    want = {
+      ORDER[r, i] for i in range(L) if RECORD['fallback'][r, i] and COMPLETION[r, i]
+    }
+    got = {ORDER[r, i] for k in range(6) for i in np.nonzero(c.counted[r, k])[0]}
     assert got == want
 
 
@@ -558,8 +632,10 @@ def test_egspo():
     at = np.nonzero(c.counted[r, k])[0]
     gap = sum(c.now[r, k, i] - RECORD['logp'][r, i] for i in at)
     total -= ppo(gap, a[b, g, k], 0.2, 0.5) / 2 / R
-    mean = {s: RECORD['entropy'][r][ORDER[r] == s].mean()
-            for s in set(ORDER[r][COMPLETION[r]])}
+    mean = {
+      s: RECORD['entropy'][r][ORDER[r] == s].mean()
+      for s in set(ORDER[r][COMPLETION[r]])
+    }
     assert ORDER[r, at[0]] in sorted(mean, key=mean.get)[-2:]
   close(c.loss(), total, 1e-4)
 
@@ -571,8 +647,9 @@ def test_egspo_leaves_out_draws_of_no_step():
   scored = Scored(*[jnp.asarray(REWARD)] * 4, jnp.asarray(guess))
   weight, _, more = OBJECTIVES['egspo'].weigh(scored, egspo.Config())
   value = REWARD[..., None] + 0.5 * (REWARD[..., None] - guess)
-  close(weight, np.nan_to_num(
-      (value - np.nanmean(value, 1, keepdims=True)) / 1.5 / 4), 1e-5)
+  close(
+    weight, np.nan_to_num((value - np.nanmean(value, 1, keepdims=True)) / 1.5 / 4), 1e-5
+  )
   close(more['guess_reward'], np.nanmean(guess), 1e-5)
 
 
@@ -596,7 +673,8 @@ def test_plackett_luce(spread):
     taken = np.zeros(6, bool)
     taken[rng.permutation(5)[:size]] = True
     got = picks.plackett_luce_logp(
-        jnp.asarray([*score, 0.3], jnp.float32), jnp.arange(6) < 5, taken)
+      jnp.asarray([*score, 0.3], jnp.float32), jnp.arange(6) < 5, taken
+    )
     close(got, plackett_luce(score, np.nonzero(taken)[0]), 1e-4)
 
 
@@ -623,10 +701,23 @@ def test_settings_that_cannot_be(name):
   """Defaults pass; every kind of wrong field is named."""
   objective = OBJECTIVES[name]
   assert objective.check(objective.hp()) == []
-  wrong = dict(advantage='mode', clip=-0.1, beta=-1.0, kl='k9', choose='all',
-               variant='x', masks='x', draws=-1, mask_prompt=1.0, bound='x',
-               alpha=-1.0, truncate=0.0, step_coef=-1.0, power=0.5,
-               sft_coef=-1.0)
+  wrong = dict(
+    advantage='mode',
+    clip=-0.1,
+    beta=-1.0,
+    kl='k9',
+    choose='all',
+    variant='x',
+    masks='x',
+    draws=-1,
+    mask_prompt=1.0,
+    bound='x',
+    alpha=-1.0,
+    truncate=0.0,
+    step_coef=-1.0,
+    power=0.5,
+    sft_coef=-1.0,
+  )
   fields = {field.name for field in dataclasses.fields(objective.hp)}
   for field in fields & wrong.keys():
     found = objective.check(objective.hp(**{field: wrong[field]}))

@@ -66,15 +66,11 @@ CASES |= {
   'dream maskgit_plus': case(True, pick='confidence', **DREAM),
   'dream origin': case(True, pick='origin', **DREAM),
   'eos': case(eos_stop=True, temperature=3.0),
-  'eos, threshold': case(
-    eos_stop=True, pick='threshold', block=2, temperature=2.0
-  ),
+  'eos, threshold': case(eos_stop=True, pick='threshold', block=2, temperature=2.0),
 }
 # Every cache with every pick but wino; every third also shifts and guides.
 CACHED = {}
-for i, (cache, pick) in enumerate(
-  itertools.product(('prefix', 'dual'), picks.PICKS)
-):
+for i, (cache, pick) in enumerate(itertools.product(('prefix', 'dual'), picks.PICKS)):
   odd = dict(guidance=0.7) if i % 3 == 0 else {}
   odd |= dict(rank_temperature=0.5) if pick == 'plackett_luce' else {}
   CACHED[f'{cache}, {pick}'] = case(i % 3 == 0, cache=cache, pick=pick, **odd)
@@ -84,12 +80,13 @@ CACHED |= {
   'dual, eos': case(
     cache='dual', eos_stop=True, pick='threshold', block=2, temperature=2.0
   ),
-  'prefix, eos': case(
-    cache='prefix', eos_stop=True, block=2, steps=4, temperature=3.0
-  ),
+  'prefix, eos': case(cache='prefix', eos_stop=True, block=2, steps=4, temperature=3.0),
 }
-EXACT = [name for name in CASES if 'wino' not in name and 'top_' not in name
-         and 'dream' not in name]
+EXACT = [
+  name
+  for name in CASES
+  if 'wino' not in name and 'top_' not in name and 'dream' not in name
+]
 CASES |= CACHED
 
 
@@ -349,8 +346,9 @@ def test_caches_that_are_exact(fields, tiny, sharp, prompts):
   each) a cache changes nothing."""
   hp = dataclasses.replace(BASE, **fields)
   plain = dataclasses.replace(hp, cache='none', refresh=0)
-  one, other = (jax.device_get(jax.jit(sampling(tiny, x))(sharp, *prompts))
-                for x in (hp, plain))
+  one, other = (
+    jax.device_get(jax.jit(sampling(tiny, x))(sharp, *prompts)) for x in (hp, plain)
+  )
   np.testing.assert_array_equal(one.tokens, other.tokens)
   np.testing.assert_array_equal(one.order, other.order)
   np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
@@ -372,7 +370,7 @@ def test_eos_stop_changes_no_text(name, tiny, sharp, prompts, run):
     for field in ('order', 'logp', 'confidence'):
       found, want = getattr(out, field)[row], getattr(whole, field)[row]
       np.testing.assert_allclose(found[:end], want[:end], atol=1e-5)
-    assert text[:end] == out.tokens[row, PROMPT:PROMPT + end].tolist()
+    assert text[:end] == out.tokens[row, PROMPT : PROMPT + end].tolist()
   assert ends and out.forwards <= whole.forwards
 
 
@@ -388,8 +386,7 @@ def test_rows_do_not_wait_for_each_other(prompts, run):
 def test_wino_takes_tokens_back_but_ends(tiny, sharp, prompts):
   """However much is doubted, a block takes at most 2 W steps; and doubt
   costs forwards."""
-  hp = dataclasses.replace(BASE, pick='wino', threshold=0.0, verify=1.0,
-                           block=8)
+  hp = dataclasses.replace(BASE, pick='wino', threshold=0.0, verify=1.0, block=8)
   bold = dataclasses.replace(hp, verify=0.0)
   run = lambda hp: jax.device_get(jax.jit(sampling(tiny, hp))(sharp, *prompts))
   doubted, sure = run(hp), run(bold)
@@ -424,9 +421,9 @@ def test_one_token_has_the_law_of_the_temperature(tiny, sharp):
   the mask token (chi square over 10 tokens); `generate` makes its own keys."""
   count, prompt = 4000, [3, 1, 4]
   hp = SampleConfig(length=1, block=1, steps=1, temperature=0.7)
-  out = jax.jit(
-    lambda prompts: sampler.generate(tiny, sharp, prompts, KEY, hp)
-  )(jnp.asarray([prompt] * count))
+  out = jax.jit(lambda prompts: sampler.generate(tiny, sharp, prompts, KEY, hp))(
+    jnp.asarray([prompt] * count)
+  )
   logits = reference.full_logits(tiny, sharp, [*prompt, tiny.mask_id])[-1]
   logits[tiny.mask_id] = -np.inf
   law = reference.log_softmax(logits / 0.7)
@@ -499,9 +496,7 @@ def test_trajectory_is_what_was_recorded(name, sharp, run, trajectory):
   np.testing.assert_allclose(now, then, rtol=1e-4, atol=1e-3)
 
 
-def test_trajectory_under_other_weights(
-  tiny, sharp, params, prompts, run, trajectory
-):
+def test_trajectory_under_other_weights(tiny, sharp, params, prompts, run, trajectory):
   """Under another policy: its log-probs on the recorded states."""
   out = run('threshold')
   now, then = trajectory('threshold', params, out)
@@ -522,9 +517,7 @@ def test_some_states_stand_for_all(states, tiny, sharp, run):
   estimate then takes S/n values, each as often, whose mean is exact."""
   copies = 400
   out = run('random_order')
-  rows = Rollouts(
-    *(np.repeat(x[:1], copies, 0) for x in out[:4]), np.int32(0), None
-  )
+  rows = Rollouts(*(np.repeat(x[:1], copies, 0) for x in out[:4]), np.int32(0), None)
   found = jax.jit(
     lambda rows: logprob.trajectory_logp(
       tiny, sharp, rows, BASE.law(), states, KEY, jnp.arange(copies)
@@ -599,8 +592,13 @@ def test_nan_takes_something():
   masked = np.array([[False, True, True, True], [True, True, False, False]])
   for name, pick in picks.PICKS.items():
     look = picks.Look(
-      np.full((2, 4, 5), np.nan, np.float32), nan, masked, np.ones(2, int),
-      np.full(2, 0.5, np.float32), np.full((2, 4), 0.5, np.float32))
+      np.full((2, 4, 5), np.nan, np.float32),
+      nan,
+      masked,
+      np.ones(2, int),
+      np.full(2, 0.5, np.float32),
+      np.full((2, 4), 0.5, np.float32),
+    )
     hp = dataclasses.replace(BASE, pick=name, rank_temperature=0.5)
     if name != 'origin':  # which looks at chance alone
       assert np.asarray(pick(look, hp)).any(1).all(), name

@@ -19,21 +19,36 @@ from dmpo_jax.types import Rollouts, Scored, TrainBatch, to_groups
 
 B, G, R, P, L, INNER = 2, 2, 4, 3, 8, 2
 CFG = model.ModelConfig(
-    vocab=9, mask_id=8, eos_id=7, pad_id=6, width=16, layers=1, heads=2,
-    kv_heads=2, mlp=16, dtype='float32', remat='none')
+  vocab=9,
+  mask_id=8,
+  eos_id=7,
+  pad_id=6,
+  width=16,
+  layers=1,
+  heads=2,
+  kv_heads=2,
+  mlp=16,
+  dtype='float32',
+  remat='none',
+)
 LORA = dataclasses.replace(CFG, lora_rank=2, lora_alpha=4.0)
 SGD = optax.sgd(1.0)
 KEY = 5  # of the masks
 HPS = {
-    'wdce': dmpo.Config(alpha=0.5),
-    'model': dmpo.Config(alpha=0.5, baseline='model', common_masks=True),
-    'ddo': dmpo.Config(alpha=0.5, loss='ddo', antithetic=False, ddo_beta=0.1),
+  'wdce': dmpo.Config(alpha=0.5),
+  'model': dmpo.Config(alpha=0.5, baseline='model', common_masks=True),
+  'ddo': dmpo.Config(alpha=0.5, loss='ddo', antithetic=False, ddo_beta=0.1),
 }
 
 
 def close(a, b, tol=1e-5):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(
-      np.asarray(x), np.asarray(y), rtol=tol, atol=tol), a, b)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      np.asarray(x), np.asarray(y), rtol=tol, atol=tol
+    ),
+    a,
+    b,
+  )
 
 
 def same(a, b):
@@ -42,8 +57,10 @@ def same(a, b):
 
 
 def differ(a, b):
-  return any(not np.array_equal(x, y) for x, y in zip(
-      jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return any(
+    not np.array_equal(x, y)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 @pytest.fixture(scope='module')
@@ -61,8 +78,9 @@ def rollouts():
   valid[0, 0] = False
   order = np.argsort(rng.random((R, L)), 1).astype(np.int32)
   logp = -rng.exponential(size=(R, L)).astype(np.float32)
-  return jax.tree.map(jnp.asarray, Rollouts(tokens, valid, order, logp,
-                                            np.int32(L), np.exp(logp)))
+  return jax.tree.map(
+    jnp.asarray, Rollouts(tokens, valid, order, logp, np.int32(L), np.exp(logp))
+  )
 
 
 def completion_of(rollouts):
@@ -76,8 +94,7 @@ def compiled_logp():
 
 def logp_of(params, rows, masks):
   """(R, K, L) numpy log-probs of rollouts or a batch under 4 draws."""
-  return np.asarray(compiled_logp()(params, rows.tokens, masks.masked,
-                                    rows.valid))
+  return np.asarray(compiled_logp()(params, rows.tokens, masks.masked, rows.valid))
 
 
 def elbo_of(params, rows, masks):
@@ -90,8 +107,7 @@ def weights(baseline):
   """(weight, positive) of fixed rewards under a baseline, each (R,)."""
   rng = np.random.default_rng(1)
   reward, rnd = rng.normal(size=(2, B, G)).astype(np.float32)
-  scored = Scored(jnp.asarray(reward), None, jnp.zeros((B, G)),
-                  jnp.asarray(rnd))
+  scored = Scored(jnp.asarray(reward), None, jnp.zeros((B, G)), jnp.asarray(rnd))
   hp = dmpo.Config(alpha=0.5, baseline=baseline)
   return [x.ravel() for x in dmpo.weigh(scored, hp)[:2]]
 
@@ -101,40 +117,71 @@ def make_batch(rollouts, baseline='individual', elbo_old=None):
   if elbo_old is None:
     elbo_old = jnp.linspace(-20, -10, R * INNER).reshape(R, INNER)
   return TrainBatch(
-      rollouts.tokens, rollouts.valid, completion_of(rollouts),
-      jnp.arange(R) + 40, weight, positive, elbo_old, jnp.float32(B),
-      jnp.float32(R))
+    rollouts.tokens,
+    rollouts.valid,
+    completion_of(rollouts),
+    jnp.arange(R) + 40,
+    weight,
+    positive,
+    elbo_old,
+    jnp.float32(B),
+    jnp.float32(R),
+  )
 
 
 @functools.cache
 def stepper(kind, microbatches=1, cfg=CFG):
   """The compiled train_step of a kind of objective."""
-  return jax.jit(functools.partial(
-      step.train_step, cfg=cfg, objective=dmpo.OBJECTIVE, hp=HPS[kind],
-      optimizer=SGD, group=G, microbatches=microbatches))
+  return jax.jit(
+    functools.partial(
+      step.train_step,
+      cfg=cfg,
+      objective=dmpo.OBJECTIVE,
+      hp=HPS[kind],
+      optimizer=SGD,
+      group=G,
+      microbatches=microbatches,
+    )
+  )
 
 
 def run(kind, params, batch, inner=0, microbatches=1):
   """(new parameters, metrics) of one step from `params`."""
   state = step.init_state(params, SGD)
   state, metrics = stepper(kind, microbatches)(
-      state, {}, batch, jax.random.key(KEY), inner)
+    state, {}, batch, jax.random.key(KEY), inner
+  )
   return state.trainable, metrics
 
 
 @functools.cache
 def scorer(hp, how, law=None, cfg=CFG, microbatches=1):
   # dicts do not hash; a law comes as its items
-  return jax.jit(functools.partial(
-      step.score, cfg=cfg, objective=dmpo.OBJECTIVE, hp=hp, how=how,
-      law=dict(law or ()), inner=INNER, microbatches=microbatches))
+  return jax.jit(
+    functools.partial(
+      step.score,
+      cfg=cfg,
+      objective=dmpo.OBJECTIVE,
+      hp=hp,
+      how=how,
+      law=dict(law or ()),
+      inner=INNER,
+      microbatches=microbatches,
+    )
+  )
 
 
 def score(params, rollouts, hp, how, law=None, frozen=None, **options):
   run = scorer(hp, how, law and tuple(law.items()), **options)
-  return run(params, params if frozen is None else frozen, rollouts,
-             jnp.arange(R) + 40, completion_of(rollouts),
-             jax.random.key(9), jax.random.key(KEY))
+  return run(
+    params,
+    params if frozen is None else frozen,
+    rollouts,
+    jnp.arange(R) + 40,
+    completion_of(rollouts),
+    jax.random.key(9),
+    jax.random.key(KEY),
+  )
 
 
 # --- cutting rows into pieces
@@ -155,8 +202,9 @@ def test_split_and_join():
   same(step.in_microbatches(lambda y: y * 2, x, 3), x * 2)
 
 
-@pytest.mark.parametrize('kind, pieces', [
-    ('wdce', 2), ('wdce', 4), ('model', 2), ('ddo', 4)])
+@pytest.mark.parametrize(
+  'kind, pieces', [('wdce', 2), ('wdce', 4), ('model', 2), ('ddo', 4)]
+)
 def test_microbatches_add_up(kind, pieces, params, rollouts):
   """The same parameters and metrics however the rows are cut."""
   for baseline in ('none', 'group', 'individual'):
@@ -179,8 +227,7 @@ def test_metrics_are_of_the_loss(params, rollouts):
     masks = dmpo.draw(key, batch.row, batch.completion, HPS['wdce'])
     logp = logp_of(params, batch, masks)
     close(metrics['nll'], -logp.sum() / masks.weight.size)
-    close(metrics['loss'],
-          dmpo.wdce(logp, masks.masked, batch.weight) / B)
+    close(metrics['loss'], dmpo.wdce(logp, masks.masked, batch.weight) / B)
     seen.append(np.asarray(masks.masked))
   # No two inner steps and no two rows share their masks.
   assert (seen[0] != seen[1]).any(axis=(1, 2)).all()
@@ -214,8 +261,9 @@ def test_groups_add_up(params, rollouts):
     sums.append(got)
   close(sums[0][1]['loss'] + sums[1][1]['loss'], total[1]['loss'])
   change = [jax.tree.map(jnp.subtract, new, params) for new, _ in sums]
-  close(jax.tree.map(jnp.add, *change),
-        jax.tree.map(jnp.subtract, total[0], params), 2e-5)
+  close(
+    jax.tree.map(jnp.add, *change), jax.tree.map(jnp.subtract, total[0], params), 2e-5
+  )
 
 
 def test_more_padding_changes_nothing(params, rollouts):
@@ -223,8 +271,9 @@ def test_more_padding_changes_nothing(params, rollouts):
   batch = make_batch(rollouts)
   pad = jnp.full((R, 2), CFG.pad_id, jnp.int32)
   wide = batch._replace(
-      tokens=jnp.concatenate([pad, batch.tokens], 1),
-      valid=jnp.concatenate([jnp.zeros((R, 2), bool), batch.valid], 1))
+    tokens=jnp.concatenate([pad, batch.tokens], 1),
+    valid=jnp.concatenate([jnp.zeros((R, 2), bool), batch.valid], 1),
+  )
   close(run('wdce', params, batch), run('wdce', params, wide), 1e-5)
 
 
@@ -233,8 +282,9 @@ def test_what_padding_holds_changes_nothing(params, rollouts):
   batch = make_batch(rollouts)
   assert not batch.valid.all()
   other = jnp.where(batch.valid, batch.tokens, 3)
-  close(run('wdce', params, batch),
-        run('wdce', params, batch._replace(tokens=other)), 1e-6)
+  close(
+    run('wdce', params, batch), run('wdce', params, batch._replace(tokens=other)), 1e-6
+  )
 
 
 # --- the guard
@@ -250,8 +300,9 @@ def test_a_bad_batch_changes_nothing(params, rollouts):
     assert float(metrics['finite']) == 0
     assert not np.isfinite(metrics['loss'])
     same(new, state)
-  new, metrics = stepper('wdce')(state, {}, make_batch(rollouts),
-                                 jax.random.key(KEY), 0)
+  new, metrics = stepper('wdce')(
+    state, {}, make_batch(rollouts), jax.random.key(KEY), 0
+  )
   assert float(metrics['finite']) == 1 and int(new.step) == 1
   assert differ(new.trainable, state.trainable)
 
@@ -269,15 +320,13 @@ def test_adapters_are_all_that_trains(lora, rollouts):
   trainable, frozen = {'lora': lora['lora']}, {'params': lora['params']}
   state = step.init_state(trainable, SGD)
   batch = make_batch(rollouts)
-  new, metrics = stepper('wdce', 1, LORA)(
-      state, frozen, batch, jax.random.key(KEY), 0)
+  new, metrics = stepper('wdce', 1, LORA)(state, frozen, batch, jax.random.key(KEY), 0)
   assert set(new.trainable) == {'lora'} and float(metrics['finite']) == 1
   moved = jax.tree_util.tree_map_with_path(
-      lambda path, a, b: (path[-1].key, bool((a != b).any())),
-      trainable, new.trainable)
+    lambda path, a, b: (path[-1].key, bool((a != b).any())), trainable, new.trainable
+  )
   # b starts at zero, so at first it alone has a gradient.
-  for name, changed in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(
-      x, tuple)):
+  for name, changed in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, tuple)):
     assert changed == (name == 'b')
 
 
@@ -287,13 +336,16 @@ def test_dropout_follows_the_row(lora, rollouts):
   batch, key = make_batch(rollouts), jax.random.key(KEY)
   state = step.init_state({'lora': lora['lora']}, SGD)
   frozen = {'params': lora['params']}
-  new = lambda cfg, pieces, inner: stepper('wdce', pieces, cfg)(
-      state, frozen, batch, key, inner)[0].trainable
+  new = lambda cfg, pieces, inner: (
+    stepper('wdce', pieces, cfg)(state, frozen, batch, key, inner)[0].trainable
+  )
   whole = new(cfg, 1, 0)
   close(whole, new(cfg, 4, 0), 1e-5)
   for other in (new(LORA, 1, 0), new(cfg, 1, 1)):
-    assert not all(np.allclose(x, y, atol=1e-4) for x, y in zip(
-        jax.tree.leaves(whole), jax.tree.leaves(other), strict=True))
+    assert not all(
+      np.allclose(x, y, atol=1e-4)
+      for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True)
+    )
 
 
 def test_reference_is_the_policy_without_its_adapter(lora, rollouts):
@@ -314,9 +366,10 @@ def test_fused_scores_are_the_same(lora, rollouts, pieces):
   trainable = jax.tree.map(lambda x: x + 0.1, {'lora': lora['lora']})
   frozen, hp = {'params': lora['params']}, HPS['wdce']
   how = logprob.LogprobConfig(tail=False)
-  two, one = (score(trainable, rollouts, hp, x, frozen=frozen, cfg=LORA,
-                    microbatches=pieces)
-              for x in (how, dataclasses.replace(how, fuse=True)))
+  two, one = (
+    score(trainable, rollouts, hp, x, frozen=frozen, cfg=LORA, microbatches=pieces)
+    for x in (how, dataclasses.replace(how, fuse=True))
+  )
   close(one, two)
   assert (np.abs(one['old'] - one['ref']) > 1e-3).all()
 
@@ -352,8 +405,7 @@ def test_along_the_trajectory(params):
   """p_old is what the sampler recorded; p_ref recomputes the same number."""
   hp = sampler.SampleConfig(L, L // 2, L, 0.7, 'random_order')
   prompts = jnp.asarray([[1, 2, 3], [3, 2, 1], [0, 0, 4], [5, 1, 1]])
-  out = jax.jit(lambda: sampler.generate(
-      CFG, params, prompts, jax.random.key(3), hp))()
+  out = jax.jit(lambda: sampler.generate(CFG, params, prompts, jax.random.key(3), hp))()
   how = logprob.LogprobConfig(estimator='trajectory')
   got = score(params, out, HPS['wdce'], how, hp.law())
   close(got['old'], out.logp.sum(1), 1e-6)
@@ -389,35 +441,53 @@ def test_measured_for_any_objective(params, rollouts):
   update is the same."""
   hp, last = dataclasses.replace(HPS['wdce'], alpha=0.0), INNER - 1
   row, completion = jnp.arange(R) + 40, completion_of(rollouts)
-  found = jax.jit(functools.partial(
-      step.score, cfg=CFG, objective=dmpo.OBJECTIVE, hp=hp,
-      how=logprob.LogprobConfig(), law={}, inner=INNER, measure=True))(
-          params, params, rollouts, row, completion, jax.random.key(9),
-          jax.random.key(KEY))
+  found = jax.jit(
+    functools.partial(
+      step.score,
+      cfg=CFG,
+      objective=dmpo.OBJECTIVE,
+      hp=hp,
+      how=logprob.LogprobConfig(),
+      law={},
+      inner=INNER,
+      measure=True,
+    )
+  )(params, params, rollouts, row, completion, jax.random.key(9), jax.random.key(KEY))
   assert set(found) == {'old', 'ref', 'elbo_old'}
   same(found['old'], found['ref'])
   batch = make_batch(rollouts, elbo_old=found['elbo_old'])
-  drifting = jax.jit(functools.partial(
-      step.train_step, cfg=CFG, objective=dmpo.OBJECTIVE, hp=HPS['wdce'],
-      optimizer=SGD, group=G, microbatches=2, drift=True))
+  drifting = jax.jit(
+    functools.partial(
+      step.train_step,
+      cfg=CFG,
+      objective=dmpo.OBJECTIVE,
+      hp=HPS['wdce'],
+      optimizer=SGD,
+      group=G,
+      microbatches=2,
+      drift=True,
+    )
+  )
   state = step.init_state(params, SGD)
   new, metrics = drifting(state, {}, batch, jax.random.key(KEY), last)
   assert abs(float(metrics['elbo_drift'])) < 1e-4
   close(new.trainable, run('wdce', params, batch, last, 2)[0], 1e-6)
-  masks = dmpo.draw(jax.random.fold_in(jax.random.key(KEY), last), row,
-                    completion, HPS['wdce'])
-  want = np.mean(elbo_of(new.trainable, rollouts, masks) -
-                 elbo_of(params, rollouts, masks))
-  _, metrics = drifting(step.init_state(new.trainable, SGD), {}, batch,
-                        jax.random.key(KEY), last)
+  masks = dmpo.draw(
+    jax.random.fold_in(jax.random.key(KEY), last), row, completion, HPS['wdce']
+  )
+  want = np.mean(
+    elbo_of(new.trainable, rollouts, masks) - elbo_of(params, rollouts, masks)
+  )
+  _, metrics = drifting(
+    step.init_state(new.trainable, SGD), {}, batch, jax.random.key(KEY), last
+  )
   assert abs(want) > 0.01
   assert float(metrics['elbo_drift']) == pytest.approx(want, rel=1e-3)
 
 
 def test_model_baseline_is_group_at_the_start(params, rollouts):
   """Policy = old policy and common masks: no gap, so 1/G is subtracted."""
-  old = score(params, rollouts, HPS['model'],
-              logprob.LogprobConfig())['elbo_old']
+  old = score(params, rollouts, HPS['model'], logprob.LogprobConfig())['elbo_old']
   for inner in range(INNER):
     got = run('model', params, make_batch(rollouts, 'model', old), inner)
     want = run('wdce', params, make_batch(rollouts, 'group'), inner)
@@ -446,11 +516,15 @@ def test_sft_step(params):
   valid, row = np.ones((R, P + L), bool), jnp.arange(R)
   got = {}
   for pieces, seeds in ((1, (0, 1)), (2, (0,))):
-    fn = jax.jit(functools.partial(
-        step.sft_step, cfg=CFG, length=L, optimizer=SGD, microbatches=pieces))
+    fn = jax.jit(
+      functools.partial(
+        step.sft_step, cfg=CFG, length=L, optimizer=SGD, microbatches=pieces
+      )
+    )
     for seed in seeds:
-      got[pieces, seed] = fn(step.init_state(params, SGD), tokens, valid, row,
-                             jax.random.key(seed))
+      got[pieces, seed] = fn(
+        step.init_state(params, SGD), tokens, valid, row, jax.random.key(seed)
+      )
   close(got[1, 0], got[2, 0])
   assert float(got[1, 0][1]['loss']) != float(got[1, 1][1]['loss'])
   masks = masking.draw_sft(jax.random.key(0), row, L)

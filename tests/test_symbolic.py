@@ -36,32 +36,44 @@ def short_deadline():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize('left, right, same', [
-    (r'\frac{\sqrt{4}}{4}', r'\frac{1}{2}', True), (r'2\sqrt{3}', r'\sqrt{12}',
-                                                   True),
-    (r'\{1,2\}', r'\{2,1\}', True), (r'\text{(C)}', 'C', True),
-    ('x+1', '1+x', True), ('x+1', 'x+2', False), ('[0,1]', '(0,1)', False),
-    (r'\pi', '3.14', False), ('1+1', '2', False), (r'2\cdot 3', '6', False),
-    ('', '2', False), ('nonsense \\ {', '2', False), (r'\frac{', '2', False)])
+@pytest.mark.parametrize(
+  'left, right, same',
+  [
+    (r'\frac{\sqrt{4}}{4}', r'\frac{1}{2}', True),
+    (r'2\sqrt{3}', r'\sqrt{12}', True),
+    (r'\{1,2\}', r'\{2,1\}', True),
+    (r'\text{(C)}', 'C', True),
+    ('x+1', '1+x', True),
+    ('x+1', 'x+2', False),
+    ('[0,1]', '(0,1)', False),
+    (r'\pi', '3.14', False),
+    ('1+1', '2', False),
+    (r'2\cdot 3', '6', False),
+    ('', '2', False),
+    ('nonsense \\ {', '2', False),
+    (r'\frac{', '2', False),
+  ],
+)
 def test_verdicts(left, right, same):
   assert math.equal(left, right) == same
 
 
 def test_a_hung_worker_does_not_hold_up_the_others():
   """All of a batch in about one deadline; the killed are wrong and counted."""
-  fine = [boxed(rf'\frac{{\sqrt{{{4 * n * n}}}}}{{{4 * n}}}')
-          for n in range(2, 22)]
+  fine = [boxed(rf'\frac{{\sqrt{{{4 * n * n}}}}}{{{4 * n}}}') for n in range(2, 22)]
   texts = [boxed(HANGS[0]), *fine]
   begun = time.time()
   hard = {'problem': '?', 'solution': boxed('x+1')}  # an operation: compared
-  graded = grader.judge(TASKS['math'], 'strict', texts,
-                        [hard] + [HALF] * len(fine), {})
+  graded = grader.judge(TASKS['math'], 'strict', texts, [hard] + [HALF] * len(fine), {})
   assert time.time() - begun < 20  # it would hang for ever
   assert graded.grades == [0.0] + [1.0] * len(fine)
   assert graded.reward[0] == 0.0 and (graded.reward[1:] == 2.0).all()
-  lost, = graded.failed
-  assert lost == {'answer': HANGS[0], 'truth': 'x+1',
-                  'reason': 'killed at its deadline'}
+  (lost,) = graded.failed
+  assert lost == {
+    'answer': HANGS[0],
+    'truth': 'x+1',
+    'reason': 'killed at its deadline',
+  }
   again = grader.judge(TASKS['math'], 'strict', fine[:1], [HALF], {})
   assert again.failed == []
 
@@ -110,12 +122,17 @@ def test_a_script_without_a_main_guard(tmp_path):
   """Workers do not run the caller's script again."""
   path = tmp_path / 'script.py'
   path.write_text(
-      'from dmpo_jax.tasks import TASKS\n'
-      'print(TASKS["math"].grade(r"\\boxed{\\frac{\\sqrt{4}}{4}}",'
-      ' {"problem": "", "solution": r"\\boxed{\\frac12}"}, "strict"))\n')
+    'from dmpo_jax.tasks import TASKS\n'
+    'print(TASKS["math"].grade(r"\\boxed{\\frac{\\sqrt{4}}{4}}",'
+    ' {"problem": "", "solution": r"\\boxed{\\frac12}"}, "strict"))\n'
+  )
   done = subprocess.run(
-      [sys.executable, path], capture_output=True, text=True, timeout=60,
-      env={**os.environ, 'PYTHONPATH': os.getcwd()})
+    [sys.executable, path],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    env={**os.environ, 'PYTHONPATH': os.getcwd()},
+  )
   assert done.stdout == '1.0\n', done.stderr
 
 
@@ -123,9 +140,16 @@ def test_answers_are_not_run(tmp_path):
   """Python in an answer stays text; the control is sympy's own parser."""
   path = tmp_path / 'made'
   code = f'open("{path}","w")'
-  for text in (code, f'__import__("os").system("touch {path}")', f'x={code}',
-               f'\\text{{{code}}}', f'\\operatorname{{{code}}}',
-               f'\\{{{code},1\\}}', f'\\frac{{{code}}}{{2}}', f'[{code},2)'):
+  for text in (
+    code,
+    f'__import__("os").system("touch {path}")',
+    f'x={code}',
+    f'\\text{{{code}}}',
+    f'\\operatorname{{{code}}}',
+    f'\\{{{code},1\\}}',
+    f'\\frac{{{code}}}{{2}}',
+    f'[{code},2)',
+  ):
     for pair in ((text, '2'), ('2', text), (text, text)):
       with contextlib.suppress(Exception):  # as in the worker: no verdict
         symbolic.verify(*pair)
@@ -138,18 +162,54 @@ def test_answers_are_not_run(tmp_path):
 
 LONG = 10_000_000
 ATTACKS = [
-    '9**9**9', '99**98**97', '(' * 10 ** 5, '(' * 10 ** 5 + ')' * 10 ** 5,
-    '1' * 10 ** 6, '\u0661\u0662', '\N{MINUS SIGN}3', '7/0', '1/(3-3)',
-    '0/0', '7+3*5' * 1000, '\\boxed{' * 20000 + '1' + '}' * 20000, '\\boxed{}',
-    '\\boxed', '\\frac' * 5000, '\\sqrt', '\\frac{1}{0}',
-    '\\text{ a}\\text{ b}',
-    '{' * 10 ** 5, '}' * 10 ** 5, '<answer>' * 10 ** 5, '</answer>' * 10 ** 5,
-    '<answer></answer>' * 10 ** 5, '<reasoning>' * 10 ** 5, '\0' * 1000,
-    '\ud800', '<|mdm_mask|>' * 100, ' ' * 10 ** 6, '\n' * 10 ** 6, 'a' * LONG,
-    '1,' * 10 ** 5, '-' * 10 ** 5, '```' * 10 ** 5, '$' * 10 ** 5,
-    '=' * 10 ** 5,
-    'nan', 'inf', '-inf', '1e999', '1_000', '0x10', '²', '½', 'x' * 299,
-    '__import__("os").system("true")', '\x1b[31m', '<answer>' + '9' * 10 ** 5]
+  '9**9**9',
+  '99**98**97',
+  '(' * 10**5,
+  '(' * 10**5 + ')' * 10**5,
+  '1' * 10**6,
+  '\u0661\u0662',
+  '\N{MINUS SIGN}3',
+  '7/0',
+  '1/(3-3)',
+  '0/0',
+  '7+3*5' * 1000,
+  '\\boxed{' * 20000 + '1' + '}' * 20000,
+  '\\boxed{}',
+  '\\boxed',
+  '\\frac' * 5000,
+  '\\sqrt',
+  '\\frac{1}{0}',
+  '\\text{ a}\\text{ b}',
+  '{' * 10**5,
+  '}' * 10**5,
+  '<answer>' * 10**5,
+  '</answer>' * 10**5,
+  '<answer></answer>' * 10**5,
+  '<reasoning>' * 10**5,
+  '\0' * 1000,
+  '\ud800',
+  '<|mdm_mask|>' * 100,
+  ' ' * 10**6,
+  '\n' * 10**6,
+  'a' * LONG,
+  '1,' * 10**5,
+  '-' * 10**5,
+  '```' * 10**5,
+  '$' * 10**5,
+  '=' * 10**5,
+  'nan',
+  'inf',
+  '-inf',
+  '1e999',
+  '1_000',
+  '0x10',
+  '²',
+  '½',
+  'x' * 299,
+  '__import__("os").system("true")',
+  '\x1b[31m',
+  '<answer>' + '9' * 10**5,
+]
 
 
 @pytest.mark.parametrize('name', TASKS)
@@ -157,8 +217,12 @@ def test_attacks_are_wrong_and_quick(name):
   """Bare, in tags, in a box, in a box in tags: nothing raises or takes long."""
   task, example = TASKS[name], EXAMPLES[name]
   for body in ATTACKS:
-    for text in (body, f'<answer>{body}</answer>', boxed(body),
-                 f'<reasoning>{body}</reasoning><answer>{boxed(body)}</answer>'):
+    for text in (
+      body,
+      f'<answer>{body}</answer>',
+      boxed(body),
+      f'<reasoning>{body}</reasoning><answer>{boxed(body)}</answer>',
+    ):
       for protocol in answers.PROTOCOLS:
         begun = time.perf_counter()
         terms = task.reward(text, example, protocol)
@@ -172,10 +236,12 @@ def test_attacks_are_wrong_and_quick(name):
 
 
 @pytest.mark.parametrize('name', TASKS)
-@settings(max_examples=500, deadline=None, suppress_health_check=list(
-    HealthCheck))
-@given(text=st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8)),
-                     max_size=12).map(''.join))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+  text=st.lists(
+    st.one_of(st.sampled_from(PIECES), st.text(max_size=8)), max_size=12
+  ).map(''.join)
+)
 def test_random_texts(name, text):
   check_text(name, text)
 
@@ -186,15 +252,23 @@ def test_mutated_solutions(name):
   task, example, rng = TASKS[name], EXAMPLES[name], random.Random(0)
   base = task.target(example, 'chat')
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    list(pool.map(lambda text: check_text(name, text),
-                  [mutated(base, rng) for _ in range(2000)]))
+    list(
+      pool.map(
+        lambda text: check_text(name, text), [mutated(base, rng) for _ in range(2000)]
+      )
+    )
 
 
 def mutated(text, rng):
   for _ in range(rng.randint(1, 4)):
     i, j = sorted(rng.randint(0, len(text)) for _ in range(2))
-    text = rng.choice((text[:i] + text[j:], text[:j] + text[i:],
-                       text[:i] + rng.choice(PIECES) + text[i:]))
+    text = rng.choice(
+      (
+        text[:i] + text[j:],
+        text[:j] + text[i:],
+        text[:i] + rng.choice(PIECES) + text[i:],
+      )
+    )
   return text[-5000:]
 
 

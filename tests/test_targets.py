@@ -57,9 +57,7 @@ def test_log_p_ref_is_the_weighted_sum(estimator, tiny, weights_of):
 
   alone, both = score(()), score(({}, other))
   second = jax.jit(lambda: score.__wrapped__((other,)))()['ref'] / 0.25
-  np.testing.assert_allclose(
-    both['ref'], 0.25 * alone['ref'] + 1.5 * second, rtol=1e-5
-  )
+  np.testing.assert_allclose(both['ref'], 0.25 * alone['ref'] + 1.5 * second, rtol=1e-5)
   assert np.abs(alone['ref'] - second).max() > 0.1
   same(both['old'], alone['old'])
 
@@ -170,6 +168,7 @@ def test_references_are_read(read_references, weights_of):
 def checkpoint_at(folder, **changes):
   """A checkpoint of LLaDA's kind, and its ModelConfig."""
   from test_weights import CONFIGS, write
+
   path = str(write(folder, {**CONFIGS['llada'], **changes}))
   return path, model.ModelConfig(**weights.read_config(path))
 

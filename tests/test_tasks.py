@@ -25,9 +25,11 @@ PUZZLE = '0234341221434001'  # empty: cells 0, 13, 14 -> 1, 3, 2
 SUDOKU = {'puzzle': PUZZLE, 'solution': GRID}
 COUNTDOWN = {'numbers': [7, 3, 5], 'target': 22}
 EXAMPLES = {
-    'sudoku': SUDOKU, 'countdown': COUNTDOWN,
-    'gsm8k': {'question': 'How many?', 'answer': 'Two.\n#### 2'},
-    'math': {'problem': '1+1?', 'solution': 'It is $\\boxed{2}$.'}}
+  'sudoku': SUDOKU,
+  'countdown': COUNTDOWN,
+  'gsm8k': {'question': 'How many?', 'answer': 'Two.\n#### 2'},
+  'math': {'problem': '1+1?', 'solution': 'It is $\\boxed{2}$.'},
+}
 MOST = {'sudoku': 1, 'countdown': 1, 'gsm8k': 4, 'math': 3}  # sum of terms
 
 
@@ -64,8 +66,9 @@ def test_generated_puzzles_are_distinct_and_have_one_solution(split):
 
 
 def test_blanks_are_uniform_in_their_range():
-  examples = sudoku.load('train', dataclasses.replace(
-      SMALL, train_size=2000, min_blanks=3, max_blanks=12))
+  examples = sudoku.load(
+    'train', dataclasses.replace(SMALL, train_size=2000, min_blanks=3, max_blanks=12)
+  )
   counts = collections.Counter(e['puzzle'].count('0') for e in examples)
   assert sorted(counts) == list(range(3, 13))
   assert all(140 < count < 260 for count in counts.values()), counts
@@ -90,13 +93,17 @@ def test_countdown_splits_share_no_problem():
     for key in keys:
       assert problems.setdefault(key, split) == split
   shares = collections.Counter(
-      countdown.split_of([a, b, 1], 7) for a in range(60) for b in range(60))
+    countdown.split_of([a, b, 1], 7) for a in range(60) for b in range(60)
+  )
   assert 0.75 < shares['train'] / 3600 < 0.85
   assert 0.07 < shares['test'] / 3600 < 0.13
   # Literal, as files and runs of other years must fall into the same splits.
   assert countdown.split_of([5, 7, 3], 22) == countdown.split_of([3, 5, 7], 22)
   assert [countdown.split_of([3, 5, 7], t) for t in (22, 15, 27)] == [
-      'train', 'validation', 'test']
+    'train',
+    'validation',
+    'test',
+  ]
 
 
 @pytest.mark.parametrize('name', GENERATED)
@@ -114,8 +121,10 @@ def test_countdown_with_smaller_numbers():
   found = {split: countdown.load(split, few) for split in ('train', 'test')}
   for examples in found.values():
     assert {n for e in examples for n in e['numbers']} == set(range(1, 10))
-  keys = [{(*sorted(e['numbers']), e['target']) for e in examples}
-          for examples in found.values()]
+  keys = [
+    {(*sorted(e['numbers']), e['target']) for e in examples}
+    for examples in found.values()
+  ]
   assert not keys[0] & keys[1] and [len(k) for k in keys] == [300, 60]
   with pytest.raises(ValueError, match='numbers to 9 only [0-9]+ were found'):
     countdown.load('test', dataclasses.replace(few, test_size=5000))
@@ -141,8 +150,7 @@ def test_prompts_hold_the_problem():
       assert '\n' not in TASKS[name].prompt(e, 'bare')
       assert TASKS[name].prompt(e, style) == TASKS[name].prompt(e, style)
   assert sudoku.prompt(SUDOKU, 'bare') == PUZZLE
-  assert f'Solve the following Sudoku puzzle: {PUZZLE}' in sudoku.prompt(
-      SUDOKU, 'chat')
+  assert f'Solve the following Sudoku puzzle: {PUZZLE}' in sudoku.prompt(SUDOKU, 'chat')
   assert countdown.prompt(COUNTDOWN, 'bare') == '7,3,5=22'
   assert 'Numbers: [7, 3, 5]\nTarget: 22' in countdown.prompt(COUNTDOWN, 'chat')
   assert countdown.target(COUNTDOWN, 'bare') == '7+3*5'
@@ -161,17 +169,23 @@ def test_unknown_choices_name_the_allowed_ones(name):
     task.load('dev', dataclasses.replace(SMALL, path=__file__))
 
 
-@pytest.mark.parametrize('bad', [
-    {'min_blanks': 5, 'max_blanks': 4}, {'min_blanks': 0}, {'max_blanks': 13},
+@pytest.mark.parametrize(
+  'bad',
+  [
+    {'min_blanks': 5, 'max_blanks': 4},
+    {'min_blanks': 0},
+    {'max_blanks': 13},
     {'validation_size': 0},
-    {'validation_size': 689, 'min_blanks': 1, 'max_blanks': 1}])
+    {'validation_size': 689, 'min_blanks': 1, 'max_blanks': 1},
+  ],
+)
 def test_sudoku_refuses_unusable_options(bad):
   with pytest.raises(ValueError, match='blanks|_size|found only 688'):
     sudoku.load('validation', dataclasses.replace(SMALL, **bad))
 
 
 def test_countdown_refuses_unusable_sizes():
-  for size in (0, 10 ** 9):
+  for size in (0, 10**9):
     with pytest.raises(ValueError, match='train_size'):
       countdown.load('train', dataclasses.replace(SMALL, train_size=size))
 
@@ -195,8 +209,12 @@ def random_tree(rng, depth):
   text = f'({a}){gap}{op}{gap}({b})'
   if x is None or y is None or (op == '/' and y == 0):
     return text, None
-  return text, {'+': lambda: x + y, '-': lambda: x - y,
-                '*': lambda: x * y, '/': lambda: x / y}[op]()
+  return text, {
+    '+': lambda: x + y,
+    '-': lambda: x - y,
+    '*': lambda: x * y,
+    '/': lambda: x / y,
+  }[op]()
 
 
 def test_evaluate_agrees_with_random_trees():
@@ -214,33 +232,84 @@ def test_evaluate_agrees_with_random_trees():
   assert values > 500
 
 
-@pytest.mark.parametrize('text, value', [
-    ('7', 7), ('2+3*4', 14), ('2-3-4', -5), ('8/4/2', 1), ('8/(4/2)', 4),
-    ('(2+3)*4', 20), (' 1 /\n3 ', fractions.Fraction(1, 3)), ('((7))', 7),
-    ('3*(5-7)', -6), ('0/5', 0)])
+@pytest.mark.parametrize(
+  'text, value',
+  [
+    ('7', 7),
+    ('2+3*4', 14),
+    ('2-3-4', -5),
+    ('8/4/2', 1),
+    ('8/(4/2)', 4),
+    ('(2+3)*4', 20),
+    (' 1 /\n3 ', fractions.Fraction(1, 3)),
+    ('((7))', 7),
+    ('3*(5-7)', -6),
+    ('0/5', 0),
+  ],
+)
 def test_evaluate(text, value):
   assert arithmetic.evaluate(text) == value
 
 
-@pytest.mark.parametrize('text, why', [
-    ('', 'empty'), ('  ', 'empty'), ('2**3', r'\*\*'), ('7//2', '//'),
-    ('1.5', 'decimal'), ('.5', 'decimal'), ('x', "'x'"), ('2^3', r'\^'),
-    ('1,2', "','"), ('\0', 'not allowed'), ('٣', 'not allowed'),
-    ('-3', 'unary -'), ('2*-3', 'unary -'), ('(+3)', r'unary \+'),
-    ('1/0', 'zero'), ('1/(3-3)', 'zero'), ('(1', r'"\)"'), ('1)', 'unexpected'),
-    ('()', 'a number'), ('2(3)', 'unexpected'), ('(2)(3)', 'unexpected'),
-    ('2 3', 'unexpected'), ('1+', 'the end'), ('* 2', 'a number'),
-    ('07', 'leading zeros'), ('1' * 10, '9 digits'), ('1=1', "'='"),
-    ('(' * 33 + '1' + ')' * 33, '32 open'), ('1+' * 200 + '1', '256')])
+@pytest.mark.parametrize(
+  'text, why',
+  [
+    ('', 'empty'),
+    ('  ', 'empty'),
+    ('2**3', r'\*\*'),
+    ('7//2', '//'),
+    ('1.5', 'decimal'),
+    ('.5', 'decimal'),
+    ('x', "'x'"),
+    ('2^3', r'\^'),
+    ('1,2', "','"),
+    ('\0', 'not allowed'),
+    ('٣', 'not allowed'),
+    ('-3', 'unary -'),
+    ('2*-3', 'unary -'),
+    ('(+3)', r'unary \+'),
+    ('1/0', 'zero'),
+    ('1/(3-3)', 'zero'),
+    ('(1', r'"\)"'),
+    ('1)', 'unexpected'),
+    ('()', 'a number'),
+    ('2(3)', 'unexpected'),
+    ('(2)(3)', 'unexpected'),
+    ('2 3', 'unexpected'),
+    ('1+', 'the end'),
+    ('* 2', 'a number'),
+    ('07', 'leading zeros'),
+    ('1' * 10, '9 digits'),
+    ('1=1', "'='"),
+    ('(' * 33 + '1' + ')' * 33, '32 open'),
+    ('1+' * 200 + '1', '256'),
+  ],
+)
 def test_evaluate_refuses(text, why):
   with pytest.raises(arithmetic.Refused, match=why):
     arithmetic.evaluate(text)
 
 
-@pytest.mark.parametrize('text, value', [
-    ('-3+5', 2), ('--3', 3), ('2*-3', -6), ('3.5*2', 7), ('.5', .5), ('3.', 3),
-    ('-' * 255 + '1', -1), ('(1\n+2)', 3), ('2**3', None), ('7//2', None),
-    ('1..2', None), ('.', None), ('1\n+2', None), ('07', None), ('07.5', 7.5)])
+@pytest.mark.parametrize(
+  'text, value',
+  [
+    ('-3+5', 2),
+    ('--3', 3),
+    ('2*-3', -6),
+    ('3.5*2', 7),
+    ('.5', 0.5),
+    ('3.', 3),
+    ('-' * 255 + '1', -1),
+    ('(1\n+2)', 3),
+    ('2**3', None),
+    ('7//2', None),
+    ('1..2', None),
+    ('.', None),
+    ('1\n+2', None),
+    ('07', None),
+    ('07.5', 7.5),
+  ],
+)
 def test_lenient_takes_what_python_takes(text, value):
   if value is None:
     with pytest.raises(arithmetic.Refused):
@@ -268,8 +337,7 @@ def test_solver_finds_what_is_there_and_nothing_else():
       assert goal != sum(numbers)
   assert countdown.solve([3, 3, 8, 8], 24) == '8/(3-8/3)'
   assert countdown.solve([1, 1], 5) == ''
-  assert arithmetic.evaluate(
-      countdown.solve([2, 4, 6, 8, 10, 12], 46080)) == 46080
+  assert arithmetic.evaluate(countdown.solve([2, 4, 6, 8, 10, 12], 46080)) == 46080
 
 
 def test_solver_reaches_all_that_random_trees_reach():
@@ -297,7 +365,9 @@ def test_solver_reaches_all_that_random_trees_reach():
 A = '<answer>{}</answer>'.format
 
 
-@pytest.mark.parametrize('text, paper, strict, accuracy', [
+@pytest.mark.parametrize(
+  'text, paper, strict, accuracy',
+  [
     (A(GRID), 1, 1, 1),
     (GRID, 0, 1, 1),
     (f'<reasoning>x</reasoning>\n<answer>\n{GRID}\n</answer>', 1, 1, 1),
@@ -313,7 +383,9 @@ A = '<answer>{}</answer>'.format
     (A(GRID) + A('no'), 0, 0, 0),
     (f'<answer>{GRID}', 0, 0, 0),  # never closed
     (A(''), 0, 0, 0),
-    ('', 0, 0, 0)])
+    ('', 0, 0, 0),
+  ],
+)
 def test_sudoku_reward(text, paper, strict, accuracy):
   assert sudoku.reward(text, SUDOKU, 'paper') == {'sudoku': paper}
   assert sudoku.reward(text, SUDOKU, 'strict') == {'sudoku': strict}
@@ -321,7 +393,9 @@ def test_sudoku_reward(text, paper, strict, accuracy):
   assert sudoku.extra(text, SUDOKU) == {'cell_accuracy': accuracy}
 
 
-@pytest.mark.parametrize('text, share', [
+@pytest.mark.parametrize(
+  'text, share',
+  [
     (A(GRID), 1),
     ('<answer>so\n```\n1234\n3412\n2143\n4321\n```</answer>', 1),
     (f'<answer>{GRID}<|eot_id|>', 1),
@@ -333,7 +407,9 @@ def test_sudoku_reward(text, paper, strict, accuracy):
     (A('2' + GRID[1:]) + A(GRID), 2 / 3),  # the first one counts
     (A('12'), 1 / 3),
     (f'{GRID}1', 0),
-    ('', 0)])
+    ('', 0),
+  ],
+)
 def test_sudoku_paper_grade(text, share):
   assert sudoku.grade(text, SUDOKU, 'paper') == share
 
@@ -346,11 +422,16 @@ def test_a_full_puzzle_is_solved_only_by_itself():
 
 def test_every_solution_is_right():
   """Of a puzzle with two, in a file; the reference knows the told one alone."""
-  other, told = '2134341212434321', {'puzzle': '00' + GRID[2:8] + '00' +
-                                     GRID[10:], 'solution': GRID}
+  other, told = (
+    '2134341212434321',
+    {'puzzle': '00' + GRID[2:8] + '00' + GRID[10:], 'solution': GRID},
+  )
   assert valid_grid(other) and fits(told['puzzle'], other)
-  for grid, strict, paper in ((GRID, 1, 1), (other, 1, 0),
-                              ('1234341212434321', .5, .5)):
+  for grid, strict, paper in (
+    (GRID, 1, 1),
+    (other, 1, 0),
+    ('1234341212434321', 0.5, 0.5),
+  ):
     assert sudoku.reward(A(grid), told, 'strict') == {'sudoku': strict}
     assert sudoku.grade(A(grid), told, 'strict') == (strict == 1)
     assert sudoku.reward(A(grid), told, 'paper') == {'sudoku': paper}
@@ -361,9 +442,12 @@ def reference_sudoku_answer(text):
   """The five patterns of DMPO eval/parse_and_get_acc.py, as they stand."""
   end = r'<\|eot_id\|>|<\|endoftext\|>'
   patterns = [
-      r'<answer>.*?```\s*([\d\s]+)```', rf'<answer>(.*?)(?:{end}|</answer>)',
-      rf'</answer>\s*(.*?)(?:{end}|$)', r'.*?(\d{16})\s*</answer>',
-      r'\b(\d{16})\b']
+    r'<answer>.*?```\s*([\d\s]+)```',
+    rf'<answer>(.*?)(?:{end}|</answer>)',
+    rf'</answer>\s*(.*?)(?:{end}|$)',
+    r'.*?(\d{16})\s*</answer>',
+    r'\b(\d{16})\b',
+  ]
   for pattern in patterns:
     match = re.search(pattern, text, re.DOTALL)
     if match and match.group(1).strip():
@@ -372,11 +456,50 @@ def reference_sudoku_answer(text):
 
 
 PIECES = [
-    '<answer>', '</answer>', '<answer>', '</answer>', '```', '`', ' ', '\n',
-    '<|eot_id|>', '<|endoftext|>', GRID, '1234', '21', 'x', '.', '٣', '\xa0',
-    '\0', '7+3*5', '22', '=', ' = 22', '(', ')', '-', '**', '//', '0.5',
-    '\\boxed{', '}', '{', '\\boxed ', '$', '\\times', '7', '3', '5', '+', '*',
-    '\ud800', '²', '<reasoning>', '9' * 30]
+  '<answer>',
+  '</answer>',
+  '<answer>',
+  '</answer>',
+  '```',
+  '`',
+  ' ',
+  '\n',
+  '<|eot_id|>',
+  '<|endoftext|>',
+  GRID,
+  '1234',
+  '21',
+  'x',
+  '.',
+  '٣',
+  '\xa0',
+  '\0',
+  '7+3*5',
+  '22',
+  '=',
+  ' = 22',
+  '(',
+  ')',
+  '-',
+  '**',
+  '//',
+  '0.5',
+  '\\boxed{',
+  '}',
+  '{',
+  '\\boxed ',
+  '$',
+  '\\times',
+  '7',
+  '3',
+  '5',
+  '+',
+  '*',
+  '\ud800',
+  '²',
+  '<reasoning>',
+  '9' * 30,
+]
 
 
 def random_text(rng, pieces=PIECES, most=14):
@@ -394,31 +517,35 @@ def test_sudoku_grade_finds_what_the_five_patterns_find():
   assert 1000 < found < 3900
 
 
-@pytest.mark.parametrize('text, paper, strict, formed', [
+@pytest.mark.parametrize(
+  'text, paper, strict, formed',
+  [
     (A('7+3*5'), 1, 1, 1),
     ('7+3*5', 0, 1, 1),
     (A('\n 5 * 3 + 7 \n'), 1, 1, 1),
     (A('(7)+((3*5))'), 1, 1, 1),
-    (A('7+3+5'), .1, .1, 1),  # wrong value
-    (A('7+5*3-0'), .1, 0, 1),  # a number too many
-    (A('7+15'), .1, 0, 1),
-    (A('7+3*5=22'), .1, 0, 0),
+    (A('7+3+5'), 0.1, 0.1, 1),  # wrong value
+    (A('7+5*3-0'), 0.1, 0, 1),  # a number too many
+    (A('7+15'), 0.1, 0, 1),
+    (A('7+3*5=22'), 0.1, 0, 0),
     (A('-3*-5+7'), 1, 0, 0),  # unary signs
-    (A('7+3*(5'), .1, 0, 0),
-    (A('7+3**5'), .1, 0, 0),
-    (A('7//3*5'), .1, 0, 0),
-    (A('7.3*5'), .1, 0, 0),
-    (A('7/(3-5+2)'), .1, 0, 0),
-    (A('5/(7-3)'), .1, .1, 1),
-    (A('7 3 5'), .1, 0, 0),
-    (A('07+3*5'), .1, 0, 0),
-    (A('7+\n3*5'), .1, 1, 1),  # Python stops at the line break
-    (A('junk'), .1, 0, 0),
-    (A('7+3*5') + A('no'), .1, 0, 0),  # the last one counts
+    (A('7+3*(5'), 0.1, 0, 0),
+    (A('7+3**5'), 0.1, 0, 0),
+    (A('7//3*5'), 0.1, 0, 0),
+    (A('7.3*5'), 0.1, 0, 0),
+    (A('7/(3-5+2)'), 0.1, 0, 0),
+    (A('5/(7-3)'), 0.1, 0.1, 1),
+    (A('7 3 5'), 0.1, 0, 0),
+    (A('07+3*5'), 0.1, 0, 0),
+    (A('7+\n3*5'), 0.1, 1, 1),  # Python stops at the line break
+    (A('junk'), 0.1, 0, 0),
+    (A('7+3*5') + A('no'), 0.1, 0, 0),  # the last one counts
     (A('no') + A('7+3*5'), 1, 1, 1),
-    (A(''), .1, 0, 0),
+    (A(''), 0.1, 0, 0),
     ('<answer>7+3*5', 0, 0, 0),
-    ('', 0, 0, 0)])
+    ('', 0, 0, 0),
+  ],
+)
 def test_countdown_reward(text, paper, strict, formed):
   assert countdown.reward(text, COUNTDOWN, 'paper') == {'countdown': paper}
   assert countdown.reward(text, COUNTDOWN, 'strict') == {'countdown': strict}
@@ -439,7 +566,9 @@ def test_the_paper_protocol_has_a_tolerance():
   assert countdown.reward(text, example, 'strict') == {'countdown': 0.1}
 
 
-@pytest.mark.parametrize('text, right', [
+@pytest.mark.parametrize(
+  'text, right',
+  [
     (r'\boxed{7+3*5}', 1),
     (r'\boxed{7+3*5=22}', 1),
     (r'\boxed{7 + 3 \times 5 = 22.}', 1),
@@ -457,7 +586,9 @@ def test_the_paper_protocol_has_a_tolerance():
     ('so 7+3*5', 0),
     (r'\boxed{7+3**5}', 0),
     (r'\boxed{}', 0),
-    ('', 0)])
+    ('', 0),
+  ],
+)
 def test_countdown_paper_grade(text, right):
   assert countdown.grade(text, COUNTDOWN, 'paper') == right
 
@@ -485,10 +616,25 @@ def test_no_text_raises_or_leaves_the_range(name):
 
 def test_no_text_takes_long():
   long = 100_000
-  bodies = ['99**98**97', '9**9**9', '(' * long, '-' * long, '1' * long,
-            ' ' * long, '1+' * long, '1 ' * long, '`' * long, '=' * long,
-            '```1' * long, '\0' * long, '\\boxed{' * long, '<answer>' * long,
-            '</answer>' * long, '1234341221434321 ' * long, '🙂' * long]
+  bodies = [
+    '99**98**97',
+    '9**9**9',
+    '(' * long,
+    '-' * long,
+    '1' * long,
+    ' ' * long,
+    '1+' * long,
+    '1 ' * long,
+    '`' * long,
+    '=' * long,
+    '```1' * long,
+    '\0' * long,
+    '\\boxed{' * long,
+    '<answer>' * long,
+    '</answer>' * long,
+    '1234341221434321 ' * long,
+    '🙂' * long,
+  ]
   texts = [t for body in bodies for t in (body, A(body), '<answer>' + body)]
   texts += [f'{"<answer>```1" * 2000}{" " * 5000}', '1' * 16 + ' ' * 19000]
   for (name, task), text in itertools.product(TASKS.items(), texts):
@@ -512,14 +658,24 @@ def test_answers_are_what_the_regex_finds():
     assert answers.last_answer(text) == found[-1]
 
 
-@pytest.mark.parametrize('text, paper, strict', [
-    (r'\boxed{1}', '1', '1'), (r'\boxed{1} \boxed{2}', '2', '2'),
+@pytest.mark.parametrize(
+  'text, paper, strict',
+  [
+    (r'\boxed{1}', '1', '1'),
+    (r'\boxed{1} \boxed{2}', '2', '2'),
     (r'\boxed{\frac{1}{2}} x', r'\frac{1}{2}', r'\frac{1}{2}'),
-    (r'\boxed{1', None, None), ('1', None, None), (r'\boxed', None, None),
-    (r'\boxed{1} \boxed{2', None, None), (r'\boxed 3$ x', '3', '3'),
-    (r'first \boxed 3$, no: \boxed{5}', '3', '5'), (r'\boxed3', None, None),
-    (r'\boxed{5} or \boxed 3$', '3', '3'), (r'\boxed {5} x', '{5} x', '5'),
-    (r'\boxed 3$ \boxed', '3', None)])
+    (r'\boxed{1', None, None),
+    ('1', None, None),
+    (r'\boxed', None, None),
+    (r'\boxed{1} \boxed{2', None, None),
+    (r'\boxed 3$ x', '3', '3'),
+    (r'first \boxed 3$, no: \boxed{5}', '3', '5'),
+    (r'\boxed3', None, None),
+    (r'\boxed{5} or \boxed 3$', '3', '3'),
+    (r'\boxed {5} x', '{5} x', '5'),
+    (r'\boxed 3$ \boxed', '3', None),
+  ],
+)
 def test_last_boxed(text, paper, strict):
   assert answers.last_boxed(text) == paper
   assert answers.last_boxed(text, strict=True) == strict
@@ -546,18 +702,26 @@ def test_sudoku_csv(tmp_path):
   for split in SPLITS:
     examples = sudoku.load(split, options(path, **{f'{split}_size': 0}))
     assert {e['solution'] for e in examples} == set(parts[split])
-    assert examples[:5] == sudoku.load(split, options(path, **{
-        f'{split}_size': 5}))
+    assert examples[:5] == sudoku.load(split, options(path, **{f'{split}_size': 5}))
     assert examples[0] == {
-        'puzzle': '0' + examples[0]['solution'][1:],
-        'solution': examples[0]['solution']}
+      'puzzle': '0' + examples[0]['solution'][1:],
+      'solution': examples[0]['solution'],
+    }
 
 
-@pytest.mark.parametrize('row, why', [
-    (f'{GRID[:15]},{GRID}', 'puzzle'), (f'5{GRID[1:]},{GRID}', 'puzzle'),
-    (f'{PUZZLE},{PUZZLE}', 'solution'), (f'{PUZZLE},{"1234" * 4}', 'rule'),
-    (f'4{PUZZLE[1:]},{GRID}', 'given'), (f'{PUZZLE}', 'cells'),
-    (f'"{PUZZLE},{GRID}', 'unexpected end'), ('\udcff,1', 'UTF-8')])
+@pytest.mark.parametrize(
+  'row, why',
+  [
+    (f'{GRID[:15]},{GRID}', 'puzzle'),
+    (f'5{GRID[1:]},{GRID}', 'puzzle'),
+    (f'{PUZZLE},{PUZZLE}', 'solution'),
+    (f'{PUZZLE},{"1234" * 4}', 'rule'),
+    (f'4{PUZZLE[1:]},{GRID}', 'given'),
+    (f'{PUZZLE}', 'cells'),
+    (f'"{PUZZLE},{GRID}', 'unexpected end'),
+    ('\udcff,1', 'UTF-8'),
+  ],
+)
 def test_sudoku_csv_errors_name_file_and_line(tmp_path, row, why):
   path = tmp_path / 'puzzles.csv'
   text = f'Puzzle,Solution\n{PUZZLE},{GRID}\n{row}\n'
@@ -566,9 +730,15 @@ def test_sudoku_csv_errors_name_file_and_line(tmp_path, row, why):
     sudoku.load('train', options(path))
 
 
-@pytest.mark.parametrize('text, why', [
-    ('', 'empty'), ('Puzzle,Solution\n', 'empty'), ('\n\n', 'empty'),
-    ('Puzzle,Answer\n1,2\n', ':1: no column Solution')])
+@pytest.mark.parametrize(
+  'text, why',
+  [
+    ('', 'empty'),
+    ('Puzzle,Solution\n', 'empty'),
+    ('\n\n', 'empty'),
+    ('Puzzle,Answer\n1,2\n', ':1: no column Solution'),
+  ],
+)
 def test_sudoku_csv_without_rows(tmp_path, text, why):
   path = tmp_path / 'puzzles.csv'
   path.write_text(text)
@@ -579,20 +749,25 @@ def test_sudoku_csv_without_rows(tmp_path, text, why):
 def test_countdown_jsonl(tmp_path):
   path = tmp_path / 'problems.jsonl'
   records = [
-      {'input': '30,100,93', 'output': '23'}, {'nums': [7, 3, 5], 'target': 22},
-      {'numbers': '1, 1', 'target': 5}, {'nums': [9], 'target': 9},
-      {'nums': [1, 2, 3, 4, 5, 6, 7], 'target': 9},
-      {'nums': [3, 5, 7], 'target': '15'}]
+    {'input': '30,100,93', 'output': '23'},
+    {'nums': [7, 3, 5], 'target': 22},
+    {'numbers': '1, 1', 'target': 5},
+    {'nums': [9], 'target': 9},
+    {'nums': [1, 2, 3, 4, 5, 6, 7], 'target': 9},
+    {'nums': [3, 5, 7], 'target': '15'},
+  ]
   path.write_text('\n\n'.join(map(json.dumps, records)))
   loaded = []
   for split in SPLITS:
     part = countdown.load(split, options(path))
-    assert all(
-        countdown.split_of(e['numbers'], e['target']) == split for e in part)
+    assert all(countdown.split_of(e['numbers'], e['target']) == split for e in part)
     loaded += part
   assert sorted((e['numbers'], e['target']) for e in loaded) == [
-      ([1, 1], 5), ([3, 5, 7], 15), ([7, 3, 5], 22),
-      ([30, 100, 93], 23)]
+    ([1, 1], 5),
+    ([3, 5, 7], 15),
+    ([7, 3, 5], 22),
+    ([30, 100, 93], 23),
+  ]
   by_target = {e['target']: e for e in loaded}
   assert by_target[5]['expression'] == ''
   assert countdown.target(by_target[23], 'bare') == '30+93-100'
@@ -603,18 +778,24 @@ def test_countdown_jsonl(tmp_path):
     countdown.load('test', options(path))
 
 
-@pytest.mark.parametrize('count, found', [
-    (0, {2, 3, 4, 5, 6}), (2, {2}), (3, {3}), (6, {6})])
+@pytest.mark.parametrize(
+  'count, found', [(0, {2, 3, 4, 5, 6}), (2, {2}), (3, {3}), (6, {6})]
+)
 def test_countdown_files_of_so_many_numbers(tmp_path, count, found):
   """In every split, of a file and of a folder; what is no count is refused."""
   for name, first in (('train', 1), ('test', 500)):
-    (tmp_path / f'{name}.jsonl').write_text('\n'.join(
+    (tmp_path / f'{name}.jsonl').write_text(
+      '\n'.join(
         json.dumps({'nums': [1] * (size - 1) + [i], 'target': i + size - 1})
-        for i in range(first, first + 60) for size in range(1, 9)))
+        for i in range(first, first + 60)
+        for size in range(1, 9)
+      )
+    )
   for path in (tmp_path, tmp_path / 'train.jsonl'):
     for split in SPLITS:
-      examples = countdown.load(split, options(
-          path, numbers=count, **{f'{split}_size': 0}))
+      examples = countdown.load(
+        split, options(path, numbers=count, **{f'{split}_size': 0})
+      )
       assert {len(e['numbers']) for e in examples} == found
   for wrong, path in ((1, tmp_path), (7, tmp_path), (7, ''), (-3, tmp_path)):
     with pytest.raises(ValueError, match=f'numbers={wrong}: need 2 to 6'):
@@ -623,14 +804,22 @@ def test_countdown_files_of_so_many_numbers(tmp_path, count, found):
     countdown.load('train', options('', numbers=4))
 
 
-@pytest.mark.parametrize('line, why', [
-    ('{', 'not JSON'), ('[1]', 'object'), ('{"nums": [1, 2]}', 'neither'),
-    ('{"nums": 3, "target": 4}', 'no list'), ('[' * 10 ** 5, 'not JSON'),
+@pytest.mark.parametrize(
+  'line, why',
+  [
+    ('{', 'not JSON'),
+    ('[1]', 'object'),
+    ('{"nums": [1, 2]}', 'neither'),
+    ('{"nums": 3, "target": 4}', 'no list'),
+    ('[' * 10**5, 'not JSON'),
     ('{"nums": [1, 2.5], "target": 4}', 'whole'),
     ('{"nums": [1, true], "target": 4}', 'whole'),
     ('{"nums": "1,x", "target": 4}', 'whole'),
     ('{"nums": [1, 2], "target": "4.0"}', 'whole'),
-    ('{"nums": [0, 2], "target": 4}', 'positive'), ('"\udcff"', 'UTF-8')])
+    ('{"nums": [0, 2], "target": 4}', 'positive'),
+    ('"\udcff"', 'UTF-8'),
+  ],
+)
 def test_countdown_jsonl_errors_name_file_and_line(tmp_path, line, why):
   path = tmp_path / 'problems.jsonl'
   text = f'{{"nums": [7, 3, 5], "target": 22}}\n{line}\n'

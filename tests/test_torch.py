@@ -21,22 +21,31 @@ import transformers  # noqa: E402
 
 # A LLaDA body is a Llama body by other names.
 RENAMED = (
-    ('model.transformer.blocks', 'model.layers'),
-    ('attn_norm', 'input_layernorm'),
-    ('ff_norm', 'post_attention_layernorm'), ('attn_out', 'self_attn.o_proj'),
-    ('q_proj', 'self_attn.q_proj'), ('k_proj', 'self_attn.k_proj'),
-    ('v_proj', 'self_attn.v_proj'), ('ff_proj', 'mlp.gate_proj'),
-    ('up_proj', 'mlp.up_proj'), ('ff_out', 'mlp.down_proj'),
-    ('model.transformer.wte', 'model.embed_tokens'),
-    ('model.transformer.ln_f', 'model.norm'))
-KINDS = {'llada': 'Llama', 'Dream': 'Qwen2', 'a2d-qwen3': 'Qwen3',
-         'llama': 'Llama'}
+  ('model.transformer.blocks', 'model.layers'),
+  ('attn_norm', 'input_layernorm'),
+  ('ff_norm', 'post_attention_layernorm'),
+  ('attn_out', 'self_attn.o_proj'),
+  ('q_proj', 'self_attn.q_proj'),
+  ('k_proj', 'self_attn.k_proj'),
+  ('v_proj', 'self_attn.v_proj'),
+  ('ff_proj', 'mlp.gate_proj'),
+  ('up_proj', 'mlp.up_proj'),
+  ('ff_out', 'mlp.down_proj'),
+  ('model.transformer.wte', 'model.embed_tokens'),
+  ('model.transformer.ln_f', 'model.norm'),
+)
+KINDS = {'llada': 'Llama', 'Dream': 'Qwen2', 'a2d-qwen3': 'Qwen3', 'llama': 'Llama'}
 FROM_LLADA = dict(
-    hidden_size='d_model', intermediate_size='mlp_hidden_size',
-    num_attention_heads='n_heads', num_key_value_heads='n_kv_heads',
-    num_hidden_layers='n_layers', rms_norm_eps='rms_norm_eps',
-    vocab_size='vocab_size', rope_theta='rope_theta',
-    tie_word_embeddings='weight_tying')
+  hidden_size='d_model',
+  intermediate_size='mlp_hidden_size',
+  num_attention_heads='n_heads',
+  num_key_value_heads='n_kv_heads',
+  num_hidden_layers='n_layers',
+  rms_norm_eps='rms_norm_eps',
+  vocab_size='vocab_size',
+  rope_theta='rope_theta',
+  tie_word_embeddings='weight_tying',
+)
 
 
 def renamed(name):
@@ -51,15 +60,19 @@ def torch_model(folder):
   """transformers' model of a directory, with the directory's weights."""
   c = json.loads((folder / 'config.json').read_text())
   kind = KINDS[c['model_type']]
-  fields = FROM_LLADA.values() if c['model_type'] == 'llada' else (
-      *FROM_LLADA, 'head_dim')
+  fields = (
+    FROM_LLADA.values() if c['model_type'] == 'llada' else (*FROM_LLADA, 'head_dim')
+  )
   settings = {k: c[k] for k in fields if k in c}
   if c['model_type'] == 'llada':
     settings = {k: c[v] for k, v in FROM_LLADA.items()}
   settings['rope_parameters'] = {
-      'rope_type': 'default', 'rope_theta': settings.pop('rope_theta')}
+    'rope_type': 'default',
+    'rope_theta': settings.pop('rope_theta'),
+  }
   config = getattr(transformers, f'{kind}Config')(
-      **settings, attn_implementation='eager')
+    **settings, attn_implementation='eager'
+  )
   net = getattr(transformers, f'{kind}ForCausalLM')(config).eval()
   tensors = {}
   for path in folder.glob('model*.safetensors'):
@@ -67,7 +80,8 @@ def torch_model(folder):
   if c['model_type'] == 'llada':
     tensors = {renamed(name): x for name, x in tensors.items()}
   missing, unexpected = net.load_state_dict(
-      {name: torch.tensor(x) for name, x in tensors.items()}, strict=False)
+    {name: torch.tensor(x) for name, x in tensors.items()}, strict=False
+  )
   assert not unexpected and set(missing) <= {'lm_head.weight'}
   net.tie_weights()
   return net
@@ -77,8 +91,14 @@ def torch_logits(net, tokens_T):
   """(T, V): every position sees every other; a 4-d mask is taken as it is."""
   count = len(tokens_T)
   with torch.no_grad():
-    return net(torch.tensor(tokens_T[None]).long(),
-               attention_mask=torch.zeros(1, 1, count, count)).logits[0].numpy()
+    return (
+      net(
+        torch.tensor(tokens_T[None]).long(),
+        attention_mask=torch.zeros(1, 1, count, count),
+      )
+      .logits[0]
+      .numpy()
+    )
 
 
 NAMES = [name for name, c in CONFIGS.items() if c['model_type'] in KINDS]
@@ -125,7 +145,8 @@ def test_peft_merges_as_we_do(tmp_path, weights_of):
   export.save_hf(str(tmp_path / 'merged'), cfg, params, source=str(folder))
   before = load_file(folder / 'model.safetensors')
   net = peft.PeftModel.from_pretrained(
-      tree(before), str(tmp_path / 'adapter')).merge_and_unload()
+    tree(before), str(tmp_path / 'adapter')
+  ).merge_and_unload()
   ours = load_file(tmp_path / 'merged' / 'model.safetensors')
   theirs = {name: x.detach().numpy() for name, x in net.state_dict().items()}
   moved = 0
@@ -151,8 +172,11 @@ def tree(tensors):
       if not hasattr(node, part):
         node.add_module(part, torch.nn.Module())
       node = getattr(node, part)
-    leaf = (torch.nn.Linear(x.shape[1], x.shape[0], bias=False)
-            if x.ndim == 2 else torch.nn.LayerNorm(x.shape[0], bias=False))
+    leaf = (
+      torch.nn.Linear(x.shape[1], x.shape[0], bias=False)
+      if x.ndim == 2
+      else torch.nn.LayerNorm(x.shape[0], bias=False)
+    )
     leaf.weight = torch.nn.Parameter(torch.tensor(x))
     node.add_module(last, leaf)
   return root

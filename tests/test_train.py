@@ -41,14 +41,31 @@ def tiny():
   """A run of seconds: eight rows, for the eight devices of the tests."""
   c = base.get_config()
   changes = {
-      'model.width': 16, 'model.layers': 1, 'model.heads': 2,
-      'model.kv_heads': 2, 'model.mlp': 16, 'data.train_size': 16,
-      'data.validation_size': 11, 'data.test_size': 8, 'sampler.steps': 4,
-      'eval.sampler.steps': 4, 'eval.batch': 8, 'eval.every': 1,
-      'sft.steps': 3, 'sft.batch': 8, 'objective.draws': 2,
-      'logprob.draws': 2, 'train.iterations': ITERATIONS, 'train.prompts': 2,
-      'train.group': 4, 'train.inner': INNER, 'train.microbatches': 1,
-      'optim.lr': 1e-3, 'checkpoint.every': 1, 'log.samples': 2}
+    'model.width': 16,
+    'model.layers': 1,
+    'model.heads': 2,
+    'model.kv_heads': 2,
+    'model.mlp': 16,
+    'data.train_size': 16,
+    'data.validation_size': 11,
+    'data.test_size': 8,
+    'sampler.steps': 4,
+    'eval.sampler.steps': 4,
+    'eval.batch': 8,
+    'eval.every': 1,
+    'sft.steps': 3,
+    'sft.batch': 8,
+    'objective.draws': 2,
+    'logprob.draws': 2,
+    'train.iterations': ITERATIONS,
+    'train.prompts': 2,
+    'train.group': 4,
+    'train.inner': INNER,
+    'train.microbatches': 1,
+    'optim.lr': 1e-3,
+    'checkpoint.every': 1,
+    'log.samples': 2,
+  }
   c.update_from_flattened_dict(changes)
   return c
 
@@ -102,8 +119,7 @@ def base_params(built, tmp_path_factory):
     params, seconds = sft.run(built, str(workdir), writer)
   assert seconds > 0
   rows = metrics.read(workdir)
-  assert [(r['phase'], r['step']) for r in rows] == [
-      ('sft', i) for i in (1, 2, 3)]
+  assert [(r['phase'], r['step']) for r in rows] == [('sft', i) for i in (1, 2, 3)]
   return params
 
 
@@ -124,9 +140,11 @@ def rows(workdir):
   """{phase: rows in order} without what the clock and the compiler say."""
   out = {}
   for row in metrics.read(workdir):
-    kept = {k: v for k, v in row.items()
-            if k not in ('time', 'compilations')
-            and not k.startswith('seconds')}
+    kept = {
+      k: v
+      for k, v in row.items()
+      if k not in ('time', 'compilations') and not k.startswith('seconds')
+    }
     out.setdefault(row['phase'], []).append(kept)
   return out
 
@@ -145,6 +163,7 @@ def fail_at(built, call, how):
     if len(calls) == call:
       batch = how(batch)
     return built.steps.update(state, frozen, batch, *more)
+
   return built._replace(steps=built.steps._replace(update=update))
 
 
@@ -158,8 +177,7 @@ def interrupt(batch):
 def test_base_model_is_trained(built, base_params):
   """Supervised steps change every matrix of the fresh model."""
   fresh = mesh.fetch(built.steps.init())
-  moved = jax.tree.map(lambda a, b: (a != b).any(), fresh,
-                       mesh.fetch(base_params))
+  moved = jax.tree.map(lambda a, b: (a != b).any(), fresh, mesh.fetch(base_params))
   assert all(jax.tree.leaves(moved))
 
 
@@ -177,14 +195,24 @@ def test_what_a_run_writes(whole, built):
   found = rows(workdir)
   assert set(found) == {'rl', 'update', 'eval'}
   assert [r['step'] for r in found['rl']] == list(range(ITERATIONS))
-  assert [r['step'] for r in found['update']] == list(
-      range(1, ITERATIONS * INNER + 1))
+  assert [r['step'] for r in found['update']] == list(range(1, ITERATIONS * INNER + 1))
   # eval.every = 1: before every iteration, and at the end.
   assert [r['step'] for r in found['eval']] == [0, 1, 2]
   for row in found['rl']:
-    assert {'reward', 'reward_std', 'accuracy', 'length', 'forwards', 'ess',
-            'coef', 'log_rnd_std', 'logp_old', 'logp_ref', 'reward/letters',
-            'tokens_per_step'} <= set(row)
+    assert {
+      'reward',
+      'reward_std',
+      'accuracy',
+      'length',
+      'forwards',
+      'ess',
+      'coef',
+      'log_rnd_std',
+      'logp_old',
+      'logp_ref',
+      'reward/letters',
+      'tokens_per_step',
+    } <= set(row)
     assert row['tokens_per_step'] == 4 and row['forwards'] == 4
     assert row['logp_old'] < 0
   # Before the first update the policy is the reference.
@@ -208,16 +236,14 @@ def test_samples(whole, built):
   for sample in found:
     assert sorted(set(sample['order'])) == [0, 1, 2, 3]
     assert len(sample['order']) == 16
-    terms = built.task.reward(sample['completion'], sample['example'],
-                              'strict')
+    terms = built.task.reward(sample['completion'], sample['example'], 'strict')
     assert terms == sample['reward']
     assert sample['prompt'] == sample['example']['puzzle']
 
 
 def test_training_moves_the_policy_only(whole, base_params):
   """All weights have changed; the reference they started from has not."""
-  moved = jax.tree.map(lambda a, b: (a != b).any(), mesh.fetch(base_params),
-                       whole[1])
+  moved = jax.tree.map(lambda a, b: (a != b).any(), mesh.fetch(base_params), whole[1])
   assert all(jax.tree.leaves(moved))
 
 
@@ -235,13 +261,16 @@ def test_same_run_twice(built, base_params, whole, tmp_path):
 # --- interruptions
 
 
-@pytest.mark.parametrize('every, call, kill', [
+@pytest.mark.parametrize(
+  'every, call, kill',
+  [
     (1, 5, False),  # in the middle of a buffer, saved just before
     (2, 6, True),  # an update after the checkpoint is done again
     (3, 5, False),  # saved at the end of a buffer
-    (4, 3, True)])  # nothing saved: from the start
-def test_resumes_to_the_bit(every, call, kill, built, base_params, whole,
-                            tmp_path):
+    (4, 3, True),
+  ],
+)  # nothing saved: from the start
+def test_resumes_to_the_bit(every, call, kill, built, base_params, whole, tmp_path):
   """Stopped before update `call`, the run ends as if it had not been.
 
   `kill`: the numbers that were still pending are lost.
@@ -286,6 +315,7 @@ def test_supervised_training_resumes_to_the_bit(built, base_params, tmp_path):
     if len(calls) == 3:
       raise KeyboardInterrupt
     return built.steps.sft(*args)
+
   broken = built._replace(steps=built.steps._replace(sft=step))
   with metrics.Writer(tmp_path) as writer:
     with pytest.raises(KeyboardInterrupt):
@@ -305,8 +335,9 @@ def test_supervised_training_resumes_to_the_bit(built, base_params, tmp_path):
 @pytest.fixture(scope='module')
 def early(built):
   """Three iterations with overlap; saved at the very end only."""
-  return vary(built, train={'overlap': True, 'iterations': 3},
-              checkpoint={'every': 100})
+  return vary(
+    built, train={'overlap': True, 'iterations': 3}, checkpoint={'every': 100}
+  )
 
 
 @pytest.fixture(scope='module')
@@ -320,29 +351,39 @@ def same_files(workdir, other):
   """Equal lines in an equal order, but for what the clock says."""
   assert rows(workdir) == rows(other)
   assert samples(workdir) == samples(other)
-  order = [[(r['phase'], r['step']) for r in metrics.read(folder)]
-           for folder in (workdir, other)]
+  order = [
+    [(r['phase'], r['step']) for r in metrics.read(folder)]
+    for folder in (workdir, other)
+  ]
   assert order[0] == order[1]
 
 
 def watched(built, watch):
   """`built` whose steps and rewards are preceded by watch(name, args)."""
+
   def on(name, call):
     def watching(*args):
       watch(name, args)
       return call(*args)
+
     return watching
-  steps = {name: on(name, getattr(built.steps, name))
-           for name in ('sample', 'score', 'pack', 'update')}
+
+  steps = {
+    name: on(name, getattr(built.steps, name))
+    for name in ('sample', 'score', 'pack', 'update')
+  }
   return built._replace(
-      steps=built.steps._replace(**steps),
-      task=built.task._replace(reward=on('reward', built.task.reward)))
+    steps=built.steps._replace(**steps),
+    task=built.task._replace(reward=on('reward', built.task.reward)),
+  )
 
 
 def test_compilations_are_counted(whole, ahead):
   """The first buffers compile; once all has been done, nothing is compiled."""
-  counts = [[r['compilations'] for r in metrics.read(run[0])
-             if r['phase'] == 'rl'] for run in (whole, ahead)]
+  counts = [
+    [r['compilations'] for r in metrics.read(run[0]) if r['phase'] == 'rl']
+    for run in (whole, ahead)
+  ]
   assert counts[0][0] > 0 and counts[1][-1] == 0, counts
 
 
@@ -359,7 +400,8 @@ def test_policy_age(whole, ahead):
 
 
 def test_buffer_ahead_is_of_the_policy_before_the_updates(
-    built, early, base_params, ahead, tmp_path):
+  built, early, base_params, ahead, tmp_path
+):
   """Its completions and its log-probs: replayed, from the base on."""
   packed, batches = [], []
 
@@ -368,6 +410,7 @@ def test_buffer_ahead_is_of_the_policy_before_the_updates(
       packed.append(args)
     if name == 'update':
       batches.append(args[2])
+
   params = run(watched(early, watch), tmp_path, base_params)
   same(params, ahead[1])
   problems = build.problems(built, 'train')
@@ -375,26 +418,29 @@ def test_buffer_ahead_is_of_the_policy_before_the_updates(
   for it, (rollouts, completion, row, _, got) in enumerate(packed):
     prompts = data.prompts_at(problems, it, 2, 0)
     out, mask = built.steps.sample(
-        state.trainable, np.repeat(prompts.tokens, 4, 0),
-        np.repeat(prompts.valid, 4, 0), row)
-    scores.append(mesh.fetch(built.steps.score(
-        state.trainable, base_params, out, row, mask)))
+      state.trainable,
+      np.repeat(prompts.tokens, 4, 0),
+      np.repeat(prompts.valid, 4, 0),
+      row,
+    )
+    scores.append(
+      mesh.fetch(built.steps.score(state.trainable, base_params, out, row, mask))
+    )
     same(mesh.fetch((out, mask)), mesh.fetch((rollouts, completion)))
     same(scores[it], mesh.fetch(got))
     for inner in range(INNER) if it else ():  # buffer 1 was before any update
       state, _ = built.steps.update(
-          state, base_params, batches[(it - 1) * INNER], inner)
+        state, base_params, batches[(it - 1) * INNER], inner
+      )
   # The control: a buffer later its log-probs are others.
-  now = mesh.fetch(built.steps.score(state.trainable, base_params, out, row,
-                                     mask))
+  now = mesh.fetch(built.steps.score(state.trainable, base_params, out, row, mask))
   assert not np.array_equal(now['old'], scores[-1]['old'])
   for inner in range(INNER):
     state, _ = built.steps.update(state, base_params, batches[-1], inner)
   same(mesh.fetch(state.trainable), params)
 
 
-def test_grading_ahead_waits_for_no_update(early, base_params, tmp_path,
-                                           monkeypatch):
+def test_grading_ahead_waits_for_no_update(early, base_params, tmp_path, monkeypatch):
   """All updates of a buffer are under way before the next one is graded."""
   events, late = [], metrics.Writer.late
   note = lambda name, _=None: events.append(name)
@@ -402,23 +448,33 @@ def test_grading_ahead_waits_for_no_update(early, base_params, tmp_path,
   def noted(*args):  # the numbers of an update are fetched
     events.append('late')
     return late(*args)
+
   monkeypatch.setattr(metrics.Writer, 'late', noted)
   quiet = vary(early, eval={'every': 0}, train={'iterations': 2})
   run(watched(quiet, note), tmp_path, base_params)
   graded = ['reward'] * 8
-  expected = (['sample', 'score', *graded, 'pack', 'sample', 'score'] +
-              ['update'] * INNER + [*graded, 'pack'] + ['late'] * INNER +
-              ['update', 'late'] * INNER)
-  assert events[:len(expected)] == expected  # then the last validation
+  expected = (
+    ['sample', 'score', *graded, 'pack', 'sample', 'score']
+    + ['update'] * INNER
+    + [*graded, 'pack']
+    + ['late'] * INNER
+    + ['update', 'late'] * INNER
+  )
+  assert events[: len(expected)] == expected  # then the last validation
 
 
-@pytest.mark.parametrize('every, call, kill', [
+@pytest.mark.parametrize(
+  'every, call, kill',
+  [
     *((place, place + 1, place % 2 == 0) for place in range(1, 9)),
     (2, 8, True),  # an update after the checkpoint is done again
     (5, 9, False),  # a buffer after it, too
-    (100, 5, True)])  # nothing saved: from the start
-def test_overlap_resumes_to_the_bit(every, call, kill, early, base_params,
-                                    ahead, tmp_path):
+    (100, 5, True),
+  ],
+)  # nothing saved: from the start
+def test_overlap_resumes_to_the_bit(
+  every, call, kill, early, base_params, ahead, tmp_path
+):
   """Saved at every place; the policy of the buffer ahead is no more."""
   part = vary(early, checkpoint={'every': every})
   with pytest.raises(KeyboardInterrupt):
@@ -427,10 +483,12 @@ def test_overlap_resumes_to_the_bit(every, call, kill, early, base_params,
   same_files(tmp_path, ahead[0])
 
 
-@pytest.mark.parametrize('name, call', [
-    ('sample', 3), ('score', 2), ('reward', 8 * 2 + 3), ('pack', 3)])
-def test_overlap_resumes_from_a_rollout(name, call, early, base_params, ahead,
-                                        tmp_path):
+@pytest.mark.parametrize(
+  'name, call', [('sample', 3), ('score', 2), ('reward', 8 * 2 + 3), ('pack', 3)]
+)
+def test_overlap_resumes_from_a_rollout(
+  name, call, early, base_params, ahead, tmp_path
+):
   """Stopped while the buffer ahead is sampled, scored, graded or packed."""
   part, calls = vary(early, checkpoint={'every': 2}), []
 
@@ -438,6 +496,7 @@ def test_overlap_resumes_from_a_rollout(name, call, early, base_params, ahead,
     calls.append(here)
     if calls.count(name) == call and here == name:
       raise KeyboardInterrupt
+
   with pytest.raises(KeyboardInterrupt):
     run(watched(part, watch), tmp_path, base_params, kill=True)
   same(run(part, tmp_path, base_params), ahead[1])
@@ -451,13 +510,16 @@ def test_buffer_ahead_with_longer_prompts_resumes(early, base_params, tmp_path):
   valid = np.pad(problems.valid, ((0, 0), (4, 0)))
   valid[data.indices_at(1, 2, count, 0), 0] = True  # those of iteration 1
   longer = problems._replace(
-      tokens=np.pad(problems.tokens, ((0, 0), (4, 0)), constant_values=9),
-      valid=valid)
-  part = vary(early, data={'bucket': 1}, checkpoint={'every': 2},
-              train={'iterations': 2})
+    tokens=np.pad(problems.tokens, ((0, 0), (4, 0)), constant_values=9), valid=valid
+  )
+  part = vary(
+    early, data={'bucket': 1}, checkpoint={'every': 2}, train={'iterations': 2}
+  )
   part = part._replace(encoded={**part.encoded, 'train': longer})
-  assert [resume.shapes_at(part, longer, it).tokens.shape[1] for it in (0, 1)
-          ] == [width + 16, width + 4 + 16]
+  assert [resume.shapes_at(part, longer, it).tokens.shape[1] for it in (0, 1)] == [
+    width + 16,
+    width + 4 + 16,
+  ]
   once = run(part, tmp_path / 'once', base_params)
   with pytest.raises(KeyboardInterrupt):
     run(fail_at(part, 3, interrupt), tmp_path / 'twice', base_params)
@@ -466,8 +528,7 @@ def test_buffer_ahead_with_longer_prompts_resumes(early, base_params, tmp_path):
 
 
 @pytest.mark.parametrize('every', [1, 100])
-def test_poisoned_update_with_overlap(every, early, base_params, ahead,
-                                      tmp_path):
+def test_poisoned_update_with_overlap(every, early, base_params, ahead, tmp_path):
   """The error and the batch are those of the update, not of a later one."""
   part = vary(early, checkpoint={'every': every})
   poison = lambda batch: batch._replace(weight=batch.weight * np.nan)
@@ -482,14 +543,19 @@ def test_poisoned_update_with_overlap(every, early, base_params, ahead,
 # --- asked to stop, and hanging
 
 
-@pytest.mark.parametrize('name, call, saved', [
+@pytest.mark.parametrize(
+  'name, call, saved',
+  [
     ('update', 2, 2),  # within a buffer
     ('update', 3, 3),  # at the end of one: it is not validated any more
     ('reward', 30 + 3, 4),  # while a buffer is graded: after its first update
     ('update', 6, 6),  # the last one
-    ('reward', 38 + 3, 6)])  # the last validation: nothing is left to save
+    ('reward', 38 + 3, 6),
+  ],
+)  # the last validation: nothing is left to save
 def test_sigterm_saves_and_resumes_to_the_bit(
-    name, call, saved, built, base_params, whole, tmp_path):
+  name, call, saved, built, base_params, whole, tmp_path
+):
   """The exit code says so, the handler is put back, the next start goes on."""
   before, calls = signal.getsignal(signal.SIGTERM), []
 
@@ -497,6 +563,7 @@ def test_sigterm_saves_and_resumes_to_the_bit(
     calls.append(here)
     if here == name and calls.count(name) == call:
       os.kill(os.getpid(), signal.SIGTERM)
+
   part = vary(built, checkpoint={'every': 100})
   with pytest.raises(SystemExit) as info:
     run(watched(part, watch), tmp_path, base_params)
@@ -508,13 +575,14 @@ def test_sigterm_saves_and_resumes_to_the_bit(
   same_files(tmp_path, whole[0])
 
 
-def test_sigterm_before_the_best_validation(built, base_params, tmp_path,
-                                            monkeypatch):
+def test_sigterm_before_the_best_validation(built, base_params, tmp_path, monkeypatch):
   """The next start validates what was saved, and writes down that it is the
   best, though it has nothing else to save."""
+
   def terminate(batch):
     os.kill(os.getpid(), signal.SIGTERM)
     return batch
+
   monkeypatch.setattr(evaluate, 'accuracy', scored(built, 0.1, 0.2))
   with pytest.raises(SystemExit, match='75'):
     run(fail_at(built, 6, terminate), tmp_path, base_params)
@@ -522,15 +590,16 @@ def test_sigterm_before_the_best_validation(built, base_params, tmp_path,
   monkeypatch.setattr(evaluate, 'accuracy', scored(built, 0.9))
   final = run(built, tmp_path, base_params)
   assert meta_of(tmp_path, 6)['best'] == {'step': 6, 'accuracy': 0.9}
-  same(mesh.fetch(resume.latest(built, tmp_path, base_params, best=True)),
-       final)
+  same(mesh.fetch(resume.latest(built, tmp_path, base_params, best=True)), final)
 
 
 def test_sigterm_with_overlap(early, base_params, ahead, tmp_path):
   """The buffer that is sampled ahead is graded and saved, too."""
+
   def terminate(batch):
     os.kill(os.getpid(), signal.SIGTERM)
     return batch
+
   with pytest.raises(SystemExit, match='75'):
     run(fail_at(early, 4, terminate), tmp_path, base_params)
   assert saved_steps(tmp_path) == [4]
@@ -546,6 +615,7 @@ def test_sigterm_in_supervised_training(built, base_params, tmp_path):
     if len(calls) == 2:
       os.kill(os.getpid(), signal.SIGTERM)
     return built.steps.sft(*args)
+
   broken = vary(built, checkpoint={'every': 100})
   broken = broken._replace(steps=built.steps._replace(sft=step))
   with metrics.Writer(tmp_path) as writer:
@@ -562,8 +632,7 @@ def test_sigterm_in_supervised_training(built, base_params, tmp_path):
   same(mesh.fetch(params), mesh.fetch(base_params))
 
 
-def test_watchdog_is_told_of_every_phase(early, base_params, tmp_path,
-                                         monkeypatch):
+def test_watchdog_is_told_of_every_phase(early, base_params, tmp_path, monkeypatch):
   """The last beat before each part that may hang names it, and the update."""
   told, seen = [], []
   beat = lambda phase, step: told.append((phase, step))
@@ -575,20 +644,29 @@ def test_watchdog_is_told_of_every_phase(early, base_params, tmp_path,
     def noting(*args, **options):
       note(name)
       return call(*args, **options)
+
     return noting
-  for module, name in ((data, 'prompts_at'), (checkpoint, 'save'),
-                       (checkpoint, 'restore')):
+
+  for module, name in (
+    (data, 'prompts_at'),
+    (checkpoint, 'save'),
+    (checkpoint, 'restore'),
+  ):
     monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
-  part = watched(vary(early, train={'iterations': 2},
-                      checkpoint={'every': 2}), note)
+  part = watched(vary(early, train={'iterations': 2}, checkpoint={'every': 2}), note)
   with metrics.Writer(tmp_path) as writer:
     train.run(part, str(tmp_path), writer, base_params, beat)
-  found = {name: {phase for n, phase, _ in seen if n == name}
-           for name, *_ in seen}
+  found = {name: {phase for n, phase, _ in seen if n == name} for name, *_ in seen}
   assert found == {
-      'restore': {'checkpoint'}, 'save': {'checkpoint'}, 'prompts_at': {'data'},
-      'sample': {'rollout'}, 'score': {'rollout'}, 'pack': {'rollout'},
-      'reward': {'reward', 'evaluate'}, 'update': {'update'}}
+    'restore': {'checkpoint'},
+    'save': {'checkpoint'},
+    'prompts_at': {'data'},
+    'sample': {'rollout'},
+    'score': {'rollout'},
+    'pack': {'rollout'},
+    'reward': {'reward', 'evaluate'},
+    'update': {'update'},
+  }
   assert [step for n, _, step in seen if n == 'update'] == list(range(1, 7))
   assert [step for n, _, step in seen if n == 'save'] == [2, 4, 6]
 
@@ -602,6 +680,7 @@ def scored(built, *accuracies):
 
   def accuracy(*_):
     return {'accuracy': left.pop(0), 'reward': 0.0}, []
+
   return accuracy
 
 
@@ -610,31 +689,33 @@ def saved_steps(workdir):
 
 
 def meta_of(workdir, step):
-  return json.loads((workdir / 'rl' / str(step) / 'meta' / 'metadata'
-                     ).read_text())
+  return json.loads((workdir / 'rl' / str(step) / 'meta' / 'metadata').read_text())
 
 
 @pytest.mark.parametrize('every', [1, 100])
-def test_best_is_kept_and_found(every, built, base_params, tmp_path,
-                                monkeypatch):
+def test_best_is_kept_and_found(every, built, base_params, tmp_path, monkeypatch):
   """Saved where no save was due, kept when the latest have moved on, and
   still known after a kill."""
-  part = vary(built, train={'iterations': 5},
-              checkpoint={'every': every, 'keep': 1})
+  part = vary(built, train={'iterations': 5}, checkpoint={'every': every, 'keep': 1})
   seen = {}
 
   def watch(name, args):  # the policy after iteration 1: it samples for 2
     if name == 'sample':
       seen[len(seen)] = mesh.fetch(args[0])
+
   part = watched(part, watch)
-  monkeypatch.setattr(evaluate, 'accuracy', scored(
-      built, 0.1, 0.1, 0.7, 0.7, 0.3, 0.3, 0.2))
+  monkeypatch.setattr(
+    evaluate, 'accuracy', scored(built, 0.1, 0.1, 0.7, 0.7, 0.3, 0.3, 0.2)
+  )
   with pytest.raises(KeyboardInterrupt):
     run(fail_at(part, 4 * INNER, interrupt), tmp_path, base_params, kill=True)
   assert saved_steps(tmp_path) == ([6, 11] if every == 1 else [6])
   # Every 1: up to validation 4 is written, the kill is in iteration 3.
-  monkeypatch.setattr(evaluate, 'accuracy', scored(
-      built, *([0.2, 0.3] if every == 1 else [0.7, 0.2, 0.2, 0.3])))
+  monkeypatch.setattr(
+    evaluate,
+    'accuracy',
+    scored(built, *([0.2, 0.3] if every == 1 else [0.7, 0.2, 0.2, 0.3])),
+  )
   run(part, tmp_path, base_params)
   assert saved_steps(tmp_path) == [6, 15]
   assert meta_of(tmp_path, 15)['best'] == {'step': 6, 'accuracy': 0.7}
@@ -649,16 +730,20 @@ def test_best_may_be_the_start(built, base_params, tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate, 'accuracy', scored(built, 0.5, 0.5, 0.1))
   run(built, tmp_path, base_params)
   assert meta_of(tmp_path, 6)['best'] == {'step': 0, 'accuracy': 0.5}
-  same(mesh.fetch(resume.latest(built, tmp_path, base_params, best=True)),
-       mesh.fetch(base_params))
+  same(
+    mesh.fetch(resume.latest(built, tmp_path, base_params, best=True)),
+    mesh.fetch(base_params),
+  )
 
 
-@pytest.mark.parametrize('minutes, steps', [(0.0, [6]), (1e-9, [1, 2, 3, 4, 5])
-                                            ])
+@pytest.mark.parametrize('minutes, steps', [(0.0, [6]), (1e-9, [1, 2, 3, 4, 5])])
 def test_saves_by_time(minutes, steps, built, base_params, tmp_path):
   """checkpoint.every_minutes, where the number of updates would not."""
-  part = vary(built, checkpoint={'every': 100, 'keep': 9,
-                                 'every_minutes': minutes}, eval={'every': 0})
+  part = vary(
+    built,
+    checkpoint={'every': 100, 'keep': 9, 'every_minutes': minutes},
+    eval={'every': 0},
+  )
   if minutes:
     with pytest.raises(KeyboardInterrupt):
       run(fail_at(part, 6, interrupt), tmp_path, base_params)
@@ -694,21 +779,32 @@ def resave(step, change, meta=lambda meta: meta):
   """Writes the checkpoint anew, whole, with other arrays or another meta."""
   folder, at = step.parent, int(step.name)
   with ocp.CheckpointManager(folder) as manager:
-    got = manager.restore(at, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(), batch=ocp.args.StandardRestore(),
-        meta=ocp.args.JsonRestore()))
+    got = manager.restore(
+      at,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(),
+        batch=ocp.args.StandardRestore(),
+        meta=ocp.args.JsonRestore(),
+      ),
+    )
   shutil.rmtree(step)
   with ocp.CheckpointManager(folder) as manager:
-    manager.save(at, force=True, args=ocp.args.Composite(
+    manager.save(
+      at,
+      force=True,
+      args=ocp.args.Composite(
         state=ocp.args.StandardSave(change(got.state)),
         batch=ocp.args.StandardSave(got.batch),
-        meta=ocp.args.JsonSave(meta(got.meta))))
+        meta=ocp.args.JsonSave(meta(got.meta)),
+      ),
+    )
 
 
 def wider(state):
   kernel = state['trainable']['params']['embedding']
   state['trainable']['params']['embedding'] = np.zeros(
-      (kernel.shape[0] + 8, *kernel.shape[1:]), np.float32)
+    (kernel.shape[0] + 8, *kernel.shape[1:]), np.float32
+  )
   return state
 
 
@@ -730,15 +826,16 @@ def empty(step):
 
 
 DAMAGE = {
-    'truncated': (truncate, 'Error|error'),
-    'missing': (remove, 'Error|error'),
-    'zeroed': (zero, 'Error|error'),
-    'shape': (lambda step: resave(step, wider), 'shape'),
-    'config': (lambda step: resave(step, lambda state: state, foreign),
-               'another config .*optim.lr: 0.5 there, 0.001 here'),
-    'empty': (empty, 'was not found'),
-    'one bit': (lambda step: resave(step, one_bit),
-                "the bytes of 'state' are not those"),
+  'truncated': (truncate, 'Error|error'),
+  'missing': (remove, 'Error|error'),
+  'zeroed': (zero, 'Error|error'),
+  'shape': (lambda step: resave(step, wider), 'shape'),
+  'config': (
+    lambda step: resave(step, lambda state: state, foreign),
+    'another config .*optim.lr: 0.5 there, 0.001 here',
+  ),
+  'empty': (empty, 'was not found'),
+  'one bit': (lambda step: resave(step, one_bit), "the bytes of 'state' are not those"),
 }
 
 
@@ -753,16 +850,18 @@ def stopped(built, base_params, tmp_path_factory):
 
 
 @pytest.mark.parametrize('kind', DAMAGE)
-def test_damaged_checkpoint_is_skipped(kind, built, base_params, whole,
-                                       stopped, tmp_path, monkeypatch):
+def test_damaged_checkpoint_is_skipped(
+  kind, built, base_params, whole, stopped, tmp_path, monkeypatch
+):
   """A warning that names it, the one before is used, and it stays on disk;
   the run ends as if nothing had happened."""
   workdir, said = tmp_path / 'run', []
   shutil.copytree(stopped, workdir)
   damage, words = DAMAGE[kind]
   damage(workdir / 'rl' / '4')
-  monkeypatch.setattr(checkpoint.logging, 'warning',
-                      lambda text, *args: said.append(text % args))
+  monkeypatch.setattr(
+    checkpoint.logging, 'warning', lambda text, *args: said.append(text % args)
+  )
   same(run(built, workdir, base_params), whole[1])
   assert rows(workdir) == rows(whole[0])
   said = [text for text in said if 'cannot be used' in text]  # Orbax has more
@@ -771,8 +870,7 @@ def test_damaged_checkpoint_is_skipped(kind, built, base_params, whole,
 
 
 @pytest.mark.parametrize('kind', DAMAGE)
-def test_nothing_but_damage_is_an_error(kind, built, base_params, stopped,
-                                        tmp_path):
+def test_nothing_but_damage_is_an_error(kind, built, base_params, stopped, tmp_path):
   """It lists each with its fault and what to do; nothing is begun anew."""
   workdir = tmp_path / 'run'
   shutil.copytree(stopped, workdir)
@@ -780,21 +878,25 @@ def test_nothing_but_damage_is_an_error(kind, built, base_params, stopped,
   for name in ('3', '4'):
     damage(workdir / 'rl' / name)
   before = (workdir / 'metrics.jsonl').read_text()
-  with pytest.raises(ValueError, match=f'(?s)no checkpoint.*4: .*({words}).*3: '
-                     '.*back from a copy, or move'):
+  with pytest.raises(
+    ValueError,
+    match=f'(?s)no checkpoint.*4: .*({words}).*3: .*back from a copy, or move',
+  ):
     run(built, workdir, base_params)
   assert (workdir / 'metrics.jsonl').read_text() == before
   assert saved_steps(workdir) == [3, 4]
 
 
-def test_lost_checkpoints_are_not_lost_silently(built, base_params, whole,
-                                                stopped, tmp_path, monkeypatch):
+def test_lost_checkpoints_are_not_lost_silently(
+  built, base_params, whole, stopped, tmp_path, monkeypatch
+):
   """No checkpoint left, but metrics: a warning, then from the start."""
   workdir, said = tmp_path / 'run', []
   shutil.copytree(stopped, workdir)
   shutil.rmtree(workdir / 'rl')
-  monkeypatch.setattr(train.logging, 'warning',
-                      lambda text, *args: said.append(text % args))
+  monkeypatch.setattr(
+    train.logging, 'warning', lambda text, *args: said.append(text % args)
+  )
   same(run(built, workdir, base_params), whole[1])
   assert len(said) == 1 and 'from the start, and the 4 updates' in said[0]
   assert rows(workdir) == rows(whole[0])
@@ -806,14 +908,19 @@ def test_digest_sees_every_bit():
   the mesh that holds the arrays does not matter."""
   grid = mesh.make_mesh(2, 4)
   draw = np.random.default_rng(0)
-  tree = {'a': draw.normal(size=(8, 4)).astype(np.float32),
-          'b': draw.normal(size=(8,)).astype(jax.numpy.bfloat16),
-          'c': draw.integers(0, 2, (8, 3)) > 0, 'd': np.int32(5),
-          'e': draw.integers(0, 16, (8, 2)).astype(jax.numpy.uint4)}
+  tree = {
+    'a': draw.normal(size=(8, 4)).astype(np.float32),
+    'b': draw.normal(size=(8,)).astype(jax.numpy.bfloat16),
+    'c': draw.integers(0, 2, (8, 3)) > 0,
+    'd': np.int32(5),
+    'e': draw.integers(0, 16, (8, 2)).astype(jax.numpy.uint4),
+  }
   digest = jax.jit(checkpoint.digest)
   value = int(digest(tree))
-  by_row = {name: mesh.put(x, mesh.rows(grid) if x.shape else
-                           mesh.replicated(grid)) for name, x in tree.items()}
+  by_row = {
+    name: mesh.put(x, mesh.rows(grid) if x.shape else mesh.replicated(grid))
+    for name, x in tree.items()
+  }
   assert int(digest(by_row)) == value
   seen = {value}
   for name, at, bit in (('a', 0, 0), ('a', 31, 31), ('b', 7, 15), ('d', 0, 3)):
@@ -823,9 +930,11 @@ def test_digest_sees_every_bit():
     seen.add(int(digest(other)))
   swapped = tree['a'].copy()
   swapped[[0, 1]] = swapped[[1, 0]]
-  seen |= {int(digest({**tree, 'a': swapped})),
-           int(digest({**tree, 'c': ~tree['c']})),
-           int(digest({**tree, 'e': tree['e'][::-1]}))}
+  seen |= {
+    int(digest({**tree, 'a': swapped})),
+    int(digest({**tree, 'c': ~tree['c']})),
+    int(digest({**tree, 'e': tree['e'][::-1]})),
+  }
   assert len(seen) == 8
 
 
@@ -834,15 +943,21 @@ def test_restores_onto_another_mesh(built, stopped):
   c = tiny()
   c.mesh.fsdp = 4
   other = build.build(c)
+
   def restored(part):
     state = checkpoint.abstract(part.steps.start(part.steps.init()))
     batch = resume.shapes_at(part, build.problems(part, 'train'), 1)
     with checkpoint.open_manager(stopped / 'rl', 2) as manager:
-      found = checkpoint.restore(manager, state, lambda step: (batch, None),
-                                 part.steps.digest,
-                                 check.refuse(part.config, check.FREE))
-    for got, want in zip(jax.tree.leaves(found[0]), jax.tree.leaves(state),
-                         strict=True):
+      found = checkpoint.restore(
+        manager,
+        state,
+        lambda step: (batch, None),
+        part.steps.digest,
+        check.refuse(part.config, check.FREE),
+      )
+    for got, want in zip(
+      jax.tree.leaves(found[0]), jax.tree.leaves(state), strict=True
+    ):
       assert got.sharding.is_equivalent_to(want.sharding, got.ndim)
     return found[:2]
 
@@ -880,6 +995,7 @@ def test_poisoned_supervised_step(built, tmp_path):
     calls.append(0)
     state, numbers = built.steps.sft(state, *args)
     return state, {**numbers, 'finite': float(len(calls) > 1)}
+
   broken = vary(built, checkpoint={'every': 100})
   broken = broken._replace(steps=built.steps._replace(sft=step))
   with metrics.Writer(tmp_path) as writer:
@@ -892,8 +1008,7 @@ def test_reward_that_is_not_finite(built, base_params, tmp_path):
   """A nan reward is an error with the completion, not a silent weight."""
   task = built.task._replace(reward=lambda *_: {'broken': float('nan')})
   with pytest.raises(ValueError, match="'broken': nan.*not finite"):
-    run(vary(built, eval={'every': 0})._replace(task=task), tmp_path,
-        base_params)
+    run(vary(built, eval={'every': 0})._replace(task=task), tmp_path, base_params)
 
 
 # --- a collapse
@@ -901,21 +1016,26 @@ def test_reward_that_is_not_finite(built, base_params, tmp_path):
 
 def faster(built, after=2 * INNER):
   """`built` whose learning rate is x 100 from that update on."""
+
   def update(state, frozen, batch, inner, scale):
     if int(state.step) >= after:
       scale = 100 * scale
     return built.steps.update(state, frozen, batch, inner, scale)
+
   return built._replace(steps=built.steps._replace(update=update))
 
 
 def near(base_params):
   """In place of the validation: better the farther from the base, while it
   is in sight. So the best is the last one before the collapse."""
+
   def accuracy(built, params, *_):
-    far = jax.tree.map(lambda a, b: np.abs(a - b).max(), mesh.fetch(params),
-                       mesh.fetch(base_params))
+    far = jax.tree.map(
+      lambda a, b: np.abs(a - b).max(), mesh.fetch(params), mesh.fetch(base_params)
+    )
     far = float(max(jax.tree.leaves(far)))
     return {'accuracy': far if far < 0.02 else 0.0, 'reward': 0.0}, []
+
   return accuracy
 
 
@@ -927,8 +1047,11 @@ def ill(built, **health):
 
 def health_lines(workdir):
   path = workdir / 'health.jsonl'
-  return [json.loads(line) for line in path.read_text().splitlines()
-          ] if path.exists() else []
+  return (
+    [json.loads(line) for line in path.read_text().splitlines()]
+    if path.exists()
+    else []
+  )
 
 
 @pytest.fixture(scope='module')
@@ -940,15 +1063,20 @@ def rolled(built, base_params, tmp_path_factory):
     return workdir, run(faster(ill(built)), workdir, base_params)
 
 
-def test_collapse_is_rolled_back(rolled, built, base_params, tmp_path,
-                                 monkeypatch):
+def test_collapse_is_rolled_back(rolled, built, base_params, tmp_path, monkeypatch):
   """Found two buffers after it began; from the best on with the smaller rate:
   what it then does is what that rate does from the beginning."""
   workdir, params = rolled
-  line, = health_lines(workdir)
+  (line,) = health_lines(workdir)
   values = line.pop('values')
-  assert line == {'iteration': 4, 'rule': 'kl', 'threshold': 5.0,
-                  'action': 'rollback', 'to_update': 6, 'lr_scale': 0.01}
+  assert line == {
+    'iteration': 4,
+    'rule': 'kl',
+    'threshold': 5.0,
+    'action': 'rollback',
+    'to_update': 6,
+    'lr_scale': 0.01,
+  }
   assert len(values) == 2 and min(values) > 5
   found = rows(workdir)
   assert [r['lr_scale'] for r in found['rl']] == [1, 1] + [0.01] * 4
@@ -962,8 +1090,7 @@ def test_collapse_is_rolled_back(rolled, built, base_params, tmp_path,
   monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
   plain = vary(built, train={'iterations': 6}, eval={'every': 1})
   wanted = run(plain, tmp_path, base_params)  # 100 * 0.01 = 1
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-               params, wanted)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, wanted)
 
 
 def kill_at(monkeypatch, module, name, call):
@@ -976,16 +1103,22 @@ def kill_at(monkeypatch, module, name, call):
       monkeypatch.setattr(module, name, real)
       raise KeyboardInterrupt
     return real(*args, **options)
+
   monkeypatch.setattr(module, name, counted)
 
 
-@pytest.mark.parametrize('every, how', [
+@pytest.mark.parametrize(
+  'every, how',
+  [
     (1, (checkpoint, 'settle', 2)),  # the new one is whole, the old ones there
     (1, (shutil, 'move', 4)),  # they are gone, the new one is not there
-    (100, (train, 'loop', 2))],  # before the first update after it
-    ids=lambda how: f'{how[1]} {how[2]}' if isinstance(how, tuple) else how)
-def test_rollback_resumes_to_the_bit(every, how, built, base_params, rolled,
-                                     tmp_path, monkeypatch):
+    (100, (train, 'loop', 2)),
+  ],  # before the first update after it
+  ids=lambda how: f'{how[1]} {how[2]}' if isinstance(how, tuple) else how,
+)
+def test_rollback_resumes_to_the_bit(
+  every, how, built, base_params, rolled, tmp_path, monkeypatch
+):
   """Killed within the rollback, or after it."""
   monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
   part = faster(vary(ill(built), checkpoint={'every': every}))
@@ -1002,52 +1135,64 @@ def test_rollback_with_overlap(early, base_params, tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
   part = faster(ill(early))
   once = run(part, tmp_path / 'once', base_params)
-  line, = health_lines(tmp_path / 'once')
+  (line,) = health_lines(tmp_path / 'once')
   assert (line['rule'], line['to_update']) == ('kl', 6)
   taken = (line['iteration'] + 1) * INNER
   with pytest.raises(KeyboardInterrupt):
-    run(fail_at(part, taken + 2, interrupt), tmp_path / 'twice', base_params,
-        kill=True)
+    run(fail_at(part, taken + 2, interrupt), tmp_path / 'twice', base_params, kill=True)
   same(run(part, tmp_path / 'twice', base_params), once)
   same_files(tmp_path / 'twice', tmp_path / 'once')
 
 
 def test_rollback_to_the_start(built, base_params, tmp_path):
   """Nothing has validated: a checkpoint of update 0 has the smaller rate."""
-  part = vary(ill(faster(built, 0)), eval={'every': 0},
-              train={'iterations': 3}, checkpoint={'keep': 99})
-  same(run(part, tmp_path / 'once', base_params),
-       run(vary(built, eval={'every': 0}, train={'iterations': 3}),
-           tmp_path / 'plain', base_params))
-  line, = health_lines(tmp_path / 'once')
+  part = vary(
+    ill(faster(built, 0)),
+    eval={'every': 0},
+    train={'iterations': 3},
+    checkpoint={'keep': 99},
+  )
+  same(
+    run(part, tmp_path / 'once', base_params),
+    run(
+      vary(built, eval={'every': 0}, train={'iterations': 3}),
+      tmp_path / 'plain',
+      base_params,
+    ),
+  )
+  (line,) = health_lines(tmp_path / 'once')
   assert (line['iteration'], line['to_update']) == (2, 0)
   assert meta_of(tmp_path / 'once', 0)['lr_scale'] == 0.01
   workdir = tmp_path / 'twice'
   with pytest.raises(KeyboardInterrupt):  # with nothing but update 0 saved
-    run(fail_at(vary(part, checkpoint={'every': 100}), 10, interrupt), workdir,
-        base_params, kill=True)
+    run(
+      fail_at(vary(part, checkpoint={'every': 100}), 10, interrupt),
+      workdir,
+      base_params,
+      kill=True,
+    )
   assert saved_steps(workdir) == [0]
   part = vary(part, checkpoint={'every': 100})
   same(run(part, workdir, base_params), run(part, workdir, base_params))
   same_files(workdir, tmp_path / 'once')
 
 
-def test_no_rollback_is_left(built, base_params, tmp_path, monkeypatch,
-                             capsys):
+def test_no_rollback_is_left(built, base_params, tmp_path, monkeypatch, capsys):
   """One that does not help, then the run stops, and so does the next start;
   with another action it goes on from where it stopped."""
   monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
   part, calls = ill(faster(built), rollbacks=1, lr_factor=1.0), []
   for _ in range(2):
     with pytest.raises(SystemExit) as info:
-      run(watched(part, lambda name, _: calls.append(name)), tmp_path,
-          base_params)
+      run(watched(part, lambda name, _: calls.append(name)), tmp_path, base_params)
     assert info.value.code == guard.COLLAPSED == 77
     said = capsys.readouterr().err
     assert 'error: iteration 4, after 1 rollbacks: kl_ref is above' in said
     assert calls.count('update') == 15 + 9  # none at the second start
     assert [(r['action'], r['iteration']) for r in health_lines(tmp_path)] == [
-        ('rollback', 4), ('stop', 4)]
+      ('rollback', 4),
+      ('stop', 4),
+    ]
     assert saved_steps(tmp_path)[-1] == 15
   on = vary(part, health={'action': 'none'})
   run(on, tmp_path, base_params)
@@ -1062,8 +1207,9 @@ def test_stop(built, base_params, tmp_path, monkeypatch, capsys):
     run(part, tmp_path, base_params)
   said = capsys.readouterr().err.splitlines()
   assert [line[:26] for line in said if 'error' in line] == [
-      'error: iteration 4: kl_ref']
-  line, = health_lines(tmp_path)
+    'error: iteration 4: kl_ref'
+  ]
+  (line,) = health_lines(tmp_path)
   assert (line['action'], line['rule']) == ('stop', 'kl')
   assert saved_steps(tmp_path) == [6, 15]  # the best, and all until now
 
@@ -1072,11 +1218,12 @@ def test_warning(built, base_params, tmp_path, monkeypatch):
   """Said once while it lasts, also by a run that is resumed; the metric
   counts the rules."""
   said = []
-  monkeypatch.setattr(train.logging, 'warning',
-                      lambda text, *args: said.append(text % args))
+  monkeypatch.setattr(
+    train.logging, 'warning', lambda text, *args: said.append(text % args)
+  )
   part = vary(ill(faster(built), action='warn'), eval={'every': 0})
   once = run(part, tmp_path / 'once', base_params)
-  line, = health_lines(tmp_path / 'once')
+  (line,) = health_lines(tmp_path / 'once')
   assert (line['iteration'], line['action']) == (4, 'warn')
   assert len(said) == 1 and said[0].startswith('iteration 4: kl_ref is above')
   assert [r['ill'] for r in rows(tmp_path / 'once')['rl']] == [0] * 4 + [1] * 2
@@ -1092,13 +1239,23 @@ def test_warning(built, base_params, tmp_path, monkeypatch):
 def test_nan_is_rolled_back(name, base_params, tmp_path, monkeypatch, request):
   """At once; the batch is kept, the run ends as one with the smaller rate."""
   monkeypatch.setattr(evaluate, 'accuracy', near(base_params))
-  part = vary(request.getfixturevalue(name), train={'iterations': 3},
-              health={'action': 'rollback'}, checkpoint={'every': 1})
+  part = vary(
+    request.getfixturevalue(name),
+    train={'iterations': 3},
+    health={'action': 'rollback'},
+    checkpoint={'every': 1},
+  )
   poison = lambda batch: batch._replace(weight=batch.weight * np.nan)
   run(fail_at(part, 5, poison), tmp_path, base_params)
-  line, = health_lines(tmp_path)
-  assert line == {'iteration': 1, 'rule': 'finite', 'values': ['nan', 'nan'],
-                  'action': 'rollback', 'to_update': 3, 'lr_scale': 0.5}
+  (line,) = health_lines(tmp_path)
+  assert line == {
+    'iteration': 1,
+    'rule': 'finite',
+    'values': ['nan', 'nan'],
+    'action': 'rollback',
+    'to_update': 3,
+    'lr_scale': 0.5,
+  }
   assert (tmp_path / 'failed' / 'update_5.npz').exists()
   assert [r['finite'] for r in rows(tmp_path)['update']] == [1] * 9
   stop = vary(part, health={'action': 'stop'})
@@ -1111,36 +1268,57 @@ def test_rate_is_scaled_without_another_program(built, base_params):
   not."""
   c = built.config
   problems = build.problems(built, 'train')
-  started = rollout.start(built.steps, problems, base_params, base_params, 0,
-                          prompts=2, group=4, seed=0)
+  started = rollout.start(
+    built.steps, problems, base_params, base_params, 0, prompts=2, group=4, seed=0
+  )
   reward = np.arange(8, dtype=np.float32).reshape(2, 4)
-  batch, _ = built.steps.pack(started.rollouts, started.completion,
-                              started.row, reward, started.scores)
+  batch, _ = built.steps.pack(
+    started.rollouts, started.completion, started.row, reward, started.scores
+  )
 
   def plain(state, frozen, batch, inner):
     return step.train_step(
-        state, frozen, batch, rng.key_for(c.seed, 'mask'), inner,
-        cfg=built.model, objective=built.objective, hp=built.hp, group=4,
-        optimizer=optim.make_optimizer(**c.optim))
+      state,
+      frozen,
+      batch,
+      rng.key_for(c.seed, 'mask'),
+      inner,
+      cfg=built.model,
+      objective=built.objective,
+      hp=built.hp,
+      group=4,
+      optimizer=optim.make_optimizer(**c.optim),
+    )
 
   plain = build.compiled(built.mesh, plain)(
-      built.steps.start(base_params), base_params, batch, np.int32(0))
+    built.steps.start(base_params), base_params, batch, np.int32(0)
+  )
   scales = (), (1.0,), (0.25,), (3.0,)
   states = [built.steps.start(base_params) for _ in scales]
   build.compilations()
-  new = [mesh.fetch(built.steps.update(state, base_params, batch, 0, *scale))
-         for state, scale in zip(states, scales, strict=True)]
+  new = [
+    mesh.fetch(built.steps.update(state, base_params, batch, 0, *scale))
+    for state, scale in zip(states, scales, strict=True)
+  ]
   assert build.compilations()['compilations'] <= 1  # the update, if not yet
   # Another program, whose sums XLA may order otherwise.
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=1e-3, atol=1e-7), new[0], mesh.fetch(plain))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7),
+    new[0],
+    mesh.fetch(plain),
+  )
   same(new[1], new[0])
   before = mesh.fetch(base_params)
   for scale, other in zip((0.25, 3.0), new[2:], strict=True):
     same(other[0].opt_state, new[0][0].opt_state)
-    jax.tree.map(lambda a, b, c, s=scale: np.testing.assert_allclose(
-        a - c, s * (b - c), atol=1e-6), other[0].trainable,
-        new[0][0].trainable, before)
+    jax.tree.map(
+      lambda a, b, c, s=scale: np.testing.assert_allclose(
+        a - c, s * (b - c), atol=1e-6
+      ),
+      other[0].trainable,
+      new[0][0].trainable,
+      before,
+    )
 
 
 # --- parts
@@ -1150,27 +1328,36 @@ def test_rate_is_scaled_without_another_program(built, base_params):
 def test_checkpoints(tmp_path, monkeypatch):
   """State, batch and place come back equal; the latest `keep` stay."""
   from dmpo_jax.types import TrainState
+
   grid = mesh.make_mesh()
   whole = mesh.replicated(grid)
-  state = TrainState(*(mesh.put(x, whole) for x in (
-      np.int32(3), np.arange(6.0, dtype=np.float32), np.ones(2, np.float32))))
+  state = TrainState(
+    *(
+      mesh.put(x, whole)
+      for x in (np.int32(3), np.arange(6.0, dtype=np.float32), np.ones(2, np.float32))
+    )
+  )
   state = state._replace(trainable={'params': state.trainable})
   with checkpoint.open_manager(tmp_path, 2) as manager:
     assert checkpoint.restore(manager, checkpoint.abstract(state)) is None
     for step in (1, 2, 5):
       checkpoint.save(manager, step, state, None, {'step': step})
-    got, batch, ahead, meta = checkpoint.restore(
-        manager, checkpoint.abstract(state))
+    got, batch, ahead, meta = checkpoint.restore(manager, checkpoint.abstract(state))
     assert batch is ahead is None and meta == {'step': 5}
     same(mesh.fetch(got), mesh.fetch(state))
     manager.wait_until_finished()
     assert sorted(manager.all_steps()) == [2, 5]
     # What says nothing of the files sets none of them aside.
-    for error in (OSError(errno.EIO, 'a disk is away'), MemoryError(),
-                  ValueError("INTERNAL: Failed to read [os_error_code='5']"),
-                  RuntimeError('RESOURCE_EXHAUSTED: Out of memory')):
+    for error in (
+      OSError(errno.EIO, 'a disk is away'),
+      MemoryError(),
+      ValueError("INTERNAL: Failed to read [os_error_code='5']"),
+      RuntimeError('RESOURCE_EXHAUSTED: Out of memory'),
+    ):
+
       def fail(*_, error=error):
         raise KeyError('which array it was') from error  # as Orbax does
+
       monkeypatch.setattr(checkpoint, 'read', fail)
       with pytest.raises(KeyError, match='which array'):
         checkpoint.restore(manager, checkpoint.abstract(state))
@@ -1202,13 +1389,28 @@ def test_cut_counts_completions_without_eos():
   task = TASKS['sudoku']._replace(reward=letters, grade=lambda *_: 0.0)
   steps = types.SimpleNamespace(pack=lambda *_: (None, {}))
   started = rollout.Started(
-      0, 0, np.zeros(2, np.int32), np.arange(4), None, mask, {},
-      (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask,
-       np.ones((4, 5))), np.arange(4))
+    0,
+    0,
+    np.zeros(2, np.int32),
+    np.arange(4),
+    None,
+    mask,
+    {},
+    (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5))),
+    np.arange(4),
+  )
   problems = data.Problems([{'puzzle': '1'}], tokens[:1, :3], None)
   _, numbers, _ = rollout.finish(
-      steps, task, tokenizer, problems, started, group=2, protocol='strict',
-      samples=1, weights={})
+    steps,
+    task,
+    tokenizer,
+    problems,
+    started,
+    group=2,
+    protocol='strict',
+    samples=1,
+    weights={},
+  )
   assert numbers['cut'] == 0.25
 
 
@@ -1219,8 +1421,7 @@ def test_evaluation_counts_every_problem_once(built, whole):
   numbers, found = evaluate.accuracy(built, params, problems)
   assert len(found) == len(problems.examples) == 11
   assert [s['example'] for s in found] == problems.examples
-  grades = [built.task.grade(s['completion'], s['example'], 'strict')
-            for s in found]
+  grades = [built.task.grade(s['completion'], s['example'], 'strict') for s in found]
   rewards = [sum(s['reward'].values()) for s in found]
   assert numbers['accuracy'] == pytest.approx(np.mean(grades))
   assert numbers['reward'] == pytest.approx(np.mean(rewards))
@@ -1238,8 +1439,7 @@ def test_pmap_and_jit_sample_the_same(built, base_params):
   other = build.build(c)
   problems = build.problems(built, 'train')
   prompts = data.prompts_at(problems, 0, 8, 0)
-  args = (base_params, prompts.tokens, prompts.valid,
-          np.arange(8, dtype=np.int32))
+  args = (base_params, prompts.tokens, prompts.valid, np.arange(8, dtype=np.int32))
   one, two = (mesh.fetch(b.steps.sample(*args)) for b in (built, other))
   for name in ('tokens', 'valid', 'order', 'forwards'):
     same(getattr(one[0], name), getattr(two[0], name))
@@ -1249,13 +1449,13 @@ def test_pmap_and_jit_sample_the_same(built, base_params):
 
 def test_too_long_for_the_model(built):
   """Prompts and completions beyond the model's positions are refused."""
-  small = built._replace(model=built.model.__class__(
-      **{**vars(built.model), 'positions': 20}))
+  small = built._replace(
+    model=built.model.__class__(**{**vars(built.model), 'positions': 20})
+  )
   with pytest.raises(ValueError, match='sampler.length = 16 exceed .* 20'):
     build.problems(small, 'train')
 
 
 def test_golden(whole):
   """The loss of the last update of the tiny run."""
-  assert rows(whole[0])['update'][-1]['loss'] == pytest.approx(
-      0.413900, rel=1e-3)
+  assert rows(whole[0])['update'][-1]['loss'] == pytest.approx(0.413900, rel=1e-3)

@@ -22,8 +22,7 @@ from dmpo_jax.types import TrainBatch
 L, V, M = 3, 3, 3  # M: the mask
 OUTPUTS = np.array(list(itertools.product(range(V), repeat=L)))
 # Not too flat: confidences on both sides of a threshold of 0.5.
-THETA = jnp.asarray(np.random.default_rng(0).normal(size=(64, L, V)),
-                    jnp.float32)
+THETA = jnp.asarray(np.random.default_rng(0).normal(size=(64, L, V)), jnp.float32)
 REWARD = np.random.default_rng(1).random(len(OUTPUTS)).astype(np.float32)
 
 
@@ -44,9 +43,11 @@ def read(theta, tokens_RxL, masked_RxKxL):
   states = jnp.where(masked_RxKxL, M, tokens)
   logits = theta[index_of(states)]
   own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
-  out = dict(logp=own - jax.nn.logsumexp(logits, -1),
-             centred=own - logits.mean(-1),
-             score=(logits.max(-1) - jax.nn.logsumexp(logits, -1)) / TAU)
+  out = dict(
+    logp=own - jax.nn.logsumexp(logits, -1),
+    centred=own - logits.mean(-1),
+    score=(logits.max(-1) - jax.nn.logsumexp(logits, -1)) / TAU,
+  )
   return {name: jnp.where(masked_RxKxL, x, 0.0) for name, x in out.items()}
 
 
@@ -68,8 +69,9 @@ def left_rule(theta, state):
 def threshold_rule(theta, state):
   """All that are sure enough, else the leftmost: by the table as it is."""
   places = [i for i in range(L) if state[i] == M]
-  best = np.exp(np.asarray(jax.nn.log_softmax(
-      THETA[index_of(np.array(state))]))).max(-1)
+  best = np.exp(np.asarray(jax.nn.log_softmax(THETA[index_of(np.array(state))]))).max(
+    -1
+  )
   sure = tuple(i for i in places if best[i] >= 0.5)
   return [(sure, 1.0, False)] if sure else [((places[0],), 1.0, True)]
 
@@ -91,8 +93,9 @@ def luce_rule(theta, state, size=2):
   return out
 
 
-RULES = dict(random=random_rule, left=left_rule, threshold=threshold_rule,
-             luce=luce_rule)
+RULES = dict(
+  random=random_rule, left=left_rule, threshold=threshold_rule, luce=luce_rule
+)
 
 
 @functools.cache
@@ -104,12 +107,16 @@ def trajectories(rule):
     if M not in state:
       found.append((state, order, fallback, place, p))
       return
-    law = np.exp(np.asarray(jax.nn.log_softmax(
-        THETA[index_of(np.array(state))])))
+    law = np.exp(np.asarray(jax.nn.log_softmax(THETA[index_of(np.array(state))])))
     for chosen, chance, forked in RULES[rule](THETA, state):
       for tokens in itertools.product(range(V), repeat=len(chosen)):
-        new, at, fb, pl, q = (list(state), list(order), list(fallback),
-                              list(place), p * float(chance))
+        new, at, fb, pl, q = (
+          list(state),
+          list(order),
+          list(fallback),
+          list(place),
+          p * float(chance),
+        )
         for i, token in zip(chosen, tokens, strict=True):
           new[i], at[i], fb[i] = token, step, forked
           pl[i], q = np.log(float(chance)), q * law[i, token]
@@ -132,7 +139,7 @@ def policy_gradient(rule):
     total = 0.0
     logp = jnp.zeros(len(tokens))
     for step in range(L):
-      hidden = (order >= step)
+      hidden = order >= step
       states = jnp.where(hidden, M, tokens)
       now = logp_at(theta, states, jnp.asarray(tokens))
       logp += jnp.sum(jnp.where(order == step, now, 0.0), axis=1)
@@ -182,18 +189,36 @@ def gradient(name, tokens, weight, record=None, copies=1, weigh=True, **hp):
   asked = {'prompt', 'block', 'record'} & needs
 
   def loss(theta, old, tokens, weight, seen):
-    masks = objective.draw(jax.random.key(3), jnp.arange(rows),
-                           jnp.ones((rows, L), bool), hp,
-                           *([{**seen, 'block': L}] * bool(asked)))
+    masks = objective.draw(
+      jax.random.key(3),
+      jnp.arange(rows),
+      jnp.ones((rows, L), bool),
+      hp,
+      *([{**seen, 'block': L}] * bool(asked)),
+    )
     now, before = (read(x, tokens, masks.masked) for x in (theta, old))
     elbo = jnp.mean(masks.weight * before['logp'].sum(-1), 1)
-    extra = dict(now, tokens_old=before['logp'], tokens_ref=before['logp'],
-                 centred_old=before['centred'], elbo_ref=elbo)
+    extra = dict(
+      now,
+      tokens_old=before['logp'],
+      tokens_ref=before['logp'],
+      centred_old=before['centred'],
+      elbo_ref=elbo,
+    )
     if record:
       extra['record'] = seen
     batch = TrainBatch(
-        tokens, None, None, None, weight, jnp.full(rows, 1.0), None,
-        jnp.float32(copies), jnp.float32(rows), extra)
+      tokens,
+      None,
+      None,
+      None,
+      weight,
+      jnp.full(rows, 1.0),
+      None,
+      jnp.float32(copies),
+      jnp.float32(rows),
+      extra,
+    )
     return objective.loss(now['logp'], masks, batch, elbo, hp)[0]
 
   run = jax.jit(jax.grad(loss))  # its data as arguments: constants are folded
@@ -216,8 +241,7 @@ def exact_elbo(theta):
 
 def elbo_gradient(weight):
   """d sum_x weight(x) ELBO(x)."""
-  return np.asarray(jax.grad(
-      lambda theta: jnp.sum(weight * exact_elbo(theta)))(THETA))
+  return np.asarray(jax.grad(lambda theta: jnp.sum(weight * exact_elbo(theta)))(THETA))
 
 
 def reweighed_gradient(name, fresh, copies=4000, **hp):
@@ -225,34 +249,50 @@ def reweighed_gradient(name, fresh, copies=4000, **hp):
   policy: the reference is another table. One group of all completions."""
   objective = OBJECTIVES[name]
   hp = objective.hp(**hp)
-  other = THETA + 0.5 * np.random.default_rng(5).normal(
-      size=THETA.shape).astype(np.float32)
+  other = THETA + 0.5 * np.random.default_rng(5).normal(size=THETA.shape).astype(
+    np.float32
+  )
   tile = lambda x: jnp.tile(jnp.asarray(x), (copies,) + (1,) * (x.ndim - 1))
   group = len(OUTPUTS)
 
   def batch_of(weight, elbo_ref, rows, norm):
     positive = REWARD if name == 'vrpo' else np.full(group, 1 / group)
-    return TrainBatch(None, None, jnp.ones((rows, L), bool), None, weight,
-                      jnp.tile(jnp.float32(positive), rows // group), None,
-                      jnp.float32(norm), jnp.float32(rows),
-                      {'elbo_ref': elbo_ref})
+    return TrainBatch(
+      None,
+      None,
+      jnp.ones((rows, L), bool),
+      None,
+      weight,
+      jnp.tile(jnp.float32(positive), rows // group),
+      None,
+      jnp.float32(norm),
+      jnp.float32(rows),
+      {'elbo_ref': elbo_ref},
+    )
 
   def loss(theta, tokens, weight):
     rows = len(tokens)
     draw = lambda seed: objective.draw(
-        jax.random.key(seed), jnp.arange(rows), jnp.ones((rows, L), bool), hp)
+      jax.random.key(seed), jnp.arange(rows), jnp.ones((rows, L), bool), hp
+    )
     masks = draw(0)
     judged = draw(1) if fresh else masks
-    elbo = lambda theta: jnp.mean(judged.weight * read(
-        theta, tokens, judged.masked)['logp'].sum(-1), axis=1)
+    elbo = lambda theta: jnp.mean(
+      judged.weight * read(theta, tokens, judged.masked)['logp'].sum(-1), axis=1
+    )
     batch = batch_of(weight, elbo(other), rows, copies)
-    batch = batch._replace(weight=objective.reweigh(
-        jax.lax.stop_gradient(elbo(theta)), None, batch, group, hp))
-    return objective.loss(read(theta, tokens, masks.masked)['logp'], masks,
-                          batch, None, hp)[0]
+    batch = batch._replace(
+      weight=objective.reweigh(
+        jax.lax.stop_gradient(elbo(theta)), None, batch, group, hp
+      )
+    )
+    return objective.loss(
+      read(theta, tokens, masks.masked)['logp'], masks, batch, None, hp
+    )[0]
 
-  got = -np.asarray(jax.jit(jax.grad(loss))(
-      THETA, tile(OUTPUTS), tile(np.float32(WEIGHT))))
+  got = -np.asarray(
+    jax.jit(jax.grad(loss))(THETA, tile(OUTPUTS), tile(np.float32(WEIGHT)))
+  )
   exact = batch_of(jnp.float32(WEIGHT), exact_elbo(other), group, 1)
   weight = objective.reweigh(exact_elbo(THETA), None, exact, group, hp)
   return got, elbo_gradient(np.asarray(weight))
@@ -269,8 +309,13 @@ def record_of(rule, entropy=True):
     at = order == step
     logp[at] = now[at]
     entropies[at] = -np.sum(np.exp(law) * law, -1)[at]
-  record = dict(order=order, logp=np.float32(logp), fallback=fallback,
-                place=np.float32(place), entropy=np.float32(entropies))
+  record = dict(
+    order=order,
+    logp=np.float32(logp),
+    fallback=fallback,
+    place=np.float32(place),
+    entropy=np.float32(entropies),
+  )
   return tokens, p, record
 
 
@@ -304,16 +349,25 @@ def test_residual_is_unbiased_with_fresh_masks():
 
 def test_vrpo_is_biased_by_its_noise():
   """The sigmoid of a noisy ELBO: less so with more draws."""
-  errors = [error(*reweighed_gradient('vrpo', False, beta=1.0, sft_coef=0.0,
-                                      draws=draws)) for draws in (1, 8)]
+  errors = [
+    error(*reweighed_gradient('vrpo', False, beta=1.0, sft_coef=0.0, draws=draws))
+    for draws in (1, 8)
+  ]
   assert errors[0] > 2 * errors[1] and errors[1] < 0.15, errors
 
 
-@pytest.mark.parametrize('name, scale, hp', [
-    ('espo', 1 / L, {}), ('espo', 1 / L, dict(masks='random')),
+@pytest.mark.parametrize(
+  'name, scale, hp',
+  [
+    ('espo', 1 / L, {}),
+    ('espo', 1 / L, dict(masks='random')),
     ('gdpo', 1 / L, dict(draws=2)),
     ('coupled_grpo', 1, dict(variant='elbo')),
-    ('gdsd', 20 / L, {}), ('residual', 1, {}), ('vrpo', 1, {})])
+    ('gdsd', 20 / L, {}),
+    ('residual', 1, {}),
+    ('vrpo', 1, {}),
+  ],
+)
 def test_elbo_gradients(name, scale, hp):
   """On policy the mean over masks is the weighted gradient of exact ELBOs."""
   got = gradient(name, OUTPUTS, WEIGHT, copies=MANY, **hp)
@@ -326,21 +380,24 @@ def test_rounded_counts_are_biased():
   assert error(L * got, elbo_gradient(WEIGHT)) > 0.1
 
 
-@pytest.mark.parametrize('name, rule, hp', [
+@pytest.mark.parametrize(
+  'name, rule, hp',
+  [
     ('just_grpo', 'left', {}),
     ('just_grpo', 'left', dict(choose='uniform', draws=2)),
     ('agrpo', 'random', dict(choose='each', draws=0)),
     ('agrpo', 'random', dict(choose='uniform', draws=2)),
     ('agrpo', 'random', dict(choose='entropy', draws=2)),
-    ('mapg', 'luce', dict(choose='each', draws=0))])
+    ('mapg', 'luce', dict(choose='each', draws=0)),
+  ],
+)
 def test_policy_gradients(name, rule, hp):
   """Times the number of steps it is the gradient of the expected reward."""
   tokens, p, record = record_of(rule)
   steps = record['order'].max(1) + 1
   assert np.ptp(steps) == 0
   copies = 1 if hp.get('choose') in (None, 'each') else 2000
-  got = steps[0] * gradient(name, tokens, p * reward_of(tokens), record,
-                            copies, **hp)
+  got = steps[0] * gradient(name, tokens, p * reward_of(tokens), record, copies, **hp)
   exact = policy_gradient(rule)
   assert error(got, exact) < (2e-4 if copies == 1 else 0.03)
 
@@ -348,8 +405,9 @@ def test_policy_gradients(name, rule, hp):
 def test_positions_have_a_gradient():
   """Without its position term MAPG is not the gradient of its sampler."""
   tokens, p, record = record_of('luce')
-  got = 2 * gradient('mapg', tokens, p * reward_of(tokens), record,
-                     choose='each', draws=0, places=False)
+  got = 2 * gradient(
+    'mapg', tokens, p * reward_of(tokens), record, choose='each', draws=0, places=False
+  )
   assert error(got, policy_gradient('luce')) > 0.1
 
 
@@ -373,11 +431,15 @@ def test_fork_is_the_part_of_its_tokens():
 
 # Cosines with the gradient of E[r] of the random-order sampler: measured once.
 BIASED = {
-    'espo': {}, 'diffu_grpo': dict(mask_prompt=0.0), 'wd1': dict(
-        mask_prompt=0.0),
-    'coupled_grpo': dict(beta=0.0), 'spg': dict(
-        mask_prompt=0.0, masks='random', draws=4), 'gdsd': dict(
-        variant='released'), 'vrpo': {}, 'diffpo': {}}
+  'espo': {},
+  'diffu_grpo': dict(mask_prompt=0.0),
+  'wd1': dict(mask_prompt=0.0),
+  'coupled_grpo': dict(beta=0.0),
+  'spg': dict(mask_prompt=0.0, masks='random', draws=4),
+  'gdsd': dict(variant='released'),
+  'vrpo': {},
+  'diffpo': {},
+}
 
 
 def test_measured_bias():
@@ -385,11 +447,14 @@ def test_measured_bias():
   tokens, p, record = record_of('random')
   exact = policy_gradient('random')
   weight = p * (reward_of(tokens) - np.sum(p * reward_of(tokens)))
-  found = {name: cosine(gradient(name, tokens, weight, record, 500, **hp),
-                        exact) for name, hp in BIASED.items()}
+  found = {
+    name: cosine(gradient(name, tokens, weight, record, 500, **hp), exact)
+    for name, hp in BIASED.items()
+  }
   assert all(0 < value < 0.999 for value in found.values())
-  whole = cosine(gradient('agrpo', tokens, weight, record, choose='each',
-                          draws=0), exact)
+  whole = cosine(
+    gradient('agrpo', tokens, weight, record, choose='each', draws=0), exact
+  )
   assert whole > 0.9999
 
 
@@ -398,14 +463,24 @@ def test_the_pick_and_its_law_agree():
   score = np.array([-0.2, -1.0, -0.5, -2.0], np.float32)
   rows = 20000
   look = picks.Look(
-      None, jnp.broadcast_to(jnp.exp(score), (rows, 4)),
-      jnp.ones((rows, 4), bool), jnp.full(rows, 2), None,
-      jax.random.uniform(jax.random.key(0), (rows, 4)))
-  taken = np.asarray(picks.pick_plackett_luce(
-      look, types.SimpleNamespace(rank_temperature=TAU)))
+    None,
+    jnp.broadcast_to(jnp.exp(score), (rows, 4)),
+    jnp.ones((rows, 4), bool),
+    jnp.full(rows, 2),
+    None,
+    jax.random.uniform(jax.random.key(0), (rows, 4)),
+  )
+  taken = np.asarray(
+    picks.pick_plackett_luce(look, types.SimpleNamespace(rank_temperature=TAU))
+  )
   for pair in itertools.combinations(range(4), 2):
     chosen = np.isin(np.arange(4), pair)
     share = np.mean((taken == chosen).all(1))
-    law = np.exp(float(picks.plackett_luce_logp(
-        jnp.asarray(score / TAU), jnp.ones(4, bool), jnp.asarray(chosen))))
+    law = np.exp(
+      float(
+        picks.plackett_luce_logp(
+          jnp.asarray(score / TAU), jnp.ones(4, bool), jnp.asarray(chosen)
+        )
+      )
+    )
     assert share == pytest.approx(law, abs=0.012)

@@ -19,54 +19,136 @@ V, D, N, F = 40, 16, 2, 24
 MASK, EOS = 33, 30
 
 LLADA = dict(  # every field of the published file
-    activation_type='silu', alibi=False, alibi_bias_max=8.0,
-    architectures=['LLaDAModelLM'], attention_dropout=0.0,
-    attention_layer_norm=False, attention_layer_norm_with_affine=True,
-    auto_map={'AutoConfig': 'configuration_llada.LLaDAConfig',
-              'AutoModel': 'modeling_llada.LLaDAModelLM'},
-    bias_for_layer_norm=False, block_group_size=1, block_type='llama',
-    d_model=D, embedding_dropout=0.0, embedding_size=V, eos_token_id=EOS,
-    flash_attention=False, include_bias=False, include_qkv_bias=False,
-    init_cutoff_factor=None, init_device='meta', init_fn='mitchell',
-    init_std=0.02, input_emb_norm=False, layer_norm_type='rms',
-    layer_norm_with_affine=True, mask_token_id=MASK, max_sequence_length=4096,
-    mlp_hidden_size=F, mlp_ratio=4, model_type='llada',
-    multi_query_attention=None, n_heads=4, n_kv_heads=4, n_layers=N,
-    pad_token_id=EOS, precision='amp_bf16', residual_dropout=0.0,
-    rms_norm_eps=1e-05, rope=True, rope_full_precision=True,
-    rope_theta=500000.0, scale_logits=False, transformers_version='4.46.3',
-    use_cache=False, vocab_size=V, weight_tying=False)
+  activation_type='silu',
+  alibi=False,
+  alibi_bias_max=8.0,
+  architectures=['LLaDAModelLM'],
+  attention_dropout=0.0,
+  attention_layer_norm=False,
+  attention_layer_norm_with_affine=True,
+  auto_map={
+    'AutoConfig': 'configuration_llada.LLaDAConfig',
+    'AutoModel': 'modeling_llada.LLaDAModelLM',
+  },
+  bias_for_layer_norm=False,
+  block_group_size=1,
+  block_type='llama',
+  d_model=D,
+  embedding_dropout=0.0,
+  embedding_size=V,
+  eos_token_id=EOS,
+  flash_attention=False,
+  include_bias=False,
+  include_qkv_bias=False,
+  init_cutoff_factor=None,
+  init_device='meta',
+  init_fn='mitchell',
+  init_std=0.02,
+  input_emb_norm=False,
+  layer_norm_type='rms',
+  layer_norm_with_affine=True,
+  mask_token_id=MASK,
+  max_sequence_length=4096,
+  mlp_hidden_size=F,
+  mlp_ratio=4,
+  model_type='llada',
+  multi_query_attention=None,
+  n_heads=4,
+  n_kv_heads=4,
+  n_layers=N,
+  pad_token_id=EOS,
+  precision='amp_bf16',
+  residual_dropout=0.0,
+  rms_norm_eps=1e-05,
+  rope=True,
+  rope_full_precision=True,
+  rope_theta=500000.0,
+  scale_logits=False,
+  transformers_version='4.46.3',
+  use_cache=False,
+  vocab_size=V,
+  weight_tying=False,
+)
 DREAM = dict(
-    architectures=['DreamModel'], attention_dropout=0.0,
-    auto_map={'AutoModel': 'modeling_dream.DreamModel'}, bos_token_id=EOS,
-    eos_token_id=EOS, hidden_act='silu', hidden_size=D, initializer_range=0.02,
-    intermediate_size=F, mask_token_id=MASK, max_position_embeddings=131072,
-    max_window_layers=N, model_type='Dream', num_attention_heads=4,
-    num_hidden_layers=N, num_key_value_heads=2, pad_token_id=EOS,
-    rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000.0,
-    sliding_window=None, tie_word_embeddings=False, torch_dtype='bfloat16',
-    transformers_version='4.46.2', use_cache=True, use_mrope=False,
-    use_sliding_window=False, vocab_size=V)
+  architectures=['DreamModel'],
+  attention_dropout=0.0,
+  auto_map={'AutoModel': 'modeling_dream.DreamModel'},
+  bos_token_id=EOS,
+  eos_token_id=EOS,
+  hidden_act='silu',
+  hidden_size=D,
+  initializer_range=0.02,
+  intermediate_size=F,
+  mask_token_id=MASK,
+  max_position_embeddings=131072,
+  max_window_layers=N,
+  model_type='Dream',
+  num_attention_heads=4,
+  num_hidden_layers=N,
+  num_key_value_heads=2,
+  pad_token_id=EOS,
+  rms_norm_eps=1e-06,
+  rope_scaling=None,
+  rope_theta=1000000.0,
+  sliding_window=None,
+  tie_word_embeddings=False,
+  torch_dtype='bfloat16',
+  transformers_version='4.46.2',
+  use_cache=True,
+  use_mrope=False,
+  use_sliding_window=False,
+  vocab_size=V,
+)
 QWEN3 = dict(
-    architectures=['A2DQwen3LMHeadModel'], attention_bias=False,
-    attention_dropout=0.0, bos_token_id=EOS, eos_token_id=EOS, head_dim=6,
-    hidden_act='silu', hidden_size=D, initializer_range=0.02,
-    intermediate_size=F, mask_token_id=MASK, max_position_embeddings=32768,
-    max_window_layers=N, model_type='a2d-qwen3', num_attention_heads=4,
-    num_hidden_layers=N, num_key_value_heads=1, rms_norm_eps=1e-06,
-    rope_scaling=None, rope_theta=1000000, sliding_window=None,
-    tie_word_embeddings=True, torch_dtype='bfloat16', use_cache=True,
-    use_sliding_window=False, vocab_size=V)
+  architectures=['A2DQwen3LMHeadModel'],
+  attention_bias=False,
+  attention_dropout=0.0,
+  bos_token_id=EOS,
+  eos_token_id=EOS,
+  head_dim=6,
+  hidden_act='silu',
+  hidden_size=D,
+  initializer_range=0.02,
+  intermediate_size=F,
+  mask_token_id=MASK,
+  max_position_embeddings=32768,
+  max_window_layers=N,
+  model_type='a2d-qwen3',
+  num_attention_heads=4,
+  num_hidden_layers=N,
+  num_key_value_heads=1,
+  rms_norm_eps=1e-06,
+  rope_scaling=None,
+  rope_theta=1000000,
+  sliding_window=None,
+  tie_word_embeddings=True,
+  torch_dtype='bfloat16',
+  use_cache=True,
+  use_sliding_window=False,
+  vocab_size=V,
+)
 CONFIGS = {
-    'llada': LLADA,
-    'llada_gqa': {**LLADA, 'n_kv_heads': 2},
-    'dream': DREAM,
-    'qwen3': QWEN3,
-    'sdar': {**QWEN3, 'model_type': 'sdar', 'block_size': 4,
-             'tie_word_embeddings': False, 'fuse_cross_entropy': True},
-    'llama': {k: v for k, v in {
-        **QWEN3, 'model_type': 'llama', 'tie_word_embeddings': False,
-        'mlp_bias': False}.items() if k != 'head_dim'},
+  'llada': LLADA,
+  'llada_gqa': {**LLADA, 'n_kv_heads': 2},
+  'dream': DREAM,
+  'qwen3': QWEN3,
+  'sdar': {
+    **QWEN3,
+    'model_type': 'sdar',
+    'block_size': 4,
+    'tie_word_embeddings': False,
+    'fuse_cross_entropy': True,
+  },
+  'llama': {
+    k: v
+    for k, v in {
+      **QWEN3,
+      'model_type': 'llama',
+      'tie_word_embeddings': False,
+      'mlp_bias': False,
+    }.items()
+    if k != 'head_dim'
+  },
 }
 
 
@@ -74,15 +156,27 @@ def shapes(c):
   """{tensor: shape} as torch has them, (out, in), for a config.json."""
   if c['model_type'] == 'llada':
     kv = D // c['n_heads'] * c['n_kv_heads']
-    out = {'model.transformer.wte.weight': (V, D),
-           'model.transformer.ln_f.weight': (D,),
-           'model.transformer.ff_out.weight': (V, D)}
+    out = {
+      'model.transformer.wte.weight': (V, D),
+      'model.transformer.ln_f.weight': (D,),
+      'model.transformer.ff_out.weight': (V, D),
+    }
     for i in range(N):
       block = f'model.transformer.blocks.{i}.'
-      out |= {block + name + '.weight': shape for name, shape in dict(
-          attn_norm=(D,), ff_norm=(D,), q_proj=(D, D), k_proj=(kv, D),
-          v_proj=(kv, D), attn_out=(D, D), ff_proj=(F, D), up_proj=(F, D),
-          ff_out=(D, F)).items()}
+      out |= {
+        block + name + '.weight': shape
+        for name, shape in dict(
+          attn_norm=(D,),
+          ff_norm=(D,),
+          q_proj=(D, D),
+          k_proj=(kv, D),
+          v_proj=(kv, D),
+          attn_out=(D, D),
+          ff_proj=(F, D),
+          up_proj=(F, D),
+          ff_out=(D, F),
+        ).items()
+      }
     return out
   heads, kv = c['num_attention_heads'], c['num_key_value_heads']
   dim = c.get('head_dim', D // heads)
@@ -91,15 +185,25 @@ def shapes(c):
     out['lm_head.weight'] = (V, D)
   for i in range(N):
     layer = f'model.layers.{i}.'
-    out |= {layer + name + '.weight': shape for name, shape in {
-        'input_layernorm': (D,), 'post_attention_layernorm': (D,),
+    out |= {
+      layer + name + '.weight': shape
+      for name, shape in {
+        'input_layernorm': (D,),
+        'post_attention_layernorm': (D,),
         'self_attn.q_proj': (heads * dim, D),
-        'self_attn.k_proj': (kv * dim, D), 'self_attn.v_proj': (kv * dim, D),
-        'self_attn.o_proj': (D, heads * dim), 'mlp.gate_proj': (F, D),
-        'mlp.up_proj': (F, D), 'mlp.down_proj': (D, F)}.items()}
+        'self_attn.k_proj': (kv * dim, D),
+        'self_attn.v_proj': (kv * dim, D),
+        'self_attn.o_proj': (D, heads * dim),
+        'mlp.gate_proj': (F, D),
+        'mlp.up_proj': (F, D),
+        'mlp.down_proj': (D, F),
+      }.items()
+    }
     if c['model_type'] == 'Dream':
-      out |= {f'{layer}self_attn.{n}_proj.bias': (k * dim,)
-              for n, k in (('q', heads), ('k', kv), ('v', kv))}
+      out |= {
+        f'{layer}self_attn.{n}_proj.bias': (k * dim,)
+        for n, k in (('q', heads), ('k', kv), ('v', kv))
+      }
     if c['model_type'] in ('a2d-qwen3', 'sdar'):
       out |= {f'{layer}self_attn.{n}_norm.weight': (dim,) for n in 'qk'}
   return out
@@ -111,33 +215,41 @@ def write(folder, c, shards=1, dtype=np.float32, tensors=None):
   (folder / 'config.json').write_text(json.dumps(c))
   if tensors is None:
     draw = np.random.default_rng(0)
-    tensors = {name: (0.3 * draw.normal(size=shape)
-                      + ('norm' in name or 'ln_f' in name)).astype(dtype)
-               for name, shape in shapes(c).items()}
+    tensors = {
+      name: (0.3 * draw.normal(size=shape) + ('norm' in name or 'ln_f' in name)).astype(
+        dtype
+      )
+      for name, shape in shapes(c).items()
+    }
   names = list(tensors)
   index = {}
   for i in range(shards):
-    file = ('model.safetensors' if shards == 1 else
-            f'model-{i + 1:05d}-of-{shards:05d}.safetensors')
+    file = (
+      'model.safetensors'
+      if shards == 1
+      else f'model-{i + 1:05d}-of-{shards:05d}.safetensors'
+    )
     save_file({n: tensors[n] for n in names[i::shards]}, folder / file)
     index |= dict.fromkeys(names[i::shards], file)
   if shards > 1:
-    (folder / 'model.safetensors.index.json').write_text(json.dumps(
-        {'metadata': {}, 'weight_map': index}))
+    (folder / 'model.safetensors.index.json').write_text(
+      json.dumps({'metadata': {}, 'weight_map': index})
+    )
   return folder
 
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
   root = tmp_path_factory.mktemp('checkpoints')
-  return {name: write(root / name, c, shards=1 + 2 * (name == 'llada'))
-          for name, c in CONFIGS.items()}
+  return {
+    name: write(root / name, c, shards=1 + 2 * (name == 'llada'))
+    for name, c in CONFIGS.items()
+  }
 
 
 @pytest.fixture(scope='module')
 def loaded(folders):
-  return {name: weights.load_hf(str(folder))
-          for name, folder in folders.items()}
+  return {name: weights.load_hf(str(folder)) for name, folder in folders.items()}
 
 
 TOKENS = np.random.default_rng(1).integers(0, V, 11).astype(np.int32)
@@ -166,8 +278,9 @@ def test_padding_moves_nothing(name, loaded):
   valid = np.ones_like(rows, bool)
   valid[1, :pad] = False
   both = model.full_logits(cfg, params, rows, valid)
-  alone = model.full_logits(cfg, params, TOKENS[None, pad:],
-                            np.ones((1, len(TOKENS) - pad), bool))
+  alone = model.full_logits(
+    cfg, params, TOKENS[None, pad:], np.ones((1, len(TOKENS) - pad), bool)
+  )
   np.testing.assert_allclose(both[1, pad:], alone[0], atol=1e-5)
 
 
@@ -176,17 +289,20 @@ def test_sharded_as_on_one_device(name, folders, loaded):
   """Eight devices hold the same numbers, each its part by mesh.RULES."""
   grid = mesh.make_mesh(fsdp=4, tensor=2)
   cfg, params = weights.load_hf(str(folders[name]), mesh=grid)
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(params),
-               jax.device_get(loaded[name][1]))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    jax.device_get(params),
+    jax.device_get(loaded[name][1]),
+  )
   wanted = mesh.shardings(params, grid)
-  assert jax.tree.all(jax.tree.map(
-      lambda x, s: x.sharding == s, params, wanted))
+  assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, params, wanted))
   up = params['params']['layers']['up']['kernel']
   assert up.addressable_shards[0].data.shape == (N, D // 4, F // 2)
   with jax.set_mesh(grid):
     got = jax.jit(lambda p: model.full_logits(cfg, p, TOKENS[None]))(params)
   np.testing.assert_allclose(
-      got, model.full_logits(*loaded[name], TOKENS[None]), atol=1e-5)
+    got, model.full_logits(*loaded[name], TOKENS[None]), atol=1e-5
+  )
 
 
 def test_blocks_see_no_later_block(loaded):
@@ -218,8 +334,7 @@ def test_dtype_is_as_asked(tmp_path):
   _, wide = weights.load_hf(str(folder))
   cfg, narrow = weights.load_hf(str(folder), 'bfloat16')
   assert cfg.param_dtype == 'bfloat16'
-  for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow),
-                  strict=True):
+  for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(narrow), strict=True):
     assert a.dtype == jnp.float32 and b.dtype == jnp.bfloat16
     np.testing.assert_array_equal(a, b.astype(jnp.float32))
 
@@ -229,18 +344,19 @@ def test_dtype_is_as_asked(tmp_path):
 
 def test_special_ids(tmp_path):
   """From config.json, tokenizer_config.json, or the usual names, in order."""
-  bare = {k: v for k, v in LLADA.items() if k not in
-          ('mask_token_id', 'pad_token_id')} | {'eos_token_id': [EOS, 31]}
+  bare = {
+    k: v for k, v in LLADA.items() if k not in ('mask_token_id', 'pad_token_id')
+  } | {'eos_token_id': [EOS, 31]}
   folder = write(tmp_path / 'x', bare)
   added = [{'content': '<|mdm_mask|>', 'id': 35}, {'content': '<m>', 'id': 36}]
   (folder / 'tokenizer.json').write_text(json.dumps({'added_tokens': added}))
   cfg, _ = weights.load_hf(str(folder))
   assert (cfg.mask_id, cfg.eos_id, cfg.pad_id) == (35, EOS, EOS)
-  (folder / 'tokenizer_config.json').write_text(json.dumps(
-      {'mask_token': {'content': '<m>'}}))
+  (folder / 'tokenizer_config.json').write_text(
+    json.dumps({'mask_token': {'content': '<m>'}})
+  )
   assert weights.load_hf(str(folder))[0].mask_id == 36
-  (folder / 'config.json').write_text(json.dumps(
-      bare | {'mask_token_id': 34}))
+  (folder / 'config.json').write_text(json.dumps(bare | {'mask_token_id': 34}))
   with pytest.raises(ValueError, match="= 34, but tokenizer_.*'<m>' = 36"):
     weights.load_hf(str(folder))
 
@@ -252,19 +368,21 @@ def without(c, *names):
   return {k: v for k, v in c.items() if k not in names}
 
 
-@pytest.mark.parametrize('c, message', [
+@pytest.mark.parametrize(
+  'c, message',
+  [
     ({**LLADA, 'model_type': 'lada'}, "'lada' is none of .*mean 'llada'"),
-    ({**LLADA, 'experts': 8}, "experts = 8 is an unknown field"),
+    ({**LLADA, 'experts': 8}, 'experts = 8 is an unknown field'),
     ({**LLADA, 'alibi': True}, 'alibi = True: only False is implemented'),
-    (without(LLADA, 'n_layers', 'd_model'),
-     'd_model is missing.*n_layers is missing'),
+    (without(LLADA, 'n_layers', 'd_model'), 'd_model is missing.*n_layers is missing'),
     ({**LLADA, 'mask_token_id': V}, f'{V} is outside the vocabulary of {V}'),
     ({**LLADA, 'mask_token_id': EOS}, 'mask_token_id = eos_token_id'),
     (without(LLADA, 'mask_token_id'), 'mask_token_id is missing'),
     ({**DREAM, 'rope_scaling': {'rope_type': 'yarn'}}, 'rope_scaling = .*yarn'),
     ({**DREAM, 'layer_types': ['sliding_attention'] * N}, 'layer_types'),
     ({**LLADA, 'quantization_config': {'bits': 4}}, 'quantization_config'),
-])
+  ],
+)
 def test_configs_that_are_refused(c, message, tmp_path):
   """One sentence that names the file, the field and what would be right."""
   folder = write(tmp_path / 'x', c, tensors={'a': np.zeros(1)})
@@ -284,8 +402,11 @@ def test_all_wrong_tensors_in_one_error(tmp_path, monkeypatch):
   folder = write(tmp_path / 'x', LLADA, tensors=tensors)
   with pytest.raises(ValueError) as info:
     weights.load_hf(str(folder))
-  for part in (f'{q} is ({D}, {D + 1}), config.json means ({D}, {D})',
-               'ln_f.weight is missing', 'model.visual.weight is unexpected'):
+  for part in (
+    f'{q} is ({D}, {D + 1}), config.json means ({D}, {D})',
+    'ln_f.weight is missing',
+    'model.visual.weight is unexpected',
+  ):
     assert part in str(info.value)
 
 
@@ -312,38 +433,53 @@ def test_directories_that_are_refused(tmp_path, monkeypatch):
   lost.unlink()
   with pytest.raises(ValueError, match='index.json names .*00002'):
     load(folder)
-  with pytest.raises(ValueError, match="no directory, and no hub name"):
+  with pytest.raises(ValueError, match='no directory, and no hub name'):
     load(tmp_path / 'nowhere')
 
   def offline(*_, **__):
     raise OSError('no network\nmore')
+
   monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
   with pytest.raises(ValueError, match='could not be had .*: no network$'):
     load('GSAI-ML/LLaDA-8B-Instruct')
   asked = []
-  monkeypatch.setattr('huggingface_hub.snapshot_download',
-                      lambda *_, **how: asked.append(how['allow_patterns']))
+  monkeypatch.setattr(
+    'huggingface_hub.snapshot_download',
+    lambda *_, **how: asked.append(how['allow_patterns']),
+  )
   weights.locate('GSAI-ML/LLaDA-8B-Instruct', False)
   # auto_map in config.json points at code: an export must have it, too.
   assert '*.py' in asked[0] and '*.safetensors' not in asked[0]
 
 
-@pytest.mark.parametrize('name', [
-    '../secret.safetensors', '{folder}/secret.safetensors', '..', '',
-    'model.bin', 'x/../../secret.safetensors', 7])
+@pytest.mark.parametrize(
+  'name',
+  [
+    '../secret.safetensors',
+    '{folder}/secret.safetensors',
+    '..',
+    '',
+    'model.bin',
+    'x/../../secret.safetensors',
+    7,
+  ],
+)
 def test_index_that_leads_out_of_its_directory(name, tmp_path):
   """What a downloaded index names is a file beside it, or nothing is read."""
   write(tmp_path / 'x', LLADA, shards=2)
   path = tmp_path / 'x' / weights.INDEX
   index = json.loads(path.read_text())
   (tmp_path / 'x' / 'model-00002-of-00002.safetensors').rename(
-      tmp_path / 'secret.safetensors')
+    tmp_path / 'secret.safetensors'
+  )
   outside = str(name).format(folder=tmp_path)
   index['weight_map'] = {
-      k: outside if '00002' in v else v for k, v in index['weight_map'].items()}
+    k: outside if '00002' in v else v for k, v in index['weight_map'].items()
+  }
   path.write_text(json.dumps(index))
-  with pytest.raises(ValueError, match='index.json names .*, which is no .*of '
-                     'this directory'):
+  with pytest.raises(
+    ValueError, match='index.json names .*, which is no .*of this directory'
+  ):
     weights.load_hf(str(tmp_path / 'x'))
 
 
@@ -385,35 +521,61 @@ def test_loading_needs_little_host_memory(tmp_path):
   Device arrays lie in the same memory on CPUs: they are taken out.
   """
   width, mlp, layers, vocab = 384, 1152, 16, 126464
-  c = {**LLADA, 'd_model': width, 'mlp_hidden_size': mlp, 'n_layers': layers,
-       'n_heads': 3, 'n_kv_heads': 3, 'vocab_size': vocab,
-       'embedding_size': vocab, 'mask_token_id': 126336,
-       'eos_token_id': 126081, 'pad_token_id': 126081}
+  c = {
+    **LLADA,
+    'd_model': width,
+    'mlp_hidden_size': mlp,
+    'n_layers': layers,
+    'n_heads': 3,
+    'n_kv_heads': 3,
+    'vocab_size': vocab,
+    'embedding_size': vocab,
+    'mask_token_id': 126336,
+    'eos_token_id': 126081,
+    'pad_token_id': 126081,
+  }
   blocks = {}
   for i in range(layers):
-    blocks |= {f'model.transformer.blocks.{i}.{n}.weight': s for n, s in dict(
-        attn_norm=(width,), ff_norm=(width,), q_proj=(width, width),
-        k_proj=(width, width), v_proj=(width, width), attn_out=(width, width),
-        ff_proj=(mlp, width), up_proj=(mlp, width),
-        ff_out=(width, mlp)).items()}
+    blocks |= {
+      f'model.transformer.blocks.{i}.{n}.weight': s
+      for n, s in dict(
+        attn_norm=(width,),
+        ff_norm=(width,),
+        q_proj=(width, width),
+        k_proj=(width, width),
+        v_proj=(width, width),
+        attn_out=(width, width),
+        ff_proj=(mlp, width),
+        up_proj=(mlp, width),
+        ff_out=(width, mlp),
+      ).items()
+    }
   names = list(blocks)
-  parts = [{'model.transformer.wte.weight': (vocab, width)},
-           {n: blocks[n] for n in names[:len(names) // 2]},
-           {n: blocks[n] for n in names[len(names) // 2:]},
-           {'model.transformer.ff_out.weight': (vocab, width),
-            'model.transformer.ln_f.weight': (width,)}]
+  parts = [
+    {'model.transformer.wte.weight': (vocab, width)},
+    {n: blocks[n] for n in names[: len(names) // 2]},
+    {n: blocks[n] for n in names[len(names) // 2 :]},
+    {
+      'model.transformer.ff_out.weight': (vocab, width),
+      'model.transformer.ln_f.weight': (width,),
+    },
+  ]
   (tmp_path / 'config.json').write_text(json.dumps(c))
   index, largest = {}, 0
   for i, part in enumerate(parts):
     file = f'model-{i + 1:05d}-of-00004.safetensors'
-    save_file({n: np.ones(s, ml_dtypes.bfloat16) for n, s in part.items()},
-              tmp_path / file)
+    save_file(
+      {n: np.ones(s, ml_dtypes.bfloat16) for n, s in part.items()}, tmp_path / file
+    )
     largest = max(largest, (tmp_path / file).stat().st_size)
     index |= dict.fromkeys(part, file)
   (tmp_path / weights.INDEX).write_text(json.dumps({'weight_map': index}))
   told = subprocess.run(
-      [sys.executable, '-c', MEASURE, str(tmp_path)], capture_output=True,
-      text=True, check=True)
+    [sys.executable, '-c', MEASURE, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   peak, device, total = map(int, told.stdout.split())
   assert total > 240e6 and device < total / 7  # an eighth, and the norms
   assert peak < 1.5 * largest, (peak, largest)
@@ -426,14 +588,17 @@ def test_loading_needs_little_host_memory(tmp_path):
 def silent(monkeypatch):
   def refuse(*_):
     raise AssertionError('asked on the terminal')
+
   monkeypatch.setattr(builtins, 'input', refuse)
 
 
 def test_llada_tokenizer(tmp_path, silent):
   """tokenizer.json beside an auto_map: only data, with LLaDA's template."""
   tokenizer = data.char_tokenizer()
-  tokenizer.add_tokens(['<|start_header_id|>', '<|end_header_id|>',
-                        '<|eot_id|>', '<|startoftext|>'], special_tokens=True)
+  tokenizer.add_tokens(
+    ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<|startoftext|>'],
+    special_tokens=True,
+  )
   tokenizer.bos_token = '<|startoftext|>'
   tokenizer.chat_template = None
   tokenizer.save_pretrained(tmp_path)
@@ -446,28 +611,65 @@ def test_llada_tokenizer(tmp_path, silent):
   got = data.load_tokenizer(str(tmp_path), {'mask_id': mask})
   assert got.mask_token_id == mask
   text = got.decode(data.encode_chat(got, 'hi'))
-  assert text == ('<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n'
-                  'hi<|eot_id|><|start_header_id|>assistant<|end_header_id|>'
-                  '\n\n')
+  assert text == (
+    '<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n'
+    'hi<|eot_id|><|start_header_id|>assistant<|end_header_id|>'
+    '\n\n'
+  )
   vocab = got.get_vocab()
   assert set(data.stop_ids(got)) == {vocab['<|eos|>'], vocab['<|eot_id|>']}
 
 
 def test_dream_tokenizer(tmp_path, silent):
   """Qwen's vocab.json and merges.txt, without tokenizer.json."""
-  vocab = {c: i for i, c in enumerate(
-      ['h', 'i', 'hi', 'u', 's', 'e', 'r', 'a', 't', 'n', 'Ċ', 'Ġ',
-       '<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|mask|>'])}
+  vocab = {
+    c: i
+    for i, c in enumerate(
+      [
+        'h',
+        'i',
+        'hi',
+        'u',
+        's',
+        'e',
+        'r',
+        'a',
+        't',
+        'n',
+        'Ċ',
+        'Ġ',
+        '<|endoftext|>',
+        '<|im_start|>',
+        '<|im_end|>',
+        '<|mask|>',
+      ]
+    )
+  }
   (tmp_path / 'vocab.json').write_text(json.dumps(vocab))
   (tmp_path / 'merges.txt').write_text('#version: 0.2\nh i\n')
-  special = {str(i): {'content': t, 'special': True, 'lstrip': False,
-                      'rstrip': False, 'normalized': False,
-                      'single_word': False}
-             for t, i in vocab.items() if t.startswith('<|')}
-  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({
-      'added_tokens_decoder': special, 'eos_token': '<|endoftext|>',
-      'pad_token': '<|endoftext|>', 'tokenizer_class': 'DreamTokenizer',
-      'auto_map': {'AutoTokenizer': ['tokenization_dream.X', None]}}))
+  special = {
+    str(i): {
+      'content': t,
+      'special': True,
+      'lstrip': False,
+      'rstrip': False,
+      'normalized': False,
+      'single_word': False,
+    }
+    for t, i in vocab.items()
+    if t.startswith('<|')
+  }
+  (tmp_path / 'tokenizer_config.json').write_text(
+    json.dumps(
+      {
+        'added_tokens_decoder': special,
+        'eos_token': '<|endoftext|>',
+        'pad_token': '<|endoftext|>',
+        'tokenizer_class': 'DreamTokenizer',
+        'auto_map': {'AutoTokenizer': ['tokenization_dream.X', None]},
+      }
+    )
+  )
   got = data.load_tokenizer(str(tmp_path), {'mask_id': 15})
   assert (got.mask_token_id, got.eos_token_id) == (15, 12)
   assert got('hi', add_special_tokens=False)['input_ids'] == [2]
@@ -484,8 +686,7 @@ def test_tokenizers_that_are_refused(tmp_path):
   plain.chat_template = None
   plain.save_pretrained(tmp_path)
   text = (tmp_path / 'tokenizer.json').read_text()
-  (tmp_path / 'tokenizer.json').write_text(
-      text.replace('<|assistant|>', '<|helper|>'))
+  (tmp_path / 'tokenizer.json').write_text(text.replace('<|assistant|>', '<|helper|>'))
   with pytest.raises(ValueError, match='has no chat template'):
     data.load_tokenizer(str(tmp_path))
   path = tmp_path / 'tokenizer_config.json'

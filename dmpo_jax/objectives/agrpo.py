@@ -40,27 +40,37 @@ def draw(key, row_R, completion_RxL, hp, record):
 
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   """(mean over rows of the mean over steps, metrics)."""
-  old = jnp.broadcast_to(batch.extra['record']['logp'][:, None],
-                         logp_RxKxL.shape)
+  old = jnp.broadcast_to(batch.extra['record']['logp'][:, None], logp_RxKxL.shape)
   old = jnp.where(masks.counted, old, 0.0)
   now = jnp.where(masks.counted, logp_RxKxL, 0.0)
-  value = shared.terms(now, old, batch, hp,
-                       batch.extra['tokens_ref'] if hp.beta else None)
+  value = shared.terms(
+    now, old, batch, hp, batch.extra['tokens_ref'] if hp.beta else None
+  )
   return shared.total(value, masks, batch), shared.gap_metrics(
-      now, old, masks.counted, batch)
+    now, old, masks.counted, batch
+  )
 
 
 def needs(hp):
-  return ({'record', 'law'} | ({'tokens_ref'} if hp.beta else set())
-          | ({'entropy'} if hp.choose in ('entropy', 'top') else set()))
+  return (
+    {'record', 'law'}
+    | ({'tokens_ref'} if hp.beta else set())
+    | ({'entropy'} if hp.choose in ('entropy', 'top') else set())
+  )
 
 
 def check(hp):
   return shared.ratio_rules(hp) + shared.complain(
-      hp, choose=shared.CHOICES,
-      draws=shared.least(0 if hp.choose == 'each' else 1))
+    hp, choose=shared.CHOICES, draws=shared.least(0 if hp.choose == 'each' else 1)
+  )
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_rows,
-    reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=draw,
+  weigh=shared.weigh_rows,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

@@ -44,8 +44,10 @@ def draw(key, row_R, completion_RxL, hp):
     key_rate, key_mask = jax.random.split(key)
     rate = jax.random.uniform(key_rate, minval=hp.low, maxval=hp.high)
     some = jax.random.uniform(key_mask, (length,)) < rate
-    return (jnp.stack([jnp.ones_like(some), some, ~some]),
-            jnp.stack([jnp.ones_like(rate), 1 / rate, 1 / (1 - rate)]))
+    return (
+      jnp.stack([jnp.ones_like(some), some, ~some]),
+      jnp.stack([jnp.ones_like(rate), 1 / rate, 1 / (1 - rate)]),
+    )
 
   masked, weight = rng.per_row(key, row_R, one)
   if hp.variant == 'released':
@@ -59,11 +61,14 @@ def token_logp(logp_RxKxL, masks):
 
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   """(sum over counted tokens, metrics)."""
-  extra = {name: token_logp(x, masks) if name.startswith('tokens_') else x
-           for name, x in batch.extra.items()}
+  extra = {
+    name: token_logp(x, masks) if name.startswith('tokens_') else x
+    for name, x in batch.extra.items()
+  }
   whole = masks._replace(weight=jnp.ones_like(masks.weight[:, :1]))
-  return diffu_grpo.loss(token_logp(logp_RxKxL, masks), whole,
-                         batch._replace(extra=extra), elbo_old_R, hp)
+  return diffu_grpo.loss(
+    token_logp(logp_RxKxL, masks), whole, batch._replace(extra=extra), elbo_old_R, hp
+  )
 
 
 def needs(hp):
@@ -72,13 +77,21 @@ def needs(hp):
 
 def check(hp):
   found = shared.ratio_rules(hp) + shared.complain(
-      hp, variant=('released', 'unit', 'elbo'))
+    hp, variant=('released', 'unit', 'elbo')
+  )
   if not 0 < hp.low < hp.high < 1:
-    found.append(f'objective.low = {hp.low}, objective.high = {hp.high} must '
-                 'be 0 < low < high < 1')
+    found.append(
+      f'objective.low = {hp.low}, objective.high = {hp.high} must be 0 < low < high < 1'
+    )
   return found
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_tokens,
-    reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=draw,
+  weigh=shared.weigh_tokens,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

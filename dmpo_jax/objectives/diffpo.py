@@ -50,26 +50,34 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   pi, old = extra['record']['logp'][:, None], extra['tokens_old']
   gap = jnp.where(masks.counted, old - pi, 0.0)
   weight = shared.like(batch.weight, old) * jnp.minimum(
-      jnp.exp(jnp.minimum(gap, 20.0)), hp.truncate)
-  value = -shared.surrogate(logp_RxKxL - old, weight, hp.clip,
-                            hp.clip_high or hp.clip)
+    jnp.exp(jnp.minimum(gap, 20.0)), hp.truncate
+  )
+  value = -shared.surrogate(logp_RxKxL - old, weight, hp.clip, hp.clip_high or hp.clip)
   if hp.beta:
-    value += hp.beta * shared.like(batch.positive, old) * shared.kl(
-        hp.kl, logp_RxKxL, extra['tokens_ref'], old)
+    value += (
+      hp.beta
+      * shared.like(batch.positive, old)
+      * shared.kl(hp.kl, logp_RxKxL, extra['tokens_ref'], old)
+    )
   return shared.total(value, masks, batch), shared.gap_metrics(
-      logp_RxKxL, old, masks.counted, batch)
+    logp_RxKxL, old, masks.counted, batch
+  )
 
 
 def needs(hp):
-  return {'record', 'law', 'tokens_old'} | (
-      {'tokens_ref'} if hp.beta else set())
+  return {'record', 'law', 'tokens_old'} | ({'tokens_ref'} if hp.beta else set())
 
 
 def check(hp):
-  return shared.ratio_rules(hp) + shared.complain(
-      hp, truncate=shared.above(0))
+  return shared.ratio_rules(hp) + shared.complain(hp, truncate=shared.above(0))
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_tokens,
-    reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=draw,
+  weigh=shared.weigh_tokens,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

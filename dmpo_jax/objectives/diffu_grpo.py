@@ -36,24 +36,27 @@ def draw(key, row_R, completion_RxL, hp, record=None):
   masked = jnp.ones_like(completion_RxL)[:, None]
   prompt = None
   if hp.mask_prompt:
-    prompt = masking.draw_prompt(key, row_R, record['prompt'], 1,
-                                 hp.mask_prompt)
-  return Masks(masked, jnp.ones(masked.shape[:2]), completion_RxL[:, None],
-               prompt)
+    prompt = masking.draw_prompt(key, row_R, record['prompt'], 1, hp.mask_prompt)
+  return Masks(masked, jnp.ones(masked.shape[:2]), completion_RxL[:, None], prompt)
 
 
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   """(sum over counted tokens, metrics)."""
   old = batch.extra['tokens_old']
-  value = shared.terms(logp_RxKxL, old, batch, hp,
-                       batch.extra['tokens_ref'] if hp.beta else None)
+  value = shared.terms(
+    logp_RxKxL, old, batch, hp, batch.extra['tokens_ref'] if hp.beta else None
+  )
   return shared.total(value, masks, batch), shared.gap_metrics(
-      logp_RxKxL, old, masks.counted, batch)
+    logp_RxKxL, old, masks.counted, batch
+  )
 
 
 def needs(hp):
-  return ({'tokens_old'} | ({'tokens_ref'} if hp.beta else set())
-          | ({'prompt'} if hp.mask_prompt else set()))
+  return (
+    {'tokens_old'}
+    | ({'tokens_ref'} if hp.beta else set())
+    | ({'prompt'} if hp.mask_prompt else set())
+  )
 
 
 def check(hp):
@@ -61,5 +64,11 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_tokens,
-    reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=draw,
+  weigh=shared.weigh_tokens,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

@@ -80,7 +80,7 @@ def target_weights(reward_BxG, log_rnd_BxG, alpha, coef=1.0):
 
 def effective_size(weight_BxG):
   """(B,) 1 / (G sum w^2): 1 = all equal, 1/G = one holds everything."""
-  return 1 / (weight_BxG.shape[-1] * jnp.sum(weight_BxG ** 2, axis=-1))
+  return 1 / (weight_BxG.shape[-1] * jnp.sum(weight_BxG**2, axis=-1))
 
 
 def adaptive_coef(reward_BxG, log_rnd_BxG, alpha, ess):
@@ -89,6 +89,7 @@ def adaptive_coef(reward_BxG, log_rnd_BxG, alpha, ess):
   The effective size falls as c grows, so bisection finds it; where even the
   ends miss it, the nearer end is returned. dmpo_trainer.py:629-676.
   """
+
   def halve(_, ends):
     low, high = ends
     middle = (low + high) / 2
@@ -96,8 +97,7 @@ def adaptive_coef(reward_BxG, log_rnd_BxG, alpha, ess):
     flat = effective_size(weight) > ess  # too flat: c may grow
     return jnp.where(flat, middle, low), jnp.where(flat, high, middle)
 
-  ends = jnp.full(reward_BxG.shape[:1], 0.01), jnp.full(
-      reward_BxG.shape[:1], 0.99)
+  ends = jnp.full(reward_BxG.shape[:1], 0.01), jnp.full(reward_BxG.shape[:1], 0.99)
   low, high = jax.lax.fori_loop(0, 30, halve, ends)
   return (low + high) / 2
 
@@ -129,11 +129,11 @@ def weigh(scored, hp):
   if hp.best:
     scale = coverage(scored.reward, hp.alpha, hp.best)
   metrics = {
-      'ess': jnp.mean(effective_size(positive)),
-      'coef': jnp.mean(coef),
-      'log_rnd_std': jnp.mean(jnp.std(log_rnd, axis=-1)),
-      'coverage': jnp.mean(scale),
-      'weight_abs': jnp.mean(jnp.sum(jnp.abs(weight * scale), axis=-1)),
+    'ess': jnp.mean(effective_size(positive)),
+    'coef': jnp.mean(coef),
+    'log_rnd_std': jnp.mean(jnp.std(log_rnd, axis=-1)),
+    'coverage': jnp.mean(scale),
+    'weight_abs': jnp.mean(jnp.sum(jnp.abs(weight * scale), axis=-1)),
   }
   return weight * scale, positive * scale, metrics
 
@@ -158,8 +158,9 @@ def draw(key, row_R, completion_RxL, hp):
   1/m times the masked sum is the ELBO over L + 1.
   """
   kind = masking.draw_even if hp.spread else masking.draw_bernoulli
-  masks = kind(key, row_R, completion_RxL.shape[1], hp.draws, hp.low, hp.high,
-               hp.antithetic)
+  masks = kind(
+    key, row_R, completion_RxL.shape[1], hp.draws, hp.low, hp.high, hp.antithetic
+  )
   return masks if hp.loss_tail else masking.restrict(masks, completion_RxL)
 
 
@@ -181,8 +182,10 @@ def ddo(logp_RxKxL, masks, batch, elbo_old_R, hp):
   from its own half of the draws (dmpo_trainer.py:186-203).
   """
   half = masks.weight.shape[1] // 2
-  gap = [logprob.seq_elbo(logp_RxKxL[:, part], masks.weight[:, part])
-         - elbo_old_R for part in (slice(half), slice(half, None))]
+  gap = [
+    logprob.seq_elbo(logp_RxKxL[:, part], masks.weight[:, part]) - elbo_old_R
+    for part in (slice(half), slice(half, None))
+  ]
   up = batch.positive * jax.nn.log_sigmoid(hp.ddo_beta * gap[0])
   down = batch.weight * jax.nn.log_sigmoid(-hp.ddo_beta * gap[1])
   return -jnp.sum(up + hp.ddo_alpha * down)
@@ -212,37 +215,56 @@ def check(hp):
   """What is impossible in a Config, one sentence each."""
   found = []
   if not hp.alpha >= 0:
-    found.append(f'objective.alpha = {hp.alpha} must be >= 0 '
-                 '(0 weighs by the reward alone)')
+    found.append(
+      f'objective.alpha = {hp.alpha} must be >= 0 (0 weighs by the reward alone)'
+    )
   if not 0 < hp.coef <= (1 if hp.alpha else float('inf')):
-    found.append(f'objective.coef = {hp.coef} must be in (0, 1] (with '
-                 'objective.alpha = 0: above 0)')
+    found.append(
+      f'objective.coef = {hp.coef} must be in (0, 1] (with '
+      'objective.alpha = 0: above 0)'
+    )
   if hp.best and not hp.alpha:
     found.append(f'objective.best = {hp.best} needs objective.alpha > 0')
   if not 0 <= hp.ess < 1:
     found.append(f'objective.ess = {hp.ess} must be in [0, 1); 0 = off')
   if hp.baseline not in BASELINES:
-    found.append(f'objective.baseline = {hp.baseline!r} must be one of '
-                 f'{", ".join(BASELINES)}')
+    found.append(
+      f'objective.baseline = {hp.baseline!r} must be one of {", ".join(BASELINES)}'
+    )
   if hp.loss not in ('wdce', 'ddo'):
     found.append(f'objective.loss = {hp.loss!r} must be wdce or ddo')
   if hp.draws < 1 or (hp.antithetic and hp.draws % 2):
-    found.append(f'objective.draws = {hp.draws} must be even with '
-                 'objective.antithetic (pairs of complements), else >= 1')
+    found.append(
+      f'objective.draws = {hp.draws} must be even with '
+      'objective.antithetic (pairs of complements), else >= 1'
+    )
   if hp.spread and hp.draws < 2 + 2 * hp.antithetic:
-    found.append('objective.spread = True needs draws to spread: '
-                 'objective.draws >= 2, or 4 with objective.antithetic')
+    found.append(
+      'objective.spread = True needs draws to spread: '
+      'objective.draws >= 2, or 4 with objective.antithetic'
+    )
   if not 0 <= hp.low < hp.high <= 1:
-    found.append(f'objective.low = {hp.low}, objective.high = {hp.high} must '
-                 'be 0 <= low < high <= 1')
-  if hp.loss == 'ddo' and (hp.antithetic or hp.draws % 2 or hp.spread
-                           or hp.common_masks):
-    found.append('objective.loss = ddo needs independent halves of an even '
-                 'number of draws: set objective.antithetic=False, '
-                 'objective.spread=False, objective.common_masks=False')
+    found.append(
+      f'objective.low = {hp.low}, objective.high = {hp.high} must '
+      'be 0 <= low < high <= 1'
+    )
+  if hp.loss == 'ddo' and (
+    hp.antithetic or hp.draws % 2 or hp.spread or hp.common_masks
+  ):
+    found.append(
+      'objective.loss = ddo needs independent halves of an even '
+      'number of draws: set objective.antithetic=False, '
+      'objective.spread=False, objective.common_masks=False'
+    )
   return found
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=weigh,
-    reweigh=reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=draw,
+  weigh=weigh,
+  reweigh=reweigh,
+  loss=loss,
+)

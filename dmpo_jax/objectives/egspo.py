@@ -46,22 +46,26 @@ def weigh(scored, hp):
   mean = jnp.mean(value, axis=1, keepdims=True, where=live)
   value = jnp.where(live, value - mean, 0.0)
   scale = shared.per_row(scored)
-  return value / (1 + hp.step_coef) * scale[..., None], scale, {
-      'guess_reward': jnp.mean(scored.guess, where=live)}
+  return (
+    value / (1 + hp.step_coef) * scale[..., None],
+    scale,
+    {'guess_reward': jnp.mean(scored.guess, where=live)},
+  )
 
 
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   """(mean over rows of the mean over steps, metrics)."""
+
   def by_step(x):
     return jnp.sum(jnp.where(masks.counted, x, 0.0), axis=-1)
 
   old = by_step(batch.extra['record']['logp'][:, None])
   gap = by_step(logp_RxKxL) - old
-  value = -shared.surrogate(gap, batch.weight, hp.clip,
-                            hp.clip_high or hp.clip)
+  value = -shared.surrogate(gap, batch.weight, hp.clip, hp.clip_high or hp.clip)
   rows = jnp.mean(masks.weight * value, axis=1)
   return jnp.sum(rows) / batch.norm, shared.gap_metrics(
-      gap, jnp.zeros_like(gap), masks.weight > 0, batch)
+    gap, jnp.zeros_like(gap), masks.weight > 0, batch
+  )
 
 
 def needs(hp):
@@ -69,10 +73,21 @@ def needs(hp):
 
 
 def check(hp):
-  return shared.complain(hp, clip=shared.chance, clip_high=shared.least(0),
-                         draws=shared.least(1), step_coef=shared.least(0))
+  return shared.complain(
+    hp,
+    clip=shared.chance,
+    clip_high=shared.least(0),
+    draws=shared.least(1),
+    step_coef=shared.least(0),
+  )
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=weigh,
-    reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=draw,
+  weigh=weigh,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

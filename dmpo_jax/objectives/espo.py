@@ -37,20 +37,23 @@ def sequence_loss(logp_RxKxL, masks, batch, elbo_old_R, hp, length=1.0):
   """PPO with the ratio exp(gap of ELBOs / length); KL per `length` too."""
   now = logprob.seq_elbo(logp_RxKxL, masks.weight)
   gap = (now - elbo_old_R) / length
-  value = -shared.surrogate(gap, batch.weight, hp.clip,
-                            hp.clip_high or hp.clip)
+  value = -shared.surrogate(gap, batch.weight, hp.clip, hp.clip_high or hp.clip)
   if hp.beta:
-    value += hp.beta / length * batch.positive * shared.kl(
-        hp.kl, now, batch.extra['elbo_ref'], elbo_old_R)
+    value += (
+      hp.beta
+      / length
+      * batch.positive
+      * shared.kl(hp.kl, now, batch.extra['elbo_ref'], elbo_old_R)
+    )
   return jnp.sum(value) / batch.norm, {
-      'elbo': jnp.sum(now) / batch.total,
-      'ratio_log_abs': jnp.sum(jnp.abs(gap)) / batch.total}
+    'elbo': jnp.sum(now) / batch.total,
+    'ratio_log_abs': jnp.sum(jnp.abs(gap)) / batch.total,
+  }
 
 
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   """(mean over rows, metrics)."""
-  return sequence_loss(logp_RxKxL, masks, batch, elbo_old_R, hp,
-                       logp_RxKxL.shape[-1])
+  return sequence_loss(logp_RxKxL, masks, batch, elbo_old_R, hp, logp_RxKxL.shape[-1])
 
 
 def needs(hp):
@@ -62,5 +65,11 @@ def check(hp):
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=shared.draw_elbo,
-    weigh=shared.weigh_rows, reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=shared.draw_elbo,
+  weigh=shared.weigh_rows,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

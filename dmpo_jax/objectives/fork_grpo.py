@@ -38,5 +38,4 @@ def check(hp):
   return found
 
 
-OBJECTIVE = agrpo.OBJECTIVE._replace(
-    hp=Config, draw=draw, needs=needs, check=check)
+OBJECTIVE = agrpo.OBJECTIVE._replace(hp=Config, draw=draw, needs=needs, check=check)

@@ -61,9 +61,16 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
 
 def check(hp):
   return shared.ratio_rules(hp) + shared.complain(
-      hp, masks=('bernoulli', 'rounded'), draws=shared.least(1))
+    hp, masks=('bernoulli', 'rounded'), draws=shared.least(1)
+  )
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=espo.needs, check=check, draw=draw,
-    weigh=shared.weigh_rows, reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=espo.needs,
+  check=check,
+  draw=draw,
+  weigh=shared.weigh_rows,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

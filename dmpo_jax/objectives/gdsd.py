@@ -39,8 +39,7 @@ class Config:
 
 
 def draw(key, row_R, completion_RxL, hp):
-  masks = masking.draw_stratified(key, row_R, completion_RxL.shape[1],
-                                  hp.draws)
+  masks = masking.draw_stratified(key, row_R, completion_RxL.shape[1], hp.draws)
   if hp.variant == 'released':
     return masks._replace(weight=jnp.ones_like(masks.weight))
   return masks
@@ -67,30 +66,46 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   gap *= per / length
   weight, scale = batch.weight[:, None], batch.positive[:, None]
   # scale (gap - A / alpha)^2, where weight = scale A.
-  target = jnp.where(scale > 0, weight ** 2 / jnp.where(scale > 0, scale, 1),
-                     0.0) / hp.alpha ** 2
-  value = scale * gap ** 2 - 2 * weight * gap / hp.alpha + target
+  target = (
+    jnp.where(scale > 0, weight**2 / jnp.where(scale > 0, scale, 1), 0.0) / hp.alpha**2
+  )
+  value = scale * gap**2 - 2 * weight * gap / hp.alpha + target
   if hp.beta:
     far = by_pair(logp_RxKxL, masks) - by_pair(extra['tokens_ref'], masks)
     if hp.variant == 'released':
       length *= far.shape[1]
-    value += hp.beta / length * scale * far ** 2 / 2
+    value += hp.beta / length * scale * far**2 / 2
   return jnp.sum(jnp.mean(value, axis=1)) / batch.norm, {
-      'ratio_log_abs': jnp.sum(jnp.mean(jnp.abs(gap), 1)) / batch.total}
+    'ratio_log_abs': jnp.sum(jnp.mean(jnp.abs(gap), 1)) / batch.total
+  }
 
 
 def needs(hp):
-  return ({'tokens_old'} | ({'tokens_ref'} if hp.beta else set())
-          | ({'centred'} if hp.centre else set()))
+  return (
+    {'tokens_old'}
+    | ({'tokens_ref'} if hp.beta else set())
+    | ({'centred'} if hp.centre else set())
+  )
 
 
 def check(hp):
   return shared.complain(
-      hp, advantage=shared.ADVANTAGES, alpha=shared.above(0),
-      beta=shared.least(0), clip=shared.chance,
-      variant=('elbo', 'released'), draws=shared.pairs)
+    hp,
+    advantage=shared.ADVANTAGES,
+    alpha=shared.above(0),
+    beta=shared.least(0),
+    clip=shared.chance,
+    variant=('elbo', 'released'),
+    draws=shared.pairs,
+  )
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_rows,
-    reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=draw,
+  weigh=shared.weigh_rows,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

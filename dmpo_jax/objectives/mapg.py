@@ -56,8 +56,7 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   value = shared.surrogate(gap, weight, *bounds)
   if hp.places:
     now = picks.plackett_luce_logp(batch.extra['score'], masks.open, counted)
-    old = by_step(record['place'][:, None]) / jnp.maximum(
-        jnp.sum(counted, axis=-1), 1)
+    old = by_step(record['place'][:, None]) / jnp.maximum(jnp.sum(counted, axis=-1), 1)
     value += shared.surrogate(now - old, weight, *bounds)
     far = shared.gap_metrics(now, old, live, batch)['ratio_log_abs']
     metrics['place_log_abs'] = far
@@ -68,17 +67,26 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
 def needs(hp):
   wanted = {'record', 'law', 'block', 'place'}
   wanted |= {'score'} if hp.places else set()
-  return wanted | (
-      {'entropy'} if hp.choose in ('entropy', 'top') else set())
+  return wanted | ({'entropy'} if hp.choose in ('entropy', 'top') else set())
 
 
 def check(hp):
   return shared.complain(
-      hp, advantage=shared.ADVANTAGES, clip=shared.chance,
-      clip_high=shared.least(0), choose=shared.CHOICES,
-      draws=shared.least(0 if hp.choose == 'each' else 1))
+    hp,
+    advantage=shared.ADVANTAGES,
+    clip=shared.chance,
+    clip_high=shared.least(0),
+    choose=shared.CHOICES,
+    draws=shared.least(0 if hp.choose == 'each' else 1),
+  )
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=shared.weigh_rows,
-    reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=draw,
+  weigh=shared.weigh_rows,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

@@ -44,9 +44,16 @@ def needs(hp):
 
 def check(hp):
   return shared.elbo_rules(hp) + shared.complain(
-      hp, advantage=shared.ADVANTAGES, alpha=shared.above(0))
+    hp, advantage=shared.ADVANTAGES, alpha=shared.above(0)
+  )
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=shared.draw_elbo,
-    weigh=shared.weigh_rows, reweigh=reweigh, loss=shared.elbo_loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=shared.draw_elbo,
+  weigh=shared.weigh_rows,
+  reweigh=reweigh,
+  loss=shared.elbo_loss,
+)

@@ -60,8 +60,11 @@ def per_token(scored):
 def weigh(scored, kind, scale_BxG):
   """What `weigh` of a policy gradient returns, and metrics."""
   advantage = advantages(scored.reward, kind)
-  return advantage * scale_BxG, scale_BxG, {
-      'advantage_abs': jnp.mean(jnp.abs(advantage))}
+  return (
+    advantage * scale_BxG,
+    scale_BxG,
+    {'advantage_abs': jnp.mean(jnp.abs(advantage))},
+  )
 
 
 def weigh_rows(scored, hp):
@@ -88,8 +91,7 @@ def surrogate(gap, weight, low, high):
   ratio = jnp.exp(jax.lax.stop_gradient(gap))
   stopped = jnp.where(weight > 0, ratio > 1 + high, ratio < 1 - low)
   edge = jnp.where(weight > 0, 1 + high, 1 - low)
-  return weight * jnp.where(stopped, edge, jnp.exp(jnp.where(
-      stopped, 0.0, gap)))
+  return weight * jnp.where(stopped, edge, jnp.exp(jnp.where(stopped, 0.0, gap)))
 
 
 KLS = ('k1', 'k2', 'k3', 'k3_ratio')
@@ -107,7 +109,7 @@ def kl(kind, now, ref, old=None):
     far = jax.lax.stop_gradient(gap)
     return far + far * (now - jax.lax.stop_gradient(now))
   if kind == 'k2':
-    return gap ** 2 / 2
+    return gap**2 / 2
   # float32 must hold the exp of a long sequence's gap: a line from e^20 on.
   rise = jnp.exp(jnp.minimum(-gap, 20.0)) * (1 + jnp.maximum(-gap - 20.0, 0.0))
   value = rise + gap - 1
@@ -123,8 +125,9 @@ def like(x, y):
 
 def terms(now, old, batch, hp, ref=None):
   """-surrogate + beta KL, elementwise, of log-probs (R, ...)."""
-  value = -surrogate(now - old, like(batch.weight, now), hp.clip,
-                     hp.clip_high or hp.clip)
+  value = -surrogate(
+    now - old, like(batch.weight, now), hp.clip, hp.clip_high or hp.clip
+  )
   if hp.beta:
     value += hp.beta * like(batch.positive, now) * kl(hp.kl, now, ref, old)
   return value
@@ -155,7 +158,8 @@ def elbo_loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   rows' ELBOs, where `reweigh` gives its derivatives."""
   elbo = logprob.seq_elbo(logp_RxKxL, masks.weight)
   return -jnp.sum(batch.weight * elbo) / batch.norm, {
-      'elbo': jnp.sum(elbo) / batch.total}
+    'elbo': jnp.sum(elbo) / batch.total
+  }
 
 
 # --- draws of masks
@@ -164,6 +168,7 @@ def elbo_loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
 def draw_random(key, row_R, length, draws):
   """Independent masks of m ~ U{1..L} positions, weight L/m: an unbiased ELBO
   (LLaDA's, RADD's)."""
+
   def one(key):
     key_count, key_order = jax.random.split(key)
     count = jax.random.randint(key_count, (draws,), 1, length + 1)
@@ -188,8 +193,9 @@ def by_step(order_RxL, x_RxL):
   """(R, L) sums of x over the tokens of each step; steps are below L."""
   length = order_RxL.shape[1]
   at = jnp.where(order_RxL < 0, length, order_RxL)
-  return jax.vmap(lambda at, x: jnp.zeros(length, x.dtype).at[at].add(
-      x, mode='drop'))(at, x_RxL)
+  return jax.vmap(lambda at, x: jnp.zeros(length, x.dtype).at[at].add(x, mode='drop'))(
+    at, x_RxL
+  )
 
 
 def choose_steps(key, row_R, wanted_RxT, entropy_RxT, choose, draws):
@@ -211,21 +217,25 @@ def choose_steps(key, row_R, wanted_RxT, entropy_RxT, choose, draws):
     score = jnp.where(wanted_RxT, entropy_RxT, -jnp.inf)
     best = jnp.argsort(-score, axis=1, stable=True)[:, :draws]
     return best, jnp.where(count <= draws, each, 1.0)
-  u = (place + rng.per_row(key, row_R, lambda key: jax.random.uniform(
-      key, (draws,)))) / draws
+  u = (
+    place + rng.per_row(key, row_R, lambda key: jax.random.uniform(key, (draws,)))
+  ) / draws
   if choose == 'entropy':
     chance = jnp.where(wanted_RxT, jnp.maximum(entropy_RxT, 1e-6), 0.0)
     chance /= jnp.maximum(jnp.sum(chance, axis=1, keepdims=True), 1e-30)
     # To the right: u = 0 is not the first step's if that has no chance.
     step = jax.vmap(lambda total, u: jnp.searchsorted(total, u, 'right'))(
-        jnp.cumsum(chance, axis=1), u)
-    last = jnp.max(jnp.where(wanted_RxT, jnp.arange(
-        wanted_RxT.shape[1])[None], 0), axis=1, keepdims=True)
+      jnp.cumsum(chance, axis=1), u
+    )
+    last = jnp.max(
+      jnp.where(wanted_RxT, jnp.arange(wanted_RxT.shape[1])[None], 0),
+      axis=1,
+      keepdims=True,
+    )
     step = jnp.minimum(step, last)  # the sum may be below one by rounding
     own = jnp.take_along_axis(chance, step, axis=1)
     return step, jnp.where(count > 0, 1 / jnp.maximum(count * own, 1e-30), 0.0)
-  at = jnp.minimum(jnp.floor(u * count), jnp.maximum(count - 1, 0)).astype(
-      jnp.int32)
+  at = jnp.minimum(jnp.floor(u * count), jnp.maximum(count - 1, 0)).astype(jnp.int32)
   if choose == 'each':
     few = count <= draws
     at = jnp.where(few, jnp.minimum(place, wanted_RxT.shape[1] - 1), at)
@@ -247,8 +257,9 @@ def draw_steps(key, row_R, record, wanted_RxT, hp, mean=False):
     entropy = by_step(order, record['entropy'])
     if mean:
       entropy /= jnp.maximum(by_step(order, jnp.ones_like(entropy)), 1)
-  step, weight = choose_steps(key, row_R, wanted_RxT, entropy, hp.choose,
-                              hp.draws or order.shape[1])
+  step, weight = choose_steps(
+    key, row_R, wanted_RxT, entropy, hp.choose, hp.draws or order.shape[1]
+  )
   order, step = order[:, None], step[..., None]
   masked = (order >= step) | (order < 0)
   return Masks(masked, weight, (order == step) & (weight > 0)[..., None])
@@ -268,8 +279,7 @@ def complain(hp, **allowed):
   for name, rule in allowed.items():
     value = getattr(hp, name)
     if isinstance(rule, tuple) and value not in rule:
-      found.append(f'objective.{name} = {value!r} must be one of '
-                   f'{", ".join(rule)}')
+      found.append(f'objective.{name} = {value!r} must be one of {", ".join(rule)}')
     elif callable(rule) and (said := rule(value)):
       found.append(f'objective.{name} = {value} {said}')
   return found
@@ -288,17 +298,22 @@ def chance(x):
 
 
 def pairs(x):
-  return '' if x >= 2 and x % 2 == 0 else (
-      'must be even: masks come with their complements')
+  return (
+    '' if x >= 2 and x % 2 == 0 else ('must be even: masks come with their complements')
+  )
 
 
 def ratio_rules(hp):
   """Complaints about the fields of `terms`."""
-  return complain(hp, advantage=ADVANTAGES, clip=chance, clip_high=least(0),
-                  beta=least(0), kl=KLS)
+  return complain(
+    hp, advantage=ADVANTAGES, clip=chance, clip_high=least(0), beta=least(0), kl=KLS
+  )
 
 
 def elbo_rules(hp):
   """Complaints about the fields of `draw_elbo`."""
-  return complain(hp, masks=('stratified', 'random'),
-                  draws=pairs if hp.masks == 'stratified' else least(1))
+  return complain(
+    hp,
+    masks=('stratified', 'random'),
+    draws=pairs if hp.masks == 'stratified' else least(1),
+  )

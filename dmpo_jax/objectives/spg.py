@@ -58,10 +58,10 @@ def draw(key, row_R, completion_RxL, hp, record=None):
     size = jnp.sum(inside, axis=1)
     least = jnp.maximum(jnp.floor(size * hp.low), 1).astype(jnp.int32)
     most = jnp.minimum(jnp.floor(size * hp.high), size).astype(jnp.int32)
-    some = least + jnp.floor(jax.random.uniform(keys[1], (hp.draws,)) * (
-        jnp.maximum(most, least) - least + 1)).astype(jnp.int32)
-    noise = jnp.where(inside, jax.random.uniform(
-        keys[2], (hp.draws, length)), 2.0)
+    some = least + jnp.floor(
+      jax.random.uniform(keys[1], (hp.draws,)) * (jnp.maximum(most, least) - least + 1)
+    ).astype(jnp.int32)
+    noise = jnp.where(inside, jax.random.uniform(keys[2], (hp.draws, length)), 2.0)
     rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
     masked = inside & (rank < some[:, None])
     masked |= (which[None] > chosen[:, None]) | ~completion[None]
@@ -72,10 +72,10 @@ def draw(key, row_R, completion_RxL, hp, record=None):
   counted = masked & completion_RxL[:, None]
   prompt = None
   if hp.mask_prompt:
-    prompt = masking.draw_prompt(jax.random.fold_in(key, 1), row_R,
-                                 record['prompt'], hp.draws, hp.mask_prompt)
-  return Masks(masked, count_R[:, None] / jnp.sum(counted, axis=-1), counted,
-               prompt)
+    prompt = masking.draw_prompt(
+      jax.random.fold_in(key, 1), row_R, record['prompt'], hp.draws, hp.mask_prompt
+    )
+  return Masks(masked, count_R[:, None] / jnp.sum(counted, axis=-1), counted, prompt)
 
 
 def bounds(logp_RxKxL, masks, hp):
@@ -108,26 +108,43 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
     below = jnp.zeros_like(lower)
   value = jnp.where(batch.weight > 0, lower, below)
   return -jnp.sum(batch.weight * value) / batch.norm, {
-      'elbo': jnp.sum(lower) / batch.total,
-      'eubo': jnp.sum(upper) / batch.total}
+    'elbo': jnp.sum(lower) / batch.total,
+    'eubo': jnp.sum(upper) / batch.total,
+  }
 
 
 def needs(hp):
   return ({'block'} if hp.masks == 'block' else set()) | (
-      {'prompt'} if hp.mask_prompt else set())
+    {'prompt'} if hp.mask_prompt else set()
+  )
 
 
 def check(hp):
   found = shared.complain(
-      hp, advantage=shared.ADVANTAGES, bound=BOUNDS, power=shared.least(1),
-      variant=('released', 'formula'), masks=('block', 'random'),
-      draws=shared.least(1), mask_prompt=shared.chance, mix=shared.least(0))
+    hp,
+    advantage=shared.ADVANTAGES,
+    bound=BOUNDS,
+    power=shared.least(1),
+    variant=('released', 'formula'),
+    masks=('block', 'random'),
+    draws=shared.least(1),
+    mask_prompt=shared.chance,
+    mix=shared.least(0),
+  )
   if not 0 <= hp.low <= hp.high <= 1:
-    found.append(f'objective.low = {hp.low}, objective.high = {hp.high} must '
-                 'be 0 <= low <= high <= 1')
+    found.append(
+      f'objective.low = {hp.low}, objective.high = {hp.high} must '
+      'be 0 <= low <= high <= 1'
+    )
   return found
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=draw, weigh=weigh,
-    reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=draw,
+  weigh=weigh,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

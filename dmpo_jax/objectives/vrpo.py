@@ -34,8 +34,11 @@ class Config:
 def weigh(scored, hp):
   """`positive` holds the rewards: `reweigh` makes pairs of them."""
   share = pairs(scored.reward, hp)
-  return jnp.sum(share - jnp.swapaxes(share, 1, 2), axis=2), scored.reward, {
-      'groups_with_pairs': jnp.mean(jnp.sum(share, axis=(1, 2)))}
+  return (
+    jnp.sum(share - jnp.swapaxes(share, 1, 2), axis=2),
+    scored.reward,
+    {'groups_with_pairs': jnp.mean(jnp.sum(share, axis=(1, 2)))},
+  )
 
 
 def pairs(reward_BxG, hp):
@@ -57,8 +60,11 @@ def reweigh(elbo_R, elbo_old_R, batch, group, hp):
   margin = hp.beta * (gap[:, :, None] - gap[:, None, :])
   push = hp.beta * jax.nn.sigmoid(-margin) * share
   length = batch.completion.shape[1]
-  return to_rows(jnp.sum(push, axis=2) - jnp.sum(push, axis=1)
-                 + hp.sft_coef / length * jnp.sum(share, axis=2))
+  return to_rows(
+    jnp.sum(push, axis=2)
+    - jnp.sum(push, axis=1)
+    + hp.sft_coef / length * jnp.sum(share, axis=2)
+  )
 
 
 def needs(hp):
@@ -67,10 +73,16 @@ def needs(hp):
 
 def check(hp):
   return shared.elbo_rules(hp) + shared.complain(
-      hp, beta=shared.above(0), sft_coef=shared.least(0),
-      variant=('all', 'best'))
+    hp, beta=shared.above(0), sft_coef=shared.least(0), variant=('all', 'best')
+  )
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=shared.draw_elbo, weigh=weigh,
-    reweigh=reweigh, loss=shared.elbo_loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=shared.draw_elbo,
+  weigh=weigh,
+  reweigh=reweigh,
+  loss=shared.elbo_loss,
+)

@@ -26,9 +26,9 @@ class Config:
 def weigh(scored, hp):
   """Signed weights and w+, each (B, G), and metrics."""
   plus, minus = dmpo.target_weights(
-      scored.reward, jnp.zeros_like(scored.reward), hp.alpha)
-  return plus - hp.strength * minus, plus, {
-      'ess': jnp.mean(dmpo.effective_size(plus))}
+    scored.reward, jnp.zeros_like(scored.reward), hp.alpha
+  )
+  return plus - hp.strength * minus, plus, {'ess': jnp.mean(dmpo.effective_size(plus))}
 
 
 def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
@@ -36,7 +36,8 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   weight = shared.like(batch.weight, logp_RxKxL)
   counted = jnp.where(masks.counted, logp_RxKxL, 0.0)
   return -jnp.sum(weight * counted) / batch.norm, {
-      'nll': -jnp.sum(counted) / batch.total}
+    'nll': -jnp.sum(counted) / batch.total
+  }
 
 
 def needs(hp):
@@ -44,10 +45,17 @@ def needs(hp):
 
 
 def check(hp):
-  return shared.complain(hp, alpha=shared.above(0), strength=shared.least(0),
-                         mask_prompt=shared.chance)
+  return shared.complain(
+    hp, alpha=shared.above(0), strength=shared.least(0), mask_prompt=shared.chance
+  )
 
 
 OBJECTIVE = Objective(
-    hp=Config, needs=needs, check=check, draw=diffu_grpo.draw, weigh=weigh,
-    reweigh=shared.no_reweigh, loss=loss)
+  hp=Config,
+  needs=needs,
+  check=check,
+  draw=diffu_grpo.draw,
+  weigh=weigh,
+  reweigh=shared.no_reweigh,
+  loss=loss,
+)

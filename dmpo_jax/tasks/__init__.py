@@ -2,5 +2,9 @@
 
 from dmpo_jax.tasks import countdown, gsm8k, math, sudoku
 
-TASKS = {'countdown': countdown.TASK, 'gsm8k': gsm8k.TASK, 'math': math.TASK,
-         'sudoku': sudoku.TASK}
+TASKS = {
+  'countdown': countdown.TASK,
+  'gsm8k': gsm8k.TASK,
+  'math': math.TASK,
+  'sudoku': sudoku.TASK,
+}

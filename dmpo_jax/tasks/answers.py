@@ -60,8 +60,7 @@ def last_boxed(text, strict=False):
   space anywhere wins and reaches to the next '$'. strict: only if it is last.
   """
   text = clip(text)
-  start = text.rfind('\\boxed ' if not strict and '\\boxed ' in text
-                     else '\\boxed')
+  start = text.rfind('\\boxed ' if not strict and '\\boxed ' in text else '\\boxed')
   if start < 0:
     return None
   at = start + len('\\boxed')
@@ -96,8 +95,13 @@ def formatted(text, end=''):
   rest, _, after = rest.partition(end + thought)
   between, _, found = after.partition(answer + end)
   _, shut, behind = found.partition(end + closed)
-  return (text.startswith(opened + end) and bool(shut) and behind == end
-          and not between.strip() and between[: len(end)] == end)
+  return (
+    text.startswith(opened + end)
+    and bool(shut)
+    and behind == end
+    and not between.strip()
+    and between[: len(end)] == end
+  )
 
 
 def read_lines(path):
@@ -123,12 +127,12 @@ def read_csv(path, columns):
         missing = [name for name in columns if name not in row]
         if missing:
           raise ValueError(
-              f'{path}:{rows.line_num}: no column {", ".join(missing)}; there '
-              f'are {", ".join(row)}')
+            f'{path}:{rows.line_num}: no column {", ".join(missing)}; there '
+            f'are {", ".join(row)}'
+          )
         places, width = {name: row.index(name) for name in columns}, len(row)
       elif len(row) != width:
-        raise ValueError(
-            f'{path}:{rows.line_num}: {len(row)} cells instead of {width}')
+        raise ValueError(f'{path}:{rows.line_num}: {len(row)} cells instead of {width}')
       else:
         empty = False
         yield rows.line_num, {name: row[at] for name, at in places.items()}
@@ -162,6 +166,7 @@ def read_jsonl(path):
 def read_parquet(path, columns):
   """Yields (row number, dict of `columns`); ValueError if one is missing."""
   from pyarrow import parquet
+
   try:
     file = parquet.ParquetFile(path)
   except Exception as error:  # pyarrow's kinds
@@ -169,8 +174,9 @@ def read_parquet(path, columns):
   there = file.schema_arrow.names
   missing = [name for name in columns if name not in there]
   if missing:
-    raise ValueError(f'{path}: no column {", ".join(missing)}; there are '
-                     f'{", ".join(there)}')
+    raise ValueError(
+      f'{path}: no column {", ".join(missing)}; there are {", ".join(there)}'
+    )
   row = 0
   for batch in file.iter_batches(columns=list(columns)):
     for record in batch.to_pylist():
@@ -195,21 +201,24 @@ def read_texts(path, columns):
     for name in columns:
       if not isinstance(record.get(name), str) or not record[name].strip():
         raise ValueError(
-            f'{path}:{line}: {name} must be a text, there is '
-            f'{record.get(name)!r} (columns: {", ".join(record)})')
+          f'{path}:{line}: {name} must be a text, there is '
+          f'{record.get(name)!r} (columns: {", ".join(record)})'
+        )
     yield line, {name: record[name] for name in columns}
 
 
 def file_of(folder, name):
   """The one data file of a folder that begins with `name`; ValueError."""
   found = sorted(
-      f for f in (os.listdir(folder) if os.path.isdir(folder) else ())
-      if re.match(rf'{name}\b', f)
-      and f.endswith(('.jsonl', '.json', '.parquet', '.csv')))
+    f
+    for f in (os.listdir(folder) if os.path.isdir(folder) else ())
+    if re.match(rf'{name}\b', f) and f.endswith(('.jsonl', '.json', '.parquet', '.csv'))
+  )
   if len(found) != 1:
     raise ValueError(
-        f'{folder} must hold one {name} file ({name}.jsonl, .parquet or .csv),'
-        f' there are: {", ".join(found) or "none"}')
+      f'{folder} must hold one {name} file ({name}.jsonl, .parquet or .csv),'
+      f' there are: {", ".join(found) or "none"}'
+    )
   return os.path.join(folder, found[0])
 
 
@@ -232,6 +241,7 @@ def take(task, read, place, key, split, options, keep=lambda example: True):
   def examples(name):
     if path == 'tfds':
       from dmpo_jax.tasks import prepared  # slow to import
+
       return filter(keep, prepared.records(task, name, read, file_of))
     return filter(keep, read(file_of(path, name) if whole else path))
 
@@ -240,9 +250,8 @@ def take(task, read, place, key, split, options, keep=lambda example: True):
   elif split == 'test':
     chosen = list(examples('test'))
   else:
-    held = (split == 'validation')
-    chosen = [e for e in examples('train')
-              if (place(e) == 'validation') == held]
+    held = split == 'validation'
+    chosen = [e for e in examples('train') if (place(e) == 'validation') == held]
     chosen = without(chosen, list(examples('test')), key, path)
   if not chosen:
     raise ValueError(f'{path}: no example falls in the {split} split')
@@ -256,8 +265,10 @@ def without(examples, test, key, path):
   kept = [example for example in examples if key(example) not in seen]
   found = len(seen.intersection(map(key, examples)))
   if 2 * found > len(seen):
-    raise ValueError(f'{path}: {found} of the {len(seen)} test problems are in '
-                     'the train file: training would see the test')
+    raise ValueError(
+      f'{path}: {found} of the {len(seen)} test problems are in '
+      'the train file: training would see the test'
+    )
   return kept
 
 

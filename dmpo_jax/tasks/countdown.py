@@ -83,15 +83,20 @@ def load(split, options):
   if count not in (0, 2, 3, 4, 5, 6):
     raise ValueError(f'numbers={count}: need 2 to 6, or 0 for all of these')
   if count not in (0, 3) and not options.path:
-    raise ValueError(f'numbers={count}: generated problems have 3; others need '
-                     'a file (data.path)')
+    raise ValueError(
+      f'numbers={count}: generated problems have 3; others need a file (data.path)'
+    )
   if options.path:
     chosen = answers.take(
-        'countdown', _read, _place, lambda e: (*sorted(e['numbers']),
-                                               e['target']), split, options,
-        keep=lambda e: count in (0, len(e['numbers'])))
-    return [
-        dict(e, expression=solve(e['numbers'], e['target'])) for e in chosen]
+      'countdown',
+      _read,
+      _place,
+      lambda e: (*sorted(e['numbers']), e['target']),
+      split,
+      options,
+      keep=lambda e: count in (0, len(e['numbers'])),
+    )
+    return [dict(e, expression=solve(e['numbers'], e['target'])) for e in chosen]
   if not 1 <= size <= MAX_GENERATED:
     raise ValueError(f'{split}_size={size}: need 1 to {MAX_GENERATED}')
   if not 2 <= options.largest <= LARGEST:
@@ -101,12 +106,16 @@ def load(split, options):
   while len(examples) < size:
     misses += 1
     if misses > MISSES:
-      raise ValueError(f'{split}_size={size}: with numbers to '
-                       f'{options.largest} only {len(examples)} were found')
+      raise ValueError(
+        f'{split}_size={size}: with numbers to '
+        f'{options.largest} only {len(examples)} were found'
+      )
     numbers = rng.integers(1, options.largest + 1, 3).tolist()
     reach = {
-        n: written for (n, d), (written, _) in _table(tuple(numbers)).items()
-        if d == 1 and 1 <= n <= LARGEST}
+      n: written
+      for (n, d), (written, _) in _table(tuple(numbers)).items()
+      if d == 1 and 1 <= n <= LARGEST
+    }
     # Of this split's targets, so that no draw of numbers is wasted on others.
     mine = [value for value in reach if split_of(numbers, value) == split]
     if not mine:
@@ -116,8 +125,7 @@ def load(split, options):
     if key not in seen:
       seen.add(key)
       misses = 0
-      examples.append(
-          {'numbers': numbers, 'target': value, 'expression': reach[value]})
+      examples.append({'numbers': numbers, 'target': value, 'expression': reach[value]})
   return examples
 
 
@@ -136,8 +144,7 @@ def _problem(record, where):
   """(numbers, target) of a line; ValueError if they are not whole numbers."""
   fields = [names for names in FIELDS if all(n in record for n in names)]
   if not fields:
-    raise ValueError(
-        f'{where}: neither input and output nor nums and target')
+    raise ValueError(f'{where}: neither input and output nor nums and target')
   numbers, value = (record[name] for name in fields[0])
   if isinstance(numbers, str):
     numbers = numbers.split(',')
@@ -208,7 +215,8 @@ def _table(numbers):
   table = {}
   for part, rest in _halves(numbers):
     for (x, left), (y, right) in itertools.product(
-        _table(part).items(), _table(rest).items()):
+      _table(part).items(), _table(rest).items()
+    ):
       for value, operator, swapped in _combine(x, y):
         pair = (right, left) if swapped else (left, right)
         written = _write(pair[0], operator, pair[1])
@@ -249,18 +257,16 @@ def prompt(example, style):
   """The user's message; ValueError for an unknown style."""
   numbers = list(example['numbers'])
   return answers.choose('style', style, TEMPLATES).format(
-      numbers=numbers, target=example['target'],
-      written=','.join(map(str, numbers)))
+    numbers=numbers, target=example['target'], written=','.join(map(str, numbers))
+  )
 
 
 def target(example, style):
   """A correct completion; ValueError if unsolvable or the style is unknown."""
   answers.choose('style', style, TEMPLATES)
-  written = example.get('expression') or solve(
-      example['numbers'], example['target'])
+  written = example.get('expression') or solve(example['numbers'], example['target'])
   if not written:
-    raise ValueError(
-        f'no expression of {example["numbers"]} makes {example["target"]}')
+    raise ValueError(f'no expression of {example["numbers"]} makes {example["target"]}')
   return written if style == 'bare' else f'<answer>\n{written}\n</answer>'
 
 
@@ -297,8 +303,11 @@ def extra(text, example):
 
 def answer(text, example, protocol):
   """What a majority vote counts: the value reached; None if not a legal one."""
-  value = (_value(_answer(text), example) if protocol == 'strict'
-           else _value(_graded(text), example, lenient=True))
+  value = (
+    _value(_answer(text), example)
+    if protocol == 'strict'
+    else _value(_graded(text), example, lenient=True)
+  )
   return None if value is None else str(value)
 
 
@@ -353,12 +362,19 @@ def recall(question, truth):
   del question
   if not isinstance(truth, list) or len(truth) != 2:
     raise ValueError(f'ground_truth {truth!r} is not [numbers, target]')
-  numbers, value = _problem(
-      {'nums': truth[0], 'target': truth[1]}, 'ground_truth')
+  numbers, value = _problem({'nums': truth[0], 'target': truth[1]}, 'ground_truth')
   return {'numbers': numbers, 'target': value}
 
 
 TASK = Task(
-    load=load, prompt=prompt, target=target, reward=reward, grade=grade,
-    extra=extra, answer=answer, record=record, recall=recall,
-    styles=tuple(TEMPLATES))
+  load=load,
+  prompt=prompt,
+  target=target,
+  reward=reward,
+  grade=grade,
+  extra=extra,
+  answer=answer,
+  record=record,
+  recall=recall,
+  styles=tuple(TEMPLATES),
+)

@@ -45,12 +45,18 @@ your reasoning
 </answer>
 
 {question}"""
-TEMPLATES = {'bare': '{question}', 'chat': CHAT, 'eval': EVAL,
-             'boxed': '{question}\nPlease reason step by step, and put your '
-                      'final answer within \\boxed{{}}.'}
+TEMPLATES = {
+  'bare': '{question}',
+  'chat': CHAT,
+  'eval': EVAL,
+  'boxed': '{question}\nPlease reason step by step, and put your '
+  'final answer within \\boxed{{}}.',
+}
 
-STRICT = re.compile(r'^<reasoning>\n.*?\n</reasoning>\n'
-                    r'<answer>\n.*?\n</answer>\n$')
+STRICT = re.compile(
+  r'^<reasoning>\n.*?\n</reasoning>\n'
+  r'<answer>\n.*?\n</answer>\n$'
+)
 SOFT = re.compile(r'<reasoning>.*?</reasoning>\s*<answer>.*?</answer>')
 BOXED = re.compile(r'\\boxed{([^}\n]*+)}')  # possessive: no backtracking
 NUMBER = re.compile(r'-?\d+\.?\d*')
@@ -59,33 +65,52 @@ MAX_DIGITS = 100  # of a number that is compared exactly
 WHOLE = r'[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+'
 EXACT = re.compile(rf'-?(?:(?:{WHOLE})(?:\.[0-9]+)?|\.[0-9]+)')
 # LaTeX and Markdown that change no number, and what is read in its place.
-PLAIN = (('\N{MINUS SIGN}', '-'), ('{,}', ','), (',\\!', ','), ('\\!', ''),
-         ('\\$', '$'), ('\\%', '%'), ('^{\\circ}', ''), ('^\\circ', ''),
-         *((mark, '') for mark in ('\\(', '\\)', '\\[', '\\]', '**')))
+PLAIN = (
+  ('\N{MINUS SIGN}', '-'),
+  ('{,}', ','),
+  (',\\!', ','),
+  ('\\!', ''),
+  ('\\$', '$'),
+  ('\\%', '%'),
+  ('^{\\circ}', ''),
+  ('^\\circ', ''),
+  *((mark, '') for mark in ('\\(', '\\)', '\\[', '\\]', '**')),
+)
 THIN = re.compile(r'(?<=[0-9])\\[, ](?=[0-9]{3})')  # a space between thousands
 WORDS = re.compile(r'\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}\\]*)\}')
 # Behind a number these make another of it.
-FACTOR = re.compile(r'[!^]|\s*(?:(?i:hundred|thousand|(?:m|b|tr)illion)s?|'
-                    r'[kKMB]|bn|mn)(?![a-zA-Z])')
+FACTOR = re.compile(
+  r'[!^]|\s*(?:(?i:hundred|thousand|(?:m|b|tr)illion)s?|'
+  r'[kKMB]|bn|mn)(?![a-zA-Z])'
+)
 
 
 def load(split, options):
   """Examples {'question', 'answer'}; ValueError without readable files."""
   if not options.path:
     raise ValueError(
-        'data.task = gsm8k needs data.path: a directory with train.jsonl and '
-        'test.jsonl, or one such file (github.com/openai/grade-school-math, '
-        'grade_school_math/data), or its parquet files from the hub; or tfds, '
-        'which downloads them')
-  return answers.take('gsm8k', _read, lambda e: answers.split_by(e['question']),
-                      lambda e: answers.words(e['question']), split, options)
+      'data.task = gsm8k needs data.path: a directory with train.jsonl and '
+      'test.jsonl, or one such file (github.com/openai/grade-school-math, '
+      'grade_school_math/data), or its parquet files from the hub; or tfds, '
+      'which downloads them'
+    )
+  return answers.take(
+    'gsm8k',
+    _read,
+    lambda e: answers.split_by(e['question']),
+    lambda e: answers.words(e['question']),
+    split,
+    options,
+  )
 
 
 def _read(path):
   for line, record in answers.read_texts(path, ('question', 'answer')):
     if number(gold(record)) is None:
-      raise ValueError(f'{path}:{line}: the answer must end with "#### '
-                       f'number", there is {record["answer"][-60:]!r}')
+      raise ValueError(
+        f'{path}:{line}: the answer must end with "#### '
+        f'number", there is {record["answer"][-60:]!r}'
+      )
     yield record
 
 
@@ -96,8 +121,7 @@ def gold(example):
 
 def prompt(example, style):
   """The user's message; ValueError for an unknown style."""
-  return answers.choose('style', style, TEMPLATES).format(
-      question=example['question'])
+  return answers.choose('style', style, TEMPLATES).format(question=example['question'])
 
 
 def target(example, style):
@@ -106,8 +130,7 @@ def target(example, style):
   if style == 'bare':
     return gold(example)
   steps = NOTE.sub('', example['answer'].partition('####')[0]).strip()
-  return (f'<reasoning>\n{steps}\n</reasoning>\n'
-          f'<answer>\n{gold(example)}\n</answer>\n')
+  return f'<reasoning>\n{steps}\n</reasoning>\n<answer>\n{gold(example)}\n</answer>\n'
 
 
 def number(text):
@@ -128,8 +151,10 @@ def number(text):
   if '\\' in text or '\N{SQUARE ROOT}' in text or FACTOR.match(behind):
     return None
   # Digits of other kinds, but for those of a unit, square metres.
-  if any(c.isnumeric() and c not in '0123456789' for c in re.sub(
-      '(?<=[a-zA-Z])[\u00b2\u00b3]', '', text)):
+  if any(
+    c.isnumeric() and c not in '0123456789'
+    for c in re.sub('(?<=[a-zA-Z])[\u00b2\u00b3]', '', text)
+  ):
     return None
   return fractions.Fraction(found[0][0].replace(',', ''))
 
@@ -145,22 +170,24 @@ def reward(text, example, protocol):
     return _paper(text, example)
   answer = _strict_answer(text)
   return {
-      'correctness': 2.0 * _equal(answer, example),
-      'int': 0.5 * bool(EXACT.fullmatch(answer)),
-      'strict_format': 0.5 * answers.formatted(text, '\n'),
-      'soft_format': 0.5 * answers.formatted(text.strip()),
-      'xmlcount': sum(0.125 * (text.count(tag) == 1) for tag in answers.TAGS)
-                  - 0.001 * _behind(text)}
+    'correctness': 2.0 * _equal(answer, example),
+    'int': 0.5 * bool(EXACT.fullmatch(answer)),
+    'strict_format': 0.5 * answers.formatted(text, '\n'),
+    'soft_format': 0.5 * answers.formatted(text.strip()),
+    'xmlcount': sum(0.125 * (text.count(tag) == 1) for tag in answers.TAGS)
+    - 0.001 * _behind(text),
+  }
 
 
 def _paper(text, example):
   answer = text.split('<answer>')[-1].split('</answer>')[0].strip()
   return {
-      'correctness': 2.0 * (answer == gold(example)),
-      'int': 0.5 * answer.isdigit(),
-      'strict_format': 0.5 * bool(STRICT.match(text)),
-      'soft_format': 0.5 * bool(SOFT.match(text)),
-      'xmlcount': _xmlcount(text)}
+    'correctness': 2.0 * (answer == gold(example)),
+    'int': 0.5 * answer.isdigit(),
+    'strict_format': 0.5 * bool(STRICT.match(text)),
+    'soft_format': 0.5 * bool(SOFT.match(text)),
+    'xmlcount': _xmlcount(text),
+  }
 
 
 def _xmlcount(text):
@@ -238,8 +265,7 @@ def answer(text, example, protocol):
   """What a majority vote counts: the number as a string; None without one."""
   del example
   text = answers.clip(text)
-  value = (number(_strict_answer(text)) if protocol == 'strict'
-           else _graded(text))
+  value = number(_strict_answer(text)) if protocol == 'strict' else _graded(text)
   return None if value is None else str(value)
 
 
@@ -250,10 +276,14 @@ def record(example):
 
 def recall(question, truth):
   """The example of a saved generation; ValueError if truth is no number."""
-  if isinstance(truth, (int, float)) and not isinstance(truth, bool) and (
-      math.isfinite(truth)):
-    exact = (int(truth) if truth == int(truth)
-             else f'{decimal.Decimal(repr(truth)):f}')  # 1e-07 is 0.0000001
+  if (
+    isinstance(truth, (int, float))
+    and not isinstance(truth, bool)
+    and (math.isfinite(truth))
+  ):
+    exact = (
+      int(truth) if truth == int(truth) else f'{decimal.Decimal(repr(truth)):f}'
+    )  # 1e-07 is 0.0000001
     example = {'question': question, 'answer': f'#### {exact}'}
     if number(gold(example)) is not None:
       return example
@@ -261,6 +291,14 @@ def recall(question, truth):
 
 
 TASK = Task(
-    load=load, prompt=prompt, target=target, reward=reward, grade=grade,
-    extra=extra, answer=answer, record=record, recall=recall,
-    styles=tuple(TEMPLATES))
+  load=load,
+  prompt=prompt,
+  target=target,
+  reward=reward,
+  grade=grade,
+  extra=extra,
+  answer=answer,
+  record=record,
+  recall=recall,
+  styles=tuple(TEMPLATES),
+)

@@ -35,25 +35,33 @@ Think between <reasoning> and </reasoning>, then write the final answer in \
 
 {problem}"""
 
-TEMPLATES = {'bare': '{problem}', 'chat': CHAT,
-             # The lineage's evaluation asks of MATH what it asks of GSM8K.
-             'eval': gsm8k.EVAL.replace('{question}', '{problem}'),
-             'boxed': gsm8k.TEMPLATES['boxed'].replace('question', 'problem')}
+TEMPLATES = {
+  'bare': '{problem}',
+  'chat': CHAT,
+  # The lineage's evaluation asks of MATH what it asks of GSM8K.
+  'eval': gsm8k.EVAL.replace('{question}', '{problem}'),
+  'boxed': gsm8k.TEMPLATES['boxed'].replace('question', 'problem'),
+}
 MAX_DIGITS = 100  # of a number that is compared exactly
 DECIMAL = r'(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?)'
 FRACTION = re.compile(r'(-?)\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}')
 DEGREES = (r'^{\circ}', r'^\circ')
 DOUBT = re.compile(r'\b(?:not|maybe|perhaps|probably)\b')
 UNIT = re.compile(
-    rf'(.*\S) *\\text\{{ (?![^{{}}]*(?:\b(?:or|and)\b|{DOUBT.pattern}))'
-    r'[a-zA-Z. /]+\}(?:\^\{?[23]\}?)?\.?', re.DOTALL)
+  rf'(.*\S) *\\text\{{ (?![^{{}}]*(?:\b(?:or|and)\b|{DOUBT.pattern}))'
+  r'[a-zA-Z. /]+\}(?:\^\{?[23]\}?)?\.?',
+  re.DOTALL,
+)
 JOINED = re.compile(r'(,|\\text\{ *(?:or|and) *\})')
-GREEK = ('alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|'
-         'rho|sigma|tau|phi|varphi|chi|psi|omega')
+GREEK = (
+  'alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|'
+  'rho|sigma|tau|phi|varphi|chi|psi|omega'
+)
 NAME = re.compile(  # of what an answer is the value of: x, y_1, f(x), \theta
-    rf'(?:[a-zA-Z]+|\\(?i:{GREEK})|m?\\angle[a-zA-Z0-9]+'
-    r'|\\(?:text|mathrm|mathbf|vec|overline)\{[a-zA-Z]+\})'
-    r"(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?(?:'*|\^\{-1\})(?:\([^()]*\))?")
+  rf'(?:[a-zA-Z]+|\\(?i:{GREEK})|m?\\angle[a-zA-Z0-9]+'
+  r'|\\(?:text|mathrm|mathbf|vec|overline)\{[a-zA-Z]+\})'
+  r"(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?(?:'*|\^\{-1\})(?:\([^()]*\))?"
+)
 BASE = re.compile(r'[0-9]_(\{[^{}]*\}|.)')
 SIGN = re.compile(r'\^\{\\circ\}|\^\\circ|\\?\$|\\%')
 
@@ -62,11 +70,18 @@ def load(split, options):
   """Examples {'problem', 'solution'}; ValueError without readable files."""
   if not options.path:
     raise ValueError(
-        'data.task = math needs data.path: a directory with train.jsonl and '
-        'test.jsonl, with columns problem and solution (on the hub: '
-        'ankner/math-500 for training, HuggingFaceH4/MATH-500 for the test)')
-  return answers.take('math', _read, lambda e: answers.split_by(e['problem']),
-                      lambda e: answers.words(e['problem']), split, options)
+      'data.task = math needs data.path: a directory with train.jsonl and '
+      'test.jsonl, with columns problem and solution (on the hub: '
+      'ankner/math-500 for training, HuggingFaceH4/MATH-500 for the test)'
+    )
+  return answers.take(
+    'math',
+    _read,
+    lambda e: answers.split_by(e['problem']),
+    lambda e: answers.words(e['problem']),
+    split,
+    options,
+  )
 
 
 def _read(path):
@@ -83,8 +98,7 @@ def gold(example):
 
 def prompt(example, style):
   """The user's message; ValueError for an unknown style."""
-  return answers.choose('style', style, TEMPLATES).format(
-      problem=example['problem'])
+  return answers.choose('style', style, TEMPLATES).format(problem=example['problem'])
 
 
 def target(example, style):
@@ -93,8 +107,10 @@ def target(example, style):
   boxed = f'\\boxed{{{gold(example)}}}'
   if style == 'bare':
     return boxed
-  return (f'<reasoning>\n{example["solution"].strip()}\n</reasoning>\n'
-          f'<answer>\n{boxed}\n</answer>\n')
+  return (
+    f'<reasoning>\n{example["solution"].strip()}\n</reasoning>\n'
+    f'<answer>\n{boxed}\n</answer>\n'
+  )
 
 
 def reward(text, example, protocol):
@@ -102,17 +118,22 @@ def reward(text, example, protocol):
   answers.choose('protocol', protocol, answers.PROTOCOLS)
   text = answers.clip(text)
   if protocol == 'paper':
-    answer = text.split('<answer>')[1].split('</answer>')[0] if (
-        '<answer>' in text) else None
+    answer = (
+      text.split('<answer>')[1].split('</answer>')[0] if ('<answer>' in text) else None
+    )
     where = text if answer is None else answer
     boxed = 1.0 if '\\boxed' in where else 0.5
-    return {'correctness': 2.0 * equal_text(_rewarded(text), gold(example)),
-            'format': 0.5 * ((answer is not None) + boxed)}
+    return {
+      'correctness': 2.0 * equal_text(_rewarded(text), gold(example)),
+      'format': 0.5 * ((answer is not None) + boxed),
+    }
   answer = answers.last_answer(text)
-  return {'correctness': 2.0 * equal(_strict_answer(text), gold(example)),
-          'format': 0.5 * answers.formatted(text.strip()) + 0.5 * (
-              answer is not None and
-              answers.last_boxed(answer, strict=True) is not None)}
+  return {
+    'correctness': 2.0 * equal(_strict_answer(text), gold(example)),
+    'format': 0.5 * answers.formatted(text.strip())
+    + 0.5
+    * (answer is not None and answers.last_boxed(answer, strict=True) is not None),
+  }
 
 
 def grade(text, example, protocol):
@@ -137,8 +158,11 @@ def answer(text, example, protocol):
   """What a majority vote counts: the answer, normalised; None without one."""
   del example
   text = answers.clip(text)
-  found = (_strict_answer(text) if protocol == 'strict'
-           else answers.last_boxed(text) or answers.first_answer(text))
+  found = (
+    _strict_answer(text)
+    if protocol == 'strict'
+    else answers.last_boxed(text) or answers.first_answer(text)
+  )
   if not found:
     return None
   exact = value(found)
@@ -229,14 +253,17 @@ def _strays(left, right):
   amid a number, a doubt, or another base."""
   if '=' in left and '=' not in right:
     return True
-  bases = [sorted(base.strip('{ }') for base in BASE.findall(text))
-           for text in (left, right)]
+  bases = [
+    sorted(base.strip('{ }') for base in BASE.findall(text)) for text in (left, right)
+  ]
   if all(bases) and bases[0] != bases[1]:
     return True
-  amid = lambda text: re.search(r'[0-9.]#+[0-9.]', SIGN.sub(
-      '#', ''.join(text.replace('\\!', '').split())))
-  return bool(amid(left) and not amid(right)
-              or DOUBT.search(left) and not DOUBT.search(right))
+  amid = lambda text: re.search(
+    r'[0-9.]#+[0-9.]', SIGN.sub('#', ''.join(text.replace('\\!', '').split()))
+  )
+  return bool(
+    amid(left) and not amid(right) or DOUBT.search(left) and not DOUBT.search(right)
+  )
 
 
 def normal(text):
@@ -245,9 +272,17 @@ def normal(text):
   ValueError or IndexError where the reference raises: units named twice, a
   trailing \\frac or \\sqrt, a slash between things that are no integers.
   """
-  for old, new in (('\n', ''), ('\\!', ''), ('\\\\', '\\'), ('tfrac', 'frac'),
-                   ('dfrac', 'frac'), ('\\left', ''), ('\\right', ''),
-                   *((d, '') for d in DEGREES), ('\\$', '')):
+  for old, new in (
+    ('\n', ''),
+    ('\\!', ''),
+    ('\\\\', '\\'),
+    ('tfrac', 'frac'),
+    ('dfrac', 'frac'),
+    ('\\left', ''),
+    ('\\right', ''),
+    *((d, '') for d in DEGREES),
+    ('\\$', ''),
+  ):
     text = text.replace(old, new)
   head, *units = text.split('\\text{ ')  # units stand on the right
   if len(units) > 1:
@@ -267,8 +302,9 @@ def _braced_roots(text):
   r"""\sqrt3 -> \sqrt{3}."""
   head, *parts = text.split('\\sqrt')
   return head + ''.join(
-      '\\sqrt' + (part if part[0] == '{' else f'{{{part[0]}}}{part[1:]}')
-      for part in parts)
+    '\\sqrt' + (part if part[0] == '{' else f'{{{part[0]}}}{part[1:]}')
+    for part in parts
+  )
 
 
 def _braced_fractions(text):
@@ -292,8 +328,7 @@ def _fraction_of_slash(text):
   if len(sides) != 2:
     return text
   above, below = map(int, sides)
-  return f'\\frac{{{above}}}{{{below}}}' if (
-      text == f'{above}/{below}') else text
+  return f'\\frac{{{above}}}{{{below}}}' if (text == f'{above}/{below}') else text
 
 
 def value(text):
@@ -308,8 +343,7 @@ def value(text):
     text = text.replace(sign, ',' if sign == '{,}' else '')
   text = text.replace('\N{MINUS SIGN}', '-').strip()
   try:
-    text = _braced_fractions(
-        text.replace('dfrac', 'frac').replace('tfrac', 'frac'))
+    text = _braced_fractions(text.replace('dfrac', 'frac').replace('tfrac', 'frac'))
   except IndexError:
     return None
   fraction = FRACTION.fullmatch(text)
@@ -318,8 +352,10 @@ def value(text):
     ratio = fractions.Fraction(int(above), int(below)) if int(below) else None
     return -ratio if sign and ratio is not None else ratio
   above, slash, below = text.partition('/')
-  parts = [re.fullmatch(DECIMAL, side.strip()) for side in
-           ((above, below) if slash else (above,))]
+  parts = [
+    re.fullmatch(DECIMAL, side.strip())
+    for side in ((above, below) if slash else (above,))
+  ]
   if not all(part and any(map(str.isdigit, part[1])) for part in parts):
     return None
   ratio = fractions.Fraction(parts[0][1].replace(',', ''))
@@ -343,6 +379,15 @@ def recall(question, truth):
 
 
 TASK = Task(
-    load=load, prompt=prompt, target=target, reward=reward, grade=grade,
-    extra=extra, answer=answer, record=record, recall=recall,
-    styles=tuple(TEMPLATES), threads=True)
+  load=load,
+  prompt=prompt,
+  target=target,
+  reward=reward,
+  grade=grade,
+  extra=extra,
+  answer=answer,
+  record=record,
+  recall=recall,
+  styles=tuple(TEMPLATES),
+  threads=True,
+)

@@ -41,15 +41,22 @@ Solve the following Sudoku puzzle: {puzzle}
 """
 
 SHOWN = (  # worked examples; their grids are 3 of the 288
-    ('0102300023010020', '4132321423411423'),
-    ('0040140242000004', '2341143242133124'),
-    ('0010000230011403', '2314413232411423'))
+  ('0102300023010020', '4132321423411423'),
+  ('0040140242000004', '2341143242133124'),
+  ('0010000230011403', '2314413232411423'),
+)
 TEMPLATES = {'bare': '{puzzle}', 'chat': CHAT, 'eval': CHAT}
-TEMPLATES |= {name: CHAT.replace('Solve the following', '\n\n'.join(
-    f'Solve the following Sudoku puzzle: {puzzle}\n\n'
-    f'<answer>\n{solution}\n</answer>' for puzzle, solution in SHOWN[:count])
-    + '\n\nSolve the following') for name, count in (
-        ('one_shot', 1), ('three_shot', 3))}
+TEMPLATES |= {
+  name: CHAT.replace(
+    'Solve the following',
+    '\n\n'.join(
+      f'Solve the following Sudoku puzzle: {puzzle}\n\n<answer>\n{solution}\n</answer>'
+      for puzzle, solution in SHOWN[:count]
+    )
+    + '\n\nSolve the following',
+  )
+  for name, count in (('one_shot', 1), ('three_shot', 3))
+}
 
 _FENCE = re.compile(r'```([\d\s]+)```')
 _CLOSED = re.compile(r'(\d{16})\s*</answer>')
@@ -64,8 +71,11 @@ def grids():
   rows = [''.join(digits) for digits in itertools.permutations('1234')]
   bands = [a + b for a in rows for b in rows if len(set(a[:2] + b[:2])) == 4]
   return tuple(
-      a + b for a in bands for b in bands
-      if all(len({*(a + b)[column::4]}) == 4 for column in range(4)))
+    a + b
+    for a in bands
+    for b in bands
+    if all(len({*(a + b)[column::4]}) == 4 for column in range(4))
+  )
 
 
 def split_grids(seed):
@@ -73,9 +83,9 @@ def split_grids(seed):
   order = np.random.default_rng(seed).permutation(len(grids()))
   cut = [len(order) * 70 // 100, len(order) * 85 // 100]
   return {
-      split: [grids()[at] for at in part]
-      for split, part in zip(
-          answers.SPLITS, np.split(order, cut), strict=True)}
+    split: [grids()[at] for at in part]
+    for split, part in zip(answers.SPLITS, np.split(order, cut), strict=True)
+  }
 
 
 def load(split, options):
@@ -87,20 +97,28 @@ def load(split, options):
   owned = split_grids(options.seed)
   if options.path:
     places = {grid: name for name, part in owned.items() for grid in part}
-    return answers.take('sudoku', _read, lambda e: places[e['solution']],
-                        lambda e: e['puzzle'], split, options)
+    return answers.take(
+      'sudoku',
+      _read,
+      lambda e: places[e['solution']],
+      lambda e: e['puzzle'],
+      split,
+      options,
+    )
   if not 1 <= options.min_blanks <= options.max_blanks <= MAX_BLANKS:
     raise ValueError(
-        f'min_blanks={options.min_blanks}, max_blanks={options.max_blanks}: '
-        f'need 1 <= min_blanks <= max_blanks <= {MAX_BLANKS}')
+      f'min_blanks={options.min_blanks}, max_blanks={options.max_blanks}: '
+      f'need 1 <= min_blanks <= max_blanks <= {MAX_BLANKS}'
+    )
   if size < 1:
     raise ValueError(f'{split}_size={size}: need at least one puzzle')
   rng = np.random.default_rng([options.seed, answers.SPLITS.index(split)])
   blanks = rng.integers(options.min_blanks, options.max_blanks + 1, size)
   # One pool per number of blanks: rejection would otherwise favour few blanks.
   pools = {
-      k: iter(_generate(rng, owned[split], k, int((blanks == k).sum())))
-      for k in np.unique(blanks).tolist()}
+    k: iter(_generate(rng, owned[split], k, int((blanks == k).sum())))
+    for k in np.unique(blanks).tolist()
+  }
   return [next(pools[k]) for k in blanks.tolist()]
 
 
@@ -138,11 +156,13 @@ def _generate(rng, solutions, blanks, size):
     stale = 0 if len(puzzles) > before else stale + 1
     if stale == PATIENCE:
       raise ValueError(
-          f'found only {len(puzzles)} distinct puzzles with {blanks} empty '
-          f'cells, {size} are wanted: ask for fewer or widen the blanks')
+        f'found only {len(puzzles)} distinct puzzles with {blanks} empty '
+        f'cells, {size} are wanted: ask for fewer or widen the blanks'
+      )
   return [
-      {'puzzle': puzzle, 'solution': solution}
-      for puzzle, solution in itertools.islice(puzzles.items(), size)]
+    {'puzzle': puzzle, 'solution': solution}
+    for puzzle, solution in itertools.islice(puzzles.items(), size)
+  ]
 
 
 @functools.cache
@@ -164,8 +184,7 @@ def _count(puzzles_NxC):
 
 def prompt(example, style):
   """The user's message; ValueError for an unknown style."""
-  return answers.choose('style', style, TEMPLATES).format(
-      puzzle=example['puzzle'])
+  return answers.choose('style', style, TEMPLATES).format(puzzle=example['puzzle'])
 
 
 def target(example, style):
@@ -203,8 +222,9 @@ def extra(text, example):
 def answer(text, example, protocol):
   """What a majority vote counts: the grid as written; None without one."""
   del example
-  return (_answer(text) if protocol == 'strict'
-          else _graded(answers.clip(text))) or None
+  return (
+    _answer(text) if protocol == 'strict' else _graded(answers.clip(text))
+  ) or None
 
 
 def counts(example, protocol):
@@ -269,7 +289,8 @@ def recall(question, truth):
   """The example of a saved generation: the puzzle begins the question, or
   stands behind 'Sudoku puzzle: '. ValueError if there is none, or no grid."""
   found = re.match(r'[0-4]{16}', question) or re.search(
-      r'(?<=Sudoku puzzle: )[0-4]{16}', question)
+    r'(?<=Sudoku puzzle: )[0-4]{16}', question
+  )
   if not found:
     raise ValueError(f'no puzzle in the question {question[-60:]!r}')
   if truth not in grids() or not _keeps(found[0], truth):
@@ -278,6 +299,15 @@ def recall(question, truth):
 
 
 TASK = Task(
-    load=load, prompt=prompt, target=target, reward=reward, grade=grade,
-    extra=extra, answer=answer, record=record, recall=recall, counts=counts,
-    styles=tuple(TEMPLATES))
+  load=load,
+  prompt=prompt,
+  target=target,
+  reward=reward,
+  grade=grade,
+  extra=extra,
+  answer=answer,
+  record=record,
+  recall=recall,
+  counts=counts,
+  styles=tuple(TEMPLATES),
+)

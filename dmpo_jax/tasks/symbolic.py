@@ -22,18 +22,23 @@ import pebble
 MEMORY = 4 << 30  # bytes of address space of a worker
 MAX_LENGTH = 300  # characters; longer answers are compared as strings alone
 # No operation stands in these, nor between what they part.
-SPACING = re.compile(r'\s|\\[!,:; ]|\\(?:left|right|quad|qquad)(?![a-zA-Z])'
-                     r'|\^\\circ|\^\{\\circ\}')
-RELATION = re.compile(r'\\(?:leq?|geq?|neq?|in|cup|cap|to|text|mathrm)'
-                      r'(?![a-zA-Z])')
+SPACING = re.compile(
+  r'\s|\\[!,:; ]|\\(?:left|right|quad|qquad)(?![a-zA-Z])'
+  r'|\^\\circ|\^\{\\circ\}'
+)
+RELATION = re.compile(
+  r'\\(?:leq?|geq?|neq?|in|cup|cap|to|text|mathrm)'
+  r'(?![a-zA-Z])'
+)
 TIMES = re.compile(r'\\(?:cdot|times|ast)(?![a-zA-Z])')
 # A number to a whole power is one; 2^{1/3} and e^{-1} are ways to write it.
 OPERATION = re.compile(
-    r'(?<=[0-9)\]}])\^\{?-?[0-9]+(?:\}|(?![0-9./]))|(?<![a-zA-Z])i\^|!'
-    r'|(?<=[0-9a-zA-Z)\]}])(?:\+|-|\\pm|\\mp)'
-    r'|(?<=[0-9)\]}])\*+(?:[(\[{]*[-+]?[.0-9]'
-    r'|\\[dt]?frac(?:\{[0-9]+\}\{[0-9]+\}|[0-9][0-9]))'
-    r'|\\(?:div|binom|sum|prod|int|lim|lfloor|lceil|gcd|bmod)(?![a-zA-Z])')
+  r'(?<=[0-9)\]}])\^\{?-?[0-9]+(?:\}|(?![0-9./]))|(?<![a-zA-Z])i\^|!'
+  r'|(?<=[0-9a-zA-Z)\]}])(?:\+|-|\\pm|\\mp)'
+  r'|(?<=[0-9)\]}])\*+(?:[(\[{]*[-+]?[.0-9]'
+  r'|\\[dt]?frac(?:\{[0-9]+\}\{[0-9]+\}|[0-9][0-9]))'
+  r'|\\(?:div|binom|sum|prod|int|lim|lfloor|lceil|gcd|bmod)(?![a-zA-Z])'
+)
 DECIMAL = re.compile(r'(?<![0-9])([0-9]*)\.([0-9]+)')
 _state = {'pool': None, 'workers': 0, 'deadline': 3.0, 'failed': {}}
 _lock = threading.Lock()
@@ -75,8 +80,9 @@ class _Unanswered(Exception):
 def _ask(left, right):
   for again in (True, False):
     try:
-      return _pool().schedule(
-          verify, (left, right), timeout=_state['deadline']).result()
+      return (
+        _pool().schedule(verify, (left, right), timeout=_state['deadline']).result()
+      )
     except TimeoutError:
       raise _Unanswered('killed at its deadline') from None
     except Exception as error:  # a dead worker, a lost pool, math-verify's own
@@ -90,8 +96,10 @@ def drain():
   """The questions that got no answer since the last call, as dicts."""
   with _lock:
     failed, _state['failed'] = _state['failed'], {}
-  return [dict(answer=left, truth=right, reason=reason)
-          for (left, right), reason in failed.items()]
+  return [
+    dict(answer=left, truth=right, reason=reason)
+    for (left, right), reason in failed.items()
+  ]
 
 
 def _pool():
@@ -101,8 +109,8 @@ def _pool():
       # Loaded before the workers fork, so that a killed one is soon replaced.
       context.set_forkserver_preload(['dmpo_jax.tasks.symbolic', 'math_verify'])
       _state['pool'] = pebble.ProcessPool(
-          _state['workers'] or os.cpu_count(), initializer=_confine,
-          context=context)
+        _state['workers'] or os.cpu_count(), initializer=_confine, context=context
+      )
     return _state['pool']
 
 
@@ -158,13 +166,23 @@ def verify(left, right):
   none: it would look at six of them.
   """
   import math_verify  # half a second, and sympy: only here
+
   if not DECIMAL.search(right):
-    left = DECIMAL.sub(lambda found: rf'\frac{{{found[1]}{found[2]}}}'
-                                     rf'{{1{"0" * len(found[2])}}}', left)
-  parsed = [math_verify.parse(f'${text}$', parsing_timeout=None,
-                              extraction_config=[
-                                  math_verify.LatexExtractionConfig()])
-            for text in (right, left)]
+    left = DECIMAL.sub(
+      lambda found: (
+        rf'\frac{{{found[1]}{found[2]}}}'
+        rf'{{1{"0" * len(found[2])}}}'
+      ),
+      left,
+    )
+  parsed = [
+    math_verify.parse(
+      f'${text}$',
+      parsing_timeout=None,
+      extraction_config=[math_verify.LatexExtractionConfig()],
+    )
+    for text in (right, left)
+  ]
   if not all(parsed) or _operates(left) and not _operates(right):
     return False
   return bool(math_verify.verify(*parsed, timeout_seconds=None))
