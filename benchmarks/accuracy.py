@@ -17,7 +17,8 @@ import time
 import numpy as np
 
 from configs import base
-from dmpo_jax import build, check, evaluate, metrics, resume, sft
+from dmpo_jax import build, check, evaluate, metrics, resume
+from dmpo_jax.phases import sft
 
 PICKS = (
   ('confidence, 1 a step', dict(pick='confidence')),

@@ -10,7 +10,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import model, plan, sampler
+from dmpo_jax import model, sampler
+from dmpo_jax.tools import plan
 
 SMALL_IDS = dict(vocab=4096, mask_id=4095, eos_id=4094, pad_id=4094)
 SIZES = {

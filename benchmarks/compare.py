@@ -33,7 +33,8 @@ from ml_collections import config_flags
 
 from benchmarks import kills
 from configs import compare
-from dmpo_jax import build, check, checkpoint, metrics, report, rollout
+from dmpo_jax import build, check, checkpoint, metrics, rollout
+from dmpo_jax.tools import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 POINTS = 8  # validations of a run

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import data, logprob, masking, model, picks, rng, sampler
+from dmpo_jax import data, logprob, masking, model, rng, sampler
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import dmpo
+from dmpo_jax.sampler import picks
 from dmpo_jax.types import Masks
 
 FROZEN = {
@@ -576,7 +577,8 @@ def tiny(args):
 def run_case(args):
   """(Case, the run's config) of a run of the quickstart's kind."""
   from benchmarks.accuracy import trained
-  from dmpo_jax import build, grader, metrics, sft
+  from dmpo_jax import build, grader, metrics
+  from dmpo_jax.phases import sft
 
   built, old = trained(args.workdir)
   with metrics.Writer(args.workdir, enabled=False) as writer:

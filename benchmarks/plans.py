@@ -11,7 +11,8 @@ import argparse
 import jax
 
 from configs import llada_countdown
-from dmpo_jax import model, plan
+from dmpo_jax import model
+from dmpo_jax.tools import plan
 
 LORA = {}  # as the config says
 FULL = {'lora.rank': 0, 'lora.dropout': 0.0, 'model.param_dtype': 'float32'}

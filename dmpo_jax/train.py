@@ -26,10 +26,10 @@ from dmpo_jax import (
   mesh,
   metrics,
   optim,
-  plan,
   resume,
   rollout,
 )
+from dmpo_jax.tools import plan
 
 
 def run(built, workdir, writer, base, beat=lambda phase, step: None):

@@ -17,7 +17,29 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxtyping import Bool, Float, Int, Key
+
 Array = Any  # jax.Array or numpy.ndarray; tasks import this file without jax
+Params = dict  # {'params': ..., 'lora': ...}: nested dicts of arrays
+
+# Shapes at the seams: the element type, then the dims. They cost nothing at run
+# time; the tests check them (tests/conftest.py installs jaxtyping's import hook).
+Scalar = Float[Array, '']
+IntScalar = Int[Array, '']
+IntR, FloatR, BoolR = Int[Array, 'R'], Float[Array, 'R'], Bool[Array, 'R']
+KeyR = Key[Array, 'R']
+IntB, FloatB, BoolB = Int[Array, 'B'], Float[Array, 'B'], Bool[Array, 'B']
+IntBG, FloatBG, BoolBG = Int[Array, 'B G'], Float[Array, 'B G'], Bool[Array, 'B G']
+IntBP, BoolBP = Int[Array, 'B P'], Bool[Array, 'B P']
+IntRP, BoolRP = Int[Array, 'R P'], Bool[Array, 'R P']
+IntRS, BoolRS = Int[Array, 'R S'], Bool[Array, 'R S']
+IntRL, FloatRL, BoolRL = Int[Array, 'R L'], Float[Array, 'R L'], Bool[Array, 'R L']
+IntRW, FloatRW, BoolRW = Int[Array, 'R W'], Float[Array, 'R W'], Bool[Array, 'R W']
+IntRK, FloatRK, BoolRK = Int[Array, 'R K'], Float[Array, 'R K'], Bool[Array, 'R K']
+IntRKL, FloatRKL = Int[Array, 'R K L'], Float[Array, 'R K L']
+BoolRKL, BoolRKP = Bool[Array, 'R K L'], Bool[Array, 'R K P']
+FloatRSD, FloatRLD = Float[Array, 'R S D'], Float[Array, 'R L D']
+FloatRSV, FloatRWV = Float[Array, 'R S V'], Float[Array, 'R W V']
 
 
 def to_rows(x_BxG):

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks import compare as bench
 from configs import compare
-from dmpo_jax import build, plan
+from dmpo_jax import build
+from dmpo_jax.tools import plan
 
 DIFFERENT = [
   arm for arm in compare.ARMS if arm not in ('dmpo-exact', 'dmpo-none', 'dmpo-group')

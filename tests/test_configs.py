@@ -20,7 +20,6 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import main
 from configs import base
 from dmpo_jax import (
   build,
@@ -32,10 +31,11 @@ from dmpo_jax import (
   mesh,
   metrics,
   model,
-  sft,
   step,
   train,
 )
+from dmpo_jax import cli as main
+from dmpo_jax.phases import sft
 from dmpo_jax.types import Rollouts, TrainBatch, TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -7,8 +7,9 @@ import types
 import pytest
 
 from configs import base
-from dmpo_jax import build, data, evaluate, report, watch
+from dmpo_jax import build, data, evaluate
 from dmpo_jax.tasks import TASKS, answers, sudoku
+from dmpo_jax.tools import report, watch
 
 
 @pytest.mark.parametrize(

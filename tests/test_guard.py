@@ -12,7 +12,8 @@ import sys
 
 import pytest
 
-from dmpo_jax import guard, provenance
+from dmpo_jax import guard
+from dmpo_jax.tools import provenance
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -16,17 +16,25 @@ PACKAGE = 'dmpo_jax'
 FLOORS = {
   '__init__': -1,  # everybody imports it, so it imports nobody
   'types': 0, 'rng': 0, 'metrics': 0, 'health': 0,
-  'mesh': 1, 'masking': 1, 'model': 1, 'tasks': 1, 'report': 1, 'picks': 1,
-  'watch': 1, 'provenance': 1,
+  'mesh': 1, 'masking': 1, 'model': 1, 'tasks': 1,
   'logprob': 2, 'sampler': 2, 'data': 2, 'optim': 2, 'checkpoint': 2,
   'weights': 2, 'grader': 2, 'guard': 2,
   'objectives': 3,
   'step': 4, 'rollout': 4, 'check': 4,
   'build': 5,
-  'evaluate': 6, 'plan': 6, 'export': 6, 'resume': 6,
-  'train': 7, 'sft': 7,
+  'evaluate': 6, 'export': 6, 'resume': 6,
+  'tools': 7, 'phases': 7,
+  'train': 8,
+  'cli': 9,
 }  # fmt: skip
-PLUGINS = ('tasks', 'objectives')  # folders; their files may share code
+PLUGINS = (
+  'tasks',
+  'objectives',
+  'model',
+  'sampler',
+  'tools',
+  'phases',
+)  # folders; their files may share code
 JAX = ('jax', 'jaxlib', 'flax', 'optax', 'orbax')  # each imports jax
 COMPILE = ('jit', 'pmap', 'pjit')
 CONFIG = {'cfg', 'config', 'c'}
@@ -42,7 +50,7 @@ UNSAFE_WORDS = ('allow_pickle', 'trust_remote_code', 'shell')
 UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 # A line limit makes adding a choice: fifteen objectives, their shared parts and
 # many processes came in on top of the first 8,000.
-MAX_LINES, MAX_FUNCTION = 11500, 80
+MAX_LINES, MAX_FUNCTION = 13500, 100
 
 
 def sources(root):
@@ -126,14 +134,14 @@ def check_compile(path, tree):
 
 
 def check_linen(path, tree):
-  if path == pathlib.Path('model.py'):
+  if path.parts[0] == 'model':
     return
   for name, line in imports(tree, path):
     if name.split('.')[:2] == ['flax', 'linen']:
-      yield line, 'imports flax.linen: only model.py holds modules'
+      yield line, 'imports flax.linen: only model/ holds modules'
   for node in ast.walk(tree):
     if chain(node) == ['flax', 'linen']:
-      yield node.lineno, 'uses flax.linen: only model.py holds modules'
+      yield node.lineno, 'uses flax.linen: only model/ holds modules'
 
 
 def check_config(path, tree):
@@ -234,7 +242,7 @@ CLEAN = {
   '__init__.py': '"""The package."""\n',
   'types.py': 'import dataclasses\nfrom typing import Any\n',
   'rng.py': 'import jax\n',
-  'model.py': 'import jax\nfrom flax import linen as nn\nimport flax.linen\n',
+  'model/__init__.py': 'import jax\nfrom flax import linen as nn\nimport flax.linen\n',
   'tasks/__init__.py': 'from dmpo_jax.tasks import sudoku\n',
   'tasks/sudoku.py': 'import re\nfrom dmpo_jax.types import Task\n'
   'from dmpo_jax.tasks import common\n',
@@ -255,9 +263,9 @@ CLEAN = {
 # What is put into a clean tree (file, text) -> what is said of it.
 FAULTS = {
   'upward': ('types.py', 'from dmpo_jax import rollout\n', 'imports rollout'),
-  'sideways': ('evaluate.py', 'import dmpo_jax.plan\n', 'imports plan'),
-  'sideways_relative': ('model.py', 'from . import mesh\n', 'imports mesh'),
-  'self': ('model.py', 'from dmpo_jax.model import f\n', 'imports model'),
+  'sideways': ('evaluate.py', 'import dmpo_jax.export\n', 'imports export'),
+  'sideways_relative': ('masking.py', 'from . import mesh\n', 'imports mesh'),
+  'self': ('mesh.py', 'from dmpo_jax.mesh import f\n', 'imports mesh'),
   'across_plugins': (
     'tasks/sudoku.py', 'from dmpo_jax import objectives\n',
     'tasks (floor 1) imports objectives (floor 3)',
@@ -321,7 +329,7 @@ FAULTS = {
     'shell is not False',
   ),
   'long_function': (
-    'step.py', 'def f():\n' + '  pass\n' * MAX_FUNCTION, 'f has 81 lines',
+    'step.py', 'def f():\n' + '  pass\n' * MAX_FUNCTION, f'f has {MAX_FUNCTION + 1} lines',
   ),
   'long_package': (
     'step.py', 'x = 1\n' * MAX_LINES,

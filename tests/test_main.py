@@ -13,7 +13,6 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import main
 from configs import base, quickstart
 from dmpo_jax import (
   build,
@@ -23,11 +22,12 @@ from dmpo_jax import (
   export,
   guard,
   metrics,
-  report,
-  sft,
   train,
   weights,
 )
+from dmpo_jax import cli as main
+from dmpo_jax.phases import sft
+from dmpo_jax.tools import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -851,7 +851,8 @@ def test_evaluation_finds_its_run(command, monkeypatch, tmp_path):
 def test_a_cpu_can_be_several_devices():
   """mesh.cpu splits it, unless XLA_FLAGS already has."""
   code = (
-    'import main, sys, jax; main.split_cpu(int(sys.argv[1]));print(jax.device_count())'
+    'import sys, jax; from dmpo_jax import cli;'
+    'cli.split_cpu(int(sys.argv[1]));print(jax.device_count())'
   )
   for flags_, count, devices in (
     ('', 2, 2),

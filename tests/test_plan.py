@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs import base, llada_countdown
-from dmpo_jax import build, mesh, model, plan
+from dmpo_jax import build, mesh, model
+from dmpo_jax.tools import plan
 
 A, B = np.zeros((4, 6), np.float32), np.zeros((6, 8), np.float32)
 ONE = 2 * 4 * 6 * 8  # FLOPs of A @ B

@@ -22,9 +22,9 @@ from absl import flags
 from absl.testing import flagsaver
 from jax.experimental import multihost_utils
 
-import main
 from configs import base
 from dmpo_jax import build, checkpoint, guard, mesh, metrics, resume, weights
+from dmpo_jax import cli as main
 from dmpo_jax.types import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,7 +72,7 @@ COMMAND = """
 import atexit, sys
 import jax
 from absl import app
-import main
+from dmpo_jax import cli as main
 from dmpo_jax.tasks import TASKS
 
 judged = []

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from dmpo_jax import metrics, report
+from dmpo_jax import metrics
+from dmpo_jax.tools import report
 
 PNG = b'\x89PNG\r\n\x1a\n'
 

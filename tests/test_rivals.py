@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax import masking, picks
+from dmpo_jax import masking
 from dmpo_jax.objectives import OBJECTIVES, egspo, shared, spg, vrpo
+from dmpo_jax.sampler import picks
 from dmpo_jax.types import Scored, TrainBatch, to_rows
 
 B, G, R, L, P, W = 2, 4, 8, 8, 3, 4

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import reference
 
-from dmpo_jax import logprob, mesh, model, picks, rng, sampler
-from dmpo_jax.sampler import SampleConfig
+from dmpo_jax import logprob, mesh, model, rng, sampler
+from dmpo_jax.sampler import SampleConfig, picks
 from dmpo_jax.types import Rollouts
 
 ROWS, PROMPT = 8, 4

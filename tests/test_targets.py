@@ -22,11 +22,11 @@ from dmpo_jax import (
   model,
   optim,
   sampler,
-  sft,
   step,
   weights,
 )
 from dmpo_jax.objectives import dmpo
+from dmpo_jax.phases import sft
 
 L, ROWS = 4, 4
 

@@ -28,10 +28,10 @@ from dmpo_jax import (
   resume,
   rng,
   rollout,
-  sft,
   step,
   train,
 )
+from dmpo_jax.phases import sft
 from dmpo_jax.tasks import TASKS
 
 INNER, ITERATIONS = 3, 2

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax import picks
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.sampler import picks
 from dmpo_jax.types import TrainBatch
 
 L, V, M = 3, 3, 3  # M: the mask

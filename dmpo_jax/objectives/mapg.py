@@ -17,8 +17,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from dmpo_jax import picks
 from dmpo_jax.objectives import agrpo, shared
+from dmpo_jax.sampler import picks
 from dmpo_jax.types import Objective
 
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dmpo_jax import build, check, mesh, model, optim, picks, step
+from dmpo_jax import build, check, mesh, model, optim, step
+from dmpo_jax.sampler import picks
 
 GIB = 2**30
 

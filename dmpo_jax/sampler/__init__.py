@@ -14,8 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import model, picks, rng
-from dmpo_jax.picks import PICKS
+from dmpo_jax import model, rng
+from dmpo_jax.sampler import picks
+from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.types import Array, Rollouts
 
 CACHES = ('none', 'prefix', 'dual')
