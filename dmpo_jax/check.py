@@ -72,7 +72,7 @@ def config(c, count, platform=''):
       found += [prefix + text for text in sampler.problems(hp)]
   if c.objective.name in OBJECTIVES:
     objective = OBJECTIVES[c.objective.name]
-    found += objective.check(settings(objective.hp, c.objective))
+    found += settings(objective.Config, c.objective).problems()
   found += check_numbers(c) + check_rows(c, count) + check_logprob(c)
   found += check_model(c) + check_eval(c) + check_health(c)
   found += check_objective(c) + check_reference(c)
@@ -183,6 +183,15 @@ def check_eval(c):
   return found
 
 
+def needs_of(objective, hp):
+  """Names of what an objective wants."""
+  w = objective.wants(hp)
+  needs = set(w.sequence) | {f'elbo_{x}' for x in w.elbo}
+  needs |= {f'tokens_{x}' for x in w.views} | set(w.reads) | set(w.records or ())
+  flags = dict(record=w.records is not None, law=w.law, policy=w.reweigh)
+  return needs | {name for name, on in flags.items() if on}
+
+
 def check_health(c):
   """Bounds that can be broken, on numbers that this objective gives."""
   h = settings(health.Config, c.health)
@@ -196,10 +205,10 @@ def check_health(c):
   if c.objective.name not in OBJECTIVES:
     return found
   objective = OBJECTIVES[c.objective.name]
-  hp = settings(objective.hp, c.objective)
-  if objective.check(hp):
+  hp = settings(objective.Config, c.objective)
+  if hp.problems():
     return found
-  if h.kl and not (c.health.measure or {'old', 'ref'} <= objective.needs(hp)):
+  if h.kl and not (c.health.measure or {'old', 'ref'} <= needs_of(objective, hp)):
     found.append(
       f'health.kl = {h.kl} needs health.measure=True: this '
       'objective does without log p_old or log p_ref'
@@ -332,7 +341,7 @@ def check_objective(c):
     return found
   own = [
     field.name
-    for kind in (OBJECTIVES[o.name].hp, Common)
+    for kind in (OBJECTIVES[o.name].Config, Common)
     for field in dataclasses.fields(kind)
   ]
   for name, usual in objective_fields().items():
@@ -346,8 +355,8 @@ def check_objective(c):
       f'objective.elbo_draws = {o.elbo_draws} must be even: masks '
       'come with their complements'
     )
-  hp = settings(OBJECTIVES[o.name].hp, o)
-  needs = OBJECTIVES[o.name].needs(hp)
+  hp = settings(OBJECTIVES[o.name].Config, o)
+  needs = needs_of(OBJECTIVES[o.name], hp)
   for need, wrong, change in (
     (
       'record',
@@ -393,10 +402,10 @@ def check_objective(c):
   ):
     if need in needs and wrong:
       found.append(f'{change} (objective.name = {o.name})')
-  return found + check_old(c, needs, hp)
+  return found + check_old(c, needs, OBJECTIVES[o.name].wants(hp))
 
 
-def check_old(c, needs, hp):
+def check_old(c, needs, w):
   """log p_old that log p_theta is compared with: without dropout on one side,
   and where it has masks of its own, of the law of the loss's."""
   found, o, e = [], c.objective, c.logprob
@@ -409,7 +418,7 @@ def check_old(c, needs, hp):
       'compares log p_theta with log p_old, which has no dropout: '
       'set 0'
     )
-  if 'elbo_old' not in needs or hp.common_masks:
+  if 'elbo_old' not in needs or w.common_masks:
     return found
   why = 'log p_old and log p_theta are compared'
   found += [
@@ -433,7 +442,7 @@ def objective_fields():
   return {
     field.name: field.default
     for objective in reversed(OBJECTIVES.values())
-    for field in dataclasses.fields(objective.hp)
+    for field in dataclasses.fields(objective.Config)
   }
 
 
@@ -468,7 +477,7 @@ def check_reference(c):
     )
   if c.objective.name in OBJECTIVES:
     objective = OBJECTIVES[c.objective.name]
-    needs = objective.needs(settings(objective.hp, c.objective))
+    needs = needs_of(objective, settings(objective.Config, c.objective))
     if 'ref' not in needs:
       found.append(f'reference.of = {r.of}: this objective asks for no log p_ref')
     if needs & {'tokens_ref', 'elbo_ref'}:  # under the masks of the loss

@@ -50,7 +50,7 @@ UNSAFE_WORDS = ('allow_pickle', 'trust_remote_code', 'shell')
 UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 # A line limit makes adding a choice: fifteen objectives, their shared parts and
 # many processes came in on top of the first 8,000.
-MAX_LINES, MAX_FUNCTION = 13500, 100
+MAX_LINES, MAX_FUNCTION = 14500, 100
 
 
 def sources(root):
