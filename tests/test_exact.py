@@ -79,7 +79,8 @@ def rollouts(model, policies):
       prompts = jnp.asarray([PROMPT] * ROWS)
       out = sampler.generate(model, old, prompts, rng.key_for(0, 'sample'), hp)
       along = functools.partial(logprob.trajectory_logp, model, ref, out, hp.law())
-      some = along(1, rng.key_for(0, 'score'), jnp.arange(ROWS))
+      u_R = rng.per_row(rng.key_for(0, 'score'), jnp.arange(ROWS), jax.random.uniform)
+      some = along(1, u_R)
       return out, *along(), some
 
     return jax.device_get(call(*policies))

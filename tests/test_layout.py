@@ -329,7 +329,8 @@ FAULTS = {
     'shell is not False',
   ),
   'long_function': (
-    'step.py', 'def f():\n' + '  pass\n' * MAX_FUNCTION, f'f has {MAX_FUNCTION + 1} lines',
+    'step.py', 'def f():\n' + '  pass\n' * MAX_FUNCTION,
+    f'f has {MAX_FUNCTION + 1} lines',
   ),
   'long_package': (
     'step.py', 'x = 1\n' * MAX_LINES,

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import reference
 
-from dmpo_jax import logprob, masking, model, rng
+from dmpo_jax import layout, logprob, masking, model, rng
 from dmpo_jax.logprob import LogprobConfig
+from dmpo_jax.types import Masks
 
 KEY = rng.key_for(0, 'score')
 PROMPT = (3, 1, 4)
@@ -59,7 +60,7 @@ def test_table_is_what_the_network_says(tiny, token_logp, table):
 def test_token_logp_is_the_logits_gathered(tiny, params, token_logp, batch):
   tokens, masked, valid = batch
   logp = np.asarray(token_logp(*batch))
-  noisy = masking.apply_masks(tokens, masked, tiny.mask_id)
+  noisy = layout.apply_masks(tokens, masked, tiny.mask_id)
   full = jax.jit(lambda noisy, valid: model.full_logits(tiny, params, noisy, valid))
   for k in range(3):
     logits = np.asarray(full(noisy[:, k], valid), np.float64)
@@ -111,7 +112,7 @@ def test_head_chunk(tiny, params):
 
     def loss(hidden, table, cfg=cfg):
       tree = {'params': {**params['params'], 'head': table}}
-      logp = logprob.chosen_logp(cfg, tree, hidden, targets)
+      logp = logprob.chosen_logp(cfg, tree, hidden, targets)['logp']
       return jnp.sum(weigh * logp), logp
 
     slopes = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
@@ -195,7 +196,7 @@ def test_elbo_counts_what_it_is_told(tiny, params, batch, token_logp):
   the counted positions alone."""
   tokens, masked, valid = batch
   weight = jnp.asarray([[1.0, 2.0, 4.0], [3.0, 0.0, 1.0]])
-  masks = masking.Masks(masked, weight)
+  masks = Masks(masked, weight[..., None])
   counted = jnp.asarray([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
   found = jax.jit(
     lambda counted: logprob.elbo(tiny, params, tokens, valid, masks, counted)

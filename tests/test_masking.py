@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax import masking, rng
+from dmpo_jax import layout, masking, rng
 from dmpo_jax.types import Masks
 
 KEY = rng.key_for(0, 'mask', 1)
@@ -15,13 +15,13 @@ KEY = rng.key_for(0, 'mask', 1)
 DRAWS = {
   'free': jax.jit(
     lambda rows, low, high, length: masking.draw_bernoulli(
-      KEY, rows, length, 3, low, high, antithetic=False
+      KEY, rows, length, 3, (low, high), antithetic=False
     ),
     static_argnums=3,
   ),
   'bernoulli': jax.jit(
     lambda rows, low, high, length: masking.draw_bernoulli(
-      KEY, rows, length, 4, low, high
+      KEY, rows, length, 4, (low, high)
     ),
     static_argnums=3,
   ),
@@ -30,12 +30,12 @@ DRAWS = {
     static_argnums=3,
   ),
   'even': jax.jit(
-    lambda rows, low, high, length: masking.draw_even(KEY, rows, length, 4, 0.1, 0.9),
+    lambda rows, low, high, length: masking.draw_even(KEY, rows, length, 4, (0.1, 0.9)),
     static_argnums=3,
   ),
   'even, free': jax.jit(
     lambda rows, low, high, length: masking.draw_even(
-      KEY, rows, length, 3, 0.1, 0.9, False
+      KEY, rows, length, 3, (0.1, 0.9), False
     ),
     static_argnums=3,
   ),
@@ -102,7 +102,7 @@ def test_bernoulli_weight():
   masks = draw('free', np.arange(14_000), 3)
   count = masks.masked.sum(-1)
   assert (count == 0).any()
-  np.testing.assert_allclose(masks.weight, 3 / np.maximum(count, 1))
+  np.testing.assert_allclose(masks.weight[..., 0], 3 / np.maximum(count, 1))
 
 
 def test_stratified_counts():
@@ -123,7 +123,7 @@ def test_stratified_counts():
     share = masks.masked[:, :2][count[:, :2] == m].mean(0)
     np.testing.assert_allclose(share, m / length, atol=0.05)
   weight = np.where(count, (length + 1) / np.maximum(count, 1), 0)
-  np.testing.assert_allclose(masks.weight, weight)
+  np.testing.assert_allclose(masks.weight[..., 0], weight)
 
 
 @pytest.mark.parametrize('low, high', [(0.0, 1.0), (0.1, 0.9)])
@@ -162,11 +162,11 @@ def test_even_counts_have_the_law_of_bernoulli(name):
 
 def test_odd_draws_are_refused():
   rows = jnp.arange(2)
-  with pytest.raises(ValueError, match='even number of draws: 3'):
+  with pytest.raises(ValueError, match='even number of draws, not 3'):
     masking.draw_bernoulli(KEY, rows, 4, 3)
-  with pytest.raises(ValueError, match='even number of draws: 5'):
+  with pytest.raises(ValueError, match='even number of draws, not 5'):
     masking.draw_stratified(KEY, rows, 4, 5)
-  with pytest.raises(ValueError, match='even number of draws: 3'):
+  with pytest.raises(ValueError, match='even number of draws, not 3'):
     masking.draw_even(KEY, rows, 4, 3)
 
 
@@ -177,7 +177,7 @@ def test_sft_weight_undoes_the_rate():
   assert masks.weight.min() >= 1 and masks.weight.max() <= 1000.1
   # Rare large weights make the mean heavy-tailed: its standard error is
   # sqrt(ln 1000 / 40000) = 0.013.
-  mean = (masks.weight[..., None] * masks.masked).mean((0, 1))
+  mean = (masks.weight * masks.masked).mean((0, 1))
   np.testing.assert_allclose(mean, 1, atol=0.06)
 
 
@@ -188,7 +188,7 @@ def test_apply_masks_spares_the_prompt():
   masked = np.zeros((2, 3, 4), bool)
   masked[0, 1] = True
   masked[1, 2, 3] = True
-  noisy = np.asarray(masking.apply_masks(jnp.asarray(tokens), masked, 99))
+  noisy = np.asarray(layout.apply_masks(jnp.asarray(tokens), masked, 99))
   expected = np.repeat(tokens[:, None], 3, axis=1)
   expected[0, 1, 2:] = 99
   expected[1, 2, 5] = 99
@@ -214,10 +214,10 @@ def test_restrict():
   """The tail leaves every draw, and the weight speaks of what remains."""
   masked = np.array([[[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]]], bool)
   completion = np.array([[1, 1, 1, 0]], bool)
-  masks = masking.restrict(Masks(masked, np.zeros((1, 3))), completion)
+  masks = masking.restrict(Masks(masked, np.zeros((1, 3, 1))), completion)
   expected = [[[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]]
   np.testing.assert_array_equal(masks.masked, np.array(expected, bool))
-  np.testing.assert_allclose(masks.weight, [[3 / 2, 3, 3]])
+  np.testing.assert_allclose(masks.weight[..., 0], [[3 / 2, 3, 3]])
 
 
 def test_restrict_of_whole_completions_changes_nothing():

@@ -90,6 +90,7 @@ def train(reference, hp, iterations, flip=1.0, anchored=True, inner=4):
     1e-3, 0, 0.9, 0.99, 1e-8, 0.0, 1.0, decay_steps=iterations * inner
   )
   state = step.init_state(jax.tree.map(jnp.copy, reference), optimizer)
+  setup = step.Setup(CFG, dmpo.OBJECTIVE, hp, GROUP, inner, optimizer=optimizer)
   prompts = jnp.full((GROUP, 1), PROMPT, jnp.int32)
 
   @jax.jit
@@ -102,31 +103,19 @@ def train(reference, hp, iterations, flip=1.0, anchored=True, inner=4):
     r = flip * reward(out.tokens[:, 1:])
     grouped = functools.partial(to_groups, group=GROUP)
     scored = Scored(grouped(r), None, grouped(old), grouped(ref if anchored else old))
-    weight, positive, metrics = dmpo.weigh(scored, hp)
+    weight, own, metrics = dmpo.weigh(scored, hp)
     batch = TrainBatch(
       out.tokens,
       out.valid,
       jnp.ones((GROUP, L), bool),
       row,
       weight.ravel(),
-      positive.ravel(),
-      jnp.zeros((GROUP, inner)),
+      {name: x.ravel() for name, x in own.items()},
       jnp.float32(1),
       jnp.float32(GROUP),
     )
     for i in range(inner):
-      state, _ = step.train_step(
-        state,
-        {},
-        batch,
-        rng.key_for(0, 'mask'),
-        i,
-        cfg=CFG,
-        objective=dmpo.OBJECTIVE,
-        hp=hp,
-        optimizer=optimizer,
-        group=GROUP,
-      )
+      state, _ = step.train_step(state, {}, batch, rng.key_for(0, 'mask'), i, setup)
     return state, metrics
 
   for it in range(iterations):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from batches import batch_of, elbos, text_of
 
-from dmpo_jax import masking, model, step
-from dmpo_jax.objectives import OBJECTIVES, dmpo
-from dmpo_jax.types import Masks, Scored, TrainBatch
+from dmpo_jax import masking, model
+from dmpo_jax.objectives import dmpo
+from dmpo_jax.types import Masks, Scored, ViewLogp, Wants
 
 B, G, R, K, L = 3, 4, 12, 4, 6
 TINY = model.ModelConfig(
@@ -72,19 +73,9 @@ def scored(reward=REWARD, log_rnd=LOG_RND):
   )
 
 
-def batch(weight_R, positive_R, rows=R, norm=B, tokens=None):
+def batch(weight_R, target_R, **fields):
   """A TrainBatch with what losses look at."""
-  return TrainBatch(
-    tokens=tokens,
-    valid=None,
-    completion=jnp.ones((rows, L), bool),
-    row=jnp.arange(rows),
-    weight=jnp.asarray(weight_R),
-    positive=jnp.asarray(positive_R),
-    elbo_old=jnp.zeros((rows, 1)),
-    norm=jnp.float32(norm),
-    total=jnp.float32(rows),
-  )
+  return batch_of(weight_R, {'target': target_R}, B, **fields)
 
 
 def masks_and_logp(seed=0):
@@ -95,9 +86,8 @@ def masks_and_logp(seed=0):
   logp = np.where(masked, -rng.exponential(size=(R, K, L)), 0.0)
   count = masked.sum(-1)
   weight = L / np.maximum(count, 1)
-  return Masks(jnp.asarray(masked), jnp.asarray(weight, jnp.float32)), jnp.asarray(
-    logp, jnp.float32
-  )
+  masks = Masks(jnp.asarray(masked), jnp.asarray(weight, jnp.float32)[..., None])
+  return masks, jnp.asarray(logp, jnp.float32)
 
 
 # --- target weights
@@ -163,11 +153,12 @@ def test_alpha_zero_drops_log_rnd():
 def test_a_group_does_not_see_the_others():
   """Weights, with c by ESS too, of a group alone and in a batch agree."""
   for hp in (dmpo.Config(alpha=0.5), dmpo.Config(alpha=0.5, ess=0.7)):
-    whole = dmpo.weigh(scored(), hp)[:2]
+    whole, own, _ = dmpo.weigh(scored(), hp)
     for b in range(B):
       part = jax.tree.map(lambda x, b=b: x[b : b + 1], scored())
-      for w, p in zip(whole, dmpo.weigh(part, hp)[:2], strict=True):
-        close(w[b : b + 1], p)
+      weight, its, _ = dmpo.weigh(part, hp)
+      close(whole[b : b + 1], weight)
+      close(own['target'][b : b + 1], its['target'])
 
 
 # --- effective size and c
@@ -235,20 +226,20 @@ def test_baselines_follow_their_definitions():
   plus, minus = reference_weights(REWARD, LOG_RND, 0.5, 0.8)
   for baseline, strength in itertools.product(dmpo.BASELINES, (1.0, 0.3)):
     hp = dmpo.Config(alpha=0.5, coef=0.8, baseline=baseline, strength=strength)
-    weight, positive, _ = dmpo.weigh(scored(), hp)
+    weight, own, _ = dmpo.weigh(scored(), hp)
     # 'model' is subtracted at every inner step (reweigh), not here.
     minus_what = {'group': 1 / G, 'individual': minus}.get(baseline, 0.0)
     close(weight, plus - strength * minus_what)
-    close(positive, plus)
+    close(own['target'], plus)
 
 
 def test_equal_rewards_have_no_weight_under_individual():
   """Nothing to learn from a group whose rewards are all equal."""
   hp = dmpo.Config(alpha=0.04)
   equal = np.full((B, G), 0.25, np.float32)
-  weight, positive, metrics = dmpo.weigh(scored(equal), hp)
+  weight, own, metrics = dmpo.weigh(scored(equal), hp)
   close(weight, np.zeros((B, G)), 1e-6)
-  close(positive, softmax(LOG_RND))
+  close(own['target'], softmax(LOG_RND))
   assert float(metrics['weight_abs']) < 1e-5
 
 
@@ -257,8 +248,8 @@ def test_metrics_of_weighing():
   reward = REWARD.copy()
   reward[1] = 0.5
   hp = dmpo.Config(alpha=0.5, coef=0.7)
-  weight, positive, metrics = dmpo.weigh(scored(reward), hp)
-  positive = np.asarray(positive)
+  weight, own, metrics = dmpo.weigh(scored(reward), hp)
+  positive = np.asarray(own['target'])
   close(metrics['ess'], np.mean(1 / (G * (positive**2).sum(-1))))
   close(metrics['coef'], 0.7)
   close(metrics['log_rnd_std'], LOG_RND.std(-1).mean())
@@ -274,10 +265,10 @@ def test_coverage_scales_a_group_by_its_best():
   hp = dataclasses.replace(plain, best=1.0)
   scale = np.exp((reward.max(-1, keepdims=True) - 1.0) / 0.2)
   assert scale[0, 0] == 1 and 0.5 < scale[1, 0] < 0.7 and scale[2, 0] < 0.01
-  weight, positive, metrics = dmpo.weigh(scored(reward), hp)
+  weight, own, metrics = dmpo.weigh(scored(reward), hp)
   whole, sure, before = dmpo.weigh(scored(reward), plain)
   close(weight, whole * scale)
-  close(positive, sure * scale)
+  close(own['target'], sure['target'] * scale)
   close(np.sum(weight, -1), np.zeros(B))
   close(metrics['coverage'], scale.mean())
   close(metrics['ess'], before['ess'])  # of the target's own weights
@@ -294,8 +285,7 @@ def test_coverage_reaches_the_model_baseline():
   positive = (softmax(LOG_RND) * [[1.0], [0.3], [0.01]]).astype(np.float32)
   got = dmpo.reweigh(
     jnp.asarray(draw(4, R)),
-    jnp.asarray(draw(5, R)),
-    batch(np.zeros(R), positive.ravel()),
+    batch(np.zeros(R), positive.ravel(), old=elbos(draw(5, R))),
     G,
     dmpo.Config(baseline='model'),
   )
@@ -308,7 +298,7 @@ def test_reweigh_is_a_softmax_over_each_group():
   positive = softmax(LOG_RND).ravel().astype(np.float32)
   hp = dmpo.Config(baseline='model', strength=0.6)
   got = dmpo.reweigh(
-    jnp.asarray(elbo), jnp.asarray(old), batch(np.zeros(R), positive), G, hp
+    jnp.asarray(elbo), batch(np.zeros(R), positive, old=elbos(old)), G, hp
   )
   want = positive - 0.6 * softmax((elbo - old).reshape(B, G)).ravel()
   close(got, want)
@@ -321,8 +311,7 @@ def test_reweigh_stops_the_gradient():
     lambda elbo: jnp.sum(
       dmpo.reweigh(
         elbo,
-        jnp.zeros(R),
-        batch(np.zeros(R), positive),
+        batch(np.zeros(R), positive, old=elbos(jnp.zeros(R))),
         G,
         dmpo.Config(baseline='model'),
       )
@@ -336,8 +325,9 @@ def test_model_baseline_is_group_at_no_gap():
   """Where policy and old policy agree, 'model' subtracts 1/G."""
   elbo = jnp.asarray(draw(4, R))
   hp = dmpo.Config(alpha=0.5, baseline='model', strength=0.7)
-  _, positive, _ = dmpo.weigh(scored(), hp)
-  got = dmpo.reweigh(elbo, elbo, batch(np.zeros(R), positive.ravel()), G, hp)
+  _, own, _ = dmpo.weigh(scored(), hp)
+  rows = batch(np.zeros(R), own['target'].ravel(), old=elbos(elbo))
+  got = dmpo.reweigh(elbo, rows, G, hp)
   hp = dataclasses.replace(hp, baseline='group')
   close(got, dmpo.weigh(scored(), hp)[0].ravel())
 
@@ -364,7 +354,7 @@ def test_wdce_is_its_loop():
   want = loop_wdce(np.asarray(logp), np.asarray(masks.masked), weight)
   close(dmpo.wdce(logp, masks.masked, jnp.asarray(weight)), want)
   value, metrics = dmpo.loss(
-    logp, masks, batch(weight, weight), jnp.zeros(R), dmpo.Config()
+    ViewLogp(logp), masks, batch(weight, weight), dmpo.Config()
   )
   close(value, want / B)
   close(metrics['nll'], -np.asarray(logp).sum() / (K * R))
@@ -388,16 +378,17 @@ def test_ddo_is_its_loop():
   hp = dmpo.Config(loss='ddo', ddo_alpha=0.6, ddo_beta=0.4, antithetic=False)
   # The last group counts less.
   share = np.repeat([0.25, 0.25, 0.05], G).astype(np.float32)
-  lp, mw = np.asarray(logp, np.float64), np.asarray(masks.weight)
+  lp, mw = np.asarray(logp, np.float64), np.asarray(masks.weight)[..., 0]
   total = 0.0
   for r in range(R):
     gap = []
     for half in (range(K // 2), range(K // 2, K)):
-      elbos = [mw[r, k] * lp[r, k].sum() for k in half]
-      gap.append(np.mean(elbos) - old[r])
+      halves = [mw[r, k] * lp[r, k].sum() for k in half]
+      gap.append(np.mean(halves) - old[r])
     total -= positive[r] * np.log(1 / (1 + np.exp(-0.4 * gap[0])))
     total -= 0.6 * share[r] * np.log(1 / (1 + np.exp(0.4 * gap[1])))
-  value, _ = dmpo.loss(logp, masks, batch(share, positive), jnp.asarray(old), hp)
+  rows = batch(share, positive, old=elbos(old))
+  value, _ = dmpo.loss(ViewLogp(logp), masks, rows, hp)
   close(value, total / B)
 
 
@@ -405,8 +396,8 @@ def test_draws_without_the_tail():
   """loss_tail=False: the same masks, but nothing after the first EOS."""
   completion = jnp.arange(L)[None] < jnp.arange(1, R + 1)[:, None] % L + 1
   key, row = jax.random.key(0), jnp.arange(R)
-  with_tail = dmpo.draw(key, row, completion, dmpo.Config())
-  without = dmpo.draw(key, row, completion, dmpo.Config(loss_tail=False))
+  with_tail = dmpo.draw(key, row, text_of(completion), dmpo.Config())
+  without = dmpo.draw(key, row, text_of(completion), dmpo.Config(loss_tail=False))
   want = np.asarray(with_tail.masked) & np.asarray(completion)[:, None]
   np.testing.assert_array_equal(without.masked, want)
   np.testing.assert_array_equal(
@@ -425,12 +416,12 @@ def test_draws_are_the_settings():
   """draws, low, high and antithetic reach the masks."""
   key, row = jax.random.key(0), jnp.arange(64)
   completion = jnp.ones((64, 32), bool)
-  masks = dmpo.draw(key, row, completion, dmpo.Config(draws=6))
+  masks = dmpo.draw(key, row, text_of(completion), dmpo.Config(draws=6))
   assert masks.masked.shape == (64, 6, 32)
   np.testing.assert_array_equal(masks.masked[:, 3:], ~masks.masked[:, :3])
   rate = np.asarray(
     dmpo.draw(
-      key, row, completion, dmpo.Config(low=0.2, high=0.4, antithetic=False)
+      key, row, text_of(completion), dmpo.Config(low=0.2, high=0.4, antithetic=False)
     ).masked
   ).mean()
   assert rate == pytest.approx(0.3, abs=0.03)
@@ -455,7 +446,7 @@ def test_masks_leave_the_loss_its_expectation(low, antithetic):
   deviation = {}
   for spread in (False, True):
     hp = dmpo.Config(low=low, spread=spread, antithetic=antithetic)
-    masked = np.asarray(dmpo.draw(key, row, completion, hp).masked)
+    masked = np.asarray(dmpo.draw(key, row, text_of(completion), hp).masked)
     logp = table[reference.index_of(masked)]
     value = -np.mean(logp.sum(-1) / np.maximum(masked.sum(-1), 1), -1)
     assert abs(value.mean() - want) < 4 * value.std() / rows**0.5
@@ -466,19 +457,26 @@ def test_masks_leave_the_loss_its_expectation(low, antithetic):
 # --- declarations
 
 
-def test_needs():
-  """Which log-probs a rollout must provide, for every kind of setting."""
+def test_wants():
+  """Returns the log-probs that every kind of setting compares with."""
+  sequence = ('old', 'ref')
   cases = {
-    (): {'old', 'ref'},
-    (('alpha', 0.0),): set(),
-    (('baseline', 'model'),): {'old', 'ref', 'elbo_old', 'policy'},
-    (('baseline', 'model'), ('alpha', 0.0)): {'elbo_old', 'policy'},
-    # DDO does not use the signed weight, so it needs no policy pass.
-    (('loss', 'ddo'),): {'old', 'ref', 'elbo_old'},
-    (('loss', 'ddo'), ('baseline', 'model')): {'old', 'ref', 'elbo_old'},
+    (): Wants(sequence, common_masks=False),
+    (('alpha', 0.0),): Wants(common_masks=False),
+    (('baseline', 'model'),): Wants(
+      sequence, ('old',), common_masks=False, reweigh=True
+    ),
+    (('baseline', 'model'), ('common_masks', True)): Wants(
+      sequence, ('old',), reweigh=True
+    ),
+    # DDO does not use the signed weight, so it needs no pass of the policy.
+    (('loss', 'ddo'),): Wants(sequence, ('old',), common_masks=False),
+    (('loss', 'ddo'), ('baseline', 'model')): Wants(
+      sequence, ('old',), common_masks=False
+    ),
   }
   for changes, wanted in cases.items():
-    assert dmpo.needs(dmpo.Config(**dict(changes))) == wanted
+    assert dmpo.wants(dmpo.Config(**dict(changes))) == wanted
 
 
 @pytest.mark.parametrize(
@@ -506,79 +504,15 @@ def test_needs():
     ('common_masks', dict(loss='ddo', antithetic=False, common_masks=True)),
   ],
 )
-def test_check_names_the_field(field, changes):
+def test_problems_name_the_field(field, changes):
   """One sentence each, with the field by its name in the config."""
-  found = dmpo.check(dmpo.Config(**changes))
+  found = dmpo.Config(**changes).problems()
   assert len(found) == 1 and f'objective.{field}' in found[0]
 
 
-def test_check_accepts():
-  """The defaults and every baseline and loss with fitting draws."""
-  assert OBJECTIVES['dmpo'].check(dmpo.Config()) == []
+def test_defaults_are_possible():
+  """The defaults and every baseline and loss with fitting draws have no problem."""
+  assert dmpo.Config().problems() == []
   for baseline in dmpo.BASELINES:
-    assert dmpo.check(dmpo.Config(baseline=baseline)) == []
-  assert dmpo.check(dmpo.Config(loss='ddo', antithetic=False)) == []
-  assert dmpo.check(dmpo.Config(draws=3, antithetic=False)) == []
-  for draws, antithetic in ((4, True), (2, False)):
-    assert (
-      dmpo.check(dmpo.Config(draws=draws, antithetic=antithetic, spread=True)) == []
-    )
-
-
-# --- the gradient
-
-
-def test_gradient_by_finite_differences():
-  """d (wdce + ddo) along random directions of three parameters."""
-  rows = 4
-  tokens = jax.random.randint(jax.random.key(1), (rows, 2 + L), 0, 7)
-  weight = softmax(draw(11, rows)).astype(np.float32)
-  part = batch(weight, weight, rows, 1, tokens)._replace(
-    valid=jnp.ones((rows, 2 + L), bool)
-  )
-  params = model.init(TINY, jax.random.key(0))
-
-  def loss_fn(params):
-    hp = dmpo.Config(antithetic=False, ddo_beta=0.1)
-    logp, masks = step.batch_logp(
-      params, part, jax.random.key(3), TINY, dmpo.OBJECTIVE, hp
-    )
-    return sum(
-      dmpo.loss(
-        logp, masks, part, jnp.full(rows, -10.0), dataclasses.replace(hp, loss=kind)
-      )[0]
-      for kind in ('wdce', 'ddo')
-    )
-
-  both = jax.jit(jax.value_and_grad(loss_fn))
-  flat, tree = jax.tree.flatten(params)
-  grad = jax.tree.leaves(both(params)[1])
-  at = [i for i, leaf in enumerate(flat) if leaf.size > 64][:3]
-  assert len(at) == 3
-  for i in at:
-    way = draw(20 + i, *flat[i].shape)
-    way = way / np.linalg.norm(way)
-    eps = 2e-2  # float32: rounding 1e-7/eps against curvature eps^2
-    moved = [
-      both(
-        jax.tree.unflatten(
-          tree,
-          [leaf + sign * eps * way if j == i else leaf for j, leaf in enumerate(flat)],
-        )
-      )[0]
-      for sign in (1, -1)
-    ]
-    along = float((np.asarray(grad[i]) * way).sum())
-    assert abs(along) > 1e-3
-    assert (moved[0] - moved[1]) / (2 * eps) == pytest.approx(along, rel=0.02)
-
-
-def test_golden():
-  """One number for the weights of a fixed input."""
-  reward = np.array([[1.0, 0.0, 0.5, 0.25]], np.float32)
-  log_rnd = np.array([[0.1, -0.2, 0.0, 0.3]], np.float32)
-  weight, _, metrics = dmpo.weigh(
-    scored(reward, log_rnd), dmpo.Config(alpha=0.5, ess=0.8)
-  )
-  close(weight[0], [0.332703, -0.225356, 0.024548, -0.131895], 1e-4)
-  close(metrics['coef'], 0.609122, 1e-4)
+    assert dmpo.Config(baseline=baseline).problems() == []
+  assert dmpo.Config(loss='ddo', antithetic=False).problems() == []

@@ -1,4 +1,4 @@
-"""The optimizer step and the log-probs of rollouts, on a tiny model.
+"""The optimizer step and the scores of rollouts, on a tiny model.
 
 Plain SGD with rate one stands in for Adam: the change of a parameter is then
 minus its gradient, and gradients are what the claims are about.
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from batches import text_of
 
-from dmpo_jax import logprob, masking, model, sampler, step
+from dmpo_jax import logprob, masking, model, sampler, score, step
 from dmpo_jax.objectives import dmpo
-from dmpo_jax.types import Rollouts, Scored, TrainBatch, to_groups
+from dmpo_jax.types import Rollouts, Sampled, Scored, TrainBatch, Views, to_groups
 
 B, G, R, P, L, INNER = 2, 2, 4, 3, 8, 2
 CFG = model.ModelConfig(
@@ -100,20 +101,21 @@ def logp_of(params, rows, masks):
 def elbo_of(params, rows, masks):
   """(R,) the mean over draws of weight times masked sum."""
   total = logp_of(params, rows, masks).sum(-1)
-  return (np.asarray(masks.weight) * total).mean(-1)
+  return (np.asarray(masks.weight)[..., 0] * total).mean(-1)
 
 
 def weights(baseline):
-  """(weight, positive) of fixed rewards under a baseline, each (R,)."""
+  """(weight, target) of fixed rewards under a baseline, each (R,)."""
   rng = np.random.default_rng(1)
   reward, rnd = rng.normal(size=(2, B, G)).astype(np.float32)
   scored = Scored(jnp.asarray(reward), None, jnp.zeros((B, G)), jnp.asarray(rnd))
   hp = dmpo.Config(alpha=0.5, baseline=baseline)
-  return [x.ravel() for x in dmpo.weigh(scored, hp)[:2]]
+  weight, own, _ = dmpo.weigh(scored, hp)
+  return weight.ravel(), own['target'].ravel()
 
 
 def make_batch(rollouts, baseline='individual', elbo_old=None):
-  weight, positive = weights(baseline)
+  weight, target = weights(baseline)
   if elbo_old is None:
     elbo_old = jnp.linspace(-20, -10, R * INNER).reshape(R, INNER)
   return TrainBatch(
@@ -122,66 +124,50 @@ def make_batch(rollouts, baseline='individual', elbo_old=None):
     completion_of(rollouts),
     jnp.arange(R) + 40,
     weight,
-    positive,
-    elbo_old,
+    {'target': target},
     jnp.float32(B),
     jnp.float32(R),
+    old=Views(elbo=elbo_old),
   )
+
+
+def setup_of(kind, microbatches=1, cfg=CFG, **fields):
+  """The Setup of a kind of objective, or of a dmpo.Config."""
+  hp = HPS[kind] if isinstance(kind, str) else kind
+  same = dict(group=G, inner=INNER, microbatches=microbatches, optimizer=SGD)
+  return step.Setup(cfg, dmpo.OBJECTIVE, hp, **same | fields)
 
 
 @functools.cache
-def stepper(kind, microbatches=1, cfg=CFG):
-  """The compiled train_step of a kind of objective."""
-  return jax.jit(
-    functools.partial(
-      step.train_step,
-      cfg=cfg,
-      objective=dmpo.OBJECTIVE,
-      hp=HPS[kind],
-      optimizer=SGD,
-      group=G,
-      microbatches=microbatches,
-    )
-  )
+def stepper(*args, **fields):
+  """The compiled train_step of a Setup; arguments as `setup_of`."""
+  return jax.jit(functools.partial(step.train_step, setup=setup_of(*args, **fields)))
 
 
 def run(kind, params, batch, inner=0, microbatches=1):
   """(new parameters, metrics) of one step from `params`."""
   state = step.init_state(params, SGD)
-  state, metrics = stepper(kind, microbatches)(
-    state, {}, batch, jax.random.key(KEY), inner
-  )
+  update = stepper(kind, microbatches)
+  state, metrics = update(state, {}, batch, jax.random.key(KEY), inner)
   return state.trainable, metrics
 
 
 @functools.cache
-def scorer(hp, how, law=None, cfg=CFG, microbatches=1):
-  # dicts do not hash; a law comes as its items
-  return jax.jit(
-    functools.partial(
-      step.score,
-      cfg=cfg,
-      objective=dmpo.OBJECTIVE,
-      hp=hp,
-      how=how,
-      law=dict(law or ()),
-      inner=INNER,
-      microbatches=microbatches,
-    )
-  )
+def scorer(hp, **fields):
+  return jax.jit(functools.partial(score.score, setup=setup_of(hp, **fields)))
 
 
-def score(params, rollouts, hp, how, law=None, frozen=None, **options):
-  run = scorer(hp, how, law and tuple(law.items()), **options)
-  return run(
-    params,
-    params if frozen is None else frozen,
-    rollouts,
-    jnp.arange(R) + 40,
-    completion_of(rollouts),
-    jax.random.key(9),
-    jax.random.key(KEY),
-  )
+def scores(params, rollouts, hp, how, law=None, frozen=None, **options):
+  """The Scores of a buffer whose policy is `params` laid over `frozen`."""
+  run = scorer(hp, logprob=how, law=law, **options)
+  who = score.policies(params, params if frozen is None else frozen)
+  sampled = Sampled(rollouts, completion_of(rollouts), jnp.arange(R) + 40)
+  return run(who, sampled, jax.random.key(9), jax.random.key(KEY))
+
+
+def draw(key, row, completion, hp):
+  """The loss's masks."""
+  return dmpo.draw(key, row, text_of(completion), hp)
 
 
 # --- cutting rows into pieces
@@ -224,7 +210,7 @@ def test_metrics_are_of_the_loss(params, rollouts):
   for inner in range(INNER):
     _, metrics = run('wdce', params, batch, inner)
     key = jax.random.fold_in(jax.random.key(KEY), inner)
-    masks = dmpo.draw(key, batch.row, batch.completion, HPS['wdce'])
+    masks = draw(key, batch.row, batch.completion, HPS['wdce'])
     logp = logp_of(params, batch, masks)
     close(metrics['nll'], -logp.sum() / masks.weight.size)
     close(metrics['loss'], dmpo.wdce(logp, masks.masked, batch.weight) / B)
@@ -352,12 +338,12 @@ def test_reference_is_the_policy_without_its_adapter(lora, rollouts):
   """At init they agree to the bit; with b moved only the policy changes."""
   trainable, frozen = {'lora': lora['lora']}, {'params': lora['params']}
   how, hp = logprob.LogprobConfig(), HPS['wdce']
-  first = score(trainable, rollouts, hp, how, frozen=frozen, cfg=LORA)
-  same(first['old'], first['ref'])
+  first = scores(trainable, rollouts, hp, how, frozen=frozen, cfg=LORA)
+  same(first.logp_old, first.logp_ref)
   moved = jax.tree.map(lambda x: x + 0.1, trainable)
-  then = score(moved, rollouts, hp, how, frozen=frozen, cfg=LORA)
-  same(then['ref'], first['ref'])
-  assert (np.abs(then['old'] - first['old']) > 1e-3).all()
+  then = scores(moved, rollouts, hp, how, frozen=frozen, cfg=LORA)
+  same(then.logp_ref, first.logp_ref)
+  assert (np.abs(then.logp_old - first.logp_old) > 1e-3).all()
 
 
 @pytest.mark.parametrize('pieces', [1, 2])
@@ -367,11 +353,11 @@ def test_fused_scores_are_the_same(lora, rollouts, pieces):
   frozen, hp = {'params': lora['params']}, HPS['wdce']
   how = logprob.LogprobConfig(tail=False)
   two, one = (
-    score(trainable, rollouts, hp, x, frozen=frozen, cfg=LORA, microbatches=pieces)
+    scores(trainable, rollouts, hp, x, frozen=frozen, cfg=LORA, microbatches=pieces)
     for x in (how, dataclasses.replace(how, fuse=True))
   )
   close(one, two)
-  assert (np.abs(one['old'] - one['ref']) > 1e-3).all()
+  assert (np.abs(one.logp_old - one.logp_ref) > 1e-3).all()
 
 
 # --- log-probs of rollouts
@@ -380,25 +366,25 @@ def test_fused_scores_are_the_same(lora, rollouts, pieces):
 def test_old_is_ref_at_the_start(params, rollouts):
   """log_rnd = 0 to the bit: both are taken under the same masks."""
   hp, how = HPS['wdce'], logprob.LogprobConfig()
-  out = score(params, rollouts, hp, how)
-  assert set(out) == {'old', 'ref'}
-  same(out['old'], out['ref'])
+  out = scores(params, rollouts, hp, how)
+  assert not out.old.has('elbo') and out.guess is None
+  same(out.logp_old, out.logp_ref)
   masks = masking.draw_bernoulli(jax.random.key(9), jnp.arange(R) + 40, L, 4)
-  close(out['old'], elbo_of(params, rollouts, masks))
+  close(out.logp_old, elbo_of(params, rollouts, masks))
   # However the rows are cut.
-  close(score(params, rollouts, hp, how, microbatches=2), out)
+  close(scores(params, rollouts, hp, how, microbatches=2), out)
 
 
 def test_elbo_settings(params, rollouts):
   """stratified draws its own masks; tail=False counts up to the EOS."""
   row, completion = jnp.arange(R) + 40, completion_of(rollouts)
   how = logprob.LogprobConfig(elbo='stratified', tail=False)
-  out = score(params, rollouts, HPS['wdce'], how)
+  out = scores(params, rollouts, HPS['wdce'], how)
   masks = masking.draw_stratified(jax.random.key(9), row, L, 4)
   logp = logp_of(params, rollouts, masks) * np.asarray(completion)[:, None]
-  want = (np.asarray(masks.weight) * logp.sum(-1)).mean(-1)
-  close(out['old'], want)
-  close(out['ref'], out['old'])
+  want = (np.asarray(masks.weight)[..., 0] * logp.sum(-1)).mean(-1)
+  close(out.logp_old, want)
+  close(out.logp_ref, out.logp_old)
 
 
 def test_along_the_trajectory(params):
@@ -407,32 +393,32 @@ def test_along_the_trajectory(params):
   prompts = jnp.asarray([[1, 2, 3], [3, 2, 1], [0, 0, 4], [5, 1, 1]])
   out = jax.jit(lambda: sampler.generate(CFG, params, prompts, jax.random.key(3), hp))()
   how = logprob.LogprobConfig(estimator='trajectory')
-  got = score(params, out, HPS['wdce'], how, hp.law())
-  close(got['old'], out.logp.sum(1), 1e-6)
-  close(got['ref'], got['old'], 1e-4)
+  got = scores(params, out, HPS['wdce'], how, hp.law())
+  close(got.logp_old, out.logp.sum(1), 1e-6)
+  close(got.logp_ref, got.logp_old, 1e-4)
 
 
 def test_nothing_is_computed_for_alpha_zero(params, rollouts):
-  """needs() is obeyed: no log-probs where the weights use none."""
+  """No log-probs are computed where the weights use none."""
   hp = dataclasses.replace(HPS['wdce'], alpha=0.0)
-  assert score(params, rollouts, hp, logprob.LogprobConfig()) == {}
+  assert jax.tree.leaves(scores(params, rollouts, hp, logprob.LogprobConfig())) == []
 
 
 def test_elbo_of_the_old_policy(params, rollouts):
   """One per inner step under its own masks, or one estimate for all."""
   row, completion = jnp.arange(R) + 40, completion_of(rollouts)
   hp, how = HPS['model'], logprob.LogprobConfig()
-  common = score(params, rollouts, hp, how)['elbo_old']
+  common = scores(params, rollouts, hp, how).old.elbo
   assert common.shape == (R, INNER)
   for i in range(INNER):
     key = jax.random.fold_in(jax.random.key(KEY), i)
-    masks = dmpo.draw(key, row, completion, hp)
+    masks = draw(key, row, completion, hp)
     close(common[:, i], elbo_of(params, rollouts, masks))
   hp = dataclasses.replace(hp, common_masks=False)
-  shared = score(params, rollouts, hp, how)
-  assert shared['elbo_old'].shape == (R, INNER)
-  same(shared['elbo_old'][:, 0], shared['elbo_old'][:, 1])
-  same(shared['elbo_old'][:, 0], shared['old'])
+  shared = scores(params, rollouts, hp, how)
+  assert shared.old.elbo.shape == (R, INNER)
+  same(shared.old.elbo[:, 0], shared.old.elbo[:, 1])
+  same(shared.old.elbo[:, 0], shared.logp_old)
 
 
 def test_measured_for_any_objective(params, rollouts):
@@ -441,38 +427,15 @@ def test_measured_for_any_objective(params, rollouts):
   update is the same."""
   hp, last = dataclasses.replace(HPS['wdce'], alpha=0.0), INNER - 1
   row, completion = jnp.arange(R) + 40, completion_of(rollouts)
-  found = jax.jit(
-    functools.partial(
-      step.score,
-      cfg=CFG,
-      objective=dmpo.OBJECTIVE,
-      hp=hp,
-      how=logprob.LogprobConfig(),
-      law={},
-      inner=INNER,
-      measure=True,
-    )
-  )(params, params, rollouts, row, completion, jax.random.key(9), jax.random.key(KEY))
-  assert set(found) == {'old', 'ref', 'elbo_old'}
-  same(found['old'], found['ref'])
-  batch = make_batch(rollouts, elbo_old=found['elbo_old'])
-  drifting = jax.jit(
-    functools.partial(
-      step.train_step,
-      cfg=CFG,
-      objective=dmpo.OBJECTIVE,
-      hp=HPS['wdce'],
-      optimizer=SGD,
-      group=G,
-      microbatches=2,
-      drift=True,
-    )
-  )
+  got = scores(params, rollouts, hp, logprob.LogprobConfig(), measure=True)
+  same(got.logp_old, got.logp_ref)
+  batch = make_batch(rollouts, elbo_old=got.old.elbo)
+  drifting = stepper('wdce', 2, measure=True)
   state = step.init_state(params, SGD)
   new, metrics = drifting(state, {}, batch, jax.random.key(KEY), last)
   assert abs(float(metrics['elbo_drift'])) < 1e-4
   close(new.trainable, run('wdce', params, batch, last, 2)[0], 1e-6)
-  masks = dmpo.draw(
+  masks = draw(
     jax.random.fold_in(jax.random.key(KEY), last), row, completion, HPS['wdce']
   )
   want = np.mean(
@@ -485,26 +448,32 @@ def test_measured_for_any_objective(params, rollouts):
   assert float(metrics['elbo_drift']) == pytest.approx(want, rel=1e-3)
 
 
+def close_updates(got, want):
+  """Equal parameters and metrics; only objectives with an old ELBO report its drift."""
+  got[1].pop('elbo_drift')
+  close(got, want, 1e-5)
+
+
 def test_model_baseline_is_group_at_the_start(params, rollouts):
   """Policy = old policy and common masks: no gap, so 1/G is subtracted."""
-  old = score(params, rollouts, HPS['model'], logprob.LogprobConfig())['elbo_old']
+  old = scores(params, rollouts, HPS['model'], logprob.LogprobConfig()).old.elbo
   for inner in range(INNER):
     got = run('model', params, make_batch(rollouts, 'model', old), inner)
     want = run('wdce', params, make_batch(rollouts, 'group'), inner)
-    close(got, want, 1e-5)
+    close_updates(got, want)
 
 
 def test_model_baseline_follows_the_gap(params, rollouts):
   """Its update is that of weights reweighed by hand, group by group."""
   batch = make_batch(rollouts, 'model')
   key = jax.random.fold_in(jax.random.key(KEY), 1)
-  masks = dmpo.draw(key, batch.row, batch.completion, HPS['model'])
+  masks = draw(key, batch.row, batch.completion, HPS['model'])
   elbo = elbo_of(params, batch, masks)
-  gap = np.asarray(to_groups(elbo - batch.elbo_old[:, 1], G))
+  gap = np.asarray(to_groups(elbo - batch.old.elbo[:, 1], G))
   share = np.exp(gap - gap.max(1, keepdims=True))
   share /= share.sum(1, keepdims=True)
-  by_hand = batch._replace(weight=batch.positive - share.ravel())
-  close(run('model', params, batch, 1), run('wdce', params, by_hand, 1), 1e-5)
+  by_hand = batch._replace(weight=batch.own['target'] - share.ravel())
+  close_updates(run('model', params, batch, 1), run('wdce', params, by_hand, 1))
 
 
 # --- supervised
@@ -516,11 +485,8 @@ def test_sft_step(params):
   valid, row = np.ones((R, P + L), bool), jnp.arange(R)
   got = {}
   for pieces, seeds in ((1, (0, 1)), (2, (0,))):
-    fn = jax.jit(
-      functools.partial(
-        step.sft_step, cfg=CFG, length=L, optimizer=SGD, microbatches=pieces
-      )
-    )
+    setup = step.SftSetup(CFG, L, SGD, pieces)
+    fn = jax.jit(functools.partial(step.sft_step, setup=setup))
     for seed in seeds:
       got[pieces, seed] = fn(
         step.init_state(params, SGD), tokens, valid, row, jax.random.key(seed)
@@ -531,7 +497,7 @@ def test_sft_step(params):
   # The compiled helper takes four draws: this one, four times.
   four = masks._replace(masked=jnp.repeat(masks.masked, 4, axis=1))
   logp = logp_of(params, Rollouts(tokens, valid, *[None] * 4), four)
-  want = -np.mean(np.asarray(masks.weight)[:, 0] * logp[:, 0].sum(-1) / L)
+  want = -np.mean(np.asarray(masks.weight)[:, 0, 0] * logp[:, 0].sum(-1) / L)
   close(got[1, 0][1]['loss'], want)
 
 
