@@ -608,7 +608,7 @@ def abstract_rollouts(built, prompt):
   rows, needs = t.prompts * t.group, built.objective.needs(built.hp)
   whole, each = (rows, prompt + length), (rows, length)
   more = {
-    name: abstract(built, each, bool if name == 'fallback' else np.float32)
+    name: abstract(built, each, sampler.RECORDS[name].dtype)
     for name in sampler.RECORDS
     if name in needs
   }
@@ -630,7 +630,7 @@ def abstract_batch(built, prompt):
   rollouts = abstract_rollouts(built, prompt)
   completion = abstract(built, (rows, length), bool)
   row = abstract(built, (rows,), np.int32)
-  record = sampler.record_of(rollouts, needs)
+  record = step.record_of(rollouts, needs)
   law = check.settings(sampler.SampleConfig, built.config.sampler).law()
   masks = jax.eval_shape(
     lambda rollouts, row, completion, record: step.draw(

@@ -64,9 +64,9 @@ def token_logp(
 def reader(cfg, law=None, more=()):
   """(logits, tokens) -> log-probs (R, L), or {'logp': them, **more}.
 
-  law: dict(temperature, ...) of the sampler: log-probs of its law, and not of
+  law: the sampler's Law: log-probs of its law, and not of
   the model's. more: 'centred' (the token's logit less the mean of all),
-  'score' (the largest log-prob over law['rank_temperature'], as the pick
+  'score' (the largest log-prob over law.rank_temperature, as the pick
   plackett_luce ranks), 'guess' (the most probable token).
   """
 
@@ -76,7 +76,7 @@ def reader(cfg, law=None, more=()):
     else:
       out = {
         'logp': model.logp_of(
-          model.sampling_logits(model.without_mask(cfg, logits), law['temperature']),
+          model.sampling_logits(model.without_mask(cfg, logits), law.temperature),
           tokens,
         )
       }
@@ -86,7 +86,7 @@ def reader(cfg, law=None, more=()):
     if 'score' in more:
       allowed = model.without_mask(cfg, logits)
       best = jnp.max(allowed, -1) - jax.nn.logsumexp(allowed, axis=-1)
-      out['score'] = best / law['rank_temperature']
+      out['score'] = best / law.rank_temperature
     if 'guess' in more:
       out['guess'] = jnp.argmax(model.without_mask(cfg, logits), axis=-1)
     return out if more else out['logp']
@@ -143,7 +143,7 @@ def state_logp(cfg, params, rollouts, step_R, law):
 
   Returns (2, R): under `params`, and as recorded by the sampler. The state is
   the completion with everything revealed at that step or later masked. law:
-  dict(block, temperature, guidance) of the sampler; only the block of the
+  the sampler's Law; only the block of the
   revealed tokens goes through the head.
   """
   length = rollouts.order.shape[1]
@@ -152,25 +152,24 @@ def state_logp(cfg, params, rollouts, step_R, law):
   hidden_yet |= rollouts.order < 0  # the tail that eos_stop has left masked
   shown = rollouts.order == step_R[:, None]
   state = masking.apply_masks(rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]
-  start_R = jnp.argmax(shown, axis=1) // law['block'] * law['block']
+  start_R = jnp.argmax(shown, axis=1) // law.block * law.block
   logits, _ = model.window_logits(
     cfg,
     params,
     state,
     rollouts.valid,
     prompt + start_R,
-    law['block'],
+    law.block,
     prompt,
-    law['guidance'],
+    law.guidance,
   )
 
   def window(x_RxL):
-    take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, law['block'])
+    take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, law.block)
     return jax.vmap(take)(x_RxL, start_R)
 
   logp = model.logp_of(
-    model.sampling_logits(logits, law['temperature']),
-    window(rollouts.tokens[:, prompt:]),
+    model.sampling_logits(logits, law.temperature), window(rollouts.tokens[:, prompt:])
   )
   now = jnp.sum(jnp.where(window(shown), logp, 0.0), axis=1)
   return jnp.stack([now, jnp.sum(rollouts.logp * shown, axis=1)])

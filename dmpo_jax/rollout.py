@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import data, grader, health, mesh, sampler
+from dmpo_jax import data, grader, health, mesh
 from dmpo_jax.metrics import Clock
 from dmpo_jax.types import Array, Rollouts, Scored, TrainBatch, to_groups, to_rows
 
@@ -292,5 +292,9 @@ def extras(rollouts, scores, needs):
     for name in ('tokens_old', 'tokens_ref', 'centred_old', 'elbo_ref')
     if name in scores
   }
-  record = sampler.record_of(rollouts, needs)
-  return out | ({'record': record} if record else {}) or None
+  if 'record' in needs:
+    always = dict(
+      order=rollouts.order, logp=rollouts.logp, confidence=rollouts.confidence
+    )
+    out['record'] = always | (rollouts.more or {})
+  return out or None

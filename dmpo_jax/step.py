@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmpo_jax import logprob, masking, optim, rng, sampler
+from dmpo_jax import logprob, masking, optim, rng
 from dmpo_jax.types import TrainState
 
 SCALARS = ('norm', 'total')  # fields of TrainBatch without a row axis
@@ -55,6 +55,18 @@ def split_batch(batch, microbatches):
   )
 
 
+def record_of(rollouts, needs):
+  """Returns what an objective may see of the sampler's record; None: nothing."""
+  if 'record' not in needs:
+    return None
+  return dict(
+    order=rollouts.order,
+    logp=rollouts.logp,
+    confidence=rollouts.confidence,
+    **(rollouts.more or {}),
+  )
+
+
 def draw(
   objective, hp, key, row_R, tokens_RxS, valid_RxS, completion_RxL, record, *, cfg, law
 ):
@@ -64,7 +76,7 @@ def draw(
   if 'prompt' in needs:
     seen['prompt'] = valid_RxS[:, :-length]
   if 'block' in needs:
-    seen['block'] = law['block']
+    seen['block'] = law.block
   if 'record' in needs:
     seen['text'] = tokens_RxS[:, -length:] != cfg.eos_id
   return objective.draw(key, row_R, completion_RxL, hp, *([seen] * bool(seen)))
@@ -412,7 +424,7 @@ def under_masks(over_rows, loss_key, params, i, more=(), *, cfg, objective, hp, 
       part.tokens,
       part.valid,
       completion,
-      sampler.record_of(part, objective.needs(hp)),
+      record_of(part, objective.needs(hp)),
       cfg=cfg,
       law=law,
     )

@@ -156,7 +156,6 @@ def run(kind, params, batch, inner=0, microbatches=1):
 
 @functools.cache
 def scorer(hp, how, law=None, cfg=CFG, microbatches=1):
-  # dicts do not hash; a law comes as its items
   return jax.jit(
     functools.partial(
       step.score,
@@ -164,7 +163,7 @@ def scorer(hp, how, law=None, cfg=CFG, microbatches=1):
       objective=dmpo.OBJECTIVE,
       hp=hp,
       how=how,
-      law=dict(law or ()),
+      law=law,
       inner=INNER,
       microbatches=microbatches,
     )
@@ -172,7 +171,7 @@ def scorer(hp, how, law=None, cfg=CFG, microbatches=1):
 
 
 def score(params, rollouts, hp, how, law=None, frozen=None, **options):
-  run = scorer(hp, how, law and tuple(law.items()), **options)
+  run = scorer(hp, how, law, **options)
   return run(
     params,
     params if frozen is None else frozen,

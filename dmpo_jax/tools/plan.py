@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from dmpo_jax import build, check, mesh, model, optim, step
-from dmpo_jax.sampler import picks
+from dmpo_jax.sampler import SAMPLERS
 
 GIB = 2**30
 
@@ -284,7 +284,7 @@ def jobs(built, prompt):
   frozen, state = states(built)
   rollouts = build.abstract_rollouts(built, prompt)
   steps = c.sampler.length
-  if c.sampler.pick in picks.SCHEDULED:
+  if SAMPLERS[c.sampler.pick].scheduled:
     steps = c.sampler.steps
   trips = (steps,)
   if c.sampler.cache != 'none':  # laps of a block, cached steps of a lap
