@@ -25,7 +25,7 @@ import numpy as np
 from dmpo_jax import data, logprob, masking, model, rng, sampler
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import dmpo
-from dmpo_jax.sampler import picks
+from dmpo_jax.sampler import picks, unmask
 from dmpo_jax.types import Masks
 
 FROZEN = {
@@ -85,7 +85,7 @@ def random_path(case, out, hp, key, row_R):
   length = out.order.shape[1]
   order = rng.per_row(key, row_R, lambda k: jax.random.permutation(k, length))
   out = out._replace(order=order.astype(jnp.int32))
-  law = {**hp.law(), 'block': length}
+  law = hp.law()._replace(block=length)
   ref, old = (
     logprob.trajectory_logp(case.cfg, params, out, law)[0]
     for params in (case.ref, case.old)
@@ -114,7 +114,7 @@ def own_order(cfg, params, out, hp):
   def step(carry):
     hidden, since_R, total_R = carry
     start_R, logits = looked(cfg, params, out, hp, hidden)
-    window = lambda x: sampler.windows(x, start_R, hp.block)
+    window = lambda x: unmask.windows(x, start_R, hp.block)
     prob, masked = jax.nn.softmax(logits), window(hidden)
     look = picks.Look(
       prob,
@@ -123,12 +123,12 @@ def own_order(cfg, params, out, hp):
       *picks.schedule(hp, masked, since_R),
       masked * 0.0,
     )
-    take = picks.PICKS[hp.pick](look, hp)
+    take = picks.PICKS[hp.pick].rule(look, hp)
     law = model.sampling_logp(logits, hp.temperature)
     logp = jnp.take_along_axis(law, window(out.tokens[:, prompt:])[..., None], -1)[
       ..., 0
     ]
-    hidden = sampler.write(hidden, start_R, take, jnp.zeros_like(take))
+    hidden = unmask.write(hidden, start_R, take, jnp.zeros_like(take))
     done_R = ~jnp.any(masked & ~take, axis=1)
     return (
       hidden,
@@ -155,7 +155,7 @@ def position_term(cfg, params, out, hp):
 
   def add(at, total_R):
     start_R, logits = looked(cfg, params, out, hp, out.order >= at)
-    window = lambda x: sampler.windows(x, start_R, hp.block)
+    window = lambda x: unmask.windows(x, start_R, hp.block)
     prob = jax.nn.softmax(logits)
     own = jnp.take_along_axis(prob, window(out.tokens[:, prompt:])[..., None], -1)[
       ..., 0

@@ -69,7 +69,7 @@ def config(c, count, platform=''):
   for prefix, section in (('', c.sampler), ('eval.', c.eval.sampler)):
     hp = settings(sampler.SampleConfig, section)
     if hp.pick in sampler.NAMES:
-      found += [prefix + text for text in sampler.problems(hp)]
+      found += [prefix + text for text in hp.problems()]
   if c.objective.name in OBJECTIVES:
     objective = OBJECTIVES[c.objective.name]
     found += settings(objective.Config, c.objective).problems()
@@ -259,7 +259,8 @@ def check_attention(c, platform):
       f'model.attention = cudnn needs model.dtype = bfloat16, not {c.model.dtype}'
     )
   picks_ = (c.sampler.pick, c.eval.sampler.pick)
-  if kind == 'splash' and 'wino' in picks_:
+  plain = all(sampler.SAMPLERS[name].plain for name in picks_ if name in sampler.NAMES)
+  if kind == 'splash' and not plain:
     found.append(
       'sampler.pick = wino needs model.attention = xla: splash '
       'shows all queries the same keys'
@@ -360,7 +361,7 @@ def check_objective(c):
   for need, wrong, change in (
     (
       'record',
-      s.pick == 'wino',
+      s.pick in sampler.NAMES and not sampler.SAMPLERS[s.pick].records,
       'sampler.pick = wino takes tokens back: use '
       'another, for this needs recorded steps',
     ),
@@ -512,7 +513,7 @@ def check_trajectory(c):
       'logprob.estimator = trajectory needs 1 and 0, for p_ref has '
       'tokens that are cut here'
     )
-  if s.pick == 'wino':
+  if s.pick in sampler.NAMES and not sampler.SAMPLERS[s.pick].records:
     found.append(
       'sampler.pick = wino takes tokens back, its states are not '
       'recorded: use logprob.estimator = elbo'

@@ -76,15 +76,15 @@ def layers(cfg, params, tokens_T, positions, seen, start=0, cache=None):
   new = []
   for layer in range(cfg.layers):
     get = lambda *path, layer=layer: np.asarray(
-      pluck(tree['layers'], path)[layer], np.float64
-    )
+      pluck(tree['layers'], path), np.float64
+    )[layer]
 
     def linear(y, name, get=get, layer=layer):
       z = y @ get(name, 'kernel')
       if 'bias' in tree['layers'][name]:
         z = z + get(name, 'bias')
       if name in lora:
-        a, b = (np.asarray(lora[name][w][layer], np.float64) for w in 'ab')
+        a, b = (np.asarray(lora[name][w], np.float64)[layer] for w in 'ab')
         z = z + y @ a @ b * (cfg.lora_alpha / cfg.lora_rank)
       return z
 

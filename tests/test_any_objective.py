@@ -227,7 +227,7 @@ def test_what_is_not_asked_for_is_free(built_of):
       hp=built.hp,
       optimizer=optimizer,
       group=4,
-      law=dict(block=1),
+      law=sampler.Law(1, 1.0, 0.0, 0.0),
       common=Common(),
     )
 

@@ -1,8 +1,9 @@
-"""The sampler against a plain loop, and what its draws must not depend on."""
+"""Compares the sampler with a plain loop, and checks what draws depend on."""
 
 import dataclasses
 import functools
 import itertools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,11 @@ BASE = SampleConfig(
   entropy_bound=0.8,
 )
 QUOTA = [2, 1, 1]
-RANKED = ('confidence', 'threshold', 'factor')  # that look at hp.rank
-# Those whose rows fill W tokens a block by a fixed plan.
-QUOTAS = tuple(p for p in picks.SCHEDULED if p != 'origin')
+RANKED = ('confidence', 'threshold', 'factor')  # they read hp.rank
+# Picks that reveal a fixed number of tokens in each step.
+QUOTAS = [n for n, pick in picks.PICKS.items() if pick.scheduled and n != 'origin']
+# Fields that the rule of a pick reads, and the loop around it does not.
+RULE = ('pick', 'threshold', 'factor', 'entropy_bound', 'fallback', 'rank_temperature')
 DREAM = dict(
   block=8,
   schedule='dream',
@@ -58,6 +61,7 @@ CASES |= {
   'guidance': case(pick='random', guidance=0.7),
   'shift, guidance': case(True, pick='threshold', guidance=0.7),
   'leftmost': case(pick='threshold', fallback='leftmost'),
+  'one step a block': case(steps=2),
   'top_p': case(top_p=0.7),
   'top_k': case(pick='threshold', top_k=2, rank_law='sampling'),
   'drawn positions': case(rank_temperature=0.3),
@@ -80,7 +84,7 @@ CACHED |= {
   'dual, eos': case(
     cache='dual', eos_stop=True, pick='threshold', block=2, temperature=2.0
   ),
-  'prefix, eos': case(cache='prefix', eos_stop=True, block=2, steps=4, temperature=3.0),
+  'prefix, eos': case(cache='prefix', eos_stop=True, steps=4, temperature=3.0),
 }
 EXACT = [
   name
@@ -111,7 +115,7 @@ def config(tiny, shift):
 
 
 def sampling(cfg, hp):
-  """The sampler as a function of arrays."""
+  """Returns the sampler as a function of arrays."""
 
   def run(params, prompts, valid, row):
     keys = rng.row_keys(KEY, row)
@@ -120,23 +124,52 @@ def sampling(cfg, hp):
   return run
 
 
+def loop_of(name):
+  """Returns the case without the settings of its rule: one loop serves them all."""
+  shift, hp = CASES[name]
+  usual = {field: getattr(SampleConfig, field) for field in RULE}
+  return shift, hp if hp.pick == 'wino' else dataclasses.replace(hp, **usual)
+
+
+def sampling_by_any(cfg, hp, others):
+  """Returns `sampling` with the rule of others[which], an argument."""
+
+  def run(params, prompts, valid, row, which):
+    rules = [functools.partial(picks.PICKS[x.pick].rule, hp=x) for x in others]
+    any_rule = picks.Pick(
+      lambda look, hp: jax.lax.switch(which, rules, look),
+      scheduled=any(picks.PICKS[x.pick].scheduled for x in others),
+    )
+    with (
+      mock.patch.dict(picks.PICKS, any=any_rule),
+      mock.patch.dict(sampler.SAMPLERS, any=any_rule),
+    ):
+      whole = sampling(cfg, dataclasses.replace(hp, pick='any'))
+      return whole(params, prompts, valid, row)
+
+  return run
+
+
 @pytest.fixture(scope='module')
 def run(tiny, sharp, prompts):
-  """run(name, weights, batch) -> Rollouts on the host; compiled once."""
+  """run(name, weights, batch) -> Rollouts on the host.
+
+  Cases that differ in the rule alone share a compiled program.
+  """
 
   @functools.cache
-  def compiled(name):
-    shift, hp = CASES[name]
-    return jax.jit(sampling(config(tiny, shift), hp))
-
-  @functools.cache
-  def usual(name):
-    return jax.device_get(compiled(name)(sharp, *prompts))
+  def compiled(loop):
+    shift, hp = loop
+    cfg, names = config(tiny, shift), [n for n in CASES if loop_of(n) == loop]
+    if hp.pick == 'wino':
+      return jax.jit(sampling(cfg, hp)), names
+    others = [CASES[name][1] for name in names]
+    return jax.jit(sampling_by_any(cfg, hp, others)), names
 
   def run(name, weights=None, batch=None):
-    if weights is None and batch is None:
-      return usual(name)
-    return jax.device_get(compiled(name)(weights or sharp, *(batch or prompts)))
+    go, names = compiled(loop_of(name))
+    which = () if CASES[name][1].pick == 'wino' else (names.index(name),)
+    return jax.device_get(go(weights or sharp, *(batch or prompts), *which))
 
   return run
 
@@ -214,7 +247,7 @@ def test_invariants(name, tiny, prompts, run):
   assert least <= out.forwards <= most
   for order in out.order:
     if hp.pick in QUOTAS and hp.schedule == 'even' and not hp.eos_stop:
-      assert list(np.bincount(order)) == QUOTA * 2
+      assert list(np.bincount(order)) == (QUOTA if hp.steps == 6 else [hp.block]) * 2
     elif hp.pick == 'random_order':
       assert list(np.bincount(order)) == [1] * hp.length
     elif hp.pick not in ('origin', 'wino') and hp.schedule == 'even':
@@ -301,15 +334,42 @@ def test_rows_ignore_their_neighbours(name, prompts, run):
 
 @pytest.mark.parametrize('name', [
   'threshold', 'dual, threshold', 'prefix, margin', 'wino'])  # fmt: skip
-def test_padding_moves_nothing(name, prompts, run):
-  """Two more places of padding, whatever they hold, change no completion."""
+def test_what_padding_holds_moves_nothing(name, prompts, run):
+  """Other tokens on the padding, or masks, change nothing."""
+  tokens, valid, row = prompts
+  for filler in (6, 10):
+    out = run(name, batch=(np.where(valid, tokens, filler), valid, row))
+    same = run(name)
+    np.testing.assert_array_equal(out.tokens[:, PROMPT:], same.tokens[:, PROMPT:])
+    np.testing.assert_array_equal(out.order, same.order)
+    np.testing.assert_array_equal(out.logp, same.logp)
+
+
+@pytest.mark.parametrize('name', ['threshold', 'dual, threshold', 'wino'])
+def test_more_padding_moves_nothing(name, tiny, sharp, prompts, run):
+  """Two more positions of padding change no completion."""
   tokens, valid, row = prompts
   wide = np.pad(tokens, ((0, 0), (2, 0)), constant_values=6)
   more = np.pad(valid, ((0, 0), (2, 0)))
-  same, out = run(name), run(name, batch=(wide, more, row))
+  same, go = run(name), jax.jit(sampling(tiny, CASES[name][1]))
+  out = jax.device_get(go(sharp, wide, more, row))
   np.testing.assert_array_equal(out.tokens[:, 2:], same.tokens)
   np.testing.assert_array_equal(out.order, same.order)
   np.testing.assert_allclose(out.logp, same.logp, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['threshold', 'dual, threshold', 'eos'])
+def test_mask_token_of_a_prompt_stays(name, tiny, sharp, prompts, run, trajectory):
+  """A prompt may hold the mask token. The rollout keeps it, so that scoring sees
+  the prompt that was sampled from, and gives back the recorded log-probs."""
+  tokens, valid, row = (x.copy() for x in prompts)
+  tokens[:, -2] = tiny.mask_id
+  out = run(name, batch=(tokens, valid, row))
+  np.testing.assert_array_equal(out.tokens[:, :PROMPT], tokens)
+  assert (out.tokens[:, PROMPT:] != tiny.mask_id).all()
+  if CASES[name][1].cache == 'none':  # else what is scored is another law
+    now, then = trajectory(name, sharp, out)
+    np.testing.assert_allclose(now, then, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize('name', [
@@ -341,17 +401,15 @@ def test_devices(name, tiny, sharp, prompts, run):
 @pytest.mark.parametrize('fields', [
   dict(cache='prefix', steps=2), dict(cache='dual', steps=2),
   dict(cache='dual', refresh=1), dict(cache='prefix', refresh=1)])  # fmt: skip
-def test_caches_that_are_exact(fields, tiny, sharp, prompts):
-  """Where every step is a full forward (blocks of one step, or refreshed at
-  each) a cache changes nothing."""
+def test_caches_that_are_exact(fields, tiny, sharp, prompts, run):
+  """A cache changes nothing where every step is a full forward: in blocks of one
+  step, and with a refresh at each."""
   hp = dataclasses.replace(BASE, **fields)
-  plain = dataclasses.replace(hp, cache='none', refresh=0)
-  one, other = (
-    jax.device_get(jax.jit(sampling(tiny, x))(sharp, *prompts)) for x in (hp, plain)
-  )
-  np.testing.assert_array_equal(one.tokens, other.tokens)
-  np.testing.assert_array_equal(one.order, other.order)
-  np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
+  cached = jax.device_get(jax.jit(sampling(tiny, hp))(sharp, *prompts))
+  plain = run('confidence' if hp.steps == BASE.steps else 'one step a block')
+  np.testing.assert_array_equal(cached.tokens, plain.tokens)
+  np.testing.assert_array_equal(cached.order, plain.order)
+  np.testing.assert_allclose(cached.logp, plain.logp, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['eos', 'eos, threshold'])
@@ -472,15 +530,14 @@ def trajectory(tiny):
 
   @functools.cache
   def compiled(shift, law):
+    cfg = config(tiny, shift)
     return jax.jit(
-      lambda params, rollouts: logprob.trajectory_logp(
-        config(tiny, shift), params, rollouts, dict(law)
-      )
+      lambda params, rollouts: logprob.trajectory_logp(cfg, params, rollouts, law)
     )
 
   def run(name, weights, rollouts):
     shift, hp = CASES[name]
-    law = tuple(hp.law().items())
+    law = hp.law()._replace(rank_temperature=0.0)  # which it does not read
     return jax.device_get(compiled(shift, law)(weights, rollouts))
 
   return run
@@ -538,56 +595,62 @@ def test_some_states_stand_for_all(states, tiny, sharp, run):
 # Settings.
 
 
-@pytest.mark.parametrize('fields, says', [
-  (dict(block=3), 'sampler.block = 3 must divide sampler.length = 8'),
-  (dict(block=0), 'sampler.block = 0'),
-  (dict(length=0), 'sampler.length = 0'),
-  (dict(steps=5), 'sampler.steps = 5 must be a multiple of the 2 blocks'),
-  (dict(steps=1), 'sampler.steps = 1'),
-  (dict(steps=10), 'sampler.steps = 10'),
-  (dict(pick='best'), "sampler.pick = 'best' must be one of confidence, "),
-  (dict(rank='top'), "sampler.rank = 'top' must be one of token, max"),
-  (dict(cache='full'), "sampler.cache = 'full' must be one of none, prefix, d"),
-  (dict(rank_law='raw'), "sampler.rank_law = 'raw' must be one of model, sa"),
-  (dict(verify=-0.1), 'sampler.verify = -0.1 must be in [0, 1]'),
-  (dict(top_p=0.0), 'sampler.top_p = 0.0 must be in (0, 1]'),
-  (dict(top_k=-1), 'sampler.top_k = -1 must be >= 0'),
-  (dict(refresh=2), 'sampler.refresh = 2 needs sampler.cache = prefix or'),
-  (dict(fallback='leftmost'), 'needs sampler.pick = threshold'),
-  (dict(pick='entropy', schedule='dream'), "schedule = 'dream' needs sampler"),
-  (dict(pick='random', rank_temperature=0.1), 'rank_temperature = 0.1 needs '),
-  (dict(pick='wino', cache='dual'), "sampler.cache = 'dual' needs another p"),
-  (dict(pick='wino', guidance=1.0), 'sampler.guidance = 1.0 needs another p'),
-  (dict(threshold=1.5), 'sampler.threshold = 1.5 must be in [0, 1]'),
-  (dict(temperature=-1.0), 'sampler.temperature = -1.0 must be >= 0'),
-  (dict(temperature=float('nan')), 'sampler.temperature = nan'),
-  (dict(factor=-0.1), 'sampler.factor = -0.1'),
-  (dict(entropy_bound=-0.1), 'sampler.entropy_bound = -0.1'),
-  (dict(guidance=-2.0), 'sampler.guidance = -2.0'),
-])  # fmt: skip
+# Settings that are refused: (fields, the field that is named, the remedy).
+REFUSED = [
+  (dict(block=3), 'block = 3', 'sampler.length = 8'),
+  (dict(block=0), 'block = 0', 'sampler.length = 8'),
+  (dict(length=0), 'block = 4', 'sampler.length = 0'),
+  (dict(steps=5), 'steps = 5', 'multiple of the 2 blocks'),
+  (dict(steps=1), 'steps = 1', 'multiple of the 2 blocks'),
+  (dict(steps=10), 'steps = 10', 'sampler.length = 8'),
+  (dict(pick='best'), "pick = 'best'", 'confidence, random'),
+  (dict(rank='top'), "rank = 'top'", 'token, max'),
+  (dict(cache='full'), "cache = 'full'", 'none, prefix, dual'),
+  (dict(rank_law='raw'), "rank_law = 'raw'", 'model, sampling'),
+  (dict(verify=-0.1), 'verify = -0.1', '[0, 1]'),
+  (dict(top_p=0.0), 'top_p = 0.0', '(0, 1]'),
+  (dict(top_k=-1), 'top_k = -1', '>= 0'),
+  (dict(refresh=2), 'refresh = 2', 'sampler.cache = prefix or dual'),
+  (dict(fallback='leftmost'), "fallback = 'leftmost'", 'sampler.pick = threshold'),
+  (dict(pick='entropy', schedule='dream'), "schedule = 'dream'", 'pick = confidence'),
+  (dict(pick='random', rank_temperature=0.1), 'rank_temperature = 0.1', 'plackett'),
+  (dict(pick='plackett_luce'), 'pick = plackett_luce', 'sampler.rank_temperature > 0'),
+  (dict(pick='wino', cache='dual'), "cache = 'dual'", 'sampler.pick = confidence'),
+  (dict(pick='wino', guidance=1.0), 'guidance = 1.0', 'sampler.pick = confidence'),
+  (dict(threshold=1.5), 'threshold = 1.5', '[0, 1]'),
+  (dict(temperature=-1.0), 'temperature = -1.0', '>= 0'),
+  (dict(temperature=float('nan')), 'temperature = nan', '>= 0'),
+  (dict(factor=-0.1), 'factor = -0.1', '>= 0'),
+  (dict(entropy_bound=-0.1), 'entropy_bound = -0.1', '>= 0'),
+  (dict(guidance=-2.0), 'guidance = -2.0', '>= 0'),
+]
+
+
+@pytest.mark.parametrize('fields, names, remedy', REFUSED)
 @pytest.mark.smoke
-def test_problems(fields, says):
-  """Each impossible setting is one sentence that names the field, and
-  sampling refuses it."""
+def test_impossible_settings_are_refused(fields, names, remedy, tiny, prompts):
+  """Each gives one sentence that names the field and the remedy, and sampling
+  refuses it."""
   hp = dataclasses.replace(BASE, **fields)
-  found = sampler.problems(hp)
-  assert len(found) == 1 and says in found[0]
+  (problem,) = hp.problems()
+  assert f'sampler.{names}' in problem and remedy in problem
   with pytest.raises(ValueError, match='sampler'):
-    sampler.sample(None, None, None, None, None, hp)
+    sampler.generate(tiny, {}, prompts[0], KEY, hp)
 
 
 @pytest.mark.smoke
-def test_no_problems():
-  """Good settings have none; `steps` binds the scheduled picks alone."""
-  assert sampler.problems(BASE) == []
-  for pick in set(sampler.NAMES) - set(picks.SCHEDULED):
-    assert sampler.problems(dataclasses.replace(BASE, pick=pick, steps=5)) == []
+def test_good_settings_have_no_problems():
+  """The rule for `steps` binds the scheduled picks alone; all problems are listed."""
+  assert BASE.problems() == []
+  for name, entry in sampler.SAMPLERS.items():
+    hp = dataclasses.replace(BASE, pick=name, steps=5)
+    assert entry.scheduled or hp.problems() == []
   both = dataclasses.replace(BASE, block=3, rank='top')
-  assert len(sampler.problems(both)) == 2
+  assert len(both.problems()) == 2
 
 
-def test_nan_takes_something():
-  """Else the loop over unmasked places would have no end."""
+def test_a_nan_is_revealed():
+  """A step that takes nothing would keep the loop from ending."""
   nan = np.full((2, 4), np.nan, np.float32)
   masked = np.array([[False, True, True, True], [True, True, False, False]])
   for name, pick in picks.PICKS.items():
@@ -600,5 +663,5 @@ def test_nan_takes_something():
       np.full((2, 4), 0.5, np.float32),
     )
     hp = dataclasses.replace(BASE, pick=name, rank_temperature=0.5)
-    if name != 'origin':  # which looks at chance alone
-      assert np.asarray(pick(look, hp)).any(1).all(), name
+    if name != 'origin':  # it decides by chance alone
+      assert np.asarray(pick.rule(look, hp)).any(1).all(), name

@@ -8,7 +8,6 @@ enumerated by drawing very many.
 
 import functools
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.sampler import picks
+from dmpo_jax.sampler import SampleConfig, picks
 from dmpo_jax.types import TrainBatch
 
 L, V, M = 3, 3, 3  # M: the mask
@@ -471,7 +470,7 @@ def test_the_pick_and_its_law_agree():
     jax.random.uniform(jax.random.key(0), (rows, 4)),
   )
   taken = np.asarray(
-    picks.pick_plackett_luce(look, types.SimpleNamespace(rank_temperature=TAU))
+    picks.pick_plackett_luce(look, SampleConfig(4, 4, 2, rank_temperature=TAU))
   )
   for pair in itertools.combinations(range(4), 2):
     chosen = np.isin(np.arange(4), pair)

@@ -1,36 +1,53 @@
-"""Which proposals of an unmasking step are kept: the pick rules.
+"""The pick rules: which proposals of an unmasking step are kept.
 
-A rule is a function (Look, SampleConfig) -> (R, W) bool, a subset of
-look.masked with at least one position of every row that has one (but where its
-schedule wants none). PICKS names them. Ties go to the lower position.
+A rule is a function (Look, SampleConfig) -> (R, W) bool. It returns a subset of
+look.masked, with at least one position in every row that has one (unless the
+schedule plans none). PICKS names the rules. Ties go to the lower position.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
-from dmpo_jax.types import Array
+from dmpo_jax.sampler.config import SampleConfig, Sampler
+from dmpo_jax.types import Array, BoolRW, FloatR, FloatRW, FloatRWV, IntR, IntRW
+
+FloatAnyW, BoolAnyW = Float[Array, '*rows W'], Bool[Array, '*rows W']
+FloatAny = Float[Array, '*rows']
 
 
 class Look(NamedTuple):
-  """What a pick rule sees of one step; all of a block's window."""
+  """What a pick rule sees of one step: every position of each row's block."""
 
-  prob: Array  # (R, W, V) float32, the law that rules judge by
-  confidence: Array  # (R, W) float32, of the proposal or of the best token
-  masked: Array  # (R, W) bool, positions still masked
-  quota: Array  # (R,) int32, what the schedule wants revealed now
-  share: Array  # (R,) float32, the same as a share of what is masked
-  noise: Array  # (R, W) float32, U(0, 1)
+  prob: FloatRWV  # the law that rules judge by
+  confidence: FloatRW  # probability of the proposal, or of the best token
+  masked: BoolRW  # positions that are still masked
+  quota: IntR  # tokens that the schedule plans for this step
+  share: FloatR  # the same, as a share of the masked positions
+  noise: FloatRW  # uniform on (0, 1)
 
 
-def schedule(hp, masked_RxW, since_R):
-  """(quota_R int32, share_R float32) of a row's step `since_R` in its block.
+@dataclasses.dataclass(frozen=True)
+class Pick(Sampler):
+  """A sampler that is a rule within the loops of unmask.py."""
 
-  even: floor(W/n) tokens in each of a block's n steps, one more in the first
-  W mod n (LLaDA generate.py:22-41). dream: floor(m (1 - s/t)) of m masks for
-  times t from 1 to 1e-3, all in the last step (Dream generation_utils.py).
+  rule: Callable[[Look, SampleConfig], BoolRW]
+
+
+def schedule(
+  hp: SampleConfig, masked_RxW: BoolRW, since_R: IntR
+) -> tuple[IntR, FloatR]:
+  """Returns (quota_R, share_R) of a row's step number `since_R` in its block.
+
+  even: floor(W/n) tokens in each of a block's n steps, and one more in the
+  first W mod n (LLaDA generate.py:22-41). dream: floor(m (1 - s/t)) of m masks,
+  for times t from 1 to 1e-3; the last step takes all (Dream
+  generation_utils.py).
   """
   steps = max(1, hp.steps // (hp.length // hp.block))
   at_R = jnp.minimum(since_R, steps - 1)
@@ -44,11 +61,11 @@ def schedule(hp, masked_RxW, since_R):
   return quota_R, 1 / (steps - at_R).astype(jnp.float32)
 
 
-def rank_of(score_RxW, masked_RxW):
-  """0 for the highest masked score; ties go to the lower position.
+def rank_of(score_RxW: FloatRW, masked_RxW: BoolRW) -> IntRW:
+  """Returns ranks: 0 for the highest masked score; ties go to the lower position.
 
-  A nan is the lowest of the masked: it must not hide them behind the others,
-  or nothing would be taken and the sampler never end.
+  A nan ranks last of the masked. If it hid them, a step would take nothing and
+  the sampler would never end.
   """
   score = jnp.where(jnp.isnan(score_RxW), -1e30, score_RxW)
   score = jnp.where(masked_RxW, score, -jnp.inf)
@@ -56,14 +73,15 @@ def rank_of(score_RxW, masked_RxW):
   return jnp.argsort(order, axis=1)
 
 
-def by_rank(look, score_RxW):
+def by_rank(look: Look, score_RxW: FloatRW) -> BoolRW:
+  """Takes the quota's best."""
   return look.masked & (rank_of(score_RxW, look.masked) < look.quota[:, None])
 
 
-def by_score(look, score_RxW, hp):
-  """The quota's best; with rank_temperature drawn from softmax(score / T).
+def by_score(look: Look, score_RxW: FloatRW, hp: SampleConfig) -> BoolRW:
+  """Takes the quota's best; with rank_temperature T draws from softmax(score / T).
 
-  Without replacement, by Gumbel top-k (Dream's alg_temp).
+  It draws without replacement, by Gumbel top-k (Dream's alg_temp).
   """
   if hp.rank_temperature:
     gumbel = -jnp.log(-jnp.log(jnp.maximum(look.noise, 1e-30)))
@@ -71,33 +89,37 @@ def by_score(look, score_RxW, hp):
   return by_rank(look, score_RxW)
 
 
-def entropy_of(prob):
-  return -jnp.sum(jax.scipy.special.xlogy(prob, prob), axis=-1)
+def entropy_of(prob_RxWxV: FloatRWV) -> FloatRW:
+  """Returns the entropy of each position's law, in nats."""
+  return -jnp.sum(jax.scipy.special.xlogy(prob_RxWxV, prob_RxWxV), axis=-1)
 
 
-def pick_confidence(look, hp):
-  """LLaDA's low-confidence remasking (generate.py:94-115)."""
+def log_confidence(look: Look) -> FloatRW:
+  """Returns the score by which plackett_luce draws positions."""
+  return jnp.log(jnp.maximum(look.confidence, 1e-30))
+
+
+def pick_confidence(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes the most confident: LLaDA's remasking (generate.py:94-115)."""
   return by_score(look, look.confidence, hp)
 
 
-def pick_plackett_luce(look, hp):
-  """The quota without replacement, in proportion to confidence^(1/T).
+def pick_plackett_luce(look: Look, hp: SampleConfig) -> BoolRW:
+  """Draws the quota without replacement, in proportion to confidence^(1/T).
 
-  T is hp.rank_temperature: Plackett-Luce with scores log(confidence) / T. By
-  the state alone with rank = max.
+  T is hp.rank_temperature: Plackett-Luce with scores log(confidence) / T. With
+  rank = max the scores are a function of the state alone.
   """
-  gumbel = -jnp.log(-jnp.log(jnp.maximum(look.noise, 1e-30)))
-  score = jnp.log(jnp.maximum(look.confidence, 1e-30)) / hp.rank_temperature
-  return by_rank(look, score + gumbel)
+  return by_score(look, log_confidence(look), hp)
 
 
-def plackett_luce_logp(score, masked, taken):
-  """Log-prob that `taken` is what is drawn from `masked`, whatever the order.
+def plackett_luce_logp(score: FloatAnyW, masked: BoolAnyW, taken: BoolAnyW) -> FloatAny:
+  """Returns the log-prob of drawing the set `taken` from `masked`.
 
-  Arrays (..., W). Gumbels added to the scores of the taken all exceed those of
-  the rest: the integral over v in (0, 1) of prod_taken (1 - v^(w_i / w_rest)),
-  w = exp(score), by the trapezoid rule in logit(v), which is exact to
-  rounding for ratios within e^+-15. 0 where all or none is taken.
+  The Gumbels added to the scores of the taken all exceed those of the rest: the
+  integral over v in (0, 1) of prod_taken (1 - v^(w_i / w_rest)), w = exp(score).
+  It is computed by the trapezoid rule in logit(v), which is exact to rounding
+  for ratios within e^+-15. Returns 0 where all or none is taken.
   """
   rest = masked & ~taken
   lowest = jnp.where(rest, score, -1e30)
@@ -116,85 +138,104 @@ def plackett_luce_logp(score, masked, taken):
   return jnp.where(free, logp, 0.0)
 
 
-def pick_margin(look, hp):
-  """By the gap between the two best probabilities (Dream topk_margin)."""
+def plackett_luce_problems(hp: SampleConfig) -> list[str]:
+  """Refuses a temperature of 0, at which the draw has no density."""
+  needed = (
+    'sampler.pick = plackett_luce needs sampler.rank_temperature > 0: it draws '
+    'positions in proportion to confidence^(1/rank_temperature)'
+  )
+  return [] if hp.rank_temperature else [needed]
+
+
+def pick_margin(look: Look, hp: SampleConfig) -> BoolRW:
+  """Ranks by the gap between the two best probabilities (Dream topk_margin)."""
   best = jax.lax.top_k(look.prob, 2)[0]
   return by_score(look, best[..., 0] - best[..., 1], hp)
 
 
-def pick_lowest_entropy(look, hp):
-  """The schedule's number, the most certain first (Dream entropy)."""
+def pick_lowest_entropy(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes the quota, the lowest entropy first (Dream entropy)."""
   return by_score(look, -entropy_of(look.prob), hp)
 
 
-def pick_random(look, hp):
-  """Random remasking: the schedule's number, anywhere in the block."""
+def pick_random(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes the quota anywhere in the block: LLaDA's random remasking."""
   return by_rank(look, look.noise)
 
 
-def pick_random_order(look, hp):
-  """One token a step in random order: the exact any-order trajectory."""
+def pick_random_order(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes one token a step in random order: the exact any-order trajectory."""
   return by_rank(look._replace(quota=jnp.ones_like(look.quota)), look.noise)
 
 
-def pick_origin(look, hp):
-  """Each mask on its own, with the schedule's share as chance (Dream)."""
+def pick_origin(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes each mask on its own, with the schedule's share as chance (Dream)."""
   return look.masked & (look.noise < look.share[:, None])
 
 
-def pick_threshold(look, hp):
-  """All at or over hp.threshold (Fast-dLLM); where none is, the most
-  confident, or with fallback = leftmost the first mask (Fork-dLLM)."""
+def pick_threshold(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes all with confidence >= hp.threshold (Fast-dLLM).
+
+  Where there is none it takes the most confident, or with fallback = leftmost
+  the first mask (Fork-dLLM).
+  """
   over = look.masked & (look.confidence >= hp.threshold)
   score = look.confidence
   if hp.fallback == 'leftmost':
-    score = jnp.zeros_like(score)  # ties: the lowest position
+    score = jnp.zeros_like(score)  # ties go to the lowest position
   first = look.masked & (rank_of(score, look.masked) == 0)
   return jnp.where(jnp.any(over, axis=1, keepdims=True), over, first)
 
 
-def longest_prefix(look, score_RxW, accept):
-  """Positions in order of score while accept(sorted score, place) holds."""
+def longest_prefix(
+  look: Look, score_RxW: FloatRW, accept: Callable[[FloatRW, IntRW], BoolRW]
+) -> BoolRW:
+  """Takes positions from the highest score on while `accept` holds; at least one.
+
+  accept: (sorted scores (R, W), their ranks (1, W)) -> (R, W) bool.
+  """
   rank = rank_of(score_RxW, look.masked)
   score = jnp.where(look.masked, score_RxW, -jnp.inf)
   ok = accept(-jnp.sort(-score, axis=1), jnp.arange(score.shape[1])[None])
   ok = ok.at[:, 0].set(True)
-  kept = jnp.sum(jnp.cumprod(ok, axis=1), axis=1, keepdims=True)
-  return look.masked & (rank < kept)
+  count = jnp.sum(jnp.cumprod(ok, axis=1), axis=1, keepdims=True)
+  return look.masked & (rank < count)
 
 
-def pick_factor(look, hp):
-  """Longest prefix c_1 >= c_2 .. with c_j >= 1 - factor/(j+1) (Fast-dLLM)."""
+def pick_factor(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes the longest prefix c_1 >= c_2 .. with c_j >= 1 - factor/(j+1)
+  (Fast-dLLM)."""
   return longest_prefix(
     look, look.confidence, lambda c, j: c >= 1 - hp.factor / (j + 2)
   )
 
 
-def pick_entropy(look, hp):
-  """Longest prefix by entropy with sum - max <= bound (the EB sampler)."""
+def pick_entropy(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes the longest prefix by entropy with sum - max <= bound (EB sampler)."""
 
-  def accept(minus, place):
-    rises = jnp.where(jnp.isfinite(minus), -minus, jnp.inf)
-    return jnp.cumsum(rises, axis=1) - rises <= hp.entropy_bound
+  def accept(negative, rank):
+    entropy = jnp.where(jnp.isfinite(negative), -negative, jnp.inf)
+    return jnp.cumsum(entropy, axis=1) - entropy <= hp.entropy_bound
 
   return longest_prefix(look, -entropy_of(look.prob), accept)
 
 
-PICKS = {
-  'confidence': pick_confidence,
-  'random': pick_random,
-  'random_order': pick_random_order,
-  'threshold': pick_threshold,
-  'factor': pick_factor,
-  'margin': pick_margin,
-  'entropy': pick_entropy,
-  'lowest_entropy': pick_lowest_entropy,
-  'origin': pick_origin,
-  'plackett_luce': pick_plackett_luce,
+PICKS: dict[str, Pick] = {
+  'confidence': Pick(pick_confidence, scheduled=True, scored=True, judged=True),
+  'random': Pick(pick_random, scheduled=True, drawn=True),
+  'random_order': Pick(pick_random_order, drawn=True),
+  'threshold': Pick(pick_threshold, judged=True, fallback=True),
+  'factor': Pick(pick_factor, judged=True),
+  'margin': Pick(pick_margin, scheduled=True, scored=True),
+  'entropy': Pick(pick_entropy),
+  'lowest_entropy': Pick(pick_lowest_entropy, scheduled=True, scored=True),
+  'origin': Pick(pick_origin, scheduled=True, drawn=True),
+  'plackett_luce': Pick(
+    pick_plackett_luce,
+    scheduled=True,
+    scored=True,
+    judged=True,
+    drawn=True,
+    problems=plackett_luce_problems,
+  ),
 }
-SCORED = ('confidence', 'margin', 'lowest_entropy')  # that rank by a score
-# Those that use hp.steps.
-SCHEDULED = (*SCORED, 'random', 'origin', 'plackett_luce')
-# By hp.rank's confidence.
-JUDGED = ('confidence', 'threshold', 'factor', 'plackett_luce')
-DRAWN = ('random', 'random_order', 'origin', 'plackett_luce')  # by noise

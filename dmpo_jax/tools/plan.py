@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from dmpo_jax import build
-from dmpo_jax.sampler import picks
+from dmpo_jax.sampler import SAMPLERS
 
 GIB = 2**30
 
@@ -181,7 +181,9 @@ def fixed_bytes(built, frozen, state):
   return sum(
     per_device(tree)
     for path, tree in zip(
-      built.config.reference.of, build.abstract_references(built, frozen, state), strict=False
+      built.config.reference.of,
+      build.abstract_references(built, frozen, state),
+      strict=False,
     )
     if path != 'moving'
   )
@@ -215,7 +217,7 @@ def jobs(built, prompt):
   """[(name, program, arguments as shapes, trips of its open loops)]."""
   c = built.config
   length = steps = c.sampler.length
-  if c.sampler.pick in picks.SCHEDULED:
+  if SAMPLERS[c.sampler.pick].scheduled:
     steps = c.sampler.steps
   trips = (steps,)
   if c.sampler.cache != 'none':  # laps of a block, cached steps of a lap

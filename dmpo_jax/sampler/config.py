@@ -1,0 +1,170 @@
+"""The sampler's settings, and what each value of `sampler.pick` stands for."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+CACHES = ('none', 'prefix', 'dual')
+CHOICES = {
+  'rank': ('token', 'max'),
+  'cache': CACHES,
+  'fallback': ('best', 'leftmost'),
+  'schedule': ('even', 'dream'),
+  'rank_law': ('model', 'sampling'),
+}
+
+
+class Law(NamedTuple):
+  """What `logprob.trajectory_logp` must know of the law that sampled."""
+
+  block: int
+  temperature: float
+  guidance: float
+  rank_temperature: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+  """One value of `sampler.pick`: its loop, and the facts that checks need."""
+
+  # (Setting, Loop) -> Loop, see unmask.py. None: the loops there, with the rule
+  # of a picks.Pick.
+  unmask: Callable[..., Any] | None = None
+  scheduled: bool = False  # a step reveals the number that sampler.steps plans
+  scored: bool = False  # ranks by a score; rank_temperature > 0 draws by it
+  judged: bool = False  # ranks by the confidence that sampler.rank selects
+  drawn: bool = False  # chooses positions by noise
+  fallback: bool = False  # reads sampler.fallback
+  records: bool = True  # Rollouts.order tells the state of every step
+  plain: bool = True  # its forward can have a cache, guidance, splash attention
+  # SampleConfig -> one sentence for each setting that does not fit this sampler.
+  problems: Callable[..., list[str]] = lambda hp: []
+
+
+# All samplers by name. The package's __init__ fills it: the samplers import
+# this module.
+SAMPLERS: dict[str, Sampler] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """How completions are sampled: the config sections sampler and eval.sampler."""
+
+  length: int  # L, tokens of a completion
+  block: int  # W, tokens of a block; blocks are unmasked from left to right
+  steps: int  # unmasking steps of a completion; scheduled picks only
+  temperature: float = 0.0  # of the law that tokens are drawn from; 0 = greedy
+  pick: str = 'confidence'  # which proposals a step keeps; a name in SAMPLERS
+  # Whose probability is a position's confidence: token (the sampled token, as
+  # in LLaDA) | max (the most probable token).
+  rank: str = 'token'
+  threshold: float = 0.9  # picks threshold, wino: least confidence, in [0, 1]
+  factor: float = 1.0  # pick factor: larger reveals more tokens a step
+  entropy_bound: float = 0.1  # pick entropy: nats of a step, less the largest
+  guidance: float = 0.0  # scale of classifier-free guidance; 0 = off
+  # Keys and values that the steps of a block reuse: none | prefix (of what is
+  # before the block) | dual (of all but the block).
+  cache: str = 'none'
+  refresh: int = 0  # steps between full forwards with a cache; 0 = once a block
+  eos_stop: bool = False  # end a row when all before its first EOS is revealed
+  # pick threshold, where no confidence reaches it: best (the most confident
+  # position) | leftmost (the first masked position).
+  fallback: str = 'best'
+  schedule: str = 'even'  # tokens a step of scheduled picks: even | dream
+  # Law that picks judge by: model (temperature 1) | sampling (as in Dream).
+  rank_law: str = 'model'
+  rank_temperature: float = 0.0  # scored picks: draws positions; 0 = takes the best
+  top_p: float = 1.0  # nucleus that tokens are drawn from, in (0, 1]; 1 = all
+  top_k: int = 0  # most probable tokens that are drawn from; 0 = all
+  verify: float = 0.9  # pick wino: masks less probable tokens again, in [0, 1]
+
+  def law(self) -> Law:
+    """Returns what scoring along a trajectory must know."""
+    return Law(self.block, self.temperature, self.guidance, self.rank_temperature)
+
+  def order_from(self) -> str:
+    """Returns what decides which positions a step reveals, besides the state.
+
+    state: nothing else. A completion has one trajectory, and the sum of its
+      recorded logp is its exact log-prob.
+    noise: a separate draw. The recorded logp is exact given the order. Along a
+      trajectory the ratio of two policies is one of normalised laws.
+    tokens: the proposed tokens. The recorded logp lacks their term (LLaDA's
+      rule).
+    hindsight: the sampler takes tokens back, and does not record their states.
+
+    With a cache, guidance or eos_stop this describes the law that was sampled,
+    which is the recorded one.
+    """
+    sampler = self._sampler
+    if not sampler.records:
+      return 'hindsight'
+    one_step = sampler.scheduled and self.steps * self.block == self.length
+    if self.block == 1 or one_step:  # a step keeps every proposal
+      return 'state'
+    if sampler.judged and self.rank == 'token' and self.temperature:
+      return 'tokens'
+    return 'noise' if sampler.drawn or self.rank_temperature else 'state'
+
+  def problems(self) -> list[str]:
+    """Returns one sentence for each setting that is impossible or has no effect."""
+    return (
+      self._problems_of_steps()
+      + self._problems_of_values()
+      + self._problems_of_pick()
+      + self._sampler.problems(self)
+    )
+
+  @property
+  def _sampler(self) -> Sampler:
+    return SAMPLERS.get(self.pick, Sampler())  # `problems` refuses other names
+
+  def _problems_of_steps(self) -> list[str]:
+    length, block, steps = self.length, self.block, self.steps
+    if length < 1 or block < 1 or length % block:
+      return [f'sampler.block = {block} must divide sampler.length = {length}']
+    blocks = length // block
+    fits = blocks <= steps <= length and steps % blocks == 0
+    if fits or not self._sampler.scheduled:
+      return []
+    return [
+      f'sampler.steps = {steps} must be a multiple of the {blocks} blocks and at '
+      f'most sampler.length = {length}'
+    ]
+
+  def _problems_of_values(self) -> list[str]:
+    found = []
+    for field, value in dataclasses.asdict(self).items():
+      allowed = tuple(SAMPLERS) if field == 'pick' else CHOICES.get(field)
+      if allowed:
+        fits, remedy = value in allowed, f'one of {", ".join(allowed)}'
+      elif field in ('threshold', 'verify'):
+        fits, remedy = 0 <= value <= 1, 'in [0, 1]'
+      elif field == 'top_p':
+        fits, remedy = 0 < value <= 1, 'in (0, 1]'
+      else:
+        fits, remedy = value >= 0, '>= 0'
+      if not fits:
+        found.append(f'sampler.{field} = {value!r} must be {remedy}')
+    return found
+
+  def _problems_of_pick(self) -> list[str]:
+    """Returns settings that are possible, but have no effect beside the others."""
+
+    def picks_with(fact: str) -> str:
+      names = [name for name, other in SAMPLERS.items() if getattr(other, fact)]
+      return f'sampler.pick = {" or ".join(names)}'
+
+    sampler = self._sampler
+    return [
+      f'sampler.{field} = {getattr(self, field)!r} needs {remedy}'
+      for field, has_effect, remedy in (
+        ('cache', sampler.plain, picks_with('plain')),
+        ('guidance', sampler.plain, picks_with('plain')),
+        ('refresh', self.cache != 'none', 'sampler.cache = prefix or dual'),
+        ('fallback', sampler.fallback, picks_with('fallback')),
+        ('schedule', sampler.scheduled, picks_with('scheduled')),
+        ('rank_temperature', sampler.scored, picks_with('scored')),
+      )
+      if getattr(self, field) != getattr(SampleConfig, field) and not has_effect
+    ]

@@ -1,0 +1,243 @@
+"""The unmasking loops: all rows step together until no mask is left.
+
+Without a cache each row works on its own first block that has a mask, so no row
+waits for another. With a cache all rows work on the same block, from left to
+right. Every random number is a function of (row key, the row's own step). So a
+row's tokens depend neither on its neighbours nor on the devices.
+"""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dmpo_jax import model
+from dmpo_jax import types as t
+from dmpo_jax.sampler import picks
+from dmpo_jax.sampler.config import SampleConfig
+from dmpo_jax.sampler.records import Recorder
+from dmpo_jax.types import Array
+
+Start = int | t.IntScalar  # index of a block's first token, the same in all rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What stays the same during a rollout."""
+
+  cfg: model.ModelConfig
+  params: t.Params
+  hp: SampleConfig
+  valid: t.BoolRS  # False on the prompts' padding
+  prompt: int  # P
+  keys: t.KeyR
+  records: dict[str, Recorder]  # what Loop.more records
+
+
+class Loop(NamedTuple):
+  """The state of all rows; logp and confidence are 0 where nothing is revealed."""
+
+  tokens: t.IntRS
+  order: t.IntRL  # the row's own step that revealed each token
+  logp: t.FloatRL
+  confidence: t.FloatRL
+  count: t.IntR  # the row's own steps so far
+  since: t.IntR  # those of them in its present block
+  forwards: t.IntScalar
+  more: dict[str, Array]  # (R, L) of each of Setting.records
+
+
+class Proposal(NamedTuple):
+  """A token for every position of each row's block, its window."""
+
+  token: t.IntRW
+  logp: t.FloatRW  # under the sampling law
+  confidence: t.FloatRW  # the token's probability at temperature 1
+  look: picks.Look
+  start: t.IntR  # index of the window's first token in the row
+  live: t.BoolR  # rows that have a mask that must go
+
+
+def by_rule(setting: Setting, loop: Loop) -> Loop:
+  """Reveals by the pick rule until no mask is left."""
+  hp, prompt = setting.hp, setting.prompt
+  if hp.cache == 'none':
+    more = partial(masks_remain, setting)
+    return jax.lax.while_loop(more, partial(step_each_row, setting), loop)
+  starts = range(prompt, prompt + hp.length, hp.block)
+  if hp.cache == 'dual':  # every block has the same shapes: one program
+    body = lambda loop, start: (unmask_block(setting, start, hp.block, loop), None)
+    return jax.lax.scan(body, loop, jnp.asarray(starts))[0]
+  for start in starts:
+    loop = unmask_block(setting, start, prompt + hp.length - start, loop)
+  return loop
+
+
+def remaining(setting: Setting, loop: Loop) -> t.BoolRL:
+  """Returns the masks that must go. With eos_stop those after an EOS may stay."""
+  completion = loop.tokens[:, setting.prompt :]
+  masked = completion == setting.cfg.mask_id
+  if setting.hp.eos_stop:
+    eos = completion == setting.cfg.eos_id
+    masked &= jnp.cumsum(eos, axis=1) == 0
+  return masked
+
+
+def masks_remain(setting: Setting, loop: Loop) -> Array:
+  """Returns whether any row has a mask that must go; () bool."""
+  return jnp.any(remaining(setting, loop))
+
+
+def own_blocks(setting: Setting, loop: Loop) -> tuple[t.IntR, t.BoolR]:
+  """Returns (start, live) of each row's first block that has a mask."""
+  hp, prompt = setting.hp, setting.prompt
+  live_R = jnp.any(remaining(setting, loop), axis=1)
+  first_R = jnp.argmax(loop.tokens[:, prompt:] == setting.cfg.mask_id, axis=1)
+  return prompt + first_R.astype(jnp.int32) // hp.block * hp.block, live_R
+
+
+def step_each_row(setting: Setting, loop: Loop) -> Loop:
+  """Takes one step of every row in its own block."""
+  start_R, live_R = own_blocks(setting, loop)
+  logits, _ = forward(setting, loop, start_R)
+  return reveal(setting, loop, logits, start_R, live_R)
+
+
+# ---- with a cache
+
+
+def unmask_block(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
+  """Repeats laps until no row has a mask in the block that must go."""
+  more = partial(block_remains, setting, start)
+  return jax.lax.while_loop(more, partial(lap, setting, start, span), loop)
+
+
+def block_remains(setting: Setting, start: Start, loop: Loop) -> Array:
+  """Returns whether a row has a mask in the block that must go; () bool."""
+  masked, at = remaining(setting, loop), start - setting.prompt
+  return jnp.any(jax.lax.dynamic_slice_in_dim(masked, at, setting.hp.block, 1))
+
+
+def lap(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
+  """Takes a step that fills the cache, and cached ones until the next such step.
+
+  A cached step computes the `span` positions from `start` on.
+  """
+  logits, cache = forward(setting, loop, start, keep=True)
+  loop = step_block(setting, start, loop, logits)
+  until = loop.forwards + setting.hp.refresh - 1
+  return jax.lax.while_loop(
+    partial(lap_goes_on, setting, start, until),
+    partial(cached_step, setting, start, dict(cache=cache, span=span)),
+    loop,
+  )
+
+
+def lap_goes_on(
+  setting: Setting, start: Start, until: t.IntScalar, loop: Loop
+) -> Array:
+  """Returns whether the next step of the block is a cached one; () bool."""
+  fresh = (loop.forwards < until) | (setting.hp.refresh == 0)
+  return block_remains(setting, start, loop) & fresh
+
+
+def cached_step(setting: Setting, start: Start, cached: dict, loop: Loop) -> Loop:
+  """Takes one step in the block that all rows share, by the cache."""
+  logits, _ = forward(setting, loop, start, **cached)
+  return step_block(setting, start, loop, logits)
+
+
+def step_block(setting: Setting, start: Start, loop: Loop, logits: t.FloatRWV) -> Loop:
+  """Reveals in the block that all rows share."""
+  start_R = jnp.full((len(loop.tokens),), start, jnp.int32)
+  live_R = jnp.any(remaining(setting, loop), axis=1)
+  return reveal(setting, loop, logits, start_R, live_R)
+
+
+# ---- one step
+
+
+def forward(
+  setting: Setting, loop: Loop, start: Start | t.IntR, **cache
+) -> tuple[t.FloatRWV, model.Cache | None]:
+  """Returns the logits of the windows from `start` on; see model.window_logits."""
+  s, hp = setting, setting.hp
+  where = s.valid, start, hp.block, s.prompt, hp.guidance
+  return model.window_logits(s.cfg, s.params, loop.tokens, *where, **cache)
+
+
+def windows(x_RxT: Array, start_R: t.IntR, width: int) -> Array:
+  """Returns `width` columns of each row, (R, W), from its own start on."""
+  take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width)
+  return jax.vmap(take)(x_RxT, start_R)
+
+
+def write(x_RxT: Array, start_R: t.IntR, where: t.BoolRW, new_RxW: Array) -> Array:
+  """Returns x with `new` at the positions of the rows' windows in `where`."""
+  new = jnp.where(where, new_RxW, windows(x_RxT, start_R, where.shape[1]))
+  put = lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0)
+  return jax.vmap(put)(x_RxT, new, start_R)
+
+
+def reveal(
+  setting: Setting, loop: Loop, logits: t.FloatRWV, start_R: t.IntR, live_R: t.BoolR
+) -> Loop:
+  """Proposes a token at every mask of the windows, and keeps what the rule picks."""
+  proposal = propose(setting, loop, logits, start_R, live_R)
+  rule = picks.PICKS[setting.hp.pick].rule
+  take = rule(proposal.look, setting.hp) & live_R[:, None]
+  return record(setting, loop, proposal, take, jnp.zeros_like(take))
+
+
+def propose(
+  setting: Setting, loop: Loop, logits: t.FloatRWV, start_R: t.IntR, live_R: t.BoolR
+) -> Proposal:
+  """Draws a token for every position of the windows, by Gumbel-max in float32."""
+  hp = setting.hp
+  masked = windows(loop.tokens, start_R, hp.block) == setting.cfg.mask_id
+  keys = jax.vmap(jax.random.fold_in)(setting.keys, loop.count)
+  gumbel_key, noise_key = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
+  law = model.sampling_logits(logits, hp.temperature, hp.top_p, hp.top_k)
+  score = law
+  if hp.temperature:
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, score.shape[1:]))
+    score = score + noise(gumbel_key)
+  token = jnp.argmax(score, axis=-1).astype(jnp.int32)
+  # Confidence is at temperature 1 whatever the sampling law, except for Dream's.
+  judged = law if hp.rank_law == 'sampling' else logits
+  own = confidence = jnp.exp(model.logp_of(judged, token))
+  if hp.rank == 'max':
+    best = jnp.max(judged, axis=-1)
+    confidence = jnp.exp(best - jax.nn.logsumexp(judged, axis=-1))
+  noise = jax.vmap(lambda k: jax.random.uniform(k, (hp.block,)))(noise_key)
+  quota, share = picks.schedule(hp, masked, loop.since)
+  prob = jax.nn.softmax(judged, axis=-1)
+  look = picks.Look(prob, confidence, masked, quota, share, noise)
+  return Proposal(token, model.logp_of(law, token), own, look, start_R, live_R)
+
+
+def record(
+  setting: Setting, loop: Loop, proposal: Proposal, take: t.BoolRW, again: t.BoolRW
+) -> Loop:
+  """Writes the tokens of `take` and their records; masks those of `again`."""
+  at_R, look = proposal.start - setting.prompt, proposal.look
+  step = jnp.broadcast_to(loop.count[:, None], take.shape)
+  token = jnp.where(again, setting.cfg.mask_id, proposal.token)
+  leaves_R = ~jnp.any(look.masked & ~take | again, axis=1)  # its block is complete
+  busy_R = proposal.live & jnp.any(look.masked, axis=1)
+  more = {
+    name: write(loop.more[name], at_R, take, record.fn(look, take, setting.hp))
+    for name, record in setting.records.items()
+  }
+  return Loop(
+    tokens=write(loop.tokens, proposal.start, take | again, token),
+    order=write(loop.order, at_R, take, step),
+    logp=write(loop.logp, at_R, take, proposal.logp),
+    confidence=write(loop.confidence, at_R, take, proposal.confidence),
+    count=loop.count + busy_R,
+    since=jnp.where(leaves_R, 0, loop.since + busy_R),
+    forwards=loop.forwards + 1,
+    more=more,
+  )
