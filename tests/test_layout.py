@@ -216,7 +216,8 @@ def complaints(root):
     for number, line in enumerate(texts[path].splitlines(), 1):
       if match := re.search(UNFINISHED, line):
         found.append((path, number, f'unfinished: {match.group()}'))
-  total = sum(len(text.splitlines()) for text in texts.values())
+  package = [text for path, text in texts.items() if owner(path) != 'tools']
+  total = sum(len(text.splitlines()) for text in package)
   if total > MAX_LINES:
     found.append(('', 0, f'the package has {total} lines'))
   return [f'{path}:{line}: {what}' for path, line, what in found]
@@ -329,7 +330,8 @@ FAULTS = {
     'shell is not False',
   ),
   'long_function': (
-    'step.py', 'def f():\n' + '  pass\n' * MAX_FUNCTION, f'f has {MAX_FUNCTION + 1} lines',
+    'step.py', 'def f():\n' + '  pass\n' * MAX_FUNCTION,
+    f'f has {MAX_FUNCTION + 1} lines',
   ),
   'long_package': (
     'step.py', 'x = 1\n' * MAX_LINES,

@@ -131,8 +131,8 @@ def title_of(workdir: pathlib.Path) -> str:
   """Returns a run's config name, seed, last start and commit, as far as known."""
   parts = [workdir.name]
   if (workdir / 'config.json').exists():
-    config = _json(workdir, 'config.json')
-    parts = [config.get('name', workdir.name), f'seed {config.get("seed")}']
+    fields = _json(workdir, 'config.json')
+    parts = [fields.get('name', workdir.name), f'seed {fields.get("seed")}']
   for start in provenance.read(workdir)[-1:]:
     parts.append(str(start.get('time'))[:10])
     git = start.get('git') or {}
@@ -156,7 +156,7 @@ def curves(workdir: files.Path) -> pathlib.Path:
     ]
     lines = [line for line in lines if np.isfinite(line[1]).any()]
     if lines:
-      panels.append((wanted[0][1], xlabel, lines))
+      panels.append((*wanted[0][:2], xlabel, lines))
   if not panels:
     raise NoData(f'no data to draw in {workdir / metrics.FILE}')
 
@@ -170,8 +170,8 @@ def curves(workdir: files.Path) -> pathlib.Path:
   axes = figure.subplots(height, columns, squeeze=False).ravel()
   for ax in axes[len(panels) :]:
     ax.set_visible(False)
-  for ax, (name, xlabel, lines) in zip(axes, panels, strict=False):
-    style(ax, f'{name}: {metrics.meaning(name).partition(";")[0]}', xlabel)
+  for ax, (phase, name, xlabel, lines) in zip(axes, panels, strict=False):
+    style(ax, f'{phase}/{name}: {metrics.meaning(name).partition(";")[0]}', xlabel)
     for line in lines:
       _draw(ax, *line)
     if name == 'accuracy' and base is not None:
