@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import os
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -221,6 +224,36 @@ def test_progress_bar_on_a_terminal(lines, monkeypatch):
   shown = terminal.getvalue()
   assert 'rl' in shown and '10/10' in shown and 'accuracy 0.25' in shown
   assert not lines
+
+
+@pytest.mark.slow
+def test_every_metric_of_a_run_is_explained(tmp_path):
+  """A run of two iterations writes no name that METRICS lacks."""
+  root = pathlib.Path(__file__).parents[1]
+  fields = {
+    'model.width': 16,
+    'model.layers': 1,
+    'sft.steps': 2,
+    'train.iterations': 2,
+    'train.prompts': 4,
+    'data.train_size': 16,
+    'data.validation_size': 8,
+    'data.test_size': 8,
+  }
+  command = [sys.executable, root / 'main.py', '--config=configs/quickstart.py']
+  flags = [f'--config.{name}={value}' for name, value in fields.items()]
+  one_device = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')
+  subprocess.run(
+    [*command, f'--workdir={tmp_path}', *flags],
+    cwd=root,
+    check=True,
+    timeout=300,
+    env={**os.environ, 'XLA_FLAGS': one_device},
+  )
+  rows = metrics.read(tmp_path)
+  assert {row['phase'] for row in rows} == {'sft', 'rl', 'update', 'eval'}
+  names = {name for row in rows for name in row if name not in metrics.RESERVED}
+  assert [name for name in sorted(names) if not metrics.meaning(name)] == []
 
 
 def test_metrics_are_explained_by_name_or_prefix():

@@ -193,7 +193,7 @@ def test_a_plan():
   assert update.collectives and math.isnan(update.seconds)
   text = plan.show(made, c)
   assert '20 + 16 tokens' in text and 'at least' not in text and 'nan' not in text
-  assert text.splitlines()[-1].startswith('no memory or times: ')
+  assert text.splitlines()[-1].startswith('unknown: the memory limit and the times')
   more = plan.make(small(**{'sampler.cache': 'dual', 'sampler.steps': 16}))
   assert more.programs[0].flops > 1.5 * sample.flops
   assert more.programs[2].flops == update.flops

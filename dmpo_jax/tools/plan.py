@@ -419,10 +419,10 @@ def show(plan: Plan, c: ConfigDict) -> str:
     times = (f'{name} at least {duration(s)}' for name, s in plan.seconds.items())
     lines.append(', '.join(times))
   if not timed or not plan.memory:
-    missing = ' or '.join(['memory'] * (not plan.memory) + ['times'] * (not timed))
+    unknown = ['the memory limit'] * (not plan.memory) + ['the times'] * (not timed)
     lines.append(
-      f'no {missing}: the data sheet of this device is not in '
-      'dmpo_jax/tools/plan.py (CHIPS). --topology=v5e:4x4 plans for a TPU slice'
+      f'unknown: {" and ".join(unknown)}, as dmpo_jax/tools/plan.py (CHIPS) has no '
+      'data sheet of this device; --topology=v5e:4x4 plans for a TPU slice'
     )
   return '\n'.join(lines)
 
