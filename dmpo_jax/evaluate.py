@@ -83,7 +83,7 @@ def judged(
 
 
 def averaged(
-  task: Task, protocol: str, examples: Iterable[dict], grades: Sequence[float]
+  task: Task, protocol: str, examples: Iterable[dict], grades: Sequence[float | int]
 ) -> float:
   """Returns the mean grade, where a problem counts as Task.counts says."""
   counts = [task.counts(example, protocol) for example in examples]

@@ -23,7 +23,7 @@ def replace(path: Path, content: str | bytes) -> None:
   os.replace(temporary, path)
 
 
-def number(value: float) -> float | str:
+def number(value: float | int) -> float | int | str:
   """Returns a number as JSON can hold it: nan and inf become strings."""
   return value if math.isfinite(value) else str(value)
 

@@ -231,7 +231,7 @@ class Progress:
     label: str,
     *,
     start: int = 0,
-    every_seconds: float = 10,
+    every_seconds: float | int = 10,
     shown: tuple[str, ...] = SHOWN,
   ):
     self._total, self._shown, self._every = total, shown, every_seconds
@@ -239,7 +239,9 @@ class Progress:
     self._compiled = False
     self._terminal = sys.stderr.isatty()
     # Without a terminal tqdm counts and formats, but never prints.
-    quiet = dict(file=io.StringIO(), mininterval=math.inf, bar_format=self.LINE)
+    quiet: dict[str, Any] = dict(
+      file=io.StringIO(), mininterval=math.inf, bar_format=self.LINE
+    )
     self._bar = tqdm.tqdm(
       total=total,
       initial=start,

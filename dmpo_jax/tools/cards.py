@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -203,7 +203,7 @@ def resume(path: str, batch: int, total: int) -> tuple[list[dict], float]:
   return rows, rows[-1]['seconds'] if rows else 0.0
 
 
-def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_of(rows: Sequence[dict]) -> dict[str, float]:
   """Returns the mean of each field over rows with the same fields."""
   return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
@@ -257,7 +257,7 @@ def numbers_of(
   return out, graded.failed
 
 
-def vote(group: Sequence[tuple[str | None, float]]) -> float:
+def vote(group: Sequence[tuple[str | None, float | int]]) -> float:
   """Returns the grade of the most frequent answer; of the first in a tie."""
   answers = [answer for answer, _ in group if answer is not None]
   if not answers:

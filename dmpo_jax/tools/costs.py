@@ -120,8 +120,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     calls = [(callee, 1) for callee in CALL.findall(rest)]
     if op == 'while':
       count = re.search(r'known_trip_count\D+(\d+)', rest)
-      condition = re.search(r'condition=%?([\w.\-]+)', rest)
-      loops.append((calls, int(count[1]) if count else None, condition[1]))
+      condition = re.findall(r'condition=%?([\w.\-]+)', rest)[0]
+      loops.append((calls, int(count[1]) if count else None, condition))
     base = op.removesuffix('-start')
     if base in KINDS or calls:
       operand = re.match(r'%?([\w.\-]+)', rest)
@@ -140,7 +140,7 @@ def largest(kind: str) -> int:
   """Returns the bytes of the largest array in an HLO type."""
 
   def size(dtype, dims):
-    bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
+    bits = 8 if dtype == 'pred' else int(re.findall(r'\d+', dtype)[0])
     return math.prod(int(d) for d in dims.split(',') if d) * bits // 8
 
   return max((size(*found) for found in TYPE.findall(kind)), default=0)

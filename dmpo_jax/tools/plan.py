@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import logging
-from ml_collections import ConfigDict
 
 from dmpo_jax import build, check, mesh, model, optim, step
 from dmpo_jax.sampler import picks
@@ -103,12 +102,12 @@ def topology_devices(name: str) -> list | None:
     ) from None
 
 
-def run(c: ConfigDict, topology: str = '') -> str:
+def run(c: Any, topology: str = '') -> str:
   """Returns the plan of a config as text."""
   return show(make(c, topology), c)
 
 
-def make(c: ConfigDict, topology: str = '') -> Plan:
+def make(c: Any, topology: str = '') -> Plan:
   """Returns the Plan of a config; loads no weights."""
   if c.sampler.parallel == 'pmap':
     raise ValueError('sampler.parallel = pmap cannot be planned: set jit')
@@ -386,7 +385,7 @@ def hlo_text(lowered: Any, done: Any) -> str:
 # --- showing
 
 
-def show(plan: Plan, c: ConfigDict) -> str:
+def show(plan: Plan, c: Any) -> str:
   """Returns the plan as text; a line says why a number is not known."""
   t, programs = c.train, plan.programs
   timed = not any(math.isnan(p.seconds) for p in programs)
