@@ -1,4 +1,4 @@
-"""What speed costs in accuracy: one trained run, many samplers.
+"""Measures what faster samplers cost in accuracy, on one trained run.
 
 python main.py --config=configs/quickstart.py --workdir=runs/q
 python -m benchmarks.accuracy --workdir=runs/q --block=4
@@ -38,7 +38,7 @@ HEADER = (
 
 
 def trained(workdir):
-  """(Built, parameters) of a finished run, as its config.json says."""
+  """Returns (Built, parameters) of a finished run, by its config.json."""
   c = base.get_config()
   with open(os.path.join(workdir, 'config.json')) as f:
     c.update_from_flattened_dict(
@@ -54,7 +54,7 @@ def trained(workdir):
 
 
 def section_of(built, args, cache, fields):
-  """eval.sampler with this cache and pick, greedy."""
+  """Returns eval.sampler with this cache and pick, greedy."""
   section = copy.deepcopy(built.config.eval.sampler)
   fields = dict(fields)
   steps = section.length // fields.pop('a_step', 1)
@@ -72,7 +72,7 @@ def section_of(built, args, cache, fields):
 
 
 def answers(built, params, held, section):
-  """(accuracy, seconds, mean forwards of a batch, tokens) of a split."""
+  """Returns (accuracy, seconds, mean forwards of a batch, tokens) of a split."""
   sample, total = built.steps.sampler_of(section), len(held.examples)
   run = lambda total: list(evaluate.generate(built, params, held, sample, total, 0))
   run(1)  # compiles
@@ -80,9 +80,12 @@ def answers(built, params, held, section):
   rows = run(total)
   seconds = time.perf_counter() - begun
   examples = [held.examples[row['problem']] for row in rows]
-  grades = evaluate.judged(built, rows, examples).grades
+  c, texts = built.config, [row['text'] for row in rows]
+  graded = evaluate.judged(
+    built.task, c.data.protocol, c.reward.weights, texts, examples
+  )
   return (
-    float(np.mean(grades)),
+    float(np.mean(graded.grades)),
     seconds,
     float(np.mean([row['batch_forwards'] for row in rows])),
     np.array([row['ids'] for row in rows]),

@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes, arguments, timing, the JSON line."""
+"""Shared parts of the benchmarks: sizes, arguments, timing, the JSON line."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import model, sampler
-from dmpo_jax.tools import plan
+from dmpo_jax.tools import costs
 
 SMALL_IDS = dict(vocab=4096, mask_id=4095, eos_id=4094, pad_id=4094)
 SIZES = {
@@ -40,8 +40,8 @@ def arguments(parser):
     '--sharpness',
     type=float,
     default=1.0,
-    help='factor of the head: random weights are sure of '
-    'nothing, and a threshold would never be met',
+    help='factor of the head: random weights give flat probabilities, which '
+    'never reach a threshold',
   )
 
 
@@ -70,7 +70,7 @@ def sample_config(args, **changes):
 
 
 def make_model(args):
-  """Random weights of a size."""
+  """Returns (ModelConfig, random weights) of a size."""
   rank = getattr(args, 'lora', 0)
   cfg = model.ModelConfig(
     **SIZES[args.size],
@@ -85,14 +85,14 @@ def make_model(args):
 
 
 def prompts_of(args, cfg):
-  """Random prompts, and rows' keys."""
+  """Returns random prompts and a key for each row."""
   shape = (args.rows, args.prompt)
   prompts = jax.random.randint(jax.random.key(1), shape, 0, cfg.vocab - 2)
   return prompts, jax.random.split(jax.random.key(2), args.rows)
 
 
 def sampling(cfg, hp):
-  """The sampler as a jitted function of (params, prompts, keys)."""
+  """Returns the sampler as a jitted function of (params, prompts, keys)."""
 
   def run(params, prompts, keys):
     valid = jnp.ones(prompts.shape, bool)
@@ -102,7 +102,7 @@ def sampling(cfg, hp):
 
 
 def measure(run, repeats, *inputs):
-  """({compile, warm_up, median, min, max} in seconds, the last output)."""
+  """Returns ({compile, warm_up, median, min, max} in seconds, the last output)."""
   begun = time.perf_counter()
   compiled = run.lower(*inputs).compile()
   times = {'compile': time.perf_counter() - begun}
@@ -122,12 +122,12 @@ def spread(spent):
 
 
 def flops_of(run, trips, *inputs):
-  """FLOPs of the matmuls of a jitted function; `trips` as plan.matmuls."""
-  return plan.matmuls(run.trace(*inputs).jaxpr.jaxpr, trips, 1)[0]
+  """Returns FLOPs of the matmuls of a jitted function; trips: as costs.matmuls."""
+  return costs.matmuls(run.trace(*inputs).jaxpr.jaxpr, trips, 1)[0]
 
 
 def trips_of(hp, forwards):
-  """How often the sampler's open loops ran, for `flops_of`."""
+  """Returns how often the sampler's open loops ran, for `flops_of`."""
   if hp.cache == 'none':
     return (forwards,)
   blocks = hp.length // hp.block
@@ -137,7 +137,7 @@ def trips_of(hp, forwards):
 
 
 def matmul_rate(dtype, size=0, repeats=5):
-  """FLOP/s of one large square matmul here and now: the yardstick."""
+  """Measures FLOP/s of one large square matmul on this device."""
   size = size or (1536 if jax.default_backend() == 'cpu' else 8192)
   x = jax.random.normal(jax.random.key(3), (size, size), dtype)
   times, _ = measure(jax.jit(lambda a, b: a @ b), repeats, x, x)
@@ -145,7 +145,7 @@ def matmul_rate(dtype, size=0, repeats=5):
 
 
 def peak_bytes():
-  """Of the device; of the process where there is only a CPU."""
+  """Returns peak bytes of the device, or of the process on a CPU."""
   stats = jax.devices()[0].memory_stats() or {}
   return stats.get(
     'peak_bytes_in_use', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

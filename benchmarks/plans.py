@@ -25,6 +25,7 @@ SLICES = (
 
 
 def planned(topology, prompts, settings):
+  """Returns the plan of a slice."""
   c = llada_countdown.get_config()
   c.update_from_flattened_dict(
     {**settings, 'train.prompts': prompts, 'eval.batch': 128}
@@ -33,6 +34,7 @@ def planned(topology, prompts, settings):
 
 
 def row(name, kind, p):
+  """Returns a plan as a row of Markdown."""
   gib = lambda x: f'{x / plan.GIB:.2f}'
   by_name = {program.name: program for program in p.programs}
   temporary = max(program.temporaries for program in p.programs)
@@ -57,7 +59,7 @@ def row(name, kind, p):
 
 
 def quantized():
-  """Bytes of LLaDA-8B's parameters as stored, from compiled programs."""
+  """Prints bytes of LLaDA-8B's parameters as stored, from compiled programs."""
   tree = jax.eval_shape(
     lambda: model.init(
       model.ModelConfig(**model.PRESETS['llada_8b'], param_dtype='bfloat16'),
@@ -67,7 +69,7 @@ def quantized():
   print('\n| frozen base | GiB |\n|---|---|')
   for kind in ('none', *model.QUANT):
     stored = plan.quantized(tree, kind)
-    # keep_unused: what is not read would be no argument.
+    # keep_unused: JAX would drop an argument that is not read.
     program = jax.jit(lambda tree: 0, keep_unused=True).lower(stored).compile()
     size = program.memory_analysis().argument_size_in_bytes
     print(

@@ -23,7 +23,7 @@ import time
 import numpy as np
 
 from benchmarks import kills
-from dmpo_jax import metrics
+from dmpo_jax import files, metrics
 
 FEWEST = 60  # readings of a session that counts
 WINDOW = 15  # readings, several iterations, whose least is one point of the fit
@@ -112,7 +112,7 @@ def lost(workdir):
     if found[phase] != wanted:
       said.append(f'{workdir}: steps of {phase} are {found[phase]}')
   count = collections.Counter(
-    row['iteration'] for row in metrics.read(workdir, 'samples.jsonl')
+    row['iteration'] for row in files.read(workdir / 'samples.jsonl')
   )
   for it in found['rl'] if done else found['rl'][:-1]:
     if count[it] != c['log']['samples']:

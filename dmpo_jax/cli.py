@@ -40,7 +40,7 @@ from dmpo_jax import (
   train,
 )
 from dmpo_jax.phases import sft
-from dmpo_jax.tools import plan, provenance, report, watch
+from dmpo_jax.tools import cards, plan, provenance, report, status, watch
 
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 WORKDIR = flags.DEFINE_string('workdir', '', 'default: runs/<name>-<hash>')
@@ -478,13 +478,9 @@ def params_of(built, workdir):
 def run_eval(built, workdir, asked):
   """Results cards of the test split, one for each length."""
   params, what = params_of(built, workdir)
-  # A folder of its own for each checkpoint and each way to judge it.
-  source = evaluate.source_of(built, params)
-  digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode())
-  folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
-  for card in evaluate.run(built, params, source, folder, what, beat=asked.check):
-    told = evaluate.as_text(card).split('\n\n')[0].replace('**', '')
-    say(f'{told} at {card["length"]} tokens, {card["steps"]} steps')
+  folder = OUT.value or cards.default_folder(built, params, workdir)
+  for card in cards.run(built, params, folder, what, beat=asked.check):
+    say(f'{cards.headline(card)} at {card["length"]} tokens, {card["steps"]} steps')
   say(f'generations and cards in {folder}')
 
 
@@ -492,7 +488,11 @@ def score(built):
   """The card of saved generations, graded as this config says."""
   if not GENERATIONS.value:
     raise ValueError('--mode=score needs --generations=FILE.json')
-  say(evaluate.as_text(evaluate.rescore(built, GENERATIONS.value)))
+  c = built.config
+  made = cards.score_file(
+    c.data.task, c.data.protocol, GENERATIONS.value, c.reward.weights
+  )
+  say(cards.as_text(made))
 
 
 def run_sample(built, workdir):
@@ -554,20 +554,16 @@ def run_export(built, workdir):
 def show_report():
   """Curves and summary of one run, or a comparison of several."""
   if CARDS.value:
-    table, picture = report.compare_cards(
-      sorted(glob.glob(CARDS.value)), OUT.value or 'cards.png'
-    )
+    table, picture = report.compare_cards(sorted(glob.glob(CARDS.value)), OUT.value)
     print(f'{table}\n{picture}')
   elif RUNS.value:
-    table, picture = report.compare(
-      sorted(glob.glob(RUNS.value)), BY.value, 'comparison.png'
-    )
+    table, picture = report.compare(sorted(glob.glob(RUNS.value)), BY.value, OUT.value)
     print(f'{table}\n{picture}')
   else:
     with contextlib.suppress(report.NoData):  # it has hardly begun
       print(report.curves(WORKDIR.value))
     done = os.path.exists(os.path.join(WORKDIR.value, 'results.json'))
-    print((report.summary if done else report.under_way)(WORKDIR.value))
+    print((report.summary if done else status.under_way)(WORKDIR.value))
 
 
 def start(argv):

@@ -1,127 +1,143 @@
-"""What a run writes down and shows: numbers, progress and timings.
+"""Writes a run's numbers and shows its progress.
 
-The truth is `metrics.jsonl`, one flat JSON object per line with its phase and
-step; TensorBoard gets the same scalars under `phase/name`. Values that live on
-a device are fetched one step late, so that the device never waits for the host.
+`metrics.jsonl` is the truth: one flat JSON object a line, with its phase and
+step. TensorBoard gets the same scalars under `phase/name`. METRICS explains
+every name.
 """
 
 import contextlib
-import json
+import io
 import math
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorboardX
 import tqdm
 from absl import logging
 
+from dmpo_jax import files
+
+replace = files.replace
+
 FILE = 'metrics.jsonl'
 RESERVED = ('phase', 'step', 'time')
 SHOWN = ('reward', 'accuracy', 'ess', 'loss', 'grad_norm')
 NOT_FINITE = {'nan': math.nan, 'inf': math.inf, '-inf': -math.inf}
 
+# Meaning of each metric, then its unit. A name that ends with '/' is a prefix.
+# Phase rl: one row a buffer; update, sft: one row an optimizer step; eval: one
+# row a validation.
+METRICS = {
+  # --- rewards and grades (rl, eval)
+  'reward': 'mean reward of the completions; weighted sum of the reward terms',
+  'reward/': 'mean of one reward term, before its weight; term',
+  'reward_std': 'standard deviation of the reward over all completions; reward',
+  'accuracy': 'mean grade of the completions; 0 to 1, 1 = all are right',
+  'cell_accuracy': 'sudoku: share of the empty cells filled correctly; 0 to 1',
+  'well_formed': 'share of completions whose answer can be parsed; 0 to 1',
+  'grades_failed': 'answers that the grader could not compare; count',
+  # --- completions (rl)
+  'length': 'mean completion up to and including its first EOS; tokens',
+  'cut': 'share of completions without an EOS; 0 to 1',
+  'empty': 'share of completions that begin with EOS; 0 to 1',
+  'repeated': 'share of tokens equal to the token before; 0 to 1, before the EOS',
+  'distinct': 'different completions of a group / G, mean over groups; 1/G to 1',
+  'distinct_right': 'different right completions of a group, mean over groups; count',
+  'equal_reward_groups': 'share of groups whose rewards are all equal; 0 to 1',
+  'equal_wrong_groups': 'share of groups with equal rewards and all wrong; 0 to 1',
+  'groups_skipped': 'share of groups left out by objective.skip_equal; 0 to 1',
+  # --- sampling (rl; eval: forwards)
+  'forwards': 'network evaluations to sample one batch; count',
+  'tokens_per_step': 'mean tokens that a forward reveals in a row; tokens',
+  'tokens_per_forward/': 'share of forwards that reveal so many tokens; 0 to 1',
+  'confidence': 'mean probability of a token when it is revealed; 0 to 1',
+  'confidence_low': '10 % quantile of the probability of revealed tokens; 0 to 1',
+  'policy_age': 'updates between the policy that sampled and the buffer; updates',
+  'prompts_changed': 'training prompts that were dropped or cut for length; count',
+  # --- weights and log-probs (rl)
+  'ess': 'effective sample size of the group weights / G; 1/G to 1, 1 = all equal',
+  'log_rnd_std': 'log p_ref - log p_old, std over the group; nats',
+  'coef': 'mean factor c in the exponent of the target weights; objective.coef or .ess',
+  'coverage': 'mean factor of a group by objective.best; 0 to 1, 1 = off',
+  'weight_abs': 'sum of absolute weights of a group, mean over groups; 0 = no signal',
+  'advantage_abs': 'mean absolute advantage of the completions; reward',
+  'guess_reward': 'egspo: mean reward of states completed in one step; reward',
+  'groups_with_pairs': 'vrpo: share of groups with a preference pair; 0 to 1',
+  'logp_old': 'mean log p_old of a completion; nats, 0 = not computed',
+  'logp_ref': 'mean log p_ref of a completion; nats, 0 = not computed',
+  'kl_ref': 'mean of log p_old - log p_ref, an estimate of the KL; nats',
+  # --- updates (update, sft)
+  'loss': 'training loss; its scale depends on the objective',
+  'grad_norm': 'norm of the gradient before clipping; norm',
+  'finite': 'whether loss, gradient and update are finite; 1 or 0',
+  'nll': 'mean negative log-prob of the masked tokens of a copy; nats',
+  'elbo': 'mean lower bound of the log-prob of a completion; nats',
+  'eubo': 'spg: mean upper bound of the log-prob of a completion; nats',
+  'elbo_drift': 'mean ELBO of the policy less that of p_old; nats',
+  'ratio_log_abs': 'mean absolute log-ratio of the policy to p_old; nats',
+  'place_log_abs': 'mapg: the same for the choice of positions; nats',
+  # --- the program (rl)
+  'ill': 'health rules that are broken; count',
+  'lr_scale': 'factor of the learning rate after rollbacks; 1 = none',
+  'compilations': 'programs compiled since the row before; count',
+  'seconds/': 'host time of one part since the row before; seconds',
+}
 
-def to_float(name, value):
-  """A float from a Python, numpy or device scalar; waits for the device."""
+
+def meaning(name: str) -> str:
+  """Returns the line of METRICS for a metric; '' if it has none."""
+  return METRICS.get(name) or METRICS.get(name.partition('/')[0] + '/', '')
+
+
+def to_float(name: str, value: Any) -> float:
+  """Returns a Python, numpy or device scalar as a float; waits for the device."""
   array = np.asarray(value)
   if array.size != 1:
     raise ValueError(f'metric {name!r} has shape {array.shape}, not a scalar')
   return float(array.item())
 
 
-def _encode(phase, step, now, values):
-  """One line of the file. JSON has no nan or inf, so they become strings."""
-  row = {'phase': phase, 'step': int(step), 'time': round(now, 2)}
-  for name, value in values.items():
-    row[name] = value if math.isfinite(value) else str(value)
-  return json.dumps(row, allow_nan=False)
-
-
-def _decode(line):
-  row = json.loads(line)
-  for name, value in row.items():
-    if name != 'phase' and isinstance(value, str):
-      row[name] = NOT_FINITE.get(value, value)
-  return row
-
-
-def _load(path):
-  """(line, row) of every whole line. A torn last line is left out."""
-  if not path.exists():
-    return []
-  lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-  pairs = []
-  for number, line in enumerate(lines, 1):
-    try:
-      pairs.append((line, _decode(line)))
-    except ValueError as error:
-      if number == len(lines):
-        break  # a killed run, or one that is writing just now
-      raise ValueError(f'{path}, line {number}: {error}') from error
-  return pairs
-
-
-def replace(path, text):
-  """Puts `text` in place of the file in one step, or not at all."""
-  temporary = f'{path}.new'
-  with open(temporary, 'w', encoding='utf-8') as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
-
-
-def read(workdir, name=FILE):
-  """The rows of a run's metrics, in the order they were written.
-
-  name: of another file with an object a line.
-  """
-  return [row for _, row in _load(pathlib.Path(workdir) / name)]
+def read(workdir: files.Path) -> list[dict]:
+  """Returns the rows of a run's metrics, in the order they were written."""
+  return [
+    {name: NOT_FINITE.get(value, value) for name, value in row.items()}
+    for row in files.read(os.path.join(workdir, FILE))
+  ]
 
 
 class Writer:
   """Appends to a run's metrics.jsonl and TensorBoard files.
 
-  Where `enabled` is False (all processes but the first) nothing is written, but
-  `late` and `flush` still return values, so that all processes take the same
-  decisions.
+  With `enabled` False, in all processes but the first, it writes nothing. Its
+  methods return the same values, so that all processes decide alike.
   """
 
-  def __init__(self, workdir, *, enabled=True):
+  def __init__(self, workdir: files.Path, *, enabled: bool = True):
     self._path = pathlib.Path(workdir) / FILE
     self._enabled = enabled
     self._pending = {}  # phase -> (step, values), oldest first
     self._boards = {}  # phase -> SummaryWriter
-    self._file = None
     if enabled:
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      self._mend(lambda row: True)
+      files.keep(self._path)
 
-  def __enter__(self):
+  def __enter__(self) -> 'Writer':
     return self
 
   def __exit__(self, *_):
     self.close()
 
-  def _mend(self, keep):
-    """Rewrites the file if a line is torn or not kept; opens it to append."""
-    if self._file:
-      self._file.close()
-    lines = [line for line, row in _load(self._path) if keep(row)]
-    text = ''.join(line + '\n' for line in lines)
-    if self._path.exists() and self._path.read_bytes() != text.encode():
-      replace(self._path, text)
-    self._file = open(self._path, 'a', encoding='utf-8')
-
   def _board(self, phase, purge_step=None):
-    """The phase's event file; a new one forgets steps from `purge_step` on.
+    """Returns the phase's event file; a new one forgets steps from `purge_step`.
 
-    TensorBoard forgets per folder, whatever the tag; steps of different phases
-    do not compare, so each has a folder. The suffix keeps two files opened
-    within one second apart: tensorboardX would overwrite the first.
+    TensorBoard forgets per folder, whatever the tag, so each phase has a folder.
+    The suffix separates two files opened within a second: tensorboardX would
+    overwrite the first.
     """
     if phase not in self._boards:
       self._boards[phase] = tensorboardX.SummaryWriter(
@@ -132,7 +148,7 @@ class Writer:
       )
     return self._boards[phase]
 
-  def write(self, phase, step, values):
+  def write(self, phase: str, step: int, values: Mapping[str, Any]) -> dict[str, float]:
     """Writes one row of scalars and returns them as floats."""
     clash = sorted(set(values) & set(RESERVED))
     if clash:
@@ -140,18 +156,25 @@ class Writer:
     floats = {name: to_float(name, value) for name, value in values.items()}
     if self._enabled:
       now = time.time()
-      self._file.write(_encode(phase, step, now, floats) + '\n')
-      self._file.flush()
+      row = {name: files.number(value) for name, value in floats.items()}
+      head = {'phase': phase, 'step': int(step), 'time': round(now, 2)}
+      files.append(self._path, [head | row])
       board = self._board(phase)
       for name, value in floats.items():
         board.add_scalar(f'{phase}/{name}', value, int(step), walltime=now)
     return floats
 
-  def late(self, phase, step, device_values):
-    """Keeps these values; writes the phase's previous ones and returns them."""
+  def late(
+    self, phase: str, step: int, device_values: Mapping[str, Any]
+  ) -> dict[str, Any] | None:
+    """Holds these values back; writes the phase's previous ones and returns them.
+
+    The device then never waits for the host: its values are fetched one step
+    late. Returns None at the first call.
+    """
     for value in device_values.values():
       if hasattr(value, 'copy_to_host_async'):
-        value.copy_to_host_async()  # the copy follows the step; nobody waits
+        value.copy_to_host_async()
     written = self._write_pending(phase)
     self._pending[phase] = (step, dict(device_values))
     return written
@@ -162,114 +185,109 @@ class Writer:
     step, values = self._pending.pop(phase)
     return {'step': int(step), **self.write(phase, step, values)}
 
-  def flush(self):
-    """Writes all that is pending; returns the newest of it, or None."""
+  def flush(self) -> dict[str, Any] | None:
+    """Writes everything held back; returns the newest row, or None."""
     written = None
     for phase in list(self._pending):
       written = self._write_pending(phase)
     return written
 
-  def rewind(self, phase, step):
-    """Forgets what the phase wrote after `step`: a resumed run redoes it."""
+  def rewind(self, phase: str, step: int) -> None:
+    """Forgets the rows of a phase after `step`: a resumed run makes them again."""
     if phase in self._pending and self._pending[phase][0] > step:
       del self._pending[phase]
     if not self._enabled:
       return
-    self._mend(lambda row: row['phase'] != phase or row['step'] <= step)
+    files.keep(self._path, lambda row: row['phase'] != phase or row['step'] <= step)
     if phase in self._boards:
       self._boards.pop(phase).close()
     if (self._path.parent / 'tensorboard' / phase).exists():
       self._board(phase, purge_step=step + 1)
 
-  def count(self, phase):
-    """Rows of the phase that are in the file."""
-    return sum(row['phase'] == phase for _, row in _load(self._path))
+  def count(self, phase: str) -> int:
+    """Returns how many rows of the phase are in the file."""
+    return sum(row['phase'] == phase for row in files.read(self._path))
 
-  def close(self):
-    """Writes what is pending and closes the files; twice does no harm."""
+  def close(self) -> None:
+    """Writes everything held back and closes the files; may be called twice."""
     self.flush()
     for board in self._boards.values():
       board.close()
     self._boards.clear()
-    if self._file:
-      self._file.close()
-
-
-def eta(seconds):
-  """A duration in two units at most: 45s, 3m05s, 2h07m, 1d03h."""
-  if not math.isfinite(seconds):
-    return '?'
-  minutes, s = divmod(max(0, round(seconds)), 60)
-  hours, m = divmod(minutes, 60)
-  days, h = divmod(hours, 24)
-  if days:
-    return f'{days}d{h:02d}h'
-  if hours:
-    return f'{h}h{m:02d}m'
-  return f'{m}m{s:02d}s' if minutes else f'{s}s'
 
 
 class Progress:
-  """A bar on a terminal; elsewhere a log line now and then, and a last one."""
+  """Shows a bar on a terminal; elsewhere logs a line every few seconds.
 
-  def __init__(self, total, label, *, start=0, every_seconds=10, shown=SHOWN):
-    self._total, self._label, self._shown = total, label, shown
-    self._every = every_seconds
-    self._anchor = (start, time.monotonic())
-    self._steps = 0  # updates seen
-    self._logged = -math.inf  # when the last line was logged
-    self._unlogged = None  # the newest line, where it was held back
-    self._bar = None
-    if sys.stderr.isatty():
-      self._bar = tqdm.tqdm(total=total, initial=start, desc=label, dynamic_ncols=True)
+  The first update contains the compilation, so the time left is unknown until
+  the second.
+  """
 
-  def _left(self, step, now):
-    """Seconds left. The first update compiles: later ones do not count it."""
-    step_0, time_0 = self._anchor
-    if self._steps == 1:
-      self._anchor = (step, now)
-    done = step - step_0
-    return (now - time_0) / done * (self._total - step) if done else math.inf
+  LINE = '{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left'
 
-  def update(self, step, values):
-    """Shows that `step` steps are done, and those of `values` worth showing."""
+  def __init__(
+    self,
+    total: int,
+    label: str,
+    *,
+    start: int = 0,
+    every_seconds: float | int = 10,
+    shown: tuple[str, ...] = SHOWN,
+  ):
+    self._total, self._shown, self._every = total, shown, every_seconds
+    self._logged, self._unlogged = -math.inf, ''  # last log time; newest line
+    self._compiled = False
+    self._terminal = sys.stderr.isatty()
+    # Without a terminal tqdm counts and formats, but never prints.
+    quiet: dict[str, Any] = dict(
+      file=io.StringIO(), mininterval=math.inf, bar_format=self.LINE
+    )
+    self._bar = tqdm.tqdm(
+      total=total,
+      initial=start,
+      desc=label,
+      smoothing=0,  # the rate is the mean over all updates
+      dynamic_ncols=True,
+      **({} if self._terminal else quiet),
+    )
+    self._bar.set_postfix_str('compiling')
+
+  def update(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows that `step` steps are done, and those of `values` that are shown."""
     text = ' '.join(f'{k} {values[k]:.4g}' for k in self._shown if k in values)
-    if self._bar is not None:
-      self._bar.set_postfix_str(text, refresh=False)
-      self._bar.update(step - self._bar.n)
-      return
-    now = time.monotonic()
-    self._steps += 1
-    left = eta(self._left(step, now))
-    line = f'{self._label} {step}/{self._total} | {text} | {left} left'
-    self._unlogged = line.replace('|  |', '|')
-    if now - self._logged >= self._every or step >= self._total:
-      self._log(now)
+    self._bar.set_postfix_str(text, refresh=False)
+    if not self._compiled:
+      self._bar.unpause()  # the time until now does not count
+      self._bar.initial, self._compiled = step, True
+    self._bar.update(step - self._bar.n)
+    if not self._terminal:
+      self._unlogged, now = str(self._bar), time.monotonic()
+      if now - self._logged >= self._every or step >= self._total:
+        self._log(now)
 
   def _log(self, now):
     logging.info('%s', self._unlogged)
-    self._logged, self._unlogged = now, None
+    self._logged, self._unlogged = now, ''
 
-  def close(self):
-    """Leaves the bar as it stands, or logs the last line if held back."""
-    if self._bar is not None:
-      self._bar.close()
-    elif self._unlogged:
+  def close(self) -> None:
+    """Leaves the bar as it stands, or logs the last line if it was held back."""
+    if self._unlogged:
       self._log(time.monotonic())
+    self._bar.close()
 
 
 class Clock:
   """Sums seconds per name: `with clock('sample'): ...`.
 
-  Host time: device work counts where the host waits for it. Each begin and end
-  is told to beat(name, step), a watchdog's; `step` is the caller's to set.
+  It measures host time: device work counts where the host waits for it. Each
+  begin and end calls beat(name, step) of a watchdog. The caller sets `step`.
   """
 
-  def __init__(self, beat=lambda phase, step: None):
+  def __init__(self, beat: Callable[[str, int], Any] = lambda phase, step: None):
     self.step, self._seconds, self._open, self._beat = 0, {}, ['between'], beat
 
   @contextlib.contextmanager
-  def __call__(self, name):
+  def __call__(self, name: str) -> Iterator[None]:
     begin = time.perf_counter()
     self._open.append(name)
     self.beat()
@@ -281,38 +299,12 @@ class Clock:
       spent = time.perf_counter() - begin
       self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
-  def beat(self):
-    """Says that the innermost of what is open makes progress."""
+  def beat(self) -> None:
+    """Tells the watchdog that the innermost open part makes progress."""
     self._beat(self._open[-1], self.step)
 
-  def take(self):
-    """The sums so far as metrics, `seconds/<name>`; starts again from zero."""
-    taken = {f'seconds/{k}': v for k, v in self._seconds.items()}
+  def take(self) -> dict[str, float]:
+    """Returns the sums as metrics `seconds/<name>`, and starts from zero."""
+    taken = {f'seconds/{name}': spent for name, spent in self._seconds.items()}
     self._seconds = {}
     return taken
-
-
-def table(rows, header):
-  """A text table. Numbers stand right, at four digits; the rest stands left."""
-  rows = [list(row) for row in rows]
-  for row in rows:
-    if len(row) != len(header):
-      raise ValueError(f'row {row} does not fit the header {list(header)}')
-
-  def cell(x):
-    return f'{x:.4g}' if isinstance(x, float | np.floating) else str(x)
-
-  def is_number(x):
-    return isinstance(x, int | float | np.number) and not isinstance(x, bool)
-
-  text = [[cell(x) for x in row] for row in [list(header), *rows]]
-  lines = [''] * len(text)
-  for j in range(len(header)):
-    right = bool(rows) and all(is_number(row[j]) for row in rows)
-    width = max(len(line[j]) for line in text)
-    for i, line in enumerate(text):
-      padded = line[j].rjust(width) if right else line[j].ljust(width)
-      lines[i] += '  ' * (j > 0) + padded
-  rule = '-' * max(len(line) for line in lines)
-  lines = [line.rstrip() for line in lines]
-  return '\n'.join([lines[0], rule, *lines[1:]])

@@ -1,4 +1,4 @@
-"""The comparison: it charges what the programs cost; its tables."""
+"""Tests the comparison: its stated costs, its tables and the order of its runs."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ import pytest
 from benchmarks import compare as bench
 from configs import compare
 from dmpo_jax import build
-from dmpo_jax.tools import plan
+from dmpo_jax.tools import costs, plan
 
 DIFFERENT = [
   arm for arm in compare.ARMS if arm not in ('dmpo-exact', 'dmpo-none', 'dmpo-group')
@@ -28,24 +28,24 @@ def test_costs_are_those_of_the_programs(arm):
   c = compare.get_config('sudoku')
   c.update_from_flattened_dict(compare.fields_of(arm))
   c.data.train_size = 16
-  c.model.remat = 'none'  # what it does again is no forward
+  c.model.remat = 'none'  # a recomputed forward would count
   built = build.build(c)
   jobs = plan.jobs(built, plan.prompt_length(built))
   sample, score, update = (
-    plan.matmuls(program.trace(*args).jaxpr.jaxpr, trips, 1)[0]
+    costs.matmuls(program.trace(*args).jaxpr.jaxpr, trips, 1)[0]
     for _, program, args, trips in jobs
   )
   steps = jobs[0][3][0]
-  said = compare.COSTS[arm]
+  stated = compare.COSTS[arm]
   forward = sample / steps
-  if arm != 'fork_grpo':  # as many as its policy is unsure
-    assert said[0] == steps
+  if arm != 'fork_grpo':  # its number of forwards depends on the policy
+    assert stated[0] == steps
   # A loss does a little more than its forwards.
-  np.testing.assert_allclose((score / forward, update / forward), said[1:], rtol=0.06)
+  np.testing.assert_allclose((score / forward, update / forward), stated[1:], rtol=0.06)
 
 
 def test_budget():
-  """As many buffers as are paid for, and half a buffer's cost at most off."""
+  """Each arm spends the budget, to within half the cost of a buffer."""
   for point, arm in zip(compare.sweep('objectives'), compare.ARMS, strict=True):
     sample, score, update = compare.COSTS[arm]
     cost = sample + score + compare.INNER * update
@@ -93,8 +93,8 @@ def write_run(workdir, base, accuracies):
   )
 
 
-def test_tables_of_what_is_done(tmp_path, capsys):
-  """The best rate of the search, gains seed by seed, and half-done arms."""
+def test_tables_of_finished_runs(tmp_path, capsys):
+  """Tables have the best rate and the gains; unfinished arms are left out."""
   ends = {'dmpo-paper': 0.5, 'dmpo': 0.7}
   for arm, end in ends.items():
     for rate in compare.RATES:
@@ -138,8 +138,8 @@ def test_tables_of_what_is_done(tmp_path, capsys):
     assert (tmp_path / 'again' / name).read_text() == (tmp_path / name).read_text()
 
 
-def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
-  """A base, three rates of a seed, the others at the best; then nothing."""
+def test_each_run_once_and_failures_alone(tmp_path, monkeypatch):
+  """Trains a base, three rates of a seed, then the best rate; nothing twice."""
   calls = []
 
   def call(workdir, *arguments):
@@ -150,7 +150,7 @@ def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
       )
     )
     if workdir.name.startswith('spg'):
-      raise RuntimeError('spg is ill')
+      raise RuntimeError('spg fails')
     if workdir.name == 'base':
       (workdir / 'model').mkdir(parents=True, exist_ok=True)
       (workdir / 'model' / 'config.json').write_text('{}')
@@ -166,15 +166,15 @@ def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
     f'--folder={tmp_path}',
     '--config.model.width=32',
   ]
-  with pytest.raises(SystemExit, match='spg is ill'):
+  with pytest.raises(SystemExit, match='spg fails'):
     bench.main(command)
-  mine = [(name, given) for name, given in calls if name.startswith('wd1')]
+  wd1 = [(name, given) for name, given in calls if name.startswith('wd1')]
   first, last = compare.SEEDS[0], compare.SEEDS[-1]
-  assert [name for name, _ in mine] == [
+  assert [name for name, _ in wd1] == [
     *(f'wd1-{rate:g}-{first}' for rate in compare.RATES),
     *(f'wd1-{compare.RATES[0]:g}-{seed}' for seed in compare.SEEDS[1:]),
   ]
-  given = mine[-1][1]
+  given = wd1[-1][1]
   assert given['config.seed'] == str(last) and given['config.sft.steps'] == '0'
   assert given['config.model.checkpoint'] == str(
     tmp_path / 'countdown' / 'base' / 'model'
@@ -188,13 +188,13 @@ def test_all_runs_once_and_what_fails_alone(tmp_path, monkeypatch):
   assert {name for name, _ in calls} == {f'spg-{compare.RATES[0]:g}-0'}
 
 
-def test_overrides_reach_the_judge():
+def test_overrides_reach_the_final_evaluation():
   """It must build the model that was trained."""
   args = argparse.Namespace(overrides=['--config.model.width=32'])
   assert bench.config_of(args, 'sudoku').model.width == 32
 
 
-def test_what_is_unknown_is_named():
+def test_unknown_names_are_refused():
   with pytest.raises(SystemExit, match="'ppo' must be one of dmpo-paper"):
     bench.main(['--arms=ppo'])
   with pytest.raises(SystemExit, match='--task: .* one of sudoku, countdown'):

@@ -1,15 +1,14 @@
-"""Intervals, majorities, cards side by side, styles and templates."""
+"""Tests intervals, majorities, results cards, prompt styles and templates."""
 
 import html.parser
 import json
-import types
 
 import pytest
 
 from configs import base
 from dmpo_jax import build, data, evaluate
 from dmpo_jax.tasks import TASKS, answers, sudoku
-from dmpo_jax.tools import report, watch
+from dmpo_jax.tools import cards, report, watch
 
 
 @pytest.mark.parametrize(
@@ -23,7 +22,7 @@ from dmpo_jax.tools import report, watch
 )
 def test_wilson(rate, count, low, high):
   """Against published tables of the score interval."""
-  assert evaluate.wilson(rate, count) == pytest.approx([low, high], abs=2e-4)
+  assert cards.wilson(rate, count) == pytest.approx([low, high], abs=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -38,33 +37,33 @@ def test_wilson(rate, count, low, high):
   ],
 )
 def test_majority(group, grade):
-  assert evaluate.vote(group) == grade
+  assert cards.vote(group) == grade
 
 
-def test_lengths_keep_the_tokens_a_step():
+def test_lengths_keep_the_tokens_per_step():
   c = base.get_config().lock()
   c.eval.sampler.update(length=64, block=16, steps=32)
-  section = evaluate.section_of(c, 128)
+  section = cards.section_of(c.eval.sampler, 128)
   assert (section.length, section.steps, section.block) == (128, 64, 16)
   assert (c.eval.sampler.length, c.eval.sampler.steps) == (64, 32)
-  with pytest.raises(ValueError, match='eval.lengths has 40'):
-    evaluate.section_of(c, 40)
+  with pytest.raises(ValueError, match='eval.lengths has 40.*eval.sampler.block'):
+    cards.section_of(c.eval.sampler, 40)
   c.eval.sampler.steps = 48
   with pytest.raises(ValueError, match='steps = 48 must divide'):
-    evaluate.section_of(c, 128)
+    cards.section_of(c.eval.sampler, 128)
 
 
 def test_a_folder_belongs_to_one_source(tmp_path):
-  """Its own goes on; another's, and an unknown one's, are refused."""
+  """The same source continues; another or an unknown source is refused."""
   mine = {'parameters': 1, 'seed': 0}
   for _ in range(2):
-    evaluate.claim(str(tmp_path / 'new'), mine)
-  with pytest.raises(ValueError, match='another model .*parameters: 1 there'):
-    evaluate.claim(str(tmp_path / 'new'), {**mine, 'parameters': 2})
+    cards.claim(str(tmp_path / 'new'), mine)
+  with pytest.raises(ValueError, match='parameters: 1 there.*--out'):
+    cards.claim(str(tmp_path / 'new'), {**mine, 'parameters': 2})
   (tmp_path / 'old').mkdir()
   (tmp_path / 'old' / 'sudoku_base_16_16.jsonl').write_text('')
-  with pytest.raises(ValueError, match='old has generations, but no source'):
-    evaluate.claim(str(tmp_path / 'old'), mine)
+  with pytest.raises(ValueError, match='old has generations.*source.json.*--out'):
+    cards.claim(str(tmp_path / 'old'), mine)
 
 
 def card(path, **changes):
@@ -84,13 +83,13 @@ def card(path, **changes):
     )
     | changes
   )
-  made['interval'] = evaluate.wilson(made['accuracy'], made['problems'])
+  made['interval'] = cards.wilson(made['accuracy'], made['problems'])
   path.write_text(json.dumps(made))
   return path
 
 
-def test_cards_side_by_side(tmp_path):
-  """Best first in a length; a star where the intervals overlap."""
+def test_cards_are_compared_by_length(tmp_path):
+  """The best of a length is first; a star marks overlapping intervals."""
   paths = [
     card(tmp_path / 'a', accuracy=0.30),
     card(tmp_path / 'b', parameters='latest', accuracy=0.33),
@@ -113,10 +112,11 @@ def test_cards_side_by_side(tmp_path):
     ('style', 'eval'),
   ):
     other = card(tmp_path / 'e', **{field: value})
-    with pytest.raises(ValueError, match=f'cannot be compared.*{field}'):
+    with pytest.raises(ValueError, match=f'{field}.*--cards'):
       report.compare_cards([*paths, other], tmp_path / 'out.png')
   with pytest.raises(ValueError, match='no card'):
     report.compare_cards([], tmp_path / 'out.png')
+  assert report.compare_cards(paths)[1] == tmp_path / 'cards.png'
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_cards_side_by_side(tmp_path):
     ('math', {'problem': 'P', 'solution': r'\boxed{\frac{1}{2}}'}),
   ],
 )
-def test_records_come_back(name, example):
-  """Through JSON to the same problem and the same verdict."""
+def test_records_are_read_back(name, example):
+  """A problem saved as JSON is read back as the same problem."""
   task = TASKS[name]
   question, truth = json.loads(json.dumps(task.record(example)))
   assert task.recall(question, truth) == example
@@ -141,7 +141,7 @@ def test_records_come_back(name, example):
 
 
 def test_truths_that_cannot_be_graded():
-  """Braces that do not pair leave another truth, or none."""
+  """Unpaired braces leave another truth, or none."""
   for wrong in (r'\left\{1', '{', 'x}{'):
     with pytest.raises(ValueError, match='ground_truth'):
       TASKS['math'].recall('q', wrong)
@@ -169,9 +169,9 @@ def built_with(**changes):
   ],
 )
 def test_cells_are_counted_together(protocol, accuracy, best, majority, monkeypatch):
-  """Paper's sudoku: the right ones of all empty cells, not a mean of shares."""
+  """The paper's sudoku accuracy counts cells over all puzzles together."""
   built, grid = built_with(**{'data.protocol': protocol}), '1234341221434321'
-  told = [{'puzzle': '0' * n + grid[n:], 'solution': grid} for n in (4, 8)]
+  puzzles = [{'puzzle': '0' * n + grid[n:], 'solution': grid} for n in (4, 8)]
   # Of 4 empty cells 2 and 4 are right, of 8 empty cells 4 and 6.
   texts = ['2134' + grid[4:], grid, '21344312' + grid[8:], '21343412' + grid[8:]]
   rows = [
@@ -183,20 +183,20 @@ def test_cells_are_counted_together(protocol, accuracy, best, majority, monkeypa
     }
     for i, text in enumerate(texts)
   ]
-  examples = [told[row['problem']] for row in rows]
-  numbers, _ = evaluate.numbers_of(built, rows, examples)
+  examples = [puzzles[row['problem']] for row in rows]
+  numbers, _ = cards.numbers_of(built.task, protocol, {}, rows, examples)
   assert numbers['accuracy'] == pytest.approx(accuracy)
   assert numbers['pass@2'] == pytest.approx(best)
   assert numbers['majority'] == pytest.approx(majority)
   monkeypatch.setattr(evaluate, 'generate', lambda *_: rows)
-  mean, _ = evaluate.accuracy(built, None, types.SimpleNamespace(examples=told))
+  mean, _ = evaluate.accuracy(built, {}, data.Problems(puzzles, None, None))
   assert mean['accuracy'] == numbers['accuracy']
   full = [{'puzzle': grid, 'solution': grid}]
-  assert evaluate.averaged(built, full, [0.0]) == 0.0  # nothing to count
+  assert evaluate.averaged(built.task, protocol, full, [0.0]) == 0.0  # no empty cell
 
 
-def test_evaluation_asks_in_its_own_style(tmp_path):
-  """Training's style for training; prefilled answers; templates as written."""
+def test_evaluation_has_its_own_prompt_style(tmp_path):
+  """Training keeps its style; answers are prefilled; templates are used as written."""
   built = built_with(**{'data.style': 'chat', 'eval.style': 'eval'})
   end = built.tokenizer.convert_tokens_to_ids('<reasoning>')
   train, test = (build.problems(built, s) for s in ('train', 'test'))
@@ -226,7 +226,7 @@ def test_evaluation_asks_in_its_own_style(tmp_path):
 
 
 @pytest.mark.parametrize('name', TASKS)
-def test_every_style_puts_the_problem(name):
+def test_every_style_contains_the_problem(name):
   task = TASKS[name]
   example = {
     'puzzle': '0234341221434321',
@@ -235,9 +235,9 @@ def test_every_style_puts_the_problem(name):
     'question': 'Why?',
     'problem': 'Why?',
   }
-  told = {'sudoku': '0234341221434321', 'countdown': '22'}.get(name, 'Why?')
+  problem = {'sudoku': '0234341221434321', 'countdown': '22'}.get(name, 'Why?')
   texts = {style: task.prompt(example, style) for style in task.styles}
-  assert all(told in text for text in texts.values())
+  assert all(problem in text for text in texts.values())
   assert not any('{{' in text or '\\\n' in text for text in texts.values())
   different = dict.fromkeys(texts.values())
   same = {'sudoku': 1}.get(name, 0)  # eval asks as chat does, and prefills
@@ -261,8 +261,8 @@ def test_dropped_prompts_are_counted():
   assert data.encode_problems([{}] * 3, texts, tokenizer).changed == 0
 
 
-def test_watching():
-  """Every position is new in exactly one line, then old; masks before."""
+def test_pieces_show_each_step():
+  """Every position is masked, then new in exactly one line, then old."""
   order = [2, 0, 1, 0]
   steps = watch.pieces(
     [5, 6, 7, 8],
@@ -270,8 +270,8 @@ def test_watching():
     lambda ids: '<' if ids[0] == 5 else '\n' if ids[0] == 6 else str(ids[0]),
   )
   assert [step for step, _ in steps] == [-1, 0, 1, 2]
-  for place, at in enumerate(order):
-    kinds = [parts[place][1] for _, parts in steps]
+  for position, at in enumerate(order):
+    kinds = [parts[position][1] for _, parts in steps]
     assert kinds == ['mask'] * (at + 1) + ['new'] + ['old'] * (2 - at)
   lines = watch.terminal(steps, colour=False).splitlines()
   assert lines[0] == f'   0 {watch.MASK * 4}'
@@ -281,8 +281,8 @@ def test_watching():
   assert 'a&lt;b' in page and '<span class="new">&lt;</span>' in page
 
 
-def test_page_shows_what_a_model_writes_as_text():
-  """No tag, no attribute, no entity of its own; nor a terminal's command."""
+def test_page_escapes_the_completion():
+  """A completion adds no tag, attribute or entity, and no terminal command."""
   evil = [
     '<script>alert(1)</script>',
     '" onload="alert(1)',
@@ -322,3 +322,31 @@ def test_page_shows_what_a_model_writes_as_text():
   assert '\x1b' not in page + watch.terminal(steps, colour=False)
   last = watch.terminal(steps, colour=False).splitlines()[-1]
   assert '·]0;owned·' in last
+
+
+def test_saved_generations_are_graded_without_a_config(tmp_path):
+  """Weights scale the reward; a wrong file is refused by the field it lacks."""
+  grid = '1234341221434321'
+  example, path = {'puzzle': '0' + grid[1:], 'solution': grid}, tmp_path / 'file.json'
+  question, truth = TASKS['sudoku'].record(example)
+  item = {
+    'question': question,
+    'generations': f'<answer>{grid}</answer>',
+    'ground_truth': truth,
+  }
+  path.write_text(json.dumps({'generations': [item], 'gen_length': 16}))
+  made = cards.score_file('sudoku', 'strict', str(path), {'sudoku': 0.5})
+  assert (made['accuracy'], made['problems'], made['length']) == (1.0, 1, 16)
+  plain = cards.score_file('sudoku', 'strict', str(path))
+  assert made['reward'] == plain['reward'] / 2 > 0
+  assert '100.0 %' in cards.headline(made) and '| accuracy | 1 |' in cards.as_text(made)
+  for text, field in (
+    ('{', 'not JSON'),
+    ('[]', 'list of generations'),
+    (json.dumps({'generations': [{'question': ''}]}), 'generations, ground_truth'),
+  ):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=field):
+      cards.score_file('sudoku', 'strict', str(path))
+  with pytest.raises(ValueError, match="'chess' must be one of.*sudoku"):
+    cards.score_file('chess', 'strict', str(path))

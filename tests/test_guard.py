@@ -192,9 +192,11 @@ with guard.Watchdog(0, sys.argv[1]):
 def repository(tmp_path, monkeypatch):
   """A project of one file, committed, in which provenance thinks it lives."""
   root = tmp_path / 'project'
-  (root / 'package').mkdir(parents=True)
-  (root / 'package' / 'provenance.py').write_text('x = 1\n')
-  monkeypatch.setattr(provenance, '__file__', str(root / 'package' / 'provenance.py'))
+  (root / 'package' / 'tools').mkdir(parents=True)
+  (root / 'package' / 'tools' / 'provenance.py').write_text('x = 1\n')
+  monkeypatch.setattr(
+    provenance, '__file__', str(root / 'package' / 'tools' / 'provenance.py')
+  )
   for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'):
     monkeypatch.delenv(name, raising=False)
   return root
@@ -216,7 +218,7 @@ def test_code_is_known_to_the_line(repository):
   git(repository, 'commit', '-qm', 'one')
   clean = provenance.code()
   assert len(clean['revision']) == 40 and clean['diff'] == ''
-  (repository / 'package' / 'provenance.py').write_text('x = 2\n')
+  (repository / 'package' / 'tools' / 'provenance.py').write_text('x = 2\n')
   (repository / 'new.py').write_text('')
   dirty = provenance.code()
   assert '-x = 1\n+x = 2' in dirty['diff']

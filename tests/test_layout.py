@@ -15,8 +15,8 @@ import pytest
 PACKAGE = 'dmpo_jax'
 FLOORS = {
   '__init__': -1,  # everybody imports it, so it imports nobody
-  'types': 0, 'rng': 0, 'metrics': 0, 'health': 0,
-  'mesh': 1, 'masking': 1, 'model': 1, 'tasks': 1,
+  'types': 0, 'rng': 0, 'files': 0, 'health': 0,
+  'metrics': 1, 'mesh': 1, 'masking': 1, 'model': 1, 'tasks': 1,
   'logprob': 2, 'sampler': 2, 'data': 2, 'optim': 2, 'checkpoint': 2,
   'weights': 2, 'grader': 2, 'guard': 2,
   'objectives': 3,
@@ -216,7 +216,8 @@ def complaints(root):
     for number, line in enumerate(texts[path].splitlines(), 1):
       if match := re.search(UNFINISHED, line):
         found.append((path, number, f'unfinished: {match.group()}'))
-  total = sum(len(text.splitlines()) for text in texts.values())
+  package = [text for path, text in texts.items() if owner(path) != 'tools']
+  total = sum(len(text.splitlines()) for text in package)
   if total > MAX_LINES:
     found.append(('', 0, f'the package has {total} lines'))
   return [f'{path}:{line}: {what}' for path, line, what in found]

@@ -28,6 +28,7 @@ from dmpo_jax import (
 from dmpo_jax import cli as main
 from dmpo_jax.phases import sft
 from dmpo_jax.tools import report
+from dmpo_jax.tools.cards import wilson
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -726,7 +727,7 @@ def test_train_evaluate_and_score_again(
     assert card['problems'] == 9 and card['samples'] == 2
     assert card['forwards'] == length and 1 <= card['tokens'] <= length
     assert card['accuracy'] <= card['pass@2'] <= 1
-    assert card['interval'] == evaluate.wilson(card['accuracy'], 9)
+    assert card['interval'] == wilson(card['accuracy'], 9)
     assert {
       'protocol',
       'pick',
@@ -778,7 +779,7 @@ def test_train_evaluate_and_score_again(
   capsys.readouterr()
   command('--mode=report', '--cards=cards/*.card.json')
   assert '| 48 |' in capsys.readouterr().out
-  assert (tmp_path / 'cards.png').stat().st_size > 1000
+  assert (tmp_path / 'cards' / 'cards.png').stat().st_size > 1000
   command(*settings, '--mode=sample', '--problem=3', '--html=page.html')
   said = capsys.readouterr().out
   assert '3 and test?' in said and '16 steps' in said

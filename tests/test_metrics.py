@@ -1,8 +1,11 @@
-"""What a run writes down survives delays, kills and resumption."""
+"""A run's metrics survive delays, kills and resumption; its progress is shown."""
 
 import io
 import json
 import math
+import os
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +15,7 @@ from dmpo_jax import metrics
 
 
 def scalars(workdir, phase):
-  """(step, tag, value) that a phase's event files hold, and purge steps."""
+  """Returns (step, tag, value) of a phase's event files, and their purge steps."""
   from tensorboardX.proto import event_pb2
 
   values, purges = [], []
@@ -35,7 +38,7 @@ def steps(workdir, phase):
 
 
 class Device:
-  """Stands for a device scalar; notes when it is copied and fetched."""
+  """Stands for a device scalar; records when it is copied and fetched."""
 
   def __init__(self, value, log):
     self.value, self.log = value, log
@@ -105,7 +108,7 @@ def test_nonfinite_round_trip(tmp_path):
   assert (row['b'], row['c']) == (math.inf, -math.inf)
 
 
-def test_rewind_drops_exactly_what_is_redone(tmp_path):
+def test_rewind_drops_exactly_the_rows_that_are_redone(tmp_path):
   with metrics.Writer(tmp_path) as writer:
     for step in range(5):
       writer.write('rl', step, {'x': step})
@@ -142,13 +145,13 @@ def test_rewind_of_open_phase_keeps_its_event_file(tmp_path):
   assert values == [(1, 'rl/x', 1), (2, 'rl/x', 2)] and purges == [2]
 
 
-def test_bad_line_inside_the_file_is_an_error(tmp_path):
+def test_bad_line_before_the_last_is_an_error(tmp_path):
   (tmp_path / metrics.FILE).write_text('{"phase": "rl"\n{"phase": "rl"}\n')
   with pytest.raises(ValueError, match='line 1'):
     metrics.read(tmp_path)
 
 
-def test_disabled_writes_nothing_but_returns_values(tmp_path):
+def test_disabled_writer_only_returns_values(tmp_path):
   with metrics.Writer(tmp_path / 'run', enabled=False) as writer:
     writer.late('rl', 0, {'x': 1})
     assert writer.late('rl', 1, {'x': 2}) == {'step': 0, 'x': 1.0}
@@ -168,30 +171,46 @@ def lines(monkeypatch):
   return logged
 
 
-def test_progress_logs_now_and_then_and_the_last(lines):
+def test_progress_logs_at_intervals_and_the_last(lines):
   progress = metrics.Progress(100, 'rl', start=90, every_seconds=1e9)
   for step in range(91, 101):
     progress.update(step, {'reward': step / 100, 'unshown': 1.0})
   progress.close()
-  assert lines == ['rl 91/100 | reward 0.91 | 0s left',
-                   'rl 100/100 | reward 1 | 0s left']  # fmt: skip
+  assert lines == ['rl 91/100, reward 0.91, ? left',
+                   'rl 100/100, reward 1, 00:00 left']  # fmt: skip
 
 
 def test_progress_logs_the_last_of_a_run_cut_short(lines):
   progress = metrics.Progress(100, 'sft', every_seconds=1e9)
   progress.update(1, {})
   progress.update(2, {})
-  assert lines == ['sft 1/100 | 0s left']
+  assert lines == ['sft 1/100, ? left']
   progress.close()
   progress.close()
-  assert lines[1:] == ['sft 2/100 | 0s left']
+  assert lines[1:] == ['sft 2/100, 00:00 left']
 
 
-def test_progress_logs_all_when_slow(lines):
+def test_progress_logs_every_step_when_slow(lines):
   progress = metrics.Progress(3, 'rl', every_seconds=0)
   for step in (1, 2, 3):
     progress.update(step, {})
   assert len(lines) == 3
+
+
+def test_time_left_does_not_count_the_first_update(lines, monkeypatch):
+  """The first of 11 updates compiles for 500 s; the others take 10 s each."""
+  now = [0.0]
+  progress = metrics.Progress(11, 'rl', every_seconds=0)
+  progress._bar._time = lambda: now[0]
+  progress._bar.start_t = progress._bar.last_print_t = 0.0
+  for step in (1, 2, 3):
+    now[0] = 490.0 + 10 * step
+    progress.update(step, {})
+  assert [line.split(', ')[1] for line in lines] == [
+    '? left',
+    '01:30 left',
+    '01:20 left',
+  ]
 
 
 def test_progress_bar_on_a_terminal(lines, monkeypatch):
@@ -199,6 +218,7 @@ def test_progress_bar_on_a_terminal(lines, monkeypatch):
   terminal.isatty = lambda: True
   monkeypatch.setattr(sys, 'stderr', terminal)
   progress = metrics.Progress(10, 'rl', start=4)
+  assert 'compiling' in terminal.getvalue()
   progress.update(10, {'accuracy': 0.25})
   progress.close()
   shown = terminal.getvalue()
@@ -206,25 +226,41 @@ def test_progress_bar_on_a_terminal(lines, monkeypatch):
   assert not lines
 
 
-@pytest.mark.parametrize(
-  'seconds, text',
-  [(0.2, '0s'), (45, '45s'), (59.7, '1m00s'), (185, '3m05s'), (7620, '2h07m'),
-   (97200, '1d03h'), (math.inf, '?'), (math.nan, '?')],
-)  # fmt: skip
-def test_eta(seconds, text):
-  assert metrics.eta(seconds) == text
+@pytest.mark.slow
+def test_every_metric_of_a_run_is_explained(tmp_path):
+  """A run of two iterations writes no name that METRICS lacks."""
+  root = pathlib.Path(__file__).parents[1]
+  fields = {
+    'model.width': 16,
+    'model.layers': 1,
+    'sft.steps': 2,
+    'train.iterations': 2,
+    'train.prompts': 4,
+    'data.train_size': 16,
+    'data.validation_size': 8,
+    'data.test_size': 8,
+  }
+  command = [sys.executable, root / 'main.py', '--config=configs/quickstart.py']
+  flags = [f'--config.{name}={value}' for name, value in fields.items()]
+  one_device = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')
+  subprocess.run(
+    [*command, f'--workdir={tmp_path}', *flags],
+    cwd=root,
+    check=True,
+    timeout=300,
+    env={**os.environ, 'XLA_FLAGS': one_device},
+  )
+  rows = metrics.read(tmp_path)
+  assert {row['phase'] for row in rows} == {'sft', 'rl', 'update', 'eval'}
+  names = {name for row in rows for name in row if name not in metrics.RESERVED}
+  assert [name for name in sorted(names) if not metrics.meaning(name)] == []
 
 
-def test_table():
-  text = metrics.table([('accuracy', 0.5, 3), ('b', 12.25, 40)], ('', 'x', 'n'))
-  assert text.splitlines() == [
-    '              x   n',
-    '-------------------',
-    'accuracy    0.5   3',
-    'b         12.25  40',
-  ]
-  with pytest.raises(ValueError, match='does not fit'):
-    metrics.table([(1,)], ('a', 'b'))
+def test_metrics_are_explained_by_name_or_prefix():
+  assert metrics.meaning('reward') == metrics.METRICS['reward']
+  assert metrics.meaning('reward/correctness') == metrics.METRICS['reward/']
+  assert metrics.meaning('ess/x') == metrics.meaning('unknown') == ''
+  assert all(line.count('; ') == 1 for line in metrics.METRICS.values())
 
 
 def test_clock(monkeypatch):

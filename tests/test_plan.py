@@ -1,4 +1,4 @@
-"""Plans: what is counted against closed forms and against what is allocated."""
+"""Tests plans against closed forms and against the bytes that a run allocates."""
 
 import dataclasses
 import math
@@ -10,18 +10,18 @@ import pytest
 
 from configs import base, llada_countdown
 from dmpo_jax import build, mesh, model
-from dmpo_jax.tools import plan
+from dmpo_jax.tools import costs, plan
 
 A, B = np.zeros((4, 6), np.float32), np.zeros((6, 8), np.float32)
 ONE = 2 * 4 * 6 * 8  # FLOPs of A @ B
 
 
 def flops(fn, *args, trips=(1,)):
-  return plan.matmuls(jax.make_jaxpr(fn)(*args).jaxpr, trips, 1)[0]
+  return costs.matmuls(jax.make_jaxpr(fn)(*args).jaxpr, trips, 1)[0]
 
 
 def test_flops_of_loops_and_branches():
-  """Loops count as often as they run, open ones `trips` times."""
+  """Loops count as often as they run; open loops count `trips` times."""
 
   def scan(a, b):
     return jax.lax.scan(lambda c, _: (c + (a @ b).sum(), None), 0.0, None, 5)
@@ -45,7 +45,7 @@ def test_flops_of_loops_and_branches():
 
 
 def test_recomputation_counts():
-  """A gradient has three matmuls for one, and remat a fourth."""
+  """A gradient has three matmuls for each one, and remat adds a fourth."""
   loss = lambda a, b: jnp.sin(jnp.sin(a @ b) @ b.T).sum()
   plain = flops(jax.grad(loss, (0, 1)), A, B)
   assert plain == 6 * ONE
@@ -53,7 +53,7 @@ def test_recomputation_counts():
 
 
 def test_forward_is_the_textbook_formula(tiny, params):
-  """2 x weights x tokens, and 4 S S C for each head and layer."""
+  """A forward has 2 x weights x tokens, and 4 S S C for each head and layer."""
   rows, size = 3, 7
   tokens = jnp.zeros((rows, size), jnp.int32)
   got = flops(lambda p: model.full_logits(tiny, p, tokens), params)
@@ -106,8 +106,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_text():
-  """Trip counts told, found in the condition, or given; async pairs once."""
-  assert plan.collectives(HLO, trips=(9,)) == {
+  """Trip counts are known, in the condition, or given; async pairs count once."""
+  assert costs.collectives(HLO, trips=(9,)) == {
     'all-gather': (5, 5 * 64 * 4),
     'all-reduce': (9, 9 * 6 * 2),
     'reduce-scatter': (1, 16 * 4),
@@ -128,7 +128,7 @@ def test_collectives_of_a_program():
     fn, mesh=grid, in_specs=jax.P(None), out_specs=jax.P(None), check_vma=False
   )
   text = jax.jit(mapped).lower(np.zeros(6, np.float32)).compile().as_text()
-  assert plan.collectives(text, trips=(100,)) == {'all-reduce': (5, 5 * 6 * 4)}
+  assert costs.collectives(text, trips=(100,)) == {'all-reduce': (5, 5 * 6 * 4)}
 
 
 def small(**changes):
@@ -152,7 +152,7 @@ def small(**changes):
 
 
 def held(tree):
-  """Bytes that the first device holds."""
+  """Returns bytes that the first device holds."""
   first = jax.devices()[0]
   return sum(
     s.data.nbytes
@@ -164,7 +164,7 @@ def held(tree):
 
 @pytest.mark.parametrize('rank', [0, 4])
 def test_bytes_are_what_a_run_allocates(rank):
-  """Parameters and optimizer of the plan are a real run's, within 1 %."""
+  """Parameters and optimizer have the bytes of a real run, within 1 %."""
   built = build.build(small(**{'lora.rank': rank}))
   frozen, state = plan.states(built)
   base_params, lora = built.steps.init(), built.steps.init_lora()
@@ -178,7 +178,7 @@ def test_bytes_are_what_a_run_allocates(rank):
 
 
 def test_a_plan():
-  """Totals add up; loops run as configured; nothing is known of a CPU."""
+  """Totals add up and loops count as configured; a CPU has no data sheet."""
   c = small(**{'sampler.cache': 'dual'})
   made = plan.make(c)
   sample, score, update = made.programs
@@ -192,40 +192,44 @@ def test_a_plan():
   assert made.cache == 2 * 2 * 8 * 36 * 16 * 4  # k and v, N, rows, S, D, f32
   assert update.collectives and math.isnan(update.seconds)
   text = plan.show(made, c)
-  assert 'unknown' in text and '20 + 16 tokens' in text
+  assert '20 + 16 tokens' in text and 'at least' not in text and 'nan' not in text
+  assert text.splitlines()[-1].startswith('unknown: the memory limit and the times')
   more = plan.make(small(**{'sampler.cache': 'dual', 'sampler.steps': 16}))
   assert more.programs[0].flops > 1.5 * sample.flops
   assert more.programs[2].flops == update.flops
 
 
 def test_roofline():
-  """The slowest of arithmetic, memory and network, and it does (not) fit."""
+  """The slowest of arithmetic, memory and network bounds the time."""
   chip = plan.Chip(1e-6, 1e9, 1e9, 1e9)
   built = build.build(small())
   job = plan.jobs(built, 20)[2]
-  p = plan.compiled(built, chip, 8, *job)
+  p = plan.compiled(built, chip, job)
   sent = sum(
     size * (2 if kind == 'all-reduce' else 1)
     for kind, (_, size) in p.collectives.items()
   )
   assert p.seconds == max(p.flops, p.bytes, sent) / 1e9
   made = plan.make(small())._replace(memory=10, programs=[p] * 3)
-  assert 'DOES NOT FIT' in plan.show(made, small())
-  assert 'fits in' in plan.show(made._replace(memory=2**40), small())
+  text = plan.show(made, small())
+  assert 'DOES NOT FIT' in text and 'data sheet' not in text
+  made = made._replace(memory=2**40, seconds={'update': p.seconds})
+  text = plan.show(made, small())
+  assert 'fits in' in text and text.endswith(plan.duration(p.seconds))
 
 
-def test_memory_that_there_is(monkeypatch):
-  """What the device says; else the data sheet, of which JAX leaves a part."""
+def test_memory_of_a_device(monkeypatch):
+  """The device is asked first, then the data sheet, of which JAX leaves a part."""
 
   class Device:
-    platform, told = 'gpu', {'bytes_limit': 77}
+    platform, stats = 'gpu', {'bytes_limit': 77}
 
     def memory_stats(self):
-      return self.told
+      return self.stats
 
   chip, device = plan.CHIPS['NVIDIA H100'], Device()
   assert plan.memory_of(device, chip) == plan.memory_of(device, None) == 77
-  device.told = None  # as of CPUs
+  device.stats = None  # as of CPUs
   assert plan.memory_of(device, None) == 0
   for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
     monkeypatch.delenv(name, raising=False)
@@ -238,7 +242,7 @@ def test_memory_that_there_is(monkeypatch):
 
 
 def test_plans_that_are_refused(monkeypatch):
-  """No such topology, no libtpu, no prompt length, pmap."""
+  """A missing topology, libtpu or prompt length, and pmap are refused."""
   from jax.experimental import topologies
 
   def fail(*_):
@@ -246,23 +250,23 @@ def test_plans_that_are_refused(monkeypatch):
 
   monkeypatch.setattr(topologies, 'get_topology_desc', fail)
   monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda _: True)
-  with pytest.raises(ValueError, match='topology=v9:2x2: Invalid .* v9; such'):
+  with pytest.raises(ValueError, match='--topology=v9:2x2: Invalid .* v9; .*v5e:4x4'):
     plan.topology_devices('v9:2x2')
   monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda _: None)
-  with pytest.raises(ValueError, match='needs libtpu'):
+  with pytest.raises(ValueError, match='--topology=v5e:4x4 .*pip install libtpu'):
     plan.topology_devices('v5e:4x4')
   assert plan.topology_devices('') is None
-  with pytest.raises(ValueError, match='pmap cannot be planned'):
+  with pytest.raises(ValueError, match='sampler.parallel = pmap .*set jit'):
     plan.make(small(**{'sampler.parallel': 'pmap', 'mesh.fsdp': 1, 'mesh.tensor': 1}))
   c = llada_countdown.get_config()
   c.data.prompt_length = 0
   c.train.prompts = 8
-  with pytest.raises(ValueError, match='data.prompt_length = 0: without'):
+  with pytest.raises(ValueError, match='data.prompt_length = 0.*set it'):
     plan.prompt_length(build.build(c))
 
 
 def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
-  """What pmap samples with is left out; the others are compiled ahead."""
+  """pmap programs are left out; the others are compiled ahead."""
 
   class Stub:
     calls = 0
@@ -286,18 +290,20 @@ def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
     'jobs',
     lambda *_: [('sample', built.steps.sample, (), 1), ('update', stub, (), 1)],
   )
-  plan.compile_longest(built, 20)
-  assert not stub.calls  # no cache would keep it
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  folder = jax.config.jax_compilation_cache_dir
   try:
+    jax.config.update('jax_compilation_cache_dir', None)
+    plan.compile_longest(built, 20)
+    assert not stub.calls  # without a cache the program would be lost
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path))
     plan.compile_longest(built, 20)
   finally:
-    jax.config.update('jax_compilation_cache_dir', None)
+    jax.config.update('jax_compilation_cache_dir', folder)
   assert stub.calls == 1
 
 
 def test_the_real_size_from_shapes_alone():
-  """LLaDA-8B's parameters, 8.02 billion, without allocating any."""
+  """LLaDA-8B has 8.02 billion parameters; none is allocated."""
   c = llada_countdown.get_config()
   c.mesh.fsdp = 8
   frozen, state = plan.states(build.build(c))
@@ -310,8 +316,8 @@ def test_the_real_size_from_shapes_alone():
   assert dataclasses.is_dataclass(int8['params']['layers']['q']['kernel'])
 
 
-def test_what_does_not_compile_does_not_fit():
-  """The compiler's own number, and a plan in place of a traceback."""
+def test_program_that_is_too_large_to_compile():
+  """The plan has the number of the compiler that refuses a program."""
 
   class Stub:
     jaxpr = jax.make_jaxpr(lambda: 0)()
@@ -323,19 +329,20 @@ def test_what_does_not_compile_does_not_fit():
       return self
 
     def compile(self):
-      raise jax.errors.JaxRuntimeError(self.said)
+      raise jax.errors.JaxRuntimeError(self.message)
 
   built, chip = build.build(small()), plan.CHIPS['TPU v5 lite']
   stub = Stub()
-  stub.said = (
+  job = ('update', stub, (), (1,))
+  stub.message = (
     'RESOURCE_EXHAUSTED: the total memory required for HLO '
     'temporaries (16.30G) exceeds available HBM (15.75G)'
   )
-  made = plan.compiled(built, chip, 8, 'update', stub, (), 1)
+  made = plan.compiled(built, chip, job)
   assert made.temporaries == int(16.3 * plan.GIB) and made.collectives is None
-  stub.said = 'RESOURCE_EXHAUSTED'
-  made = plan.compiled(built, chip, 8, 'update', stub, (), 1)
+  stub.message = 'RESOURCE_EXHAUSTED'
+  made = plan.compiled(built, chip, job)
   assert made.temporaries == 16 * plan.GIB
-  stub.said = 'INTERNAL'
+  stub.message = 'INTERNAL'
   with pytest.raises(jax.errors.JaxRuntimeError):
-    plan.compiled(built, chip, 8, 'update', stub, (), 1)
+    plan.compiled(built, chip, job)

@@ -1,4 +1,4 @@
-"""Pictures are drawn from what is there; what is missing is named."""
+"""Tests pictures, tables and the status of runs, finished or not."""
 
 import json
 import os
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from dmpo_jax import metrics
-from dmpo_jax.tools import report
+from dmpo_jax.tools import provenance, report, status
 
 PNG = b'\x89PNG\r\n\x1a\n'
 
 
 def write_run(workdir, *, seed=0, baseline='mean', final=0.6, length=40):
-  """A finished run's folder, with plausible noisy curves."""
+  """Writes a finished run's folder, with plausible noisy curves."""
   rng = np.random.default_rng(seed)
   with metrics.Writer(workdir) as writer:
     for step in range(length):
@@ -78,6 +78,17 @@ def test_curves_show_the_base_accuracy(tmp_path):
   assert (tmp_path / 'curves.png').read_bytes() != with_base
 
 
+def test_title_names_config_seed_date_and_commit(tmp_path):
+  assert report.title_of(tmp_path) == tmp_path.name
+  (tmp_path / 'config.json').write_text('{"name": "quick", "seed": 3}')
+  assert report.title_of(tmp_path) == 'quick, seed 3'
+  start = {'time': '2026-01-02T03:04:05+00:00', 'git': {}}
+  provenance.append(tmp_path, start)
+  assert report.title_of(tmp_path) == 'quick, seed 3, 2026-01-02'
+  provenance.append(tmp_path, start | {'git': {'revision': 'a' * 40, 'diff': ''}})
+  assert report.title_of(tmp_path).endswith(', commit aaaaaaaa')
+
+
 def test_no_data_is_an_error(tmp_path):
   with pytest.raises(ValueError, match='no data'):
     report.curves(tmp_path)
@@ -102,7 +113,7 @@ def test_series_takes_the_last_of_a_step():
 def test_running_mean():
   values = np.array([1.0, 3.0, np.nan, 5.0, 10.0, 0.0])
   got = report.running_mean(values, 3)
-  np.testing.assert_allclose(got, [2, 2, 4, 7.5, 5, 5])
+  np.testing.assert_allclose(got, [1, 2, 4, 7.5, 5, 0])
   assert np.isnan(report.running_mean(np.array([np.nan]), 3)).all()
 
 
@@ -117,18 +128,24 @@ def test_compare_groups_runs(tmp_path):
   markdown, path = report.compare(runs, 'objective.baseline', out)
   assert path == out and is_png(out)
   assert (tmp_path / 'out' / 'v1.2.md').read_text() == markdown
+  assert report.compare(runs, 'objective.baseline')[1] == tmp_path / 'comparison.png'
   assert markdown.splitlines()[2:] == [
     '| mean | 0, 1 | 0.200 | 0.700 ± 0.141 | 1.400 | 100 |',
     '| none | 0 | 0.200 | 0.300 | 0.600 | 100 |',
   ]
 
 
-def test_compare_names_what_is_wrong(tmp_path):
+def test_compare_names_the_run_at_fault(tmp_path):
   a, b, c = tmp_path / 'a', tmp_path / 'b', tmp_path / 'c'
   for workdir in (a, b, c):
     write_run(workdir, seed=0 if workdir != b else 1, length=5)
   out = tmp_path / 'out.png'
-  with pytest.raises(ValueError, match='both have .*mean, seed=0'):
+  with pytest.raises(ValueError, match='both have .*mean, seed=0: name fewer'):
+    report.compare([a, b, c], 'objective.baseline', out)
+  config = json.loads((c / 'config.json').read_text())
+  config['objective']['alpha'] = 0.5
+  (c / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r'--by in which .*\(objective.alpha\)'):
     report.compare([a, b, c], 'objective.baseline', out)
   with pytest.raises(ValueError, match="config.json has no field 'optim.rate'"):
     report.compare([a, b], 'optim.rate', out)
@@ -152,11 +169,11 @@ def test_summary(tmp_path):
   lines = report.summary(tmp_path).splitlines()
   assert lines[0].split() == ['test', 'before', 'after', 'change']
   assert lines[2].split() == ['accuracy', '0.2', '0.6', '0.4']
-  assert lines[-1] == 'seed 0; time: sft 20s, rl 1m20s, total 1m40s'
+  assert lines[-1] == 'seed 0; time: sft 00:20, rl 01:20, total 01:40'
 
 
 def write_start(workdir, starts=(1000.0,)):
-  """What a run has in its folder once it has begun, at these times."""
+  """Writes the files of a run that was started at these times."""
   workdir.mkdir(exist_ok=True)
   (workdir / 'config.json').write_text(json.dumps({
     'train': {'iterations': 50, 'inner': 2}, 'sft': {'steps': 30},
@@ -177,7 +194,7 @@ def write_rows(workdir, rows):
 
 
 def iterations(first, last, time, each=10.0, **values):
-  """Rows of iterations, each with its two updates; one of them compiles."""
+  """Yields rows of iterations with two updates each; one of them compiles."""
   for it in range(first, last):
     late = 5.0 if it == first + 1 else 0.0
     time += each + late
@@ -201,7 +218,7 @@ def iterations(first, last, time, each=10.0, **values):
 
 
 def test_a_run_under_way(tmp_path):
-  """Two sessions, 300 s apart, a line of each file torn: numbers by hand."""
+  """Two sessions are 300 s apart and a line of each file is torn."""
   write_start(tmp_path, (1000.0, 1500.0))
   write_rows(tmp_path, [('sft', 30, 1005.0, {'loss': 1.0})])
   write_rows(tmp_path, iterations(0, 15, 1005.0))
@@ -212,20 +229,21 @@ def test_a_run_under_way(tmp_path):
   for name in (metrics.FILE, 'health.jsonl'):
     with open(tmp_path / name, 'a') as f:
       f.write('{"phase": "rl", "st')
-  assert report.under_way(tmp_path, 1560.0).splitlines() == [
-    'iteration 20 of 50, update 40; 10 s an iteration, 5m00s left; last line 5s ago',
+  assert status.under_way(tmp_path, 1560.0).splitlines() == [
+    'iteration 20 of 50, update 40; 10 s per iteration, 05:00 left; '
+    'last line 00:05 ago',
     'reward 0.69, accuracy 0.25, ess 0.75, loss 0.125, grad_norm 2',
     'validation 0.3 at iteration 20, best 0.55 at 10',
-    'checkpoint: rl/36, 1m00s old',
+    'checkpoint: rl/36, 01:00 old',
     'restarts: 1',
   ]
 
 
-def test_what_is_wrong_with_a_run_under_way(tmp_path):
-  """Each warning, with its number and where to look; none without a cause."""
+def test_warnings_of_a_run_under_way(tmp_path):
+  """Each warning has its number and a file to look at; none without a cause."""
   write_start(tmp_path)
   write_rows(tmp_path, iterations(0, 20, 1000.0))
-  assert 'warning' not in report.under_way(tmp_path, 1210.0)
+  assert 'warning' not in status.under_way(tmp_path, 1210.0)
   write_rows(
     tmp_path,
     iterations(20, 23, 1205.0, grades_failed=2.0, policy_age=2.0, compilations=4.0),
@@ -236,51 +254,51 @@ def test_what_is_wrong_with_a_run_under_way(tmp_path):
   (tmp_path / 'health.jsonl').write_text(
     '{"iteration": 3, "rule": "ess", "value": 0.12345678}\n{"torn'
   )
-  said = [
+  warnings = [
     line.removeprefix('warning: ')
-    for line in report.under_way(tmp_path, 5000.0).splitlines()
+    for line in status.under_way(tmp_path, 5000.0).splitlines()
     if line.startswith('warning: ')
   ]
-  assert said == [
-    '6 grades without a verdict (failed_grades.jsonl)',
-    'rollouts are by the policy of 2 updates before',
+  assert warnings == [
+    '6 answers could not be graded (failed_grades.jsonl)',
+    'rollouts are sampled by the policy of 2 updates before',
     '12 programs compiled in the last 20 iterations: some shape changes',
     f'a loss or gradient was not finite: {tmp_path}/failed/update_5.npz',
     f'1 checkpoints were damaged: {tmp_path}/rl.damaged',
-    f'it hung at least once: {tmp_path}/stuck_0.txt',
+    f'the run hung at least once: {tmp_path}/stuck_0.txt',
     'health: iteration 3, rule ess, value 0.1235',
-    'nothing new for so long: is it still running?',
+    'no new line for so long: is it still running?',
   ]
 
 
 def test_a_run_that_has_hardly_begun(tmp_path):
   """Before the first line, and while the base model is made."""
   write_start(tmp_path)
-  assert report.under_way(tmp_path, 1090.0).splitlines() == [
-    'supervised step 0 of 30, then 50 iterations; last line 1m30s ago',
+  assert status.under_way(tmp_path, 1090.0).splitlines() == [
+    'supervised step 0 of 30, then 50 iterations; last line 01:30 ago',
     'checkpoint: none yet',
     'restarts: 0',
   ]
   write_rows(tmp_path, [('sft', 12, 1100.0, {'loss': 1.0})])
   (tmp_path / 'sft' / '10').mkdir(parents=True)
   (tmp_path / 'provenance.json').write_text('{"tor')
-  text = report.under_way(tmp_path, 1101.0)
+  text = status.under_way(tmp_path, 1101.0)
   assert text.startswith('supervised step 12 of 30, then 50 iterations; ')
   assert 'checkpoint: sft/10' in text
   (tmp_path / 'config.json').unlink()
   with pytest.raises(FileNotFoundError, match='config.json'):
-    report.under_way(tmp_path)
+    status.under_way(tmp_path)
 
 
 def test_a_run_cut_anywhere_can_be_reported(tmp_path):
-  """A copy of a folder taken at any byte of the metrics."""
+  """The metrics may end at any byte."""
   write_start(tmp_path)
   write_rows(tmp_path, iterations(0, 3, 1000.0))
   path = tmp_path / metrics.FILE
   whole, seen = path.read_bytes(), set()
   for size in range(0, len(whole), 37):
     path.write_bytes(whole[:size])
-    seen.add(report.under_way(tmp_path, 1040.0).split(';')[0])
+    seen.add(status.under_way(tmp_path, 1040.0).split(';')[0])
   assert seen == {
     'supervised step 0 of 30, then 50 iterations',
     *(f'iteration {update // 2} of 50, update {update}' for update in range(7)),

@@ -1,9 +1,9 @@
-"""Whether a run fits and how long it takes, before anything is loaded.
+"""Plans a run before anything is loaded: whether it fits, and how long it takes.
 
-Compiles the sampler, the log-prob pass and the update for the devices here or
-for a TPU topology that is not (libtpu compiles without TPUs), from shapes
-alone, and reads memory and collectives off the compiled programs. FLOPs and
-bytes are those of the matmuls in the traced programs, recomputation included.
+Compiles the sampler, the log-prob pass and the update from shapes alone, for the
+devices here or for a TPU topology (libtpu compiles without TPUs). Memory and
+collectives are read from the compiled programs. FLOPs and bytes are those of the
+matmuls in the traced programs.
 """
 
 import glob
@@ -13,29 +13,30 @@ import os
 import re
 import tempfile
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
 from dmpo_jax import build
 from dmpo_jax.sampler import SAMPLERS
+from dmpo_jax.tools.costs import collectives, matmuls
+from dmpo_jax.types import Params, TrainState
 
 GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """Data sheet figures of one device."""
+  """Figures of one device from its data sheet."""
 
   memory: float  # GiB
-  flops: float  # bfloat16, a second
-  bandwidth: float  # of its memory, bytes a second
-  network: float  # to its neighbours, bytes a second
+  flops: float  # bfloat16, per second
+  bandwidth: float  # of its memory, bytes per second
+  network: float  # to its neighbours, bytes per second
 
 
-# By the start of jax's device_kind; the first that fits.
+# By the start of jax's device_kind; the first match counts.
 CHIPS = {
   'TPU v4': Chip(32, 275e12, 1.23e12, 300e9),
   'TPU v5 lite': Chip(16, 197e12, 0.82e12, 200e9),
@@ -48,20 +49,20 @@ CHIPS = {
 
 
 class Program(NamedTuple):
-  """One compiled program of a run; bytes and FLOPs are a device's."""
+  """One compiled program of a run; bytes and FLOPs are those of a device."""
 
   name: str
   temporaries: int  # bytes beside arguments and donated results
   output: int  # bytes that are not donated arguments
   flops: float
   bytes: float  # that its matmuls read and write
-  collectives: dict  # kind -> (count, bytes); None if it does not compile
+  collectives: dict | None  # kind -> (count, bytes); None if it does not compile
   compile_seconds: float
-  seconds: float  # roofline, at least; nan without a data sheet
+  seconds: float  # lower bound by the roofline; nan without a data sheet
 
 
 class Plan(NamedTuple):
-  """What a run will hold and how long it takes."""
+  """Memory and time of a run."""
 
   devices: str
   mesh: dict
@@ -72,43 +73,42 @@ class Plan(NamedTuple):
   optimizer: int  # bytes
   cache: int  # K/V bytes while it samples
   programs: list
-  total: int  # bytes at the worst moment
-  memory: int  # bytes that JAX may take of the chip; 0 = unknown
-  seconds: dict  # rollout, update, run: at least
+  total: int  # bytes at the peak
+  memory: int  # bytes of the chip that JAX may take; 0 = unknown
+  seconds: dict  # of rollout, update and run: lower bounds; nan = unknown
 
 
-def topology_devices(name):
-  """The devices of a TPU topology such as v5p:4x4x4; None for ''.
+def topology_devices(name: str) -> list | None:
+  """Returns the devices of a TPU topology such as v5p:4x4x4; None for ''.
 
-  ValueError if libtpu is not there or the topology does not exist.
+  Raises ValueError if libtpu is not installed or the topology does not exist.
   """
   if not name:
     return None
   if not importlib.util.find_spec('libtpu'):
     raise ValueError(
-      f'--topology={name} needs libtpu, which compiles for TPUs '
-      'also where there are none: pip install libtpu'
+      f'--topology={name} needs libtpu, which compiles for TPU slices (and only '
+      'for these) on any machine: pip install libtpu'
     )
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # no TPU host to ask
   from jax.experimental import topologies
 
   try:
     return list(topologies.get_topology_desc(name, 'tpu').devices)
-  except Exception as error:  # libtpu's own kinds
+  except Exception as error:  # libtpu has exceptions of its own
     raise ValueError(
-      f'--topology={name}: {str(error).splitlines()[0]}; such as v5e:4x4, '
-      'v5p:2x4x4 or v6e:8x8 would be right (and one process at a time can '
-      'use libtpu)'
+      f'--topology={name}: {str(error).splitlines()[0]}; name a TPU slice such as '
+      'v5e:4x4, v5p:2x4x4 or v6e:8x8 (only one process at a time can use libtpu)'
     ) from None
 
 
-def run(c, topology=''):
-  """The plan of a config as text."""
+def run(c: Any, topology: str = '') -> str:
+  """Returns the plan of a config as text."""
   return show(make(c, topology), c)
 
 
-def make(c, topology=''):
-  """The Plan of a config. Loads no weights."""
+def make(c: Any, topology: str = '') -> Plan:
+  """Returns the Plan of a config; loads no weights."""
   if c.sampler.parallel == 'pmap':
     raise ValueError('sampler.parallel = pmap cannot be planned: set jit')
   devices = topology_devices(topology)
@@ -117,58 +117,55 @@ def make(c, topology=''):
   kind = devices[0].device_kind
   chip = next((x for name, x in CHIPS.items() if kind.startswith(name)), None)
   prompt = prompt_length(built)
-  made = [compiled(built, chip, len(devices), *job) for job in jobs(built, prompt)]
-  parts, state = build.abstract_states(built)
-  cache = cache_bytes(built, prompt)
-  held = per_device(parts) + per_device(state) + fixed_bytes(built, parts, state)
-  total = held + max(p.temporaries + p.output for p in made)
-  sample, score, update = (p.seconds for p in made)
-  t = c.train
-  rollout = sample + score
-  seconds = {
-    'rollout': rollout,
-    'update': update,
-    'run': t.iterations * (rollout + t.inner * update),
-  }
+  programs = [compiled(built, chip, job) for job in jobs(built, prompt)]
+  frozen, state = build.abstract_states(built)
+  held = per_device(frozen) + per_device(state) + fixed_bytes(built, frozen, state)
+  parameters = per_device({**frozen, **state.trainable})
+  sample, score, update = (p.seconds for p in programs)
+  rollout, t = sample + score, c.train
   return Plan(
-    f'{len(devices)} {kind}',
-    dict(built.mesh.shape),
-    t.prompts * t.group,
-    prompt,
-    per_device({**parts, **state.trainable}),
-    held - per_device({**parts, **state.trainable}) - per_device(state.opt_state),
-    per_device(state.opt_state),
-    cache,
-    made,
-    total,
-    memory_of(devices[0], chip, topology),
-    seconds,
+    devices=f'{len(devices)} {kind}',
+    mesh=dict(built.mesh.shape),
+    rows=t.prompts * t.group,
+    prompt=prompt,
+    parameters=parameters,
+    reference=held - parameters - per_device(state.opt_state),
+    optimizer=per_device(state.opt_state),
+    cache=cache_bytes(built, prompt),
+    programs=programs,
+    total=held + max(p.temporaries + p.output for p in programs),
+    memory=memory_of(devices[0], chip, topology),
+    seconds={
+      'rollout': rollout,
+      'update': update,
+      'run': t.iterations * (rollout + t.inner * update),
+    },
   )
 
 
-def memory_of(device, chip, topology=''):
-  """Bytes of a device that JAX hands out; 0 = unknown.
+def memory_of(device: Any, chip: Chip | None, topology: str = '') -> int:
+  """Returns the bytes of a device that JAX hands out; 0 = unknown.
 
-  As the device says where it is here, else as the data sheet does: JAX leaves a
-  quarter of a GPU to others, unless it is told another fraction.
+  A device that is here says so itself. Else the data sheet counts, of which JAX
+  by default leaves a quarter of a GPU to other programs.
   """
-  told = {} if topology else device.memory_stats() or {}
-  if 'bytes_limit' in told or not chip:
-    return told.get('bytes_limit', 0)
+  stats = {} if topology else device.memory_stats() or {}
+  if 'bytes_limit' in stats or not chip:
+    return stats.get('bytes_limit', 0)
   names = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
   fractions = [os.environ[name] for name in names if os.environ.get(name)]
   fraction = float([*fractions, 0.75][0]) if device.platform == 'gpu' else 1.0
   return int(fraction * chip.memory * GIB)
 
 
-def prompt_length(built):
-  """P: as configured, else of the longest training prompt."""
+def prompt_length(built: build.Built) -> int:
+  """Returns P: data.prompt_length, else the longest training prompt."""
   if built.config.data.prompt_length:
     return built.config.data.prompt_length
   if built.tokenizer is None:
     raise ValueError(
-      'data.prompt_length = 0: without a checkpoint the '
-      "prompts' length is not known, set it to plan"
+      'data.prompt_length = 0: without a checkpoint the length of the prompts is '
+      'unknown, set it to plan'
     )
   return build.problems(built, 'train').tokens.shape[1]
 
@@ -176,8 +173,8 @@ def prompt_length(built):
 # --- shapes
 
 
-def fixed_bytes(built, frozen, state):
-  """Bytes of the references that are read; the moving one is in the state."""
+def fixed_bytes(built: build.Built, frozen: Params, state: TrainState) -> int:
+  """Returns bytes of the references that are read; the state has the moving one."""
   return sum(
     per_device(tree)
     for path, tree in zip(
@@ -189,8 +186,8 @@ def fixed_bytes(built, frozen, state):
   )
 
 
-def per_device(tree):
-  """Bytes that one device holds of a tree of sharded shapes."""
+def per_device(tree: Any) -> int:
+  """Returns bytes that one device holds of a tree of sharded shapes."""
 
   def size(x):
     shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
@@ -200,8 +197,8 @@ def per_device(tree):
   return sum(size(x) for x in jax.tree.leaves(tree))
 
 
-def cache_bytes(built, prompt):
-  """K/V of all layers that a device keeps while it samples; 0 without."""
+def cache_bytes(built: build.Built, prompt: int) -> int:
+  """Returns bytes of a device's K/V cache while it samples; 0 without a cache."""
   c, cfg = built.config, built.model
   if c.sampler.cache == 'none':
     return 0
@@ -213,8 +210,8 @@ def cache_bytes(built, prompt):
   return 2 * cfg.layers * rows * (prompt + c.sampler.length) * width
 
 
-def jobs(built, prompt):
-  """[(name, program, arguments as shapes, trips of its open loops)]."""
+def jobs(built: build.Built, prompt: int) -> list[tuple]:
+  """Returns build.programs, each with the trips of its open loops."""
   c = built.config
   length = steps = c.sampler.length
   if SAMPLERS[c.sampler.pick].scheduled:
@@ -228,47 +225,48 @@ def jobs(built, prompt):
   return [(*job, loops[job[0]]) for job in build.programs(built, prompt)]
 
 
-def compiled(built, chip, devices, name, program, args, trips):
-  """Traces, counts and compiles one program."""
-  traced = program.trace(*args)
-  tensor = built.mesh.shape['tensor']
-  flops, moved = matmuls(traced.jaxpr.jaxpr, trips, devices, tensor)
+def compiled(built: build.Built, chip: Chip | None, job: tuple) -> Program:
+  """Traces, counts and compiles one of `jobs`."""
+  name, program, args, trips = job
+  traced, grid = program.trace(*args), built.mesh
+  flops, moved = matmuls(
+    traced.jaxpr.jaxpr, trips, grid.devices.size, grid.shape['tensor']
+  )
   begun = time.time()
-  lowered = traced.lower(lowering_platforms=(built.mesh.devices.flat[0].platform,))
+  lowered = traced.lower(lowering_platforms=(grid.devices.flat[0].platform,))
   least = max(flops / chip.flops, moved / chip.bandwidth) if chip else math.nan
   try:
     done = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    return Program(
-      name, wanted(str(error), chip), 0, flops, moved, None, time.time() - begun, least
-    )
+    needed = needed_bytes(str(error), chip)
+    return Program(name, needed, 0, flops, moved, None, time.time() - begun, least)
   spent = time.time() - begun
   memory = done.memory_analysis()
-  found = collectives(hlo_text(lowered, done), trips)
+  traffic = collectives(hlo_text(lowered, done), trips)
   if chip:
-    sent = sum(
-      size * (2 if kind == 'all-reduce' else 1) for kind, (_, size) in found.items()
+    received = sum(
+      count * (2 if kind == 'all-reduce' else 1) for kind, (_, count) in traffic.items()
     )
-    least = max(least, sent / chip.network)
-  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    least = max(least, received / chip.network)
+  output = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
   return Program(
-    name, memory.temp_size_in_bytes, max(0, output), flops, moved, found, spent, least
+    name, memory.temp_size_in_bytes, output, flops, moved, traffic, spent, least
   )
 
 
-def wanted(error, chip):
-  """Bytes that a program which the compiler refuses would have needed."""
-  told = re.search(r'\(([\d.]+)G\) exceeds', error)
-  return int((float(told[1]) if told else chip.memory if chip else 0) * GIB)
+def needed_bytes(error: str, chip: Chip | None) -> int:
+  """Returns the bytes that a program needs which the compiler refuses as too large."""
+  match = re.search(r'\(([\d.]+)G\) exceeds', error)
+  return int((float(match[1]) if match else chip.memory if chip else 0) * GIB)
 
 
-def hlo_text(lowered, done):
-  """The compiled program as text.
+def hlo_text(lowered: Any, done: Any) -> str:
+  """Returns the compiled program as text.
 
-  libtpu cannot hand back some programs (fused asynchronous collectives of many
-  hosts); those are compiled once more and dumped by the compiler itself.
+  libtpu cannot return some programs (fused asynchronous collectives of many
+  hosts). These are compiled again, and the compiler dumps them.
   """
   try:
     return done.as_text()
@@ -276,158 +274,18 @@ def hlo_text(lowered, done):
     logging.info('compiling again to read the program: %s', str(error).splitlines()[0])
   with tempfile.TemporaryDirectory() as folder:
     lowered.compile({'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
-    (found,) = glob.glob(os.path.join(folder, '*.after_optimizations.txt'))
-    with open(found) as f:
+    (dump,) = glob.glob(os.path.join(folder, '*.after_optimizations.txt'))
+    with open(dump) as f:
       return f.read()
-
-
-# --- counting
-
-
-def matmuls(jaxpr, trips, devices, tensor=1):
-  """(FLOPs, bytes) a device spends on the matmuls of a traced program.
-
-  Loops count as often as they run; those without a fixed number (unmasking
-  steps) trips[0] times, such loops inside of them trips[1] times. Operands of
-  two dimensions are weights: whole on every device but for the tensor axis; all
-  others are split over the devices.
-  """
-  flops = moved = 0.0
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'dot_general':
-      (left, _), _ = eqn.params['dimension_numbers']
-      shapes = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-      inner = math.prod(shapes[0].shape[i] for i in left)
-      flops += 2 * math.prod(shapes[2].shape) * inner / devices
-      moved += sum(
-        x.size * x.dtype.itemsize / (tensor if x.ndim <= 2 else devices) for x in shapes
-      )
-      continue
-    is_open = eqn.primitive.name == 'while'
-    times = trips[0] if is_open else eqn.params.get('length', 1)
-    inside = trips[1:] or trips if is_open else trips
-    for part in inner_jaxprs(eqn.params):
-      f, m = matmuls(part, inside, devices, tensor)
-      flops, moved = flops + times * f, moved + times * m
-  return flops, moved
-
-
-def inner_jaxprs(params):
-  """The programs inside an equation: bodies of loops, calls, branches."""
-  for value in params.values():
-    for x in value if isinstance(value, (tuple, list)) else (value,):
-      x = getattr(x, 'jaxpr', x)
-      if hasattr(x, 'eqns'):
-        yield x
-
-
-KINDS = (
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
-)
-HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
-LINE = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z\-]+)\((.*)$')
-TYPE = re.compile(r'(pred|[a-z]+\d+)\w*\[([\d,]*)\]')
-CALL = re.compile(
-  r'(?:calls|to_apply|body|condition|true_computation|'
-  r'false_computation)=%?([\w.\-]+)'
-)
-
-
-def collectives(text, trips):
-  """{kind: (count, bytes)} that a device takes part in, from compiled HLO.
-
-  Bytes of a collective are those of the larger of its operand and result. A
-  collective that is split over several computations has one channel and
-  counts once.
-  """
-  computations, entry = parse(text)
-  seen = {}
-
-  def visit(name, times, trips):
-    for kind, size, channel, calls in computations.get(name, ()):
-      if kind:
-        key = (channel, kind)
-        seen[key] = max(seen.get(key, (0, 0)), (times, size))
-      for child, own in calls:
-        if own is None:  # an open loop
-          visit(child, times * trips[0], trips[1:] or trips)
-        else:
-          visit(child, times * own, trips)
-
-  visit(entry, 1, trips)
-  out = {}
-  for (_, kind), (times, size) in seen.items():
-    count, total = out.get(kind, (0, 0))
-    out[kind] = count + times, total + times * size
-  return out
-
-
-def parse(text):
-  """({computation: [(kind, bytes, channel, [(callee, times)])]}, entry)."""
-  computations, bounds, entry, name = {}, {}, '', ''
-  loops = []
-  for line in text.splitlines():
-    head = HEAD.match(line)
-    if head:
-      name, sizes, constants = head[2], {}, {}
-      computations[name] = []
-      entry = name if head[1] else entry
-      continue
-    found = LINE.match(line)
-    if not found:
-      continue
-    result, kind, op, rest = found.groups()
-    sizes[result] = largest(kind)
-    if op == 'constant':
-      constants[result] = rest.split(')')[0]
-    if op == 'compare' and 'direction=LT' in rest and 'ROOT' in line:
-      limit = re.findall(r'%?([\w.\-]+)[,)]', rest)[1]
-      bounds[name] = constants.get(limit)
-    calls = [(callee, 1) for callee in CALL.findall(rest)]
-    if op == 'while':
-      told = re.search(r'known_trip_count\D+(\d+)', rest)
-      loops.append(
-        (
-          calls,
-          int(told[1]) if told else None,
-          re.search(r'condition=%?([\w.\-]+)', rest)[1],
-        )
-      )
-    base = op.removesuffix('-start')
-    if base in KINDS or calls:
-      operand = re.match(r'%?([\w.\-]+)', rest)
-      size = max(sizes[result], sizes.get(operand[1], 0) if operand else 0)
-      channel = re.search(r'channel_id=(\d+)', rest)
-      channel = channel[1] if channel else f'{name}/{result}'
-      computations[name].append((base if base in KINDS else '', size, channel, calls))
-  for calls, told, condition in loops:
-    limit = bounds.get(condition)
-    times = told or (int(limit) if limit and limit.isdigit() else None)
-    calls[:] = [(callee, times) for callee, _ in calls]
-  return computations, entry
-
-
-def largest(kind):
-  """Bytes of the largest array in an HLO type (a tuple has several)."""
-
-  def size(dtype, dims):
-    bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
-    return math.prod(int(d) for d in dims.split(',') if d) * bits // 8
-
-  return max((size(*found) for found in TYPE.findall(kind)), default=0)
 
 
 # --- showing
 
 
-def show(plan, c):
-  """The plan as text."""
-  gib = lambda x: f'{x / GIB:.2f} GiB' if x >= GIB / 20 else (f'{x / 2**20:.2f} MiB')
-  t = c.train
+def show(plan: Plan, c: Any) -> str:
+  """Returns the plan as text; a line says why a number is not known."""
+  t, programs = c.train, plan.programs
+  timed = not any(math.isnan(p.seconds) for p in programs)
   lines = [
     f'{c.name} on {plan.devices}, mesh '
     + ' '.join(f'{k}={v}' for k, v in plan.mesh.items()),
@@ -436,51 +294,61 @@ def show(plan, c):
     f'{t.iterations} iterations',
     '',
     'memory of a device',
-    f'  parameters      {gib(plan.parameters)}',
-    f'  reference       {gib(plan.reference)}',
-    f'  optimizer       {gib(plan.optimizer)}',
+    f'  parameters      {size(plan.parameters)}',
+    f'  reference       {size(plan.reference)}',
+    f'  optimizer       {size(plan.optimizer)}',
     '  temporaries     '
-    + ', '.join(f'{p.name} {gib(p.temporaries)}' for p in plan.programs)
-    + (f' (K/V cache {gib(plan.cache)})' if plan.cache else ''),
-  ]
-  fits = (
-    'unknown'
-    if not plan.memory
-    else f'fits in {gib(plan.memory)}'
-    if plan.total < 0.95 * plan.memory
-    else f'DOES NOT FIT in {gib(plan.memory)} (5 % kept free)'
-  )
-  lines += [
-    f'  at the worst    {gib(plan.total)}: {fits}',
+    + ', '.join(f'{p.name} {size(p.temporaries)}' for p in programs)
+    + (f' (K/V cache {size(plan.cache)})' if plan.cache else ''),
+    f'  peak            {size(plan.total)}{fits(plan)}',
     '',
-    'program   TFLOP  GiB moved   at least  compile  collectives',
+    'program   TFLOP  GiB moved  ' + ' at least  ' * timed + 'compile  collectives',
   ]
-  for p in plan.programs:
-    sent = (
-      'unknown: too large to compile'
-      if p.collectives is None
-      else (
-        ', '.join(
-          f'{n} {kind} {gib(size)}' for kind, (n, size) in sorted(p.collectives.items())
-        )
-        or 'none'
-      )
-    )
+  for p in programs:
     lines.append(
       f'{p.name:8}{p.flops / 1e12:7.2f}{p.bytes / GIB:11.2f}'
-      f'{duration(p.seconds):>11}{p.compile_seconds:7.0f} s  {sent}'
+      + (f'{duration(p.seconds):>11}' if timed else '')
+      + f'{p.compile_seconds:7.0f} s  {sent(p)}'
     )
-  lines += [
-    '',
-    ', '.join(f'{name} at least {duration(s)}' for name, s in plan.seconds.items()),
-  ]
+  lines.append('')
+  if timed:
+    times = (f'{name} at least {duration(s)}' for name, s in plan.seconds.items())
+    lines.append(', '.join(times))
+  if not timed or not plan.memory:
+    unknown = ['the memory limit'] * (not plan.memory) + ['the times'] * (not timed)
+    lines.append(
+      f'unknown: {" and ".join(unknown)}, as dmpo_jax/tools/plan.py (CHIPS) has no '
+      'data sheet of this device; --topology=v5e:4x4 plans for a TPU slice'
+    )
   return '\n'.join(lines)
 
 
-def duration(seconds):
-  """Seconds as text, in the unit that they are read best in."""
-  if np.isnan(seconds):
+def size(count: int) -> str:
+  """Returns bytes as text, in GiB or MiB."""
+  return f'{count / GIB:.2f} GiB' if count >= GIB / 20 else f'{count / 2**20:.2f} MiB'
+
+
+def fits(plan: Plan) -> str:
+  """Returns whether the peak fits in the memory; '' if the memory is unknown."""
+  if not plan.memory:
+    return ''
+  if plan.total < 0.95 * plan.memory:
+    return f': fits in {size(plan.memory)}'
+  return f': DOES NOT FIT in {size(plan.memory)} (5 % kept free)'
+
+
+def sent(program: Program) -> str:
+  """Returns a program's collectives as text."""
+  if program.collectives is None:
+    return 'unknown: too large to compile'
+  kinds = sorted(program.collectives.items())
+  return ', '.join(f'{n} {kind} {size(x)}' for kind, (n, x) in kinds) or 'none'
+
+
+def duration(seconds: float) -> str:
+  """Returns seconds as text, in seconds, minutes or hours."""
+  if math.isnan(seconds):
     return 'unknown'
   if seconds < 120:
     return f'{seconds:.3g} s'
-  return f'{seconds / 60:.0f} min' if seconds < 7200 else (f'{seconds / 3600:.1f} h')
+  return f'{seconds / 60:.0f} min' if seconds < 7200 else f'{seconds / 3600:.1f} h'

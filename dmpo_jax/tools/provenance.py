@@ -1,6 +1,6 @@
-"""Where a run's numbers come from: a record of each start, in provenance.json.
+"""Records each start of a run in provenance.json: code, versions, devices, flags.
 
-What config.json does not say: overrides, code, versions, devices, flags.
+These are the causes of a run's numbers that config.json does not hold.
 """
 
 import datetime
@@ -11,11 +11,13 @@ import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import logging
 
-from dmpo_jax import metrics
+from dmpo_jax import files
 
 FILE = 'provenance.json'
 PACKAGES = (
@@ -30,27 +32,32 @@ PACKAGES = (
   'libtpu',
 )
 FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_PLATFORMS')
-LONGEST = 1 << 20  # characters of a diff that are kept
+LONGEST = 1 << 20  # characters of a diff that are saved
 
 
-def record(overrides, seeds):
-  """A JSON-able dict of this start; asks git, if it and a repository are there.
-
-  overrides: {field: value} of the command line; seeds: {name: number}.
-  """
-  versions = {}
-  for name in PACKAGES:
+def versions(packages: Sequence[str]) -> dict[str, str]:
+  """Returns the versions of those packages that are installed."""
+  found = {}
+  for name in packages:
     try:
-      versions[name] = importlib.metadata.version(name)
+      found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       continue
+  return found
+
+
+def record(overrides: dict[str, Any], seeds: dict[str, int]) -> dict[str, Any]:
+  """Returns this start as a dict for JSON; asks git for the code if it can.
+
+  overrides: fields set on the command line, and their values.
+  """
   return dict(
     time=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     command=sys.argv,
     overrides=overrides,
     seeds=seeds,
     git=code(),
-    versions={'python': platform.python_version(), **versions},
+    versions={'python': platform.python_version(), **versions(PACKAGES)},
     device=jax.devices()[0].device_kind,
     devices=jax.device_count(),
     processes=jax.process_count(),
@@ -59,12 +66,13 @@ def record(overrides, seeds):
   )
 
 
-def code():
-  """Revision, diff to it and files it has not, of this project; {} if unknown.
+def code() -> dict[str, Any]:
+  """Returns this project's revision, the diff to it and its untracked files.
 
-  Only of a repository whose root is the project's: not of one around it.
+  Returns {} if they are unknown. Asks only a repository whose root is the
+  project's, not one around it.
   """
-  root = pathlib.Path(__file__).resolve().parents[1]
+  root = pathlib.Path(__file__).resolve().parents[2]
 
   def git(*args):
     return subprocess.run(
@@ -91,8 +99,17 @@ def code():
     return {}
 
 
-def append(workdir, entry):
-  """Adds a record to the workdir's list; a damaged list is kept beside it."""
+def read(workdir: files.Path) -> list[dict]:
+  """Returns the recorded starts of a run; [] if there are none to be read."""
+  try:
+    entries = json.loads((pathlib.Path(workdir) / FILE).read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return []
+  return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def append(workdir: files.Path, entry: dict[str, Any]) -> None:
+  """Adds a start to the workdir's list; a damaged list is saved beside it."""
   path = os.path.join(workdir, FILE)
   entries = []
   if os.path.exists(path):
@@ -102,4 +119,4 @@ def append(workdir, entry):
     except (ValueError, TypeError):
       logging.warning('%s is damaged: it is now %s.damaged', path, path)
       os.replace(path, path + '.damaged')
-  metrics.replace(path, json.dumps([*entries, entry], indent=2))
+  files.replace(path, json.dumps([*entries, entry], indent=2))

@@ -1,6 +1,7 @@
-"""A completion being unmasked, a line a step: in a terminal, or as a page."""
+"""Shows a completion being unmasked, a line per step: as text or as a page."""
 
 import html
+from collections.abc import Callable, Sequence
 
 MASK, BREAK, UNSEEN = '░', '⏎', '·'
 NEW, OLD, EMPTY, RESET = '\033[1;32m', '\033[0m', '\033[90m', '\033[0m'
@@ -13,16 +14,21 @@ td {{ font-family: monospace; white-space: pre-wrap; padding: .15em .6em;
 td:first-child {{ color: #888; text-align: right }}
 .new {{ background: #bdf5c6 }} .mask {{ color: #ccc }}
 </style>
-<h1>{title}</h1><pre>{prompt}</pre><p>{told}</p>
+<h1>{title}</h1><pre>{prompt}</pre><p>{summary}</p>
 <table>{rows}</table>
 """
 
+Step = tuple[int, list[tuple[str, str]]]  # step, [(text, 'new' | 'old' | 'mask')]
 
-def pieces(tokens_L, order_L, decode):
-  """[(step, [(text, 'new' | 'old' | 'mask')])] from all masks to none.
 
-  decode: list of ids -> text, for each token alone. A model may write what
-  commands a terminal: control characters are shown as dots.
+def pieces(
+  tokens_L: Sequence[int], order_L: Sequence[int], decode: Callable[[list[int]], str]
+) -> list[Step]:
+  """Returns each step's tokens and their kinds, from all masks to none.
+
+  order_L: the step that revealed each token; -1 = none did. decode: returns the
+  text of a list of ids. Control characters are shown as dots, because they could
+  command a terminal.
   """
   texts = [
     ''.join(
@@ -43,8 +49,8 @@ def pieces(tokens_L, order_L, decode):
   ]
 
 
-def terminal(steps, colour=True):
-  """The steps as text; colours mark what is new, unless there are none."""
+def terminal(steps: Sequence[Step], colour: bool = True) -> str:
+  """Returns the steps as text; colours mark the new tokens."""
   codes = {'new': NEW, 'old': OLD, 'mask': EMPTY} if colour else {}
   lines = []
   for step, parts in steps:
@@ -53,8 +59,8 @@ def terminal(steps, colour=True):
   return '\n'.join(lines)
 
 
-def page(steps, title, prompt, told):
-  """The steps as a self-contained HTML page."""
+def page(steps: Sequence[Step], title: str, prompt: str, summary: str) -> str:
+  """Returns the steps as an HTML page that needs no other file."""
   rows = []
   for step, parts in steps:
     cells = ''.join(
@@ -67,6 +73,6 @@ def page(steps, title, prompt, told):
   return PAGE.format(
     title=html.escape(title),
     prompt=html.escape(prompt),
-    told=html.escape(told),
+    summary=html.escape(summary),
     rows='\n'.join(rows),
   )

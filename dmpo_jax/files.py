@@ -1,0 +1,75 @@
+"""Reads and writes a run's small files so that a kill leaves no half of one.
+
+A JSON-lines file holds one JSON object a line. A process that is killed while it
+appends leaves a torn last line, which the functions here leave out.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+
+Path = str | os.PathLike
+
+
+def replace(path: Path, content: str | bytes) -> None:
+  """Replaces a file by new content in one step, or not at all."""
+  temporary = f'{path}.new'
+  with open(temporary, 'wb') as f:
+    f.write(content.encode() if isinstance(content, str) else content)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)
+
+
+def number(value: float | int) -> float | int | str:
+  """Returns a number as JSON can hold it: nan and inf become strings."""
+  return value if math.isfinite(value) else str(value)
+
+
+def to_lines(rows: Iterable[dict]) -> str:
+  """Returns the text of a JSON-lines file with these rows."""
+  return ''.join(json.dumps(row) + '\n' for row in rows)
+
+
+def append(path: Path, rows: Iterable[dict]) -> None:
+  """Appends rows to a JSON-lines file; makes the file if there is none."""
+  with open(path, 'a', encoding='utf-8') as f:
+    f.write(to_lines(rows))
+
+
+def read(path: Path) -> list[dict]:
+  """Returns the rows of a JSON-lines file; none if there is no file.
+
+  Raises ValueError for a line that is not JSON, unless it is the last.
+  """
+  return [row for _, row in _read_pairs(path)]
+
+
+def keep(path: Path, wanted: Callable[[dict], bool] = lambda row: True) -> None:
+  """Drops the rows of a JSON-lines file that are not wanted, and a torn line."""
+  text = ''.join(line + '\n' for line, row in _read_pairs(path) if wanted(row))
+  if os.path.exists(path) and pathlib.Path(path).read_bytes() != text.encode():
+    replace(path, text)
+
+
+def rewind(path: Path, last: int) -> None:
+  """Drops the rows of iterations after `last`: a resumed run makes them again."""
+  keep(path, lambda row: row['iteration'] <= last)
+
+
+def _read_pairs(path: Path) -> list[tuple[str, dict]]:
+  """Returns (line, row) of every whole line."""
+  if not os.path.exists(path):
+    return []
+  text = pathlib.Path(path).read_text(encoding='utf-8', errors='replace')
+  lines = text.removesuffix('\n').split('\n') if text else []
+  pairs = []
+  for at, line in enumerate(lines, 1):
+    try:
+      pairs.append((line, json.loads(line)))
+    except ValueError as error:
+      if at < len(lines):
+        raise ValueError(f'{path}, line {at}: {error}') from error
+  return pairs

@@ -1,0 +1,405 @@
+"""Makes results cards: an accuracy with everything that it depends on.
+
+`run` evaluates parameters at each completion length. It writes the generations
+in the JSON format of the d1 and DMPO releases, and a card. `score_file` grades
+saved generations again, ours or those of others.
+"""
+
+import copy
+import dataclasses
+import datetime
+import glob
+import hashlib
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dmpo_jax import build, check, data, evaluate, files, mesh, metrics
+from dmpo_jax.tasks import TASKS
+from dmpo_jax.tools import provenance
+from dmpo_jax.types import Params, Task
+
+PACKAGES = ('jax', 'flax', 'numpy', 'transformers', 'math-verify')
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """The parts of an evaluation that all completion lengths share."""
+
+  built: build.Built
+  params: Params
+  what: str  # name of the parameters: base, adapter, latest or best
+  split: str
+  problems: data.Problems
+  beat: Callable[[], Any]  # called after each completion
+
+
+def run(
+  built: build.Built,
+  params: Params,
+  folder: str,
+  what: str,
+  split: str = 'test',
+  beat: Callable[[], Any] = lambda: None,
+) -> list[dict]:
+  """Evaluates at each of eval.lengths; returns one results card per length.
+
+  Writes generations and cards into `folder` as they are made, and resumes from
+  them. what: name of the parameters (base, adapter, latest, best). Raises
+  ValueError before it samples, if a length is impossible or the folder has
+  generations of another model or config.
+  """
+  c = built.config
+  lengths = c.eval.lengths or (c.eval.sampler.length,)
+  sections = [section_of(c.eval.sampler, length) for length in lengths]
+  problems = build.problems(built, split)
+  room = built.model.positions - problems.tokens.shape[1]
+  if max(lengths) > room:
+    raise ValueError(
+      f'eval.lengths = {lengths}: after prompts of {problems.tokens.shape[1]} '
+      f'tokens the model has {room} positions, set no length above'
+    )
+  claim(folder, source_of(built, params))
+  evaluation = Evaluation(built, params, what, split, problems, beat)
+  return [run_length(evaluation, section, folder) for section in sections]
+
+
+def run_length(evaluation: Evaluation, section: Any, folder: str) -> dict:
+  """Evaluates with one sampler section; writes its files and returns its card."""
+  c, task = evaluation.built.config, evaluation.built.task
+  stem = os.path.join(
+    folder, f'{c.data.task}_{evaluation.what}_{section.length}_{section.steps}'
+  )
+  begun = time.time()
+  rows, before = collect(evaluation, section, f'{stem}.jsonl')
+  examples = [evaluation.problems.examples[row['problem']] for row in rows]
+  numbers, failed = numbers_of(task, c.data.protocol, c.reward.weights, rows, examples)
+  made = card(evaluation, section, numbers, before + time.time() - begun)
+  if jax.process_index() == 0:
+    saved = generations(task, rows, examples, made)
+    files.replace(f'{stem}_0_generations.json', json.dumps(saved, indent=1))
+    files.replace(f'{stem}.card.json', json.dumps(made, indent=1))
+    files.replace(f'{stem}.card.md', as_text(made))
+    if failed:
+      files.replace(f'{stem}.failed_grades.json', json.dumps(failed, indent=1))
+  return made
+
+
+def source_of(built: build.Built, params: Params) -> dict[str, Any]:
+  """Returns what generations depend on: config fields, and a digest of `params`."""
+  free = (*check.FREE, 'eval.lengths', 'eval.every', 'reward.')
+  fields = check.plain(built.config)
+  return {
+    'parameters': int(built.steps.digest(params)),
+    **{name: value for name, value in fields.items() if not name.startswith(free)},
+  }
+
+
+def default_folder(built: build.Built, params: Params, workdir: str) -> str:
+  """Returns a folder in the workdir for these parameters and this evaluation."""
+  source = json.dumps(source_of(built, params), sort_keys=True)
+  digest = hashlib.sha256(source.encode()).hexdigest()
+  return os.path.join(workdir, f'eval-{digest[:8]}')
+
+
+def claim(folder: str, source: dict[str, Any]) -> None:
+  """Makes a folder, and records in source.json whose generations it holds.
+
+  Raises ValueError if it holds those of another source, or of an unknown one.
+  """
+  path = os.path.join(folder, 'source.json')
+  if not os.path.exists(path):
+    if glob.glob(os.path.join(glob.escape(folder), '*.jsonl')):
+      raise ValueError(
+        f'{folder} has generations, but no source.json that names their model '
+        'and config: name another --out'
+      )
+    if jax.process_index() == 0:
+      os.makedirs(folder, exist_ok=True)
+      files.replace(path, json.dumps(source, indent=1))
+    return
+  changed = check.changes(json.loads(pathlib.Path(path).read_text()), source, ())
+  if changed:
+    raise ValueError(
+      f'{folder} has generations of another model or config '
+      f'({changed}): name another --out'
+    )
+
+
+def section_of(section: Any, length: int) -> Any:
+  """Returns eval.sampler at another length, with the same tokens per step.
+
+  Raises ValueError for a length that the block or the steps do not divide.
+  """
+  section = copy.deepcopy(section)
+  if section.length % section.steps:
+    raise ValueError(
+      f'eval.sampler.steps = {section.steps} must divide its '
+      f'length = {section.length} for other eval.lengths'
+    )
+  per_step = section.length // section.steps
+  if length < 1 or length % section.block or length % per_step:
+    raise ValueError(
+      f'eval.lengths has {length}, which must be a multiple of '
+      f'eval.sampler.block = {section.block} and of the {per_step} tokens per step'
+    )
+  with section.unlocked():
+    section.steps, section.length = length // per_step, length
+  return section
+
+
+def collect(
+  evaluation: Evaluation, section: Any, path: str
+) -> tuple[list[dict], float]:
+  """Samples the completions that `path` lacks; returns all, and seconds before.
+
+  Appends to the JSON-lines file `path` a batch at a time.
+  """
+  built, problems = evaluation.built, evaluation.problems
+  c = built.config
+  batch, total = c.eval.batch, len(problems.examples) * c.eval.samples
+  # The first process decides: a shared disk may show the others less.
+  found = mesh.gather(None if jax.process_index() else resume(path, batch, total))
+  rows, seconds = next(filter(None, found))
+  if len(rows) == total:
+    return rows, seconds
+  sample = built.steps.sample_eval
+  if section != c.eval.sampler:
+    sample = built.steps.sampler_of(section)
+  progress = metrics.Progress(
+    total,
+    f'evaluate {section.length}',
+    start=len(rows),
+    every_seconds=c.log.every_seconds,
+  )
+  begun, saved = time.time(), len(rows)
+  for row in evaluate.generate(
+    built, evaluation.params, problems, sample, total, len(rows)
+  ):
+    rows.append({**row, 'seconds': seconds + time.time() - begun})
+    evaluation.beat()
+    if len(rows) % batch == 0 or len(rows) == total:
+      if jax.process_index() == 0:
+        files.append(path, rows[saved:])
+      saved = len(rows)
+      progress.update(saved, {})
+  progress.close()
+  return rows, seconds
+
+
+def resume(path: str, batch: int, total: int) -> tuple[list[dict], float]:
+  """Returns the saved rows of whole batches and their seconds; drops the rest."""
+  rows = files.read(path)
+  rows = rows[: total if len(rows) >= total else len(rows) // batch * batch]
+  if os.path.exists(path):
+    files.replace(path, files.to_lines(rows))
+  return rows, rows[-1]['seconds'] if rows else 0.0
+
+
+def mean_of(rows: Sequence[dict]) -> dict[str, float]:
+  """Returns the mean of each field over rows with the same fields."""
+  return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def numbers_of(
+  task: Task,
+  protocol: str,
+  weights: Any,
+  rows: Sequence[dict],
+  examples: Sequence[dict],
+) -> tuple[dict[str, Any], list[dict]]:
+  """Grades generations; returns a card's numbers and the failed comparisons.
+
+  Several samples of a problem give pass@1 (the accuracy), pass@k (any is right)
+  and the accuracy of the majority.
+  """
+  texts = [row['text'] for row in rows]
+  graded = evaluate.judged(task, protocol, weights, texts, examples)
+  spent = [
+    {name: row[name] for name in ('forwards', 'tokens')}
+    for row in rows
+    if 'forwards' in row
+  ]
+  out = {
+    'problems': len({row['problem'] for row in rows}),
+    'accuracy': evaluate.averaged(task, protocol, examples, graded.grades),
+    'reward': float(np.mean(graded.reward)),
+    'terms': mean_of(graded.terms),
+    **mean_of([task.extra(*pair) for pair in zip(texts, examples, strict=True)]),
+    'grades_failed': len(graded.failed),
+    **mean_of(spent or [{}]),
+  }
+  out['interval'] = wilson(out['accuracy'], out['problems'])
+  groups, problems = {}, {}
+  for row, example, grade in zip(rows, examples, graded.grades, strict=True):
+    problems.setdefault(row['problem'], example)
+    answer = task.answer(row['text'], example, protocol)
+    groups.setdefault(row['problem'], []).append((answer, grade))
+  samples = max(map(len, groups.values()))
+  if samples > 1:
+    best = [max(grade for _, grade in group) for group in groups.values()]
+    majority = [vote(group) for group in groups.values()]
+    average = lambda grades: evaluate.averaged(
+      task, protocol, problems.values(), grades
+    )
+    out |= {
+      'samples': samples,
+      f'pass@{samples}': average(best),
+      'majority': average(majority),
+    }
+  return out, graded.failed
+
+
+def vote(group: Sequence[tuple[str | None, float | int]]) -> float:
+  """Returns the grade of the most frequent answer; of the first in a tie."""
+  answers = [answer for answer, _ in group if answer is not None]
+  if not answers:
+    return 0.0
+  winner = max(answers, key=answers.count)
+  return next(grade for answer, grade in group if answer == winner)
+
+
+def wilson(rate: float, count: int, z: float = 1.96) -> list[float]:
+  """Returns the 95 % score interval of a rate seen in `count` problems.
+
+  Wilson 1927: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+  """
+  middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
+  half = (
+    z
+    / (1 + z * z / count)
+    * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+  )
+  return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def card(
+  evaluation: Evaluation, section: Any, numbers: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+  """Returns a results card: the numbers, and all that they depend on."""
+  c = evaluation.built.config
+  return {
+    'task': c.data.task,
+    'protocol': c.data.protocol,
+    'split': evaluation.split,
+    'style': c.eval.template or c.eval.style or c.data.template or c.data.style,
+    'model': c.model.checkpoint or c.model.preset,
+    'parameters': evaluation.what,
+    'adapter': c.lora.path,
+    **numbers,
+    **section.to_dict(),
+    'samples': c.eval.samples,
+    'batch': c.eval.batch,
+    'seed': c.seed,
+    'prompts_changed': evaluation.problems.changed,
+    'dtype': c.model.dtype,
+    'quantize': c.model.quantize,
+    'device': f'{jax.device_count()} {jax.devices()[0].device_kind}',
+    'seconds': round(seconds, 1),
+    'date': datetime.date.today().isoformat(),
+    'versions': provenance.versions(PACKAGES),
+  }
+
+
+def generations(
+  task: Task, rows: Sequence[dict], examples: Sequence[dict], made: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns generations in the format that the parsers of d1 and DMPO read."""
+  items = []
+  for row, example in zip(rows, examples, strict=True):
+    question, truth = task.record(example)
+    items.append(
+      {
+        'question': question,
+        'generations': row['text'],
+        'ground_truth': truth,
+        'problem': row['problem'],
+      }
+    )
+  return {
+    'generations': items,
+    'metrics': {'wall_time': made['seconds'], 'total_processed': len(items)},
+    'model_path': made['model'],
+    'checkpoint_path': made['parameters'],
+    'gen_length': made['length'],
+    'diffusion_steps': made['steps'],
+    'block_length': made['block'],
+    'card': made,
+  }
+
+
+def score_file(
+  task_name: str, protocol: str, path: str, weights: Any = None
+) -> dict[str, Any]:
+  """Grades saved generations, ours or those of others; returns a results card.
+
+  weights: factors of the reward terms, as reward.weights. Raises ValueError that
+  names what the file lacks.
+  """
+  if task_name not in TASKS:
+    raise ValueError(f'task {task_name!r} must be one of {", ".join(TASKS)}')
+  task = TASKS[task_name]
+  saved, rows, examples = read_generations(task, path)
+  made = dict(saved.get('card', {}))
+  return made | {
+    'task': task_name,
+    'protocol': protocol,
+    'file': path,
+    'model': made.get('model', saved.get('model_path', 'unknown')),
+    'length': saved.get('gen_length'),
+    'steps': saved.get('diffusion_steps'),
+    'block': saved.get('block_length'),
+    **numbers_of(task, protocol, weights or {}, rows, examples)[0],
+  }
+
+
+def read_generations(task: Task, path: str) -> tuple[dict, list[dict], list[dict]]:
+  """Returns (the file's object, rows, examples) of saved generations."""
+  try:
+    saved = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path}: not JSON: {error}') from None
+  items = saved.get('generations') if isinstance(saved, dict) else None
+  if not items or not isinstance(items, list):
+    raise ValueError(f'{path}: no list of generations, or an empty one')
+  rows, examples = [], []
+  for i, item in enumerate(items):
+    if not isinstance(item, dict):
+      raise ValueError(f'{path}: generation {i} is no object with fields')
+    needed = ('question', 'generations', 'ground_truth')
+    lacks = [name for name in needed if item.get(name) is None]
+    if lacks:
+      raise ValueError(f'{path}: generation {i} has no {", ".join(lacks)}')
+    try:
+      examples.append(task.recall(item['question'], item['ground_truth']))
+    except ValueError as error:
+      raise ValueError(f'{path}: generation {i}: {error}') from None
+    rows.append({'text': item['generations'], 'problem': item.get('problem', i)})
+  return saved, rows, examples
+
+
+def headline(made: dict[str, Any]) -> str:
+  """Returns a card's accuracy and interval as one line."""
+  low, high = made['interval']
+  return (
+    f'{made["task"]}, {made["protocol"]}: {100 * made["accuracy"]:.1f} % '
+    f'(95 % interval {100 * low:.1f} to {100 * high:.1f}, {made["problems"]} problems)'
+  )
+
+
+def as_text(made: dict[str, Any]) -> str:
+  """Returns a card as Markdown: its headline, then a table of its fields."""
+  number = lambda x: f'{x:.4g}' if isinstance(x, float) else f'{x}'
+  lines = [f'**{headline(made)}**', '', '| | |', '|---|---|']
+  for name, value in made.items():
+    if isinstance(value, dict):
+      value = ', '.join(f'{k} {number(v)}' for k, v in value.items())
+    lines.append(f'| {name} | {number(value)} |')
+  return '\n'.join(lines) + '\n'

@@ -1,0 +1,155 @@
+"""Describes a run under way: how far it is, its last numbers, and warnings."""
+
+import datetime
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
+
+from dmpo_jax import files, metrics
+from dmpo_jax.tools import provenance
+
+duration = tqdm.format_interval
+
+
+def under_way(workdir: files.Path, now: float | None = None) -> str:
+  """Describes an unfinished run in a few lines.
+
+  now: seconds as of time.time(); None = the present. Torn last lines are left
+  out. Raises FileNotFoundError without a config.json.
+  """
+  workdir, now = pathlib.Path(workdir), now or time.time()
+  config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
+  rows = metrics.read(workdir)
+  phases = {
+    phase: [row for row in rows if row['phase'] == phase]
+    for phase in ('sft', 'rl', 'update', 'eval')
+  }
+  starts = start_times(workdir)
+  seconds = seconds_per_iteration(phases['rl'], starts)
+  silence = now - max([row['time'] for row in rows] + starts, default=now)
+  lines = [
+    f'{position(config, phases, seconds)}; last line {duration(silence)} ago',
+    *last_numbers(phases),
+    newest_checkpoint(workdir, now),
+    f'restarts: {max(0, len(starts) - 1)}',
+    *(f'warning: {text}' for text in warnings(workdir, config, phases, starts)),
+  ]
+  if silence > max(600, 10 * (seconds or 0)):
+    lines.append('warning: no new line for so long: is it still running?')
+  return '\n'.join(lines)
+
+
+def start_times(workdir: pathlib.Path) -> list[float]:
+  """Returns the times of the run's starts, as of time.time()."""
+  try:
+    return [
+      datetime.datetime.fromisoformat(entry['time']).timestamp()
+      for entry in provenance.read(workdir)
+    ]
+  except (ValueError, TypeError, KeyError):
+    return []
+
+
+def seconds_per_iteration(
+  rows: Sequence[dict], starts: Sequence[float]
+) -> float | None:
+  """Returns mean seconds of the last 20 iterations, without compilation.
+
+  rows: of phase rl. The time between two sessions does not count. Returns None
+  if there is no pair of iterations.
+  """
+  found = [
+    b['time'] - a['time'] - b.get('seconds/compile', 0.0)
+    for a, b in zip(rows, rows[1:], strict=False)
+    if not any(a['time'] < start <= b['time'] for start in starts)
+  ]
+  return statistics.fmean(found[-20:]) if found else None
+
+
+def position(config: dict, phases: dict[str, list], seconds: float | None) -> str:
+  """Returns iterations and updates done, their rate, and the time left."""
+  t = config['train']
+  if not phases['rl']:
+    done = phases['sft'][-1]['step'] if phases['sft'] else 0
+    return (
+      f'supervised step {done} of {config["sft"]["steps"]}, then '
+      f'{t["iterations"]} iterations'
+    )
+  updates = phases['update'][-1]['step'] if phases['update'] else 0
+  done = updates // t['inner']
+  text = f'iteration {done} of {t["iterations"]}, update {updates}'
+  if not seconds:
+    return text
+  left = duration((t['iterations'] - done) * seconds)
+  return f'{text}; {seconds:.3g} s per iteration, {left} left'
+
+
+def last_numbers(phases: dict[str, list]) -> list[str]:
+  """Returns the last rollouts' and updates' numbers, and the validations."""
+  shown = [
+    f'{name} {phases[phase][-1][name]:.4g}'
+    for phase, names in (
+      ('rl', ('reward', 'accuracy', 'ess')),
+      ('update', ('loss', 'grad_norm')),
+    )
+    for name in names
+    if phases[phase] and name in phases[phase][-1]
+  ]
+  lines = [', '.join(shown)] if shown else []
+  if phases['eval']:
+    last = phases['eval'][-1]
+    best = max(phases['eval'], key=lambda row: row['accuracy'])
+    lines.append(
+      f'validation {last["accuracy"]:.4g} at iteration {last["step"]}, '
+      f'best {best["accuracy"]:.4g} at {best["step"]}'
+    )
+  return lines
+
+
+def newest_checkpoint(workdir: pathlib.Path, now: float) -> str:
+  """Names the newest checkpoint and its age; before RL that of the base model."""
+  for name in ('rl', 'sft'):
+    steps = [path for path in (workdir / name).glob('*') if path.name.isdigit()]
+    if steps:
+      newest = max(steps, key=lambda path: int(path.name))
+      age = duration(now - newest.stat().st_mtime)
+      return f'checkpoint: {name}/{newest.name}, {age} old'
+  return 'checkpoint: none yet'
+
+
+def warnings(
+  workdir: pathlib.Path, config: dict, phases: dict[str, list], starts: list[float]
+) -> Iterator[str]:
+  """Yields a sentence for each thing that a person should look at."""
+  rl = phases['rl']
+  if failed := sum(int(row.get('grades_failed', 0)) for row in rl):
+    yield f'{failed} answers could not be graded (failed_grades.jsonl)'
+  if rl and (age := rl[-1].get('policy_age', 0)):
+    yield f'rollouts are sampled by the policy of {age:.0f} updates before'
+  if late := late_compilations(config, rl, starts):
+    yield f'{late} programs compiled in the last 20 iterations: some shape changes'
+  for path in sorted((workdir / 'failed').glob('*.npz')):
+    yield f'a loss or gradient was not finite: {path}'
+  if damaged := list((workdir / 'rl.damaged').glob('*')):
+    yield f'{len(damaged)} checkpoints were damaged: {workdir / "rl.damaged"}'
+  for path in sorted(workdir.glob('stuck_*.txt')):
+    yield f'the run hung at least once: {path}'
+  for row in files.read(workdir / 'health.jsonl')[-3:]:
+    number = lambda x: f'{x:.4g}' if isinstance(x, float) else f'{x}'
+    yield 'health: ' + ', '.join(f'{name} {number(x)}' for name, x in row.items())
+
+
+def late_compilations(config: dict, rows: list[dict], starts: list[float]) -> int:
+  """Counts programs compiled in the last 20 iterations of this session.
+
+  The session's first iterations do not count, until all programs were needed.
+  """
+  saving = -(-config['checkpoint']['every'] // config['train']['inner'])
+  settled = 2 + max(config['eval']['every'], saving)
+  begun = max(starts, default=0)
+  session = [row for row in rows if row['time'] >= begun]
+  return sum(int(row.get('compilations', 0)) for row in session[settled:][-20:])
