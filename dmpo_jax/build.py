@@ -32,7 +32,7 @@ from dmpo_jax import (
 )
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
-from dmpo_jax.tasks import TASKS, answers, symbolic
+from dmpo_jax.tasks import TASKS, symbolic
 from dmpo_jax.types import Rollouts, TaskOptions, TrainBatch
 
 _compiled = [0, 0.0]  # programs so far in this process, and their seconds
@@ -163,71 +163,28 @@ def check_targets(cfg):
 
 
 def problems(built, split):
-  """The problems of a split (data.Problems), loaded and encoded once."""
+  """Returns the problems of a split (data.Problems), loaded and encoded once."""
+  c = built.config
   if split not in built.encoded:
-    d = built.config.data
-    examples = built.task.load(split, check.settings(TaskOptions, d))
-    texts, prefill = ask(built, examples, split)
-    built.encoded[split] = data.encode_problems(
-      examples,
-      texts,
-      built.tokenizer,
-      d.prompt_length,
-      d.attend_padding,
-      d.overlong,
-      prefill,
+    how = check.settings(data.PromptOptions, c.data)
+    if split != 'train' and (c.eval.style or c.eval.template):
+      how = dataclasses.replace(how, style=c.eval.style, template=c.eval.template)
+    built.encoded[split] = data.load_problems(
+      built.task, split, built.tokenizer, check.settings(TaskOptions, c.data), how
     )
   found = built.encoded[split]
+  lengths = {
+    'sampler.length': c.sampler.length,
+    'eval.sampler.length': c.eval.sampler.length,
+  }
+  data.check_positions(found, lengths, built.model.positions)
   prompt = found.tokens.shape[1]
-  for name, section in (
-    ('', built.config.sampler),
-    ('eval.', built.config.eval.sampler),
-  ):
-    if prompt + section.length > built.model.positions:
-      raise ValueError(
-        f'the longest prompt ({prompt} tokens) and {name}sampler.length = '
-        f"{section.length} exceed the model's {built.model.positions} "
-        'positions'
-      )
-  length = prompt + built.config.sampler.length
-  if built.config.model.attention == 'cudnn' and length % 2:
+  if c.model.attention == 'cudnn' and (prompt + c.sampler.length) % 2:
     raise ValueError(
-      f'model.attention = cudnn trains on even lengths, this one is {length}:'
-      f' set data.prompt_length = {prompt + 1}'
+      f'model.attention = cudnn trains on even lengths, this one is '
+      f'{prompt + c.sampler.length}: set data.prompt_length = {prompt + 1}'
     )
   return found
-
-
-def ask(built, examples, split):
-  """(the user's messages, how the answers begin) of a split's examples.
-
-  A template is a file with {field}s of the examples, in place of a style.
-  """
-  style, path = built.config.data.style, built.config.data.template
-  if split != 'train' and (built.config.eval.style or built.config.eval.template):
-    style, path = built.config.eval.style, built.config.eval.template
-  if not path:
-    return (
-      [built.task.prompt(example, style) for example in examples],
-      answers.PREFILL.get(style, ''),
-    )
-  with open(path, encoding='utf-8') as f:
-    template = f.read()
-  if not examples:
-    return [], ''  # data.encode_problems says what is wrong
-  fields = [name for name in examples[0] if f'{{{name}}}' in template]
-  if not fields:
-    raise ValueError(
-      f'the template {path} has no field of {built.config.data.task}: '
-      f'{", ".join(f"{{{name}}}" for name in examples[0])}'
-    )
-  texts = []
-  for example in examples:
-    text = template
-    for name in fields:
-      text = text.replace(f'{{{name}}}', str(example[name]))
-    texts.append(text)
-  return texts, ''
 
 
 def build(c, devices=None):

@@ -64,18 +64,7 @@ NOTE = re.compile(r'<<[^<>]*>>')  # calculator notes in the field's solutions
 MAX_DIGITS = 100  # of a number that is compared exactly
 WHOLE = r'[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+'
 EXACT = re.compile(rf'-?(?:(?:{WHOLE})(?:\.[0-9]+)?|\.[0-9]+)')
-# LaTeX and Markdown that do not change a number -> the text that replaces them.
-PLAIN = (
-  ('\N{MINUS SIGN}', '-'),
-  ('{,}', ','),
-  (',\\!', ','),
-  ('\\!', ''),
-  ('\\$', '$'),
-  ('\\%', '%'),
-  ('^{\\circ}', ''),
-  ('^\\circ', ''),
-  *((mark, '') for mark in ('\\(', '\\)', '\\[', '\\]', '**')),
-)
+REMOVED = ('\\!', '^{\\circ}', '^\\circ', '\\(', '\\)', '\\[', '\\]', '**')  # no value
 THIN = re.compile(r'(?<=[0-9])\\[, ](?=[0-9]{3})')  # a thin space between thousands
 WORDS = re.compile(r'\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}\\]*)\}')
 # Any of these behind a number changes its value.
@@ -137,8 +126,10 @@ def number(text: str) -> fractions.Fraction | None:
   and commas between thousands. Anything that computes with it (a root, a power,
   'million') may not.
   """
-  for latex, plain in PLAIN:
-    text = text.replace(latex, plain)
+  text = text.replace('\N{MINUS SIGN}', '-').replace('{,}', ',').replace(',\\!', ',')
+  text = text.replace('\\$', '$').replace('\\%', '%')
+  for removed in REMOVED:
+    text = text.replace(removed, '')
   text = WORDS.sub(r' \1', THIN.sub(',', text)).replace('\\,', ' ')
   text = re.sub('\N{EN DASH}(?=[.0-9])', '-', text)
   matches = list(EXACT.finditer(text))
