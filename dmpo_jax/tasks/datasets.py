@@ -149,16 +149,15 @@ class Source:
     return chosen[:size] if size > 0 else chosen
 
   def _of_two_files(self, split: str, path: str) -> list[dict]:
-    test = self._examples('test', path)
     if split == 'test':
-      return test
+      return self._examples('test', path)
     wanted = split == 'validation'
     chosen = [
       e
       for e in self._examples('train', path)
       if (self.split_of(e) == 'validation') == wanted
     ]
-    test_keys = set(map(self.key, test))
+    test_keys = set(map(self.key, self._examples('test', path)))
     shared = len(test_keys.intersection(map(self.key, chosen)))
     if 2 * shared > len(test_keys):
       raise ValueError(
