@@ -663,7 +663,5 @@ def test_tfds_names_the_missing_files(tmp_path, monkeypatch):
   import tensorflow_datasets as tfds
 
   monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
-  with pytest.raises(
-    ValueError, match=r'(?s)math .*manual/math.*ankner/math-500'
-  ):
+  with pytest.raises(ValueError, match=r'(?s)math .*manual/math.*ankner/math-500'):
     TASKS['math'].load('test', dataclasses.replace(OPTIONS, path='tfds'))

@@ -62,11 +62,11 @@ def evaluate(text: str, lenient: bool = False) -> fractions.Fraction:
 
 def _value(node: ast.expr, text: str, lenient: bool) -> fractions.Fraction:
   match node:
-    case ast.Constant(value=int()):
-      return fractions.Fraction(node.value)
+    case ast.Constant(value=int() as number):
+      return fractions.Fraction(number)
     case ast.Constant(value=float()) if lenient:
       # The digits as written: a float would round them.
-      return fractions.Fraction(ast.get_source_segment(text, node))
+      return fractions.Fraction(str(ast.get_source_segment(text, node)))
     case ast.BinOp() if type(node.op) in _OPERATORS:
       left = _value(node.left, text, lenient)
       return _OPERATORS[type(node.op)](left, _value(node.right, text, lenient))

@@ -257,7 +257,9 @@ def _search(numbers: Numbers, goal: Value) -> Written | None:
     for x, left in _table(part).items():
       for y in {value for value, _, _ in _combine(goal, x)}:
         right = _search(rest, y)
-        for value, operator, swapped in _combine(x, y) if right else ():
+        if right is None:
+          continue
+        for value, operator, swapped in _combine(x, y):
           if value == goal:
             pair = (right, left) if swapped else (left, right)
             return _write(pair[0], operator, pair[1])
@@ -293,7 +295,7 @@ def reward(text: str, example: dict, protocol: str) -> dict[str, float]:
   else:
     answer = answers.last_answer(text)
     attempted = answer is not None
-    right = attempted and _close(answer, example)
+    right = answer is not None and _close(answer, example)
   return {'countdown': 1.0 if right else 0.1 if attempted else 0.0}
 
 

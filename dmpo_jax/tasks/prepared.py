@@ -8,8 +8,10 @@ without TensorFlow.
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
 from tensorflow_datasets.text.gsm8k import Gsm8k  # registers the builder
 
 from dmpo_jax.tasks import datasets
@@ -54,8 +56,7 @@ def records(source: datasets.Source, split: str) -> Iterator[dict]:
     builder.download_and_prepare()
   except Exception as error:  # of the network, of TFDS, of the files
     manual = os.path.join(
-      os.path.expanduser(str(tfds.core.constants.DATA_DIR)),
-      *('downloads', 'manual', source.task),
+      os.path.expanduser(str(constants.DATA_DIR)), *('downloads', 'manual', source.task)
     )
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(
@@ -63,7 +64,8 @@ def records(source: datasets.Source, split: str) -> Iterator[dict]:
       f'and a test file into {manual}, or set data.path to that directory. The '
       f'files are at: {source.origin}'
     ) from error
-  for row in builder.as_data_source(split=split):
+  read: Any = builder.as_data_source  # its decorator hides the signature
+  for row in read(split=split):
     row = {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}
     if source.task == 'gsm8k':
       yield {name: row[name] for name in ('question', 'answer')}

@@ -288,7 +288,7 @@ def recall(question: str, truth: object) -> dict:
   puzzle = re.search(r'^[0-4]{16}|(?<=Sudoku puzzle: )[0-4]{16}', question)
   if not puzzle:
     raise ValueError(f'no puzzle in the question {question[-60:]!r}')
-  if truth not in grids() or not _keeps(puzzle[0], truth):
+  if not (isinstance(truth, str) and truth in grids() and _keeps(puzzle[0], truth)):
     raise ValueError(f'ground_truth {truth!r} does not solve {puzzle[0]}')
   return {'puzzle': puzzle[0], 'solution': truth}
 

@@ -9,13 +9,14 @@ comparison without a verdict counts as unequal and is reported by `drain`.
 import atexit
 import functools
 import logging
-import multiprocessing
 import os
 import re
 import resource
 import sys
 import threading
 import types
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any
 
 import pebble
 
@@ -101,16 +102,16 @@ def drain() -> list[dict]:
 def _pool() -> pebble.ProcessPool:
   with _lock:
     if _state.pool is None or not _state.pool.active:
-      context = _Context()
+      server = _Context()
       # Loaded before the workers fork, so that a killed worker is replaced quickly.
-      context.set_forkserver_preload(['dmpo_jax.tasks.symbolic', 'math_verify'])
+      server.set_forkserver_preload(['dmpo_jax.tasks.symbolic', 'math_verify'])
       _state.pool = pebble.ProcessPool(
-        _state.workers or os.cpu_count(), initializer=_confine, context=context
+        _state.workers or os.cpu_count() or 1, initializer=_confine, context=server
       )
     return _state.pool
 
 
-class _Process(multiprocessing.context.ForkServerProcess):
+class _Process(ForkServerProcess):
   """A worker that does not run the caller's script again.
 
   multiprocessing would import the main module: with all of jax, or without end if a
@@ -122,12 +123,12 @@ class _Process(multiprocessing.context.ForkServerProcess):
     main = sys.modules['__main__']
     sys.modules['__main__'] = types.ModuleType('__main__')
     try:
-      return multiprocessing.context.ForkServerProcess._Popen(process)
+      return ForkServerProcess._Popen(process)
     finally:
       sys.modules['__main__'] = main
 
 
-class _Context(multiprocessing.context.ForkServerContext):
+class _Context(ForkServerContext):
   Process = _Process
 
 
@@ -165,13 +166,14 @@ def verify(left: str, right: str) -> bool:
   if not DECIMAL.search(right):
     left = DECIMAL.sub(lambda m: rf'\frac{{{m[1]}{m[2]}}}{{1{"0" * len(m[2])}}}', left)
   latex = [math_verify.LatexExtractionConfig()]
-  parsed = [
-    math_verify.parse(f'${text}$', latex, parsing_timeout=None)
+  no_limit: Any = None  # the pool has one
+  truth, answer = (
+    math_verify.parse(f'${text}$', latex, parsing_timeout=no_limit)
     for text in (right, left)
-  ]
-  if not all(parsed) or _operates(left) and not _operates(right):
+  )
+  if not truth or not answer or _operates(left) and not _operates(right):
     return False
-  return bool(math_verify.verify(*parsed, timeout_seconds=None))
+  return bool(math_verify.verify(truth, answer, timeout_seconds=None))
 
 
 def _operates(text: str) -> bool:
