@@ -1,19 +1,32 @@
-"""Tokenizers, prompts in left-padded arrays, and batches by step.
+"""Loads tokenizers, encodes prompts in left-padded arrays, and draws batches by step.
 
-The position in the data is a function of the step, so there is nothing to
-checkpoint and nothing to wind forward on resume.
+The position in the data is a function of the step. So no data state is saved, and a
+resumed run skips nothing.
 """
 
+import dataclasses
 import functools
 import json
 import os
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from dmpo_jax.tasks.answers import TAGS
-from dmpo_jax.types import Array, Prompts
+from dmpo_jax.tasks.answers import PREFILL, TAGS
+from dmpo_jax.types import (
+  BoolBP,
+  BoolRP,
+  IntB,
+  IntBP,
+  IntRL,
+  Prompts,
+  Task,
+  TaskOptions,
+)
+
+Tokenizer = Any  # a Hugging Face tokenizer; transformers is imported where it is needed
 
 CHAT = (
   '{% for message in messages %}<|{{ message.role }}|>'
@@ -21,7 +34,7 @@ CHAT = (
   '{% if add_generation_prompt %}<|assistant|>{% endif %}'
 )
 SPECIAL = ('<|pad|>', '<|mask|>', '<|eos|>', '<|unk|>', '<|user|>', '<|assistant|>')
-# Chat templates by a token that tells the family, for checkpoints without one.
+# A token that tells the model family -> its chat template, if the files have none.
 TEMPLATES = {
   '<|start_header_id|>': (
     '{{ bos_token }}{% for message in messages %}<|start_header_id|>'
@@ -38,17 +51,31 @@ TEMPLATES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptOptions:
+  """How problems become prompts."""
+
+  style: str = 'bare'  # prompt template of the task: one of Task.styles
+  template: str = ''  # file with {field}s of a problem; replaces style if set
+  prompt_length: int = 0  # P in tokens; 0 = the longest prompt's
+  overlong: str = 'error'  # prompts above prompt_length: error | drop | cut (left end)
+  attend_padding: bool = False  # True: padding counts as real, as in the papers' code
+
+
 class Problems(NamedTuple):
-  examples: list  # of dicts, in the task's field names
-  tokens: Array  # (n, P) int32, prompts left-padded
-  valid: Array  # (n, P) bool
-  changed: int = 0  # over-long prompts that were dropped or cut
+  """The problems of a split and their prompts; n problems, P tokens."""
+
+  examples: list[dict]  # in the task's field names
+  tokens: IntBP  # (n, P) int32, prompts left-padded
+  valid: BoolBP  # (n, P) False on padding
+  changed: int = 0  # number of over-long prompts that were dropped or cut
 
 
-def char_tokenizer():
-  """One token per printable ASCII character; tags and specials are one each.
+def char_tokenizer() -> Tokenizer:
+  """Returns a tokenizer with one token per printable ASCII character.
 
-  A PreTrainedTokenizerFast with pad, mask and eos tokens and a chat template.
+  Each tag and each special token is one token too. It is a PreTrainedTokenizerFast
+  with pad, mask and EOS tokens and a chat template.
   """
   import tokenizers
   from tokenizers import decoders, models, pre_tokenizers
@@ -72,18 +99,17 @@ def char_tokenizer():
   )
 
 
-def load_tokenizer(name, ids=None):
-  """'char', or the tokenizer of a directory; never remote code, no questions.
+def load_tokenizer(name: str, ids: Mapping[str, int] | None = None) -> Tokenizer:
+  """Returns the 'char' tokenizer, or that of a directory; never runs remote code.
 
-  `ids` (mask_id, eos_id, pad_id) name the special tokens where the files do
-  not. ValueError if a file or the chat template is missing.
+  ids: mask_id, eos_id and pad_id name the special tokens that the files leave out.
+  Raises ValueError if a file or the chat template is missing.
   """
   if name == 'char':
     return char_tokenizer()
   if not os.path.isdir(name):
     raise ValueError(
-      f"data.tokenizer = {name!r} must be 'char' or a directory "
-      'that holds tokenizer.json'
+      f"data.tokenizer = {name!r} must be 'char' or a directory with tokenizer.json"
     )
   tokenizer = read_tokenizer(name)
   for token, value in (ids or {}).items():
@@ -92,19 +118,19 @@ def load_tokenizer(name, ids=None):
       setattr(tokenizer, field, tokenizer.convert_ids_to_tokens(value))
   vocab = tokenizer.get_vocab()
   if not tokenizer.chat_template:
-    fits = [t for mark, t in TEMPLATES.items() if mark in vocab]
-    if not fits:
+    templates = [t for mark, t in TEMPLATES.items() if mark in vocab]
+    if not templates:
       raise ValueError(
-        f'{name} has no chat template (tokenizer_config.json, '
-        'chat_template.jinja), and its vocabulary has none of '
-        f'{", ".join(TEMPLATES)} to tell which one is meant'
+        f'{name} has no chat template, and its vocabulary has none of '
+        f'{", ".join(TEMPLATES)} to tell the model family: add chat_template.jinja, or '
+        'chat_template to tokenizer_config.json'
       )
-    tokenizer.chat_template = fits[0]
+    tokenizer.chat_template = templates[0]
   return tokenizer
 
 
-def read_tokenizer(folder):
-  """tokenizer.json, or Qwen's vocab.json and merges.txt (Dream has these)."""
+def read_tokenizer(folder: str) -> Tokenizer:
+  """Reads tokenizer.json, or Qwen's vocab.json and merges.txt, as Dream has them."""
   import transformers
 
   has = lambda name: os.path.exists(os.path.join(folder, name))
@@ -113,7 +139,8 @@ def read_tokenizer(folder):
       named = json.load(f).get('fast_tokenizer_files', [])
     if wrong := [name for name in named if os.path.basename(name) != name]:
       raise ValueError(
-        f'{folder}/tokenizer_config.json names {wrong[0]!r}, outside of its directory'
+        f'{folder}/tokenizer_config.json names the file {wrong[0]!r}, which is outside '
+        'of its directory'
       )
   if has('tokenizer.json'):
     kind = transformers.PreTrainedTokenizerFast
@@ -121,23 +148,64 @@ def read_tokenizer(folder):
     kind = transformers.Qwen2Tokenizer
   else:
     raise ValueError(
-      f'{folder} has no tokenizer.json, nor vocab.json and '
-      'merges.txt: set data.tokenizer to a directory that has'
+      f'{folder} has neither tokenizer.json nor vocab.json with merges.txt: '
+      'set data.tokenizer to a directory that has them'
     )
   return kind.from_pretrained(folder)
 
 
-def stop_ids(tokenizer):
-  """Ids that end a completion's text: EOS and the chat's end of turn."""
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+  """Returns the ids that end a completion's text: EOS and the chat's end of turn."""
   vocab = tokenizer.get_vocab()
-  found = {vocab[t] for t in ('<|eot_id|>', '<|im_end|>') if t in vocab}
-  return tuple(sorted(found | {tokenizer.eos_token_id}))
+  ends = {vocab[t] for t in ('<|eot_id|>', '<|im_end|>') if t in vocab}
+  return tuple(sorted(ends | {tokenizer.eos_token_id}))
 
 
-def encode_chat(tokenizer, text, prefill=''):
-  """Token ids of a user's message, up to where the assistant begins.
+# ---- problems
 
-  prefill: the beginning of the assistant's answer.
+
+def load_problems(
+  task: Task, split: str, tokenizer: Tokenizer, options: TaskOptions, how: PromptOptions
+) -> Problems:
+  """Loads the problems of a split and encodes their prompts.
+
+  Raises ValueError if the problems cannot be loaded, the template has no field of the
+  task, or a prompt is too long.
+  """
+  examples = task.load(split, options)
+  if how.template:
+    texts, prefill = fill_template(how.template, examples), ''
+  else:
+    texts = [task.prompt(example, how.style) for example in examples]
+    prefill = PREFILL.get(how.style, '')
+  return encode_problems(examples, texts, tokenizer, how, prefill)
+
+
+def fill_template(path: str, examples: Sequence[dict]) -> list[str]:
+  """Returns the text of a file with each {field} replaced, for each example.
+
+  Other braces stay as they are. Raises ValueError if the file has no field.
+  """
+  with open(path, encoding='utf-8') as file:
+    template = file.read()
+  texts = []
+  for example in examples:
+    if not any(f'{{{name}}}' in template for name in example):
+      raise ValueError(
+        f'the template {path} has no field of the problems: use '
+        f'{", ".join(f"{{{name}}}" for name in example)}'
+      )
+    text = template
+    for name, value in example.items():
+      text = text.replace(f'{{{name}}}', str(value))
+    texts.append(text)
+  return texts
+
+
+def encode_chat(tokenizer: Tokenizer, text: str, prefill: str = '') -> list[int]:
+  """Returns the token ids of a user's message, up to where the assistant begins.
+
+  prefill: the beginning of the assistant's answer, which is added.
   """
   ids = tokenizer.apply_chat_template(
     [{'role': 'user', 'content': text}],
@@ -150,8 +218,10 @@ def encode_chat(tokenizer, text, prefill=''):
   return ids
 
 
-def left_pad(ids, length, pad_id):
-  """Lists of ids -> (n, length) int32 tokens and bool validity."""
+def left_pad(
+  ids: Sequence[Sequence[int]], length: int, pad_id: int
+) -> tuple[IntBP, BoolBP]:
+  """Returns (n, length) int32 tokens and validity of n lists of ids."""
   tokens = np.full((len(ids), length), pad_id, np.int32)
   valid = np.zeros((len(ids), length), bool)
   for row, row_ids in enumerate(ids):
@@ -162,71 +232,93 @@ def left_pad(ids, length, pad_id):
 
 
 def encode_problems(
-  examples,
-  texts,
-  tokenizer,
-  length=0,
-  attend_padding=False,
-  overlong='error',
-  prefill='',
-):
-  """Problems of a split. length 0 takes the longest prompt's.
+  examples: list[dict],
+  texts: Sequence[str],
+  tokenizer: Tokenizer,
+  how: PromptOptions = PromptOptions(),
+  prefill: str = '',
+) -> Problems:
+  """Encodes the prompts `texts` of a split's examples.
 
-  attend_padding marks padding as real tokens, as the papers' code treats it.
-  Prompts longer than `length`: 'error', 'drop' the problem, or 'cut' the
-  prompt's beginning, as the papers' code does. ValueError also if nothing is
-  left.
+  Prompts longer than `how.prompt_length` raise ValueError ('error'), drop their
+  problem ('drop') or lose their beginning ('cut', as in the papers' code). Raises
+  ValueError also if no problem is left.
   """
   if not examples:
-    raise ValueError('the data set is empty: data.path holds no problem of this split')
+    raise ValueError('the data set is empty: data.path has no problem of this split')
   ids = [encode_chat(tokenizer, text, prefill) for text in texts]
-  long = sum(len(row) > length for row in ids) if length else 0
-  if length and overlong == 'cut':
-    ids = [row[-length:] for row in ids]
-  elif length and overlong == 'drop':
-    kept = [i for i, row in enumerate(ids) if len(row) <= length]
-    if len(kept) < len(ids):
-      logging.info(
-        '%d of %d prompts have more than %d tokens: dropped', long, len(ids), length
-      )
-    if not kept:
-      raise ValueError(f'data.prompt_length = {length} drops all {len(ids)} prompts')
-    examples, ids = [examples[i] for i in kept], [ids[i] for i in kept]
   longest = max(map(len, ids))
-  if length and longest > length:
+  length = how.prompt_length or longest
+  overlong = sum(len(row) > length for row in ids)
+  if overlong and how.overlong == 'error':
     raise ValueError(
-      f'data.prompt_length = {length} is too short: '
-      f'{sum(len(i) > length for i in ids)} of {len(ids)} prompts are '
-      f'longer, the longest has {longest} tokens'
+      f'data.prompt_length = {length} is too short: {overlong} of {len(ids)} prompts '
+      f'are longer, the longest has {longest} tokens. Raise it to {longest}, or set '
+      'data.overlong to drop or cut'
     )
-  pad = tokenizer.pad_token_id
-  tokens, valid = left_pad(ids, length or longest, pad)
-  return Problems(examples, tokens, valid | attend_padding, long)
+  if overlong and how.overlong == 'drop':
+    logging.info(
+      'dropped %d of %d prompts, which have more than %d tokens',
+      *(overlong, len(ids), length),
+    )
+    examples = [e for e, row in zip(examples, ids, strict=True) if len(row) <= length]
+    ids = [row for row in ids if len(row) <= length]
+    if not ids:
+      raise ValueError(
+        f'data.prompt_length = {length} drops all {overlong} prompts: raise it to '
+        f'{longest}'
+      )
+  tokens, valid = left_pad(
+    [row[-length:] for row in ids], length, tokenizer.pad_token_id
+  )
+  return Problems(examples, tokens, valid | how.attend_padding, overlong)
+
+
+def check_positions(
+  problems: Problems, lengths: Mapping[str, int], positions: int
+) -> None:
+  """Raises ValueError if prompt and completion exceed the model's positions.
+
+  lengths: config field -> its number of completion tokens.
+  """
+  prompt = problems.tokens.shape[1]
+  for field, length in lengths.items():
+    if prompt + length > positions:
+      raise ValueError(
+        f'the longest prompt ({prompt} tokens) and {field} = {length} exceed the '
+        f"model's {positions} positions: lower {field} or data.prompt_length"
+      )
+
+
+# ---- batches
 
 
 @functools.lru_cache(maxsize=4)
-def permutation(seed, epoch, count):
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+  """Returns the order of `count` problems in an epoch."""
   return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def indices_at(step, batch, count, seed):
-  """(batch,) rows of step `step`: epochs of seeded permutations, end to end."""
-  places = step * batch + np.arange(batch)
+def indices_at(step: int, batch: int, count: int, seed: int) -> IntB:
+  """Returns the problems of a step: seeded permutations, one epoch after another."""
+  drawn = range(step * batch, (step + 1) * batch)
   return np.array(
-    [permutation(seed, int(p) // count, count)[p % count] for p in places], np.int32
+    [permutation(seed, i // count, count)[i % count] for i in drawn], np.int32
   )
 
 
-def prompts_at(problems, step, batch, seed, bucket=0):
-  """The B prompts of rollout `step`, padding cut to a multiple of `bucket`."""
+def prompts_at(
+  problems: Problems, step: int, batch: int, seed: int, bucket: int = 0
+) -> Prompts:
+  """Returns the B prompts of a step, with padding cut to a multiple of `bucket`."""
   index = indices_at(step, batch, len(problems.examples), seed)
   tokens, valid = problems.tokens[index], problems.valid[index]
   length = bucketed(valid, bucket)
   return Prompts(tokens[:, -length:], valid[:, -length:], index)
 
 
-def bucketed(valid_RxP, bucket):
-  """The longest prompt, rounded up to a multiple of `bucket`; 0: all of P."""
+def bucketed(valid_RxP: BoolRP, bucket: int) -> int:
+  """Returns the longest prompt, rounded up to a multiple of `bucket`; 0: all of P."""
   whole = valid_RxP.shape[1]
   if not bucket:
     return whole
@@ -234,25 +326,27 @@ def bucketed(valid_RxP, bucket):
   return min(whole, -(-longest // bucket) * bucket)
 
 
-def encode_targets(texts, tokenizer, length):
-  """(n, L) int32 completions, the tail filled with EOS.
+# ---- completions
 
-  ValueError if one is longer than `length`.
-  """
+
+def encode_targets(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> IntRL:
+  """Returns (n, L) int32 completions filled with EOS; ValueError if one is too long."""
   out = np.full((len(texts), length), tokenizer.eos_token_id, np.int32)
   for row, text in enumerate(texts):
     ids = tokenizer(text, add_special_tokens=False)['input_ids']
     if len(ids) > length:
       raise ValueError(
-        f'sampler.length = {length} is too short for the SFT '
-        f'target {text!r} of {len(ids)} tokens'
+        f'sampler.length = {length} is too short for the SFT target {text!r}: '
+        f'set it to {len(ids)} or more'
       )
     out[row, : len(ids)] = ids
   return out
 
 
-def decode(tokenizer, completion_RxL, stop):
-  """Texts up to the first of the `stop` ids, other special tokens left in."""
+def decode(
+  tokenizer: Tokenizer, completion_RxL: IntRL, stop: int | Sequence[int]
+) -> list[str]:
+  """Returns texts up to the first `stop` id, with other special tokens left in."""
   texts = []
   for row in np.asarray(completion_RxL):
     end = np.flatnonzero(np.isin(row, stop))

@@ -1,47 +1,59 @@
-"""Completions of a batch judged, many at once where judging waits.
+"""Grades a batch of completions, in threads where grading waits for other processes.
 
 The reward of a completion is the weighted sum of its task's terms.
 """
 
 import concurrent.futures
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dmpo_jax import mesh
 from dmpo_jax.tasks import symbolic
+from dmpo_jax.types import FloatR, Task
 
-THREADS = 32  # completions of a batch that wait for other processes at once
+THREADS = 32  # completions that are graded at once
 
 
 class Graded(NamedTuple):
-  terms: list  # of dicts of reward terms, before their weights
-  reward: np.ndarray  # (R,) float32, their weighted sums
-  grades: list  # of floats in [0, 1], the evaluation's verdict
-  failed: list  # of dicts: comparisons that were killed, or crashed
-  texts: list  # the completions
+  """The verdicts on R completions."""
+
+  terms: list[dict[str, float]]  # reward terms, before their weights
+  reward: FloatR  # float32, weighted sums of the terms
+  grades: list[float]  # in [0, 1], as the evaluation counts them
+  failed: list[dict]  # comparisons without a verdict; see symbolic.drain
+  texts: list[str]  # the completions
 
 
-def judge(task, protocol, texts, examples, weights, rows=None):
-  """Graded of R texts; a comparison without an answer counts as wrong.
+def judge(
+  task: Task,
+  protocol: str,
+  texts: Sequence[str],
+  examples: Sequence,
+  weights: Any,
+  rows: Iterable | None = None,
+) -> Graded:
+  """Grades R completions; a comparison without a verdict counts as wrong.
 
-  weights: dict from a term's name to its factor; terms not in it count once.
-  rows: with several processes the places of these texts among the R, of which
-  the others judge the rest. A row has one grade, though hosts differ in speed.
-  ValueError names a reward that is not finite.
+  weights: dict or ConfigDict, a term's name -> its factor; other terms have factor 1.
+  rows: with several processes, the row of each of these texts among the R. Every
+  process then returns all R, so a row has one grade although hosts differ in speed.
+  Raises ValueError on a reward that is not finite.
   """
-
-  def one(text, example):
-    return (task.reward(text, example, protocol), task.grade(text, example, protocol))
-
+  both = lambda text, example: (
+    task.reward(text, example, protocol),
+    task.grade(text, example, protocol),
+  )
   if task.threads and len(texts) > 1:
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-      found = list(pool.map(one, texts, examples))
+      verdicts = list(pool.map(both, texts, examples))
   else:
-    found = list(map(one, texts, examples))
+    verdicts = list(map(both, texts, examples))
   rows = range(len(texts)) if rows is None else map(int, rows)
-  parts = mesh.gather([list(zip(rows, texts, found, strict=True)), symbolic.drain()])
+  mine = list(zip(rows, texts, verdicts, strict=True))
+  parts = mesh.gather([mine, symbolic.drain()])
   judged = sorted(
     (item for part, _ in parts for item in part), key=lambda item: item[0]
   )
@@ -51,13 +63,15 @@ def judge(task, protocol, texts, examples, weights, rows=None):
     terms,
     total(terms, texts, weights),
     [grade for _, _, (_, grade) in judged],
-    [question for _, failed in parts for question in failed],
+    [comparison for _, failed in parts for comparison in failed],
     texts,
   )
 
 
-def total(terms, texts, weights):
-  """(R,) float32 weighted sums; ValueError names what is not finite."""
+def total(
+  terms: Sequence[Mapping[str, float]], texts: Sequence[str], weights: Any
+) -> FloatR:
+  """Returns (R,) float32 weighted sums; ValueError if one is not finite."""
   sums = [
     sum(weights.get(name, 1.0) * value for name, value in term.items())
     for term in terms
@@ -65,7 +79,7 @@ def total(terms, texts, weights):
   for value, term, text in zip(sums, terms, texts, strict=True):
     if not math.isfinite(value):
       raise ValueError(
-        f'the reward {term} of the completion {text[:200]!r} is '
-        'not finite: rewards must be finite numbers'
+        f'the reward {term} of the completion {text[:200]!r} is not finite: '
+        'a task must return finite numbers'
       )
   return np.array(sums, np.float32)

@@ -14,7 +14,6 @@ from dmpo_jax import check, data, model, optim, step, weights
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.sampler import SampleConfig
-from dmpo_jax.tasks import answers
 from dmpo_jax.types import Objective, TaskOptions
 
 
@@ -211,69 +210,30 @@ def references(
 # --- problems
 
 
-def problems(built, split):
-  """The problems of a split (data.Problems), loaded and encoded once."""
-  if split not in built.encoded:
-    d = built.config.data
-    examples = built.task.load(split, check.settings(TaskOptions, d))
-    texts, prefill = ask(built, examples, split)
-    built.encoded[split] = data.encode_problems(
-      examples,
-      texts,
-      built.tokenizer,
-      d.prompt_length,
-      d.attend_padding,
-      d.overlong,
-      prefill,
-    )
-  found = built.encoded[split]
-  prompt = found.tokens.shape[1]
-  for name, section in (
-    ('', built.config.sampler),
-    ('eval.', built.config.eval.sampler),
-  ):
-    if prompt + section.length > built.model.positions:
-      raise ValueError(
-        f'the longest prompt ({prompt} tokens) and {name}sampler.length = '
-        f"{section.length} exceed the model's {built.model.positions} "
-        'positions'
-      )
-  length = prompt + built.config.sampler.length
-  if built.config.model.attention == 'cudnn' and length % 2:
-    raise ValueError(
-      f'model.attention = cudnn trains on even lengths, this one is {length}:'
-      f' set data.prompt_length = {prompt + 1}'
-    )
-  return found
+def problems(built: Any, split: str) -> data.Problems:
+  """Returns the problems of a split of build.Built, loaded and encoded once.
 
-
-def ask(built, examples, split):
-  """(the user's messages, how the answers begin) of a split's examples.
-
-  A template is a file with {field}s of the examples, in place of a style.
+  ValueError if prompt and completion exceed the model's positions, or if their length
+  does not fit the attention kernel.
   """
-  style, path = built.config.data.style, built.config.data.template
-  if split != 'train' and (built.config.eval.style or built.config.eval.template):
-    style, path = built.config.eval.style, built.config.eval.template
-  if not path:
-    return (
-      [built.task.prompt(example, style) for example in examples],
-      answers.PREFILL.get(style, ''),
+  c = built.config
+  if split not in built.encoded:
+    how = check.settings(data.PromptOptions, c.data)
+    if split != 'train' and (c.eval.style or c.eval.template):
+      how = dataclasses.replace(how, style=c.eval.style, template=c.eval.template)
+    built.encoded[split] = data.load_problems(
+      built.task, split, built.tokenizer, check.settings(TaskOptions, c.data), how
     )
-  with open(path, encoding='utf-8') as f:
-    template = f.read()
-  if not examples:
-    return [], ''  # data.encode_problems says what is wrong
-  fields = [name for name in examples[0] if f'{{{name}}}' in template]
-  if not fields:
+  loaded = built.encoded[split]
+  lengths = {
+    'sampler.length': c.sampler.length,
+    'eval.sampler.length': c.eval.sampler.length,
+  }
+  data.check_positions(loaded, lengths, built.model.positions)
+  prompt = loaded.tokens.shape[1]
+  if c.model.attention == 'cudnn' and (prompt + c.sampler.length) % 2:
     raise ValueError(
-      f'the template {path} has no field of {built.config.data.task}: '
-      f'{", ".join(f"{{{name}}}" for name in examples[0])}'
+      f'model.attention = cudnn trains on even lengths, this one is '
+      f'{prompt + c.sampler.length}: set data.prompt_length = {prompt + 1}'
     )
-  texts = []
-  for example in examples:
-    text = template
-    for name in fields:
-      text = text.replace(f'{{{name}}}', str(example[name]))
-    texts.append(text)
-  return texts, ''
+  return loaded

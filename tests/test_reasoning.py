@@ -1,4 +1,4 @@
-"""GSM8K and MATH: tables of (completion, reward terms, grade), and files."""
+"""Tests GSM8K and MATH: tables of (completion, reward terms, grade), and files."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import re
 import pytest
 
 from dmpo_jax import types
-from dmpo_jax.tasks import TASKS, answers, gsm8k, math, symbolic
+from dmpo_jax.tasks import TASKS, answers, datasets, gsm8k, math, sudoku, symbolic
 
 OPTIONS = types.TaskOptions(train_size=0, validation_size=0, test_size=0)
 GSM = {
@@ -87,7 +87,7 @@ STRICT = [
 
 
 @pytest.mark.parametrize('text, want, right', PAPER)
-def test_gsm8k_as_the_papers(text, want, right):
+def test_gsm8k_paper(text, want, right):
   assert terms(gsm8k, text, GSM, 'paper') == want
   assert gsm8k.grade(text, GSM, 'paper') == right
 
@@ -155,27 +155,27 @@ def test_one_number(text, value):
 
 
 @pytest.mark.parametrize(
-  'told, value',
+  'gold, value',
   [('$18', 18), ('18%', 18), ('18 dollars', 18), ('1,800', 1800), ('-2.5', -2.5)],
 )
 @pytest.mark.parametrize('protocol', answers.PROTOCOLS)
-def test_gold_with_a_unit(protocol, told, value):
-  """What loads can be graded, and saved."""
-  example = {'question': '?', 'answer': f'So.\n#### {told}'}
+def test_gold_may_have_a_unit(protocol, gold, value):
+  """Every problem that loads can be graded and saved."""
+  example = {'question': '?', 'answer': f'So.\n#### {gold}'}
   assert gsm8k.record(example) == ('?', value)
   for text, right in ((rf'\boxed{{{value}}}', 1), (r'\boxed{19}', 0)):
     assert gsm8k.grade(text, example, protocol) == right
 
 
 @pytest.mark.parametrize('truth', [float('nan'), float('inf'), 10**200])
-def test_truths_that_are_no_numbers(truth):
+def test_gsm8k_refuses_truths_that_are_no_numbers(truth):
   with pytest.raises(ValueError, match='ground_truth .* is not a number'):
     gsm8k.recall('?', truth)
   assert gsm8k.record(gsm8k.recall('?', 1e-7)) == ('?', 1e-7)
 
 
 def test_the_length_penalty_grows_with_the_whole_text():
-  """The release's: 100 more characters of reasoning cost 0.1."""
+  """As in the release, 100 more characters of reasoning cost 0.1."""
   short, long = (
     gsm8k.reward(R('x' * n, '7'), GSM, 'paper')['xmlcount'] for n in (10, 110)
   )
@@ -186,8 +186,8 @@ def test_the_length_penalty_grows_with_the_whole_text():
   assert short == long
 
 
-def test_formats_are_what_the_regexes_find():
-  """`answers.formatted` against a regex on texts of few pieces."""
+def test_formatted_agrees_with_the_regexes():
+  """Compares `answers.formatted` with a regex on random texts of few pieces."""
   loose = re.compile(r'<reasoning>.*</reasoning>\s*<answer>.*</answer>', re.S)
   lines = re.compile(
     r'<reasoning>\n.*\n</reasoning>\n\s*<answer>\n.*\n'
@@ -287,7 +287,7 @@ def test_math(text, paper, paper_grade, strict, strict_grade):
     ('x', 'X', False),
   ],
 )
-def test_the_fields_equality(left, right, same):
+def test_equality_of_the_paper(left, right, same):
   assert math.equal_text(left, right) == same == math.equal_text(right, left)
 
 
@@ -327,8 +327,8 @@ def test_the_fields_equality(left, right, same):
     ('i^2', '-1', False),
   ],
 )
-def test_operations_left_to_do(left, right, same, monkeypatch):
-  """They are no answer where the truth has none; asked in this process."""
+def test_operations_left_to_do_are_no_answer(left, right, same, monkeypatch):
+  """They count only if the truth has one. Compares in this process."""
   monkeypatch.setattr(symbolic, '_ask', symbolic.verify)
   assert math.equal(left, right) == same
 
@@ -444,7 +444,7 @@ EXAMPLES = {'gsm8k': GSM, 'math': MATH}
 
 
 @pytest.mark.parametrize('name', EXAMPLES)
-def test_solutions_are_right(name):
+def test_targets_get_the_full_reward(name):
   task, example = TASKS[name], EXAMPLES[name]
   text = task.target(example, 'chat')
   for protocol in answers.PROTOCOLS:
@@ -456,20 +456,20 @@ def test_solutions_are_right(name):
 
 
 @pytest.mark.parametrize('name', EXAMPLES)
-def test_prompts_hold_the_problem(name):
+def test_prompts_contain_the_problem(name):
   task, example = TASKS[name], EXAMPLES[name]
-  told = next(iter(example.values()))
-  assert task.prompt(example, 'bare') == told
+  problem = next(iter(example.values()))
+  assert task.prompt(example, 'bare') == problem
   text = task.prompt(example, 'chat')
-  assert text.endswith(told) and all(tag in text for tag in answers.TAGS)
+  assert text.endswith(problem) and all(tag in text for tag in answers.TAGS)
   assert '{{' not in text and '\\\n' not in text
 
 
 def write(path, name, count, first=0):
-  """A file in the field's format; also returns the problems in order."""
-  field, told = list(EXAMPLES[name])
+  """Writes a file in the field's format; returns the problems in order."""
+  field, solution = list(EXAMPLES[name])
   records = [
-    {field: f'Problem {i}?', told: EXAMPLES[name][told]}
+    {field: f'Problem {i}?', solution: EXAMPLES[name][solution]}
     for i in range(first, first + count)
   ]
   if path.suffix == '.parquet':
@@ -481,7 +481,7 @@ def write(path, name, count, first=0):
     import csv
 
     with open(path, 'w', newline='') as f:
-      writer = csv.DictWriter(f, (field, told))
+      writer = csv.DictWriter(f, (field, solution))
       writer.writeheader()
       writer.writerows(records)
   else:
@@ -491,13 +491,13 @@ def write(path, name, count, first=0):
 
 @pytest.mark.parametrize('suffix', ['jsonl', 'parquet', 'csv'])
 @pytest.mark.parametrize('name', EXAMPLES)
-def test_a_directory_keeps_its_test(name, suffix, tmp_path):
-  """Test whole and in order; train and validation disjoint, together all."""
+def test_directory_splits(name, suffix, tmp_path):
+  """The test file stays whole and in order; train and validation share the other."""
   train = write(tmp_path / f'train-00000-of-00001.{suffix}', name, 200)
   test = write(tmp_path / f'test.{suffix}', name, 30, first=1000)
   options = dataclasses.replace(OPTIONS, path=str(tmp_path))
   field = next(iter(EXAMPLES[name]))
-  split = {s: [e[field] for e in TASKS[name].load(s, options)] for s in answers.SPLITS}
+  split = {s: [e[field] for e in TASKS[name].load(s, options)] for s in datasets.SPLITS}
   assert split['test'] == test
   assert sorted(split['train'] + split['validation']) == sorted(train)
   assert 2 < len(split['validation']) < 20
@@ -506,18 +506,18 @@ def test_a_directory_keeps_its_test(name, suffix, tmp_path):
 
 
 @pytest.mark.parametrize('name', EXAMPLES)
-def test_a_file_is_shared_by_all_splits(name, tmp_path):
+def test_one_file_is_shared_by_all_splits(name, tmp_path):
   path = tmp_path / 'all.jsonl'
   problems = write(path, name, 300)
   options = dataclasses.replace(OPTIONS, path=str(path))
   field = next(iter(EXAMPLES[name]))
-  found = [e[field] for s in answers.SPLITS for e in TASKS[name].load(s, options)]
+  found = [e[field] for s in datasets.SPLITS for e in TASKS[name].load(s, options)]
   assert sorted(found) == sorted(problems)
 
 
 @pytest.mark.parametrize('name', ['countdown', 'sudoku'])
-def test_generated_tasks_read_directories_too(name, tmp_path):
-  """A test file is taken whole, as published numbers need it."""
+def test_generated_tasks_read_directories(name, tmp_path):
+  """The test file stays whole, as published numbers need it."""
   grids = [
     '1234341221434321',
     '1234341223414123',
@@ -540,41 +540,40 @@ def test_generated_tasks_read_directories_too(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', EXAMPLES)
-def test_files_that_are_refused(name, tmp_path):
-  """What is missing, and where it would come from."""
+def test_refused_files(name, tmp_path):
+  """The error names the file, the line, the column and where files come from."""
   task = TASKS[name]
-  field, told = list(EXAMPLES[name])
+  field, solution = list(EXAMPLES[name])
 
   def refused(message, path):
     with pytest.raises(ValueError, match=message):
       task.load('train', dataclasses.replace(OPTIONS, path=str(path)))
 
-  refused('needs data.path: a directory with train.jsonl', '')
+  refused('needs data.path: .*github|needs data.path: .*huggingface', '')
   refused('no such file or directory', tmp_path / 'nowhere')
-  refused('must hold one train file.*there are: none', tmp_path)
+  refused('must hold one train file.*: none', tmp_path)
   path = tmp_path / 'train.jsonl'
   good = EXAMPLES[name]
   for bad, message in (
-    ({told: good[told]}, f'train.jsonl:2: {field} must be a text.*{told}'),
-    ({**good, field: ' '}, f'train.jsonl:2: {field} must be a text'),
-    ({**good, told: 7}, f'train.jsonl:2: {told} must be a text.*is 7'),
-    ({**good, told: 'I do not know'}, 'train.jsonl:2: the (ans|sol)'),
+    ({solution: good[solution]}, f'train.jsonl:2: column {field} .*{solution}'),
+    ({**good, field: ' '}, f'train.jsonl:2: column {field}'),
+    ({**good, solution: 7}, f'train.jsonl:2: column {solution} .*7'),
+    ({**good, solution: 'I do not know'}, f'train.jsonl:2: the {solution}'),
   ):
     path.write_text(json.dumps(good) + '\n' + json.dumps(bad))
     refused(message, path)
   path.write_text('{"a": 1}\n{')
-  refused(f'train.jsonl:1: {field} must be a text', path)
+  refused(f'train.jsonl:1: column {field}', path)
   (tmp_path / 'train.csv').write_text('a,b\n1,2\n')
-  refused('no column', tmp_path / 'train.csv')
+  refused(f'train.csv:2: column {field} .*columns are a, b', tmp_path / 'train.csv')
   refused('must hold one train file.*train.csv, train.jsonl', tmp_path)
   (tmp_path / 'x.parquet').write_text('PAR1')
   refused('x.parquet: not a parquet file', tmp_path / 'x.parquet')
 
 
 @pytest.mark.parametrize('name', EXAMPLES)
-def test_a_test_that_is_trained_on_is_refused(name, tmp_path):
-  """A few problems of the test in the train file are left out; most are not
-  an accident."""
+def test_train_file_with_test_problems(name, tmp_path):
+  """A few test problems in the train file are left out; more than half are refused."""
   load = lambda split: TASKS[name].load(
     split, dataclasses.replace(OPTIONS, path=str(tmp_path))
   )
@@ -588,7 +587,7 @@ def test_a_test_that_is_trained_on_is_refused(name, tmp_path):
     load('train')
 
 
-TOLD_TWICE = {  # problems of a test, and how a train file may tell the first
+SAME_PROBLEM = {  # test problems, and another way to write the first of them
   'gsm8k': (
     [{'question': f'How many  clips\nof {i}?', 'answer': '#### 2'} for i in range(3)],
     {'question': ' How many clips of 0? ', 'answer': 'Two.\n#### 2'},
@@ -608,10 +607,10 @@ TOLD_TWICE = {  # problems of a test, and how a train file may tell the first
 }
 
 
-@pytest.mark.parametrize('name', TOLD_TWICE)
-def test_the_same_problem_told_otherwise_is_left_out(name, tmp_path):
-  """Other steps, white space, order, or another of two solutions."""
-  test, again = TOLD_TWICE[name]
+@pytest.mark.parametrize('name', SAME_PROBLEM)
+def test_same_problem_written_otherwise_is_left_out(name, tmp_path):
+  """With other steps, white space, order, or another of two solutions."""
+  test, again = SAME_PROBLEM[name]
   for part, rows in (('train', [again] * 5), ('test', test)):
     if name == 'sudoku':
       (tmp_path / f'{part}.csv').write_text(
@@ -626,9 +625,9 @@ def test_the_same_problem_told_otherwise_is_left_out(name, tmp_path):
       TASKS[name].load(split, options)
 
 
-@pytest.mark.parametrize('name', TASKS)
+@pytest.mark.parametrize('name', [*EXAMPLES, 'countdown', 'sudoku'])
 def test_prepared_by_tfds(name, tmp_path, monkeypatch):
-  """The same problems as from the files, stored and read without TensorFlow."""
+  """The problems equal those of the files, stored and read without TensorFlow."""
   import sys
 
   import tensorflow_datasets as tfds
@@ -636,24 +635,15 @@ def test_prepared_by_tfds(name, tmp_path, monkeypatch):
   monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path / 'tfds'))
   files = tmp_path / 'tfds' / 'downloads' / 'manual' / name
   files.mkdir(parents=True)
-  if name in EXAMPLES:
-    write(files / 'train.jsonl', name, 60)
-    write(files / 'test.jsonl', name, 7, first=100)
-  elif name == 'sudoku':
-    from dmpo_jax.tasks import sudoku
-
-    for split, part in (
-      ('train', sudoku.grids()[:60]),
-      ('test', sudoku.grids()[60:67]),
-    ):
-      (files / f'{split}.csv').write_text(
-        '\n'.join(['Puzzle,Solution', *(f'0{g[1:]},{g}' for g in part)])
-      )
-  else:
-    for split, part in (('train', range(60)), ('test', range(100, 107))):
-      (files / f'{split}.jsonl').write_text(
-        '\n'.join(json.dumps({'nums': [1, 2, i + 3], 'target': 5}) for i in part)
-      )
+  for split, first, last in (('train', 0, 60), ('test', 100, 107)):
+    if name in EXAMPLES:
+      write(files / f'{split}.jsonl', name, last - first, first)
+    elif name == 'sudoku':
+      rows = [f'0{g[1:]},{g}' for g in sudoku.grids()[first:last]]
+      (files / f'{split}.csv').write_text('\n'.join(['Puzzle,Solution', *rows]))
+    else:
+      rows = [{'nums': [1, 2, i + 3], 'target': 5} for i in range(first, last)]
+      (files / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   local = {split: files / f'{split}.jsonl' for split in ('train', 'test')}
   monkeypatch.setattr(
     tfds.download.DownloadManager, 'download_and_extract', lambda self, urls: local
@@ -661,7 +651,7 @@ def test_prepared_by_tfds(name, tmp_path, monkeypatch):
   load = lambda split, path: TASKS[name].load(
     split, dataclasses.replace(OPTIONS, path=str(path))
   )
-  for split in answers.SPLITS:
+  for split in datasets.SPLITS:
     key = lambda e: json.dumps(e, sort_keys=True)
     found = load(split, 'tfds')
     assert sorted(map(key, found)) == sorted(map(key, load(split, files)))
@@ -669,13 +659,9 @@ def test_prepared_by_tfds(name, tmp_path, monkeypatch):
   assert 'tensorflow' not in sys.modules
 
 
-def test_tfds_says_which_files_it_wants(tmp_path, monkeypatch):
+def test_tfds_names_the_missing_files(tmp_path, monkeypatch):
   import tensorflow_datasets as tfds
 
   monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
-  with pytest.raises(
-    ValueError,
-    match=r'math cannot be prepared[\s\S]*ankner'
-    r'/math-500.*manual/math',
-  ):
+  with pytest.raises(ValueError, match=r'(?s)math .*manual/math.*ankner/math-500'):
     TASKS['math'].load('test', dataclasses.replace(OPTIONS, path='tfds'))

@@ -1,4 +1,4 @@
-"""Symbolic equality: verdicts, and texts that try to hang or kill it."""
+"""Tests symbolic equality: verdicts, and texts that try to hang or kill it."""
 
 import concurrent.futures
 import contextlib
@@ -14,7 +14,7 @@ import pytest
 import sympy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tasks import EXAMPLES, MOST, PIECES
+from test_tasks import EXAMPLES, PIECES, example_of, most_of
 
 from dmpo_jax import grader
 from dmpo_jax.tasks import TASKS, answers, math, symbolic
@@ -26,9 +26,9 @@ boxed = r'\boxed{{{}}}'.format
 
 @pytest.fixture(autouse=True)
 def short_deadline():
-  """One second a question, two workers; what earlier tests left is gone."""
+  """One second per comparison, two workers, no failures of earlier tests."""
   symbolic.configure(2, 1.0)
-  symbolic.equal('2x', 'x+x')  # the pool stands
+  symbolic.equal('2x', 'x+x')  # starts the pool
   symbolic._ask.cache_clear()
   symbolic.drain()
   yield
@@ -58,8 +58,8 @@ def test_verdicts(left, right, same):
   assert math.equal(left, right) == same
 
 
-def test_a_hung_worker_does_not_hold_up_the_others():
-  """All of a batch in about one deadline; the killed are wrong and counted."""
+def test_a_hung_worker_does_not_delay_the_others():
+  """A batch takes about one deadline; killed comparisons are wrong and reported."""
   fine = [boxed(rf'\frac{{\sqrt{{{4 * n * n}}}}}{{{4 * n}}}') for n in range(2, 22)]
   texts = [boxed(HANGS[0]), *fine]
   begun = time.time()
@@ -79,14 +79,14 @@ def test_a_hung_worker_does_not_hold_up_the_others():
 
 
 @pytest.mark.parametrize('text', HANGS)
-def test_what_hangs_is_killed(text):
+def test_hanging_comparisons_are_killed(text):
   begun = time.time()
   assert not math.equal(text, 'x+1')
   assert time.time() - begun < 20
 
 
-def test_only_verdicts_are_kept():
-  """What was killed is asked again, and counted again; a verdict is not."""
+def test_only_verdicts_are_cached():
+  """A killed comparison is tried and reported again; a verdict is not."""
   pair = (r'\sqrt{16} + y', r'y + \sqrt{16}')
   symbolic.configure(2, 1e-6)
   for _ in range(2):
@@ -97,8 +97,8 @@ def test_only_verdicts_are_kept():
   assert symbolic.drain() == [] and symbolic._ask.cache_info().hits == 1
 
 
-def test_a_killed_pool_loses_nothing():
-  """Workers shot from outside: the question is asked again."""
+def test_killed_workers_lose_nothing():
+  """If a worker is killed from outside, the comparison is tried again."""
   killed = 0
   for _ in range(2):
     for pid in children():
@@ -113,12 +113,12 @@ def test_a_killed_pool_loses_nothing():
 
 
 def children():
-  """Processes of the pool: those whose parent is the fork server."""
+  """Returns the ids of the pool's processes."""
   pool = symbolic._pool()
   return list(pool._pool_manager.worker_manager.workers)
 
 
-def test_a_script_without_a_main_guard(tmp_path):
+def test_script_without_a_main_guard(tmp_path):
   """Workers do not run the caller's script again."""
   path = tmp_path / 'script.py'
   path.write_text(
@@ -136,8 +136,8 @@ def test_a_script_without_a_main_guard(tmp_path):
   assert done.stdout == '1.0\n', done.stderr
 
 
-def test_answers_are_not_run(tmp_path):
-  """Python in an answer stays text; the control is sympy's own parser."""
+def test_python_in_answers_is_not_run(tmp_path):
+  """It stays text. The control is sympy's own parser, which runs it."""
   path = tmp_path / 'made'
   code = f'open("{path}","w")'
   for text in (
@@ -215,7 +215,7 @@ ATTACKS = [
 @pytest.mark.parametrize('name', TASKS)
 def test_attacks_are_wrong_and_quick(name):
   """Bare, in tags, in a box, in a box in tags: nothing raises or takes long."""
-  task, example = TASKS[name], EXAMPLES[name]
+  task, example, most = TASKS[name], example_of(name), most_of(name)
   for body in ATTACKS:
     for text in (
       body,
@@ -227,8 +227,8 @@ def test_attacks_are_wrong_and_quick(name):
         begun = time.perf_counter()
         terms = task.reward(text, example, protocol)
         assert np.isfinite(list(terms.values())).all()
-        assert sum(terms.values()) <= MOST[name]
-        if name != 'sudoku':  # which pays the share of cells
+        assert sum(terms.values()) <= most
+        if name in EXAMPLES and name != 'sudoku':  # it pays the share of cells
           assert task.grade(text, example, protocol) == 0.0
         task.extra(text, example)
         task.answer(text, example, protocol)
@@ -248,8 +248,8 @@ def test_random_texts(name, text):
 
 @pytest.mark.parametrize('name', TASKS)
 def test_mutated_solutions(name):
-  """Right completions with pieces cut, doubled and put in, 2000 a task."""
-  task, example, rng = TASKS[name], EXAMPLES[name], random.Random(0)
+  """Cuts, doubles and inserts pieces in right completions, 2000 per task."""
+  task, example, rng = TASKS[name], example_of(name), random.Random(0)
   base = task.target(example, 'chat')
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     list(
@@ -273,10 +273,10 @@ def mutated(text, rng):
 
 
 def check_text(name, text):
-  task, example = TASKS[name], EXAMPLES[name]
+  task, example, most = TASKS[name], example_of(name), most_of(name)
   for protocol in answers.PROTOCOLS:
     terms = task.reward(text, example, protocol)
-    assert -6 <= sum(terms.values()) <= MOST[name]
+    assert -6 <= sum(terms.values()) <= most
     assert 0 <= task.grade(text, example, protocol) <= 1
     answer = task.answer(text, example, protocol)
     assert answer is None or isinstance(answer, str)
@@ -284,7 +284,7 @@ def check_text(name, text):
 
 
 def test_weights_of_terms():
-  """The reward is the weighted sum; what is not finite is named."""
+  """The reward is the weighted sum; a sum that is not finite is refused."""
   texts = ['<reasoning>\nx\n</reasoning>\n<answer>\n2\n</answer>\n', '']
   task, example = TASKS['gsm8k'], EXAMPLES['gsm8k']
   graded = grader.judge(task, 'strict', texts, [example] * 2, {})

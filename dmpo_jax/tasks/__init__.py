@@ -1,10 +1,13 @@
-"""The tasks by name. One file each; pure host functions without jax."""
+"""Tasks by name: one file each, pure host functions without jax.
 
-from dmpo_jax.tasks import countdown, gsm8k, math, sudoku
+To add a task: write `dmpo_jax/tasks/NAME.py` with a `TASK` and add its name here.
+"""
 
-TASKS = {
-  'countdown': countdown.TASK,
-  'gsm8k': gsm8k.TASK,
-  'math': math.TASK,
-  'sudoku': sudoku.TASK,
+import importlib
+
+from dmpo_jax.types import Task
+
+NAMES = ('countdown', 'gsm8k', 'math', 'sudoku')
+TASKS: dict[str, Task] = {
+  name: importlib.import_module(f'dmpo_jax.tasks.{name}').TASK for name in NAMES
 }

@@ -1,120 +1,83 @@
-"""Exact, bounded evaluation of arithmetic that a model wrote.
+"""Evaluates arithmetic that a model wrote, exactly and within bounds.
 
-  sum     = product (('+' | '-') product)*
-  product = operand (('*' | '/') operand)*
-  operand = integer | '(' sum ')'
-
-A parser of its own, because the reference calls Python's `eval` on completions
-(DMPO reward_func.py:120-127): `9**9**9` hangs it, and `**` and `//` count as
-solutions. Here every number is a Fraction, so nothing overflows or rounds, and
-length, depth and digits are bounded, so no text takes long. Unary signs are
-refused: the rule is about the given, positive numbers. As in Python, an
-integer has no leading zeros and a product is never implied.
+The reference calls Python's `eval` on completions (DMPO reward_func.py:120-127):
+`9**9**9` hangs it, and `**` and `//` count as solutions. Here `ast.parse` reads
+the text, which runs nothing, and only + - * / on Fractions are carried out.
+Length, parentheses and digits are bounded, so no text takes long.
 """
 
+import ast
 import fractions
+import itertools
+import operator
 import re
 
 MAX_LENGTH = 256  # characters of an expression
 MAX_DEPTH = 32  # open parentheses
 MAX_DIGITS = 9  # digits in a row
 
-_TOKEN = re.compile(r'[0-9.]+|\*\*|//|[-+*/()]|[ \t\f]+|[\n\r]+')
+_ALLOWED = re.compile(r'[-+*/().0-9 \t\f\n\r]+')
+_LONG_NUMBER = re.compile(f'[0-9]{{{MAX_DIGITS + 1}}}')
+_OPERATORS = {
+  ast.Add: operator.add,
+  ast.Sub: operator.sub,
+  ast.Mult: operator.mul,
+  ast.Div: operator.truediv,
+  ast.UAdd: operator.pos,
+  ast.USub: operator.neg,
+}
 
 
 class Refused(ValueError):
-  """The text is not an expression that we evaluate; the message says why."""
+  """The text is not plain arithmetic within the bounds; the message says why."""
 
 
-def evaluate(text, lenient=False):
-  """The exact value of `text`; raises Refused if it is not plain arithmetic.
+def evaluate(text: str, lenient: bool = False) -> fractions.Fraction:
+  """Returns the exact value of `text`; raises Refused if it is not arithmetic.
 
-  `lenient` takes more of what Python takes: unary signs and decimals; and, like
-  Python, it refuses a line break outside parentheses.
+  Takes integers, + - * / and parentheses. The numbers of a problem are given
+  and positive, so unary signs are refused. `lenient` takes more of what Python
+  takes: unary signs and decimals. Like Python, it then refuses a line break
+  outside parentheses.
   """
-  tokens = _tokens(text.strip(), lenient)
-  value, at = _sum(tokens, 0, lenient)
-  if at < len(tokens) - 1:
-    raise Refused(f'unexpected {_show(tokens[at])}')
-  return value
-
-
-def numbers(text):
-  """All runs of digits as integers, in order; raises Refused on a long one."""
-  runs = re.findall(r'[0-9]+', text)
-  if any(len(run) > MAX_DIGITS for run in runs):
-    raise Refused(f'a number has more than {MAX_DIGITS} digits')
-  return [int(run) for run in runs]
-
-
-def _tokens(text, lenient):
-  """Fractions and one-character operators, closed by a None."""
-  if not text:
-    raise Refused('empty expression')
+  text = text.strip()
   if len(text) > MAX_LENGTH:
-    raise Refused(f'longer than {MAX_LENGTH} characters')
-  tokens, at, depth = [], 0, 0
-  while at < len(text):
-    match = _TOKEN.match(text, at)
-    if match is None:
-      raise Refused(f'character {text[at]!r} is not allowed')
-    token, at = match.group(), match.end()
-    if token in ('**', '//'):
-      raise Refused(f'operator {token} is not allowed')
-    depth += (token == '(') - (token == ')')
-    if depth > MAX_DEPTH:
-      raise Refused(f'more than {MAX_DEPTH} open parentheses')
-    if lenient and depth == 0 and token[0] in '\n\r':
-      raise Refused('a line break outside parentheses')
-    if not token.isspace():
-      tokens.append(token if token in '+-*/()' else _number(token, lenient))
-  return tokens + [None]
-
-
-def _number(token, lenient):
-  whole, point, part = token.partition('.')
-  if max(len(whole), len(part)) > MAX_DIGITS:
+    raise Refused(f'the expression has more than {MAX_LENGTH} characters')
+  if not _ALLOWED.fullmatch(text):
+    raise Refused('the expression is empty or has characters other than 0-9.+-*/()')
+  if _LONG_NUMBER.search(text):
     raise Refused(f'a number has more than {MAX_DIGITS} digits')
-  if point and (not lenient or '.' in part or not whole + part):
-    raise Refused(f'decimal {token!r} is not allowed')
-  if not point and len(whole) > 1 and whole.strip('0') and whole[0] == '0':
-    raise Refused(f'{token!r} has leading zeros')
-  return fractions.Fraction(int(whole + part), 10 ** len(part))
+  depths = itertools.accumulate((c == '(') - (c == ')') for c in text)
+  if max(depths) > MAX_DEPTH:
+    raise Refused(f'more than {MAX_DEPTH} parentheses are open')
+  if not lenient:
+    text = re.sub(r'\s', ' ', text)
+  try:
+    return _value(ast.parse(text, mode='eval').body, text, lenient)
+  except SyntaxError as error:
+    raise Refused(f'the expression is malformed: {error.msg}') from error
+  except ZeroDivisionError as error:
+    raise Refused('division by zero') from error
 
 
-def _sum(tokens, at, lenient):
-  value, at = _product(tokens, at, lenient)
-  while tokens[at] in ('+', '-'):
-    right, after = _product(tokens, at + 1, lenient)
-    value, at = value + right if tokens[at] == '+' else value - right, after
-  return value, at
+def _value(node: ast.expr, text: str, lenient: bool) -> fractions.Fraction:
+  match node:
+    case ast.Constant(value=int() as number):
+      return fractions.Fraction(number)
+    case ast.Constant(value=float()) if lenient:
+      # The digits as written: a float would round them.
+      return fractions.Fraction(str(ast.get_source_segment(text, node)))
+    case ast.BinOp() if type(node.op) in _OPERATORS:
+      left = _value(node.left, text, lenient)
+      return _OPERATORS[type(node.op)](left, _value(node.right, text, lenient))
+    case ast.UnaryOp() if lenient:
+      return _OPERATORS[type(node.op)](_value(node.operand, text, lenient))
+  kind = type(getattr(node, 'op', node)).__name__
+  raise Refused(f'{kind} is not allowed, only numbers and + - * /')
 
 
-def _product(tokens, at, lenient):
-  value, at = _operand(tokens, at, lenient)
-  while tokens[at] in ('*', '/'):
-    right, after = _operand(tokens, at + 1, lenient)
-    if tokens[at] == '/' and right == 0:
-      raise Refused('division by zero')
-    value, at = value * right if tokens[at] == '*' else value / right, after
-  return value, at
-
-
-def _operand(tokens, at, lenient):
-  sign = 1
-  while tokens[at] in ('+', '-'):  # a loop: 255 signs must not recurse
-    if not lenient:
-      raise Refused(f'unary {tokens[at]} is not allowed')
-    sign, at = -sign if tokens[at] == '-' else sign, at + 1
-  if isinstance(tokens[at], fractions.Fraction):
-    return sign * tokens[at], at + 1
-  if tokens[at] != '(':
-    raise Refused(f'a number should stand before {_show(tokens[at])}')
-  value, at = _sum(tokens, at + 1, lenient)
-  if tokens[at] != ')':
-    raise Refused(f'")" should stand before {_show(tokens[at])}')
-  return sign * value, at + 1
-
-
-def _show(token):
-  return 'the end' if token is None else f'"{token}"'
+def numbers(text: str) -> list[int]:
+  """Returns all runs of digits as integers; raises Refused on a long one."""
+  if _LONG_NUMBER.search(text):
+    raise Refused(f'a number has more than {MAX_DIGITS} digits')
+  return [int(run) for run in re.findall('[0-9]+', text)]

@@ -1,20 +1,23 @@
 r"""Countdown: reach a target with + - * / and each given number once.
 
 Generated problems have three numbers and at least one solution. A problem is
-its sorted numbers and its target; a hash of that puts it in a split (80% train,
-10% validation, 10% test), so that splits share no problem, whatever the file
-or the seed. Files are the field's JSONL: `input` and `output`, or `nums` (or
-`numbers`) and `target`; lines with fewer than 2 or more than 6 numbers are
-left out, and with `TaskOptions.numbers` (the field: 3) all with others.
+its sorted numbers and its target. A hash of these puts it in a split (80 % train,
+10 % validation, 10 % test), so splits share no problem, whatever the file or the
+seed. Files have the field's columns: `input` and `output`, or `nums` (or
+`numbers`) and `target`. Problems with fewer than 2 or more than 6 numbers are left
+out. With `TaskOptions.numbers` (the field's value: 3) only problems with that many
+numbers stay.
 
-'paper' is DMPO reward_func.py:96-180 for the reward and DMPO
-eval/parse_and_get_acc.py:158-266 for the grade, without their `eval`.
-Deviations: `**` and `//` count as an evaluation error, as do more than 256
-characters, 32 open parentheses or 9 digits; only the last MAX_TEXT characters
-are read; values are exact. And where there is no \boxed the grade reads the
-first <answer>, as the reference means to; its helper hands back the whole text
-there, so that its <answer> branch only runs for a \boxed that never closes.
-'strict' wants the bare expression and gives 0.1 only if it uses the numbers.
+'paper' follows DMPO reward_func.py:96-180 for the reward and DMPO
+eval/parse_and_get_acc.py:158-266 for the grade, without their `eval`. Where we
+differ, on purpose:
+* `**` and `//` are an evaluation error, as are more than 256 characters, 32 open
+  parentheses or 9 digits. Only the last MAX_TEXT characters are read. Values are
+  exact.
+* Without a \boxed the grade reads the first <answer>, which the reference intends.
+  Its helper returns the whole text there, so its <answer> branch runs only for a
+  \boxed that never closes.
+'strict' wants the bare expression, and gives 0.1 only if it uses the numbers.
 """
 
 import collections
@@ -24,16 +27,17 @@ import itertools
 import math
 import re
 import zlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dmpo_jax.tasks import answers, arithmetic
-from dmpo_jax.types import Task
+from dmpo_jax.tasks import answers, arithmetic, datasets
+from dmpo_jax.types import Task, TaskOptions
 
-LARGEST = 99  # of generated targets, and the most for the numbers
+LARGEST = 99  # upper bound of generated targets and of `TaskOptions.largest`
 MAX_GENERATED = 200_000  # problems per split; with numbers to 99 there are more
-MISSES = 5000  # draws in a row without a new problem: there are no more
-TOLERANCE = fractions.Fraction(1, 100_000)  # the reference's, kept in 'paper'
+MISSES = 5000  # draws in a row without a new problem; then generation gives up
+TOLERANCE = fractions.Fraction(1, 100_000)  # of the reference; 'paper' keeps it
 FIELDS = (('input', 'output'), ('nums', 'target'), ('numbers', 'target'))
 
 CHAT = """Write an arithmetic expression whose value is exactly the target. \
@@ -66,85 +70,93 @@ TEMPLATES = {'bare': '{written}={target}', 'chat': CHAT, 'eval': EVAL}
 _BEFORE_EQUALS = '0123456789+-*/() '
 _AFTER_EQUALS = '0123456789. '
 
+# ---- problems
 
-def split_of(numbers, target_value):
-  """The split that owns a problem, from a hash which never changes."""
+
+def split_of(numbers: Sequence[int], target_value: int) -> str:
+  """Returns the split that owns a problem, by a fixed hash of the problem."""
   key = f'{",".join(map(str, sorted(numbers)))}={target_value}'
   bucket = zlib.crc32(key.encode()) % 10
-  return 'train' if bucket < 8 else answers.SPLITS[bucket - 7]
+  return 'train' if bucket < 8 else datasets.SPLITS[bucket - 7]
 
 
-def load(split, options):
-  """Examples {'numbers', 'target', 'expression'}; see `TaskOptions`.
+def load(split: str, options: TaskOptions) -> list[dict]:
+  """Returns examples {'numbers', 'target', 'expression'}; see `TaskOptions`.
 
   Raises ValueError for an unknown split, a size out of range and a bad file.
   """
-  size, count = answers.size_of(split, options), options.numbers
+  size, count = datasets.size_of(split, options), options.numbers
   if count not in (0, 2, 3, 4, 5, 6):
-    raise ValueError(f'numbers={count}: need 2 to 6, or 0 for all of these')
-  if count not in (0, 3) and not options.path:
-    raise ValueError(
-      f'numbers={count}: generated problems have 3; others need a file (data.path)'
-    )
+    raise ValueError(f'data.numbers = {count} must be 2 to 6, or 0 for all of these')
   if options.path:
-    chosen = answers.take(
+    source = datasets.Source(
       'countdown',
+      'huggingface.co/datasets/Jiayi-Pan/Countdown-Tasks-3to4 (train.jsonl), and '
+      'countdown_cd3_test.jsonl of github.com/dllm-reasoning/d1 (test.jsonl)',
       _read,
-      _place,
+      lambda e: split_of(e['numbers'], e['target']),
       lambda e: (*sorted(e['numbers']), e['target']),
-      split,
-      options,
-      keep=lambda e: count in (0, len(e['numbers'])),
+      lambda e: count in (0, len(e['numbers'])),
     )
+    chosen = source.load(split, options)
     return [dict(e, expression=solve(e['numbers'], e['target'])) for e in chosen]
+  if count not in (0, 3):
+    raise ValueError(
+      f'data.numbers = {count} needs a file (data.path): generated problems have 3'
+    )
   if not 1 <= size <= MAX_GENERATED:
-    raise ValueError(f'{split}_size={size}: need 1 to {MAX_GENERATED}')
+    raise ValueError(f'data.{split}_size = {size} must be 1 to {MAX_GENERATED}')
   if not 2 <= options.largest <= LARGEST:
-    raise ValueError(f'largest={options.largest}: need 2 to {LARGEST}')
-  rng = np.random.default_rng([options.seed, answers.SPLITS.index(split)])
-  seen, examples, misses = set(), [], 0
+    raise ValueError(f'data.largest = {options.largest} must be 2 to {LARGEST}')
+  return _generate(split, size, options)
+
+
+def _generate(split: str, size: int, options: TaskOptions) -> list[dict]:
+  rng = np.random.default_rng([options.seed, datasets.SPLITS.index(split)])
+  examples, misses = {}, 0
   while len(examples) < size:
     misses += 1
     if misses > MISSES:
       raise ValueError(
-        f'{split}_size={size}: with numbers to '
-        f'{options.largest} only {len(examples)} were found'
+        f'data.{split}_size = {size} is too large: with data.largest = '
+        f'{options.largest} only {len(examples)} problems were found'
       )
     numbers = rng.integers(1, options.largest + 1, 3).tolist()
-    reach = {
+    # Only targets of this split, so that no draw of numbers is wasted.
+    expressions = {
       n: written
       for (n, d), (written, _) in _table(tuple(numbers)).items()
-      if d == 1 and 1 <= n <= LARGEST
+      if d == 1 and 1 <= n <= LARGEST and split_of(numbers, n) == split
     }
-    # Of this split's targets, so that no draw of numbers is wasted on others.
-    mine = [value for value in reach if split_of(numbers, value) == split]
-    if not mine:
+    if not expressions:
       continue
-    value = mine[rng.integers(len(mine))]
+    value = list(expressions)[rng.integers(len(expressions))]
     key = (*sorted(numbers), value)
-    if key not in seen:
-      seen.add(key)
+    if key not in examples:
       misses = 0
-      examples.append({'numbers': numbers, 'target': value, 'expression': reach[value]})
-  return examples
+      examples[key] = {
+        'numbers': numbers,
+        'target': value,
+        'expression': expressions[value],
+      }
+  return list(examples.values())
 
 
-def _read(path):
-  for line, record in answers.read_jsonl(path):
-    numbers, value = _problem(record, f'{path}:{line}')
-    if 2 <= len(numbers) <= 6:
-      yield {'numbers': numbers, 'target': value}
+def _read(path: str) -> Iterator[dict]:
+  for line, record in datasets.read_rows(path):
+    example = _problem(record, f'{path}:{line}')
+    if 2 <= len(example['numbers']) <= 6:
+      yield example
 
 
-def _place(example):
-  return split_of(example['numbers'], example['target'])
-
-
-def _problem(record, where):
-  """(numbers, target) of a line; ValueError if they are not whole numbers."""
+def _problem(record: dict, where: str) -> dict:
+  """Returns {'numbers', 'target'} of a record; ValueError if they are no numbers."""
   fields = [names for names in FIELDS if all(n in record for n in names)]
   if not fields:
-    raise ValueError(f'{where}: neither input and output nor nums and target')
+    raise ValueError(
+      f'{where}: the columns must be input and output, or nums and target, '
+      f'they are {", ".join(record)}'
+    )
   numbers, value = (record[name] for name in fields[0])
   if isinstance(numbers, str):
     numbers = numbers.split(',')
@@ -153,24 +165,27 @@ def _problem(record, where):
   numbers = [_whole(number, where) for number in numbers]
   if any(number < 1 for number in numbers):
     raise ValueError(f'{where}: numbers {numbers} are not all positive')
-  return numbers, _whole(value, where)
+  return {'numbers': numbers, 'target': _whole(value, where)}
 
 
-def _whole(value, where):
-  """An int of at most MAX_DIGITS digits; ValueError for anything else."""
+def _whole(value: object, where: str) -> int:
+  """Returns an int of at most MAX_DIGITS digits; ValueError for anything else."""
   written = str(value).strip() if type(value) in (int, str) else ''
-  pattern = f'-?[0-9]{{1,{arithmetic.MAX_DIGITS}}}'
-  if not re.fullmatch(pattern, written):
+  if not re.fullmatch(f'-?[0-9]{{1,{arithmetic.MAX_DIGITS}}}', written):
     raise ValueError(f'{where}: {value!r} is not a whole number')
   return int(written)
 
 
-# ---- the solver: all trees over all partitions of the numbers. Values are
-# reduced (numerator, denominator) pairs: exact like Fraction, and much faster.
+# ---- the solver tries all trees over all partitions of the numbers. A value is a
+# reduced (numerator, denominator) pair, exact like a Fraction and much faster.
+
+Numbers = tuple[int, ...]
+Value = tuple[int, int]
+Written = tuple[str, int]  # an expression; its precedence: 1 sum, 2 product, 3 number
 
 
-def _combine(x, y):
-  """Yields (value, operator, whether it is y op x) for all six results."""
+def _combine(x: Value, y: Value) -> Iterator[tuple[Value, str, bool]]:
+  """Yields (value, operator, whether the operands are swapped) of all six results."""
   (xn, xd), (yn, yd) = x, y
   yield _reduced(xn * yd + yn * xd, xd * yd), '+', False
   yield _reduced(xn * yn, xd * yd), '*', False
@@ -183,13 +198,13 @@ def _combine(x, y):
     yield _reduced(yn * xd, yd * xn), '/', True
 
 
-def _reduced(n, d):
+def _reduced(n: int, d: int) -> Value:
   common = math.gcd(n, d) if d > 0 else -math.gcd(n, d)
   return n // common, d // common
 
 
-def _write(left, operator, right):
-  """(expression, precedence) with only the parentheses that are needed."""
+def _write(left: Written, operator: str, right: Written) -> Written:
+  """Returns left operator right, with only the parentheses that are needed."""
   (a, rank_a), (b, rank_b) = left, right
   rank = 1 if operator in '+-' else 2
   a = f'({a})' if rank_a < rank else a
@@ -198,18 +213,18 @@ def _write(left, operator, right):
   return a + operator + b, rank
 
 
-def _halves(numbers):
-  """All ways to part the numbers in two, the smaller part first."""
-  places = range(len(numbers))
+def _halves(numbers: Numbers) -> Iterator[tuple[Numbers, Numbers]]:
+  """Yields all ways to divide the numbers in two, the smaller part first."""
+  indices = range(len(numbers))
   for size in range(1, len(numbers) // 2 + 1):
-    for part in itertools.combinations(places, size):
-      rest = tuple(numbers[at] for at in places if at not in part)
+    for part in itertools.combinations(indices, size):
+      rest = tuple(numbers[at] for at in indices if at not in part)
       yield tuple(numbers[at] for at in part), rest
 
 
 @functools.lru_cache(maxsize=1024)
-def _table(numbers):
-  """dict from each value of the numbers to its shortest (expression, rank)."""
+def _table(numbers: Numbers) -> dict[Value, Written]:
+  """Returns the shortest expression of each value that the numbers can make."""
   if len(numbers) == 1:
     return {(numbers[0], 1): (str(numbers[0]), 3)}
   table = {}
@@ -225,17 +240,16 @@ def _table(numbers):
   return table
 
 
-def solve(numbers, target_value):
-  """An expression with minimal parentheses, or '' if there is none."""
+def solve(numbers: Sequence[int], target_value: int) -> str:
+  """Returns an expression with minimal parentheses, or '' if there is none."""
   written = _search(tuple(numbers), (target_value, 1))
   return written[0] if written else ''
 
 
-def _search(numbers, goal):
-  """(expression, rank) or None, working back from the goal.
+def _search(numbers: Numbers, goal: Value) -> Written | None:
+  """Works back from the goal, because tables of four and more numbers are large.
 
-  Tables of four and more numbers are large; the values that make the goal from
-  one half's value are six, and they are those of goal op value.
+  Only six values make the goal from one half's value: those of goal op value.
   """
   if len(numbers) <= 3:
     return _table(numbers).get(goal)
@@ -243,7 +257,9 @@ def _search(numbers, goal):
     for x, left in _table(part).items():
       for y in {value for value, _, _ in _combine(goal, x)}:
         right = _search(rest, y)
-        for value, operator, swapped in _combine(x, y) if right else ():
+        if right is None:
+          continue
+        for value, operator, swapped in _combine(x, y):
           if value == goal:
             pair = (right, left) if swapped else (left, right)
             return _write(pair[0], operator, pair[1])
@@ -253,16 +269,16 @@ def _search(numbers, goal):
 # ---- prompts and rewards
 
 
-def prompt(example, style):
-  """The user's message; ValueError for an unknown style."""
+def prompt(example: dict, style: str) -> str:
+  """Returns the user's message; ValueError for an unknown style."""
   numbers = list(example['numbers'])
   return answers.choose('style', style, TEMPLATES).format(
     numbers=numbers, target=example['target'], written=','.join(map(str, numbers))
   )
 
 
-def target(example, style):
-  """A correct completion; ValueError if unsolvable or the style is unknown."""
+def target(example: dict, style: str) -> str:
+  """Returns a correct completion; ValueError if unsolvable or the style is unknown."""
   answers.choose('style', style, TEMPLATES)
   written = example.get('expression') or solve(example['numbers'], example['target'])
   if not written:
@@ -270,55 +286,50 @@ def target(example, style):
   return written if style == 'bare' else f'<answer>\n{written}\n</answer>'
 
 
-def reward(text, example, protocol):
-  """{'countdown': 0, 0.1 or 1}; ValueError for an unknown protocol."""
+def reward(text: str, example: dict, protocol: str) -> dict[str, float]:
+  """Returns {'countdown': 0, 0.1 or 1}; ValueError for an unknown protocol."""
   answers.choose('protocol', protocol, answers.PROTOCOLS)
   if protocol == 'strict':
-    value = _value(_answer(text), example)
-    score = 0.0 if value is None else 1.0 if value == example['target'] else 0.1
-    return {'countdown': score}
-  answer = answers.last_answer(text)
-  if answer is None:
-    return {'countdown': 0.0}
-  return {'countdown': 1.0 if _close(answer, example) else 0.1}
+    value = _value(answers.answer_or_text(text), example)
+    attempted, right = value is not None, value == example['target']
+  else:
+    answer = answers.last_answer(text)
+    attempted = answer is not None
+    right = answer is not None and _close(answer, example)
+  return {'countdown': 1.0 if right else 0.1 if attempted else 0.0}
 
 
-def grade(text, example, protocol):
-  """1.0 if the answer is right, else 0.0; ValueError as for `reward`."""
+def grade(text: str, example: dict, protocol: str) -> float:
+  """Returns 1.0 if the answer is right, else 0.0; ValueError as for `reward`."""
   answers.choose('protocol', protocol, answers.PROTOCOLS)
   if protocol == 'strict':
-    return float(_value(_answer(text), example) == example['target'])
+    return float(reward(text, example, protocol)['countdown'] == 1)
   return float(_close(_graded(text), example))
 
 
-def extra(text, example):
-  """{'well_formed'}: 1.0 if the strict answer parses, whatever its numbers."""
+def extra(text: str, example: dict) -> dict[str, float]:
+  """Returns {'well_formed'}: 1.0 if the strict answer parses, whatever its numbers."""
   del example
   try:
-    arithmetic.evaluate(_answer(text))
+    arithmetic.evaluate(answers.answer_or_text(text))
   except arithmetic.Refused:
     return {'well_formed': 0.0}
   return {'well_formed': 1.0}
 
 
-def answer(text, example, protocol):
-  """What a majority vote counts: the value reached; None if not a legal one."""
-  value = (
-    _value(_answer(text), example)
-    if protocol == 'strict'
-    else _value(_graded(text), example, lenient=True)
+def answer(text: str, example: dict, protocol: str) -> str | None:
+  """Returns the value reached, for a majority vote; None if the answer is not legal."""
+  lenient = protocol == 'paper'
+  value = _value(
+    _graded(text) if lenient else answers.answer_or_text(text), example, lenient
   )
   return None if value is None else str(value)
 
 
-def _answer(text):
-  """The last <answer>, else the whole text."""
-  answer = answers.last_answer(text)
-  return (answers.clip(text) if answer is None else answer).strip()
-
-
-def _value(expression, example, lenient=False):
-  """The value, or None unless it is arithmetic on exactly the numbers."""
+def _value(
+  expression: str, example: dict, lenient: bool = False
+) -> fractions.Fraction | None:
+  """Returns the value, or None unless it is arithmetic on exactly the numbers."""
   try:
     used = collections.Counter(arithmetic.numbers(expression))
     if used != collections.Counter(example['numbers']):
@@ -328,14 +339,15 @@ def _value(expression, example, lenient=False):
     return None
 
 
-def _close(expression, example):
-  """The reference's test: the right numbers, and a value within 1e-5."""
+def _close(expression: str, example: dict) -> bool:
+  """Returns the reference's verdict: the right numbers, and a value within 1e-5."""
   value = _value(expression, example, lenient=True)
   return value is not None and abs(value - example['target']) < TOLERANCE
 
 
-def _graded(text):
-  """The evaluation's answer: boxed, else first <answer>, else everything."""
+def _graded(text: str) -> str:
+  r"""Returns the evaluation's answer: the last \boxed, else the first <answer>, else
+  the whole text; of an equation what stands before '='."""
   text = answers.clip(text)
   answer = answers.last_boxed(text)
   if answer is None:
@@ -343,38 +355,28 @@ def _graded(text):
   answer = text if answer is None else answer.strip()
   for latex, plain in (('\\div', '/'), ('\\times', '*'), ('\\cdot', '*')):
     answer = answer.replace(latex, plain)
-  # r'([0-9+\-*/() ]+)=[0-9. ]+' searched in one pass: '=' parts the runs.
-  parts = answer.split('=')
-  for left, right in itertools.pairwise(parts):
+  # Searches r'([0-9+\-*/() ]+)=[0-9. ]+' in one pass over the parts around '='.
+  for left, right in itertools.pairwise(answer.split('=')):
     run = left[len(left.rstrip(_BEFORE_EQUALS)) :]
     if run and right and right[0] in _AFTER_EQUALS:
       return run.strip()
   return answer
 
 
-def record(example):
-  """(the problem, [numbers, target])."""
+def record(example: dict) -> tuple[str, list]:
+  """Returns (the problem, [numbers, target]), as generations are saved."""
   return prompt(example, 'bare'), [list(example['numbers']), example['target']]
 
 
-def recall(question, truth):
-  """The example of a saved generation; ValueError if truth is none."""
+def recall(question: str, truth: object) -> dict:
+  """Returns the example of a saved generation; ValueError if truth is no problem."""
   del question
   if not isinstance(truth, list) or len(truth) != 2:
     raise ValueError(f'ground_truth {truth!r} is not [numbers, target]')
-  numbers, value = _problem({'nums': truth[0], 'target': truth[1]}, 'ground_truth')
-  return {'numbers': numbers, 'target': value}
+  return _problem({'nums': truth[0], 'target': truth[1]}, 'ground_truth')
 
 
 TASK = Task(
-  load=load,
-  prompt=prompt,
-  target=target,
-  reward=reward,
-  grade=grade,
-  extra=extra,
-  answer=answer,
-  record=record,
-  recall=recall,
+  load, prompt, target, reward, grade, extra, answer, record, recall,
   styles=tuple(TEMPLATES),
-)
+)  # fmt: skip

@@ -1,0 +1,205 @@
+"""Reads data files and shares their problems among train, validation and test.
+
+Readers name the file and the line of what they cannot read. They are written
+with the standard library where pyarrow guesses types (dates, leading zeros) or
+names no line.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from dmpo_jax.tasks import answers
+from dmpo_jax.types import TaskOptions
+
+SPLITS = ('train', 'validation', 'test')
+
+
+def read_rows(path: str) -> Iterator[tuple[int, dict]]:
+  """Yields (line or row number, record) of a CSV, parquet or JSONL file.
+
+  The name's ending tells the format; any other name is read as JSONL. Raises
+  ValueError on a line that cannot be read and on a file without rows.
+  """
+  rows = {'.csv': _csv, '.parquet': _parquet}.get(os.path.splitext(path)[1], _jsonl)
+  empty = True
+  for line, record in rows(path):
+    empty = False
+    yield line, record
+  if empty:
+    raise ValueError(f'{path}: the data set is empty')
+
+
+def read_texts(path: str, columns: Iterable[str]) -> Iterator[tuple[int, dict]]:
+  """Yields (line, {column: text}); ValueError where a column holds no text."""
+  for line, record in read_rows(path):
+    for name in columns:
+      if not isinstance(record.get(name), str) or not record[name].strip():
+        raise ValueError(
+          f'{path}:{line}: column {name} must hold text, it has '
+          f'{record.get(name)!r} (the columns are {", ".join(record)})'
+        )
+    yield line, {name: record[name] for name in columns}
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+  with open(path, 'rb') as file:
+    for line, raw in enumerate(file, 1):
+      try:
+        yield line, raw.decode('utf-8-sig' if line == 1 else 'utf-8')
+      except UnicodeDecodeError as error:
+        raise ValueError(f'{path}:{line}: not UTF-8 text') from error
+
+
+def _csv(path: str) -> Iterator[tuple[int, dict]]:
+  rows = csv.reader((text for _, text in _lines(path)), strict=True)
+  header = None
+  try:
+    for row in filter(None, rows):  # blank lines are skipped
+      if header is None:
+        header = row
+      elif len(row) != len(header):
+        raise ValueError(
+          f'{path}:{rows.line_num}: {len(row)} cells instead of {len(header)}'
+        )
+      else:
+        yield rows.line_num, dict(zip(header, row, strict=True))
+  except csv.Error as error:
+    raise ValueError(f'{path}:{rows.line_num}: {error}') from error
+
+
+def _jsonl(path: str) -> Iterator[tuple[int, dict]]:
+  for line, text in _lines(path):
+    if text.strip():
+      try:
+        record = json.loads(text)
+      except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path}:{line}: not JSON: {error}') from error
+      if not isinstance(record, dict):
+        raise ValueError(f'{path}:{line}: not a JSON object')
+      yield line, record
+
+
+def _parquet(path: str) -> Iterator[tuple[int, dict]]:
+  from pyarrow import parquet
+
+  try:
+    batches = parquet.ParquetFile(path).iter_batches()
+  except Exception as error:  # pyarrow raises several kinds
+    raise ValueError(f'{path}: not a parquet file: {error}') from error
+  yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+
+
+def file_of(folder: str, name: str) -> str:
+  """Returns the one data file of a folder whose name begins with `name`."""
+  files = [
+    file
+    for file in sorted(os.listdir(folder) if os.path.isdir(folder) else ())
+    if re.match(rf'{name}\b.*\.(jsonl|json|parquet|csv)$', file)
+  ]
+  if len(files) != 1:
+    raise ValueError(
+      f'{folder} must hold one {name} file ({name}.jsonl, .parquet or .csv),'
+      f' it holds: {", ".join(files) or "none"}'
+    )
+  return os.path.join(folder, files[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """How a task reads its problems from `data.path`."""
+
+  task: str  # its name
+  origin: str  # where the files can be downloaded
+  read: Callable[[str], Iterable[dict]]  # file -> examples; checks every line
+  split_of: Callable[[dict], str]  # example -> the split that owns it
+  # example -> a value that is equal for the same problem, however it is written
+  key: Callable[[dict], Any]
+  keep: Callable[[dict], bool] = lambda example: True  # False: in no split
+
+  def load(self, split: str, options: TaskOptions) -> list[dict]:
+    """Returns the split's examples, at most `{split}_size` of them if that is > 0.
+
+    `data.path` is a file, which `split_of` shares among the splits. Or it is a
+    directory with a train and a test file, or 'tfds'. Then the test file is the
+    test split, and `split_of` tells which part of the train file is validation.
+    Raises ValueError if the split is empty or the train file has the test's
+    problems.
+    """
+    size, path = size_of(split, options), options.path
+    if not path:
+      raise ValueError(
+        f'data.task = {self.task} needs data.path: a directory with a train and '
+        f'a test file, one file, or tfds. The files are at: {self.origin}'
+      )
+    if path == 'tfds' or os.path.isdir(path):
+      chosen = self._of_two_files(split, path)
+    elif os.path.isfile(path):
+      examples = filter(self.keep, self.read(path))
+      chosen = [e for e in examples if self.split_of(e) == split]
+    else:
+      raise ValueError(f'data.path = {path!r}: no such file or directory')
+    if not chosen:
+      raise ValueError(f'{path}: no example falls in the {split} split')
+    return chosen[:size] if size > 0 else chosen
+
+  def _of_two_files(self, split: str, path: str) -> list[dict]:
+    if split == 'test':
+      return self._examples('test', path)
+    wanted = split == 'validation'
+    chosen = [
+      e
+      for e in self._examples('train', path)
+      if (self.split_of(e) == 'validation') == wanted
+    ]
+    test_keys = set(map(self.key, self._examples('test', path)))
+    shared = len(test_keys.intersection(map(self.key, chosen)))
+    if 2 * shared > len(test_keys):
+      raise ValueError(
+        f'{path}: {shared} of the {len(test_keys)} test problems are in the train '
+        'file, so training would see the test: remove them from one of the files'
+      )
+    return [e for e in chosen if self.key(e) not in test_keys]
+
+  def _examples(self, name: str, path: str) -> list[dict]:
+    if path == 'tfds':
+      from dmpo_jax.tasks import prepared  # slow to import
+
+      return list(filter(self.keep, prepared.records(self, name)))
+    return list(filter(self.keep, self.read(file_of(path, name))))
+
+
+def word_problems(
+  task: str, origin: str, read: Callable[[str], Iterable[dict]], field: str
+) -> Source:
+  """Returns a Source whose problems are told in words in `field`.
+
+  A problem is the same whatever its white space. Its split follows the text as
+  it stands.
+  """
+  return Source(
+    task,
+    origin,
+    read,
+    lambda example: split_by(example[field]),
+    lambda example: ' '.join(example[field].split()),
+  )
+
+
+def split_by(text: str) -> str:
+  """Returns the split that owns a problem, by a fixed hash of its text.
+
+  85 % train, 5 % validation, 10 % test.
+  """
+  bucket = zlib.crc32(text.encode()) % 20
+  return SPLITS[0 if bucket < 17 else 1 if bucket < 18 else 2]
+
+
+def size_of(split: str, options: TaskOptions) -> int:
+  """Returns the split's size; ValueError if there is no such split."""
+  return getattr(options, answers.choose('split', split, SPLITS) + '_size')
