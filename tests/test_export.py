@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import base
-from dmpo_jax import build, data, export, mesh, model, weights
+from dmpo_jax import build, data, hf, mesh, model, weights
+from dmpo_jax.hf import write
 
 KINDS = {
   'llada': dict(),
@@ -33,13 +34,13 @@ def test_merged_weights_read_back(kind, tiny, weights_of, tmp_path):
   """The same logits from the directory as from base and adapters here."""
   cfg = dataclasses.replace(tiny, lora_rank=2, **KINDS[kind])
   params = weights_of(cfg)
-  assert weights.kind_of(cfg) == kind
-  export.save_hf(tmp_path, cfg, params, shard_bytes=4000)
+  assert hf.kind_of(cfg) == kind
+  hf.save_hf(tmp_path, cfg, params, shard_bytes=4000)
   if cfg.qk_norm:  # transformers' default is not what the model has
     told = json.loads((tmp_path / 'config.json').read_text())
     assert told['head_dim'] == (cfg.head_dim or cfg.width // cfg.heads)
   again, read = weights.load_hf(str(tmp_path))
-  tokens = export.probe(cfg)
+  tokens = write.probe(cfg)
   close(model.full_logits(again, read, tokens), model.full_logits(cfg, params, tokens))
   alone = {'params': params['params']}
   assert (
@@ -53,7 +54,7 @@ def test_merged_weights_read_back(kind, tiny, weights_of, tmp_path):
 def test_shards_and_index(tiny, params, tmp_path):
   """Every tensor once, in the file the index says; no file over the limit."""
   limit = 3000
-  export.save_hf(tmp_path, tiny, params, shard_bytes=limit)
+  hf.save_hf(tmp_path, tiny, params, shard_bytes=limit)
   index = json.loads((tmp_path / weights.INDEX).read_text())
   files = sorted(set(index['weight_map'].values()))
   assert len(files) > 2
@@ -75,7 +76,7 @@ def test_sharded_parameters_are_written_whole(tiny, params, tmp_path):
   grid = mesh.make_mesh(fsdp=4, tensor=2)
   spread = jax.device_put(params, mesh.shardings(params, grid))
   for name, tree in (('one', params), ('eight', spread)):
-    export.save_hf(tmp_path / name, tiny, tree)
+    hf.save_hf(tmp_path / name, tiny, tree)
   one, eight = (load_file(tmp_path / n / 'model.safetensors') for n in ('one', 'eight'))
   assert one.keys() == eight.keys()
   for name in one:
@@ -85,10 +86,10 @@ def test_sharded_parameters_are_written_whole(tiny, params, tmp_path):
 def test_small_files_of_the_source_are_kept(tiny, params, tmp_path):
   """config.json, tokenizer and remote code are taken over, weights are not."""
   source = tmp_path / 'source'
-  export.save_hf(source, tiny, params, data.char_tokenizer(), shard_bytes=3000)
+  hf.save_hf(source, tiny, params, data.char_tokenizer(), shard_bytes=3000)
   (source / 'modeling_llada.py').write_text('# theirs')
   config = (source / 'config.json').read_text()
-  export.save_hf(tmp_path / 'out', tiny, params, source=str(source))
+  hf.save_hf(tmp_path / 'out', tiny, params, source=str(source))
   names = set(os.listdir(tmp_path / 'out'))
   assert {
     'config.json',
@@ -105,25 +106,25 @@ def test_links_out_of_the_source_are_not_exported(tiny, params, tmp_path):
   cache consists of links, and is no exception from the inside."""
   cache = tmp_path / 'models--x'
   source = cache / 'snapshots' / '1'
-  export.save_hf(source, tiny, params)
+  hf.save_hf(source, tiny, params)
   (cache / 'blobs').mkdir()
   (source / 'config.json').rename(cache / 'blobs' / 'abc')
   (source / 'config.json').symlink_to('../../blobs/abc')
   (tmp_path / 'out').mkdir()
-  export.copy_small(str(source), str(tmp_path / 'out'))
+  write.copy_small(str(source), str(tmp_path / 'out'))
   assert [p.name for p in (tmp_path / 'out').iterdir()] == ['config.json']
   assert not (tmp_path / 'out' / 'config.json').is_symlink()
   (tmp_path / 'id_rsa').write_text('mine')
   (source / 'notes.txt').symlink_to(tmp_path / 'id_rsa')
   with pytest.raises(ValueError, match='notes.txt is a link to .*id_rsa'):
-    export.copy_small(str(source), str(tmp_path / 'out'))
+    write.copy_small(str(source), str(tmp_path / 'out'))
 
 
 def test_adapter_round_trip(tiny, weights_of, tmp_path):
   """To the bit, with the scale; the targets are the layers' linears alone."""
   cfg = dataclasses.replace(tiny, lora_rank=3, lora_alpha=7.0)
   params = weights_of(cfg)
-  export.save_adapter(tmp_path, cfg, params, 'owner/base')
+  hf.save_adapter(tmp_path, cfg, params, 'owner/base')
   read = weights.read_adapter(str(tmp_path), cfg)
   jax.tree.map(np.testing.assert_array_equal, read, {'lora': params['lora']})
   told = json.loads((tmp_path / 'adapter_config.json').read_text())
@@ -146,7 +147,7 @@ def test_adapter_round_trip(tiny, weights_of, tmp_path):
 def test_adapters_that_are_refused(tiny, weights_of, tmp_path):
   """Another rank, scale, kind, target or base; one sentence each."""
   cfg = dataclasses.replace(tiny, lora_rank=3)
-  export.save_adapter(tmp_path, cfg, weights_of(cfg), 'owner/base')
+  hf.save_adapter(tmp_path, cfg, weights_of(cfg), 'owner/base')
   change = lambda **fields: dataclasses.replace(cfg, **fields)
   for other, message in (
     (change(lora_rank=4), 'r = 3, but lora.rank = 4'),
@@ -198,7 +199,7 @@ def test_a_run_is_exported_and_compared(tiny, weights_of, tmp_path):
   params = jax.device_put(params, mesh.shardings(params, mesh.make_mesh()))
   frozen = {'params': params['params']}
   for kind in ('merged', 'adapter'):
-    told = export.run(fake_run(cfg), params, frozen, str(tmp_path / kind), kind)
+    told = hf.export(fake_run(cfg), params, frozen, str(tmp_path / kind), kind)
     assert told['max_logit_difference'] < 3e-5 * told['max_logit']
 
 
@@ -216,16 +217,16 @@ def test_exports_that_are_refused(tiny, weights_of, tmp_path):
   refused = lambda *args: pytest.raises(ValueError, match=args[0])
   folder = str(tmp_path / 'new')
   with refused('equals its base in every weight'):
-    export.run(fake_run(cfg), same, frozen, folder, 'merged')
+    hf.export(fake_run(cfg), same, frozen, folder, 'merged')
   with refused('equals its base in every weight'):
-    export.run(fake_run(tiny), frozen, frozen, folder, 'merged')
+    hf.export(fake_run(tiny), frozen, frozen, folder, 'merged')
   with refused('trained all parameters'):
-    export.run(fake_run(tiny), frozen, frozen, folder, 'adapter')
+    hf.export(fake_run(tiny), frozen, frozen, folder, 'adapter')
   with refused('--of=base is the model without its adapters'):
-    export.run(fake_run(cfg), frozen, frozen, folder, 'adapter')
+    hf.export(fake_run(cfg), frozen, frozen, folder, 'adapter')
   (tmp_path / 'x').write_text('')
   with refused('is not empty'):
-    export.run(fake_run(cfg), params, frozen, str(tmp_path), 'merged')
+    hf.export(fake_run(cfg), params, frozen, str(tmp_path), 'merged')
 
 
 # --- adapters and the frozen base
@@ -234,7 +235,7 @@ def test_exports_that_are_refused(tiny, weights_of, tmp_path):
 def test_dropout_is_addressed(tiny, weights_of):
   """Off without keys; with them a row's mask depends on its own key alone."""
   cfg = dataclasses.replace(tiny, lora_rank=2, lora_dropout=0.5)
-  params, tokens = weights_of(cfg), export.probe(cfg)[:, :6]
+  params, tokens = weights_of(cfg), write.probe(cfg)[:, :6]
   run = jax.jit(
     lambda tokens, keys: model.hidden(cfg, params, tokens, dropout_R=keys)[0]
   )
@@ -284,7 +285,7 @@ def test_a_quantized_base_trains_its_adapters(tiny, weights_of):
     tiny.mlp // 2,
   )
   np.testing.assert_array_equal(stored['params']['head'], params['params']['head'])
-  tokens = export.probe(cfg)
+  tokens = write.probe(cfg)
 
   def total(lora, frozen):
     return (model.full_logits(cfg, {**frozen, 'lora': lora}, tokens) ** 2).mean()
@@ -298,7 +299,7 @@ def test_a_quantized_base_trains_its_adapters(tiny, weights_of):
 
 def test_remat_changes_no_gradient(tiny, params):
   """All policies give the loss and gradient of none."""
-  tokens = export.probe(tiny)[:, :5]
+  tokens = write.probe(tiny)[:, :5]
 
   def value(cfg):
     return jax.jit(

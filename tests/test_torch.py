@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_weights import CONFIGS, TOKENS, write
 
-from dmpo_jax import export, model, weights
+from dmpo_jax import hf, model, weights
 
 torch = pytest.importorskip('torch')
 import transformers  # noqa: E402
@@ -124,7 +124,7 @@ def test_peft_reads_our_adapter(name, tmp_path, weights_of):
   cfg, params = weights.load_hf(str(folder))
   cfg, params = with_adapter(cfg, params, weights_of)
   out = str(tmp_path / 'adapter')
-  export.save_adapter(out, cfg, params, str(folder), str(folder))
+  hf.save_adapter(out, cfg, params, str(folder), str(folder))
   net = torch_model(folder)
   plain = torch_logits(net, TOKENS)
   want = torch_logits(peft.PeftModel.from_pretrained(net, out).eval(), TOKENS)
@@ -141,8 +141,8 @@ def test_peft_merges_as_we_do(tmp_path, weights_of):
   folder = write(tmp_path / 'llada', CONFIGS['llada'])
   cfg, params = weights.load_hf(str(folder))
   cfg, params = with_adapter(cfg, params, weights_of)
-  export.save_adapter(str(tmp_path / 'adapter'), cfg, params, '', str(folder))
-  export.save_hf(str(tmp_path / 'merged'), cfg, params, source=str(folder))
+  hf.save_adapter(str(tmp_path / 'adapter'), cfg, params, '', str(folder))
+  hf.save_hf(str(tmp_path / 'merged'), cfg, params, source=str(folder))
   before = load_file(folder / 'model.safetensors')
   net = peft.PeftModel.from_pretrained(
     tree(before), str(tmp_path / 'adapter')

@@ -14,6 +14,7 @@ import reference
 from safetensors.numpy import save_file
 
 from dmpo_jax import data, mesh, model, weights
+from dmpo_jax.hf import read
 
 V, D, N, F = 40, 16, 2, 24
 MASK, EOS = 33, 30
@@ -393,7 +394,7 @@ def test_configs_that_are_refused(c, message, tmp_path):
 
 def test_all_wrong_tensors_in_one_error(tmp_path, monkeypatch):
   """Missing, unexpected and mis-shaped ones, before anything is read."""
-  monkeypatch.setattr(weights, 'read_leaf', None)
+  monkeypatch.setattr(read, 'read_leaf', None)
   tensors = {n: np.zeros(s, np.float32) for n, s in shapes(LLADA).items()}
   q = 'model.transformer.blocks.0.q_proj.weight'
   tensors[q] = np.zeros((D, D + 1), np.float32)
