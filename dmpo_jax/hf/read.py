@@ -122,7 +122,9 @@ def read_config(folder: str) -> dict[str, Any]:
   }
   if 'vocab' not in fields and raw.get('vocab_size'):
     fields['vocab'] = raw['vocab_size']
-  fields = {**fields, **implied}
+  fields |= implied | {
+    n: float(fields[n]) for n in ('rope_theta', 'eps') if n in fields
+  }
   fields.setdefault('kv_heads', fields.get('heads'))
   ignored = []
   if raw['model_type'] == 'sdar':
@@ -168,7 +170,7 @@ def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
 
 def special_ids(
   folder: str, raw: dict[str, Any], vocab: int
-) -> tuple[dict[str, int], list[str]]:
+) -> tuple[dict[str, int | None], list[str]]:
   """Returns {mask_id, eos_id, pad_id} and what is wrong with them.
 
   An id comes from config.json, else from the token that tokenizer_config.json

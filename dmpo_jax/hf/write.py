@@ -36,7 +36,7 @@ def family_for(cfg: model.ModelConfig, source: str) -> Family:
 
 
 def save_hf(
-  folder: str,
+  folder: str | os.PathLike,
   cfg: model.ModelConfig,
   params: Params,
   tokenizer: Any = None,
@@ -150,14 +150,16 @@ def copy_small(source: str, folder: str) -> None:
       shutil.copy(path, folder)
 
 
-def write_json(folder: str, name: str, value: dict[str, Any]) -> None:
+def write_json(folder: str | os.PathLike, name: str, value: dict[str, Any]) -> None:
   """Writes a JSON file, from the first process."""
   if jax.process_index() == 0:
     with open(os.path.join(folder, name), 'w') as f:
       json.dump(value, f, indent=2)
 
 
-def write_tensors(folder: str, name: str, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(
+  folder: str | os.PathLike, name: str, tensors: dict[str, np.ndarray]
+) -> None:
   """Writes a safetensors file, from the first process."""
   if jax.process_index() == 0:
     save_file(tensors, os.path.join(folder, name), {'format': 'pt'})

@@ -129,7 +129,7 @@ def window_logits(
 
 def with_blind_rows(
   cfg: ModelConfig, tokens_RxS: t.IntRS, valid_RxS: t.BoolRS, prompt: int
-) -> tuple[t.IntRT, t.Array]:
+) -> tuple[t.Array, t.Array]:
   """Puts behind each row a copy whose prompt is masked, (2R, S) each.
 
   A row and its copy are neighbours, so both are on the same device.
