@@ -124,7 +124,7 @@ def own_order(cfg, params, out, hp):
       masked * 0.0,
     )
     take = picks.PICKS[hp.pick].rule(look, hp)
-    law = model.sampling_logp(logits, hp.temperature)
+    law = jax.nn.log_softmax(model.sampling_logits(logits, hp.temperature))
     logp = jnp.take_along_axis(law, window(out.tokens[:, prompt:])[..., None], -1)[
       ..., 0
     ]
@@ -163,7 +163,7 @@ def position_term(cfg, params, out, hp):
     order = window(out.order)
     least_R = jnp.min(jnp.where(order == at, own, jnp.inf), axis=1)
     below = prob < least_R[:, None, None]
-    law = jnp.exp(model.sampling_logp(logits, hp.temperature))
+    law = jnp.exp(jax.nn.log_softmax(model.sampling_logits(logits, hp.temperature)))
     chance = jnp.maximum(jnp.sum(law * below, axis=-1), 1e-30)
     return total_R + jnp.sum(jnp.where(order > at, jnp.log(chance), 0.0), axis=1)
 

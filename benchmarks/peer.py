@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from benchmarks import common, train_step
-from dmpo_jax import export
+from dmpo_jax import hf
 
 CASES = {
   'none': {},
@@ -38,7 +38,7 @@ CASES = {
 
 def export_all(folder, args, cfg, params):
   """The weights, prompts and whole rows, for the reference to read."""
-  export.save_hf(folder, cfg, params)
+  hf.save_hf(folder, cfg, params)
   prompts, _ = common.prompts_of(args, cfg)
   np.save(os.path.join(folder, 'prompts.npy'), np.asarray(prompts))
   batch = train_step.make_batch(args, cfg, jax.random.key(1), 8)

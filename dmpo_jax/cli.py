@@ -32,8 +32,8 @@ from dmpo_jax import (
   check,
   data,
   evaluate,
-  export,
   guard,
+  hf,
   mesh,
   metrics,
   resume,
@@ -548,7 +548,7 @@ def run_export(built, workdir):
     if OF.value == 'base'
     else resume.latest(built, workdir, base, OF.value == 'best')
   )
-  say(json.dumps(export.run(built, params, base, folder, FORMAT.value)))
+  say(json.dumps(hf.export(built, params, base, folder, FORMAT.value)))
 
 
 def show_report():

@@ -1,25 +1,31 @@
-"""Devices and who holds what: one mesh, one table of rules.
+"""Devices, and how arrays lie on them: one mesh, one table of rules.
 
-Axes: 'data' replicates weights, 'fsdp' splits them along their first large
-dimension, 'tensor' splits heads and the MLP. Rows are split over the first
-two. RULES is ordered; a leaf that matches none is an error, so replication is
-written out.
+Axes: 'data' replicates the weights; 'fsdp' splits them along their first large
+dimension; 'tensor' splits heads and the MLP. Rows are split over the first two.
+RULES is ordered: the first match decides. A leaf that matches none is an error,
+so nothing is replicated by accident.
 """
 
+import functools
 import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dmpo_jax.types import Array
 
 P = PartitionSpec
 AXES = ('data', 'fsdp', 'tensor')
 ROWS = P(('data', 'fsdp'))
 
-# (regex on the leaf's path, spec). One line serves a parameter, its adapter
-# and its optimizer moments; layers are stacked on a leading axis.
+# (regex on a leaf's path, spec). One line serves a parameter, its adapter and its
+# optimizer moments. Layers are stacked on a leading axis.
 RULES = (
   (r'(^|/)(embedding|head)$', P('tensor', 'fsdp')),
   # A quantized kernel has two parts; its scales lie along the same axes.
@@ -34,11 +40,19 @@ RULES = (
 )
 
 
-def make_mesh(data=0, fsdp=1, tensor=1, devices=None):
-  """A mesh over all devices; data = 0 takes what the others leave.
+@functools.cache
+def warn_once(message: str) -> None:
+  """Logs a warning the first time that a process gives this message."""
+  logging.warning('%s', message)
 
-  `devices` may be those of a topology that is not here (plan). ValueError if
-  the product is not the number of devices.
+
+def make_mesh(
+  data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+  """Makes a mesh over all devices; data = 0 takes what the others leave.
+
+  `devices` may be those of a topology that is not here. ValueError if the product
+  is not the number of devices.
   """
   count = len(devices or jax.devices())
   data = data or count // (fsdp * tensor)
@@ -51,96 +65,100 @@ def make_mesh(data=0, fsdp=1, tensor=1, devices=None):
   return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
 
 
-def path_of(path):
-  """A path of jax.tree_util as text: params/layers/q/kernel."""
+def path_of(path: Sequence[Any]) -> str:
+  """Writes a path of jax.tree_util as text: params/layers/q/kernel."""
   return '/'.join(str(getattr(p, 'key', getattr(p, 'name', p))) for p in path)
 
 
-def spec_of(path, leaf, mesh):
-  """The first rule that matches; axes that do not divide are left whole."""
+def spec_of(path: str, leaf: Any, mesh: Mesh) -> PartitionSpec:
+  """Returns the spec of the first rule that matches a leaf's path.
+
+  An axis of the mesh that does not divide its dimension is left out, with a
+  warning. ValueError if no rule matches.
+  """
   for pattern, spec in RULES:
     if re.search(pattern, path):
       parts = list(spec)[: len(leaf.shape)]
       for i, axis in enumerate(parts):
         if axis and leaf.shape[i] % mesh.shape[axis]:
           parts[i] = None
+          name = '/'.join(path.split('/')[-2:])  # that of its moments, too
+          warn_once(
+            f'{name} {leaf.shape}: mesh.{axis} = {mesh.shape[axis]} does not divide '
+            f'dimension {i}, so every device of that axis holds all of it'
+          )
       return P(*parts)
   raise ValueError(f'no sharding rule matches {path!r}: add one to mesh.RULES')
 
 
-def shardings(tree, mesh):
-  """NamedShardings of a tree of arrays or shapes, by RULES."""
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  """Returns NamedShardings for a tree of arrays or shapes, by RULES."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf, mesh)), tree
   )
 
 
-def rows(mesh):
-  """How arrays lie whose first axis is rows."""
+def rows(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays whose first axis is rows."""
   return NamedSharding(mesh, ROWS)
 
 
-def replicated(mesh):
-  """How arrays lie that every device holds whole."""
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays that every device holds whole."""
   return NamedSharding(mesh, P())
 
 
-def put(x, sharding):
-  """A host array that every process holds whole -> a global array."""
+def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+  """Makes a global array of a host array that every process holds whole."""
   x = np.asarray(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
-def fetch(tree):
-  """A tree of global arrays -> host arrays, whole, on every process."""
+def fetch(tree: Any) -> Any:
+  """Returns a tree of global arrays as whole host arrays, on every process."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
-  split = lambda x: (
-    isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-  )
-  return jax.tree.map(
-    lambda x: (
-      multihost_utils.process_allgather(x, tiled=True) if split(x) else np.asarray(x)
-    ),
-    tree,
-  )
+
+  def fetch_leaf(x: Any) -> np.ndarray:
+    split = isinstance(x, jax.Array) and not (
+      x.is_fully_addressable or x.is_fully_replicated
+    )
+    return multihost_utils.process_allgather(x, tiled=True) if split else np.asarray(x)
+
+  return jax.tree.map(fetch_leaf, tree)
 
 
-# ---- many processes: every row's text is read in one of them
+# --- many processes: one of them reads the text of a row
 
 
-def my_rows(x_Rx):
-  """Numbers of the rows of a global array that this process reads.
+def my_rows(x_Rx: Array) -> np.ndarray:
+  """Returns the numbers of the rows of a global array that this process reads.
 
-  Those of its devices; where devices of several processes hold a row (along
-  the tensor axis), the first reads it.
+  Those are the rows of its devices. Where devices of several processes hold a row
+  (along the tensor axis), the first of them reads it.
   """
-  rows, first = x_Rx.shape[0], {}
+  count, first = x_Rx.shape[0], {}
   if jax.process_count() == 1:
-    return np.arange(rows)
+    return np.arange(count)
   for device, at in x_Rx.sharding.devices_indices_map(x_Rx.shape).items():
-    first.setdefault(at[0].indices(rows)[:2], device)
-  return np.concatenate(
-    [
-      np.arange(0),
-      *(
-        np.arange(*at)
-        for at, device in sorted(first.items())
-        if device.process_index == jax.process_index()
-      ),
-    ]
-  )
+    first.setdefault(at[0].indices(count)[:2], device)
+  mine = [
+    np.arange(*at)
+    for at, device in sorted(first.items())
+    if device.process_index == jax.process_index()
+  ]
+  return np.concatenate([np.arange(0), *mine])
 
 
-def gather(thing):
-  """What each process hands in, JSON-able, as a list: the same on all."""
+def gather(value: Any) -> list[Any]:
+  """Returns the JSON-able values of all processes, the same list on each."""
   if jax.process_count() == 1:
-    return [thing]
+    return [value]
   text = np.frombuffer(
-    json.dumps(thing, default=lambda number: number.item()).encode(), np.uint8
+    json.dumps(value, default=lambda number: number.item()).encode(), np.uint8
   )
   sizes = multihost_utils.process_allgather(np.int32(len(text)))
-  # Of few sizes, for each is a program.
+  # Round the size up to a power of two, for each size is a program.
   padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
   padded[: len(text)] = text
   return [
@@ -149,8 +167,8 @@ def gather(thing):
   ]
 
 
-def agree(flag):
-  """Whether `flag` is true on any process; nobody goes on before all ask."""
+def agree(flag: object) -> bool:
+  """Returns whether `flag` is true on any process; all wait until all have asked."""
   if jax.process_count() == 1:
     return bool(flag)
   return bool(multihost_utils.process_allgather(np.bool_(bool(flag))).any())

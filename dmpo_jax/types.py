@@ -44,6 +44,17 @@ FloatBGK = Float[Array, 'B G K']
 # Optional axes: a weight for each copy; of each inner update or of one.
 WeightRKL, WeightR = Float[Array, 'R K #L'], Float[Array, 'R *K']
 InnerR, InnerRKL = Float[Array, 'R *I'], Float[Array, 'R *I K L']
+# In the model: T queries, S keys, J key and value heads, X anything.
+KeyScalar, IntRT, FloatRTD = Key[Array, ''], Int[Array, 'R T'], Float[Array, 'R T D']
+FloatRHTC, FloatRJSC = Float[Array, 'R H T C'], Float[Array, 'R J S C']
+FloatNRJSC, FloatNDF = Float[Array, 'N R J S C'], Float[Array, 'N D F']
+BoolR1TS, FloatR1TX = Bool[Array, 'R 1 #T S'], Float[Array, 'R 1 T X']
+IntX, FloatX, FloatXV = Int[Array, '*X'], Float[Array, '*X'], Float[Array, '*X V']
+FloatXD, FloatDF, FloatXF = (
+  Float[Array, '*X D'],
+  Float[Array, 'D F'],
+  Float[Array, '*X F'],
+)
 
 
 def to_rows(x_BxG):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from configs import base
-from dmpo_jax import build, evaluate
+from dmpo_jax import build, data, evaluate
 from dmpo_jax.tasks import TASKS, sudoku
 from dmpo_jax.tools import cards, report, watch
 

@@ -1,4 +1,4 @@
-"""What is written is what others read, and what we read back."""
+"""Writing checkpoints and adapters, and reading them back."""
 
 import dataclasses
 import json
@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import base
-from dmpo_jax import build, data, export, mesh, model, weights
+from dmpo_jax import build, data, hf, mesh, model, weights
+from dmpo_jax.hf import write
 
 KINDS = {
   'llada': dict(),
@@ -29,17 +30,17 @@ def close(a, b):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize('kind', KINDS)
-def test_merged_weights_read_back(kind, tiny, weights_of, tmp_path):
-  """The same logits from the directory as from base and adapters here."""
+def test_merged_weights_give_the_same_logits(kind, tiny, weights_of, tmp_path):
+  """The directory gives the logits of base and adapters in memory."""
   cfg = dataclasses.replace(tiny, lora_rank=2, **KINDS[kind])
   params = weights_of(cfg)
-  assert weights.kind_of(cfg) == kind
-  export.save_hf(tmp_path, cfg, params, shard_bytes=4000)
-  if cfg.qk_norm:  # transformers' default is not what the model has
-    told = json.loads((tmp_path / 'config.json').read_text())
-    assert told['head_dim'] == (cfg.head_dim or cfg.width // cfg.heads)
+  assert hf.kind_of(cfg) == kind
+  hf.save_hf(tmp_path, cfg, params, shard_bytes=4000)
+  if cfg.qk_norm:  # transformers' default is not the model's head size
+    written = json.loads((tmp_path / 'config.json').read_text())
+    assert written['head_dim'] == (cfg.head_dim or cfg.width // cfg.heads)
   again, read = weights.load_hf(str(tmp_path))
-  tokens = export.probe(cfg)
+  tokens = write.probe(cfg)
   close(model.full_logits(again, read, tokens), model.full_logits(cfg, params, tokens))
   alone = {'params': params['params']}
   assert (
@@ -50,10 +51,10 @@ def test_merged_weights_read_back(kind, tiny, weights_of, tmp_path):
   )  # the adapters matter
 
 
-def test_shards_and_index(tiny, params, tmp_path):
-  """Every tensor once, in the file the index says; no file over the limit."""
+def test_index_lists_every_tensor_once(tiny, params, tmp_path):
+  """A tensor lies in the file that the index says; no file is over the limit."""
   limit = 3000
-  export.save_hf(tmp_path, tiny, params, shard_bytes=limit)
+  hf.save_hf(tmp_path, tiny, params, shard_bytes=limit)
   index = json.loads((tmp_path / weights.INDEX).read_text())
   files = sorted(set(index['weight_map'].values()))
   assert len(files) > 2
@@ -70,25 +71,25 @@ def test_shards_and_index(tiny, params, tmp_path):
   assert total == 4 * model.count_params(params)
 
 
-def test_sharded_parameters_are_written_whole(tiny, params, tmp_path):
-  """Eight devices write what one device writes."""
+def test_eight_devices_write_the_same_files(tiny, params, tmp_path):
+  """Sharded parameters are written whole."""
   grid = mesh.make_mesh(fsdp=4, tensor=2)
   spread = jax.device_put(params, mesh.shardings(params, grid))
   for name, tree in (('one', params), ('eight', spread)):
-    export.save_hf(tmp_path / name, tiny, tree)
+    hf.save_hf(tmp_path / name, tiny, tree)
   one, eight = (load_file(tmp_path / n / 'model.safetensors') for n in ('one', 'eight'))
   assert one.keys() == eight.keys()
   for name in one:
     np.testing.assert_array_equal(one[name], eight[name])
 
 
-def test_small_files_of_the_source_are_kept(tiny, params, tmp_path):
-  """config.json, tokenizer and remote code are taken over, weights are not."""
+def test_small_files_of_the_source_are_copied(tiny, params, tmp_path):
+  """config.json, tokenizer and remote code are copied, weights are not."""
   source = tmp_path / 'source'
-  export.save_hf(source, tiny, params, data.char_tokenizer(), shard_bytes=3000)
+  hf.save_hf(source, tiny, params, data.char_tokenizer(), shard_bytes=3000)
   (source / 'modeling_llada.py').write_text('# theirs')
   config = (source / 'config.json').read_text()
-  export.save_hf(tmp_path / 'out', tiny, params, source=str(source))
+  hf.save_hf(tmp_path / 'out', tiny, params, source=str(source))
   names = set(os.listdir(tmp_path / 'out'))
   assert {
     'config.json',
@@ -100,39 +101,39 @@ def test_small_files_of_the_source_are_kept(tiny, params, tmp_path):
   assert (tmp_path / 'out' / 'config.json').read_text() == config
 
 
-def test_links_out_of_the_source_are_not_exported(tiny, params, tmp_path):
-  """Who gives an export away gives away what came with the model; the hub's
-  cache consists of links, and is no exception from the inside."""
+def test_links_out_of_the_source_are_refused(tiny, params, tmp_path):
+  """An export is given away, so it holds no file from outside of its source. The
+  hub's cache consists of links within itself, which are followed."""
   cache = tmp_path / 'models--x'
   source = cache / 'snapshots' / '1'
-  export.save_hf(source, tiny, params)
+  hf.save_hf(source, tiny, params)
   (cache / 'blobs').mkdir()
   (source / 'config.json').rename(cache / 'blobs' / 'abc')
   (source / 'config.json').symlink_to('../../blobs/abc')
   (tmp_path / 'out').mkdir()
-  export.copy_small(str(source), str(tmp_path / 'out'))
+  write.copy_small(str(source), str(tmp_path / 'out'))
   assert [p.name for p in (tmp_path / 'out').iterdir()] == ['config.json']
   assert not (tmp_path / 'out' / 'config.json').is_symlink()
   (tmp_path / 'id_rsa').write_text('mine')
   (source / 'notes.txt').symlink_to(tmp_path / 'id_rsa')
-  with pytest.raises(ValueError, match='notes.txt is a link to .*id_rsa'):
-    export.copy_small(str(source), str(tmp_path / 'out'))
+  with pytest.raises(ValueError, match='notes.txt .*id_rsa.*copy'):
+    write.copy_small(str(source), str(tmp_path / 'out'))
 
 
-def test_adapter_round_trip(tiny, weights_of, tmp_path):
-  """To the bit, with the scale; the targets are the layers' linears alone."""
+def test_adapter_reads_back_to_the_bit(tiny, weights_of, tmp_path):
+  """Keeps rank and scale; target_modules matches the layers' linears alone."""
   cfg = dataclasses.replace(tiny, lora_rank=3, lora_alpha=7.0)
   params = weights_of(cfg)
-  export.save_adapter(tmp_path, cfg, params, 'owner/base')
+  hf.save_adapter(tmp_path, cfg, params, 'owner/base')
   read = weights.read_adapter(str(tmp_path), cfg)
   jax.tree.map(np.testing.assert_array_equal, read, {'lora': params['lora']})
-  told = json.loads((tmp_path / 'adapter_config.json').read_text())
-  assert (told['r'], told['lora_alpha'], told['base_model_name_or_path']) == (
+  written = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert (written['r'], written['lora_alpha'], written['base_model_name_or_path']) == (
     3,
     7.0,
     'owner/base',
   )
-  matches = lambda name: re.fullmatch(told['target_modules'], name)
+  matches = lambda name: re.fullmatch(written['target_modules'], name)
   assert matches('model.transformer.blocks.13.ff_out')
   assert not matches('model.transformer.ff_out')  # the head
   held = load_file(tmp_path / 'adapter_model.safetensors')
@@ -143,38 +144,38 @@ def test_adapter_round_trip(tiny, weights_of, tmp_path):
   assert len(stems) == 7 * cfg.layers and all(map(matches, stems))
 
 
-def test_adapters_that_are_refused(tiny, weights_of, tmp_path):
-  """Another rank, scale, kind, target or base; one sentence each."""
+def test_wrong_adapters_are_refused(tiny, weights_of, tmp_path):
+  """An adapter has another rank, scale, kind, target or base."""
   cfg = dataclasses.replace(tiny, lora_rank=3)
-  export.save_adapter(tmp_path, cfg, weights_of(cfg), 'owner/base')
+  hf.save_adapter(tmp_path, cfg, weights_of(cfg), 'owner/base')
   change = lambda **fields: dataclasses.replace(cfg, **fields)
   for other, message in (
     (change(lora_rank=4), 'r = 3, but lora.rank = 4'),
     (change(lora_alpha=1.0), 'lora_alpha = 64.0, but lora.alpha = 1.0'),
     (change(lora_targets='^q$'), 'unexpected.*owner/base'),
-    (change(mlp=8), r'is \(3, 24\), config.json means \(3, 8\)'),
+    (change(mlp=8), r'is \(3, 24\), but config.json means \(3, 8\)'),
     (change(layers=3), 'blocks.2.* is missing'),
   ):
     with pytest.raises(ValueError, match=message):
       weights.read_adapter(str(tmp_path), other)
   path = tmp_path / 'adapter_config.json'
-  told = json.loads(path.read_text())
+  written = json.loads(path.read_text())
   for name, value, message in (
-    ('use_dora', True, 'use_dora = True: only False'),
-    ('init_lora_weights', 'pissa_niter_4', "'pissa_niter_4' may change the"),
-    ('init_lora_weights', 'olora', "'olora' may change the base"),
+    ('use_dora', True, 'use_dora = True'),
+    ('init_lora_weights', 'pissa_niter_4', "init_lora_weights = 'pissa_niter_4'"),
+    ('init_lora_weights', 'olora', "init_lora_weights = 'olora'"),
   ):
-    path.write_text(json.dumps(told | {name: value}))
+    path.write_text(json.dumps(written | {name: value}))
     with pytest.raises(ValueError, match=message):
       weights.read_adapter(str(tmp_path), cfg)
-  path.write_text(json.dumps(told | {'init_lora_weights': 'gaussian'}))
+  path.write_text(json.dumps(written | {'init_lora_weights': 'gaussian'}))
   weights.read_adapter(str(tmp_path), cfg)
-  with pytest.raises(ValueError, match='has no adapter_config.json'):
+  with pytest.raises(ValueError, match='lora.path = .*adapter_config.json'):
     weights.read_adapter(str(tmp_path / 'nowhere'), cfg)
 
 
 def fake_run(cfg):
-  """What export.run needs of a Built."""
+  """Returns the fields of a Built that hf.export needs."""
   return types.SimpleNamespace(
     model=cfg,
     config=base.get_config(),
@@ -183,8 +184,8 @@ def fake_run(cfg):
   )
 
 
-def test_a_run_is_exported_and_compared(tiny, weights_of, tmp_path):
-  """Both formats report how far what was read back is off: next to nothing."""
+def test_export_reports_the_difference(tiny, weights_of, tmp_path):
+  """Both formats report the difference of what was read back: next to nothing."""
   ids = data.char_tokenizer()
   cfg = dataclasses.replace(
     tiny,
@@ -198,12 +199,12 @@ def test_a_run_is_exported_and_compared(tiny, weights_of, tmp_path):
   params = jax.device_put(params, mesh.shardings(params, mesh.make_mesh()))
   frozen = {'params': params['params']}
   for kind in ('merged', 'adapter'):
-    told = export.run(fake_run(cfg), params, frozen, str(tmp_path / kind), kind)
-    assert told['max_logit_difference'] < 3e-5 * told['max_logit']
+    written = hf.export(fake_run(cfg), params, frozen, str(tmp_path / kind), kind)
+    assert written['max_logit_difference'] < 3e-5 * written['max_logit']
 
 
-def test_exports_that_are_refused(tiny, weights_of, tmp_path):
-  """Nothing trained, nothing to adapt, somebody else's directory."""
+def test_useless_exports_are_refused(tiny, weights_of, tmp_path):
+  """Nothing was trained, there is no adapter, or the directory is not empty."""
   cfg = dataclasses.replace(tiny, lora_rank=2)
   params = weights_of(cfg)
   frozen = {'params': params['params']}
@@ -216,25 +217,25 @@ def test_exports_that_are_refused(tiny, weights_of, tmp_path):
   refused = lambda *args: pytest.raises(ValueError, match=args[0])
   folder = str(tmp_path / 'new')
   with refused('equals its base in every weight'):
-    export.run(fake_run(cfg), same, frozen, folder, 'merged')
+    hf.export(fake_run(cfg), same, frozen, folder, 'merged')
   with refused('equals its base in every weight'):
-    export.run(fake_run(tiny), frozen, frozen, folder, 'merged')
-  with refused('trained all parameters'):
-    export.run(fake_run(tiny), frozen, frozen, folder, 'adapter')
-  with refused('--of=base is the model without its adapters'):
-    export.run(fake_run(cfg), frozen, frozen, folder, 'adapter')
+    hf.export(fake_run(tiny), frozen, frozen, folder, 'merged')
+  with refused('--format=adapter: .*lora.rank = 0'):
+    hf.export(fake_run(tiny), frozen, frozen, folder, 'adapter')
+  with refused('--format=adapter: --of=base'):
+    hf.export(fake_run(cfg), frozen, frozen, folder, 'adapter')
   (tmp_path / 'x').write_text('')
-  with refused('is not empty'):
-    export.run(fake_run(cfg), params, frozen, str(tmp_path), 'merged')
+  with refused('--out=.*not empty'):
+    hf.export(fake_run(cfg), params, frozen, str(tmp_path), 'merged')
 
 
 # --- adapters and the frozen base
 
 
-def test_dropout_is_addressed(tiny, weights_of):
-  """Off without keys; with them a row's mask depends on its own key alone."""
+def test_dropout_depends_on_a_rows_key(tiny, weights_of):
+  """Dropout is off without keys; with them a row's mask depends on its own key."""
   cfg = dataclasses.replace(tiny, lora_rank=2, lora_dropout=0.5)
-  params, tokens = weights_of(cfg), export.probe(cfg)[:, :6]
+  params, tokens = weights_of(cfg), write.probe(cfg)[:, :6]
   run = jax.jit(
     lambda tokens, keys: model.hidden(cfg, params, tokens, dropout_R=keys)[0]
   )
@@ -253,8 +254,8 @@ def test_dropout_is_addressed(tiny, weights_of):
 
 
 @pytest.mark.parametrize('kind, bound', [('int8', 0.5), ('nf4', 0.16)])
-def test_quantized_kernels_are_near(kind, bound):
-  """Half a step of int8 from its column's scale; nf4 half its widest gap."""
+def test_quantization_error_is_bounded(kind, bound):
+  """int8 is off by half a step of its output's scale, nf4 by half its widest gap."""
   kernel = np.random.default_rng(0).normal(size=(2, 128, 6)).astype(np.float32)
   stored = model.quantize(kernel, kind)
   got = np.asarray(model.dense(stored))
@@ -263,12 +264,13 @@ def test_quantized_kernels_are_near(kind, bound):
   unit = np.abs(parts).max(2, keepdims=True) / (127 if kind == 'int8' else 1)
   error = np.abs(parts - got.reshape(parts.shape))
   assert (error <= bound * unit * 1.01).all() and error.max() > 0
-  with pytest.raises(ValueError, match='nf4 needs .* multiple of 64.* has 24'):
+  with pytest.raises(ValueError, match='model.quantize = nf4 .*64.*24'):
     model.quantize(kernel[:, :24], 'nf4')
 
 
-def test_a_quantized_base_trains_its_adapters(tiny, weights_of):
-  """Sharded like its kernel; gradients reach the adapters; close to float32."""
+def test_adapters_train_on_a_quantized_base(tiny, weights_of):
+  """A quantized kernel is sharded like a plain one, and the gradients of the
+  adapters are close to those of the plain base."""
   cfg = dataclasses.replace(tiny, lora_rank=2)
   params, grid = weights_of(cfg), mesh.make_mesh(fsdp=4, tensor=2)
   c = base.get_config()
@@ -284,7 +286,7 @@ def test_a_quantized_base_trains_its_adapters(tiny, weights_of):
     tiny.mlp // 2,
   )
   np.testing.assert_array_equal(stored['params']['head'], params['params']['head'])
-  tokens = export.probe(cfg)
+  tokens = write.probe(cfg)
 
   def total(lora, frozen):
     return (model.full_logits(cfg, {**frozen, 'lora': lora}, tokens) ** 2).mean()
@@ -297,8 +299,8 @@ def test_a_quantized_base_trains_its_adapters(tiny, weights_of):
 
 
 def test_remat_changes_no_gradient(tiny, params):
-  """All policies give the loss and gradient of none."""
-  tokens = export.probe(tiny)[:, :5]
+  """Every policy in REMAT gives the loss and gradient of 'none'."""
+  tokens = write.probe(tiny)[:, :5]
 
   def value(cfg):
     return jax.jit(

@@ -18,11 +18,11 @@ FLOORS = {
   'types': 0, 'rng': 0, 'files': 0, 'health': 0,
   'metrics': 1, 'mesh': 1, 'masking': 1, 'model': 1, 'tasks': 1,
   'logprob': 2, 'sampler': 2, 'data': 2, 'optim': 2, 'checkpoint': 2,
-  'weights': 2, 'grader': 2, 'guard': 2,
-  'objectives': 3,
+  'hf': 2, 'grader': 2, 'guard': 2,
+  'objectives': 3, 'weights': 3,
   'step': 4, 'rollout': 4, 'check': 4,
   'build': 5,
-  'evaluate': 6, 'export': 6, 'resume': 6,
+  'evaluate': 6, 'resume': 6,
   'tools': 7, 'phases': 7,
   'train': 8,
   'cli': 9,
@@ -31,6 +31,7 @@ PLUGINS = (
   'tasks',
   'objectives',
   'model',
+  'hf',
   'sampler',
   'tools',
   'phases',
@@ -264,7 +265,7 @@ CLEAN = {
 # What is put into a clean tree (file, text) -> what is said of it.
 FAULTS = {
   'upward': ('types.py', 'from dmpo_jax import rollout\n', 'imports rollout'),
-  'sideways': ('evaluate.py', 'import dmpo_jax.export\n', 'imports export'),
+  'sideways': ('evaluate.py', 'import dmpo_jax.resume\n', 'imports resume'),
   'sideways_relative': ('masking.py', 'from . import mesh\n', 'imports mesh'),
   'self': ('mesh.py', 'from dmpo_jax.mesh import f\n', 'imports mesh'),
   'across_plugins': (

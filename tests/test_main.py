@@ -14,17 +14,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from configs import base, quickstart
-from dmpo_jax import (
-  build,
-  check,
-  data,
-  evaluate,
-  export,
-  guard,
-  metrics,
-  train,
-  weights,
-)
+from dmpo_jax import build, check, data, evaluate, guard, hf, metrics, train, weights
 from dmpo_jax import cli as main
 from dmpo_jax.phases import sft
 from dmpo_jax.tools import report
@@ -639,7 +629,7 @@ def test_a_published_adapter_is_where_training_starts(
   )
   cfg, _ = weights.load_hf(str(tiny_checkpoint), lora_rank=2)
   lora = weights_of(cfg)['lora']
-  export.save_adapter(
+  hf.save_adapter(
     str(tmp_path / 'adapter'),
     dataclasses.replace(cfg, lora_alpha=c.lora.alpha),
     {'lora': lora},
@@ -660,7 +650,7 @@ def tiny_checkpoint(request, weights_of, tmp_path):
     pad_id=ids.pad_token_id,
   )
   folder = tmp_path / 'llada'
-  export.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
+  hf.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
   assert (folder / weights.INDEX).exists()
   return folder
 

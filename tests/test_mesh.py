@@ -1,4 +1,4 @@
-"""Sharding rules, and that no mesh changes what an update computes."""
+"""Sharding rules; no mesh changes the result of an update."""
 
 import functools
 
@@ -21,7 +21,7 @@ def grid(*shape):
 
 
 def settings(shape):
-  """A tiny config on a mesh; an update has eight rows."""
+  """Returns a tiny config on a mesh; an update has eight rows."""
   c = base.get_config()
   c.update_from_flattened_dict(
     {
@@ -43,7 +43,7 @@ def settings(shape):
 
 
 def every_leaf():
-  """Shapes of a state with every kind of parameter, adapter and moment."""
+  """Returns shapes of a state with every kind of parameter, adapter and moment."""
   cfg = model.ModelConfig(
     vocab=8,
     mask_id=7,
@@ -72,7 +72,7 @@ def leaves(tree):
 
 @pytest.mark.smoke
 def test_every_leaf_has_a_rule():
-  """Parameters, biases, adapters, moments and counters: all are matched."""
+  """A rule matches each parameter, bias, adapter, moment and counter."""
   state = every_leaf()
   for shape in MESHES:
     found = leaves(mesh.shardings(state, grid(*shape)))
@@ -93,8 +93,8 @@ def test_every_leaf_has_a_rule():
     assert part in names
 
 
-def test_moments_lie_as_their_parameters():
-  """One rule serves a parameter and Adam's two numbers for it."""
+def test_moments_are_sharded_as_their_parameters():
+  """One rule serves a parameter and its two moments in Adam."""
   found = leaves(mesh.shardings(every_leaf(), grid(2, 2, 2)))
   for path, sharding in found.items():
     for moment in ('/mu/', '/nu/'):
@@ -104,7 +104,7 @@ def test_moments_lie_as_their_parameters():
 
 
 def test_every_rule_is_used():
-  """No line of the table is dead: each is some leaf's first match."""
+  """Each line of the table is the first match of some leaf."""
   import re
 
   first = {
@@ -114,7 +114,7 @@ def test_every_rule_is_used():
   assert first == set(range(len(mesh.RULES)))
 
 
-def test_matrices_are_split():
+def test_matrices_are_split_over_four_devices():
   """On (2, 2, 2) every matrix of the model is split over four devices."""
   found = leaves(mesh.shardings(every_leaf().trainable['params'], grid(2, 2, 2)))
   for path, sharding in found.items():
@@ -125,27 +125,32 @@ def test_matrices_are_split():
       assert used == ({'tensor'} if path.endswith('bias') else set()), path
 
 
-def test_unknown_leaf():
-  """A leaf without a rule is an error: nothing is replicated silently."""
+def test_leaf_without_a_rule_is_an_error():
+  """Nothing is replicated by accident."""
   tree = {'params': {'router': {'table': jax.ShapeDtypeStruct((4, 4), 'f4')}}}
   with pytest.raises(ValueError, match='params/router/table.*mesh.RULES'):
     mesh.shardings(tree, grid())
 
 
-def test_axes_that_do_not_divide():
-  """A dimension that the devices do not divide stays whole."""
+def test_axis_that_does_not_divide_is_reported_once(caplog):
+  """The dimension stays whole, and one warning names the tensor and the axis."""
   leaf = jax.ShapeDtypeStruct((3, 6, 10), jnp.float32)
   spec = functools.partial(mesh.spec_of, 'layers/q/kernel')
   assert spec(leaf, grid(2, 2, 2)) == P(None, 'fsdp', 'tensor')
   assert spec(leaf, grid(2, 4, 1)) == P(None, None, 'tensor')
   assert spec(leaf, grid(2, 1, 4)) == P(None, 'fsdp', None)
+  for path in ('trainable/layers/q/kernel', 'opt_state/mu/layers/q/kernel'):
+    assert mesh.spec_of(path, leaf, grid(2, 4, 1)) == P(None, None, 'tensor')
+  found = [record.getMessage() for record in caplog.records]
+  assert len(found) == 2 and all('q/kernel (3, 6, 10)' in x for x in found)
+  assert 'mesh.fsdp = 4' in found[0] and 'mesh.tensor = 4' in found[1]
   # Adafactor-like moments of a lower rank keep the axes that they have.
   vector = jax.ShapeDtypeStruct((8,), jnp.float32)
   assert mesh.spec_of('embedding', vector, grid(2, 2, 2)) == P('tensor')
 
 
-def test_mesh_errors():
-  """The product must be the devices; 0 takes what is left."""
+def test_mesh_must_use_all_devices():
+  """The product of the axes is the number of devices; data = 0 takes the rest."""
   assert dict(grid(0, 2, 2).shape) == dict(data=2, fsdp=2, tensor=2)
   assert dict(grid().shape) == dict(data=8, fsdp=1, tensor=1)
   for shape in ((3, 1, 1), (0, 3, 1), (0, 16, 1), (8, 2, 1)):
@@ -153,8 +158,8 @@ def test_mesh_errors():
       mesh.make_mesh(*shape)
 
 
-def test_put_and_fetch():
-  """Host -> devices -> host, whole or by rows, keeps values and types."""
+def test_fetch_inverts_put():
+  """Host to devices to host keeps values and dtypes, whole or by rows."""
   for shape in MESHES:
     for make in (mesh.rows, mesh.replicated):
       for x in (np.arange(48, dtype=np.int32).reshape(16, 3), np.arange(16) % 3 == 0):
@@ -190,13 +195,13 @@ def random_batch():
 
 
 def placed(tree, shape):
-  """A tree of host arrays on a mesh by RULES."""
+  """Puts a tree of host arrays on a mesh by RULES."""
   return jax.tree.map(mesh.put, tree, mesh.shardings(tree, grid(*shape)))
 
 
 @pytest.fixture(scope='module')
 def plain():
-  """(params, new params, metrics) of step.train_step on one device."""
+  """Returns (params, new state, metrics) of step.train_step on one device."""
   built = build.build(settings(MESHES[0]))
   c = built.config
   optimizer = optim.make_optimizer(**c.optim)
@@ -219,7 +224,7 @@ def plain():
 
 @pytest.mark.parametrize('shape', MESHES)
 def test_update_is_the_same_on_every_mesh(shape, plain):
-  """The compiled update against the plain one: state and metrics."""
+  """The compiled update gives the state and metrics of the plain one."""
   params, want, metrics = plain
   built = build.build(settings(shape))
   state = built.steps.start(placed(params, shape))
@@ -239,7 +244,7 @@ def test_update_is_the_same_on_every_mesh(shape, plain):
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
   jax.tree.map(close, numbers, metrics)
   got = mesh.fetch(new)
-  # Adam divides by the root of the square: compare its moments, which are
+  # Adam divides by the root of the square. So compare its moments, which are
   # the gradient, tightly, and the weights within a fraction of the rate.
   jax.tree.map(close, got.opt_state, want.opt_state)
   jax.tree.map(functools.partial(close, atol=2e-6), got.trainable, want.trainable)
@@ -247,6 +252,6 @@ def test_update_is_the_same_on_every_mesh(shape, plain):
   assert min(jax.tree.leaves(moved)) > 5e-6  # lr/warmup = 1e-5
 
 
-def test_golden(plain):
-  """The gradient norm of the fixed update."""
+def test_gradient_norm_is_unchanged(plain):
+  """The fixed update has the recorded gradient norm."""
   assert float(plain[2]['grad_norm']) == pytest.approx(4.094009, rel=1e-3)

@@ -1,4 +1,4 @@
-"""The transformer against its formulas, and what it must not depend on."""
+"""The transformer equals its formulas, and does not depend on padding or batch."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ SIZE = 9  # of every row, padding included
 
 
 def batch(cfg):
-  """Rows of random ids, (R, S), and where they are real."""
+  """Returns rows of random ids, (R, S), and where they are real."""
   draw = np.random.default_rng(1)
   tokens = draw.integers(cfg.vocab, size=(len(PADS), SIZE))
   valid = np.arange(SIZE) >= np.array(PADS)[:, None]
@@ -34,7 +34,7 @@ def batch(cfg):
 
 
 class Net:
-  """A variant's config, weights and compiled forward."""
+  """Holds a variant's config, weights and compiled forward."""
 
   def __init__(self, cfg, params):
     self.cfg, self.params = cfg, params
@@ -65,21 +65,21 @@ def plain(nets):
 
 @pytest.fixture(scope='module')
 def adapted(tiny):
-  """A small model with adapters, as init leaves them."""
+  """Returns a small model with fresh adapters."""
   cfg = dataclasses.replace(tiny, lora_rank=3, lora_alpha=7.0)
   fresh = jax.jit(lambda key: model.init(cfg, key))(jax.random.key(0))
   return cfg, fresh
 
 
 def expected(cfg, params, tokens, pads=PADS):
-  """The reference's logits of each row, its padding taken off."""
+  """Returns the reference's logits of each row without its padding."""
   rows = zip(np.asarray(tokens), pads, strict=True)
   return [reference.full_logits(cfg, params, row[pad:]) for row, pad in rows]
 
 
-def test_equals_the_formulas(net):
-  """Scanned, batched and padded = unrolled NumPy of each row alone; so
-  padding on the left moves no prediction, in the shifted family too."""
+def test_logits_equal_the_formulas(net):
+  """The scanned, batched and padded network equals unrolled NumPy of each row
+  alone. So left padding moves no prediction, in the shifted family too."""
   tokens, valid = batch(net.cfg)
   logits = net.full(tokens, valid)
   assert logits.dtype == jnp.float32
@@ -89,15 +89,14 @@ def test_equals_the_formulas(net):
     np.testing.assert_allclose(row[pad:], want, rtol=1e-4, atol=1e-4)
 
 
-def test_valid_may_be_left_out(plain):
-  """No valid means that all is real."""
+def test_without_valid_all_tokens_are_real(plain):
   tokens, _ = batch(plain.cfg)
   want = expected(plain.cfg, plain.params, tokens, pads=[0] * len(PADS))
   np.testing.assert_allclose(plain.full(tokens), want, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_is_not_read(net):
-  """Other ids under the padding change no real prediction."""
+def test_ids_under_padding_change_nothing(net):
+  """Other ids under the padding move no real prediction."""
   tokens, valid = batch(net.cfg)
   other = jnp.where(valid, tokens, (tokens + 3) % net.cfg.vocab)
   same = jnp.where(valid[..., None], net.full(tokens, valid), 0)
@@ -114,8 +113,8 @@ def test_rows_do_not_see_each_other(net):
 
 
 def test_every_output_depends_on_every_input(net):
-  """Attention is bidirectional: another id anywhere moves every logit row,
-  ahead of it and behind."""
+  """Attention is bidirectional: changing a token moves the logits before it and
+  after it."""
   tokens = np.tile(np.arange(SIZE, dtype=np.int32), (SIZE, 1))
   changed = tokens.copy()
   np.fill_diagonal(changed, net.cfg.mask_id)  # row i differs in token i
@@ -127,10 +126,10 @@ def test_every_output_depends_on_every_input(net):
   assert moved.min() > 1e-4
 
 
-def test_window(net):
-  """A window of the logits is a slice of them with the mask token ruled
-  out; through the cache the same comes out while nothing changed, and what
-  the formulas of a frozen outside say once the window's tokens change."""
+def test_window_and_cache_equal_the_formulas(net):
+  """A window is a slice of the logits without the mask token. The cache gives the
+  same while nothing changed. Once the window's tokens change it gives the formulas
+  of a frozen outside."""
   cfg, width, start = net.cfg, 3, 5
   tokens, valid = batch(cfg)
 
@@ -165,7 +164,7 @@ def test_window(net):
   assert not np.allclose(found, exact, atol=1e-3)
 
 
-def test_every_row_may_have_its_own_window(plain):
+def test_rows_may_start_their_windows_apart(plain):
   tokens, valid = batch(plain.cfg)
   starts = np.array([2, 6, 4])
   rows, _ = jax.jit(
@@ -180,8 +179,8 @@ def test_every_row_may_have_its_own_window(plain):
     )
 
 
-def test_guidance(plain):
-  """un + (g + 1) (cond - un), un with the prompt's ids hidden."""
+def test_guidance_equals_its_formula(plain):
+  """The logits are un + (g + 1) (cond - un), un with a masked prompt."""
   cfg, prompt, g = plain.cfg, 5, 0.7
   tokens, valid = batch(cfg)
   logits, _ = jax.jit(
@@ -198,21 +197,21 @@ def test_guidance(plain):
 
 @pytest.mark.smoke
 def test_positions_start_at_the_first_real_token():
-  """RoPE is relative, so no logit shows it; rounding far out would."""
+  """No logit shows it, because RoPE is relative; rounding far out would."""
   valid = jnp.asarray([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
   found = model.positions_of(valid)
   np.testing.assert_array_equal(found, [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
 
 
 @pytest.mark.smoke
-def test_shapes_must_agree(plain):
+def test_valid_must_have_the_shape_of_tokens(plain):
   tokens, valid = batch(plain.cfg)
-  with pytest.raises(ValueError, match='they must be equal'):
+  with pytest.raises((ValueError, TypeError)):  # or the type checker's
     model.full_logits(plain.cfg, plain.params, tokens, valid[:, 1:])
 
 
 def test_fresh_adapters_change_nothing(adapted, weights):
-  """b starts at zero: with and without 'lora' the logits are equal, so the
+  """b starts at zero, so the logits with and without 'lora' are equal, and the
   reference policy is the same tree without its adapters."""
   cfg, fresh = adapted
   tokens, valid = batch(cfg)
@@ -227,11 +226,31 @@ def test_fresh_adapters_change_nothing(adapted, weights):
     np.testing.assert_allclose(row[pad:], want, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_leave_the_base_alone(adapted, tiny):
+def test_adapters_do_not_change_the_base(adapted, tiny):
   """The base weights are those of the same key without adapters."""
   _, fresh = adapted
   plain = jax.jit(lambda key: model.init(tiny, key))(jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, fresh['params'], plain['params'])
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_base_trains_without_adapters_alone(tiny, weights, tied):
+  """With lora_rank > 0 the gradient of the head and of every kernel is zero. With
+  lora_rank = 0 and the same base, without 'lora', every leaf has a gradient."""
+  cfg = dataclasses.replace(tiny, lora_rank=3, tied=tied)
+  params, (tokens, valid) = weights(cfg), batch(cfg)
+
+  def slopes(cfg, params):
+    loss = lambda p: jnp.mean(model.full_logits(cfg, p, tokens, valid) ** 2)
+    tree = jax.jit(jax.grad(loss))(params)['params']
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {mesh.path_of(path): float(jnp.abs(x).max()) for path, x in flat}
+
+  frozen = slopes(cfg, params)
+  assert all(frozen[path] == 0 for path in frozen if path.endswith('head'))
+  plain = dataclasses.replace(cfg, lora_rank=0)
+  trained = slopes(plain, {'params': params['params']})
+  assert ('head' in trained) == (not tied) and min(trained.values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -243,8 +262,8 @@ def test_adapters_leave_the_base_alone(adapted, tiny):
 )
 @pytest.mark.smoke
 def test_lora_targets(tiny, name, wanted):
-  """A target list names exactly the linears that get adapters, stacked on
-  the layers and float32 whatever the dtype of the weights."""
+  """A target list names exactly the linears that get adapters. These are stacked
+  over the layers, and float32 whatever the dtype of the weights."""
   cfg = dataclasses.replace(
     tiny,
     lora_rank=3,
@@ -264,8 +283,8 @@ def test_lora_targets(tiny, name, wanted):
 
 
 def test_bfloat16_is_close(adapted, weights):
-  """bfloat16 is for the matmuls alone: logits and the gradients of adapters
-  come in float32, and the logits are near those of float32 compute."""
+  """bfloat16 is for the matmuls alone: logits and the gradients of adapters are
+  float32, and the logits are near those of float32."""
   cfg, fresh = adapted
   tokens, valid = batch(cfg)
   lora = jax.tree.map(lambda x: 0.3 * x, weights(cfg)['lora'])
@@ -286,7 +305,7 @@ def test_bfloat16_is_close(adapted, weights):
 
 
 def test_program_does_not_grow_with_depth(tiny):
-  """The layers are scanned: three times as many, the same program."""
+  """The layers are scanned: three times as many give the same program."""
   sizes = []
   for layers in (2, 6):
     cfg = dataclasses.replace(tiny, layers=layers)
@@ -335,7 +354,7 @@ def test_presets_have_the_published_size(name, size):
 
 @pytest.fixture(scope='module')
 def heads():
-  """(q, k, v, mask) of 4 rows, 4 heads on 2; the first keys are padding."""
+  """Returns (q, k, v, mask) of 4 rows, 4 heads on 2; the first keys are padding."""
   draw = np.random.default_rng(1)
   q, k, v = (
     jnp.asarray(draw.normal(size=(4, n, t, 128)) / 4, jnp.float32)
@@ -345,9 +364,9 @@ def heads():
   return q, k, v, jnp.asarray(mask[:, None, None])
 
 
-def test_cudnn_is_asked_for_the_same(heads, monkeypatch):
-  """What the GPU's kernel is given means what `attend` computes, where XLA
-  answers in its place; it takes a mask of every query alone."""
+def test_cudnn_gets_equivalent_arguments(heads, monkeypatch):
+  """XLA, in the place of the GPU's kernel, computes `attend` from its arguments.
+  The kernel needs a mask with a row for every query."""
   real = jax.nn.dot_product_attention
 
   def instead(q, k, v, mask, scale, implementation):
@@ -359,21 +378,21 @@ def test_cudnn_is_asked_for_the_same(heads, monkeypatch):
   np.testing.assert_allclose(found, want, atol=1e-5)
 
 
-def test_splash_is_the_same(heads):
-  """The TPU's kernel, interpreted: alone, and where a mesh splits rows and
-  heads; it refuses masks that it cannot express."""
+def test_splash_equals_attend(heads):
+  """The interpreted TPU kernel equals `attend`, alone and where a mesh splits rows
+  and heads. It refuses masks that it cannot express."""
   run = jax.jit(functools.partial(model.attend_splash, interpret=True))
   want = model.attend(*heads)
   np.testing.assert_allclose(run(*heads), want, atol=1e-5)
   with jax.set_mesh(mesh.make_mesh(data=2, fsdp=2, tensor=2)):
     np.testing.assert_allclose(run(*heads), want, atol=1e-5)
-  with pytest.raises(ValueError, match='splash hides keys from all'):
+  with pytest.raises(ValueError, match='model.attention = xla'):
     model.attend_splash(*heads[:3], jnp.ones((4, 1, 5, 9), bool))
 
 
 @pytest.mark.parametrize('wide', [6, 2])
-def test_gradients_of_matmul(wide):
-  """Both orders of the kernel's gradient are JAX's own."""
+def test_gradients_of_matmul_equal_jax(wide):
+  """Both orders of the kernel's gradient give JAX's own."""
   draw = np.random.default_rng(0)
   x, kernel = draw.normal(size=(2, 3, 4)), draw.normal(size=(4, wide))
   x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)

@@ -15,7 +15,7 @@ from configs import base
 from dmpo_jax import (
   build,
   check,
-  export,
+  hf,
   logprob,
   mesh,
   metrics,
@@ -146,7 +146,7 @@ def test_a_run_with_adapters_moves_and_resumes(built, base_params, tmp_path):
 def read_references(tiny, weights_of, tmp_path):
   """(function of reference.of, folders): a policy with adapters of rank 2."""
   cfg = dataclasses.replace(tiny, lora_rank=2, lora_alpha=4.0)
-  export.save_adapter(tmp_path / 'adapter', cfg, weights_of(cfg), 'owner/base')
+  hf.save_adapter(tmp_path / 'adapter', cfg, weights_of(cfg), 'owner/base')
   grid = mesh.make_mesh(8)
 
   def call(cfg=cfg, **fields):

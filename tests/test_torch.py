@@ -1,9 +1,9 @@
-"""Against torch's own models and PEFT, where they are installed.
+"""Comparisons with torch's own models and PEFT, where these are installed.
 
 pip install torch peft
 
-Skipped without them: the same comparisons with a plain NumPy forward always
-run (test_weights.py).
+They are skipped otherwise. test_weights.py makes the same comparisons with a
+plain NumPy forward.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_weights import CONFIGS, TOKENS, write
 
-from dmpo_jax import export, model, weights
+from dmpo_jax import hf, model, weights
 
 torch = pytest.importorskip('torch')
 import transformers  # noqa: E402
@@ -57,7 +57,7 @@ def renamed(name):
 
 
 def torch_model(folder):
-  """transformers' model of a directory, with the directory's weights."""
+  """Returns transformers' model with a directory's weights."""
   c = json.loads((folder / 'config.json').read_text())
   kind = KINDS[c['model_type']]
   fields = (
@@ -88,7 +88,7 @@ def torch_model(folder):
 
 
 def torch_logits(net, tokens_T):
-  """(T, V): every position sees every other; a 4-d mask is taken as it is."""
+  """Returns logits (T, V) without a causal mask: torch takes a 4-d mask as it is."""
   count = len(tokens_T)
   with torch.no_grad():
     return (
@@ -105,7 +105,7 @@ NAMES = [name for name, c in CONFIGS.items() if c['model_type'] in KINDS]
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_logits_are_those_of_torch(name, tmp_path):
+def test_logits_equal_torch(name, tmp_path):
   folder = write(tmp_path / name, CONFIGS[name])
   cfg, params = weights.load_hf(str(folder))
   got = np.asarray(model.full_logits(cfg, params, TOKENS[None])[0])
@@ -117,14 +117,14 @@ def test_logits_are_those_of_torch(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['dream', 'qwen3'])
-def test_peft_reads_our_adapter(name, tmp_path, weights_of):
-  """The same logits with the exported adapter, and others without."""
+def test_peft_reads_an_exported_adapter(name, tmp_path, weights_of):
+  """PEFT gives our logits with the exported adapter, and others without it."""
   peft = pytest.importorskip('peft')
   folder = write(tmp_path / name, CONFIGS[name])
   cfg, params = weights.load_hf(str(folder))
   cfg, params = with_adapter(cfg, params, weights_of)
   out = str(tmp_path / 'adapter')
-  export.save_adapter(out, cfg, params, str(folder), str(folder))
+  hf.save_adapter(out, cfg, params, str(folder), str(folder))
   net = torch_model(folder)
   plain = torch_logits(net, TOKENS)
   want = torch_logits(peft.PeftModel.from_pretrained(net, out).eval(), TOKENS)
@@ -135,14 +135,14 @@ def test_peft_reads_our_adapter(name, tmp_path, weights_of):
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_peft_merges_as_we_do(tmp_path, weights_of):
-  """LLaDA's names: each weight with its adapter; the head is left alone."""
+def test_peft_merges_to_the_same_weights(tmp_path, weights_of):
+  """Each linear of LLaDA is merged with its adapter; the head is left alone."""
   peft = pytest.importorskip('peft')
   folder = write(tmp_path / 'llada', CONFIGS['llada'])
   cfg, params = weights.load_hf(str(folder))
   cfg, params = with_adapter(cfg, params, weights_of)
-  export.save_adapter(str(tmp_path / 'adapter'), cfg, params, '', str(folder))
-  export.save_hf(str(tmp_path / 'merged'), cfg, params, source=str(folder))
+  hf.save_adapter(str(tmp_path / 'adapter'), cfg, params, '', str(folder))
+  hf.save_hf(str(tmp_path / 'merged'), cfg, params, source=str(folder))
   before = load_file(folder / 'model.safetensors')
   net = peft.PeftModel.from_pretrained(
     tree(before), str(tmp_path / 'adapter')
@@ -162,7 +162,7 @@ def with_adapter(cfg, params, weights_of):
 
 
 def tree(tensors):
-  """A torch module whose linears have these names and weights."""
+  """Returns a torch module whose linears have these names and weights."""
   root = torch.nn.Module()
   root.prepare_inputs_for_generation = None  # peft looks for it
   for name, x in tensors.items():

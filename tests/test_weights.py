@@ -1,4 +1,4 @@
-"""Published checkpoints, in each family's true format, written by hand here."""
+"""Reading published checkpoints; each family's format is written by hand here."""
 
 import builtins
 import json
@@ -14,6 +14,7 @@ import reference
 from safetensors.numpy import save_file
 
 from dmpo_jax import data, mesh, model, weights
+from dmpo_jax.hf import read
 
 V, D, N, F = 40, 16, 2, 24
 MASK, EOS = 33, 30
@@ -37,7 +38,8 @@ LLADA = dict(  # every field of the published file
   embedding_dropout=0.0,
   embedding_size=V,
   eos_token_id=EOS,
-  flash_attention=False,
+  flash_attention=True,
+  flash_attn_varlen=True,
   include_bias=False,
   include_qkv_bias=False,
   init_cutoff_factor=None,
@@ -64,7 +66,8 @@ LLADA = dict(  # every field of the published file
   rope_full_precision=True,
   rope_theta=500000.0,
   scale_logits=False,
-  transformers_version='4.46.3',
+  torch_dtype='bfloat16',
+  transformers_version='4.51.2',
   use_cache=False,
   vocab_size=V,
   weight_tying=False,
@@ -138,6 +141,7 @@ CONFIGS = {
     'block_size': 4,
     'tie_word_embeddings': False,
     'fuse_cross_entropy': True,
+    'use_deepep': False,
   },
   'llama': {
     k: v
@@ -257,7 +261,7 @@ TOKENS = np.random.default_rng(1).integers(0, V, 11).astype(np.int32)
 
 @pytest.mark.smoke
 @pytest.mark.parametrize('name', CONFIGS)
-def test_logits_are_those_of_a_plain_forward(name, folders, loaded):
+def test_logits_equal_a_plain_forward(name, folders, loaded):
   """float32 within 1e-4; index i predicts position i, for Dream too."""
   cfg, params = loaded[name]
   assert cfg.shift == (name == 'dream')
@@ -270,8 +274,8 @@ def test_logits_are_those_of_a_plain_forward(name, folders, loaded):
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_padding_moves_nothing(name, loaded):
-  """Rows of a left-padded batch equal the rows alone within 1e-5."""
+def test_left_padding_changes_no_logit(name, loaded):
+  """A row of a left-padded batch equals the row alone within 1e-5."""
   cfg, params = loaded[name]
   pad = 5
   rows = np.stack([TOKENS, np.r_[[EOS] * pad, TOKENS[pad:]]])
@@ -285,8 +289,8 @@ def test_padding_moves_nothing(name, loaded):
 
 
 @pytest.mark.parametrize('name', ['llada', 'dream', 'qwen3'])
-def test_sharded_as_on_one_device(name, folders, loaded):
-  """Eight devices hold the same numbers, each its part by mesh.RULES."""
+def test_sharded_loading_equals_one_device(name, folders, loaded):
+  """Eight devices hold the same numbers, each the part that mesh.RULES gives it."""
   grid = mesh.make_mesh(fsdp=4, tensor=2)
   cfg, params = weights.load_hf(str(folders[name]), mesh=grid)
   jax.tree.map(
@@ -305,8 +309,8 @@ def test_sharded_as_on_one_device(name, folders, loaded):
   )
 
 
-def test_blocks_see_no_later_block(loaded):
-  """SDAR: a token's change reaches its own block and later ones, no other."""
+def test_block_causal_attention_sees_no_later_block(loaded):
+  """SDAR: changing a token moves the logits of its own block and of later ones."""
   cfg, params = loaded['sdar']
   assert cfg.block_causal == 4
   other = TOKENS.copy()
@@ -316,8 +320,8 @@ def test_blocks_see_no_later_block(loaded):
   assert moved.tolist() == [False] * 4 + [True] * 7
 
 
-def test_blocks_of_a_completion_are_whole(loaded):
-  """SDAR: whatever the prompt's length, blocks begin with the completion."""
+def test_blocks_begin_with_the_completion(loaded):
+  """SDAR: a completion starts a block, whatever the length of its prompt."""
   cfg, params = loaded['sdar']
   tokens = np.tile(TOKENS[:10], (4, 1))
   valid = np.arange(10) >= np.arange(4)[:, None]  # 6, 5, 4 prompt tokens, 3
@@ -328,8 +332,8 @@ def test_blocks_of_a_completion_are_whole(loaded):
   assert moved[:, -4:].all() and not (moved & valid)[:, :-4].any()
 
 
-def test_dtype_is_as_asked(tmp_path):
-  """bfloat16 files load as bfloat16 to the bit, or widen to float32."""
+def test_parameters_have_the_dtype_asked_for(tmp_path):
+  """bfloat16 files load as bfloat16 to the bit, or are widened to float32."""
   folder = write(tmp_path / 'x', LLADA, dtype=ml_dtypes.bfloat16)
   _, wide = weights.load_hf(str(folder))
   cfg, narrow = weights.load_hf(str(folder), 'bfloat16')
@@ -343,7 +347,7 @@ def test_dtype_is_as_asked(tmp_path):
 
 
 def test_special_ids(tmp_path):
-  """From config.json, tokenizer_config.json, or the usual names, in order."""
+  """An id comes from config.json, tokenizer_config.json, or the usual names."""
   bare = {
     k: v for k, v in LLADA.items() if k not in ('mask_token_id', 'pad_token_id')
   } | {'eos_token_id': [EOS, 31]}
@@ -357,7 +361,7 @@ def test_special_ids(tmp_path):
   )
   assert weights.load_hf(str(folder))[0].mask_id == 36
   (folder / 'config.json').write_text(json.dumps(bare | {'mask_token_id': 34}))
-  with pytest.raises(ValueError, match="= 34, but tokenizer_.*'<m>' = 36"):
+  with pytest.raises(ValueError, match="mask_token_id = 34, .*'<m>' = 36"):
     weights.load_hf(str(folder))
 
 
@@ -371,29 +375,48 @@ def without(c, *names):
 @pytest.mark.parametrize(
   'c, message',
   [
-    ({**LLADA, 'model_type': 'lada'}, "'lada' is none of .*mean 'llada'"),
-    ({**LLADA, 'experts': 8}, 'experts = 8 is an unknown field'),
-    ({**LLADA, 'alibi': True}, 'alibi = True: only False is implemented'),
+    ({**LLADA, 'model_type': 'lada'}, "model_type = 'lada' .*'llada'"),
+    ({**LLADA, 'experts': 8}, 'experts = 8'),
+    ({**LLADA, 'alibi': True}, 'alibi = True: only False'),
     (without(LLADA, 'n_layers', 'd_model'), 'd_model is missing.*n_layers is missing'),
-    ({**LLADA, 'mask_token_id': V}, f'{V} is outside the vocabulary of {V}'),
+    ({**LLADA, 'mask_token_id': V}, f'mask_token_id = {V} .*{V}'),
     ({**LLADA, 'mask_token_id': EOS}, 'mask_token_id = eos_token_id'),
     (without(LLADA, 'mask_token_id'), 'mask_token_id is missing'),
     ({**DREAM, 'rope_scaling': {'rope_type': 'yarn'}}, 'rope_scaling = .*yarn'),
+    ({**LLADA, 'rope': None}, 'rope = None: only True'),
+    ({**DREAM, 'bd_size': 32}, 'bd_size = 32'),
+    ({**DREAM, 'head_scale': 0.0}, 'head_scale = 0.0'),
+    ({**DREAM, 'experts_of': []}, 'experts_of'),
     ({**DREAM, 'layer_types': ['sliding_attention'] * N}, 'layer_types'),
     ({**LLADA, 'quantization_config': {'bits': 4}}, 'quantization_config'),
   ],
 )
-def test_configs_that_are_refused(c, message, tmp_path):
-  """One sentence that names the file, the field and what would be right."""
+def test_wrong_configs_are_refused(c, message, tmp_path):
+  """The error names the file, the field and its value."""
   folder = write(tmp_path / 'x', c, tensors={'a': np.zeros(1)})
   with pytest.raises(ValueError, match=message) as info:
     weights.load_hf(str(folder))
   assert 'config.json' in str(info.value)
 
 
-def test_all_wrong_tensors_in_one_error(tmp_path, monkeypatch):
-  """Missing, unexpected and mis-shaped ones, before anything is read."""
-  monkeypatch.setattr(weights, 'read_leaf', None)
+def test_one_warning_names_ignored_fields(tmp_path, caplog):
+  """Unknown fields that are null or false, serving switches, and SDAR's missing
+  block size are named in one warning; fields of the files are not."""
+  c = {**CONFIGS['sdar'], 'new_switch': False, 'new_table': None}
+  del c['block_size']
+  folder = write(tmp_path / 'x', c)
+  for _ in range(2):
+    assert weights.load_hf(str(folder))[0].block_causal == 4
+  (warning,) = (record.getMessage() for record in caplog.records)
+  for name in ('new_switch', 'new_table', 'fuse_cross_entropy', 'block_size'):
+    assert name in warning
+  for name in ('torch_dtype', 'hidden_size', 'max_window_layers', 'rope_scaling'):
+    assert name not in warning
+
+
+def test_one_error_lists_all_wrong_tensors(tmp_path, monkeypatch):
+  """Names missing, unexpected and mis-shaped tensors before any is read."""
+  monkeypatch.setattr(read, 'read_leaf', None)
   tensors = {n: np.zeros(s, np.float32) for n, s in shapes(LLADA).items()}
   q = 'model.transformer.blocks.0.q_proj.weight'
   tensors[q] = np.zeros((D, D + 1), np.float32)
@@ -403,15 +426,15 @@ def test_all_wrong_tensors_in_one_error(tmp_path, monkeypatch):
   with pytest.raises(ValueError) as info:
     weights.load_hf(str(folder))
   for part in (
-    f'{q} is ({D}, {D + 1}), config.json means ({D}, {D})',
+    f'{q} is ({D}, {D + 1})',
     'ln_f.weight is missing',
     'model.visual.weight is unexpected',
   ):
     assert part in str(info.value)
 
 
-def test_directories_that_are_refused(tmp_path, monkeypatch):
-  """No config, broken JSON, no or damaged weights, no directory at all."""
+def test_wrong_directories_are_refused(tmp_path, monkeypatch):
+  """There is no config, broken JSON, no weights, damaged ones, or no directory."""
   load = lambda path: weights.load_hf(str(path))
   folder = tmp_path / 'x'
   folder.mkdir()
@@ -431,24 +454,24 @@ def test_directories_that_are_refused(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='00002.* is damaged or truncated'):
     load(folder)
   lost.unlink()
-  with pytest.raises(ValueError, match='index.json names .*00002'):
+  with pytest.raises(ValueError, match='index.json: .*00002'):
     load(folder)
-  with pytest.raises(ValueError, match='no directory, and no hub name'):
+  with pytest.raises(ValueError, match='model.checkpoint = .*hub name'):
     load(tmp_path / 'nowhere')
 
   def offline(*_, **__):
     raise OSError('no network\nmore')
 
   monkeypatch.setattr('huggingface_hub.snapshot_download', offline)
-  with pytest.raises(ValueError, match='could not be had .*: no network$'):
+  with pytest.raises(ValueError, match='model.checkpoint = .*: no network$'):
     load('GSAI-ML/LLaDA-8B-Instruct')
   asked = []
   monkeypatch.setattr(
     'huggingface_hub.snapshot_download',
-    lambda *_, **how: asked.append(how['allow_patterns']),
+    lambda path, **how: asked.append(how['allow_patterns']) or path,
   )
   weights.locate('GSAI-ML/LLaDA-8B-Instruct', False)
-  # auto_map in config.json points at code: an export must have it, too.
+  # auto_map in config.json points at code, which an export must have too.
   assert '*.py' in asked[0] and '*.safetensors' not in asked[0]
 
 
@@ -464,8 +487,8 @@ def test_directories_that_are_refused(tmp_path, monkeypatch):
     7,
   ],
 )
-def test_index_that_leads_out_of_its_directory(name, tmp_path):
-  """What a downloaded index names is a file beside it, or nothing is read."""
+def test_index_names_only_files_beside_it(name, tmp_path):
+  """Nothing is read if a downloaded index names a file outside its directory."""
   write(tmp_path / 'x', LLADA, shards=2)
   path = tmp_path / 'x' / weights.INDEX
   index = json.loads(path.read_text())
@@ -478,7 +501,7 @@ def test_index_that_leads_out_of_its_directory(name, tmp_path):
   }
   path.write_text(json.dumps(index))
   with pytest.raises(
-    ValueError, match='index.json names .*, which is no .*of this directory'
+    ValueError, match=r'index.json: .* is no \*.safetensors file of this directory'
   ):
     weights.load_hf(str(tmp_path / 'x'))
 
@@ -490,7 +513,7 @@ import resource, sys, threading, time
 import jax
 from dmpo_jax import mesh, weights
 
-def anonymous():  # pages of mapped files are the kernel's to drop
+def anonymous():  # the kernel may drop pages of mapped files
   text = open('/proc/self/status').read()
   return int(text.split('RssAnon:')[1].split()[0]) * 1024
 
@@ -516,9 +539,9 @@ print(peak[0], max(sizes), sum(x.nbytes for x in jax.tree.leaves(params)))
 
 
 def test_loading_needs_little_host_memory(tmp_path):
-  """LLaDA at 1/64: what the host holds for a moment is less than 1.5 shards.
+  """Loads LLaDA at 1/64 size; the host never holds more than 1.5 shards.
 
-  Device arrays lie in the same memory on CPUs: they are taken out.
+  On CPUs device arrays lie in the same memory, so they are subtracted.
   """
   width, mlp, layers, vocab = 384, 1152, 16, 126464
   c = {
@@ -570,13 +593,13 @@ def test_loading_needs_little_host_memory(tmp_path):
     largest = max(largest, (tmp_path / file).stat().st_size)
     index |= dict.fromkeys(part, file)
   (tmp_path / weights.INDEX).write_text(json.dumps({'weight_map': index}))
-  told = subprocess.run(
+  done = subprocess.run(
     [sys.executable, '-c', MEASURE, str(tmp_path)],
     capture_output=True,
     text=True,
     check=True,
   )
-  peak, device, total = map(int, told.stdout.split())
+  peak, device, total = map(int, done.stdout.split())
   assert total > 240e6 and device < total / 7  # an eighth, and the norms
   assert peak < 1.5 * largest, (peak, largest)
 
@@ -592,8 +615,8 @@ def silent(monkeypatch):
   monkeypatch.setattr(builtins, 'input', refuse)
 
 
-def test_llada_tokenizer(tmp_path, silent):
-  """tokenizer.json beside an auto_map: only data, with LLaDA's template."""
+def test_llada_tokenizer_needs_no_remote_code(tmp_path, silent):
+  """Reads tokenizer.json beside an auto_map, and takes LLaDA's template."""
   tokenizer = data.char_tokenizer()
   tokenizer.add_tokens(
     ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<|startoftext|>'],
@@ -620,8 +643,8 @@ def test_llada_tokenizer(tmp_path, silent):
   assert set(data.stop_ids(got)) == {vocab['<|eos|>'], vocab['<|eot_id|>']}
 
 
-def test_dream_tokenizer(tmp_path, silent):
-  """Qwen's vocab.json and merges.txt, without tokenizer.json."""
+def test_dream_tokenizer_needs_no_tokenizer_json(tmp_path, silent):
+  """Reads Qwen's vocab.json and merges.txt."""
   vocab = {
     c: i
     for i, c in enumerate(
@@ -678,8 +701,8 @@ def test_dream_tokenizer(tmp_path, silent):
   assert set(data.stop_ids(got)) == {12, 14}
 
 
-def test_tokenizers_that_are_refused(tmp_path):
-  """No files; no chat template and nothing that tells which one to take."""
+def test_wrong_tokenizers_are_refused(tmp_path):
+  """There are no files, or no chat template and no sign of which one fits."""
   with pytest.raises(ValueError, match='no tokenizer.json, nor vocab.json'):
     data.load_tokenizer(str(tmp_path))
   plain = data.char_tokenizer()

@@ -1,0 +1,194 @@
+"""How each family writes its checkpoints: config.json, tensors, adapters.
+
+A Family is a table from Hugging Face's names to ours. FAMILIES says for each
+model_type which table it uses and which ModelConfig fields it implies. Another
+family of LLaMA's kind is one Family (or none) and one line in FAMILIES.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from dmpo_jax import mesh, model
+
+INDEX = 'model.safetensors.index.json'
+OFF = (False, None)
+
+
+class Family(NamedTuple):
+  """How one family of checkpoints is written."""
+
+  fields: dict[str, str]  # config.json field -> ModelConfig field
+  fixed: dict[str, tuple]  # config.json field -> values that are implemented
+  tensors: dict[str, str]  # our name -> theirs
+  layer: str  # prefix of a layer's tensors
+  layers: dict[str, str]  # our name in a layer -> theirs
+
+
+LLADA = Family(
+  fields=dict(
+    d_model='width',
+    n_layers='layers',
+    n_heads='heads',
+    n_kv_heads='kv_heads',
+    mlp_hidden_size='mlp',
+    embedding_size='vocab',
+    rope_theta='rope_theta',
+    rms_norm_eps='eps',
+    weight_tying='tied',
+    max_sequence_length='positions',
+    include_qkv_bias='qkv_bias',
+  ),
+  fixed=dict(
+    activation_type=('silu', 'swiglu'),
+    block_type=('llama',),
+    layer_norm_type=('rms',),
+    layer_norm_with_affine=(True,),
+    rope=(True,),
+    multi_query_attention=(None, False),
+    **dict.fromkeys(('alibi', 'attention_layer_norm', 'bias_for_layer_norm'), OFF),
+    **dict.fromkeys(('include_bias', 'input_emb_norm', 'scale_logits'), OFF),
+  ),
+  tensors=dict(
+    embedding='model.transformer.wte.weight',
+    final_norm='model.transformer.ln_f.weight',
+    head='model.transformer.ff_out.weight',
+  ),
+  layer='model.transformer.blocks.{}.',
+  layers=dict(
+    q='q_proj',
+    k='k_proj',
+    v='v_proj',
+    o='attn_out',
+    gate='ff_proj',
+    up='up_proj',
+    down='ff_out',
+    attn_norm='attn_norm',
+    mlp_norm='ff_norm',
+  ),
+)
+QWEN = Family(
+  fields=dict(
+    hidden_size='width',
+    num_hidden_layers='layers',
+    num_attention_heads='heads',
+    num_key_value_heads='kv_heads',
+    head_dim='head_dim',
+    intermediate_size='mlp',
+    vocab_size='vocab',
+    rms_norm_eps='eps',
+    tie_word_embeddings='tied',
+    max_position_embeddings='positions',
+    rope_theta='rope_theta',
+  ),
+  fixed=dict(
+    hidden_act=('silu',),
+    pretraining_tp=(1,),
+    rope_scaling=(None,),
+    **dict.fromkeys(('attention_bias', 'mlp_bias'), OFF),
+    **dict.fromkeys(('use_sliding_window', 'use_mrope'), OFF),
+  ),
+  tensors=dict(
+    embedding='model.embed_tokens.weight',
+    final_norm='model.norm.weight',
+    head='lm_head.weight',
+  ),
+  layer='model.layers.{}.',
+  layers=dict(
+    q='self_attn.q_proj',
+    k='self_attn.k_proj',
+    v='self_attn.v_proj',
+    o='self_attn.o_proj',
+    gate='mlp.gate_proj',
+    up='mlp.up_proj',
+    down='mlp.down_proj',
+    attn_norm='input_layernorm',
+    mlp_norm='post_attention_layernorm',
+    q_norm='self_attn.q_norm',
+    k_norm='self_attn.k_norm',
+  ),
+)
+# model_type -> its table, what the type implies, and the class that reads it
+DREAM, QWEN2 = dict(qkv_bias=True, shift=True), dict(qkv_bias=True)
+QWEN3 = dict(qk_norm=True)
+FAMILIES = {
+  'llada': (LLADA, {}, 'LLaDAModelLM'),
+  'Dream': (QWEN, DREAM, 'DreamModel'),
+  'dream': (QWEN, DREAM, 'DreamModel'),
+  'sdar': (QWEN, QWEN3, 'SDARForCausalLM'),
+  'qwen2': (QWEN, QWEN2, 'Qwen2ForCausalLM'),
+  'a2d-qwen2': (QWEN, QWEN2, 'A2DQwen2LMHeadModel'),
+  'qwen3': (QWEN, QWEN3, 'Qwen3ForCausalLM'),
+  'a2d-qwen3': (QWEN, QWEN3, 'A2DQwen3LMHeadModel'),
+  'llama': (QWEN, {}, 'LlamaForCausalLM'),
+  'a2d-llama': (QWEN, {}, 'A2DLlamaLMHeadModel'),
+}
+# Fields of any family that describe the files or the training of the model, or
+# have no effect beside the fields above. Any other field may change the law.
+HARMLESS = re.compile(
+  r'_name_or_path|architectures|auto_map|model_type|(torch_)?dtype|\w*_version|'
+  r'\w+_token_id|_?attn_implementation|use_cache|return_dict|output_\w+|'
+  r'id2label|label2id|init(ializer)?_\w+|emb_init_std|\w+_dropout|precision|'
+  r'alibi_bias_max|attention_layer_norm_with_affine|block_group_size|mlp_ratio|'
+  r'rope_full_precision|vocab_size|sliding_window|max_window_layers|'
+  r'full_attn_mask|is_causal'
+)
+# Switches of a training or serving stack, whatever their value.
+SERVING = re.compile(
+  r'fl(ash|ex)_\w+|fuse_\w+|debug|ep_size|micro_forward|skip_checkpoint|use_deepep'
+)
+
+
+def kind_of(cfg: model.ModelConfig) -> str:
+  """Returns the model_type as which a model that was made here is written."""
+  if cfg.shift:
+    return 'Dream'
+  if cfg.block_causal:
+    return 'sdar'
+  if cfg.qk_norm:
+    return 'a2d-qwen3'
+  if cfg.qkv_bias:
+    return 'a2d-qwen2'
+  return 'a2d-llama' if cfg.head_dim else 'llada'
+
+
+class Entry(NamedTuple):
+  """One of our leaves, and where it lies in the files."""
+
+  path: str  # such as params/layers/q/kernel
+  leaf: jax.ShapeDtypeStruct
+  names: tuple[str, ...]  # the tensor's name, or that of each layer
+  stacked: bool  # the leaf has a leading axis of layers
+  transposed: bool  # torch writes linears as (out, in)
+
+
+def shapes(cfg: model.ModelConfig) -> dict[str, Any]:
+  """Returns ShapeDtypeStructs of {'params', 'lora'?} of a model."""
+  return jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+
+
+def entries(tree: dict, family: Family, layers: int) -> Iterator[Entry]:
+  """Yields the Entry of each leaf of `shapes`, adapters in PEFT's names.
+
+  ValueError if the family has no tensor for a part of the model.
+  """
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    path = mesh.path_of(keys)
+    collection, *parts = path.split('/')
+    if parts[0] != 'layers':
+      yield Entry(path, leaf, (family.tensors[parts[0]],), False, False)
+      continue
+    _, name, part = parts
+    if name not in family.layers:
+      raise ValueError(
+        f'this family has no {name}: its checkpoints cannot hold this model'
+      )
+    theirs = family.layer + family.layers[name]
+    if collection == 'lora':
+      theirs = f'base_model.model.{theirs}.lora_{part.upper()}.weight'
+    else:
+      theirs += '.bias' if part == 'bias' else '.weight'
+    names = tuple(theirs.format(i) for i in range(layers))
+    yield Entry(path, leaf, names, True, part in ('kernel', 'a', 'b'))

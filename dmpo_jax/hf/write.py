@@ -1,0 +1,294 @@
+"""Writes trained weights as Hugging Face directories and as PEFT adapters.
+
+`export` reads back what it wrote and compares it with the model in hand. It
+refuses a model that training did not change: that is how lost adapters show.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from dmpo_jax import mesh, model
+from dmpo_jax.hf import read
+from dmpo_jax.hf.families import (
+  FAMILIES,
+  INDEX,
+  Entry,
+  Family,
+  entries,
+  kind_of,
+  shapes,
+)
+from dmpo_jax.types import Params
+
+
+def family_for(cfg: model.ModelConfig, source: str) -> Family:
+  """Returns the Family of the source directory, or of what cfg is written as."""
+  return read.family_of(source)[0] if source else FAMILIES[kind_of(cfg)][0]
+
+
+def save_hf(
+  folder: str | os.PathLike,
+  cfg: model.ModelConfig,
+  params: Params,
+  tokenizer: Any = None,
+  source: str = '',
+  shard_bytes: float = 5e9,
+) -> None:
+  """Writes a Hugging Face directory: adapters merged, in shards, with an index.
+
+  source: the directory that the model came from; config.json and its other small
+  files are copied. Without it config.json is made from cfg. tokenizer: is written
+  too. Dtypes stay those of the parameters.
+  """
+  from huggingface_hub import split_state_dict_into_shards_factory
+
+  os.makedirs(folder, exist_ok=True)
+  family = family_for(cfg, source)
+  if source:
+    copy_small(source, folder)
+  else:
+    write_json(folder, 'config.json', config_of(cfg, family))
+  if tokenizer is not None and jax.process_index() == 0:
+    tokenizer.save_pretrained(folder)
+  tree = {'params': shapes(cfg)['params']}
+  tensors = {
+    name: (entry, layer)
+    for entry in entries(tree, family, cfg.layers)
+    for layer, name in enumerate(entry.names)
+  }
+  plan = split_state_dict_into_shards_factory(
+    tensors,
+    get_storage_size=lambda part: bytes_of(part[0]),
+    filename_pattern='model{suffix}.safetensors',
+    max_shard_size=int(shard_bytes),
+  )
+  flat = flatten_dict(params, sep='/')
+  for name, theirs in plan.filename_to_tensors.items():
+    parts = {key: merged(cfg, flat, *tensors[key]) for key in theirs}
+    write_tensors(folder, name, parts)
+  if plan.is_sharded:
+    index = {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename}
+    write_json(folder, INDEX, index)
+
+
+def bytes_of(entry: Entry) -> int:
+  """Returns the size of each tensor of an entry."""
+  return entry.leaf.size * entry.leaf.dtype.itemsize // len(entry.names)
+
+
+def merged(
+  cfg: model.ModelConfig, flat: dict[str, Any], entry: Entry, layer: int
+) -> np.ndarray:
+  """Returns one tensor on the host as torch has it, its adapter added in float32.
+
+  flat: the parameters by path.
+  """
+  cut = lambda x: x[layer] if entry.stacked else x
+  host = np.asarray(mesh.fetch(model.dense(jax.tree.map(cut, flat[entry.path]))))
+  stem = entry.path.removesuffix('kernel').replace('params', 'lora', 1)
+  if stem + 'a' in flat:
+    a, b = mesh.fetch((cut(flat[stem + 'a']), cut(flat[stem + 'b'])))
+    delta = (a @ b) * (cfg.lora_alpha / cfg.lora_rank)
+    host = (host.astype(np.float32) + delta).astype(host.dtype)
+  return np.ascontiguousarray(host.T if entry.transposed else host)
+
+
+def config_of(cfg: model.ModelConfig, family: Family) -> dict[str, Any]:
+  """Makes the config.json of a model that came from no checkpoint."""
+  kind = kind_of(cfg)
+  out = {
+    name: values[0] for name, values in family.fixed.items() if values[0] is not None
+  }
+  switches = ('tied', 'qkv_bias')  # written where they are off, too
+  for theirs, ours in family.fields.items():
+    if getattr(cfg, ours) or ours in switches:
+      out[theirs] = getattr(cfg, ours)
+  if kind == 'llada':
+    out['vocab_size'] = cfg.vocab
+  if cfg.qk_norm:  # without it transformers takes Qwen3's 128
+    out['head_dim'] = cfg.head_dim or cfg.width // cfg.heads
+  if kind == 'sdar':
+    out['block_size'] = cfg.block_causal
+  return out | dict(
+    model_type=kind,
+    architectures=[FAMILIES[kind][2]],
+    mask_token_id=cfg.mask_id,
+    eos_token_id=cfg.eos_id,
+    pad_token_id=cfg.pad_id,
+    torch_dtype=cfg.param_dtype,
+  )
+
+
+def copy_small(source: str, folder: str) -> None:
+  """Copies everything of the source but its weights.
+
+  ValueError on a link out of the source: an export is made to be given away.
+  """
+  if jax.process_index():
+    return
+  root = os.path.realpath(source)
+  if os.path.basename(os.path.dirname(root)) == 'snapshots':
+    root = os.path.dirname(os.path.dirname(root))  # the hub's cache: all are links
+  for name in sorted(os.listdir(source)):
+    small = not name.endswith(('.safetensors', '.bin', '.pt', '.gguf'))
+    path = os.path.join(source, name)
+    if small and name != INDEX and os.path.isfile(path):
+      if os.path.commonpath([root, os.path.realpath(path)]) != root:
+        raise ValueError(
+          f'{path} is a link to {os.path.realpath(path)}, outside of its '
+          'directory: put a copy in its place'
+        )
+      shutil.copy(path, folder)
+
+
+def write_json(folder: str | os.PathLike, name: str, value: dict[str, Any]) -> None:
+  """Writes a JSON file, from the first process."""
+  if jax.process_index() == 0:
+    with open(os.path.join(folder, name), 'w') as f:
+      json.dump(value, f, indent=2)
+
+
+def write_tensors(
+  folder: str | os.PathLike, name: str, tensors: dict[str, np.ndarray]
+) -> None:
+  """Writes a safetensors file, from the first process."""
+  if jax.process_index() == 0:
+    save_file(tensors, os.path.join(folder, name), {'format': 'pt'})
+
+
+def save_adapter(
+  folder: str, cfg: model.ModelConfig, params: Params, base: str = '', source: str = ''
+) -> None:
+  """Writes a PEFT adapter: adapter_config.json and adapter_model.safetensors.
+
+  base: name of the base model, written for the reader. source: its directory.
+  target_modules is a regular expression on whole paths, because LLaDA's head has
+  the name of a linear.
+  """
+  family = family_for(cfg, source)
+  os.makedirs(folder, exist_ok=True)
+  tree = {'lora': mesh.fetch(params['lora'])}
+  tensors = {
+    name: np.ascontiguousarray(entry.leaf[layer].T)
+    for entry in entries(tree, family, cfg.layers)
+    for layer, name in enumerate(entry.names)
+  }
+  layer = family.layer.replace('.', r'\.').format(r'\d+')
+  linears = [
+    family.layers[name].replace('.', r'\.')
+    for name in model.LINEARS
+    if name in tree['lora']['layers']
+  ]
+  write_json(
+    folder,
+    'adapter_config.json',
+    dict(
+      peft_type='LORA',
+      task_type='CAUSAL_LM',
+      r=cfg.lora_rank,
+      lora_alpha=cfg.lora_alpha,
+      lora_dropout=cfg.lora_dropout,
+      bias='none',
+      target_modules=f'{layer}({"|".join(linears)})',
+      inference_mode=True,
+      base_model_name_or_path=base,
+      fan_in_fan_out=False,
+      init_lora_weights=True,
+      modules_to_save=None,
+      use_dora=False,
+      use_rslora=False,
+    ),
+  )
+  write_tensors(folder, 'adapter_model.safetensors', tensors)
+
+
+# --- the export of a run
+
+
+def export(
+  built: Any, params: Params, base: Params, folder: str, kind: str
+) -> dict[str, Any]:
+  """Writes a run's model as `kind` (merged or adapter), reads it back, compares.
+
+  built: a build.Built. params: {'params', 'lora'?} as trained. base: the same as
+  training began. Neither is quantized. Returns the report of --mode=export.
+  ValueError if the two do not differ (but for a base that was trained here), if
+  `folder` is not empty, or if an adapter is asked of a run that has none.
+  """
+  cfg, c = built.model, built.config
+  source = c.model.checkpoint and read.locate(c.model.checkpoint, False)
+  if kind == 'adapter':
+    complain_of_adapter(c, cfg, params)
+  if mesh.agree(os.path.isdir(folder) and os.listdir(folder)):
+    raise ValueError(f'--out={folder} is not empty: name another directory')
+  base_made_here = params is base and c.sft.steps  # --of=base
+  if not base_made_here and not changed(params, base):
+    raise ValueError(
+      'the trained model equals its base in every weight: there is nothing to '
+      'export (was it trained at all?)'
+    )
+  # mesh.agree: all is written before any process reads it.
+  if kind == 'adapter':
+    save_adapter(folder, cfg, params, c.model.checkpoint, source)
+    mesh.agree(False)
+    lora = read.read_adapter(folder, cfg, source, built.mesh)
+    cfg_again, again = cfg, {**base, **lora}
+  else:
+    save_hf(folder, cfg, params, built.tokenizer, source)
+    mesh.agree(False)
+    cfg_again, again = read.load_hf(folder, cfg.param_dtype, built.mesh)
+    cfg_again = dataclasses.replace(cfg_again, dtype=cfg.dtype)
+  tokens = probe(cfg)
+  before, after = (
+    np.asarray(mesh.fetch(model.full_logits(c, p, tokens)))
+    for c, p in ((cfg, params), (cfg_again, again))
+  )
+  return {
+    'folder': folder,
+    'format': kind,
+    'max_logit_difference': float(np.max(np.abs(after - before))),
+    'max_logit': float(np.max(np.abs(before))),
+  }
+
+
+def complain_of_adapter(c: Any, cfg: model.ModelConfig, params: Params) -> None:
+  """Raises ValueError if a run has no adapter that fits a published model."""
+  why = ''
+  if 'lora' not in params and cfg.lora_rank:
+    why = '--of=base is the model without its adapters'
+  elif 'lora' not in params:
+    why = 'this run trained all parameters (lora.rank = 0)'
+  elif c.sft.steps:
+    why = (
+      f'sft.steps = {c.sft.steps} changed the base too, so an adapter would fit '
+      'no published model'
+    )
+  if why:
+    raise ValueError(f'--format=adapter: {why}; --format=merged writes all weights')
+
+
+def changed(params: Params, base: Params) -> bool:
+  """Returns whether training moved any weight (an adapter's b is zero at first)."""
+  if 'lora' in params:
+    moved = jax.tree_util.tree_leaves_with_path(params['lora'])
+    return any(
+      bool(jnp.any(x)) for path, x in moved if mesh.path_of(path).endswith('/b')
+    )
+  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True)
+  return any(bool(jnp.any(x != y)) for x, y in pairs)
+
+
+def probe(cfg: model.ModelConfig) -> np.ndarray:
+  """Returns (2, 16) tokens to compare logits on, some of them masked."""
+  tokens = np.random.default_rng(0).integers(0, cfg.vocab, (2, 16))
+  tokens[:, ::3] = cfg.mask_id
+  return tokens.astype(np.int32)

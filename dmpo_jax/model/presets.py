@@ -1,0 +1,108 @@
+"""The model's configuration, and the sizes that have a name."""
+
+import dataclasses
+
+# Names of the linears of a layer.
+LINEARS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+LORA_TARGETS = {
+  'all': f'^({"|".join(LINEARS)})$',
+  # The names in the papers' target lists that exist in LLaDA's checkpoint.
+  'paper': r'^(q|k|v|up)$',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The network's shape and how it is computed. Hashable, so it is a constant
+  of every compiled function."""
+
+  vocab: int  # number of tokens; rows of the embedding
+  width: int  # size of the hidden states
+  layers: int
+  heads: int  # query heads
+  kv_heads: int  # key and value heads; fewer than `heads` is GQA
+  mlp: int  # inner size of the MLP
+  mask_id: int  # the token that stands for a masked position
+  eos_id: int  # the token that ends a text
+  pad_id: int  # the token that fills a prompt on its left
+  head_dim: int = 0  # size of a head; 0 = width / heads
+  rope_theta: float = 10000.0  # base of the rotary frequencies
+  eps: float = 1e-5  # added to the mean square in RMSNorm
+  positions: int = 4096  # longest prompt + completion; tokens
+  qkv_bias: bool = False  # q, k and v add a bias (Dream, Qwen2)
+  qk_norm: bool = False  # RMSNorm of each query and key head (Qwen3)
+  tied: bool = False  # the head is the embedding
+  shift: bool = False  # output i - 1 predicts token i (Dream)
+  block_causal: int = 0  # attention ends with a token's own block (SDAR); tokens;
+  # 0 = attention over the whole text
+  lora_rank: int = 0  # rank of the adapters; 0 = no adapters
+  lora_alpha: float = 64.0  # adapters are scaled by lora_alpha / lora_rank
+  lora_dropout: float = 0.0  # of an adapter's input, in updates; 0 = none
+  lora_targets: str = LORA_TARGETS['all']  # regex on a linear's name
+  dtype: str = 'float32'  # of the matmuls; norms, softmax, logits are float32
+  param_dtype: str = 'float32'  # of the parameters
+  remat: str = 'none'  # what backward recomputes of a layer; a name in REMAT
+  attention: str = 'xla'  # a name in ATTENTION
+  head_chunk: int = 0  # completion tokens per head call in log-probs; 0 = all
+
+
+# vocab and special ids of the small ones come from the tokenizer. 'tiny' is for
+# short sequences: a small RoPE base and q/k norms make it learn several times
+# faster there.
+PRESETS = {
+  'tiny': dict(
+    width=64,
+    layers=3,
+    heads=2,
+    kv_heads=2,
+    mlp=128,
+    positions=512,
+    rope_theta=100.0,
+    qk_norm=True,
+  ),
+  'small': dict(width=256, layers=8, heads=8, kv_heads=8, mlp=768, positions=2048),
+  'llada_8b': dict(
+    vocab=126464,
+    width=4096,
+    layers=32,
+    heads=32,
+    kv_heads=32,
+    mlp=12288,
+    mask_id=126336,
+    eos_id=126081,
+    pad_id=126081,
+    rope_theta=500000.0,
+  ),
+  'dream_7b': dict(
+    vocab=152064,
+    width=3584,
+    layers=28,
+    heads=28,
+    kv_heads=4,
+    mlp=18944,
+    mask_id=151666,
+    eos_id=151643,
+    pad_id=151643,
+    rope_theta=1e6,
+    eps=1e-6,
+    positions=131072,
+    qkv_bias=True,
+    shift=True,
+  ),
+  'sdar_8b': dict(
+    vocab=151936,
+    width=4096,
+    layers=36,
+    heads=32,
+    kv_heads=8,
+    mlp=12288,
+    head_dim=128,
+    mask_id=151669,
+    eos_id=151643,
+    pad_id=151643,
+    rope_theta=1e6,
+    eps=1e-6,
+    positions=32768,
+    qk_norm=True,
+  ),
+}

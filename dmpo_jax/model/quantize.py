@@ -1,0 +1,41 @@
+"""Kernels of a frozen base, stored in 8 or 4 bits.
+
+qwix is imported where it is used: most runs quantize nothing and start faster.
+"""
+
+from typing import Any
+
+from dmpo_jax.types import Array, FloatNDF
+
+# Kinds of quantized kernels: qwix's type, and the inputs that share a scale.
+QUANT = {'int8': ('int8', 0), 'nf4': ('nf4', 64)}  # 0 = all inputs of an output
+Kernel = Any  # an array, or the qwix.QArray that `quantize` makes
+
+
+def dense(kernel: Kernel) -> Array:
+  """Returns a kernel as matmuls take it, restored if `quantize` made it."""
+  if not hasattr(kernel, 'qvalue'):
+    return kernel
+  import qwix
+
+  return qwix.dequantize(kernel)
+
+
+def quantize(kernel_NxDxF: FloatNDF, kind: str) -> Kernel:
+  """Quantizes a kernel of all layers; `kind` is a name in QUANT.
+
+  int8 has one scale per output, nf4 one per 64 inputs of an output.
+  ValueError if the number of inputs is no multiple of that.
+  """
+  import qwix
+
+  qtype, tile = QUANT[kind]
+  inputs = kernel_NxDxF.shape[1]
+  if tile and inputs % tile:
+    raise ValueError(
+      f'model.quantize = {kind} needs linears whose number of inputs is a '
+      f'multiple of {tile}; one has {inputs}'
+    )
+  return qwix.quantize(
+    kernel_NxDxF, qtype, channelwise_axes=(0, 2), tiled_axes={1: tile} if tile else None
+  )

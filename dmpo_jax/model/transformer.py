@@ -1,0 +1,199 @@
+"""The network: embedding, layers, head, as Flax modules.
+
+Flax Linen makes parameters and their shapes, and is used in this folder only.
+Layers are scanned, so the program's size does not grow with their number.
+"""
+
+import re
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dmpo_jax import types as t
+from dmpo_jax.model.attention import ATTENTION, Rope, rope_table, rotate
+from dmpo_jax.model.lora import adapter, dropout, matmul, matmul_frozen
+from dmpo_jax.model.presets import ModelConfig
+from dmpo_jax.model.quantize import dense
+
+# What a layer's backward pass recomputes: nothing, everything, or everything
+# but the results of the linears.
+REMAT = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Cache(NamedTuple):
+  """Keys (after RoPE) and values of every layer and position."""
+
+  keys: t.FloatNRJSC
+  values: t.FloatNRJSC
+
+
+class Inputs(NamedTuple):
+  """T tokens of each row, as the network reads them."""
+
+  tokens: t.IntRT
+  positions: t.IntRT
+  mask: t.BoolR1TS | None = None  # which keys a token sees; None = all
+  cache: Cache | None = None  # where given, the tokens replace their part of it
+  start: t.IntScalar | None = None  # first column of the cache that they replace
+  dropout: t.KeyR | None = None  # keys for lora_dropout; None = no dropout
+
+
+class Linear(nn.Module):
+  """x @ kernel, plus a bias, plus the adapter where its collection is given."""
+
+  cfg: ModelConfig
+  features: int
+  bias: bool = False
+  gain: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: t.FloatRTD, keys: t.KeyR | None = None) -> t.FloatX:
+    cfg, shape = self.cfg, (x.shape[-1], self.features)
+    dtype = jnp.dtype(cfg.dtype)
+    init = nn.initializers.variance_scaling(self.gain, 'fan_in', 'truncated_normal')
+    kernel = self.param('kernel', init, shape, cfg.param_dtype)
+    # A base under adapters takes no gradient of its kernels.
+    product = jnp.matmul if cfg.lora_rank else matmul
+    y = product(x, dense(kernel).astype(dtype))
+    if self.bias:
+      zeros = nn.initializers.zeros
+      bias = self.param('bias', zeros, shape[1:], cfg.param_dtype)
+      y += jnp.broadcast_to(bias, y.shape).astype(dtype)
+    adapted = cfg.lora_rank and re.search(cfg.lora_targets, self.name)
+    if adapted and (self.is_initializing() or self.has_variable('lora', 'a')):
+      if keys is not None and cfg.lora_dropout:
+        x = dropout(x, keys, cfg.lora_dropout, self.name)
+      y += adapter(self, cfg, x, self.features).astype(dtype)
+    return y
+
+
+class Norm(nn.Module):
+  """RMSNorm in float32."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: t.FloatX) -> t.FloatX:
+    ones = nn.initializers.ones
+    scale = self.param('scale', ones, x.shape[-1:], self.cfg.param_dtype)
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.cfg.eps)
+    y *= jnp.broadcast_to(scale, y.shape).astype(jnp.float32)
+    return y.astype(self.cfg.dtype)
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, each added to the residual stream."""
+
+  cfg: ModelConfig
+  keep: bool  # return this layer's keys and values
+
+  @nn.compact
+  def __call__(
+    self,
+    x: t.FloatRTD,
+    per_layer: tuple[Cache | None, t.KeyR | None],
+    rope: Rope,
+    mask: t.BoolR1TS | None,
+    start: t.IntScalar | None,
+  ) -> tuple[t.FloatRTD, Cache | None]:
+    """Runs the layer. With a cache the new keys and values replace the cached
+    ones from position `start` on."""
+    cfg, (cache, keys) = self.cfg, per_layer
+    out_gain = 0.5 / cfg.layers  # keeps the residual stream's scale at depth
+    y = Norm(cfg, name='attn_norm')(x)
+    q, k, v = self.project(y, keys)
+    q, k = rotate(q, rope, q.shape[-1] ** -0.5), rotate(k, rope)
+    if cache is not None:
+      at = (0, 0, start, 0)
+      k = jax.lax.dynamic_update_slice(cache.keys, k, at)
+      v = jax.lax.dynamic_update_slice(cache.values, v, at)
+    y = ATTENTION[cfg.attention](q, k, v, mask)
+    y = jnp.swapaxes(y, 1, 2).reshape(x.shape[:2] + (-1,))
+    x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y, keys)
+    y = Norm(cfg, name='mlp_norm')(x)
+    gate = nn.silu(Linear(cfg, cfg.mlp, name='gate')(y, keys))
+    y = gate * Linear(cfg, cfg.mlp, name='up')(y, keys)
+    x += Linear(cfg, cfg.width, gain=out_gain, name='down')(y, keys)
+    return x, Cache(k, v) if self.keep else None
+
+  def project(self, y: t.FloatRTD, keys: t.KeyR | None) -> tuple[t.FloatRHTC, ...]:
+    """Returns queries, keys and values, heads before positions."""
+    cfg = self.cfg
+    dim = cfg.head_dim or cfg.width // cfg.heads
+
+    def heads(name: str, count: int) -> t.Array:
+      z = Linear(cfg, count * dim, cfg.qkv_bias, name=name)(y, keys)
+      z = z.reshape(y.shape[:2] + (count, dim))
+      if cfg.qk_norm and name != 'v':
+        z = Norm(cfg, name=f'{name}_norm')(z)
+      return jnp.swapaxes(z, 1, 2)
+
+    return heads('q', cfg.heads), heads('k', cfg.kv_heads), heads('v', cfg.kv_heads)
+
+
+class Transformer(nn.Module):
+  """Embedding, scanned layers, head."""
+
+  cfg: ModelConfig
+  keep: bool = False  # return the keys and values of all layers
+
+  def setup(self) -> None:
+    cfg = self.cfg
+    init = nn.initializers.normal(cfg.width**-0.5)
+    shape = (cfg.vocab, cfg.width)
+    self.embedding = self.param('embedding', init, shape, cfg.param_dtype)
+    block = Block
+    if cfg.remat != 'none':
+      block = nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
+    self.layers = nn.scan(
+      block,
+      variable_axes={'params': 0, 'lora': 0},
+      split_rngs={'params': True, 'lora': True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=cfg.layers,
+    )(cfg, self.keep)
+    self.final_norm = Norm(cfg)
+    if not cfg.tied:
+      self.head = self.param('head', init, shape, cfg.param_dtype)
+
+  def hidden(self, inputs: Inputs) -> tuple[t.FloatRTD, Cache | None]:
+    """Returns the last hidden states, and with `keep` the new cache."""
+    x = constrain(self.embedding[inputs.tokens].astype(self.cfg.dtype))
+    rope, keys = rope_table(self.cfg, inputs.positions), inputs.dropout
+    if keys is not None:  # each layer folds in its own number
+      layer = jnp.arange(self.cfg.layers)
+      fold = jax.vmap(jax.random.fold_in, (0, None))
+      keys = jax.vmap(fold, (None, 0))(keys, layer)
+    x, cache = self.layers(x, (inputs.cache, keys), rope, inputs.mask, inputs.start)
+    return self.final_norm(x), cache
+
+  def logits(self, hidden: t.FloatXD) -> t.FloatXV:
+    """Returns float32 logits of hidden states."""
+    table = self.embedding if self.cfg.tied else self.head
+    table = table.astype(self.cfg.dtype).T
+    product = matmul_frozen if self.cfg.lora_rank else matmul
+    return product(hidden, table, jnp.float32)
+
+  def __call__(self, inputs: Inputs) -> t.FloatXV:
+    return self.logits(self.hidden(inputs)[0])
+
+
+def constrain(x_RxTxD: t.FloatRTD) -> t.FloatRTD:
+  """Keeps the hidden states sharded by rows while a mesh is in force.
+
+  Without it XLA replicates the result of the lookup in an embedding that is
+  sharded along fsdp, and computes it on every device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or 'fsdp' not in mesh.axis_names:
+    return x_RxTxD
+  spec = PartitionSpec(('data', 'fsdp'), None, None)
+  return jax.lax.with_sharding_constraint(x_RxTxD, spec)
