@@ -31,7 +31,7 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 import jaxtyping  # noqa: E402
 
 if os.environ.get('DMPO_TYPECHECK') != '0':
-  jaxtyping.install_import_hook('dmpo_jax', 'beartype.beartype')
+  jaxtyping.install_import_hook('dmpo_jax', 'typecheck.check')
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -261,7 +261,7 @@ def test_plans_that_are_refused(monkeypatch):
     plan.prompt_length(build.build(c))
 
 
-def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
+def test_longest_prompts_with_pmap(monkeypatch, tmp_path, no_program_cache):
   """What pmap samples with is left out; the others are compiled ahead."""
 
   class Stub:
@@ -289,10 +289,7 @@ def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
   plan.compile_longest(built, 20)
   assert not stub.calls  # no cache would keep it
   jax.config.update('jax_compilation_cache_dir', str(tmp_path))
-  try:
-    plan.compile_longest(built, 20)
-  finally:
-    jax.config.update('jax_compilation_cache_dir', None)
+  plan.compile_longest(built, 20)
   assert stub.calls == 1
 
 
