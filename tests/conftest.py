@@ -1,14 +1,20 @@
-"""Eight devices on a host, strict JAX, and the tiny models of the tests.
+"""Eight devices on a host, strict JAX, checked annotations, and tiny models.
 
-The flags must be in the environment before jax is imported: do it here.
+JAX reads its flags and its cache directory when it is imported, and annotations
+are checked in modules that are imported after the hook. So both stand first.
+
+Compiled programs are kept in .cache/jax, which xdist's workers, subprocesses and
+later runs share. Delete the folder to start cold. JAX_COMPILATION_CACHE_DIR names
+another one. DMPO_TYPECHECK=0 turns the checks of annotations off.
 """
 
 import importlib.metadata
 import os
+import pathlib
 
-# Nearly all the time of a tiny model goes into its compilation, and these two
-# make that eight times faster. XLA dies of a flag that it does not know, so
-# the second is for the versions that are known to have it.
+# A tiny model spends nearly all its time in compilation, and these two flags make
+# that eight times faster. XLA aborts on a flag that it does not know, so the second
+# is set only for versions that are known to have it.
 FLAGS = (
   '--xla_force_host_platform_device_count=8',
   '--xla_backend_optimization_level=0',
@@ -17,6 +23,15 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):
   FLAGS += ('--xla_cpu_use_fusion_emitters=false',)
 os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''),) + FLAGS)
 os.environ['JAX_PLATFORMS'] = 'cpu'
+CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+
+import jaxtyping  # noqa: E402
+
+if os.environ.get('DMPO_TYPECHECK') != '0':
+  jaxtyping.install_import_hook('dmpo_jax', 'typecheck.check')
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -29,9 +44,18 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
 
 
+@pytest.fixture
+def no_program_cache():
+  """Hides the cache of compiled programs from the code under test."""
+  folder = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', None)
+  yield
+  jax.config.update('jax_compilation_cache_dir', folder)
+
+
 @pytest.fixture(scope='session')
 def tiny():
-  """A ModelConfig that compiles in a second; ids 8 to 10 are special."""
+  """A ModelConfig that compiles in a second. Token ids 8 to 10 are special."""
   return model.ModelConfig(
     vocab=11,
     width=16,
@@ -49,8 +73,11 @@ def tiny():
 
 @pytest.fixture(scope='session')
 def weights():
-  """weights(cfg): random numbers everywhere, also where `model.init` gives
-  ones and zeros, and large enough that every part of the network matters."""
+  """Returns weights(cfg), which fills every parameter with random numbers.
+
+  They are large enough that every part of the network matters, also the scales
+  and biases that `model.init` sets to ones and zeros.
+  """
 
   def fill(cfg):
     shapes = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
@@ -73,5 +100,5 @@ def params(tiny, weights):
 
 @pytest.fixture(scope='session')
 def weights_of(weights):
-  """The same, where a test imports the module `weights`."""
+  """The same as `weights`, for tests that import the module `weights`."""
   return weights

@@ -515,7 +515,7 @@ def test_hanging_start(config_file, tmp_path):
 
 
 @pytest.fixture
-def updates(monkeypatch, tmp_path):
+def updates(monkeypatch, tmp_path, no_program_cache):
   """What is changed in jax.config, by main, as if there were a GPU."""
   found = {}
   monkeypatch.setattr(jax.config, 'update', found.__setitem__)

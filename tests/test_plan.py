@@ -265,7 +265,7 @@ def test_plans_that_are_refused(monkeypatch):
     plan.prompt_length(build.build(c))
 
 
-def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
+def test_longest_prompts_with_pmap(monkeypatch, tmp_path, no_program_cache):
   """pmap programs are left out; the others are compiled ahead."""
 
   class Stub:
@@ -286,19 +286,14 @@ def test_longest_prompts_with_pmap(monkeypatch, tmp_path):
     Stub(),
   )
   monkeypatch.setattr(
-    plan,
-    'jobs',
-    lambda *_: [('sample', built.steps.sample, (), 1), ('update', stub, (), 1)],
+    build,
+    'programs',
+    lambda *_: [('sample', built.steps.sample, ()), ('update', stub, ())],
   )
-  folder = jax.config.jax_compilation_cache_dir
-  try:
-    jax.config.update('jax_compilation_cache_dir', None)
-    plan.compile_longest(built, 20)
-    assert not stub.calls  # without a cache the program would be lost
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path))
-    plan.compile_longest(built, 20)
-  finally:
-    jax.config.update('jax_compilation_cache_dir', folder)
+  build.compile_longest(built, 20)
+  assert not stub.calls  # without a cache the program would be lost
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  build.compile_longest(built, 20)
   assert stub.calls == 1
 
 
@@ -306,13 +301,13 @@ def test_the_real_size_from_shapes_alone():
   """LLaDA-8B has 8.02 billion parameters; none is allocated."""
   c = llada_countdown.get_config()
   c.mesh.fsdp = 8
-  frozen, state = plan.states(build.build(c))
+  frozen, state = build.abstract_states(build.build(c))
   assert plan.per_device(frozen) * 8 == pytest.approx(8_015_581_184 * 2, rel=1e-3)
   adapters = 32 * (3 * (4096 + 4096) + 4096 + 12288) * 128 * 4
   held = sum(x.size * 4 for x in jax.tree.leaves(state.trainable))
   assert held == pytest.approx(adapters, rel=1e-6)
   assert held / 8 < plan.per_device(state.trainable) < held
-  int8 = plan.quantized({'params': frozen['params']}, 'int8')
+  int8 = build.quantized_shapes({'params': frozen['params']}, 'int8')
   assert dataclasses.is_dataclass(int8['params']['layers']['q']['kernel'])
 
 

@@ -1,0 +1,5 @@
+"""The checker of annotations that conftest.py installs: beartype, int passes as float."""
+
+from beartype import BeartypeConf, beartype
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))
