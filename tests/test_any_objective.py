@@ -89,7 +89,7 @@ def buffer(built, params):
   out = sampler.sample(setup.cfg, params, prompts, valid, keys, hp, records)
   completion = jnp.ones((ROWS, L), bool).at[:, -1].set(row % 2 == 0)
   sampled = Sampled(out, completion, row)
-  who = score.policies(params, {}, (params,))
+  who = score.policies(params, params)
   scores = score.score(who, sampled, jax.random.key(3), jax.random.key(4), setup)
   if scores.guess is not None:  # the host grades them
     scores = scores._replace(guess=jnp.mean(scores.guess % 3, axis=-1))
@@ -141,13 +141,37 @@ ALL = sorted({*OBJECTIVES, *VARIANTS})
 KINDS = ('dmpo', 'dmpo, model baseline', 'mapg', 'egspo', 'vrpo', 'diffpo')
 
 
+@functools.cache
+def abstract_of(name):
+  return build.abstract_buffer(built_of(name), P)
+
+
+def shapes(tree):
+  return jax.tree.map(lambda x: x.shape, tree)
+
+
 @pytest.mark.parametrize('name', ALL)
-def test_a_batch_has_the_shapes_that_checkpoints_expect(name):
-  """A run that resumes restores the batch that the collector makes."""
-  built = built_of(name)
-  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  batch = jax.eval_shape(functools.partial(buffer, built), params_of(name))
-  assert shapes(batch) == shapes(build.abstract_batch(built, P))
+def test_a_batch_holds_what_the_objective_asks_for(name):
+  """It holds nothing else, so that checkpoints and scores cost no more."""
+  setup, batch = built_of(name).setup, abstract_of(name).batch
+  wants, records = setup.wants, setup.wants.records
+  words, prompt = jnp.ones((ROWS, L), bool), jnp.ones((ROWS, P), bool)
+  zeros = jnp.zeros((ROWS, L))
+  more = {name: zeros for name in records or ()}
+  record = Record(zeros.astype(jnp.int32), zeros, zeros, more)
+  text = Text(words, words, prompt, setup.law.block, record)
+  draw = lambda key: setup.objective.draw(key, jnp.arange(ROWS), text, setup.hp)
+  view = (ROWS, setup.inner, *jax.eval_shape(draw, jax.random.key(0)).masked.shape[1:])
+  for policy in ('old', 'ref'):
+    want = Views(
+      elbo=view[:2] if policy in wants.elbo else None,
+      logp=view if policy in wants.views else None,
+      reads=dict.fromkeys(wants.reads, view) if policy in wants.views else None,
+    )
+    assert shapes(getattr(batch, policy)) == want
+  assert shapes(batch.record) == (None if records is None else shapes(record))
+  assert batch.weight.shape == (view[:1] + view[2:3] if wants.guess else view[:1])
+  assert all(x.shape == view[:1] for x in batch.own.values())
 
 
 @pytest.mark.parametrize(
@@ -159,6 +183,7 @@ def test_a_batch_has_the_shapes_that_checkpoints_expect(name):
 )
 def test_an_update_begins_at_ratio_one_and_moves_the_parameters(name):
   """Log-probs of the loss are those of the scores, and of the sampler's record."""
+  assert shapes(batch_of(name)) == shapes(abstract_of(name).batch)
   _, metrics = update(name)
   assert all(np.isfinite(x).all() for x in metrics.values())
   assert metrics['finite'] == 1 and metrics['grad_norm'] > 1e-6
@@ -251,27 +276,24 @@ def test_fields_that_are_not_asked_for_cost_nothing():
 
 
 def test_dmpo_asks_for_two_sequence_log_probs_alone():
-  """It has no record, no views and no weight for each copy."""
-  built = built_of('dmpo')
-  assert built.setup.wants == Wants(sequence=('old', 'ref'))
-  abstract = build.abstract_buffer(built, P)
+  """It reads no record of the sampler."""
+  assert built_of('dmpo').setup.wants == Wants(sequence=('old', 'ref'))
+  abstract = abstract_of('dmpo')
   assert not abstract.sampled.rollouts.more
-  assert abstract.batch.record is None and abstract.batch.own.keys() == {'target'}
-  assert abstract.batch.old == abstract.batch.ref == Views()
-  assert abstract.batch.weight.shape == (ROWS,)
+  assert abstract.batch.own.keys() == {'target'}
 
 
 def test_checkpoints_restore_records_and_views(tmp_path):
   """A batch comes back to the bit, as the same NamedTuples."""
   built, batch = built_of('diffpo'), batch_of('diffpo')
-  shapes = build.abstract_batch(built, P)
-  batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, shapes)
+  like = build.abstract_batch(built, P)
+  batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, like)
   state = TrainState(mesh.put(np.int32(1), mesh.replicated(built.mesh)), {}, {})
   with checkpoint.open_manager(str(tmp_path)) as manager:
     checkpoint.save(manager, 1, state, batch, {})
     manager.wait_until_finished()
     restored = checkpoint.restore(
-      manager, checkpoint.abstract(state), lambda step: (shapes, None)
+      manager, checkpoint.abstract(state), lambda step: (like, None)
     )[1]
   jax.tree.map(np.testing.assert_array_equal, restored, batch)
   assert restored.old.has('logp') and not restored.old.has('elbo')
