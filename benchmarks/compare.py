@@ -17,6 +17,7 @@ own in place of the base.
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from ml_collections import config_flags
 
 from benchmarks import kills
 from configs import compare
-from dmpo_jax import build, check, checkpoint, metrics, rollout
+from dmpo_jax import build, check, checkpoint, metrics
 from dmpo_jax.tools import report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -268,32 +269,15 @@ def judge(args, task):
     }
   )
   built = build.build(c)
-  problems, frozen = build.problems(built, 'test'), built.steps.init()
+  frozen = built.steps.init()
+  collector = dataclasses.replace(
+    build.collector(built, frozen), problems=build.problems(built, 'test'), samples=0
+  )
   state = built.steps.start(frozen)
   for workdir in todo:
     with checkpoint.open_manager(str(workdir / 'rl'), 2) as manager:
       tuned = checkpoint.restore(manager, checkpoint.abstract(state))[0]
-    started = rollout.start(
-      built.steps,
-      problems,
-      tuned.trainable,
-      frozen,
-      0,
-      prompts=PROMPTS,
-      group=GROUP,
-      seed=c.seed,
-    )
-    numbers = rollout.finish(
-      built.steps,
-      built.task,
-      built.tokenizer,
-      problems,
-      started,
-      group=GROUP,
-      protocol=c.data.protocol,
-      samples=0,
-      weights=c.reward.weights,
-    )[1]
+    numbers = collector.finish(collector.start(tuned.trainable, (), 0))[1]
     kept = {
       'kl': numbers['kl_ref'],
       'sampled': numbers['accuracy'],

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import data, logprob, masking, model, rng, sampler
+from dmpo_jax import data, layout, logprob, masking, model, rng, sampler
 from dmpo_jax.logprob import LogprobConfig
-from dmpo_jax.objectives import dmpo
+from dmpo_jax.objectives import dmpo, gdpo
 from dmpo_jax.sampler import picks, unmask
-from dmpo_jax.types import Masks
+from dmpo_jax.types import Text
 
 FROZEN = {
   'frozen scheduler, all': 0,
@@ -69,15 +69,14 @@ def elbo_gap(case, out, masks):
   )
 
 
-def gauss(key, row_R, length, nodes=3):
-  """GDPO's masks: a rate at each Gauss-Legendre node on (0, 1)."""
-  at, share = np.polynomial.legendre.leggauss(nodes)
-  rate = jnp.asarray((at + 1) / 2)[:, None]
-  masked = rng.per_row(
-    key, row_R, lambda k: jax.random.uniform(k, (nodes, length)) < rate
-  )
-  weight = jnp.asarray(nodes * share / 2) / rate[:, 0]
-  return Masks(masked, jnp.broadcast_to(weight, masked.shape[:2]))
+def text_of(rows, length):
+  """Returns the Text of whole completions, of which nothing else is known."""
+  return Text(jnp.ones((rows, length), bool), None, None, length, None)
+
+
+def gauss(key, row_R, length):
+  """Draws GDPO's masks: a mask ratio at each of three Gauss-Legendre nodes."""
+  return gdpo.draw(key, row_R, text_of(len(row_R), length), gdpo.Config(draws=3))
 
 
 def random_path(case, out, hp, key, row_R):
@@ -96,7 +95,7 @@ def random_path(case, out, hp, key, row_R):
 def looked(cfg, params, out, hp, hidden_RxL):
   """(start_R, logits of the block that has the first mask) of a state."""
   prompt = out.tokens.shape[1] - hp.length
-  state = masking.apply_masks(out.tokens, hidden_RxL[:, None], cfg.mask_id)
+  state = layout.apply_masks(out.tokens, hidden_RxL[:, None], cfg.mask_id)
   start_R = jnp.argmax(hidden_RxL, axis=1) // hp.block * hp.block
   logits, _ = model.window_logits(
     cfg, params, state[:, 0], out.valid, prompt + start_R, hp.block, prompt
@@ -177,9 +176,8 @@ def estimators(case, hp):
   for name, states in FROZEN.items():
 
     def along(out, key, row_R, states=states):
-      ref, old = logprob.trajectory_logp(
-        case.cfg, case.ref, out, hp.law(), states, key, row_R
-      )
+      u_R = rng.per_row(key, row_R, jax.random.uniform)
+      ref, old = logprob.trajectory_logp(case.cfg, case.ref, out, hp.law(), states, u_R)
       return ref - old
 
     found[name] = along, bool(states), states or steps
@@ -374,13 +372,13 @@ def loss_table(case, out, weight_R, goal, args):
   """Noise of an update's gradient over mask draws, the weights fixed."""
   ids = jnp.arange(len(weight_R))
   signed = jnp.asarray(weight_R - 1 / case.group, jnp.float32)
-  completion = jnp.ones(out.order.shape, bool)
+  text = text_of(*out.order.shape)
   groups = len(weight_R) // case.group
 
   def run(hp, count):
     @jax.jit
     def call(key):
-      masked = dmpo.draw(key, ids, completion, hp).masked
+      masked = dmpo.draw(key, ids, text, hp).masked
       kept = (
         some_of(jax.random.fold_in(key, 1), ids, masked, count) if (count) else masked
       )
@@ -424,7 +422,7 @@ def slopes_of(case, tokens, valid, masks):
         case.cfg, params, tokens[None], masked[None], valid[None]
       )[0]
       count = jnp.maximum(jnp.sum(masked, axis=-1), 1)
-      return -jnp.sum(share * jnp.sum(logp, axis=-1) / count)
+      return -jnp.sum(share[:, 0] * jnp.sum(logp, axis=-1) / count)
 
     return flat(jax.grad(loss)(case.old))
 
@@ -541,7 +539,7 @@ def tiny(args):
   count = subsets.sum(1)
   ways_of = np.array([np.sum(count == m) for m in count])
   share = 1 / ((LENGTH + 1) * ways_of)
-  full = Masks(
+  full = masking.per_copy(
     np.broadcast_to(subsets, (81, *subsets.shape)),
     np.broadcast_to(share.astype(np.float32), (81, len(share))),
   )
@@ -636,7 +634,9 @@ def run(args):
     return ref - old, np.asarray(ids), None
 
   def slopes(out):
-    masks = masking.draw_even(rng.key_for(1, 'mask'), ids, length, args.masks, 0.0, 1.0)
+    masks = masking.draw_even(
+      rng.key_for(1, 'mask'), ids, length, args.masks, (0.0, 1.0)
+    )
     masks = masks._replace(weight=jnp.full(masks.weight.shape, 1 / args.masks))
     return slopes_of(case, out.tokens, out.valid, masks)
 

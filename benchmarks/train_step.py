@@ -2,8 +2,8 @@
 
 python -m benchmarks.train_step --size=tiny [--rows=16] [--draws=4] ...
 
-A full update: K masked copies, log-probs, loss, gradient, AdamW. Compile time
-and warm-up are apart; times are medians of --repeats with minimum and maximum.
+It makes a full update: K masked copies, log-probs, loss, gradient, AdamW. Compile time
+and warm-up are separate. Times are medians of --repeats with minimum and maximum.
 """
 
 import argparse
@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from benchmarks import common
 from dmpo_jax import optim, rng, step
 from dmpo_jax.objectives import dmpo
-from dmpo_jax.types import TrainBatch
+from dmpo_jax.types import TrainBatch, Views
 
 
 def make_batch(args, cfg, key, group):
+  """Returns a TrainBatch of random tokens with made-up weights."""
   shape = (args.rows, args.prompt + args.length)
   rows = jnp.zeros((args.rows,))
   return TrainBatch(
@@ -26,10 +27,10 @@ def make_batch(args, cfg, key, group):
     completion=jnp.ones((args.rows, args.length), bool),
     row=jnp.arange(args.rows),
     weight=jnp.sin(jnp.arange(args.rows) * 1.0),
-    positive=rows + 1 / group,
-    elbo_old=rows[:, None],
+    own={'target': rows + 1 / group},
     norm=jnp.float32(args.rows / group),
     total=jnp.float32(args.rows),
+    old=Views(elbo=rows[:, None]),
   )
 
 
@@ -41,7 +42,7 @@ def arguments(parser):
 
 
 def make_step(args, cfg, params):
-  """(the jitted update, its inputs)."""
+  """Returns (the jitted update, its inputs)."""
   name = 'lora' if args.lora else 'params'
   trainable = {name: params[name]}
   frozen = {'params': params['params']} if args.lora else {}
@@ -49,22 +50,17 @@ def make_step(args, cfg, params):
   state = step.init_state(trainable, optimizer)
   group = min(8, args.rows)
   batch = make_batch(args, cfg, jax.random.key(1), group)
-  hp = dmpo.Config(draws=args.draws, baseline=args.baseline)
+  setup = step.Setup(
+    cfg,
+    dmpo.OBJECTIVE,
+    dmpo.Config(draws=args.draws, baseline=args.baseline),
+    group=group,
+    microbatches=args.microbatches,
+    optimizer=optimizer,
+  )
 
   def run(state, frozen, batch):
-    return step.train_step(
-      state,
-      frozen,
-      batch,
-      rng.key_for(0, 'mask'),
-      0,
-      cfg=cfg,
-      objective=dmpo.OBJECTIVE,
-      hp=hp,
-      optimizer=optimizer,
-      group=group,
-      microbatches=args.microbatches,
-    )
+    return step.train_step(state, frozen, batch, rng.key_for(0, 'mask'), 0, setup)
 
   return jax.jit(run), (state, frozen, batch)
 

@@ -383,26 +383,13 @@ def check_objective(c):
       f'sampler.guidance = {s.guidance}: this needs 0, for '
       'the loss is of the network without it',
     ),
-    (
-      'left_to_right',
-      s.block != 1,
-      f'sampler.block = {s.block}: this needs 1, tokens from left to right',
-    ),
-    (
-      'fallback',
-      s.pick != 'threshold',
-      f'sampler.pick = {s.pick}: this needs threshold, whose fallbacks it trains',
-    ),
-    (
-      'place',
-      (s.pick, s.rank, s.rank_law) != ('plackett_luce', 'max', 'model'),
-      f'sampler.pick = {s.pick}, rank = '
-      f'{s.rank}, rank_law = {s.rank_law}: this needs plackett_luce, max, '
-      'model, whose choice of positions has a density',
-    ),
   ):
     if need in needs and wrong:
       found.append(f'{change} (objective.name = {o.name})')
+  found += [
+    f'{text} (objective.name = {o.name})'
+    for text in OBJECTIVES[o.name].sampler_problems(settings(sampler.SampleConfig, s))
+  ]
   return found + check_old(c, needs, OBJECTIVES[o.name].wants(hp))
 
 

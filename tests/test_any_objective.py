@@ -1,6 +1,7 @@
-"""Every objective from sampling to an update, and what is refused before."""
+"""Every objective from sampling to an update, and which samplers are refused."""
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import re
@@ -8,134 +9,120 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from configs import base, rivals
-from dmpo_jax import build, check, checkpoint, mesh, model, rng, rollout, sampler, step
-from dmpo_jax.objectives import OBJECTIVES, dmpo
+from configs import base
+from dmpo_jax import (
+  build,
+  check,
+  checkpoint,
+  mesh,
+  model,
+  objectives,
+  rng,
+  rollout,
+  sampler,
+  score,
+  step,
+)
+from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
-from dmpo_jax.types import Scored, TrainState
+from dmpo_jax.types import Record, Rollouts, Sampled, Scores, TrainState, Views, Wants
 
 ROOT = pathlib.Path(__file__).parents[1]
-P, L = 3, 4
+P, L, ROWS = 3, 4, 8
+SIZES = {
+  'model.width': 16,
+  'model.layers': 1,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+  'model.mlp': 16,
+  'data.train_size': 16,
+  'data.validation_size': 8,
+  'data.test_size': 8,
+  'sampler.length': L,
+  'sampler.temperature': 0.7,
+  'train.prompts': 2,
+  'train.group': 4,
+  'train.inner': 2,
+  'train.microbatches': 1,
+  'logprob.draws': 2,
+}
+VARIANTS = {
+  'dmpo': {'objective.draws': 2},
+  'dmpo, model baseline': {'objective.draws': 2, 'objective.baseline': 'model'},
+}
+
+
+def choose(c, name):
+  """Gives a config an objective with its own defaults, and its paper's sampler."""
+  objective = OBJECTIVES[name]
+  c.objective.name = name
+  for fields in (check.objective_fields(), vars(objective.Config()), vars(Common())):
+    c.objective.update(fields)
+  c.sampler.update(objective.sampler)
 
 
 def tiny(name, **changes):
+  """Returns the config of an objective, or of one of VARIANTS, at the smallest size."""
   c = base.get_config()
-  c.update_from_flattened_dict(rivals.fields_of(name))
-  c.update_from_flattened_dict(
-    {
-      'model.width': 16,
-      'model.layers': 1,
-      'model.heads': 2,
-      'model.kv_heads': 2,
-      'model.mlp': 16,
-      'data.train_size': 16,
-      'data.validation_size': 8,
-      'data.test_size': 8,
-      'sampler.length': L,
-      'sampler.steps': 2,
-      'sampler.temperature': 0.7,
-      'sampler.block': 1 if name == 'just_grpo' else L,
-      'train.prompts': 2,
-      'train.group': 4,
-      'train.inner': 2,
-      'train.microbatches': 1,
-      'logprob.draws': 2,
-    }
-  )
-  if name == 'just_grpo':
-    c.sampler.steps = L
-  if 'low' in OBJECTIVES[name].hp.__dataclass_fields__ and name == 'dmpo':
-    c.objective.draws = 2
-  c.update_from_flattened_dict(changes)
+  choose(c, name.split(',')[0])
+  c.sampler.block = min(c.sampler.block, L)
+  c.sampler.steps = max(2, L // c.sampler.block)
+  c.update_from_flattened_dict({**SIZES, **VARIANTS.get(name, {}), **changes})
   return c
 
 
-def through(built, microbatches=1, **common):
-  """(batch, new state, metrics) of a buffer and its first update: one jit."""
-  c, cfg = built.config, built.model
-  hp = check.settings(sampler.SampleConfig, c.sampler)
-  needs = built.objective.needs(built.hp)
-  records = tuple(n for n in sampler.RECORDS if n in needs)
-  rows = c.train.prompts * c.train.group
-  same = dict(cfg=cfg, objective=built.objective, hp=built.hp)
-  how = check.settings(build.logprob.LogprobConfig, c.logprob)
-  of_all = Common(**common)
-
-  class Plain:
-    """SGD with rate one: an update is minus the gradient."""
-
-    init = staticmethod(lambda tree: ())
-    update = staticmethod(
-      lambda grad, state, _: (jax.tree.map(jnp.negative, grad), state)
-    )
-
-  @jax.jit
-  def run(params):
-    row = jnp.arange(rows)
-    keys = rng.row_keys(jax.random.key(1), row)
-    prompts = jax.random.randint(jax.random.key(2), (rows, P), 8, 14)
-    out = sampler.sample(
-      cfg, params, prompts, jnp.ones((rows, P), bool), keys, hp, records
-    )
-    completion = jnp.ones((rows, L), bool).at[:, -1].set(row % 2 == 0)
-    scores = step.score(
-      params,
-      params,
-      out,
-      row,
-      completion,
-      jax.random.key(3),
-      jax.random.key(4),
-      **same,
-      how=how,
-      law=hp.law(),
-      inner=c.train.inner,
-    )
-    reward = jax.random.uniform(jax.random.key(5), (2, 4)).at[1].set(0.5)
-    if 'guess' in scores:
-      scores['guess'] = jnp.mean(scores['guess'] % 3, axis=-1)
-    batch, _ = rollout.pack(
-      out,
-      completion,
-      row,
-      reward,
-      scores,
-      objective=built.objective,
-      hp=built.hp,
-      inner=c.train.inner,
-      skip_equal=of_all.skip_equal,
-    )
-    state = TrainState(jnp.int32(0), params, ())
-    new, metrics = step.train_step(
-      state,
-      {},
-      batch,
-      jax.random.key(4),
-      0,
-      **same,
-      optimizer=Plain,
-      group=4,
-      microbatches=microbatches,
-      law=hp.law(),
-      common=of_all,
-    )
-    return batch, new.trainable, metrics
-
-  return run(model.init(cfg, jax.random.key(0)))
+@functools.cache
+def built_of(name):
+  return build.build(tiny(name))
 
 
-@pytest.fixture(scope='module')
-def built_of():
-  cache = {}
+def buffer(built, params):
+  """Returns the TrainBatch of a buffer that is sampled, scored and weighed."""
+  setup, hp = built.setup, check.settings(sampler.SampleConfig, built.config.sampler)
+  row = jnp.arange(ROWS)
+  keys = rng.row_keys(jax.random.key(1), row)
+  prompts = jax.random.randint(jax.random.key(2), (ROWS, P), 8, 14)
+  valid, records = jnp.ones((ROWS, P), bool), setup.wants.records or ()
+  out = sampler.sample(setup.cfg, params, prompts, valid, keys, hp, records)
+  completion = jnp.ones((ROWS, L), bool).at[:, -1].set(row % 2 == 0)
+  sampled = Sampled(out, completion, row)
+  who = score.policies(params, params)
+  scores = score.score(who, sampled, jax.random.key(3), jax.random.key(4), setup)
+  if scores.guess is not None:  # the host grades them
+    scores = scores._replace(guess=jnp.mean(scores.guess % 3, axis=-1))
+  reward = jax.random.uniform(jax.random.key(5), (2, 4)).at[1].set(0.5)
+  return score.pack(sampled, reward, scores, setup)[0]
 
-  def call(name):
-    if name not in cache:
-      cache[name] = build.build(tiny(name))
-    return cache[name]
 
-  return call
+@functools.cache
+def params_of(name):
+  return model.init(built_of(name).model, jax.random.key(0))
+
+
+@functools.cache
+def batch_of(name):
+  """Returns the TrainBatch of an objective: one compiled program."""
+  return jax.jit(functools.partial(buffer, built_of(name)))(params_of(name))
+
+
+@functools.cache
+def update(name, microbatches=1, **common):
+  """Returns (parameters, metrics) of an SGD step with rate one: minus the gradient."""
+  setup = dataclasses.replace(
+    built_of(name).setup,
+    microbatches=microbatches,
+    common=Common(**common),
+    optimizer=optax.sgd(1.0),
+  )
+  state = step.init_state(params_of(name), setup.optimizer)
+  run = jax.jit(
+    lambda state, batch: step.train_step(state, {}, batch, jax.random.key(4), 0, setup)
+  )
+  new, metrics = run(state, batch_of(name))
+  return new.trainable, metrics
 
 
 def close(a, b, tol=1e-5):
@@ -148,48 +135,114 @@ def close(a, b, tol=1e-5):
   )
 
 
-@pytest.mark.parametrize('name', OBJECTIVES)
-def test_from_sampling_to_an_update(name, built_of):
-  """Shapes are those that checkpoints expect, the ratio begins at one, and
-  the parameters move."""
-  built = built_of(name)
-  batch, new, metrics = through(built)
-  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  assert shapes(batch) == shapes(build.abstract_batch(built, P))
+ALL = sorted({*OBJECTIVES, *VARIANTS})
+# One of each kind: the ELBO of the old policy; records, reads and the sampling law;
+# graded guesses and a weight for each copy; `reweigh` of pairs; views and a record.
+KINDS = ('dmpo', 'dmpo, model baseline', 'mapg', 'egspo', 'vrpo', 'diffpo')
+
+
+@functools.cache
+def abstract_of(name):
+  return build.abstract_buffer(built_of(name), P)
+
+
+def shapes(tree):
+  return jax.tree.map(lambda x: x.shape, tree)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_a_batch_holds_what_the_objective_asks_for(name):
+  """It holds nothing else, so that checkpoints and scores cost no more."""
+  setup, batch = built_of(name).setup, abstract_of(name).batch
+  wants, records = setup.wants, setup.wants.records
+  words, prompt = jnp.ones((ROWS, L), bool), jnp.ones((ROWS, P), bool)
+  zeros = jnp.zeros((ROWS, L))
+  more = {name: zeros for name in records or ()}
+  record = Record(zeros.astype(jnp.int32), zeros, zeros, more)
+  text = Text(words, words, prompt, setup.law.block, record)
+  draw = lambda key: setup.objective.draw(key, jnp.arange(ROWS), text, setup.hp)
+  view = (ROWS, setup.inner, *jax.eval_shape(draw, jax.random.key(0)).masked.shape[1:])
+  for policy in ('old', 'ref'):
+    want = Views(
+      elbo=view[:2] if policy in wants.elbo else None,
+      logp=view if policy in wants.views else None,
+      reads=dict.fromkeys(wants.reads, view) if policy in wants.views else None,
+    )
+    assert shapes(getattr(batch, policy)) == want
+  assert shapes(batch.record) == (None if records is None else shapes(record))
+  assert batch.weight.shape == (view[:1] + view[2:3] if wants.guess else view[:1])
+  assert all(x.shape == view[:1] for x in batch.own.values())
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name in KINDS else pytest.param(name, marks=pytest.mark.slow)
+    for name in ALL
+  ],
+)
+def test_an_update_begins_at_ratio_one_and_moves_the_parameters(name):
+  """Log-probs of the loss are those of the scores, and of the sampler's record."""
+  assert shapes(batch_of(name)) == shapes(abstract_of(name).batch)
+  _, metrics = update(name)
   assert all(np.isfinite(x).all() for x in metrics.values())
   assert metrics['finite'] == 1 and metrics['grad_norm'] > 1e-6
-  if 'ratio_log_abs' in metrics:
-    assert metrics['ratio_log_abs'] < 2e-5
-  if 'place_log_abs' in metrics:  # of positions: the recorded law is the loss's
-    assert metrics['place_log_abs'] < 1e-4
+  assert metrics.get('ratio_log_abs', 0) < 2e-5
+  assert metrics.get('place_log_abs', 0) < 1e-4  # of positions
 
 
-@pytest.mark.parametrize('name', ['egspo', 'residual', 'spg'])
-def test_microbatches_change_nothing(name, built_of):
-  """Weights of steps, gaps of groups and sums over tokens, cut or not."""
-  one, two = (through(built_of(name), m)[1] for m in (1, 2))
-  close(one, two, 2e-5)
+@pytest.mark.parametrize(
+  'name',
+  [
+    'egspo',
+    'vrpo',
+    'diffpo',
+    pytest.param('residual', marks=pytest.mark.slow),
+    pytest.param('spg', marks=pytest.mark.slow),
+  ],
+)
+def test_microbatches_change_nothing(name):
+  """Weights of steps, gaps within groups and means over tokens stay the same."""
+  close(update(name)[0], update(name, 2)[0], 2e-5)
 
 
-def test_equal_groups_are_skipped(built_of):
-  """The second group weighs nothing, the first twice as much."""
-  plain, skipped = (
-    through(built_of('diffu_grpo'), skip_equal=x)[0] for x in (False, True)
+def made_up(built):
+  """Returns a Sampled whose second group has other lengths than its first."""
+  zeros = jnp.zeros((ROWS, L))
+  rollouts = Rollouts(
+    tokens=jnp.zeros((ROWS, P + L), jnp.int32),
+    valid=jnp.ones((ROWS, P + L), bool),
+    order=zeros.astype(jnp.int32),
+    logp=zeros,
+    forwards=None,
+    confidence=zeros,
   )
-  assert np.asarray(plain.positive[4:] > 0).all()
-  assert not np.asarray(skipped.weight[4:]).any()
-  assert not np.asarray(skipped.positive[4:]).any()
+  completion = jnp.arange(L)[None] < jnp.array([4, 3, 2, 1, 4, 4, 4, 4])[:, None]
+  return Sampled(rollouts, completion, jnp.arange(ROWS))
+
+
+def test_groups_of_equal_rewards_are_skipped():
+  """The second group weighs nothing, and the first twice as much."""
+  built, reward = built_of('diffu_grpo'), jnp.array([[0.0, 1, 2, 3], [1] * 4])
+  plain, skipped = (
+    score.pack(
+      made_up(built),
+      reward,
+      Scores(),
+      dataclasses.replace(built.setup, common=Common(skip_equal=skip)),
+    )
+    for skip in (False, True)
+  )
+  assert (plain[0].own['scale'][4:] > 0).all() and 'groups_skipped' not in plain[1]
+  assert skipped[1]['groups_skipped'] == 0.5
+  assert not skipped[0].weight[4:].any() and not skipped[0].own['scale'][4:].any()
   # A mean over the tokens of what is left: 1 / (norm of two * tokens of one).
-  tokens = int(skipped.completion[:4].sum())
-  close(skipped.positive[:4], np.full(4, 2 / tokens))
-  per_row = Scored(np.array([[0.0, 1.0]] * 2), np.ones((2, 2)), 0, 0)
-  assert OBJECTIVES['espo'].weigh(per_row, OBJECTIVES['espo'].hp())[0].shape
+  close(skipped[0].own['scale'][:4], np.full(4, 2 / 10))
 
 
-def test_elbo_can_be_held_up(built_of):
-  """DiPOD's term adds its gradient, the same for any objective."""
-  built = built_of('wd1')
-  moves = [through(built, elbo_coef=coef)[1] for coef in (0.0, 0.5, 1.0)]
+def test_elbo_coef_adds_the_gradient_of_the_elbo():
+  """DiPOD's term is the same for any objective, and linear in elbo_coef."""
+  moves = [update('dmpo')[0]] + [update('dmpo', elbo_coef=x)[0] for x in (0.5, 1.0)]
   flat = [
     np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in moves
   ]
@@ -197,39 +250,20 @@ def test_elbo_can_be_held_up(built_of):
   close(2 * (flat[1] - flat[0]), flat[2] - flat[0], 1e-4)
 
 
-def test_what_is_not_asked_for_is_free(built_of):
-  """DMPO's update compiled with extras in its batch and without: the same
-  work, and the same numbers to the bit."""
-  built = built_of('dmpo')
-  batch = through(built)[0]
-  rows = batch.tokens.shape[0]
-  assert batch.extra is None and batch.weight.shape == (rows,)
+def test_fields_that_are_not_asked_for_cost_nothing():
+  """DMPO's update does the same work with further fields in its batch, to the bit."""
+  built, batch = built_of('dmpo'), batch_of('dmpo')
+  zeros, views = jnp.zeros((ROWS, L)), jnp.zeros((ROWS, 2, 2, L))
   full = batch._replace(
-    extra=dict(
-      record=dict(order=jnp.zeros((rows, L), jnp.int32)),
-      elbo_ref=jnp.zeros((rows, 2)),
-      tokens_old=jnp.zeros((rows, 2, 4, L)),
-    )
+    record=Record(zeros.astype(jnp.int32), zeros, zeros, {}),
+    old=Views(logp=views, reads={}),
+    ref=Views(elbo=jnp.zeros((ROWS, 2)), logp=views, reads={'centred': views}),
   )
-  optimizer = build.optim.make_optimizer(1e-3, 0, 0.9, 0.99, 1e-8, 0.0, 1.0)
-  params = model.init(built.model, jax.random.key(0))
-  state = step.init_state(params, optimizer)
+  setup = dataclasses.replace(built.setup, optimizer=optax.sgd(1.0))
+  state = step.init_state(params_of('dmpo'), setup.optimizer)
 
   def update(state, batch):
-    return step.train_step(
-      state,
-      {},
-      batch,
-      jax.random.key(0),
-      0,
-      cfg=built.model,
-      objective=dmpo.OBJECTIVE,
-      hp=built.hp,
-      optimizer=optimizer,
-      group=4,
-      law=sampler.Law(1, 1.0, 0.0, 0.0),
-      common=Common(),
-    )
+    return step.train_step(state, {}, batch, jax.random.key(0), 0, setup)
 
   costs, results = [], []
   for each in (batch, full):
@@ -241,85 +275,75 @@ def test_what_is_not_asked_for_is_free(built_of):
   jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-def test_no_further_passes_for_dmpo(built_of):
-  """Nor does it record, score or draw with more than it has to."""
-  built = built_of('dmpo')
-  assert built.objective.needs(built.hp) == {'old', 'ref'}
-  assert build.abstract_rollouts(built, P).more is None
-  assert build.abstract_batch(built, P).extra is None
+def test_dmpo_asks_for_two_sequence_log_probs_alone():
+  """It reads no record of the sampler."""
+  assert built_of('dmpo').setup.wants == Wants(sequence=('old', 'ref'))
+  abstract = abstract_of('dmpo')
+  assert not abstract.sampled.rollouts.more
+  assert abstract.batch.own.keys() == {'target'}
 
 
-def test_checkpoints_hold_the_extras(built_of, tmp_path):
-  """A buffer with records and old log-probs comes back to the bit."""
-  built = built_of('diffpo')
-  batch = through(built)[0]
-  shapes = build.abstract_batch(built, P)
-  batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, shapes)
+def test_checkpoints_restore_records_and_views(tmp_path):
+  """A batch comes back to the bit, as the same NamedTuples."""
+  built, batch = built_of('diffpo'), batch_of('diffpo')
+  like = build.abstract_batch(built, P)
+  batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, like)
   state = TrainState(mesh.put(np.int32(1), mesh.replicated(built.mesh)), {}, {})
   with checkpoint.open_manager(str(tmp_path)) as manager:
     checkpoint.save(manager, 1, state, batch, {})
     manager.wait_until_finished()
-    found = checkpoint.restore(
-      manager, checkpoint.abstract(state), lambda step: (shapes, None)
-    )
-  jax.tree.map(np.testing.assert_array_equal, found[1], batch)
+    restored = checkpoint.restore(
+      manager, checkpoint.abstract(state), lambda step: (like, None)
+    )[1]
+  jax.tree.map(np.testing.assert_array_equal, restored, batch)
+  assert restored.old.has('logp') and not restored.old.has('elbo')
+  assert isinstance(restored.record, Record)
 
 
-def test_one_step_completions_are_graded(built_of):
-  """EGSPO's states, completed at once, go through the task's reward."""
+def test_guesses_are_graded():
+  """EGSPO's states, completed in one step, go through the task's reward."""
+  seen = []
 
-  class Steps:
-    def __init__(self):
-      self.seen = None
+  def pack(sampled, reward, scores):
+    seen.append(scores.guess)
+    return None, {}
 
-    def pack(self, rollouts, completion, row, reward, scores):
-      self.seen = scores['guess']
-      return None, {}
-
-  built, steps = built_of('egspo'), Steps()
+  built = built_of('egspo')
   letters = lambda text, example, protocol: {'length': float(len(text))}
-  task = built.task._replace(reward=letters, grade=lambda *_: 0.0)
-  ids = np.array(built.tokenizer('1234')['input_ids'], np.int32)
-  guess = np.tile(ids, (8, 3, 1))
-  guess[0, 1, 2] = built.tokenizer.eos_token_id  # cuts it to two letters
-  guess[5, 2] = -1  # a draw of no step
-  zeros = np.zeros((8, L), np.float32)
-  kept = (np.tile(ids, (8, 1)), zeros.astype(np.int32), 4, np.ones((8, L), bool), zeros)
-
-  class Problems:
-    examples, changed = (
-      [
-        built.task.load('train', check.settings(build.TaskOptions, built.config.data))[
-          0
-        ]
-      ],
-      0,
-    )
-
-  started = rollout.Started(
-    0, 0, np.zeros(2, int), np.arange(8), None, None, {}, kept, np.arange(8), guess
-  )
-  rollout.finish(
-    steps,
-    task,
-    built.tokenizer,
-    Problems,
-    started,
-    group=4,
-    protocol='strict',
-    samples=0,
+  collector = dataclasses.replace(
+    build.collector(built, {}),
+    steps=built.steps._replace(pack=pack),
+    task=built.task._replace(reward=letters, grade=lambda *_: 0.0),
     weights={},
+    samples=0,
   )
-  want = np.full((8, 3), 4.0)
+  ids = np.array(built.tokenizer('1234')['input_ids'], np.int32)
+  guess = np.tile(ids, (ROWS, 3, 1))
+  guess[0, 1, 2] = built.tokenizer.eos_token_id  # cuts it to two letters
+  guess[5, 2] = -1  # a copy of no step
+  zeros = np.zeros((ROWS, L), np.float32)
+  host = rollout.Fetched(
+    tokens=np.tile(ids, (ROWS, 1)),
+    order=zeros.astype(np.int32),
+    forwards=np.int32(4),
+    completion=np.ones((ROWS, L), bool),
+    confidence=zeros,
+    guess=guess,
+  )
+  mine = np.arange(ROWS)
+  collector.finish(rollout.Started(0, 0, np.zeros(2, int), None, Scores(), host, mine))
+  want = np.full((ROWS, 3), 4.0)
   want[0, 1], want[5, 2] = 2, np.nan
-  np.testing.assert_array_equal(steps.seen, want)
+  np.testing.assert_array_equal(seen[0], want)
 
 
-def test_records_of_the_sampler(built_of):
-  """Entropies are the model's; a fallback is one leftmost token, alone."""
+def test_sampler_records_entropies_and_fallbacks():
+  """Entropies are the model's. A fallback is the leftmost mask, alone in its step."""
   cfg = built_of('fork_grpo').model
-  params = model.init(cfg, jax.random.key(0))
-  hp = sampler.SampleConfig(8, 8, 8, 1.0, 'threshold', 'max', 0.2, fallback='leftmost')
+  params = params_of('fork_grpo')
+  hp = sampler.SampleConfig(
+    8, 8, 8, 1.0, pick='threshold', rank='max', threshold=0.2, fallback='leftmost'
+  )
   prompts = jax.random.randint(jax.random.key(2), (16, P), 8, 14)
   valid = jnp.ones((16, P), bool)
 
@@ -349,11 +373,11 @@ def test_records_of_the_sampler(built_of):
     assert (order[r, :i] < order[r, i]).all()
 
 
-# --- a new one
+# --- a new objective
 
 
-def test_a_new_objective_is_one_file(tmp_path, monkeypatch):
-  """The one in docs/objectives.md: registered, checked, and two updates."""
+def test_the_example_of_the_docs_is_an_objective_in_one_file(tmp_path, monkeypatch):
+  """The one in docs/objectives.md is registered, checked, and makes two updates."""
   text = (ROOT / 'docs' / 'objectives.md').read_text()
   code = re.search(r'```python\n(.*?)```', text, re.S)[1]
   assert len(code.splitlines()) < 60
@@ -361,17 +385,15 @@ def test_a_new_objective_is_one_file(tmp_path, monkeypatch):
   spec = importlib.util.spec_from_file_location('toy', tmp_path / 'toy.py')
   toy = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(toy)
-  monkeypatch.setitem(OBJECTIVES, 'toy', toy.OBJECTIVE)
-  c = tiny('toy')
-  built = build.build(c, jax.devices()[:1])
-  row = np.arange(8, dtype=np.int32)
+  monkeypatch.setitem(OBJECTIVES, 'toy', objectives.checked('toy', toy.OBJECTIVE))
+  built = build.build(tiny('toy'), jax.devices()[:1])
+  row = np.arange(ROWS, dtype=np.int32)
+  prompts = np.zeros((ROWS, P), np.int32), np.ones((ROWS, P), bool), row
   params = built.steps.init()
-  rollouts, completion = built.steps.sample(
-    params, np.zeros((8, P), np.int32), np.ones((8, P), bool), row
-  )
-  scores = built.steps.score(params, params, rollouts, row, completion)
+  sampled = built.steps.sample(params, *prompts)
+  scores = built.steps.score(params, params, (), sampled)
   reward = np.random.default_rng(0).random((2, 4)).astype(np.float32)
-  batch, _ = built.steps.pack(rollouts, completion, row, reward, scores)
+  batch, _ = built.steps.pack(sampled, reward, scores)
   state, elbos = built.steps.start(params), []
   for inner in (0, 1):
     state, metrics = built.steps.update(state, {}, batch, inner)
@@ -381,66 +403,36 @@ def test_a_new_objective_is_one_file(tmp_path, monkeypatch):
     check.config(tiny('toy', **{'objective.draws': 3}), 1)
 
 
-# --- what cannot be
+# --- samplers that an objective cannot use
 
-
+# Field that is named -> objective, changes.
 REFUSED = {
-  'sampler.pick = wino.*recorded steps.*agrpo': ('agrpo', {'sampler.pick': 'wino'}),
-  'sampler.temperature = 0': ('diffpo', {'sampler.temperature': 0.0}),
-  'sampler.top_p = 0.9': ('egspo', {'sampler.top_p': 0.9}),
-  'sampler.guidance = 1.0': ('mapg', {'sampler.guidance': 1.0}),
-  'sampler.block = 4.*this needs 1': ('just_grpo', {'sampler.block': 4}),
-  'sampler.pick = entropy.*threshold': (
+  'sampler.pick = wino.*agrpo': ('agrpo', {'sampler.pick': 'wino'}),
+  'sampler.temperature = 0.*diffpo': ('diffpo', {'sampler.temperature': 0.0}),
+  'sampler.top_p = 0.9.*egspo': ('egspo', {'sampler.top_p': 0.9}),
+  'sampler.guidance = 1.0.*mapg': ('mapg', {'sampler.guidance': 1.0}),
+  'sampler.block = 4: set 1.*just_grpo': ('just_grpo', {'sampler.block': 4}),
+  'sampler.pick = entropy: set threshold.*fork_grpo': (
     'fork_grpo',
     {'sampler.pick': 'entropy', 'sampler.fallback': 'best'},
   ),
-  'rank = token.*plackett_luce': ('mapg', {'sampler.rank': 'token'}),
-  'lora.dropout = 0.1: objective.name = espo compares': (
-    'espo',
-    {'lora.rank': 2, 'lora.dropout': 0.1},
-  ),
-  'lora.dropout = 0.1: objective.name = agrpo compares': (
-    'agrpo',
-    {'lora.rank': 2, 'lora.dropout': 0.1},
-  ),
-  'rank_temperature > 0': ('mapg', {'sampler.rank_temperature': 0.0}),
-  'objective.alpha = 0.5 is no setting of objective.name = espo': (
-    'espo',
-    {'objective.alpha': 0.5},
-  ),
-  'objective.clip = 0.5 is no setting of objective.name = dmpo: leave it': (
-    'dmpo',
-    {'objective.clip': 0.5},
-  ),
+  'sampler.rank = token.*mapg': ('mapg', {'sampler.rank': 'token'}),
+  'rank_temperature': ('mapg', {'sampler.rank_temperature': 0.0}),
+  'lora.dropout = 0.1.*espo': ('espo', {'lora.rank': 2, 'lora.dropout': 0.1}),
+  'lora.dropout = 0.1.*agrpo': ('agrpo', {'lora.rank': 2, 'lora.dropout': 0.1}),
   'objective.elbo_draws = 3 must be even': ('wd1', {'objective.elbo_draws': 3}),
-  "did you mean 'espo'": ('espo', {'objective.name': 'esspo'}),
+  "objective.name = 'esspo'.*did you mean 'espo'": (
+    'espo',
+    {'objective.name': 'esspo'},
+  ),
 }
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize('said', REFUSED)
-def test_refused_before_anything_compiles(said):
-  """The field to change, and the objective that wants it otherwise."""
-  name, changes = REFUSED[said]
+@pytest.mark.parametrize('message', REFUSED)
+def test_an_impossible_config_is_refused_before_anything_compiles(message):
+  """The error names the field, and the objective that needs another value."""
+  name, changes = REFUSED[message]
   check.config(tiny(name), 1)
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=message):
     check.config(tiny(name, **changes), 1)
-
-
-def test_base_is_the_first_objective_that_has_a_field():
-  """What `check` takes for untouched is what base.py says."""
-  section = base.get_config().objective
-  fields = check.objective_fields()
-  assert {name: section[name] for name in fields} == fields
-  own = {field.name for field in dataclasses.fields(Common)}
-  assert set(section) == set(fields) | own | {'name'}
-  assert check.settings(Common, section) == Common()
-
-
-def test_points_are_the_objectives_own_defaults():
-  """configs/rivals.py: nothing but the defaults, by name and by number."""
-  for name, point in zip(OBJECTIVES, rivals.sweep('objectives'), strict=True):
-    c = rivals.get_config(name)
-    assert c.objective.name == point['objective.name'] == name
-    kind = OBJECTIVES[name].hp
-    assert check.settings(kind, c.objective) == kind()

@@ -1,8 +1,7 @@
-"""Targets beyond one reference: products of several, and one that moves."""
+"""References other than the base: products of several models, and a moving one."""
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,15 @@ from dmpo_jax import (
   metrics,
   model,
   optim,
+  parts,
   sampler,
+  score,
   step,
   weights,
 )
 from dmpo_jax.objectives import dmpo
 from dmpo_jax.phases import sft
+from dmpo_jax.types import Sampled
 
 L, ROWS = 4, 4
 
@@ -35,48 +37,60 @@ L, ROWS = 4, 4
 
 
 @pytest.mark.parametrize('estimator', ['elbo', 'trajectory'])
-def test_log_p_ref_is_the_weighted_sum(estimator, tiny, weights_of):
-  """Of the base and of another model, under the same masks or states; p_old
-  stays what it was."""
-  cfg = tiny
-  old = weights_of(cfg)
+def test_log_p_ref_is_the_weighted_sum_over_references(estimator, tiny, weights_of):
+  """The references share their masks or steps. log p_old does not depend on them."""
+  old = weights_of(tiny)
   ref, other = (jax.tree.map(lambda x, s=s: x * s, old) for s in (0.9, 0.7))
   hp = sampler.SampleConfig(L, L, L, 0.8, rank='max')
-  how = logprob.LogprobConfig(estimator=estimator, states=2)
+  setup = step.Setup(
+    tiny,
+    dmpo.OBJECTIVE,
+    dmpo.Config(),
+    law=hp.law(),
+    logprob=logprob.LogprobConfig(estimator=estimator, states=2),
+  )
   prompts = jnp.asarray([[1, 2], [3, 2], [0, 4], [5, 1]])
 
   @jax.jit
-  def score(references):
-    out = sampler.generate(cfg, old, prompts, jax.random.key(3), hp)
-    return step.score(
-      old, ref, out, jnp.arange(ROWS), jnp.ones((ROWS, L), bool),
-      jax.random.key(1), jax.random.key(2), references, cfg=cfg,
-      objective=dmpo.OBJECTIVE, hp=dmpo.Config(), how=how, law=hp.law(),
-      inner=1, weights=(0.25, 1.5)[:len(references)],
-    )  # fmt: skip
+  def run(old, ref, other):
+    out = sampler.generate(tiny, old, prompts, jax.random.key(3), hp)
+    sampled = Sampled(out, jnp.ones((ROWS, L), bool), jnp.arange(ROWS))
 
-  alone, both = score(()), score(({}, other))
-  second = jax.jit(lambda: score.__wrapped__((other,)))()['ref'] / 0.25
-  np.testing.assert_allclose(both['ref'], 0.25 * alone['ref'] + 1.5 * second, rtol=1e-5)
-  assert np.abs(alone['ref'] - second).max() > 0.1
-  same(both['old'], alone['old'])
+    def scores(references, weights):
+      who = score.policies(old, ref, references)
+      keys = jax.random.key(1), jax.random.key(2)
+      return score.score(
+        who, sampled, *keys, dataclasses.replace(setup, weights=weights)
+      )
+
+    return (
+      scores((), (1.0,)),
+      scores((other,), (1.0,)),
+      scores(({}, other), (0.25, 1.5)),
+    )
+
+  first, second, both = run(old, ref, other)
+  want = 0.25 * first.logp_ref + 1.5 * second.logp_ref
+  np.testing.assert_allclose(both.logp_ref, want, rtol=1e-5)
+  assert np.abs(first.logp_ref - second.logp_ref).max() > 0.1
+  same(both.logp_old, first.logp_old)
 
 
 # --- the moving reference
 
 
 @pytest.mark.parametrize('mix', [1.0, 0.25])
-def test_reference_follows(mix):
-  """Every second update it is the parameters, or a mean with them; an update
-  that was refused moves nothing."""
+def test_moving_reference_follows_every_second_update(mix):
+  """It becomes the parameters, or a mean with them. A refused update moves nothing."""
   optimizer = optim.make_optimizer(0.1, 0, 0.9, 0.99, 1e-8, 0.0, 0.0, hold=True)
   state = step.init_state({'params': {'scale': jnp.ones(3)}}, optimizer)
   want = np.ones(3, np.float32)
 
   @jax.jit
   def update(state, slope):
-    loss = lambda trainable, part: (
-      jnp.sum(part * trainable['params']['scale'] ** 2), {})  # fmt: skip
+    def loss(trainable, part):
+      return jnp.sum(part * trainable['params']['scale'] ** 2), {}
+
     new, numbers = step.update(state, loss, slope[None], optimizer)
     return optim.follow(state, new, 2, mix), numbers
 
@@ -115,9 +129,11 @@ def base_params(built, tmp_path_factory):
 
 
 def test_a_run_with_adapters_moves_and_resumes(built, base_params, tmp_path):
-  """Three updates a buffer, a copy every two: log p_ref = log p_old in the
-  first and third buffer, not in the second. Stopped while it samples the
-  second, whose reference is of the update before: the run ends the same."""
+  """A buffer has three updates, and every second one copies the policy.
+
+  So log p_ref = log p_old in the first and third buffer, not in the second. A run that
+  is stopped while it samples the second ends the same.
+  """
   params = run(built, tmp_path / 'whole', base_params)
   rl = rows(tmp_path / 'whole')['rl']
   gaps = [abs(row['logp_ref'] - row['logp_old']) for row in rl]
@@ -144,7 +160,7 @@ def test_a_run_with_adapters_moves_and_resumes(built, base_params, tmp_path):
 
 @pytest.fixture
 def read_references(tiny, weights_of, tmp_path):
-  """(function of reference.of, folders): a policy with adapters of rank 2."""
+  """Returns (function of reference fields, folder, ModelConfig with adapters)."""
   cfg = dataclasses.replace(tiny, lora_rank=2, lora_alpha=4.0)
   hf.save_adapter(tmp_path / 'adapter', cfg, weights_of(cfg), 'owner/base')
   grid = mesh.make_mesh(8)
@@ -152,43 +168,43 @@ def read_references(tiny, weights_of, tmp_path):
   def call(cfg=cfg, **fields):
     c = base.get_config()
     c.reference.update(fields)
-    return build.make_references(c, cfg, '', grid)
+    return parts.references(c, cfg, '', grid, lambda tree: tree)
 
   return call, tmp_path, cfg
 
 
-def test_references_are_read(read_references, weights_of):
+def test_base_moving_and_adapter_are_read(read_references, weights_of):
   call, folder, cfg = read_references
   assert call()() == ()
-  found = call(of=('base', 'moving', str(folder / 'adapter')))()
-  assert found[:2] == ({}, None)
-  same(mesh.fetch(found[2]), {'lora': mesh.fetch(weights_of(cfg)['lora'])})
+  trees = call(of=('base', 'moving', str(folder / 'adapter')))()
+  assert trees[:2] == ({}, None)
+  same(mesh.fetch(trees[2]), {'lora': mesh.fetch(weights_of(cfg)['lora'])})
 
 
 def checkpoint_at(folder, **changes):
-  """A checkpoint of LLaDA's kind, and its ModelConfig."""
+  """Writes a checkpoint of LLaDA's kind; returns its path and ModelConfig."""
   from test_weights import CONFIGS, write
 
   path = str(write(folder, {**CONFIGS['llada'], **changes}))
   return path, model.ModelConfig(**weights.read_config(path))
 
 
-def test_another_checkpoint(read_references, tmp_path):
+def test_another_checkpoint_is_read(read_references, tmp_path):
   call, _, _ = read_references
   path, cfg = checkpoint_at(tmp_path / 'other')
-  found = call(cfg, of=('base', path), weights=(1.0, 1.0))()
-  same(mesh.fetch(found[1]), mesh.fetch(weights.read_params(path, cfg)))
+  trees = call(cfg, of=('base', path), weights=(1.0, 1.0))()
+  same(mesh.fetch(trees[1]), mesh.fetch(weights.read_params(path, cfg)))
 
 
-def test_references_of_another_kind_are_refused(read_references, tmp_path):
-  """Before anything is read, with what differs."""
+def test_references_that_do_not_fit_the_policy_are_refused(read_references, tmp_path):
+  """The error names the field that differs. Shapes are compared before a read."""
   call, folder, cfg = read_references
   adapter = str(folder / 'adapter')
-  with pytest.raises(ValueError, match='is an adapter: it needs lora.rank'):
+  with pytest.raises(ValueError, match='is an adapter.*lora.rank'):
     call(dataclasses.replace(cfg, lora_rank=0), of=(adapter,))
-  with pytest.raises(ValueError, match='r = 2, but lora.rank = 3'):
+  with pytest.raises(ValueError, match='lora.rank = 3'):
     call(dataclasses.replace(cfg, lora_rank=3), of=(adapter,))()
-  with pytest.raises(ValueError, match='is no directory'):
+  with pytest.raises(ValueError, match='bse'):
     call(of=('bse',))
   path, theirs = checkpoint_at(tmp_path / 'other')
   for name in ('vocab', 'layers', 'mlp'):
@@ -197,34 +213,45 @@ def test_references_of_another_kind_are_refused(read_references, tmp_path):
       call(ours, of=(path,))
 
 
-@pytest.mark.parametrize('says, changes', [
-  ('must hold a weight for each', {'reference.of': ('base', 'moving')}),
-  ('must hold a weight for each', {
-    'reference.of': (), 'reference.weights': ()}),
-  ('must be > 0', {'reference.weights': (-1.0,)}),
-  ('reference.mix = 0.0 must be in', {'reference.mix': 0.0}),
-  ('reference.every = 0 must be >= 1', {'reference.every': 0}),
-  ('lost in rounding', {
-    'reference.of': ('moving',), 'reference.mix': 0.5,
-    'model.param_dtype': 'bfloat16'}),
-  ('fuse = True knows the base alone', {
-    'reference.of': ('moving',), 'logprob.fuse': True, 'lora.rank': 2}),
-  ('asks for no log p_ref', {
-    'reference.of': ('moving',), 'objective.alpha': 0.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  'message, changes',
+  [
+    ('reference.weights = ', {'reference.of': ('base', 'moving')}),
+    ('reference.weights = ', {'reference.of': (), 'reference.weights': ()}),
+    ('reference.weights = ', {'reference.weights': (-1.0,)}),
+    ('reference.mix = 0.0', {'reference.mix': 0.0}),
+    ('reference.every = 0', {'reference.every': 0}),
+    (
+      'reference.mix = 0.5.*model.param_dtype = float32',
+      {
+        'reference.of': ('moving',),
+        'reference.mix': 0.5,
+        'model.param_dtype': 'bfloat16',
+      },
+    ),
+    (
+      r"logprob.fuse = True.*\('base',\)",
+      {'reference.of': ('moving',), 'logprob.fuse': True, 'lora.rank': 2},
+    ),
+    (
+      r"reference.of = \('moving',\): .*log p_ref",
+      {'reference.of': ('moving',), 'objective.alpha': 0.0},
+    ),
+  ],
+)
 @pytest.mark.smoke
-def test_check(says, changes):
+def test_impossible_references_are_refused(message, changes):
+  """The error names the field and its value."""
   c = base.get_config()
   c.update_from_flattened_dict(changes)
-  with pytest.raises(ValueError, match=says):
+  with pytest.raises(ValueError, match=message):
     check.config(c, 8)
 
 
-def test_the_base_alone_changes_no_program():
-  """The default asks for nothing: no tree in the optimizer's state, and the
-  score program is the one without references."""
-  c = base.get_config()
-  state = jax.eval_shape(functools.partial(
-    step.init_state, optimizer=build.optimizer_of(c)),
-    {'params': {'scale': jnp.ones(3)}})  # fmt: skip
-  assert 'reference' not in json.dumps(str(jax.tree.structure(state)))
+def test_the_base_alone_adds_no_tree_to_the_optimizer():
+  """The default reference needs no copy of the parameters."""
+  make = functools.partial(
+    step.init_state, optimizer=build.optimizer_of(base.get_config())
+  )
+  state = jax.eval_shape(make, {'params': {'scale': jnp.ones(3)}})
+  assert 'reference' not in str(jax.tree.structure(state))
