@@ -28,7 +28,16 @@ from dmpo_jax import (
 )
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
-from dmpo_jax.types import Record, Rollouts, Sampled, Scores, TrainState, Views, Wants
+from dmpo_jax.types import (
+  Record,
+  Rollouts,
+  Sampled,
+  Scores,
+  Text,
+  TrainState,
+  Views,
+  Wants,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 P, L, ROWS = 3, 4, 8
