@@ -163,14 +163,14 @@ def shapes(tree):
 def test_a_batch_holds_what_the_objective_asks_for(name):
   """It holds nothing else, so that checkpoints and scores cost no more."""
   setup, batch = built_of(name).setup, abstract_of(name).batch
-  wants, records = setup.wants, setup.wants.records
-  words, prompt = jnp.ones((ROWS, L), bool), jnp.ones((ROWS, P), bool)
-  zeros = jnp.zeros((ROWS, L))
-  more = {name: zeros for name in records or ()}
-  record = Record(zeros.astype(jnp.int32), zeros, zeros, more)
-  text = Text(words, words, prompt, setup.law.block, record)
-  draw = lambda key: setup.objective.draw(key, jnp.arange(ROWS), text, setup.hp)
-  view = (ROWS, setup.inner, *jax.eval_shape(draw, jax.random.key(0)).masked.shape[1:])
+  wants, words = setup.wants, jnp.ones((ROWS, L), bool)
+  text = Text(words, words, jnp.ones((ROWS, P), bool), setup.law.block, None)
+
+  def draw(record):
+    key, text_ = jax.random.key(0), text._replace(record=record)
+    return setup.objective.draw(key, jnp.arange(ROWS), text_, setup.hp).masked
+
+  view = (ROWS, setup.inner, *jax.eval_shape(draw, batch.record).shape[1:])
   for policy in ('old', 'ref'):
     want = Views(
       elbo=view[:2] if policy in wants.elbo else None,
@@ -178,7 +178,11 @@ def test_a_batch_holds_what_the_objective_asks_for(name):
       reads=dict.fromkeys(wants.reads, view) if policy in wants.views else None,
     )
     assert shapes(getattr(batch, policy)) == want
-  assert shapes(batch.record) == (None if records is None else shapes(record))
+  if wants.records is None:
+    assert batch.record is None
+  else:
+    assert batch.record.more.keys() == set(wants.records)
+    assert all(x.shape == (ROWS, L) for x in jax.tree.leaves(batch.record))
   assert batch.weight.shape == (view[:1] + view[2:3] if wants.guess else view[:1])
   assert all(x.shape == view[:1] for x in batch.own.values())
 
@@ -286,7 +290,8 @@ def test_fields_that_are_not_asked_for_cost_nothing():
 
 def test_dmpo_asks_for_two_sequence_log_probs_alone():
   """It reads no record of the sampler."""
-  assert built_of('dmpo').setup.wants == Wants(sequence=('old', 'ref'))
+  wants = Wants(sequence=('old', 'ref'), common_masks=False)
+  assert built_of('dmpo').setup.wants == wants
   abstract = abstract_of('dmpo')
   assert not abstract.sampled.rollouts.more
   assert abstract.batch.own.keys() == {'target'}
