@@ -190,14 +190,14 @@ def fill_template(path: str, examples: Sequence[dict]) -> list[str]:
     template = file.read()
   texts = []
   for example in examples:
-    if not any(f'{{{name}}}' in template for name in example):
+    text, fields = template, [name for name in example if f'{{{name}}}' in template]
+    if not fields:
       raise ValueError(
         f'the template {path} has no field of the problems: use '
         f'{", ".join(f"{{{name}}}" for name in example)}'
       )
-    text = template
-    for name, value in example.items():
-      text = text.replace(f'{{{name}}}', str(value))
+    for name in fields:
+      text = text.replace(f'{{{name}}}', str(example[name]))
     texts.append(text)
   return texts
 

@@ -168,6 +168,8 @@ def test_templates_replace_the_fields_of_a_problem(tmp_path):
   path.write_text('{n} and {n} of {m}, {not} {{}}')
   texts = data.fill_template(str(path), [{'n': 1, 'm': [2, 3]}, {'n': 4, 'm': 5}])
   assert texts == ['1 and 1 of [2, 3], {not} {{}}', '4 and 4 of 5, {not} {{}}']
+  path.write_text('{n}')  # a problem's text is not a template
+  assert data.fill_template(str(path), [{'n': '{m}?', 'm': 'secret'}]) == ['{m}?']
   path.write_text('no field')
   with pytest.raises(ValueError, match='template.txt .*use {n}, {m}'):
     data.fill_template(str(path), [{'n': 1, 'm': 2}])

@@ -128,8 +128,8 @@ class Source:
     `data.path` is a file, which `split_of` shares among the splits. Or it is a
     directory with a train and a test file, or 'tfds'. Then the test file is the
     test split, and `split_of` tells which part of the train file is validation.
-    Raises ValueError if the split is empty or the train file has the test's
-    problems.
+    Raises ValueError if the split is empty or the train file has most of the test's
+    problems; fewer are left out.
     """
     size, path = size_of(split, options), options.path
     if not path:
@@ -177,10 +177,10 @@ class Source:
 def word_problems(
   task: str, origin: str, read: Callable[[str], Iterable[dict]], field: str
 ) -> Source:
-  """Returns a Source whose problems are told in words in `field`.
+  """Returns a Source of problems that are the text in `field`.
 
-  A problem is the same whatever its white space. Its split follows the text as
-  it stands.
+  Texts that differ only in white space are the same problem. The split is a hash of
+  the text as it stands.
   """
   return Source(
     task,

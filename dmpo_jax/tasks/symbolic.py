@@ -119,11 +119,11 @@ class _Process(ForkServerProcess):
   """
 
   @staticmethod
-  def _Popen(process):
+  def _Popen(process_obj):
     main = sys.modules['__main__']
     sys.modules['__main__'] = types.ModuleType('__main__')
     try:
-      return ForkServerProcess._Popen(process)
+      return ForkServerProcess._Popen(process_obj)
     finally:
       sys.modules['__main__'] = main
 
