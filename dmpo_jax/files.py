@@ -15,9 +15,10 @@ Path = str | os.PathLike
 
 def replace(path: Path, content: str | bytes) -> None:
   """Replaces a file by new content in one step, or not at all."""
+  data = content.encode() if isinstance(content, str) else content
   temporary = f'{path}.new'
   with open(temporary, 'wb') as f:
-    f.write(content.encode() if isinstance(content, str) else content)
+    f.write(data)
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, path)

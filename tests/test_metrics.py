@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from dmpo_jax import metrics
+from dmpo_jax import files, metrics
 
 
 def scalars(workdir, phase):
@@ -224,6 +224,33 @@ def test_progress_bar_on_a_terminal(lines, monkeypatch):
   shown = terminal.getvalue()
   assert 'rl' in shown and '10/10' in shown and 'accuracy 0.25' in shown
   assert not lines
+
+
+def test_json_lines_are_rewound(tmp_path):
+  """Rows of later iterations and a torn last line go; a clean file stays as it is."""
+  path = tmp_path / 'samples.jsonl'
+  files.rewind(path, 3)
+  assert files.read(path) == [] and not path.exists()
+  rows = [{'iteration': i, 'text': 'ä\n\u2028'} for i in range(4)]
+  files.append(path, rows)
+  before = path.stat().st_ino
+  files.rewind(path, 3)
+  assert path.stat().st_ino == before and files.read(path) == rows
+  with open(path, 'a') as f:
+    f.write('{"iteration": 1, "te')
+  assert files.read(path) == rows
+  files.rewind(path, 1)
+  assert path.read_text() == files.to_lines(rows[:2])
+
+
+def test_replace_writes_all_or_nothing(tmp_path):
+  path = tmp_path / 'file'
+  files.replace(path, 'text')
+  with pytest.raises(UnicodeEncodeError):
+    files.replace(path, '\ud800')
+  assert path.read_text() == 'text'
+  files.replace(path, b'bytes')
+  assert path.read_bytes() == b'bytes' and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.slow
