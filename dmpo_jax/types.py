@@ -160,7 +160,7 @@ class TaskOptions:
   path: str = ''  # file or directory in the field's format; '' generates
   train_size: int = 2000  # problems per split; 0 = all of a file
   validation_size: int = 128
-  test_size: int = 128
+  test_size: int = 256
   seed: int = 0  # of generation and of the split; not the run's seed
   min_blanks: int = 4  # sudoku: fewest empty cells
   max_blanks: int = 10  # sudoku: most empty cells
