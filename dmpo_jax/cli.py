@@ -28,7 +28,6 @@ import re
 import shlex
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -46,15 +45,15 @@ from dmpo_jax import (
   data,
   evaluate,
   export,
+  files,
   guard,
   mesh,
   metrics,
   resume,
   train,
 )
-from dmpo_jax.phases import sft
 from dmpo_jax.tasks import TASKS, symbolic
-from dmpo_jax.tools import cards, plan, provenance, report, watch
+from dmpo_jax.tools import cards, plan, provenance, report, status, watch
 
 NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report')
 _text, _int, _choice = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum
@@ -299,7 +298,7 @@ def settle(c: ConfigDict, begin: bool) -> str:
   elif jax.process_index() == 0:
     os.makedirs(workdir, exist_ok=True)
     if begin:
-      metrics.replace(path, c.to_json(sort_keys=True, indent=2))
+      files.replace(path, c.to_json(sort_keys=True, indent=2))
   return workdir
 
 
@@ -329,9 +328,9 @@ def base_of(built: build.Built, workdir: str) -> dict:
 
   ValueError if it must be trained and another process is training there.
   """
-  alone = functools.partial(guard.alone, workdir)
+  lock = functools.partial(guard.alone, workdir)
   with metrics.Writer(workdir, enabled=False) as writer:
-    return sft.run(built, workdir, writer, alone=alone)[0]
+    return train.run('sft', train.Session(built, workdir, writer, lock=lock))[0]
 
 
 def is_trained(workdir: str) -> bool:
@@ -407,11 +406,12 @@ def run_train(
     provenance.append(workdir, provenance.record(overrides, seeds))
     built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
   with metrics.Writer(workdir, enabled=first) as writer:
-    base, sft_seconds = sft.run(built, workdir, writer, dog.beat)
+    session = train.Session(built, workdir, writer, dog.beat)
+    base, sft_seconds = train.run('sft', session)
     if only_sft:
       return say(f'base model in {os.path.join(workdir, "sft")}')
     base = built.steps.quantize(base)
-    tuned, rl_seconds = train.run(built, workdir, writer, base, dog.beat)
+    tuned, rl_seconds = train.run('rl', session, base)
   test, results = build.problems(built, 'test'), {}
 
   def beat() -> None:
@@ -421,8 +421,8 @@ def run_train(
   for name, params in (('base', base), ('final', tuned)):
     results[name], samples = evaluate.accuracy(built, params, test, beat)
     if first:
-      with open(os.path.join(workdir, f'test_{name}.jsonl'), 'w') as f:
-        f.writelines(json.dumps(row) + '\n' for row in samples)
+      path = os.path.join(workdir, f'test_{name}.jsonl')
+      files.replace(path, files.to_lines(samples))
   if not first:
     return
   results['seconds'] = {
@@ -438,7 +438,7 @@ def run_train(
     'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
   }
   # Its presence says that the run is done, so it is written last.
-  metrics.replace(os.path.join(workdir, 'results.json'), json.dumps(results, indent=2))
+  files.replace(os.path.join(workdir, 'results.json'), json.dumps(results, indent=2))
   report.curves(workdir)
 
 
@@ -449,13 +449,9 @@ def eval_mode(command: Command) -> None:
   workdir = settle(command.config, begin=False)
   with guard.Preemption(at_once=True) as asked:
     params, name = params_of(built, workdir)
-    # Each checkpoint, and each way to evaluate it, gets a folder of its own.
-    source = cards.source_of(built, params)
-    digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode())
-    folder = OUT.value or os.path.join(workdir, f'eval-{digest.hexdigest()[:8]}')
-    for card in cards.run(built, params, source, folder, name, beat=asked.check):
-      line = cards.as_text(card).split('\n\n')[0].replace('**', '')
-      say(f'{line} at {card["length"]} tokens, {card["steps"]} steps')
+    folder = OUT.value or cards.default_folder(built, params, workdir)
+    for card in cards.run(built, params, folder, name, beat=asked.check):
+      say(f'{cards.headline(card)} at {card["length"]} tokens, {card["steps"]} steps')
     say(f'generations and cards in {folder}')
 
 
@@ -494,20 +490,18 @@ def score_mode(command: Command) -> None:
   """Grades saved generations: a card as --config says, else JSON for --task."""
   if not GENERATIONS.value:
     raise ValueError('--mode=score needs --generations=FILE.json')
-  if command.config is not None:
-    card = cards.rescore(build.build(command.config), GENERATIONS.value)
+  if (c := command.config) is not None:
+    if wrong := [x for s in ('data', 'reward') for x in config.part(c, s).problems()]:
+      raise ValueError('; '.join(wrong))
+    symbolic.configure(c.reward.workers, c.reward.deadline)
+    card = cards.score_file(
+      c.data.task, c.data.protocol, GENERATIONS.value, c.reward.weights
+    )
     return say(cards.as_text(card))
   if TASK.value is None:
     raise ValueError(f'--mode=score needs --config=FILE or --task={"|".join(TASKS)}')
-  c = ConfigDict(
-    {
-      'data': config.section(config.Data, task=TASK.value, protocol=PROTOCOL.value),
-      'reward': config.section(config.Reward),
-    }
-  )
-  symbolic.configure(c.reward.workers, c.reward.deadline)
-  grader = types.SimpleNamespace(config=c, task=TASKS[TASK.value])
-  say(json.dumps(cards.rescore(grader, GENERATIONS.value), indent=2))
+  card = cards.score_file(TASK.value, PROTOCOL.value, GENERATIONS.value)
+  say(json.dumps(card, indent=2))
 
 
 def export_mode(command: Command) -> None:
@@ -534,10 +528,10 @@ def report_mode(command: Command) -> None:
   """Draws and summarizes one run, or compares several runs or cards."""
   if CARDS.value:
     paths = sorted(glob.glob(CARDS.value))
-    return print(*report.compare_cards(paths, OUT.value or 'cards.png'), sep='\n')
+    return print(*report.compare_cards(paths, OUT.value), sep='\n')
   if RUNS.value:
-    paths, out = sorted(glob.glob(RUNS.value)), OUT.value or 'comparison.png'
-    return print(*report.compare(paths, BY.value, out), sep='\n')
+    paths = sorted(glob.glob(RUNS.value))
+    return print(*report.compare(paths, BY.value, OUT.value), sep='\n')
   if not WORKDIR.value and command.config is None:
     raise ValueError('--mode=report needs --workdir=DIR, --config, --runs or --cards')
   workdir = WORKDIR.value or default_workdir(command.config)
@@ -546,7 +540,7 @@ def report_mode(command: Command) -> None:
   with contextlib.suppress(report.NoData):  # the run has hardly begun
     print(report.curves(workdir))
   done = os.path.exists(os.path.join(workdir, 'results.json'))
-  print((report.summary if done else report.under_way)(workdir))
+  print((report.summary if done else status.under_way)(workdir))
 
 
 MODES: dict[str, Callable[[Command], None]] = {
