@@ -1,45 +1,47 @@
-"""Compiles the project: every jit and the pmap live here.
+"""Every compiled function, with its shardings: all jits and the pmap live here.
 
-Below this file nobody sees a ConfigDict but `check`, which refuses what cannot
-work before anything is compiled. `build` returns the parts, `Steps` the
-compiled functions with their shardings.
+`build` makes a run's parts (parts.py) and returns them with `Steps`, the compiled
+functions. Shapes for restoring and planning come from tracing the same functions.
 """
 
 import dataclasses
-import os
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from dmpo_jax import (
   check,
   checkpoint,
-  data,
-  logprob,
   masking,
   mesh,
   model,
   optim,
+  parts,
   rng,
-  rollout,
   sampler,
   step,
   weights,
 )
+from dmpo_jax import score as scoring
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.objectives.shared import Common
-from dmpo_jax.tasks import TASKS, answers, symbolic
-from dmpo_jax.types import Rollouts, TaskOptions, TrainBatch
+from dmpo_jax.parts import is_adapter, optimizer_of, problems
+from dmpo_jax.rollout import Collector
+from dmpo_jax.tasks import TASKS, symbolic
+from dmpo_jax.types import Params, Rollouts, Sampled, Task, TrainBatch
+
+__all__ = ['build', 'is_adapter', 'optimizer_of', 'problems']
+
+# --- compile times
 
 _compiled = [0, 0.0]  # programs so far in this process, and their seconds
 
 
-def _note_compilation(event, seconds, **_):
-  # Told of programs found in the persistent cache, too: quickly.
+def _note_compilation(event: str, seconds: float, **_) -> None:
+  # JAX reports programs found in the persistent cache, too, with few seconds.
   if event == '/jax/core/compile/backend_compile_duration':
     _compiled[:] = _compiled[0] + 1, _compiled[1] + seconds
 
@@ -47,268 +49,141 @@ def _note_compilation(event, seconds, **_):
 jax.monitoring.register_event_duration_secs_listener(_note_compilation)
 
 
-def compilations():
-  """Programs compiled since the last call, and their seconds, as metrics."""
+def compilations() -> dict[str, float]:
+  """Returns the programs compiled since the last call, and their seconds."""
   count, seconds = _compiled
   _compiled[:] = 0, 0.0
   return {'compilations': count, 'seconds/compile': seconds}
 
 
+# --- a compiled function
+
+
+class Compiled:
+  """A jitted function, traced and run under the mesh (model.constrain looks for it).
+
+  last: host scalars that are fn's last arguments. They are no constants of the program,
+  so another seed or rate finds it in the cache of compiled programs. by_row: positions
+  of host arrays that are split over the devices by rows.
+  """
+
+  def __init__(
+    self, grid: Any, fn: Callable, last: tuple = (), by_row: tuple = (), **options: Any
+  ):
+    self.grid, self.last, self.by_row = grid, last, by_row
+    self.jitted = jax.jit(fn, **options)
+
+  def __call__(self, *args: Any) -> Any:
+    rows = mesh.rows(self.grid)
+    args = [mesh.put(x, rows) if i in self.by_row else x for i, x in enumerate(args)]
+    args = [np.int32(x) if isinstance(x, int) else x for x in args]
+    with jax.set_mesh(self.grid):
+      return self.jitted(*args, *self.last)
+
+  def trace(self, *args: Any) -> Any:
+    """Traces with ShapeDtypeStructs; compiles nothing."""
+    with jax.set_mesh(self.grid):
+      return self.jitted.trace(*args, *self.last)
+
+  def shapes(self, *args: Any) -> Any:
+    """Returns the results as ShapeDtypeStructs, split by rows; scalars are whole."""
+
+    def shape(x):
+      where = mesh.rows if x.shape else mesh.replicated
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(self.grid))
+
+    return jax.tree.map(shape, self.trace(*args).out_info)
+
+
 class Steps(NamedTuple):
   """The compiled functions; arguments are host or device arrays."""
 
-  init: Callable  # () -> params
-  init_lora: Callable  # () -> {'lora': ...}
+  init: Callable  # () -> {'params': ...}
+  init_lora: Callable  # () -> {'lora': ...}, or {} without adapters
   start: Callable  # trainable -> TrainState
   start_sft: Callable  # params -> TrainState
-  sample: Callable  # (params, tokens, valid, row) -> (Rollouts, completion)
+  sample: Callable  # (params, tokens, valid, row) -> Sampled
   sample_eval: Callable  # the same with the evaluation's sampler
   sampler_of: Callable  # config section -> the same with that sampler
-  # () -> what p_ref is made of: trees over `frozen`, None for the moving one;
-  # () for the base alone
-  read_references: Callable
-  # (trainable, frozen, rollouts, row, completion, references) -> dict
-  score: Callable
-  pack: Callable  # (rollouts, completion, row, reward_BxG, scores) -> batch
-  update: Callable  # (state, frozen, batch, inner, scale) -> (state, metrics)
+  read_references: Callable  # () -> what p_ref is made of: parts.references
+  score: Callable  # (trainable, frozen, references, Sampled) -> Scores
+  pack: Callable  # (Sampled, reward_BxG, Scores) -> (TrainBatch, metrics)
+  update: Callable  # (state, frozen, TrainBatch, inner) -> (state, metrics)
   sft: Callable  # (state, tokens, valid, row, step) -> (state, metrics)
-  quantize: Callable  # params -> params, kernels as model.quantize says
+  quantize: Callable  # params -> params, kernels stored as model.quantize says
   digest: Callable  # tree -> uint32 of all its bits
 
 
 class Built(NamedTuple):
-  """All that a run is made of."""
+  """All parts of a run."""
 
-  config: Any  # the ConfigDict it came from
+  config: Any  # the ConfigDict they came from
   mesh: Any
   model: model.ModelConfig
-  task: Any  # types.Task
-  tokenizer: Any
-  objective: Any  # types.Objective
-  hp: Any  # its settings
+  task: Task
+  tokenizer: Any  # None: only to plan
+  setup: step.Setup
   steps: Steps
   encoded: dict  # split -> data.Problems, filled by `problems`
 
 
-def tokenizer_of(c, folder):
-  """The tokenizer: data.tokenizer, else the checkpoint's, else 'char'."""
-  ids = {}
-  if folder:
-    fields = weights.read_config(folder)
-    ids = {name: fields[name] for name in ('mask_id', 'eos_id', 'pad_id')}
-  elif not c.data.tokenizer and 'vocab' in model.PRESETS[c.model.preset]:
-    return None  # a published model's, which is not here: only to plan
-  return data.load_tokenizer(c.data.tokenizer or folder or 'char', ids)
+def build(c: Any, devices: Any = None) -> Built:
+  """Checks the config and makes the parts; programs compile at first use.
 
-
-def model_config(c, tokenizer, folder=''):
-  """The ModelConfig of a config: a checkpoint's, or a preset with overrides."""
-  if folder:
-    fields = weights.read_config(folder)
-  else:
-    changed = {name: c.model[name] for name in check.SIZES if c.model[name]}
-    fields = {**model.PRESETS[c.model.preset], **changed}
-    if tokenizer is not None:
-      fields |= dict(
-        vocab=max(len(tokenizer), fields.get('vocab', 0)),
-        mask_id=tokenizer.mask_token_id,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-      )
-  cfg = model.ModelConfig(
-    **fields,
-    dtype=c.model.dtype,
-    param_dtype=c.model.param_dtype,
-    remat=c.model.remat,
-    head_chunk=c.model.head_chunk,
-    attention=c.model.attention,
-    lora_rank=c.lora.rank,
-    lora_alpha=c.lora.alpha,
-    lora_dropout=c.lora.dropout,
-    lora_targets=model.LORA_TARGETS.get(c.lora.targets, c.lora.targets),
-  )
-  check_targets(cfg)
-  if not cfg.head_dim and cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
-    raise ValueError(
-      f'model.heads = {cfg.heads} must divide model.width = '
-      f'{cfg.width} and be a multiple of model.kv_heads = '
-      f'{cfg.kv_heads}'
-    )
-  if c.model.attention == 'splash' and cfg.kv_heads % c.mesh.tensor:
-    raise ValueError(
-      f'model.attention = splash splits the K/V heads: '
-      f'model.kv_heads = {cfg.kv_heads} must be a multiple of '
-      f'mesh.tensor = {c.mesh.tensor}, or use xla'
-    )
-  if tokenizer is not None and len(tokenizer) > cfg.vocab:
-    raise ValueError(
-      f'the tokenizer has {len(tokenizer)} tokens, the model '
-      f"{cfg.vocab}: data.tokenizer is not this model's"
-    )
-  return cfg
-
-
-def check_targets(cfg):
-  """Refuses adapters that adapt nothing."""
-  try:
-    matched = any(re.search(cfg.lora_targets, name) for name in model.LINEARS)
-  except re.error as error:
-    raise ValueError(
-      f'lora.targets = {cfg.lora_targets!r} is no regular expression: {error}'
-    ) from None
-  if cfg.lora_rank and not matched:
-    raise ValueError(
-      f'lora.targets = {cfg.lora_targets!r} matches none of {", ".join(model.LINEARS)}'
-    )
-
-
-def problems(built, split):
-  """The problems of a split (data.Problems), loaded and encoded once."""
-  if split not in built.encoded:
-    d = built.config.data
-    examples = built.task.load(split, check.settings(TaskOptions, d))
-    texts, prefill = ask(built, examples, split)
-    built.encoded[split] = data.encode_problems(
-      examples,
-      texts,
-      built.tokenizer,
-      d.prompt_length,
-      d.attend_padding,
-      d.overlong,
-      prefill,
-    )
-  found = built.encoded[split]
-  prompt = found.tokens.shape[1]
-  for name, section in (
-    ('', built.config.sampler),
-    ('eval.', built.config.eval.sampler),
-  ):
-    if prompt + section.length > built.model.positions:
-      raise ValueError(
-        f'the longest prompt ({prompt} tokens) and {name}sampler.length = '
-        f"{section.length} exceed the model's {built.model.positions} "
-        'positions'
-      )
-  length = prompt + built.config.sampler.length
-  if built.config.model.attention == 'cudnn' and length % 2:
-    raise ValueError(
-      f'model.attention = cudnn trains on even lengths, this one is {length}:'
-      f' set data.prompt_length = {prompt + 1}'
-    )
-  return found
-
-
-def ask(built, examples, split):
-  """(the user's messages, how the answers begin) of a split's examples.
-
-  A template is a file with {field}s of the examples, in place of a style.
-  """
-  style, path = built.config.data.style, built.config.data.template
-  if split != 'train' and (built.config.eval.style or built.config.eval.template):
-    style, path = built.config.eval.style, built.config.eval.template
-  if not path:
-    return (
-      [built.task.prompt(example, style) for example in examples],
-      answers.PREFILL.get(style, ''),
-    )
-  with open(path, encoding='utf-8') as f:
-    template = f.read()
-  if not examples:
-    return [], ''  # data.encode_problems says what is wrong
-  fields = [name for name in examples[0] if f'{{{name}}}' in template]
-  if not fields:
-    raise ValueError(
-      f'the template {path} has no field of {built.config.data.task}: '
-      f'{", ".join(f"{{{name}}}" for name in examples[0])}'
-    )
-  texts = []
-  for example in examples:
-    text = template
-    for name in fields:
-      text = text.replace(f'{{{name}}}', str(example[name]))
-    texts.append(text)
-  return texts, ''
-
-
-def build(c, devices=None):
-  """Checks the config and compiles nothing yet: jit compiles at first use.
-
-  `devices`: those of a topology that is not here (plan).
+  devices: those of a topology that is not here (plan). ValueError lists everything
+  that is impossible.
   """
   there = devices or jax.devices()
   check.config(c, len(there), there[0].platform)
   symbolic.configure(c.reward.workers, c.reward.deadline)
   folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
-  tokenizer = tokenizer_of(c, folder)
-  cfg = model_config(c, tokenizer, folder)
-  if cfg.block_causal and c.train.iterations:
-    raise ValueError(
-      f'model.checkpoint = {c.model.checkpoint!r} attends block by block '
-      '(SDAR): it can be evaluated (train.iterations = 0), but the losses '
-      'here mask completions as a whole, which is not its forward process'
-    )
-  s = c.eval.sampler
-  if cfg.block_causal and (s.block != cfg.block_causal or s.length % cfg.block_causal):
-    raise ValueError(
-      f'eval.sampler.block = {s.block}, length = {s.length}: this model '
-      f'attends in blocks of {cfg.block_causal}, so block must be that, and '
-      'length a multiple'
-    )
+  tokenizer = parts.tokenizer_of(c, folder)
+  cfg = parts.model_config(c, tokenizer, folder)
+  parts.check_blocks(c, cfg)
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
-  objective = OBJECTIVES[c.objective.name]
-  hp = check.settings(objective.hp, c.objective)
-  optimizer = optimizer_of(c)
-  sft_optimizer = optim.make_optimizer(
-    c.sft.lr, c.sft.warmup, 0.9, 0.99, 1e-8, c.sft.weight_decay, c.sft.clip
-  )
-  read_references = make_references(c, cfg, folder, grid)
+  setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
+  quantize = make_quantize(c, grid)
+  read_references = parts.references(c, cfg, folder, grid, quantize)
   steps = Steps(
-    *make_starts(c, cfg, grid, optimizer, sft_optimizer),
-    make_sample(
-      c,
-      c.sampler,
-      'sample',
-      cfg,
-      grid,
-      tuple(name for name in sampler.RECORDS if name in objective.needs(hp)),
-    ),
+    *make_starts(c, cfg, grid),
+    make_sample(c, c.sampler, 'sample', cfg, grid, setup.wants.records or ()),
     make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
     lambda section: make_sample(c, section, 'evaluate', cfg, grid),
     read_references,
-    *make_training(c, cfg, grid, objective, hp, sft_optimizer),
-    make_quantize(c, grid),
-    compiled(grid, checkpoint.digest),
+    *make_training(c, grid, setup),
+    quantize,
+    Compiled(grid, checkpoint.digest),
   )
-  return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, objective, hp, steps, {})
+  return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, setup, steps, {})
 
 
-def compiled(grid, fn, last=(), **options):
-  """jit, traced and run under the mesh (model.constrain looks for it).
-
-  last: host scalars that are fn's last arguments. They are no part of the
-  program: another seed or rate finds it in the cache of compiled ones.
-  `.trace(*args)` is for `plan`: it takes ShapeDtypeStructs and compiles
-  nothing yet.
-  """
-  jitted = jax.jit(fn, **options)
-
-  def under_mesh(fn):
-    def call(*args):
-      with jax.set_mesh(grid):
-        return fn(*args, *last)
-
-    return call
-
-  call = under_mesh(jitted)
-  call.trace = under_mesh(jitted.trace)
-  return call
+def collector(built: Built, frozen: Params) -> Collector:
+  """Returns what makes the training buffers of a run."""
+  c = built.config
+  return Collector(
+    built.steps,
+    built.task,
+    built.tokenizer,
+    problems(built, 'train'),
+    frozen,
+    prompts=c.train.prompts,
+    group=c.train.group,
+    seed=c.seed,
+    bucket=c.data.bucket,
+    protocol=c.data.protocol,
+    weights=c.reward.weights,
+    samples=c.log.samples,
+  )
 
 
-def make_quantize(c, grid):
-  """params -> params with the layers' kernels quantized, one at a time."""
+# --- parameters and states
+
+
+def make_quantize(c: Any, grid: Any) -> Callable[[Params], Params]:
+  """Returns params -> params with the layers' kernels quantized, one at a time."""
   kind = c.model.quantize
 
-  def one(path, leaf):
+  def of_leaf(path, leaf):
     if not mesh.path_of(path).endswith('/kernel'):
       return leaf
     make = lambda kernel: model.quantize(kernel, kind)
@@ -319,21 +194,21 @@ def make_quantize(c, grid):
       ),
       shapes,
     )['kernel']
-    done = compiled(grid, make, out_shardings=out, donate_argnums=0)(leaf)
+    done = Compiled(grid, make, out_shardings=out, donate_argnums=0)(leaf)
     return jax.block_until_ready(done)
 
   def quantize(params):
     if kind == 'none':
       return params
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
 
   return quantize
 
 
-def make_starts(c, cfg, grid, optimizer, sft_optimizer):
-  """init, init_lora, start, start_sft: sharded from birth, never copied.
+def make_starts(c: Any, cfg: model.ModelConfig, grid: Any) -> tuple:
+  """Returns init, init_lora, start, start_sft: sharded from birth, never copied.
 
-  With a checkpoint init reads it, with lora.path init_lora the adapter.
+  With a checkpoint init reads it, with lora.path init_lora reads the adapter.
   """
 
   def fresh(name, stream):
@@ -343,19 +218,18 @@ def make_starts(c, cfg, grid, optimizer, sft_optimizer):
       out = mesh.shardings(jax.eval_shape(make, seed), grid)
     except KeyError:  # no adapters: lora.rank is 0
       return lambda: {}
-    return compiled(grid, make, last=(seed,), out_shardings=out)
+    return Compiled(grid, make, last=(seed,), out_shardings=out)
 
   def start(optimizer):
     def call(trainable):
       make = lambda tree: step.init_state(jax.tree.map(jnp.copy, tree), optimizer)
       out = mesh.shardings(jax.eval_shape(make, trainable), grid)
-      return compiled(grid, make, out_shardings=out)(trainable)
+      return Compiled(grid, make, out_shardings=out)(trainable)
 
     return call
 
   def read():
-    folder = weights.locate(c.model.checkpoint)
-    return weights.read_params(folder, cfg, grid)
+    return weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
 
   def read_adapter():
     folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
@@ -364,100 +238,46 @@ def make_starts(c, cfg, grid, optimizer, sft_optimizer):
   return (
     read if c.model.checkpoint else fresh('params', 'init'),
     read_adapter if c.lora.path else fresh('lora', 'lora'),
-    start(optimizer),
-    start(sft_optimizer),
+    start(optimizer_of(c)),
+    start(parts.sft_optimizer_of(c)),
   )
 
 
-def optimizer_of(c, scale=1.0, lr=None):
-  """RL's optimizer, with the moving reference if there is one.
-
-  scale and lr (None = optim.lr) may be traced.
-  """
-  fields = {**c.optim, 'lr': c.optim.lr if lr is None else lr}
-  return optim.make_optimizer(**fields, scale=scale, hold='moving' in c.reference.of)
+# --- sampling
 
 
-def is_adapter(path):
-  """Whether a path is the directory of a PEFT adapter."""
-  return os.path.isfile(os.path.join(path, 'adapter_config.json'))
-
-
-def make_references(c, cfg, folder, grid):
-  """Steps.read_references. ValueError, before anything is read, if one is of
-  another vocabulary or shape than the policy."""
-  if check.plain_reference(c):
-    return lambda: ()
-  kept = tuple(
-    field.name
-    for field in dataclasses.fields(cfg)
-    if field.name not in ('dtype', 'param_dtype', 'remat', 'head_chunk', 'attention')
-    and 'lora' not in field.name
-  )
-  quantized = make_quantize(c, grid)
-  plain = dataclasses.replace(cfg, lora_rank=0)
-
-  def reader(path):
-    if path == 'base':
-      return lambda: {}
-    if path == 'moving':
-      return lambda: None
-    if is_adapter(path):
-      if not cfg.lora_rank:
-        raise ValueError(
-          f'reference.of: {path} is an adapter: it needs '
-          "lora.rank, alpha and targets to be the adapter's"
-        )
-      return lambda: weights.read_adapter(path, cfg, folder, grid)
-    path = weights.locate(path, False)
-    theirs = model.ModelConfig(
-      **{**{name: getattr(cfg, name) for name in kept}, **weights.read_config(path)}
-    )
-    found = [
-      f'{name} = {getattr(theirs, name)}, but the policy has {getattr(cfg, name)}'
-      for name in kept
-      if getattr(theirs, name) != getattr(cfg, name)
-    ]
-    if found:
-      raise ValueError(f'reference.of: {path}: ' + '; '.join(found))
-    return lambda: quantized(weights.read_params(weights.locate(path), plain, grid))
-
-  readers = [reader(path) for path in c.reference.of]
-  return lambda: tuple(read() for read in readers)
-
-
-def make_sample(c, section, stream, cfg, grid, records=()):
-  """(params, tokens, valid, row) -> (Rollouts, completion mask)."""
+def make_sample(
+  c: Any,
+  section: Any,
+  stream: str,
+  cfg: model.ModelConfig,
+  grid: Any,
+  records: tuple[str, ...] = (),
+) -> Callable:
+  """Returns (params, tokens, valid, row) -> Sampled, on the device."""
   hp = check.settings(sampler.SampleConfig, section)
 
   def sample(params, tokens, valid, row, seed):
     keys_R = rng.row_keys(rng.key_for(seed, stream), row)
     out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, records)
     completion = masking.completion_mask(out.tokens[:, -hp.length :], cfg.eos_id)
-    return out, completion
+    return Sampled(out, completion, row)
 
   seed = np.uint32(c.seed)
   if section.parallel == 'pmap':
     return pmap_rows(lambda *args: sample(*args, seed), grid)
   by_row = mesh.rows(grid)
-  # Said, not left to the compiler: each process reads the rows that it holds.
-  out = Rollouts(*[by_row] * len(Rollouts._fields))._replace(
-    forwards=mesh.replicated(grid)
-  )
-  run = compiled(grid, sample, last=(seed,), out_shardings=(out, by_row))
-
-  def call(params, tokens, valid, row):
-    return run(params, *(mesh.put(x, by_row) for x in (tokens, valid, row)))
-
-  call.trace = run.trace
-  return call
+  # Shardings are given, not left to the compiler: each process reads its own rows.
+  rollouts = Rollouts(*[by_row] * len(Rollouts._fields))
+  rollouts = rollouts._replace(forwards=mesh.replicated(grid))
+  out = Sampled(rollouts, by_row, by_row)
+  return Compiled(grid, sample, last=(seed,), by_row=(1, 2, 3), out_shardings=out)
 
 
-def pmap_rows(sample, grid):
-  """The replicated small-model path: each device samples its own rows.
+def pmap_rows(sample: Callable, grid: Any) -> Callable:
+  """Returns `sample` where each device samples its own rows with replicated weights.
 
-  Each process runs its own devices. ValueError if the parameters are not
-  replicated.
+  Each process runs its own devices. ValueError if the parameters are not replicated.
   """
   devices, by_row = grid.devices.ravel(), mesh.rows(grid)
   mine = [
@@ -472,203 +292,192 @@ def pmap_rows(sample, grid):
     )
 
   def join(x):
-    parts = [jax.device_put(part, devices[i]) for part, i in zip(x, mine, strict=True)]
+    pieces = [
+      jax.device_put(piece, devices[i]) for piece, i in zip(x, mine, strict=True)
+    ]
     return jax.make_array_from_single_device_arrays(
-      (len(devices) * x.shape[1], *x.shape[2:]), by_row, parts
+      (len(devices) * x.shape[1], *x.shape[2:]), by_row, pieces
     )
 
   def call(params, tokens, valid, row):
-    leaves = jax.tree.leaves(params)
-    if not all(leaf.sharding.is_fully_replicated for leaf in leaves):
+    if not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params)):
       raise ValueError(
         'sampler.parallel = pmap needs replicated parameters: '
         'set mesh.fsdp = mesh.tensor = 1, or use jit'
       )
     spread = lambda x: np.reshape(x, (len(devices), -1) + np.shape(x)[1:])[mine]
-    out, completion = jax.device_get(
-      run(jax.tree.map(local, params), spread(tokens), spread(valid), spread(row))
-    )
-    forwards = mesh.put(
-      np.int32(max(mesh.gather(int(out.forwards.max())))), mesh.replicated(grid)
-    )
-    out = jax.tree.map(join, out._replace(forwards=out.tokens))
-    return out._replace(forwards=forwards), join(completion)
+    rows = (spread(tokens), spread(valid), spread(row))
+    out = jax.device_get(run(jax.tree.map(local, params), *rows))
+    forwards = max(mesh.gather(int(out.rollouts.forwards.max())))
+    rollouts = out.rollouts._replace(forwards=None)  # it has no row axis
+    out = jax.tree.map(join, out._replace(rollouts=rollouts))
+    whole = mesh.put(np.int32(forwards), mesh.replicated(grid))
+    return out._replace(rollouts=out.rollouts._replace(forwards=whole))
 
   return call
 
 
-def make_training(c, cfg, grid, objective, hp, sft_optimizer):
-  """score, pack, update, sft."""
-  by_row = mesh.rows(grid)
-  how = check.settings(logprob.LogprobConfig, c.logprob)
-  common = dict(cfg=cfg, objective=objective, hp=hp)
-  of_all = check.settings(Common, c.objective)
-  law = check.settings(sampler.SampleConfig, c.sampler).law()
+# --- training
+
+
+def make_training(c: Any, grid: Any, setup: step.Setup) -> tuple:
+  """Returns score, pack, update, sft."""
   seed = np.uint32(c.seed)
-  drift = c.health.measure or 'elbo_old' in objective.needs(hp)
-  moves = c.reference.every, c.reference.mix
-  if 'moving' not in c.reference.of:
-    moves = None
 
-  def score(trainable, frozen, rollouts, row, completion, references, seed):
-    return step.score(
-      trainable,
-      frozen,
-      rollouts,
-      row,
-      completion,
-      rng.key_for(seed, 'score'),
-      rng.key_for(seed, 'mask'),
-      references,
-      **common,
-      how=how,
-      law=law,
-      inner=c.train.inner,
-      microbatches=c.train.microbatches,
-      measure=c.health.measure,
-      weights=tuple(c.reference.weights),
-    )
+  def score(trainable, frozen, references, sampled, seed):
+    who = scoring.policies(trainable, frozen, references)
+    keys = rng.key_for(seed, 'score'), rng.key_for(seed, 'mask')
+    return scoring.score(who, sampled, *keys, setup)
 
-  def pack(rollouts, completion, row, reward, scores):
-    return rollout.pack(
-      rollouts,
-      completion,
-      row,
-      reward,
-      scores,
-      objective=objective,
-      hp=hp,
-      inner=c.train.inner,
-      skip_equal=of_all.skip_equal,
-    )
+  def pack(sampled, reward, scores):
+    return scoring.pack(sampled, reward, scores, setup)
 
-  def update(state, frozen, batch, inner, scale, seed, lr):
-    return step.train_step(
-      state,
-      frozen,
-      batch,
-      rng.key_for(seed, 'mask'),
-      inner,
-      **common,
-      optimizer=optimizer_of(c, scale, lr),
-      group=c.train.group,
-      microbatches=c.train.microbatches,
-      law=law,
-      common=of_all,
-      drift=drift,
-      moves=moves,
-    )
+  def update(state, frozen, batch, inner, seed, lr):
+    now = dataclasses.replace(setup, optimizer=optimizer_of(c, lr))
+    return step.train_step(state, frozen, batch, rng.key_for(seed, 'mask'), inner, now)
+
+  sft_setup = step.SftSetup(setup.cfg, c.sampler.length, parts.sft_optimizer_of(c))
 
   def sft(state, tokens, valid, row, at, seed):
     key = jax.random.fold_in(rng.key_for(seed, 'sft'), at)
-    return step.sft_step(
-      state,
-      tokens,
-      valid,
-      row,
-      key,
-      cfg=cfg,
-      length=c.sampler.length,
-      optimizer=sft_optimizer,
-    )
+    return step.sft_step(state, tokens, valid, row, key, sft_setup)
 
-  jit_score, jit_pack = compiled(grid, score, (seed,)), compiled(grid, pack)
-  jit_update = compiled(grid, update, (seed, np.float32(c.optim.lr)), donate_argnums=0)
-  jit_sft = compiled(grid, sft, (seed,), donate_argnums=0)
-
-  def put_score(trainable, frozen, rollouts, row, completion, references=()):
-    return jit_score(
-      trainable, frozen, rollouts, mesh.put(row, by_row), completion, references
-    )
-
-  def put_pack(rollouts, completion, row, reward, scores):
-    return jit_pack(rollouts, completion, mesh.put(row, by_row), reward, scores)
-
-  def put_update(state, frozen, batch, inner, scale=1.0):
-    return jit_update(state, frozen, batch, np.int32(inner), np.float32(scale))
-
-  def put_sft(state, tokens, valid, row, at):
-    return jit_sft(
-      state, *(mesh.put(x, by_row) for x in (tokens, valid, row)), np.int32(at)
-    )
-
-  put_score.trace, put_update.trace = jit_score.trace, jit_update.trace
-  return put_score, put_pack, put_update, put_sft
-
-
-def abstract(built, shape, dtype=np.float32):
-  """A ShapeDtypeStruct: arrays by rows, scalars whole."""
-  where = mesh.rows if shape else mesh.replicated
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=where(built.mesh))
-
-
-def abstract_rollouts(built, prompt):
-  """Rollouts of ShapeDtypeStructs; P = `prompt` tokens."""
-  t, length = built.config.train, built.config.sampler.length
-  rows, needs = t.prompts * t.group, built.objective.needs(built.hp)
-  whole, each = (rows, prompt + length), (rows, length)
-  more = {
-    name: abstract(built, each, bool if name == 'fallback' else np.float32)
-    for name in sampler.RECORDS
-    if name in needs
-  }
-  return Rollouts(
-    abstract(built, whole, np.int32),
-    abstract(built, whole, bool),
-    abstract(built, each, np.int32),
-    abstract(built, each),
-    abstract(built, (), np.int32),
-    abstract(built, each),
-    more or None,
+  lr = np.float32(c.optim.lr)
+  return (
+    Compiled(grid, score, (seed,)),
+    Compiled(grid, pack),
+    Compiled(grid, update, (seed, lr), donate_argnums=0),
+    Compiled(grid, sft, (seed,), by_row=(1, 2, 3), donate_argnums=0),
   )
 
 
-def abstract_batch(built, prompt):
-  """A TrainBatch of ShapeDtypeStructs, for restoring; P = `prompt` tokens."""
-  t, length = built.config.train, built.config.sampler.length
-  rows, needs = t.prompts * t.group, built.objective.needs(built.hp)
-  rollouts = abstract_rollouts(built, prompt)
-  completion = abstract(built, (rows, length), bool)
-  row = abstract(built, (rows,), np.int32)
-  record = sampler.record_of(rollouts, needs)
-  law = check.settings(sampler.SampleConfig, built.config.sampler).law()
-  masks = jax.eval_shape(
-    lambda rollouts, row, completion, record: step.draw(
-      built.objective,
-      built.hp,
-      rng.key_for(0, 'mask'),
-      row,
-      rollouts.tokens,
-      rollouts.valid,
-      completion,
-      record,
-      cfg=built.model,
-      law=law,
-    ),
-    rollouts,
-    row,
-    completion,
-    record,
+# --- shapes, for restoring and planning
+
+
+def sharded(tree: Any, grid: Any) -> Any:
+  """Returns ShapeDtypeStructs with the shardings of mesh.RULES."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    mesh.shardings(tree, grid),
   )
-  draws = masks.masked.shape[1]
-  extra = {'record': record} if record else {}
-  for name in ('tokens_old', 'tokens_ref'):
-    if name in needs:
-      extra[name] = abstract(built, (rows, t.inner, draws, length))
-  if {'centred', 'tokens_old'} <= needs:
-    extra['centred_old'] = extra['tokens_old']
-  if 'elbo_ref' in needs:
-    extra['elbo_ref'] = abstract(built, (rows, t.inner))
-  weight = (rows, draws) if 'guess' in needs else (rows,)
-  return TrainBatch(
-    rollouts.tokens,
-    rollouts.valid,
-    completion,
-    row,
-    abstract(built, weight),
-    abstract(built, (rows,)),
-    abstract(built, (rows, t.inner)),
-    abstract(built, ()),
-    abstract(built, ()),
-    extra or None,
+
+
+def abstract_states(built: Built) -> tuple[Params, Any]:
+  """Returns (frozen params, TrainState) as shapes."""
+  c, cfg = built.config, built.model
+  tree = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+  params = {'params': tree['params']}
+  trainable = {'lora': tree['lora']} if cfg.lora_rank else params
+  params = quantized_shapes(params, c.model.quantize)
+  optimizer = optimizer_of(c)
+  state = jax.eval_shape(lambda x: step.init_state(x, optimizer), trainable)
+  return sharded(params, built.mesh), sharded(state, built.mesh)
+
+
+def quantized_shapes(params: Params, kind: str) -> Params:
+  """Returns the shapes of parameters as model.quantize = kind stores them."""
+
+  def of_leaf(path, x):
+    if kind == 'none' or not mesh.path_of(path).endswith('/kernel'):
+      return x
+    return jax.eval_shape(lambda x: model.quantize(x, kind), x)
+
+  return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def abstract_references(built: Built, frozen: Params, state: Any) -> tuple:
+  """Returns Steps.read_references as shapes, with the moving one in its place."""
+  c = built.config
+  if check.plain_reference(c):
+    return ()
+
+  def of_path(path):
+    if path == 'base':
+      return {}
+    if path == 'moving':
+      return optim.reference_of(state.opt_state)
+    return state.trainable if is_adapter(path) else frozen
+
+  return tuple(map(of_path, c.reference.of))
+
+
+class Abstract(NamedTuple):
+  """The data of one buffer as shapes."""
+
+  frozen: Params
+  state: Any
+  references: tuple
+  prompts: tuple  # tokens, valid, row
+  sampled: Sampled
+  batch: TrainBatch
+
+
+def abstract_buffer(built: Built, prompt: int) -> Abstract:
+  """Returns the shapes of a buffer whose prompts have P = `prompt` tokens.
+
+  They come from tracing sample, score and pack themselves.
+  """
+  c = built.config
+  rows, by_row = c.train.prompts * c.train.group, mesh.rows(built.mesh)
+  row = lambda shape, dtype: jax.ShapeDtypeStruct(
+    (rows, *shape), dtype, sharding=by_row
   )
+  frozen, state = abstract_states(built)
+  refs = abstract_references(built, frozen, state)
+  prompts = row((prompt,), np.int32), row((prompt,), bool), row((), np.int32)
+  jit = make_sample(
+    c,
+    jit_section(c.sampler),
+    'sample',
+    built.model,
+    built.mesh,
+    built.setup.wants.records or (),
+  )
+  sampled = jit.shapes({**frozen, **state.trainable}, *prompts)
+  scores = built.steps.score.shapes(state.trainable, frozen, refs, sampled)
+  if scores.guess is not None:  # the host hands in their rewards
+    guess = jax.ShapeDtypeStruct(scores.guess.shape[:2], np.float32, sharding=by_row)
+    scores = scores._replace(guess=guess)
+  reward = jax.ShapeDtypeStruct((c.train.prompts, c.train.group), np.float32)
+  batch, _ = built.steps.pack.shapes(sampled, reward, scores)
+  return Abstract(frozen, state, refs, prompts, sampled, batch)
+
+
+def jit_section(section: Any) -> Any:
+  """Returns the sampler section with parallel = jit, for its shapes."""
+  copy = section.copy_and_resolve_references()
+  with copy.unlocked():
+    copy.parallel = 'jit'
+  return copy
+
+
+def abstract_batch(built: Built, prompt: int) -> TrainBatch:
+  """Returns a TrainBatch as shapes, for restoring; P = `prompt` tokens."""
+  return abstract_buffer(built, prompt).batch
+
+
+def programs(built: Built, prompt: int) -> list[tuple[str, Any, tuple]]:
+  """Returns (name, function, arguments as shapes) of the three programs of a buffer."""
+  a, steps = abstract_buffer(built, prompt), built.steps
+  inner = jax.ShapeDtypeStruct((), np.int32)
+  score_args = (a.state.trainable, a.frozen, a.references, a.sampled)
+  return [
+    ('sample', steps.sample, ({**a.frozen, **a.state.trainable}, *a.prompts)),
+    ('score', steps.score, score_args),
+    ('update', steps.update, (a.state, a.frozen, a.batch, inner)),
+  ]
+
+
+def compile_longest(built: Built, prompt: int) -> None:
+  """Compiles the programs of the longest prompts, if a cache keeps them.
+
+  A program that does not fit fails here, not at the long prompt hours later.
+  """
+  if not jax.config.jax_compilation_cache_dir:
+    return
+  for name, program, args in programs(built, prompt):
+    if not isinstance(program, Compiled):  # pmap compiles when it is called
+      continue
+    logging.info('compiling %s for prompts of %d tokens', name, prompt)
+    program.trace(*args).lower().compile()

@@ -98,7 +98,9 @@ def generate(built, params, problems, sample, total, first):
   for start in range(first, total, batch):
     row = np.arange(start, start + batch, dtype=np.int32)
     at = np.minimum(row, total - 1) % count
-    rollouts, completion = sample(params, problems.tokens[at], problems.valid[at], row)
+    rollouts, completion, _ = sample(
+      params, problems.tokens[at], problems.valid[at], row
+    )
     tokens, order, forwards, completion = mesh.fetch(
       (rollouts.tokens, rollouts.order, rollouts.forwards, completion)
     )

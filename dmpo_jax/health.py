@@ -41,6 +41,22 @@ class Config:
   grad_norm: float = 0.0
   lr_factor: float = 0.5  # of each rollback
   rollbacks: int = 3  # at most; then the run stops
+  measure: bool = False  # compute KL and ELBO drift for every objective
+
+  def problems(self) -> list[str]:
+    """Returns complaints about fields that are out of range."""
+    out = []
+    if self.action not in ACTIONS:
+      out.append(f'health.action = {self.action!r} must be one of {", ".join(ACTIONS)}')
+    if self.patience < 1:
+      out.append(f'health.patience = {self.patience} must be >= 1')
+    for rule in RULES:
+      most = float('inf') if rule in ('kl', 'grad_norm') else 1
+      if not 0 <= getattr(self, rule) <= most:
+        out.append(
+          f'health.{rule} = {getattr(self, rule)} must be in [0, {most}]; 0 = off'
+        )
+    return out
 
 
 class Collapse(FloatingPointError):

@@ -1,191 +1,311 @@
 """Log-probabilities of completions: per token, by ELBO, or along a trajectory.
 
-`token_logp` is the one differentiable path from parameters to losses. It never
-builds a (R, K, L, V) array when cfg.head_chunk is set: the head is applied to
-chunks of the completion under rematerialisation.
+`view_logp` is the one differentiable path from parameters to losses. It never builds a
+(R, K, L, V) array when cfg.head_chunk is set: the head is applied to chunks of the
+completion under rematerialisation.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import masking, model, rng
+from dmpo_jax import layout, masking, model
+from dmpo_jax.model import ModelConfig
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.sampler import Law
+from dmpo_jax.types import (
+  Array,
+  BoolRKL,
+  BoolRL,
+  BoolRS,
+  FloatR,
+  FloatRKL,
+  IntR,
+  IntRS,
+  KeyR,
+  Masks,
+  Params,
+  Rollouts,
+  ViewLogp,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogprobConfig:
   """How log p_ref and log p_old of a completion are estimated."""
 
-  estimator: str = 'elbo'  # elbo | trajectory
-  elbo: str = 'paper'  # paper (Bernoulli, L/m) | stratified (exact counts)
-  draws: int = 4  # masked copies per completion
-  low: float = 0.1  # paper: range of the mask rate
-  high: float = 1.0
-  antithetic: bool = True  # paper: second half of the draws = complement
-  tail: bool = True  # count the tokens after the first EOS
-  states: int = 0  # trajectory: recorded states to visit; 0 = all
-  fuse: bool = False  # elbo with adapters: log p_old and log p_ref in one pass
+  estimator: str = 'elbo'  # elbo | trajectory (along the recorded unmasking steps)
+  elbo: str = 'paper'  # masks of the ELBO: paper (Bernoulli, L/m) | stratified
+  draws: int = 4  # masked copies of a completion
+  low: float = 0.1  # paper: mask ratio ~ U(low, high)
+  high: float = 1.0  # paper: upper end of the mask ratio, at most 1
+  antithetic: bool = True  # paper: the second half of the copies is the complement
+  tail: bool = True  # elbo: count the tokens after the first EOS
+  states: int = 0  # trajectory: recorded steps to visit; 0 = all
+  fuse: bool = False  # elbo, adapters: log p_old and log p_ref in one pass
+
+  def problems(self) -> list[str]:
+    """Returns a sentence for each impossible setting."""
+    bad = []
+    for name, allowed in (
+      ('estimator', ('elbo', 'trajectory')),
+      ('elbo', ('paper', 'stratified')),
+    ):
+      if getattr(self, name) not in allowed:
+        bad.append(
+          f'logprob.{name} = {getattr(self, name)!r} must be one of '
+          f'{", ".join(allowed)}'
+        )
+    if self.draws < 1 or self.states < 0:
+      bad.append(
+        f'logprob.draws = {self.draws} must be >= 1 and logprob.states = '
+        f'{self.states} must be >= 0'
+      )
+    if self.draws % 2 and (self.antithetic or self.elbo == 'stratified'):
+      bad.append(
+        f'logprob.draws = {self.draws} must be even with logprob.antithetic=True or '
+        'logprob.elbo=stratified: their masks come in pairs'
+      )
+    if not 0 <= self.low < self.high <= 1:
+      bad.append(
+        f'logprob.low = {self.low} and logprob.high = {self.high} must satisfy '
+        '0 <= low < high <= 1'
+      )
+    return bad
 
 
-def token_logp(
-  cfg,
-  params,
-  tokens_RxS,
-  masked_RxKxL,
-  valid_RxS=None,
-  dropout_R=None,
-  prompt_RxKxP=None,
-  read=model.logp_of,
-):
-  """Log p(token | the rest, masked), (R, K, L) float32, 0 where not masked.
+# --- what is read off the logits
 
-  tokens_RxS int32 hold the true completion in their last L places;
-  masked_RxKxL bool says where the network sees the mask token instead.
-  dropout_R are the rows' keys for the adapters' dropout; None: no dropout.
-  prompt_RxKxP: what of the prompts is masked too. read: (logits, tokens) ->
-  numbers in the log-probs' place, see `reader`; of a dict each is (R, K, L).
+
+def read_centred(cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array):
+  """Returns the token's logit less the mean of all logits."""
+  own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+  return own - jnp.mean(logits, axis=-1)
+
+
+def read_score(cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array):
+  """Returns the score by which pick plackett_luce ranks a position.
+
+  It is the largest log-prob divided by law.rank_temperature. ValueError without a law.
   """
-  rows, draws, length = masked_RxKxL.shape
-  noisy = masking.apply_masks(tokens_RxS, masked_RxKxL, cfg.mask_id, prompt_RxKxP)
-  noisy = noisy.reshape(rows * draws, -1)
-  valid = None if valid_RxS is None else jnp.repeat(valid_RxS, draws, axis=0)
-  keys = dropout_R
-  if keys is not None:  # every draw of a row its own
-    keys = jax.vmap(lambda key: jax.random.split(key, draws))(keys).ravel()
-  h, _ = model.hidden(cfg, params, noisy, valid, dropout_R=keys)
-  targets = jnp.repeat(tokens_RxS[:, -length:], draws, axis=0)
-  found = chosen_logp(cfg, params, h[:, -length:], targets, read)
-  return jax.tree.map(
-    lambda x: jnp.where(masked_RxKxL, x.reshape(masked_RxKxL.shape), 0.0), found
-  )
+  if law is None:
+    raise ValueError("the read 'score' needs the sampling law: set Wants.law")
+  allowed = model.without_mask(cfg, logits)
+  best = jnp.max(allowed, -1) - jax.nn.logsumexp(allowed, axis=-1)
+  return best / law.rank_temperature
 
 
-def reader(cfg, law=None, more=()):
-  """(logits, tokens) -> log-probs (R, L), or {'logp': them, **more}.
+def read_guess(cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array):
+  """Returns the most probable token."""
+  return jnp.argmax(model.without_mask(cfg, logits), axis=-1)
 
-  law: dict(temperature, ...) of the sampler: log-probs of its law, and not of
-  the model's. more: 'centred' (the token's logit less the mean of all),
-  'score' (the largest log-prob over law['rank_temperature'], as the pick
-  plackett_luce ranks), 'guess' (the most probable token).
+
+# Numbers that an objective may read besides log-probs:
+# (ModelConfig, Law or None, logits (N, L, V), tokens (N, L)) -> (N, L).
+READS: dict[str, Callable] = {
+  'centred': read_centred,
+  'score': read_score,
+  'guess': read_guess,
+}
+
+
+def reader(cfg: ModelConfig, law: Law | None = None, reads: tuple[str, ...] = ()):
+  """Returns (logits, tokens) -> {'logp': log-probs, name: READS[name], ...}.
+
+  law: log-probs are the sampling law's; None: the model's at temperature 1.
   """
 
   def read(logits, tokens):
-    if law is None:
-      out = {'logp': model.logp_of(logits, tokens)}
-    else:
-      out = {
-        'logp': model.logp_of(
-          model.sampling_logits(model.without_mask(cfg, logits), law['temperature']),
-          tokens,
-        )
-      }
-    if 'centred' in more:
-      own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
-      out['centred'] = own - jnp.mean(logits, axis=-1)
-    if 'score' in more:
-      allowed = model.without_mask(cfg, logits)
-      best = jnp.max(allowed, -1) - jax.nn.logsumexp(allowed, axis=-1)
-      out['score'] = best / law['rank_temperature']
-    if 'guess' in more:
-      out['guess'] = jnp.argmax(model.without_mask(cfg, logits), axis=-1)
-    return out if more else out['logp']
+    allowed = logits
+    if law is not None:
+      allowed = model.sampling_logits(model.without_mask(cfg, logits), law.temperature)
+    return {'logp': model.logp_of(allowed, tokens)} | {
+      name: READS[name](cfg, law, logits, tokens) for name in reads
+    }
 
   return read
 
 
-def chosen_logp(cfg, params, hidden_RxLxD, targets_RxL, read=model.logp_of):
-  """(R, L) log-softmax at the targets, the head in chunks under remat."""
+# --- masked copies
+
+
+def token_logp(
+  cfg: ModelConfig,
+  params: Params,
+  tokens_RxS: IntRS,
+  masked_RxKxL: BoolRKL,
+  valid_RxS: BoolRS | None = None,
+) -> FloatRKL:
+  """Returns log p(token | the rest, masked), float32; 0 where not masked.
+
+  tokens_RxS hold the true completion in their last L places; masked_RxKxL says where
+  the network sees the mask token instead.
+  """
+  masks = Masks(masked_RxKxL, jnp.ones((*masked_RxKxL.shape[:2], 1)))
+  return view_logp(cfg, params, tokens_RxS, masks, valid_RxS).logp
+
+
+def view_logp(
+  cfg: ModelConfig,
+  params: Params,
+  tokens_RxS: IntRS,
+  masks: Masks,
+  valid_RxS: BoolRS | None = None,
+  *,
+  dropout_R: KeyR | None = None,
+  read: Callable | None = None,
+) -> ViewLogp:
+  """Returns what the policy says of the masked copies of completions.
+
+  dropout_R: keys of the adapters' dropout, one a row; None: no dropout. read: a
+  `reader`; None: log-probs at temperature 1. ValueError if the model's family has no
+  layout.
+  """
+  inputs = layout.layout_of(cfg)(
+    cfg, tokens_RxS, masks.masked, valid_RxS, masks.prompt, dropout_R
+  )
+  h, _ = model.hidden(cfg, params, inputs.tokens, inputs.valid, dropout_R=inputs.keys)
+  length = masks.masked.shape[-1]
+  numbers = chosen_logp(cfg, params, h[:, -length:], inputs.targets, read)
+  numbers = jax.tree.map(
+    lambda x: jnp.where(masks.masked, x.reshape(masks.masked.shape), 0.0), numbers
+  )
+  return ViewLogp(numbers.pop('logp'), numbers)
+
+
+def chosen_logp(
+  cfg: ModelConfig,
+  params: Params,
+  hidden_NxLxD: Array,
+  targets_NxL: Array,
+  read: Callable | None = None,
+) -> dict[str, Array]:
+  """Returns a `reader`'s numbers at the targets, (N, L) each.
+
+  The head is applied in chunks of cfg.head_chunk positions under remat. ValueError if
+  the chunk does not divide L.
+  """
+  read = read or reader(cfg)
 
   @jax.checkpoint
-  def one(hidden, targets):
+  def of_chunk(hidden, targets):
     return read(model.head(cfg, params, hidden), targets)
 
-  length, chunk = targets_RxL.shape[1], cfg.head_chunk
+  length, chunk = targets_NxL.shape[1], cfg.head_chunk
   if not chunk or chunk >= length:
-    return one(hidden_RxLxD, targets_RxL)
+    return of_chunk(hidden_NxLxD, targets_NxL)
   if length % chunk:
     raise ValueError(
       f'model.head_chunk = {chunk} must divide the completion length {length}'
     )
-  pieces = [
+  chunks = [
     jnp.stack(jnp.split(x, length // chunk, axis=1))
-    for x in (hidden_RxLxD, targets_RxL)
+    for x in (hidden_NxLxD, targets_NxL)
   ]
-  found = jax.lax.map(lambda piece: one(*piece), tuple(pieces))
-  return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), found)
+  numbers = jax.lax.map(lambda chunk: of_chunk(*chunk), tuple(chunks))
+  return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), numbers)
 
 
-def draw(key, row_R, length, hp):
-  """Masks for the ELBO, by hp.elbo (a LogprobConfig)."""
+# --- ELBO
+
+
+def draw(key: AnyKey, row_R: IntR, length: int, hp: LogprobConfig) -> Masks:
+  """Draws the masks of the ELBO that `hp` describes."""
   if hp.elbo == 'stratified':
     return masking.draw_stratified(key, row_R, length, hp.draws)
-  return masking.draw_bernoulli(
-    key, row_R, length, hp.draws, hp.low, hp.high, hp.antithetic
-  )
+  rates = hp.low, hp.high
+  return masking.draw_bernoulli(key, row_R, length, hp.draws, rates, hp.antithetic)
 
 
-def seq_elbo(logp_RxKxL, weight_RxK):
-  """(R,) mean over draws of weight times the masked sum, in nats."""
-  return jnp.mean(weight_RxK * jnp.sum(logp_RxKxL, axis=-1), axis=-1)
+def copy_sums(x_RxKxL: FloatRKL, weight_RxKxL: Array) -> Array:
+  """Returns the weighted sum over a copy's positions, (R, K).
+
+  weight broadcasts to (R, K, L). One weight a copy multiplies the sum.
+  """
+  if weight_RxKxL.shape[-1] == 1:
+    return weight_RxKxL[..., 0] * jnp.sum(x_RxKxL, axis=-1)
+  return jnp.sum(weight_RxKxL * x_RxKxL, axis=-1)
 
 
-def elbo(cfg, params, tokens_RxS, valid_RxS, masks, counted_RxL=None):
-  """(R,) ELBO under `masks`; only counted_RxL positions enter the sum."""
-  logp = token_logp(cfg, params, tokens_RxS, masks.masked, valid_RxS)
+def seq_elbo(logp_RxKxL: FloatRKL, weight_RxKxL: Array) -> FloatR:
+  """Returns the mean over copies of their weighted sums, nats."""
+  return jnp.mean(copy_sums(logp_RxKxL, weight_RxKxL), axis=-1)
+
+
+def elbo(
+  cfg: ModelConfig,
+  params: Params,
+  tokens_RxS: IntRS,
+  valid_RxS: BoolRS | None,
+  masks: Masks,
+  counted_RxL: BoolRL | None = None,
+) -> FloatR:
+  """Returns the ELBO under `masks`, nats; only counted_RxL positions enter the sum."""
+  logp = view_logp(cfg, params, tokens_RxS, masks, valid_RxS).logp
   if counted_RxL is not None:
     logp = logp * counted_RxL[:, None, :]
   return seq_elbo(logp, masks.weight)
 
 
-def state_logp(cfg, params, rollouts, step_R, law):
-  """Log-probs of the tokens revealed at each row's step `step_R`.
+# --- along the recorded unmasking steps
 
-  Returns (2, R): under `params`, and as recorded by the sampler. The state is
-  the completion with everything revealed at that step or later masked. law:
-  dict(block, temperature, guidance) of the sampler; only the block of the
-  revealed tokens goes through the head.
+
+def state_logp(
+  cfg: ModelConfig, params: Params, rollouts: Rollouts, step_R: IntR, law: Law
+) -> Array:
+  """Returns log-probs of the tokens unmasked at each row's step `step_R`.
+
+  (2, R) float32, nats: under `params`, and as the sampler recorded them. The state has
+  every token masked that was unmasked at that step or later. Only the block of the
+  unmasked tokens goes through the head.
   """
   length = rollouts.order.shape[1]
   prompt = rollouts.tokens.shape[1] - length
   hidden_yet = rollouts.order >= step_R[:, None]
-  hidden_yet |= rollouts.order < 0  # the tail that eos_stop has left masked
+  hidden_yet |= rollouts.order < 0  # the tail that eos_stop left masked
   shown = rollouts.order == step_R[:, None]
-  state = masking.apply_masks(rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]
-  start_R = jnp.argmax(shown, axis=1) // law['block'] * law['block']
+  state = layout.apply_masks(rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]
+  start_R = jnp.argmax(shown, axis=1) // law.block * law.block
   logits, _ = model.window_logits(
     cfg,
     params,
     state,
     rollouts.valid,
     prompt + start_R,
-    law['block'],
+    law.block,
     prompt,
-    law['guidance'],
+    law.guidance,
   )
 
   def window(x_RxL):
-    take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, law['block'])
+    take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, law.block)
     return jax.vmap(take)(x_RxL, start_R)
 
   logp = model.logp_of(
-    model.sampling_logits(logits, law['temperature']),
-    window(rollouts.tokens[:, prompt:]),
+    model.sampling_logits(logits, law.temperature), window(rollouts.tokens[:, prompt:])
   )
   now = jnp.sum(jnp.where(window(shown), logp, 0.0), axis=1)
   return jnp.stack([now, jnp.sum(rollouts.logp * shown, axis=1)])
 
 
-def trajectory_logp(cfg, params, rollouts, law, states=0, key=None, row_R=None):
-  """Log-prob of each row along its recorded states, under `params` and as
-  recorded: a pair of (R,) float32, in nats.
+def trajectory_logp(
+  cfg: ModelConfig,
+  params: Params,
+  rollouts: Rollouts,
+  law: Law,
+  states: int = 0,
+  u_R: FloatR | None = None,
+) -> tuple[FloatR, FloatR]:
+  """Returns log-probs along the recorded steps: under `params`, and as recorded; nats.
 
-  Where SampleConfig.order_from is 'state' or 'noise' their difference is the
-  exact log-ratio of two normalised laws: the policy's own, and that of
-  `params` with positions revealed as the policy does (the
-  frozen-scheduler ratio). states = n > 0 visits n of a row's S steps, one
-  from each of n even strata, weighted S/n: unbiased for both log-probs, and
-  for their difference.
+  Where SampleConfig.order_from is 'state' or 'noise' their difference is the exact
+  log-ratio of two normalised laws: the policy's own, and that of `params` with
+  positions unmasked as the policy does (the frozen-scheduler ratio). states = n > 0
+  visits n of a row's S steps, one from each of n even strata, weighted S/n: unbiased
+  for both log-probs and for their difference. u_R: U(0, 1), the rows' places within
+  the strata.
   """
   count_R = jnp.max(rollouts.order, axis=1) + 1
   if not states:
@@ -196,7 +316,6 @@ def trajectory_logp(cfg, params, rollouts, law, states=0, key=None, row_R=None):
 
     zero = jnp.zeros((2,) + count_R.shape, jnp.float32)
     return tuple(jax.lax.fori_loop(0, jnp.max(count_R), add, zero))
-  u_R = rng.per_row(key, row_R, jax.random.uniform)
 
   def visit(j):
     step_R = jnp.floor((j + u_R) / states * count_R).astype(jnp.int32)

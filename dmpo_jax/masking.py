@@ -1,8 +1,9 @@
-"""The forward process: which completion positions the mask token covers.
+"""The forward process: draws of the completion positions that the mask token covers.
 
-Every draw is addressed by (key, row id), so a completion's masks do not depend
-on the batch it is in. `Masks.weight` turns a sum of log-probs over the masked
-positions of a draw into an estimate of the ELBO (see `logprob.seq_elbo`).
+Every draw is addressed by (key, row id), so the masks of a completion do not depend
+on the batch around it. `Masks.weight` turns the sum of log-probs over the masked
+positions of a copy into an estimate of the ELBO (see `logprob.seq_elbo`). It
+broadcasts to (R, K, L); the draws below give one weight a copy, (R, K, 1).
 """
 
 import jax
@@ -11,82 +12,95 @@ import numpy as np
 from scipy.special import betainc
 
 from dmpo_jax import rng
-from dmpo_jax.types import Masks
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.types import Array, BoolRKL, BoolRKP, BoolRL, BoolRP, IntR, IntRL, Masks
 
 
-def completion_mask(completion_RxL, eos_id):
-  """(R, L) bool, True up to and including the first EOS."""
+def completion_mask(completion_RxL: IntRL, eos_id: int) -> BoolRL:
+  """Returns True up to and including the first EOS of each completion."""
   eos = completion_RxL == eos_id
   return jnp.cumsum(eos, axis=1) - eos == 0
 
 
-def apply_masks(tokens_RxS, masked_RxKxL, mask_id, prompt_RxKxP=None):
-  """(R, K, S) int32: the rows with their completions masked, K times.
+def per_copy(masked_RxKxL: BoolRKL, weight_RxK: Array) -> Masks:
+  """Returns Masks with one weight for each copy."""
+  return Masks(masked_RxKxL, weight_RxK[..., None])
 
-  prompt_RxKxP: what is masked of the prompts, if anything is.
+
+def masked_count(masked_RxKxL: BoolRKL) -> Array:
+  """Returns the number of masked positions of each copy, (R, K), at least 1."""
+  return jnp.maximum(jnp.sum(masked_RxKxL, axis=-1), 1)
+
+
+def draw_bernoulli(
+  key: AnyKey,
+  row_R: IntR,
+  length: int,
+  draws: int,
+  rates: tuple[float, float] = (0.1, 1.0),
+  antithetic: bool = True,
+) -> Masks:
+  """Masks each position with probability lambda ~ U(rates), drawn for each copy.
+
+  With `antithetic` the second half of the copies is the complement of the first.
+  The weight is L / max(m, 1) with m masked positions. DMPO's WDCE; the release's
+  range is [0.1, 1.0), although its comment says [0.1, 0.9] (dmpo_trainer.py:135-150).
+  ValueError if `antithetic` and `draws` is odd.
   """
-  length = masked_RxKxL.shape[-1]
-  prompt = tokens_RxS[:, None, :-length]
-  completion = jnp.where(masked_RxKxL, mask_id, tokens_RxS[:, None, -length:])
-  shape = masked_RxKxL.shape[:2] + prompt.shape[2:]
-  if prompt_RxKxP is not None:
-    prompt = jnp.where(prompt_RxKxP, mask_id, prompt)
-  return jnp.concatenate([jnp.broadcast_to(prompt, shape), completion], -1)
+  fresh = fresh_copies(draws, antithetic)
 
-
-def draw_bernoulli(key, row_R, length, draws, low=0.1, high=1.0, antithetic=True):
-  """Masks each position with probability lambda ~ U(low, high), per draw.
-
-  With `antithetic` the second half of the draws is the complement of the
-  first (draws must be even). Weight L/max(m, 1) with m the masked count.
-  DMPO eq. of WDCE; official dmpo_trainer.py:135-150, whose clamp is
-  [0.1, 1.0) although its comment says [0.1, 0.9].
-  """
-  if antithetic and draws % 2:
-    raise ValueError(f'antithetic masks need an even number of draws: {draws}')
-  fresh = draws // 2 if antithetic else draws
-
-  def one(key):
+  def of_row(key):
     key_rate, key_mask = jax.random.split(key)
-    rate = jax.random.uniform(key_rate, (fresh, 1), minval=low, maxval=high)
+    rate = jax.random.uniform(key_rate, (fresh, 1), minval=rates[0], maxval=rates[1])
     masked = jax.random.uniform(key_mask, (fresh, length)) < rate
     return jnp.concatenate([masked, ~masked]) if antithetic else masked
 
-  masked = rng.per_row(key, row_R, one)
-  count = jnp.sum(masked, axis=-1)
-  return Masks(masked, length / jnp.maximum(count, 1))
+  masked = rng.per_row(key, row_R, of_row)
+  return per_copy(masked, length / masked_count(masked))
 
 
-def anywhere(key, count_K, length):
-  """(K, L) bool: so many masks each, all places alike."""
+def fresh_copies(draws: int, antithetic: bool) -> int:
+  """Returns how many copies are drawn; the others are their complements."""
+  if antithetic and draws % 2:
+    raise ValueError(f'antithetic masks need an even number of draws, not {draws}')
+  return draws // 2 if antithetic else draws
+
+
+def anywhere(key: AnyKey, count_K: Array, length: int) -> Array:
+  """Returns (K, L) bool with count_K masked positions each, uniformly placed."""
   noise = jax.random.uniform(key, (len(count_K), length))
   rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
   return rank < count_K[:, None]
 
 
-def count_law(length, low, high):
-  """(L + 1,) float64: how often draw_bernoulli masks 0..L places.
+def count_law(length: int, low: float, high: float) -> np.ndarray:
+  """Returns the chance that `draw_bernoulli` masks 0..L positions, (L + 1,) float64.
 
-  The binomial law integrated over its rate; 1/(L + 1) each for (0, 1).
+  It is the binomial law integrated over its rate: 1 / (L + 1) each for (0, 1).
   """
   count = np.arange(length + 1)
   below = lambda rate: betainc(count + 1, length - count + 1, rate)
   return (below(high) - below(low)) / ((length + 1) * (high - low))
 
 
-def draw_even(key, row_R, length, draws, low=0.1, high=1.0, antithetic=True):
-  """`draw_bernoulli` with the counts of a row's draws spread evenly.
+def draw_even(
+  key: AnyKey,
+  row_R: IntR,
+  length: int,
+  draws: int,
+  rates: tuple[float, float] = (0.1, 1.0),
+  antithetic: bool = True,
+) -> Masks:
+  """Draws as `draw_bernoulli`, with the masked counts of a row stratified.
 
-  Each draw alone has the same law, so every mean over draws keeps its
-  expectation; but the counts of the J fresh ones come from one each of J
-  equal parts of `count_law`, shuffled.
+  Each copy alone keeps its law, so every mean over copies keeps its expectation. The
+  counts of the J fresh copies come from J equal parts of `count_law`, one each, in
+  random order.
   """
-  if antithetic and draws % 2:
-    raise ValueError(f'antithetic masks need an even number of draws: {draws}')
-  fresh = draws // 2 if antithetic else draws
-  below = jnp.asarray(np.cumsum(count_law(length, low, high))[:-1], jnp.float32)
+  fresh = fresh_copies(draws, antithetic)
+  below = jnp.asarray(np.cumsum(count_law(length, *rates))[:-1], jnp.float32)
 
-  def one(key):
+  def of_row(key):
     key_part, key_count, key_order = jax.random.split(key, 3)
     part = jax.random.permutation(key_part, fresh)
     at = (part + jax.random.uniform(key_count, (fresh,))) / fresh
@@ -94,74 +108,71 @@ def draw_even(key, row_R, length, draws, low=0.1, high=1.0, antithetic=True):
     masked = anywhere(key_order, count, length)
     return jnp.concatenate([masked, ~masked]) if antithetic else masked
 
-  masked = rng.per_row(key, row_R, one)
-  count = jnp.sum(masked, axis=-1)
-  return Masks(masked, length / jnp.maximum(count, 1))
+  masked = rng.per_row(key, row_R, of_row)
+  return per_copy(masked, length / masked_count(masked))
 
 
-def draw_stratified(key, row_R, length, draws):
-  """Exact masked counts, spread evenly over {0..L}, each with its complement.
+def draw_stratified(key: AnyKey, row_R: IntR, length: int, draws: int) -> Masks:
+  """Draws exact masked counts, stratified over {0..L}, each with its complement.
 
-  Counts x_j = (k + j (L+1)/J) mod (L+1), k ~ U{0..L}, J = draws/2. Weight
-  (L+1)/x makes the estimate unbiased, empty draws included (ESPO
-  espo_trainer.py:55-75, there stratified over the rows of a device).
+  Counts are x_j = (k + j (L + 1) / J) mod (L + 1) with k ~ U{0..L} and J = draws / 2.
+  The weight (L + 1) / x makes the estimate unbiased, empty copies included (ESPO,
+  espo_trainer.py:55-75, stratifies over the rows of a device instead).
   """
-  if draws % 2:
-    raise ValueError(f'stratified masks need an even number of draws: {draws}')
-  pairs = draws // 2
+  pairs = fresh_copies(draws, True)
 
-  def one(key):
+  def of_row(key):
     key_count, key_order = jax.random.split(key)
     offset = jnp.arange(pairs) * (length + 1) // pairs
     first = jax.random.randint(key_count, (), 0, length + 1)
-    count = (first + offset) % (length + 1)
-    masked = anywhere(key_order, count, length)
+    masked = anywhere(key_order, (first + offset) % (length + 1), length)
     return jnp.concatenate([masked, ~masked])
 
-  masked = rng.per_row(key, row_R, one)
+  masked = rng.per_row(key, row_R, of_row)
   count = jnp.sum(masked, axis=-1)
   weight = jnp.where(count > 0, (length + 1) / jnp.maximum(count, 1), 0.0)
-  return Masks(masked, weight)
+  return per_copy(masked, weight)
 
 
-def restrict(masks, completion_RxL):
-  """Takes the tail after the first EOS out of every draw (it stays visible).
+def restrict(masks: Masks, completion_RxL: BoolRL) -> Masks:
+  """Unmasks the tail after the first EOS in every copy; it stays visible.
 
-  The weight becomes L_row/max(m, 1) with L_row the tokens that count. This is
-  what the release's `loss_mask_non_eos` was meant to do (it inverts an int
-  mask and so indexes rows, dmpo_trainer.py:144-146).
+  The weight becomes L_row / max(m, 1) with L_row the tokens that count. The release's
+  `loss_mask_non_eos` was meant to do this; it inverts an int mask and so indexes rows
+  (dmpo_trainer.py:144-146).
   """
   masked = masks.masked & completion_RxL[:, None, :]
-  count = jnp.sum(masked, axis=-1)
   length = jnp.sum(completion_RxL, axis=-1)
-  return Masks(masked, length[:, None] / jnp.maximum(count, 1))
+  return per_copy(masked, length[:, None] / masked_count(masked))
 
 
-def draw_prompt(key, row_R, valid_RxP, draws, rate):
-  """(R, K, P) bool: real prompt tokens, each masked with chance `rate`.
+def draw_prompt(
+  key: AnyKey, row_R: IntR, valid_RxP: BoolRP, draws: int, rate: float
+) -> BoolRKP:
+  """Masks each real prompt token with chance `rate`.
 
-  A token's number depends on its distance from the completion, not on the
+  A token's random number depends on its distance from the completion, not on the
   padding before the prompt.
   """
   length = valid_RxP.shape[1]
 
-  def one(key):
+  def of_row(key):
     keys = jax.vmap(lambda at: jax.random.fold_in(key, at))(jnp.arange(length)[::-1])
     noise = jax.vmap(lambda key: jax.random.uniform(key, (draws,)))(keys)
     return noise.T < rate
 
-  return rng.per_row(key, row_R, one) & valid_RxP[:, None]
+  return rng.per_row(key, row_R, of_row) & valid_RxP[:, None]
 
 
-def draw_sft(key, row_R, length, floor=1e-3):
-  """LLaDA's SFT corruption: one draw, p = (1 - floor) t + floor, t ~ U(0, 1).
+def draw_sft(key: AnyKey, row_R: IntR, length: int, floor: float = 1e-3) -> Masks:
+  """Draws LLaDA's SFT corruption: one copy, p = (1 - floor) t + floor, t ~ U(0, 1).
 
-  Weight 1/p, so that the masked sum is an ELBO (LLaDA GUIDELINES.md).
+  The weight is 1 / p, so that the masked sum is an ELBO (LLaDA GUIDELINES.md).
   """
 
-  def one(key):
+  def of_row(key):
     key_rate, key_mask = jax.random.split(key)
     rate = (1 - floor) * jax.random.uniform(key_rate, (1, 1)) + floor
     return jax.random.uniform(key_mask, (1, length)) < rate, 1 / rate[:, 0]
 
-  return Masks(*rng.per_row(key, row_R, one))
+  return per_copy(*rng.per_row(key, row_R, of_row))

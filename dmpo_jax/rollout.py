@@ -1,17 +1,41 @@
-"""The reinforcement half-step: prompts -> completions -> rewards -> weights.
+"""One rollout buffer: prompts -> completions -> rewards -> weights.
 
-The only place where text exists. The device scores log-probs, and does what
-else the caller gives it, while the host decodes and rewards.
+Text exists only here. The device scores log-probs, and does what else the caller gives
+it, while the host decodes and rewards.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import data, grader, health, mesh, sampler
+from dmpo_jax import data, grader, health, mesh
 from dmpo_jax.metrics import Clock
-from dmpo_jax.types import Array, Rollouts, Scored, TrainBatch, to_groups, to_rows
+from dmpo_jax.types import (
+  Array,
+  FloatRL,
+  IntB,
+  IntRKL,
+  IntRL,
+  Params,
+  Prompts,
+  Sampled,
+  Scores,
+  Task,
+  TrainBatch,
+  to_groups,
+)
+
+
+class Fetched(NamedTuple):
+  """What the host reads of a buffer."""
+
+  tokens: Array  # (R, S) int32
+  order: Array  # (R, L) int32
+  forwards: Array  # () int32
+  completion: Array  # (R, L) bool
+  confidence: Array  # (R, L) float32
+  guess: Array | None  # (R, K, L) int32; None: not asked for
 
 
 class Started(NamedTuple):
@@ -22,275 +46,200 @@ class Started(NamedTuple):
 
   iteration: int
   age: int  # updates between that policy and the buffer's first update
-  index: Array  # (B,) int32, problems
-  row: Array  # (R,) int32
-  rollouts: Rollouts  # on the device, as the next two
-  completion: Array  # (R, L) bool
-  scores: dict
-  kept: tuple  # on the host: tokens, order, forwards, completion, confidence
+  index: IntB  # problems
+  sampled: Sampled  # on the device
+  scores: Scores  # on the device
+  host: Fetched
   mine: Array  # (n,) rows of the buffer that this process decodes and grades
-  guess: Array | None = None  # (R, K, L) on the host, as `score` has it
+
+  @property
+  def completions(self) -> np.ndarray:
+    """The completions' tokens, (R, L), on the host."""
+    return self.host.tokens[:, -self.host.completion.shape[1] :]
 
 
-def rows_of(prompts, group, iteration):
-  """Prompts repeated per completion: tokens, valid, and global row ids."""
+def rows_of(prompts: Prompts, group: int, iteration: int) -> tuple[Any, Any, Any]:
+  """Repeats prompts for each completion: tokens, valid, and global row ids."""
   tokens = np.repeat(prompts.tokens, group, axis=0)
   valid = np.repeat(prompts.valid, group, axis=0)
   row = iteration * len(tokens) + np.arange(len(tokens), dtype=np.int32)
   return tokens, valid, row.astype(np.int32)
 
 
-def start(
-  steps,
-  problems,
-  trainable,
-  frozen,
-  iteration,
-  age=0,
-  *,
-  prompts,
-  group,
-  seed,
-  bucket=0,
-  clock=None,
-  references=(),
-):
-  """Samples a buffer and queues its log-prob passes behind: a Started.
+@dataclasses.dataclass(frozen=True)
+class Collector:
+  """Makes rollout buffers: what stays the same from one to the next."""
 
-  Waits for the completions alone, so that what the caller then puts on the
-  device (updates that donate `trainable`, too) runs while the host grades.
-  """
-  with (clock or Clock())('data'):
-    batch = data.prompts_at(problems, iteration, prompts, seed, bucket)
-  tokens, valid, row = rows_of(batch, group, iteration)
-  rollouts, completion = steps.sample({**frozen, **trainable}, tokens, valid, row)
-  scores = steps.score(trainable, frozen, rollouts, row, completion, references)
-  # Not left to `finish`: with several processes fetching is a program, which
-  # would stand behind the caller's updates.
-  kept = mesh.fetch(
-    (
-      rollouts.tokens,
-      rollouts.order,
-      rollouts.forwards,
-      completion,
-      rollouts.confidence,
+  steps: Any  # the compiled functions: build.Steps
+  task: Task
+  tokenizer: Any
+  problems: data.Problems
+  frozen: Params
+  prompts: int  # B
+  group: int  # G
+  seed: int
+  bucket: int  # prompts are padded to a multiple of this; 0 = all of P
+  protocol: str  # of rewards: paper | strict
+  weights: dict  # factor of each reward term
+  samples: int = 0  # completions per buffer that are written down
+
+  def start(
+    self,
+    trainable: Params,
+    references: tuple,
+    iteration: int,
+    age: int = 0,
+    clock: Any = None,
+  ) -> Started:
+    """Samples a buffer and queues its log-prob passes behind.
+
+    Waits for the completions alone, so that later work of the device (updates that
+    donate `trainable`, too) runs while the host grades.
+    """
+    with (clock or Clock())('data'):
+      prompts = data.prompts_at(
+        self.problems, iteration, self.prompts, self.seed, self.bucket
+      )
+    tokens, valid, row = rows_of(prompts, self.group, iteration)
+    policy = {**self.frozen, **trainable}
+    sampled = self.steps.sample(policy, tokens, valid, row)
+    rollouts, completion, _ = sampled
+    scores = self.steps.score(trainable, self.frozen, references, sampled)
+    # Fetched here, not in `finish`: with several processes fetching is a program,
+    # which would stand behind the caller's updates.
+    host = Fetched(
+      *mesh.fetch(
+        (
+          rollouts.tokens,
+          rollouts.order,
+          rollouts.forwards,
+          completion,
+          rollouts.confidence,
+          scores.guess,
+        )
+      )
     )
-  )
-  guess = mesh.fetch(scores['guess']) if 'guess' in scores else None
-  return Started(
-    iteration,
-    age,
-    batch.index,
-    row,
-    rollouts,
-    completion,
-    scores,
-    kept,
-    mesh.my_rows(completion),
-    guess,
-  )
+    mine = mesh.my_rows(completion)
+    return Started(iteration, age, prompts.index, sampled, scores, host, mine)
 
+  def finish(
+    self, started: Started, clock: Any = None
+  ) -> tuple[TrainBatch, dict, dict]:
+    """Grades a buffer on the host, weighs its groups and packs it.
 
-def finish(
-  steps,
-  task,
-  tokenizer,
-  problems,
-  started,
-  *,
-  group,
-  protocol,
-  samples,
-  weights,
-  clock=None,
-):
-  """Grades a Started buffer on the host, weighs its groups and packs it.
-
-  Returns (TrainBatch, dict of floats, {file name: list of dicts to append}).
-  ValueError on a reward that is not finite.
-  """
-  iteration, row, kept = started.iteration, started.row, started.kept
-  tokens = kept[0][:, -kept[3].shape[1] :]
-  texts = data.decode(tokenizer, tokens[started.mine], data.stop_ids(tokenizer))
-  examples = [problems.examples[i] for i in np.repeat(started.index, group)]
-  with (clock or Clock())('reward'):
-    graded = grader.judge(
-      task, protocol, texts, [examples[i] for i in started.mine], weights, started.mine
+    Returns (TrainBatch, dict of floats, {file name: list of dicts to append}).
+    ValueError on a reward that is not finite.
+    """
+    texts = self.decode(started.completions[started.mine])
+    examples = [self.problems.examples[i] for i in np.repeat(started.index, self.group)]
+    with (clock or Clock())('reward'):
+      graded = self.judge(texts, examples, started.mine)
+      scores, failed = started.scores, graded.failed
+      if started.host.guess is not None:
+        rewards, lost = self.judge_guesses(started, examples)
+        scores, failed = scores._replace(guess=rewards), failed + lost
+    reward_BxG = to_groups(graded.reward, self.group)
+    batch, weighed = self.steps.pack(started.sampled, reward_BxG, scores)
+    metrics = reward_metrics(graded, started.host) | health.buffer_metrics(
+      started.completions,
+      started.host.completion,
+      self.tokenizer.eos_token_id,
+      to_groups(np.asarray(graded.reward), self.group),
+      to_groups(np.asarray(graded.grades), self.group),
     )
-    scores, failed = started.scores, graded.failed
-    if started.guess is not None:
-      guesses = judge_guesses(started, task, tokenizer, protocol, examples, weights)
-      none = started.guess[..., 0] < 0
-      scores = {
-        **scores,
-        'guess': np.where(none, np.nan, np.reshape(guesses.reward, none.shape)).astype(
-          np.float32
-        ),
-      }
-      failed = failed + guesses.failed
-  batch, weights = steps.pack(
-    started.rollouts, started.completion, row, to_groups(graded.reward, group), scores
-  )
-  metrics = reward_metrics(graded, kept)
-  metrics |= health.buffer_metrics(
-    tokens,
-    kept[3],
-    tokenizer.eos_token_id,
-    to_groups(np.asarray(graded.reward), group),
-    to_groups(np.asarray(graded.grades), group),
-  )
-  unended = tokens != tokenizer.eos_token_id
-  metrics['cut'] = float(np.mean(unended.all(axis=1)))  # by the length
-  metrics['policy_age'] = started.age
-  metrics['prompts_changed'] = problems.changed
-  metrics |= {name: float(x) for name, x in mesh.fetch(weights).items()}
-  shown = [
-    dict(
-      iteration=iteration,
-      row=int(row[i]),
-      example=examples[i],
-      prompt=task.prompt(examples[i], 'bare'),
-      completion=graded.texts[i],
-      reward=graded.terms[i],
-      order=kept[1][i].tolist(),
-    )
-    for i in range(min(samples, len(row)))
-  ]
-  lost = [dict(iteration=iteration, **question) for question in failed]
-  return batch, metrics, {'samples.jsonl': shown, 'failed_grades.jsonl': lost}
+    unended = started.completions != self.tokenizer.eos_token_id
+    metrics['cut'] = float(np.mean(unended.all(axis=1)))
+    metrics['policy_age'] = started.age
+    metrics['prompts_changed'] = self.problems.changed
+    metrics |= {name: float(x) for name, x in mesh.fetch(weighed).items()}
+    files = {
+      'samples.jsonl': self.samples_of(started, examples, graded),
+      'failed_grades.jsonl': [dict(iteration=started.iteration, **x) for x in failed],
+    }
+    return batch, metrics, files
+
+  def decode(self, tokens: Array) -> list[str]:
+    return data.decode(self.tokenizer, tokens, data.stop_ids(self.tokenizer))
+
+  def judge(self, texts: list, examples: list, rows: Array) -> grader.Graded:
+    """Grades the texts of `rows`; the other processes grade the others."""
+    own = [examples[i] for i in rows]
+    return grader.judge(self.task, self.protocol, texts, own, self.weights, rows)
+
+  def judge_guesses(self, started: Started, examples: list) -> tuple[Any, list]:
+    """Grades states that were completed in one step.
+
+    Returns (rewards (R, K) float32, nan for a copy of no step; failed comparisons).
+    """
+    guess: IntRKL = started.host.guess
+    draws, length = guess.shape[1:]
+    texts = self.decode(np.maximum(guess[started.mine], 0).reshape(-1, length))
+    rows = (started.mine[:, None] * draws + np.arange(draws)).ravel()
+    graded = self.judge(texts, [x for x in examples for _ in range(draws)], rows)
+    none = guess[..., 0] < 0
+    reward = np.where(none, np.nan, np.reshape(graded.reward, none.shape))
+    return reward.astype(np.float32), graded.failed
+
+  def samples_of(self, started: Started, examples: list, graded: Any) -> list[dict]:
+    """Returns the lines of samples.jsonl: the first completions of the buffer."""
+    first = started.iteration * len(started.host.order)
+    return [
+      dict(
+        iteration=started.iteration,
+        row=first + i,
+        example=examples[i],
+        prompt=self.task.prompt(examples[i], 'bare'),
+        completion=graded.texts[i],
+        reward=graded.terms[i],
+        order=started.host.order[i].tolist(),
+      )
+      for i in range(min(self.samples, len(started.host.order)))
+    ]
 
 
-def judge_guesses(started, task, tokenizer, protocol, examples, weights):
-  """grader.Graded of the states that were completed in one step, (R * K,)."""
-  draws, length = started.guess.shape[1:]
-  texts = data.decode(
-    tokenizer,
-    np.maximum(started.guess[started.mine], 0).reshape(-1, length),
-    data.stop_ids(tokenizer),
-  )
-  places = (started.mine[:, None] * draws + np.arange(draws)).ravel()
-  return grader.judge(
-    task, protocol, texts, [examples[i // draws] for i in places], weights, places
-  )
+# --- metrics
 
 
-def reward_metrics(graded, kept):
-  _, order, forwards, completion, confidence = kept
-  terms, reward_R = graded.terms, graded.reward
-  out = {
-    f'reward/{name}': float(np.mean([term[name] for term in terms]))
-    for name in terms[0]
+def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
+  """Returns means of rewards, lengths and unmasking steps."""
+  terms = {
+    f'reward/{name}': float(np.mean([term[name] for term in graded.terms]))
+    for name in graded.terms[0]
   }
-  return out | {
-    'reward': float(np.mean(reward_R)),
-    'reward_std': float(np.std(reward_R)),
+  return terms | {
+    'reward': float(np.mean(graded.reward)),
+    'reward_std': float(np.std(graded.reward)),
     'accuracy': float(np.mean(graded.grades)),
     'grades_failed': len(graded.failed),
-    'length': float(np.mean(completion.sum(axis=1))),
-    'forwards': int(forwards),
-    **unmasking_metrics(order, confidence),
+    'length': float(np.mean(host.completion.sum(axis=1))),
+    'forwards': int(host.forwards),
+    **unmasking_metrics(host.order, host.confidence),
   }
 
 
-# How many tokens a row's forward reveals: upper ends of the histogram's bins.
+# Tokens that a row's forward unmasks: upper ends of the histogram's bins.
 BINS = {'0': 0, '1': 1, '2': 2, '3-4': 4, '5-8': 8, '9+': 1 << 30}
 
 
-def unmasking_metrics(order_RxL, confidence_RxL):
-  """How the sampler went: tokens a forward (with the shares of the bins), and
-  the probabilities of the tokens when they were revealed."""
+def unmasking_metrics(order_RxL: IntRL, confidence_RxL: FloatRL) -> dict[str, float]:
+  """Returns tokens per forward, with the shares of BINS, and token probabilities."""
   steps_R = order_RxL.max(axis=1) + 1
   most = int(steps_R.max())
-  revealed = order_RxL >= 0
-  row, _ = np.nonzero(revealed)
+  unmasked = order_RxL >= 0
+  row, _ = np.nonzero(unmasked)
   cell = np.bincount(
-    row * most + order_RxL[revealed], minlength=len(order_RxL) * most
+    row * most + order_RxL[unmasked], minlength=len(order_RxL) * most
   ).reshape(-1, most)
   counts = cell[np.arange(most) < steps_R[:, None]]
-  place = np.searchsorted(list(BINS.values()), counts)
-  share = np.bincount(place, minlength=len(BINS)) / len(counts)
-  sure = confidence_RxL[revealed]
+  bins = np.searchsorted(list(BINS.values()), counts)
+  share = np.bincount(bins, minlength=len(BINS)) / len(counts)
+  probability = confidence_RxL[unmasked]
   return {
-    'tokens_per_step': float(np.sum(revealed) / len(counts)),
+    'tokens_per_step': float(np.sum(unmasked) / len(counts)),
     **{
       f'tokens_per_forward/{name}': float(x)
       for name, x in zip(BINS, share, strict=True)
     },
-    'confidence': float(np.mean(sure)),
-    'confidence_low': float(np.quantile(sure, 0.1)),  # a tenth is below
+    'confidence': float(np.mean(probability)),
+    'confidence_low': float(np.quantile(probability, 0.1)),  # a tenth lies below
   }
-
-
-def pack(
-  rollouts,
-  completion_RxL,
-  row_R,
-  reward_BxG,
-  scores,
-  *,
-  objective,
-  hp,
-  inner,
-  skip_equal=False,
-):
-  """TrainBatch and weight metrics from rollouts, rewards and log-probs.
-
-  skip_equal: groups whose rewards are all the same weigh nothing, and the
-  others as much more (DAPO's dynamic sampling, without sampling again).
-  """
-  groups, group = reward_BxG.shape
-  rows = row_R.shape[0]
-  zeros_R = jnp.zeros((rows,), jnp.float32)
-  scored = Scored(
-    reward_BxG,
-    to_groups(jnp.sum(completion_RxL, axis=1), group),
-    to_groups(scores.get('old', zeros_R), group),
-    to_groups(scores.get('ref', zeros_R), group),
-  )
-  if 'guess' in scores:
-    scored = scored._replace(guess=to_groups(scores['guess'], group))
-  if skip_equal:
-    live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
-    scored = scored._replace(live=live_B)
-  weight, positive, metrics = objective.weigh(scored, hp)
-  if skip_equal:
-    share_B = live_B * groups / jnp.maximum(jnp.sum(live_B), 1)
-    weight, positive = (
-      jnp.einsum('b,b...->b...', share_B, x) for x in (weight, positive)
-    )
-    metrics = {**metrics, 'groups_skipped': jnp.mean(~live_B)}
-  elbo_old = scores.get('elbo_old', jnp.zeros((rows, inner), jnp.float32))
-  batch = TrainBatch(
-    tokens=rollouts.tokens,
-    valid=rollouts.valid,
-    completion=completion_RxL,
-    row=row_R,
-    weight=to_rows(weight),
-    positive=to_rows(positive),
-    elbo_old=elbo_old,
-    norm=jnp.float32(groups),
-    total=jnp.float32(rows),
-    extra=extras(rollouts, scores, objective.needs(hp)),
-  )
-  metrics = {
-    **metrics,
-    'logp_old': jnp.mean(scored.logp_old),
-    'logp_ref': jnp.mean(scored.logp_ref),
-  }
-  if {'old', 'ref'} <= scores.keys():  # completions are of the old policy
-    metrics['kl_ref'] = metrics['logp_old'] - metrics['logp_ref']
-  return batch, metrics
-
-
-def extras(rollouts, scores, needs):
-  """TrainBatch.extra: 'record', and what `step.score` adds; None for nothing.
-
-  tokens_old, tokens_ref, centred_old (R, I, K, L) and elbo_ref (R, I), float32.
-  """
-  out = {
-    name: scores[name]
-    for name in ('tokens_old', 'tokens_ref', 'centred_old', 'elbo_ref')
-    if name in scores
-  }
-  record = sampler.record_of(rollouts, needs)
-  return out | ({'record': record} if record else {}) or None

@@ -1,51 +1,114 @@
-"""One optimizer step: masks, log-probs, loss, gradient, update.
+"""One optimizer update: pure functions, which build.py compiles.
 
-Everything here is a plain function; build.py compiles them.
+`train_step` draws masks, reads log-probs, adds up the objective's loss over
+microbatches, and steps.
 """
 
-import functools
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dmpo_jax import logprob, masking, optim, rng, sampler
-from dmpo_jax.types import TrainState
+from dmpo_jax import logprob, masking, optim, rng
+from dmpo_jax.logprob import LogprobConfig
+from dmpo_jax.model import ModelConfig
+from dmpo_jax.objectives.shared import Common
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.sampler import Law
+from dmpo_jax.types import (
+  Array,
+  BoolRL,
+  BoolRS,
+  IntR,
+  IntRS,
+  Masks,
+  Objective,
+  Params,
+  Record,
+  Text,
+  TrainBatch,
+  TrainState,
+  ViewLogp,
+  Wants,
+)
 
 SCALARS = ('norm', 'total')  # fields of TrainBatch without a row axis
-# Of TrainBatch.extra: what has an axis of inner steps after that of rows.
-INNER = ('elbo_ref', 'tokens_old', 'tokens_ref', 'centred_old')
-DROPOUT = 1 << 20  # folded into an inner step's key: beyond any inner step
-ANCHOR, FRESH = DROPOUT + 1, DROPOUT + 2
 
 
-def init_state(trainable, optimizer):
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What stays the same from update to update."""
+
+  cfg: ModelConfig
+  objective: Objective
+  hp: Any  # the objective's Config
+  group: int = 1  # G
+  inner: int = 1  # I, updates per buffer
+  microbatches: int = 1  # M
+  law: Law | None = None  # the sampler's; needed by trajectory and Wants.law
+  logprob: LogprobConfig = LogprobConfig()
+  common: Common = Common()
+  # Whether all of logp_old, logp_ref and old.elbo are computed, wanted or not, and
+  # updates report metrics['elbo_drift'].
+  measure: bool = False
+  weights: tuple[float, ...] = (1.0,)  # p_ref is the product of p_k^weight
+  optimizer: Any = None  # an optax.GradientTransformation
+  moves: tuple[int, float] | None = None  # (every, mix) of a moving reference
+
+  @property
+  def wants(self) -> Wants:
+    return self.objective.wants(self.hp)
+
+  @property
+  def drift(self) -> bool:
+    """Whether updates report the drift of the policy's ELBO."""
+    return self.measure or 'old' in self.wants.elbo
+
+
+class Rows(NamedTuple):
+  """The fields of a batch that a pass of the network needs; so has TrainBatch."""
+
+  tokens: IntRS
+  valid: BoolRS
+  completion: BoolRL
+  row: IntR
+  record: Record | None
+
+
+def init_state(trainable: Params, optimizer: Any) -> TrainState:
   return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
 
 
-def split_rows(x, microbatches):
-  """(R, ...) -> (M, R/M, ...), striped so that devices keep their rows."""
+# --- microbatches
+
+
+def split_rows(x: Array, microbatches: int) -> Array:
+  """Cuts (R, ...) into (M, R/M, ...), striped so that devices keep their rows."""
   x = x.reshape((-1, microbatches) + x.shape[1:])
   return jnp.swapaxes(x, 0, 1)
 
 
-def join_rows(x):
-  """The inverse of `split_rows`."""
+def join_rows(x: Array) -> Array:
+  """Inverts `split_rows`."""
   x = jnp.swapaxes(x, 0, 1)
   return x.reshape((-1,) + x.shape[2:])
 
 
-def in_microbatches(fn, rows, microbatches):
-  """fn over the rows of a pytree, M pieces one after the other."""
+def in_microbatches(fn: Callable, rows: Any, microbatches: int) -> Any:
+  """Applies fn to the rows of a pytree, one microbatch after the other."""
   if microbatches == 1:
     return fn(rows)
-  pieces = jax.tree.map(lambda x: split_rows(x, microbatches), rows)
-  return jax.tree.map(join_rows, jax.lax.map(fn, pieces))
+  parts = jax.tree.map(lambda x: split_rows(x, microbatches), rows)
+  return jax.tree.map(join_rows, jax.lax.map(fn, parts))
 
 
-def split_batch(batch, microbatches):
+def split_batch(batch: TrainBatch, microbatches: int) -> TrainBatch:
+  """Cuts a batch into microbatches on a new leading axis; each keeps the scalars."""
   split = lambda x: split_rows(x, microbatches)
-  return batch._replace(
+  return TrainBatch(
     **{
       name: jnp.broadcast_to(x, (microbatches,))
       if name in SCALARS
@@ -55,166 +118,121 @@ def split_batch(batch, microbatches):
   )
 
 
-def draw(
-  objective, hp, key, row_R, tokens_RxS, valid_RxS, completion_RxL, record, *, cfg, law
-):
-  """The loss's Masks; an objective sees no more than it needs."""
-  needs, length = objective.needs(hp), completion_RxL.shape[1]
-  seen = dict(record) if 'record' in needs else {}
-  if 'prompt' in needs:
-    seen['prompt'] = valid_RxS[:, :-length]
-  if 'block' in needs:
-    seen['block'] = law['block']
-  if 'record' in needs:
-    seen['text'] = tokens_RxS[:, -length:] != cfg.eos_id
-  return objective.draw(key, row_R, completion_RxL, hp, *([seen] * bool(seen)))
+# --- one pass under the loss's masks
 
 
-def reading(objective, hp, cfg, law, more=()):
-  """What the loss reads of the logits: see `logprob.reader`."""
-  needs = objective.needs(hp)
-  more += tuple(name for name in ('centred', 'score') if name in needs)
-  return logprob.reader(cfg, law if 'law' in needs else None, more)
-
-
-def batch_logp(params, batch, key, cfg, objective, hp, dropout=False, law=None):
-  """(logp_RxKxL, Masks) of a batch under the loss's masks of this key.
-
-  In the log-probs' place a dict, where the objective needs more of the logits.
-  """
-  extra = batch.extra or {}
-  masks = draw(
-    objective,
-    hp,
-    key,
-    batch.row,
-    batch.tokens,
-    batch.valid,
-    batch.completion,
-    extra.get('record'),
-    cfg=cfg,
-    law=law,
+def draw(setup: Setup, key: AnyKey, rows: Any) -> Masks:
+  """Draws the loss's masks of Rows or a TrainBatch."""
+  length = rows.completion.shape[1]
+  text = Text(
+    rows.completion,
+    rows.tokens[:, -length:] != setup.cfg.eos_id,
+    rows.valid[:, :-length],
+    setup.law.block if setup.law else length,
+    rows.record,
   )
-  keys = rng.row_keys(jax.random.fold_in(key, DROPOUT), batch.row)
-  logp = logprob.token_logp(
-    cfg,
+  return setup.objective.draw(key, rows.row, text, setup.hp)
+
+
+def view(
+  setup: Setup, params: Params, key: AnyKey, rows: Any, dropout: bool = False
+) -> tuple[ViewLogp, Masks]:
+  """Returns what `params` says of the masked copies that `key` draws, and the masks."""
+  wants, masks = setup.wants, draw(setup, key, rows)
+  keys = rng.row_keys(rng.substream(key, 'dropout'), rows.row)
+  read = logprob.reader(setup.cfg, setup.law if wants.law else None, wants.reads)
+  found = logprob.view_logp(
+    setup.cfg,
     params,
-    batch.tokens,
-    masks.masked,
-    batch.valid,
-    keys if dropout else None,
-    masks.prompt,
-    reading(objective, hp, cfg, law),
+    rows.tokens,
+    masks,
+    rows.valid,
+    dropout_R=keys if dropout else None,
+    read=read,
   )
-  return logp, masks
+  return found, masks
 
 
-def at_inner(batch, inner):
-  """The batch with what its extras hold for this inner step alone."""
-  if not batch.extra:
-    return batch
-  return batch._replace(
-    extra={name: x[:, inner] if name in INNER else x for name, x in batch.extra.items()}
-  )
+# --- the update
 
 
-def anchor(params, batch, key, cfg, common):
-  """- coef times the mean ELBO per token of the rollouts (DiPOD)."""
-  length = batch.completion.shape[1]
+def at_inner(batch: TrainBatch, inner: Any) -> TrainBatch:
+  """Takes the views of this inner update: their axis I goes."""
+  take = lambda views: jax.tree.map(lambda x: x[:, inner], views)
+  return batch._replace(old=take(batch.old), ref=take(batch.ref))
+
+
+def anchor(setup: Setup, params: Params, batch: TrainBatch, key: AnyKey) -> Array:
+  """Returns -coef times the mean ELBO per token of the rollouts (DiPOD)."""
+  common, length = setup.common, batch.completion.shape[1]
   masks = masking.draw_stratified(
-    jax.random.fold_in(key, ANCHOR), batch.row, length, common.elbo_draws
+    rng.substream(key, 'anchor'), batch.row, length, common.elbo_draws
   )
-  elbo = logprob.elbo(cfg, params, batch.tokens, batch.valid, masks) / length
+  elbo = logprob.elbo(setup.cfg, params, batch.tokens, batch.valid, masks) / length
   return -common.elbo_coef * jnp.sum(elbo) / batch.total
 
 
-def reweighed(
-  params, batch, key, inner, microbatches, *, cfg, objective, hp, group, law=None
-):
-  """The batch with weights that depend on the current policy.
+def reweighed(setup: Setup, params: Params, batch: TrainBatch, key: AnyKey):
+  """Returns the batch with weights that depend on the current policy.
 
-  A pass without gradient over all rows first, so that a group's softmax is
-  whole however the rows are cut into microbatches.
+  A pass without gradient over all rows comes first, so that the softmax over a group
+  is whole however the rows are cut into microbatches.
   """
 
   def elbo(part):
-    logp, masks = batch_logp(params, part, key, cfg, objective, hp, law=law)
-    return logprob.seq_elbo(logp, masks.weight)
+    now, masks = view(setup, params, key, part)
+    return logprob.seq_elbo(now.logp, masks.weight)
 
-  rows = split_batch(batch, microbatches)
-  elbo_R = join_rows(jax.lax.map(elbo, rows))
-  old_R = batch.elbo_old[:, inner]
-  return batch._replace(weight=objective.reweigh(elbo_R, old_R, batch, group, hp))
+  elbo_R = join_rows(jax.lax.map(elbo, split_batch(batch, setup.microbatches)))
+  return batch._replace(
+    weight=setup.objective.reweigh(elbo_R, batch, setup.group, setup.hp)
+  )
 
 
 def train_step(
-  state,
-  frozen,
-  batch,
-  key,
-  inner,
-  *,
-  cfg,
-  objective,
-  hp,
-  optimizer,
-  group,
-  microbatches=1,
-  law=None,
-  common=None,
-  drift=False,
-  moves=None,
-):
-  """One update on a TrainBatch; returns (TrainState, metrics).
+  state: TrainState,
+  frozen: Params,
+  batch: TrainBatch,
+  key: AnyKey,
+  inner: Any,
+  setup: Setup,
+) -> tuple[TrainState, dict]:
+  """Makes one update on a TrainBatch; returns (TrainState, metrics).
 
-  key addresses the masks of this inner step; the microbatches add up to the
-  whole batch's gradient exactly (losses are sums over a fixed norm). If loss
-  or gradient is not finite the state is returned unchanged, with
-  metrics['finite'] = 0. law: the sampler's, for objectives that need it.
-  drift: metrics['elbo_drift'] is the policy's ELBO less batch.elbo_old, mean
-  over rows, in nats. moves: (every, mix) of a moving reference (optim).
+  key and inner address the masks. The microbatches add up to the whole batch's
+  gradient exactly, because losses are sums over a fixed norm. If loss or gradient is
+  not finite the state is returned unchanged, with metrics['finite'] = 0.
+  metrics['elbo_drift'] is the mean over rows of the policy's ELBO less batch.old.elbo,
+  nats, where setup.drift.
   """
   key = jax.random.fold_in(key, inner)
-  batch = at_inner(batch, inner)
-  if 'policy' in objective.needs(hp):
-    params = {**frozen, **state.trainable}
-    batch = reweighed(
-      params,
-      batch,
-      key,
-      inner,
-      microbatches,
-      cfg=cfg,
-      objective=objective,
-      hp=hp,
-      group=group,
-      law=law,
-    )
-  if 'fresh' in objective.needs(hp):
-    key = jax.random.fold_in(key, FRESH)
+  batch, wants = at_inner(batch, inner), setup.wants
+  if wants.reweigh:
+    batch = reweighed(setup, {**frozen, **state.trainable}, batch, key)
+  if wants.fresh:
+    key = rng.substream(key, 'fresh')
 
   def loss_fn(trainable, part):
     params = {**frozen, **trainable}
-    logp, masks = batch_logp(
-      params, part, key, cfg, objective, hp, bool(cfg.lora_dropout), law
-    )
-    if isinstance(logp, dict):
-      more = {name: x for name, x in logp.items() if name != 'logp'}
-      logp, part = logp['logp'], part._replace(extra={**(part.extra or {}), **more})
-    old_R = part.elbo_old[:, inner]
-    loss, metrics = objective.loss(logp, masks, part, old_R, hp)
-    if drift:
-      gap = jnp.sum(logprob.seq_elbo(logp, masks.weight) - old_R)
+    now, masks = view(setup, params, key, part, bool(setup.cfg.lora_dropout))
+    loss, metrics = setup.objective.loss(now, masks, part, setup.hp)
+    if setup.drift:
+      gap = jnp.sum(logprob.seq_elbo(now.logp, masks.weight) - part.old.elbo)
       metrics = {**metrics, 'elbo_drift': gap / part.total}
-    if common and common.elbo_coef:
-      loss += anchor(params, part, key, cfg, common)
+    if setup.common.elbo_coef:
+      loss += anchor(setup, params, part, key)
     return loss, metrics
 
-  new, metrics = update(state, loss_fn, split_batch(batch, microbatches), optimizer)
-  return optim.follow(state, new, *moves) if moves else new, metrics
+  parts = split_batch(batch, setup.microbatches)
+  new, metrics = update(state, loss_fn, parts, setup.optimizer)
+  if setup.moves:
+    new = optim.follow(state, new, *setup.moves)
+  return new, metrics
 
 
-def update(state, loss_fn, parts, optimizer):
+def update(
+  state: TrainState, loss_fn: Callable, parts: Any, optimizer: Any
+) -> tuple[TrainState, dict]:
   """Adds loss_fn's gradients over the leading axis of `parts`, then steps."""
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -233,220 +251,43 @@ def update(state, loss_fn, parts, optimizer):
   )
   finite = jnp.isfinite(loss + norm + optax.tree.norm(updates))
   new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-  return new, {
-    **metrics,
-    'loss': loss,
-    'grad_norm': norm,
-    'finite': finite.astype(jnp.float32),
-  }
+  numbers = {'loss': loss, 'grad_norm': norm, 'finite': finite.astype(jnp.float32)}
+  return new, {**metrics, **numbers}
+
+
+@dataclasses.dataclass(frozen=True)
+class SftSetup:
+  """What stays the same from one supervised step to the next."""
+
+  cfg: ModelConfig
+  length: int  # L
+  optimizer: Any
+  microbatches: int = 1
 
 
 def sft_step(
-  state, tokens_RxS, valid_RxS, row_R, key, *, cfg, length, optimizer, microbatches=1
-):
-  """One step of LLaDA's SFT loss: sum of CE/p over the masks, per length.
+  state: TrainState,
+  tokens_RxS: IntRS,
+  valid_RxS: BoolRS,
+  row_R: IntR,
+  key: AnyKey,
+  setup: SftSetup,
+) -> tuple[TrainState, dict]:
+  """Makes one step of LLaDA's SFT loss: the sum of CE / p over the masks, per length.
 
-  Only completions are masked; EOS padding counts as part of the answer
-  (LLaDA GUIDELINES.md). Returns (TrainState, metrics).
+  Only completions are masked. EOS padding counts as part of the answer (LLaDA
+  GUIDELINES.md).
   """
   total = tokens_RxS.shape[0]
 
   def loss_fn(trainable, part):
     tokens, valid, row = part
-    masks = masking.draw_sft(key, row, length)
-    logp = logprob.token_logp(cfg, trainable, tokens, masks.masked, valid)
-    nll = -logprob.seq_elbo(logp, masks.weight) / length
+    masks = masking.draw_sft(key, row, setup.length)
+    logp = logprob.view_logp(setup.cfg, trainable, tokens, masks, valid).logp
+    nll = -logprob.seq_elbo(logp, masks.weight) / setup.length
     return jnp.sum(nll) / total, {}
 
   parts = jax.tree.map(
-    lambda x: split_rows(x, microbatches), (tokens_RxS, valid_RxS, row_R)
+    lambda x: split_rows(x, setup.microbatches), (tokens_RxS, valid_RxS, row_R)
   )
-  return update(state, loss_fn, parts, optimizer)
-
-
-def score(
-  trainable,
-  frozen,
-  rollouts,
-  row_R,
-  completion_RxL,
-  key,
-  loss_key,
-  references=(),
-  *,
-  cfg,
-  objective,
-  hp,
-  how,
-  law,
-  inner,
-  microbatches=1,
-  measure=False,
-  weights=(),
-):
-  """Log-probs of rollouts: dict of 'old', 'ref' (R,) and 'elbo_old' (R, I).
-
-  `how` is a LogprobConfig. p_old is {**frozen, **trainable} as it stands now;
-  p_ref is `frozen` alone, or with `references` (trees laid over it, weights w)
-  the product of p_k^w_k. Old and ref share their masks or states. With
-  hp.common_masks elbo_old is taken under each inner step's own masks (the
-  noise of the gap to p_theta cancels); else one estimate serves all. measure:
-  all three, needed or not; elbo_old then under the last inner step's masks.
-  """
-  needs = set(objective.needs(hp))
-  # `forwards` has no row axis; the row ids take its place in the split.
-  rows = (rollouts._replace(forwards=row_R), completion_RxL)
-
-  def over_rows(fn):
-    return in_microbatches(lambda part: fn(*part), rows, microbatches)
-
-  policy = {**frozen, **trainable}
-  out = pair_scores(
-    over_rows,
-    needs | ({'old', 'ref'} if measure else set()),
-    policy,
-    [{**frozen, **tree} for tree in references] or [frozen],
-    weights,
-    key,
-    cfg,
-    how,
-    law,
-  )
-  under = functools.partial(
-    under_masks, over_rows, loss_key, cfg=cfg, objective=objective, hp=hp, law=law
-  )
-  if 'elbo_old' in needs and hp.common_masks:
-    old = jax.lax.map(lambda i: under(policy, i)['elbo'], jnp.arange(inner))
-    out['elbo_old'] = jnp.moveaxis(old, 0, 1)
-  elif 'elbo_old' in needs:
-    old = elbo_of_rows(over_rows, policy, key, cfg, how)
-    out['elbo_old'] = jnp.repeat(old[:, None], inner, axis=1)
-  elif measure:
-    old = under(policy, inner - 1)['elbo']
-    out['elbo_old'] = jnp.repeat(old[:, None], inner, axis=1)
-  return out | extras(
-    needs, functools.partial(under, policy), functools.partial(under, frozen), inner
-  )
-
-
-def pair_scores(over_rows, needs, policy, parts, weights, key, cfg, how, law):
-  """'old' and 'ref', as far as `needs` has them; see `score`.
-
-  parts: what p_ref is the product of, to the powers of `weights`.
-  """
-
-  def product(logps):
-    if weights in ((), (1.0,)):
-      return logps[0]
-    return sum(w * logp for w, logp in zip(weights, logps, strict=True))
-
-  wanted = needs & {'old', 'ref'}
-  if how.estimator == 'trajectory':
-    if 'ref' not in wanted:
-      return {}
-    refs, olds = zip(
-      *(
-        over_rows(
-          lambda part, _, params=params: logprob.trajectory_logp(
-            cfg, params, part, law, how.states, key, part.forwards
-          )
-        )
-        for params in parts
-      ),
-      strict=True,
-    )
-    return {'ref': product(refs), 'old': olds[0]}
-  if how.fuse and len(wanted) == 2:
-    return fused(over_rows, policy, key, cfg, how)
-  elbo = lambda params: elbo_of_rows(over_rows, params, key, cfg, how, how.tail)
-  out = {'old': elbo(policy)} if 'old' in wanted else {}
-  if 'ref' in wanted:
-    out['ref'] = product([elbo(params) for params in parts])
-  return out
-
-
-def elbo_of_rows(over_rows, params, key, cfg, how, tail=True):
-  """(R,) ELBO under the masks of `how`; tail: after the first EOS, too."""
-
-  def fn(part, completion):
-    masks = logprob.draw(key, part.forwards, completion.shape[1], how)
-    return logprob.elbo(
-      cfg, params, part.tokens, part.valid, masks, None if tail else completion
-    )
-
-  return over_rows(fn)
-
-
-def fused(over_rows, policy, key, cfg, how):
-  """Both in one pass of twice the rows: zero adapters are the reference."""
-
-  def pair(part, completion):
-    masks = logprob.draw(key, part.forwards, completion.shape[1], how)
-    lora = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), policy['lora'])
-    return jax.vmap(
-      lambda lora: logprob.elbo(
-        cfg,
-        {**policy, 'lora': lora},
-        part.tokens,
-        part.valid,
-        masks,
-        None if how.tail else completion,
-      )
-    )(lora).T
-
-  old, ref = over_rows(pair).T
-  return {'old': old, 'ref': ref}
-
-
-def under_masks(over_rows, loss_key, params, i, more=(), *, cfg, objective, hp, law):
-  """The loss's pass of inner step i over all rows, without gradient: a dict of
-  logp_RxKxL, elbo_R and what the loss reads besides."""
-  read = reading(objective, hp, cfg, law, more)
-
-  def one(part, completion):
-    masks = draw(
-      objective,
-      hp,
-      jax.random.fold_in(loss_key, i),
-      part.forwards,
-      part.tokens,
-      part.valid,
-      completion,
-      sampler.record_of(part, objective.needs(hp)),
-      cfg=cfg,
-      law=law,
-    )
-    found = logprob.token_logp(
-      cfg, params, part.tokens, masks.masked, part.valid, None, masks.prompt, read
-    )
-    found = found if isinstance(found, dict) else {'logp': found}
-    if more:  # the tokens that were not masked stay; -1: a draw of no step
-      own = part.tokens[:, None, -completion.shape[1] :]
-      guess = jnp.where(masks.masked, found['guess'], own)
-      found['guess'] = jnp.where(masks.weight[..., None] > 0, guess, -1)
-    return {**found, 'elbo': logprob.seq_elbo(found['logp'], masks.weight)}
-
-  return over_rows(one)
-
-
-def extras(needs, of_old, of_ref, inner):
-  """What `score` adds where `needs` asks for it; of_*(i) are dicts."""
-
-  def each(fn, *names):
-    found = jax.lax.map(
-      lambda i: {name: fn(i)[name] for name in names}, jnp.arange(inner)
-    )
-    return [jnp.moveaxis(found[name], 0, 1) for name in names]
-
-  out = {}
-  if 'tokens_old' in needs and 'centred' in needs:
-    out['tokens_old'], out['centred_old'] = each(of_old, 'logp', 'centred')
-  elif 'tokens_old' in needs:
-    (out['tokens_old'],) = each(of_old, 'logp')
-  if 'tokens_ref' in needs:
-    (out['tokens_ref'],) = each(of_ref, 'logp')
-  if 'elbo_ref' in needs:
-    (out['elbo_ref'],) = each(of_ref, 'elbo')
-  if 'guess' in needs:
-    out['guess'] = of_old(0, ('guess',))['guess'].astype(jnp.int32)
-  return out
+  return update(state, loss_fn, parts, setup.optimizer)

@@ -27,9 +27,7 @@ from dmpo_jax import (
   metrics,
   optim,
   resume,
-  rollout,
 )
-from dmpo_jax.tools import plan
 
 
 def run(built, workdir, writer, base, beat=lambda phase, step: None):
@@ -71,7 +69,7 @@ def loop(built, workdir, writer, base, manager, clock, asked):
       built, manager, trainable, problems, workdir, writer
     )
   if c.data.bucket:  # what would not fit fails now, not at the long prompt
-    plan.compile_longest(built, data.bucketed(problems.valid, c.data.bucket))
+    build.compile_longest(built, data.bucketed(problems.valid, c.data.bucket))
   progress = metrics.Progress(
     c.train.iterations,
     'rl',
@@ -80,10 +78,9 @@ def loop(built, workdir, writer, base, manager, clock, asked):
   )
   total = c.train.iterations * c.train.inner
   begun, saved, shown = time.time() - place['seconds'], time.monotonic(), {}
-  begin = functools.partial(
-    start, built, problems, frozen, steps.read_references(), clock
-  )
-  end = functools.partial(finish, built, problems, workdir, writer, clock, place)
+  collector = build.collector(built, frozen)
+  begin = functools.partial(start, collector, steps.read_references(), clock)
+  end = functools.partial(finish, built, collector, workdir, writer, clock, place)
   test = functools.partial(validate, built, frozen, held_out, writer, clock)
   best = place['best']
   if not place['inner']:
@@ -102,7 +99,7 @@ def loop(built, workdir, writer, base, manager, clock, asked):
       done, last = it * c.train.inner + inner + 1, inner + 1 == c.train.inner
       clock.step = done
       with clock('update'):
-        state, pending = steps.update(state, frozen, batch, inner, place['lr_scale'])
+        state, pending = steps.update(state, frozen, batch, inner)
         held.append((done, pending))
         # Nothing waits for an update while there is a buffer to be graded.
         if coming is None:
@@ -150,48 +147,23 @@ def loop(built, workdir, writer, base, manager, clock, asked):
   return {**frozen, **state.trainable}, time.time() - begun
 
 
-def start(built, problems, frozen, references, clock, state, it, age):
+def start(collector, references, clock, state, it, age):
   """Buffer `it` sampled with the parameters of `state` (rollout.Started)."""
-  c = built.config
   references = [
     optim.reference_of(state.opt_state) if tree is None else tree for tree in references
   ]
   with clock('rollout'):
-    return rollout.start(
-      built.steps,
-      problems,
-      state.trainable,
-      frozen,
-      it,
-      age,
-      prompts=c.train.prompts,
-      group=c.train.group,
-      seed=c.seed,
-      bucket=c.data.bucket,
-      clock=clock,
-      references=tuple(references),
-    )
+    return collector.start(state.trainable, tuple(references), it, age, clock)
 
 
-def finish(built, problems, workdir, writer, clock, place, started):
+def finish(built, collector, workdir, writer, clock, place, started):
   """Grades a buffer, writes its lines; returns (TrainBatch, its numbers).
 
   place['health'] takes note of them.
   """
   c = built.config
   with clock('rollout'):
-    batch, numbers, samples = rollout.finish(
-      built.steps,
-      built.task,
-      built.tokenizer,
-      problems,
-      started,
-      group=c.train.group,
-      protocol=c.data.protocol,
-      samples=c.log.samples,
-      weights=c.reward.weights,
-      clock=clock,
-    )
+    batch, numbers, samples = collector.finish(started, clock)
   resume.append(workdir, samples)
   rules = check.settings(health.Config, c.health)
   place['health'] = health.note(rules, place['health'], numbers)

@@ -40,6 +40,10 @@ IntRKL, FloatRKL = Int[Array, 'R K L'], Float[Array, 'R K L']
 BoolRKL, BoolRKP = Bool[Array, 'R K L'], Bool[Array, 'R K P']
 FloatRSD, FloatRLD = Float[Array, 'R S D'], Float[Array, 'R L D']
 FloatRSV, FloatRWV = Float[Array, 'R S V'], Float[Array, 'R W V']
+FloatBGK = Float[Array, 'B G K']
+# Optional axes: a weight for each copy; of each inner update or of one.
+WeightRKL, WeightR = Float[Array, 'R K #L'], Float[Array, 'R *K']
+InnerR, InnerRKL = Float[Array, 'R *I'], Float[Array, 'R *I K L']
 
 
 def to_rows(x_BxG):
@@ -52,105 +56,201 @@ def to_groups(x_R, group):
   return x_R.reshape((-1, group) + x_R.shape[1:])
 
 
+def _asked_for(self, name):
+  """Reads a field; AttributeError where it was not asked for (None)."""
+  value = tuple.__getattribute__(self, name)
+  if value is None and not name.startswith('_'):
+    raise AttributeError(
+      f'{type(self).__name__}.{name} was not computed: the objective must name it '
+      'in its Wants'
+    )
+  return value
+
+
 class Prompts(NamedTuple):
-  tokens: Array  # (B, P) int32, left-padded
-  valid: Array  # (B, P) bool, False on padding
-  index: Array  # (B,) int32, row of the data set: how rewards find the answer
+  """The prompts of one rollout buffer."""
+
+  tokens: IntBP  # left-padded
+  valid: BoolBP  # False on padding
+  index: IntB  # row of the data set, by which rewards find the answer
 
 
 class Rollouts(NamedTuple):
-  tokens: Array  # (R, S) int32, no mask token left
-  valid: Array  # (R, S) bool, False on prompt padding
-  # (R, L) int32, the row's own step at which each was unmasked; -1: never, an
-  # EOS that stands for what was left when the row ended (sampler.eos_stop)
-  order: Array
-  logp: Array  # (R, L) float32, log-prob under the sampling law when unmasked
-  forwards: Array  # () int32, network evaluations spent on the batch
-  confidence: Array  # (R, L) float32, its probability at temperature 1 then
-  more: dict | None = None  # what else was asked for: sampler.RECORDS
+  """Completions and how the sampler unmasked them."""
+
+  tokens: IntRS  # prompt and completion; no mask token is left
+  valid: BoolRS  # False on prompt padding
+  # The row's own unmasking step of each token; -1: the token was never unmasked,
+  # it is an EOS after the row ended (sampler.eos_stop).
+  order: IntRL
+  logp: FloatRL  # log-prob under the sampling law at that step
+  forwards: IntScalar | None  # network evaluations spent on the batch
+  confidence: FloatRL  # probability at temperature 1 at that step
+  more: dict[str, Array] | None = None  # (R, L) each, by name in sampler.RECORDS
 
 
-class Scored(NamedTuple):
-  """All that an objective may use to weigh completions."""
+class Sampled(NamedTuple):
+  """A rollout buffer before it is graded."""
 
-  reward: Array  # (B, G) float32
-  length: Array  # (B, G) int32, tokens up to and including the first EOS
-  logp_old: Array  # (B, G) float32, log p_old; zeros where not needed
-  logp_ref: Array  # (B, G) float32, log p_ref; zeros where not needed
-  guess: Array | None = None  # (B, G, K) rewards of 'guess'; nan: no draw
-  live: Array | None = None  # (B,) bool, groups that count; None: all
+  rollouts: Rollouts
+  completion: BoolRL  # True up to and including the first EOS
+  row: IntR  # address of the row's random numbers, unique over the run
+
+
+class Record(NamedTuple):
+  """What an objective may read of the sampler's steps."""
+
+  order: IntRL
+  logp: FloatRL
+  confidence: FloatRL
+  more: dict[str, Array]  # (R, L) each, by name in sampler.RECORDS
+
+
+class Text(NamedTuple):
+  """What `Objective.draw` may read of the rows it masks."""
+
+  completion: BoolRL  # True up to and including the first EOS
+  words: BoolRL  # True where the token is not EOS
+  prompt: BoolRP  # True on real prompt tokens
+  block: int  # the sampler's block length
+  record: Record | None  # None unless Wants.records is set
 
 
 class Masks(NamedTuple):
-  """A draw of the forward process: a function of (key, row), never stored."""
+  """K masked copies of each completion: a function of (key, row), never stored."""
 
-  masked: Array  # (R, K, L) bool, True where the mask token stands
-  weight: Array  # (R, K) float32, factor that makes a masked sum an ELBO
-  counted: Array | None = None  # (R, K, L) bool, tokens in the loss; None: all
-  prompt: Array | None = None  # (R, K, P) bool, masked in the prompt
-  open: Array | None = None  # (R, K, L) bool, what the pick rule chose among
+  masked: BoolRKL  # True where the mask token stands
+  weight: WeightRKL  # factor that makes a masked sum an ELBO
+  counted: BoolRKL | None = None  # tokens in the loss; None: all that are masked
+  prompt: BoolRKP | None = None  # prompt tokens that are masked; None: none
+  open: BoolRKL | None = None  # positions eligible for unmasking at that step
+
+
+class ViewLogp(NamedTuple):
+  """What a policy says of the masked copies of one draw."""
+
+  logp: FloatRKL  # log-prob of the true token; 0 where not masked
+  reads: dict[str, Array] = {}  # (R, K, L) each, by name in logprob.READS
+
+
+class Views(NamedTuple):
+  """What a policy says under the loss's own masks, for each inner update.
+
+  `step.at_inner` takes the axis I away. Reading a field that was not asked for
+  raises AttributeError.
+  """
+
+  elbo: InnerR | None = None
+  logp: InnerRKL | None = None
+  reads: dict[str, Array] | None = None
+
+  __getattribute__ = _asked_for
+
+  def has(self, name: str) -> bool:
+    """Returns whether a field was computed."""
+    return self._asdict()[name] is not None
+
+
+class Scores(NamedTuple):
+  """Log-probs of a rollout buffer before its updates; None: not asked for."""
+
+  logp_old: FloatR | None = None  # log p_old of the completion, nats
+  logp_ref: FloatR | None = None  # log p_ref of the completion, nats
+  old: Views = Views()
+  ref: Views = Views()
+  guess: IntRKL | None = None  # the loss's copies, completed in one step
+
+
+class Scored(NamedTuple):
+  """All that an objective may use to weigh completions.
+
+  Reading a field that was not asked for raises AttributeError; `live` is read by
+  `live_of`.
+  """
+
+  reward: FloatBG
+  length: IntBG  # tokens up to and including the first EOS
+  logp_old: FloatBG | None = None  # nats
+  logp_ref: FloatBG | None = None  # nats
+  guess: FloatBGK | None = None  # rewards of guesses; nan: no copy
+  live: BoolB | None = None  # groups that count (skip_equal)
+
+  __getattribute__ = _asked_for
+
+  def live_of(self) -> 'BoolB | None':
+    """Returns the groups that count; None where all do."""
+    return self._asdict()['live']
 
 
 class TrainBatch(NamedTuple):
-  """What `step.train_step` sees. Leading axis R but for `norm` and `total`."""
+  """What an update sees. Every leaf has a leading axis R but `norm` and `total`."""
 
-  tokens: Array  # (R, S) int32
-  valid: Array  # (R, S) bool
-  completion: Array  # (R, L) bool, True up to and including the first EOS
-  row: Array  # (R,) int32, the address of its masks, unique over the run
-  # (R,) float32, SIGNED: target weight minus baseline; or (R, K) of each draw
-  weight: Array
-  positive: Array  # (R,) float32, the target weight alone; or a row's scale
-  elbo_old: Array  # (R, I) float32, ELBO of p_old, for each inner step
-  norm: Array  # () float32, groups in the whole batch: divides every loss
-  total: Array  # () float32, rows in the whole batch
-  extra: dict | None = None  # what else `needs` names: rollout.extras
+  tokens: IntRS
+  valid: BoolRS
+  completion: BoolRL  # True up to and including the first EOS
+  row: IntR  # address of the row's masks, unique over the run
+  weight: WeightR  # SIGNED: target weight minus baseline; or per copy
+  own: dict[str, Array]  # (R,) each: what else the objective's `weigh` returned
+  norm: Scalar  # groups in the whole batch: divides every loss
+  total: Scalar  # rows in the whole batch
+  record: Record | None = None  # None unless Wants.records is set
+  old: Views = Views()
+  ref: Views = Views()
 
 
 class TrainState(NamedTuple):
-  step: Array  # () int32, optimizer updates so far
-  trainable: dict  # {'params': ...} or {'lora': ...}
+  step: IntScalar  # optimizer updates so far
+  trainable: Params  # {'params': ...} or {'lora': ...}
   opt_state: Any  # optax state of `trainable`
 
 
-# What an objective may ask for. What is not asked for costs nothing.
-NEEDS = {
-  'old': 'Scored.logp_old',
-  'ref': 'Scored.logp_ref',
-  'elbo_old': "batch.elbo_old, under the loss's masks",
-  'elbo_ref': "extra['elbo_ref'] (R,), the same of the reference",
-  'tokens_old': "extra['tokens_old'] (R, K, L), log-probs under the loss's masks",
-  'tokens_ref': "extra['tokens_ref'], the same of the reference",
-  'policy': '`reweigh` is called in every update',
-  'fresh': "`reweigh` gets ELBOs under other masks than the loss's; elbo_ref "
-  'is under the same',
-  'prompt': "draw's record: 'prompt' (R, P) bool, which tokens are real",
-  'block': "draw's record: 'block' int, the sampler's",
-  'record': "draw's record, and extra['record']: order, logp, confidence",
-  'entropy': "the record: 'entropy' (R, L), of a token's law when revealed",
-  'fallback': "the record: 'fallback' (R, L) bool, no token was sure enough",
-  'place': "the record: 'place' (R, L), log-prob of a step's positions",
-  'law': 'log-probs are those of the sampling law, not of temperature 1',
-  'centred': "extra['centred'] (R, K, L), logits less their mean; and "
-  "'centred_old' with tokens_old",
-  'score': "extra['score'] (R, K, L), by which plackett_luce ranks",
-  'guess': "Scored.guess: the loss's states, completed in one step, graded",
-  'left_to_right': 'completions are sampled from left to right',
-}
+POLICIES = ('old', 'ref')
+
+
+@dataclasses.dataclass(frozen=True)
+class Wants:
+  """What an objective asks for. Quantities that are not named are not computed.
+
+  ValueError at once if a policy is unknown; `objectives` checks the names of reads
+  and records when it is imported.
+  """
+
+  sequence: tuple[str, ...] = ()  # of POLICIES: Scored.logp_*, by config.logprob
+  elbo: tuple[str, ...] = ()  # of POLICIES: batch.old.elbo, batch.ref.elbo
+  # Whether batch.old.elbo is under the loss's own masks of each inner update;
+  # False: one estimate by config.logprob serves all.
+  common_masks: bool = True
+  views: tuple[str, ...] = ()  # of POLICIES: batch.old.logp and .reads
+  reads: tuple[str, ...] = ()  # names in logprob.READS, of each view and in the loss
+  # Names in sampler.RECORDS; () gives order, logp and confidence alone; None: no
+  # record of the sampler's steps.
+  records: tuple[str, ...] | None = None
+  law: bool = False  # log-probs are the sampling law's, not those at temperature 1
+  reweigh: bool = False  # `reweigh` is called before every update
+  fresh: bool = False  # `reweigh` gets ELBOs under other masks than the loss's
+  guess: bool = False  # Scored.guess
+
+  def __post_init__(self) -> None:
+    for field in ('sequence', 'elbo', 'views'):
+      if unknown := set(getattr(self, field)) - set(POLICIES):
+        raise ValueError(f'Wants.{field} = {sorted(unknown)} must be of {POLICIES}')
 
 
 class Objective(NamedTuple):
-  """Pure functions that never see the model; `hp` is a frozen dataclass."""
+  """Pure functions that never see the model; `hp` is a `Config`."""
 
-  hp: type  # the dataclass of its settings
-  needs: Callable  # hp -> subset of NEEDS
-  check: Callable  # hp -> list of complaints
-  # (key, row_R, completion_RxL, hp[, record]) -> Masks, for the loss; `record`
-  # is a dict, where `needs` has something of it
-  draw: Callable
-  weigh: Callable  # (Scored, hp) -> (weight_BxG, positive_BxG, metrics)
-  reweigh: Callable  # (elbo_R, elbo_old_R, batch, group, hp) -> weight_R
-  loss: Callable  # (logp_RxKxL, Masks, batch, elbo_old_R, hp) -> (sum, metrics)
+  Config: type  # frozen dataclass of its settings, with `problems() -> list[str]`
+  wants: Callable[[Any], Wants]  # hp -> Wants
+  draw: Callable[..., Masks]  # (key, row_R, Text, hp) -> the loss's Masks
+  # (Scored, hp) -> (weight (B, G) or (B, G, K), own {name: (B, G)}, metrics)
+  weigh: Callable[..., tuple]
+  # (ViewLogp, Masks, TrainBatch, hp) -> (sum over rows / norm, metrics)
+  loss: Callable[..., tuple]
+  # (elbo_R, TrainBatch, group, hp) -> weight_R; needed where Wants.reweigh
+  reweigh: Callable[..., Array] | None = None
+  sampler: dict[str, Any] = {}  # fields of SampleConfig that its paper sets
+  # SampleConfig -> complaints about a sampler that it cannot use
+  sampler_problems: Callable[[Any], list[str]] = lambda hp: []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +259,8 @@ class TaskOptions:
 
   path: str = ''  # file or directory in the field's format; '' generates
   train_size: int = 2000  # problems per split; 0 = all of a file
-  validation_size: int = 128
-  test_size: int = 256
+  validation_size: int = 128  # problems; 0 = all of a file
+  test_size: int = 256  # problems; 0 = all of a file
   seed: int = 0  # of generation and of the split; not the run's seed
   min_blanks: int = 4  # sudoku: fewest empty cells
   max_blanks: int = 10  # sudoku: most empty cells

@@ -20,6 +20,7 @@ FLOORS = {
   'logprob': 2, 'sampler': 2, 'data': 2, 'optim': 2, 'checkpoint': 2,
   'weights': 2, 'grader': 2, 'guard': 2,
   'objectives': 3,
+  'config': 3.5,  # above the objectives, below check
   'step': 4, 'rollout': 4, 'check': 4,
   'build': 5,
   'evaluate': 6, 'export': 6, 'resume': 6,
@@ -50,7 +51,7 @@ UNSAFE_WORDS = ('allow_pickle', 'trust_remote_code', 'shell')
 UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 # A line limit makes adding a choice: fifteen objectives, their shared parts and
 # many processes came in on top of the first 8,000.
-MAX_LINES, MAX_FUNCTION = 13500, 100
+MAX_LINES, MAX_FUNCTION = 14500, 100
 
 
 def sources(root):

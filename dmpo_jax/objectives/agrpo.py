@@ -1,76 +1,63 @@
-"""AGRPO: PPO on steps of the recorded unmasking, by Monte Carlo.
+"""AGRPO: PPO on Monte Carlo samples of the recorded unmasking steps.
 
-arXiv 2510.04019. U_s is what step s revealed, T_g the last step that revealed
-a token other than EOS, and log-probs are those of the sampling law:
+arXiv 2510.04019. U_s is the set of tokens that step s unmasked, T_g the last step that
+unmasked a token other than EOS, and log-probs are those of the sampling law:
 
   J = mean_g 1/(T_g + 1) sum_{s <= T_g} sum_{U_s} min(rho A, clip(rho) A)
 
-`draws` steps of a row stand for all: choose = uniform, or entropy (in
-proportion to what its tokens' entropies sum to, with importance weights). Both
-are unbiased for J; J's gradient is the policy's, but for 1/(T_g + 1), where the
-choice of positions does not depend on the policy (pick random, a block of
-one). log p_old is what was recorded, so that no pass is spent on it.
+`draws` steps of a row stand for all. `choose` is uniform, or entropy: in proportion to
+the summed entropy of a step's tokens, with importance weights. Both are unbiased for J.
+J's gradient is the policy gradient, but for 1/(T_g + 1), where the choice of positions
+does not depend on the policy (pick random, a block of one). log p_old is the recorded
+log-prob, so it costs no pass.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
 from dmpo_jax.objectives import shared
-from dmpo_jax.types import Objective
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, Wants
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  advantage: str = 'mean'
-  clip: float = 0.2
-  clip_high: float = 0.0
-  beta: float = 0.0
-  kl: str = 'k3_ratio'
-  choose: str = 'entropy'
-  draws: int = 24
+class Config(shared.PenalisedGradient):
+  kl: str = 'k3_ratio'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
+  choose: str = 'entropy'  # which steps stand for all: each | uniform | entropy | top
+  draws: int = 24  # steps of a row per update; 0 with choose = each: all
+
+  def rules(self) -> dict:
+    return super().rules() | shared.step_rules(self)
 
 
-def draw(key, row_R, completion_RxL, hp, record):
-  """The states before the chosen steps."""
-  last = jnp.max(jnp.where(record['text'], record['order'], 0), axis=1)
-  wanted = jnp.arange(completion_RxL.shape[1])[None] <= last[:, None]
-  return shared.draw_steps(key, row_R, record, wanted, hp)
+def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
+  """Draws the states before the chosen steps."""
+  order = text.record.order
+  last = jnp.max(jnp.where(text.words, order, 0), axis=1)
+  wanted = jnp.arange(order.shape[1])[None] <= last[:, None]
+  return shared.draw_steps(key, row_R, text.record, wanted, hp)
 
 
-def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
-  """(mean over rows of the mean over steps, metrics)."""
-  old = jnp.broadcast_to(batch.extra['record']['logp'][:, None], logp_RxKxL.shape)
+def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
+  """Returns (mean over rows of the mean over steps, metrics)."""
+  old = jnp.broadcast_to(batch.record.logp[:, None], now.logp.shape)
   old = jnp.where(masks.counted, old, 0.0)
-  now = jnp.where(masks.counted, logp_RxKxL, 0.0)
-  value = shared.terms(
-    now, old, batch, hp, batch.extra['tokens_ref'] if hp.beta else None
-  )
-  return shared.total(value, masks, batch), shared.gap_metrics(
-    now, old, masks.counted, batch
-  )
+  logp = jnp.where(masks.counted, now.logp, 0.0)
+  value = shared.terms(logp, old, batch, hp, batch.ref.logp if hp.beta else None)
+  metrics = shared.gap_metrics(logp, old, masks.counted, batch)
+  return shared.total(value, masks, batch), metrics
 
 
-def needs(hp):
-  return (
-    {'record', 'law'}
-    | ({'tokens_ref'} if hp.beta else set())
-    | ({'entropy'} if hp.choose in ('entropy', 'top') else set())
-  )
-
-
-def check(hp):
-  return shared.ratio_rules(hp) + shared.complain(
-    hp, choose=shared.CHOICES, draws=shared.least(0 if hp.choose == 'each' else 1)
+def wants(hp: Any) -> Wants:
+  return Wants(
+    views=('ref',) if hp.beta else (),
+    records=('entropy',) if hp.choose in ('entropy', 'top') else (),
+    law=True,
   )
 
 
 OBJECTIVE = Objective(
-  hp=Config,
-  needs=needs,
-  check=check,
-  draw=draw,
-  weigh=shared.weigh_rows,
-  reweigh=shared.no_reweigh,
-  loss=loss,
+  Config, wants, draw, shared.weigh_rows, loss, sampler={'pick': 'random'}
 )

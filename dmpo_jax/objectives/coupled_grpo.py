@@ -1,14 +1,14 @@
 """coupled-GRPO (DiffuCoder): PPO on tokens, each seen in a pair of masks.
 
-With p0 of a fully masked completion, p1 of a mask S at rate r ~ U(0.2, 0.8)
-and p2 of its complement (r of each row here, of a batch in the release):
+arXiv 2506.20639. With p0 the log-prob under a fully masked completion, p1 that under a
+mask S at ratio r ~ U(0.2, 0.8), and p2 that under its complement (r of each row here,
+of a batch in the release):
 
   log pi(x_i) = a (p0 + [i in S] p1/r + [i not in S] p2/(1 - r))
 
-variant = released: a = 1/2, so that a token's weight is 1.5 on average and
-ratios are taken to about that power. unit: a = 1/3, of weight one. elbo: no
-p0, |S| uniform over {0..L} and weights (L+1)/|S|, halved: unbiased for the
-ELBO. The loss is diffu_grpo's.
+variant = released: a = 1/2, so a token's weight is 1.5 on average and ratios are taken
+to about that power. unit: a = 1/3, of weight one. elbo: no p0, |S| uniform over {0..L}
+and weights (L+1)/|S|, halved: unbiased for the ELBO. The loss is diffu_grpo's.
 """
 
 import dataclasses
@@ -18,29 +18,47 @@ import jax.numpy as jnp
 
 from dmpo_jax import masking, rng
 from dmpo_jax.objectives import diffu_grpo, shared
-from dmpo_jax.types import Masks, Objective
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.types import (
+  Array,
+  IntR,
+  Masks,
+  Objective,
+  Text,
+  TrainBatch,
+  ViewLogp,
+  Views,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  advantage: str = 'loo'
-  clip: float = 0.5
-  clip_high: float = 0.0
-  beta: float = 0.01
-  kl: str = 'k3'
-  variant: str = 'released'
-  low: float = 0.2
-  high: float = 0.8
+class Config(shared.PenalisedGradient):
+  OWN = {'variant': shared.one_of('released', 'unit', 'elbo')}
+  advantage: str = 'loo'  # reward less: mean | loo (mean of the others) | zscore
+  clip: float = 0.5  # ratios count down to 1 - clip
+  beta: float = 0.01  # factor of the KL to the reference; 0 = off
+  variant: str = 'released'  # weights of the masks: released | unit | elbo
+  low: float = 0.2  # mask ratio ~ U(low, high)
+  high: float = 0.8  # below 1
+
+  def problems(self) -> list[str]:
+    bad = super().problems()
+    if not 0 < self.low < self.high < 1:
+      bad.append(
+        f'objective.low = {self.low} and objective.high = {self.high} must satisfy '
+        '0 < low < high < 1'
+      )
+    return bad
 
 
-def draw(key, row_R, completion_RxL, hp):
-  """All, S and its complement; a token's log-prob is the weighted mean."""
-  length = completion_RxL.shape[1]
+def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
+  """Draws all, S and its complement; a token's log-prob is their weighted mean."""
+  length, counted = text.completion.shape[1], text.completion[:, None]
   if hp.variant == 'elbo':
     masks = masking.draw_stratified(key, row_R, length, 2)
-    return masks._replace(counted=completion_RxL[:, None])
+    return masks._replace(counted=counted)
 
-  def one(key):
+  def of_row(key):
     key_rate, key_mask = jax.random.split(key)
     rate = jax.random.uniform(key_rate, minval=hp.low, maxval=hp.high)
     some = jax.random.uniform(key_mask, (length,)) < rate
@@ -49,49 +67,25 @@ def draw(key, row_R, completion_RxL, hp):
       jnp.stack([jnp.ones_like(rate), 1 / rate, 1 / (1 - rate)]),
     )
 
-  masked, weight = rng.per_row(key, row_R, one)
+  masked, weight = rng.per_row(key, row_R, of_row)
   if hp.variant == 'released':
     weight *= 1.5
-  return Masks(masked, weight, completion_RxL[:, None])
+  return masking.per_copy(masked, weight)._replace(counted=counted)
 
 
-def token_logp(logp_RxKxL, masks):
-  return jnp.mean(masks.weight[..., None] * logp_RxKxL, axis=1, keepdims=True)
+def mean_logp(logp_RxKxL: Array, masks: Masks) -> Array:
+  """Returns the weighted mean over copies, (R, 1, L)."""
+  return jnp.mean(masks.weight * logp_RxKxL, axis=1, keepdims=True)
 
 
-def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
-  """(sum over counted tokens, metrics)."""
-  extra = {
-    name: token_logp(x, masks) if name.startswith('tokens_') else x
-    for name, x in batch.extra.items()
-  }
+def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
+  """Returns (sum over counted tokens, metrics)."""
+  old = Views(logp=mean_logp(batch.old.logp, masks))
+  ref = Views(logp=mean_logp(batch.ref.logp, masks)) if hp.beta else Views()
   whole = masks._replace(weight=jnp.ones_like(masks.weight[:, :1]))
   return diffu_grpo.loss(
-    token_logp(logp_RxKxL, masks), whole, batch._replace(extra=extra), elbo_old_R, hp
+    ViewLogp(mean_logp(now.logp, masks)), whole, batch._replace(old=old, ref=ref), hp
   )
 
 
-def needs(hp):
-  return {'tokens_old'} | ({'tokens_ref'} if hp.beta else set())
-
-
-def check(hp):
-  found = shared.ratio_rules(hp) + shared.complain(
-    hp, variant=('released', 'unit', 'elbo')
-  )
-  if not 0 < hp.low < hp.high < 1:
-    found.append(
-      f'objective.low = {hp.low}, objective.high = {hp.high} must be 0 < low < high < 1'
-    )
-  return found
-
-
-OBJECTIVE = Objective(
-  hp=Config,
-  needs=needs,
-  check=check,
-  draw=draw,
-  weigh=shared.weigh_tokens,
-  reweigh=shared.no_reweigh,
-  loss=loss,
-)
+OBJECTIVE = Objective(Config, diffu_grpo.wants, draw, shared.weigh_tokens, loss)

@@ -1,74 +1,54 @@
 """diffu-GRPO (d1): PPO on one-step predictions of every token.
 
-arXiv 2504.12216. log pi(x_i) is predicted with the whole completion masked and
-each prompt token masked with chance `mask_prompt`, afresh for every update;
-the policy that sampled and the reference see the same prompts.
+arXiv 2504.12216. log pi(x_i) is predicted with the whole completion masked and each
+prompt token masked with chance `mask_prompt`, afresh for every update. The policy that
+sampled and the reference see the same prompts.
 
   loss = sum [ -min(rho A, clip(rho) A) + beta k3 ] / tokens, A = r - mean
 
-It ignores what the completion says: biased as a likelihood. The mean is over
-the batch's tokens, the release's over what one process holds; the release with
-several accumulation steps reads only a part of its prompt masks, all are read
-here.
+It ignores the completion's other tokens: biased as a likelihood. The mean is over the
+batch's tokens, the release's over the tokens that one process holds. The release with
+several accumulation steps reads only a part of its prompt masks; all are read here.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
 from dmpo_jax import masking
 from dmpo_jax.objectives import shared
-from dmpo_jax.types import Masks, Objective
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, Wants
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  advantage: str = 'mean'
-  clip: float = 0.5
-  clip_high: float = 0.0
-  beta: float = 0.04
-  kl: str = 'k3'
-  mask_prompt: float = 0.15
+class Config(shared.PenalisedGradient):
+  clip: float = 0.5  # ratios count down to 1 - clip
+  beta: float = 0.04  # factor of the KL to the reference; 0 = off
+  mask_prompt: float = 0.15  # chance of a prompt token to be masked; 0 = none
 
 
-def draw(key, row_R, completion_RxL, hp, record=None):
-  """One view: all of the completion masked, a part of the prompt too."""
-  masked = jnp.ones_like(completion_RxL)[:, None]
+def draw(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
+  """Draws one copy: all of the completion is masked, and a part of the prompt."""
+  masked = jnp.ones_like(text.completion)[:, None]
   prompt = None
   if hp.mask_prompt:
-    prompt = masking.draw_prompt(key, row_R, record['prompt'], 1, hp.mask_prompt)
-  return Masks(masked, jnp.ones(masked.shape[:2]), completion_RxL[:, None], prompt)
+    prompt = masking.draw_prompt(key, row_R, text.prompt, 1, hp.mask_prompt)
+  masks = masking.per_copy(masked, jnp.ones(masked.shape[:2]))
+  return masks._replace(counted=text.completion[:, None], prompt=prompt)
 
 
-def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
-  """(sum over counted tokens, metrics)."""
-  old = batch.extra['tokens_old']
-  value = shared.terms(
-    logp_RxKxL, old, batch, hp, batch.extra['tokens_ref'] if hp.beta else None
-  )
-  return shared.total(value, masks, batch), shared.gap_metrics(
-    logp_RxKxL, old, masks.counted, batch
-  )
+def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Any) -> tuple:
+  """Returns (sum over counted tokens, metrics)."""
+  old, ref = batch.old.logp, batch.ref.logp if hp.beta else None
+  value = shared.terms(now.logp, old, batch, hp, ref)
+  metrics = shared.gap_metrics(now.logp, old, masks.counted, batch)
+  return shared.total(value, masks, batch), metrics
 
 
-def needs(hp):
-  return (
-    {'tokens_old'}
-    | ({'tokens_ref'} if hp.beta else set())
-    | ({'prompt'} if hp.mask_prompt else set())
-  )
+def wants(hp: Any) -> Wants:
+  return Wants(views=('old', 'ref') if hp.beta else ('old',))
 
 
-def check(hp):
-  return shared.ratio_rules(hp) + shared.complain(hp, mask_prompt=shared.chance)
-
-
-OBJECTIVE = Objective(
-  hp=Config,
-  needs=needs,
-  check=check,
-  draw=draw,
-  weigh=shared.weigh_tokens,
-  reweigh=shared.no_reweigh,
-  loss=loss,
-)
+OBJECTIVE = Objective(Config, wants, draw, shared.weigh_tokens, loss)

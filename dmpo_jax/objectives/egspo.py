@@ -1,17 +1,16 @@
-"""EGSPO: PPO on the most uncertain steps, each with its own advantage.
+"""EGSPO: PPO on the most uncertain steps, each with an advantage of its own.
 
-arXiv 2603.12554, by its released code. Of every rollout the `draws` steps whose
-tokens had the most entropy on average; a step's log-prob is the sum over its
-tokens, its ratio one. With r1(s) the reward of completing the state before
+arXiv 2603.12554, by its released code. Of every rollout it takes the `draws` steps
+whose tokens had the most entropy on average. A step's log-prob is the sum over its
+tokens, and its ratio is one ratio. With r1(s) the reward of completing the state before
 step s at once, by the most probable tokens, and lambda = `step_coef`:
 
   A(g, s) = ( r_g + lambda (r_g - r1(s)) - mean over g ) / (1 + lambda)
 
-where the mean is over the completions' steps of the same rank by entropy, and
-a completion of fewer steps is not in it. The choice of steps is not weighted:
-biased for the policy gradient. The states are completed in a pass of their own,
-`draws` forwards, for the sampler's logits are of one block. The release's
-k3 penalty (0.04) is left out.
+The mean is over the completions' steps of the same rank by entropy; a completion of
+fewer steps is not in it. The choice of steps is not weighted: biased for the policy
+gradient. The states are completed in a pass of their own, `draws` forwards, because the
+sampler's logits are those of one block. The release's k3 penalty (0.04) is left out.
 """
 
 import dataclasses
@@ -20,74 +19,59 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from dmpo_jax.objectives import shared
-from dmpo_jax.types import Objective
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.types import (
+  IntR,
+  Masks,
+  Objective,
+  Scored,
+  Text,
+  TrainBatch,
+  ViewLogp,
+  Wants,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(shared.Settings):
+  OWN = {'step_coef': shared.least(0)}
   choose: ClassVar[str] = 'top'
-  clip: float = 0.2
-  clip_high: float = 0.5
-  draws: int = 8
-  step_coef: float = 0.5
+  clip: float = 0.2  # ratios count down to 1 - clip
+  clip_high: float = 0.5  # ratios count up to 1 + clip_high; 0 = as clip
+  draws: int = 8  # steps of a row per update
+  step_coef: float = 0.5  # lambda, weight of the step's own advantage
 
 
-def draw(key, row_R, completion_RxL, hp, record):
-  """The states before the chosen steps."""
-  wanted = shared.shown_steps(record, completion_RxL)
-  return shared.draw_steps(key, row_R, record, wanted, hp, mean=True)
+def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
+  """Draws the states before the chosen steps."""
+  wanted = shared.shown_steps(text.record, text.completion)
+  return shared.draw_steps(key, row_R, text.record, wanted, hp, mean=True)
 
 
-def weigh(scored, hp):
-  """(weights (B, G, K) of steps, scales (B, G), metrics)."""
+def weigh(scored: Scored, hp: Config) -> tuple:
+  """Returns (weights (B, G, K) of steps, no further row values, metrics)."""
   value = scored.reward[..., None] * (1 + hp.step_coef)
   value -= hp.step_coef * scored.guess
   live = jnp.isfinite(scored.guess)
   mean = jnp.mean(value, axis=1, keepdims=True, where=live)
   value = jnp.where(live, value - mean, 0.0)
-  scale = shared.per_row(scored)
-  return (
-    value / (1 + hp.step_coef) * scale[..., None],
-    scale,
-    {'guess_reward': jnp.mean(scored.guess, where=live)},
-  )
+  weight = value / (1 + hp.step_coef) * shared.per_row(scored)[..., None]
+  return weight, {}, {'guess_reward': jnp.mean(scored.guess, where=live)}
 
 
-def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
-  """(mean over rows of the mean over steps, metrics)."""
-
-  def by_step(x):
-    return jnp.sum(jnp.where(masks.counted, x, 0.0), axis=-1)
-
-  old = by_step(batch.extra['record']['logp'][:, None])
-  gap = by_step(logp_RxKxL) - old
+def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
+  """Returns (mean over rows of the mean over steps, metrics)."""
+  old = shared.counted_sums(batch.record.logp[:, None], masks)
+  gap = shared.counted_sums(now.logp, masks) - old
   value = -shared.surrogate(gap, batch.weight, hp.clip, hp.clip_high or hp.clip)
-  rows = jnp.mean(masks.weight * value, axis=1)
-  return jnp.sum(rows) / batch.norm, shared.gap_metrics(
-    gap, jnp.zeros_like(gap), masks.weight > 0, batch
-  )
+  weight = shared.step_weight(masks)
+  rows = jnp.mean(weight * value, axis=1)
+  metrics = shared.gap_metrics(gap, jnp.zeros_like(gap), weight > 0, batch)
+  return jnp.sum(rows) / batch.norm, metrics
 
 
-def needs(hp):
-  return {'record', 'law', 'entropy', 'guess'}
+def wants(hp: Config) -> Wants:
+  return Wants(records=('entropy',), law=True, guess=True)
 
 
-def check(hp):
-  return shared.complain(
-    hp,
-    clip=shared.chance,
-    clip_high=shared.least(0),
-    draws=shared.least(1),
-    step_coef=shared.least(0),
-  )
-
-
-OBJECTIVE = Objective(
-  hp=Config,
-  needs=needs,
-  check=check,
-  draw=draw,
-  weigh=weigh,
-  reweigh=shared.no_reweigh,
-  loss=loss,
-)
+OBJECTIVE = Objective(Config, wants, draw, weigh, loss)

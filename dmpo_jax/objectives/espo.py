@@ -1,75 +1,61 @@
 """ESPO: PPO on the ELBO of the whole sequence.
 
-arXiv 2512.03759. With E an ELBO under masks that the policy, the one that
-sampled and the reference share:
+arXiv 2512.03759. With E an ELBO under masks that the policy, the policy that sampled
+and the reference share:
 
   rho = exp((E_theta - E_old) / L)
   loss = mean_g [ -min(rho A, clip(rho) A) + beta/L (E_theta - E_ref)^2 / 2 ]
 
-Masks are pairs of complements with counts spread over {0..L} (unbiased);
-within a row's draws, where the release spreads them over the rows of a device.
-A leaves one out, as the release does. clip = 0 is its Countdown setting.
+Masks are pairs of complements with counts stratified over {0..L} (unbiased): within a
+row's copies here, over the rows of a device in the release. A leaves one out, as the
+release does. clip = 0 is its Countdown setting.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
 from dmpo_jax import logprob
 from dmpo_jax.objectives import shared
-from dmpo_jax.types import Objective
+from dmpo_jax.types import Masks, Objective, TrainBatch, ViewLogp, Wants
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  common_masks: ClassVar[bool] = True
-  advantage: str = 'loo'
-  clip: float = 0.2
-  clip_high: float = 0.0
-  beta: float = 1e-3
-  kl: str = 'k2'
-  masks: str = 'stratified'
-  draws: int = 4
+class Config(shared.PenalisedGradient):
+  advantage: str = 'loo'  # reward less: mean | loo (mean of the others) | zscore
+  beta: float = 1e-3  # factor of the KL to the reference; 0 = off
+  kl: str = 'k2'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
+  masks: str = 'stratified'  # masks of the ELBO: stratified (in pairs) | random
+  draws: int = 4  # masked copies of a completion per update
+
+  def rules(self) -> dict:
+    return super().rules() | shared.elbo_rules(self)
 
 
-def sequence_loss(logp_RxKxL, masks, batch, elbo_old_R, hp, length=1.0):
-  """PPO with the ratio exp(gap of ELBOs / length); KL per `length` too."""
-  now = logprob.seq_elbo(logp_RxKxL, masks.weight)
-  gap = (now - elbo_old_R) / length
-  value = -shared.surrogate(gap, batch.weight, hp.clip, hp.clip_high or hp.clip)
+def sequence_loss(
+  now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Any, length: float = 1.0
+) -> tuple:
+  """Returns PPO's loss with ratio exp(gap of ELBOs / length) and the KL per length."""
+  elbo, old = logprob.seq_elbo(now.logp, masks.weight), batch.old.elbo
+  gap = (elbo - old) / length
+  value = -shared.surrogate(gap, batch.weight, *hp.bounds)
   if hp.beta:
-    value += (
-      hp.beta
-      / length
-      * batch.positive
-      * shared.kl(hp.kl, now, batch.extra['elbo_ref'], elbo_old_R)
-    )
+    far = shared.kl(hp.kl, elbo, batch.ref.elbo, old)
+    value += hp.beta / length * batch.own['scale'] * far
   return jnp.sum(value) / batch.norm, {
-    'elbo': jnp.sum(now) / batch.total,
+    'elbo': jnp.sum(elbo) / batch.total,
     'ratio_log_abs': jnp.sum(jnp.abs(gap)) / batch.total,
   }
 
 
-def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
-  """(mean over rows, metrics)."""
-  return sequence_loss(logp_RxKxL, masks, batch, elbo_old_R, hp, logp_RxKxL.shape[-1])
+def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
+  """Returns (mean over rows, metrics)."""
+  return sequence_loss(now, masks, batch, hp, now.logp.shape[-1])
 
 
-def needs(hp):
-  return {'elbo_old'} | ({'elbo_ref'} if hp.beta else set())
+def wants(hp: Any) -> Wants:
+  return Wants(elbo=('old', 'ref') if hp.beta else ('old',))
 
 
-def check(hp):
-  return shared.ratio_rules(hp) + shared.elbo_rules(hp)
-
-
-OBJECTIVE = Objective(
-  hp=Config,
-  needs=needs,
-  check=check,
-  draw=shared.draw_elbo,
-  weigh=shared.weigh_rows,
-  reweigh=shared.no_reweigh,
-  loss=loss,
-)
+OBJECTIVE = Objective(Config, wants, shared.draw_elbo, shared.weigh_rows, loss)

@@ -1,92 +1,95 @@
-"""MAPG: the policy gradient of tokens and of the positions they stand at.
+"""MAPG: the policy gradient of tokens and of the positions at which they stand.
 
-arXiv 2607.15200, from notes on the paper. The sampler draws a step's positions
-without replacement in proportion to exp(score) (pick plackett_luce), so their
-choice has a gradient too:
+arXiv 2607.15200, from notes on the paper. The sampler draws a step's positions without
+replacement in proportion to exp(score) (pick plackett_luce), so their choice has a
+gradient too:
 
   loss = -mean_g mean_s [ min(rho A, clip(rho) A) + min(pi A, clip(pi) A) ]
 
-rho: ratio of the probability of step s's tokens; pi: of its set of positions.
-The scores are of the state alone, the largest log-prob of each place; the
-paper's are of the proposals, most of which are thrown away: a noisier law of
-the same form. `draws` steps stand for all. places = False leaves pi out, and
-with it what the gradient owes to the order.
+rho is the ratio of the probability of step s's tokens, pi that of its set of positions.
+The scores are of the state alone, the largest log-prob of each position. The paper's
+are of the proposals, most of which are thrown away: a noisier law of the same form.
+`draws` steps stand for all. places = False leaves out pi, and with it the part of the
+gradient that the order contributes.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
 from dmpo_jax.objectives import agrpo, shared
+from dmpo_jax.rng import AnyKey
 from dmpo_jax.sampler import picks
-from dmpo_jax.types import Objective
+from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, Wants
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  advantage: str = 'mean'
-  clip: float = 0.2
-  clip_high: float = 0.0
-  choose: str = 'uniform'
-  draws: int = 12
-  places: bool = True
+class Config(shared.PolicyGradient):
+  choose: str = 'uniform'  # which steps stand for all: each | uniform | entropy | top
+  draws: int = 12  # steps of a row per update; 0 with choose = each: all
+  places: bool = True  # add the gradient of the choice of positions
+
+  def rules(self) -> dict:
+    return super().rules() | shared.step_rules(self)
 
 
-def draw(key, row_R, completion_RxL, hp, record):
-  """The states before the chosen steps; `open` is what is masked of the
-  block."""
-  masks = agrpo.draw(key, row_R, completion_RxL, hp, record)
-  which = jnp.arange(completion_RxL.shape[1])[None, None] // record['block']
+def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
+  """Draws the states before the chosen steps; `open` is the block's masked part."""
+  masks = agrpo.draw(key, row_R, text, hp)
+  which = jnp.arange(text.completion.shape[1])[None, None] // text.block
   own = jnp.max(jnp.where(masks.counted, which, -1), axis=-1, keepdims=True)
   return masks._replace(open=masks.masked & (which == own))
 
 
-def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
-  """(mean over rows of the mean over steps, metrics)."""
-  record, counted = batch.extra['record'], masks.counted
-
-  def by_step(x):
-    return jnp.sum(jnp.where(counted, x, 0.0), axis=-1)
-
-  weight = jnp.broadcast_to(batch.weight[:, None], masks.weight.shape)
-  bounds = hp.clip, hp.clip_high or hp.clip
-  gap = by_step(logp_RxKxL - record['logp'][:, None])
-  live, zero = masks.weight > 0, jnp.zeros_like(gap)
+def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
+  """Returns (mean over rows of the mean over steps, metrics)."""
+  record, copies = batch.record, shared.step_weight(masks)
+  weight = jnp.broadcast_to(batch.weight[:, None], copies.shape)
+  gap = shared.counted_sums(now.logp - record.logp[:, None], masks)
+  live, zero = copies > 0, jnp.zeros_like(gap)
   metrics = shared.gap_metrics(gap, zero, live, batch)
-  value = shared.surrogate(gap, weight, *bounds)
+  value = shared.surrogate(gap, weight, *hp.bounds)
   if hp.places:
-    now = picks.plackett_luce_logp(batch.extra['score'], masks.open, counted)
-    old = by_step(record['place'][:, None]) / jnp.maximum(jnp.sum(counted, axis=-1), 1)
-    value += shared.surrogate(now - old, weight, *bounds)
-    far = shared.gap_metrics(now, old, live, batch)['ratio_log_abs']
+    new = picks.plackett_luce_logp(now.reads['score'], masks.open, masks.counted)
+    size = jnp.maximum(jnp.sum(masks.counted, axis=-1), 1)
+    old = shared.counted_sums(record.more['place'][:, None], masks) / size
+    value += shared.surrogate(new - old, weight, *hp.bounds)
+    far = shared.gap_metrics(new, old, live, batch)['ratio_log_abs']
     metrics['place_log_abs'] = far
-  rows = jnp.mean(masks.weight * value, axis=1)
+  rows = jnp.mean(copies * value, axis=1)
   return -jnp.sum(rows) / batch.norm, metrics
 
 
-def needs(hp):
-  wanted = {'record', 'law', 'block', 'place'}
-  wanted |= {'score'} if hp.places else set()
-  return wanted | ({'entropy'} if hp.choose in ('entropy', 'top') else set())
-
-
-def check(hp):
-  return shared.complain(
-    hp,
-    advantage=shared.ADVANTAGES,
-    clip=shared.chance,
-    clip_high=shared.least(0),
-    choose=shared.CHOICES,
-    draws=shared.least(0 if hp.choose == 'each' else 1),
+def wants(hp: Config) -> Wants:
+  entropy = ('entropy',) if hp.choose in ('entropy', 'top') else ()
+  return Wants(
+    reads=('score',) if hp.places else (), records=('place', *entropy), law=True
   )
 
 
+def sampler_problems(sampler: Any) -> list[str]:
+  if (sampler.pick, sampler.rank, sampler.rank_law) == (
+    'plackett_luce',
+    'max',
+    'model',
+  ):
+    return []
+  return [
+    f'sampler.pick = {sampler.pick}, sampler.rank = {sampler.rank}, sampler.rank_law = '
+    f'{sampler.rank_law}: set plackett_luce, max, model, whose choice of positions has '
+    'a density'
+  ]
+
+
 OBJECTIVE = Objective(
-  hp=Config,
-  needs=needs,
-  check=check,
-  draw=draw,
-  weigh=shared.weigh_rows,
-  reweigh=shared.no_reweigh,
-  loss=loss,
+  Config,
+  wants,
+  draw,
+  shared.weigh_rows,
+  loss,
+  sampler=dict(
+    pick='plackett_luce', rank='max', rank_law='model', rank_temperature=0.5
+  ),
+  sampler_problems=sampler_problems,
 )

@@ -1,38 +1,136 @@
-"""What objectives share: advantages, ratios, divergences, draws of masks.
+"""What objectives share: settings, advantages, ratios, divergences, draws of masks.
 
-Nothing here knows the model. Policy gradients put the advantage times the
-row's scale into TrainBatch.weight and the scale alone into `positive`: what a
-penalty is multiplied by.
+Nothing here knows the model. A policy gradient puts the advantage times the row's
+scale into TrainBatch.weight, and the scale alone into TrainBatch.own['scale'], by which
+penalties are multiplied.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from dmpo_jax import logprob, masking, rng
-from dmpo_jax.types import Masks
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.types import (
+  Array,
+  BoolRL,
+  FloatBG,
+  IntR,
+  IntRL,
+  Masks,
+  Record,
+  Scored,
+  Text,
+  TrainBatch,
+  ViewLogp,
+)
+
+# --- settings
+
+ADVANTAGES = ('mean', 'loo', 'zscore')
+KLS = ('k1', 'k2', 'k3', 'k3_ratio')
+CHOICES = ('each', 'uniform', 'entropy', 'top')
+
+
+def one_of(*values: str) -> Callable[[Any], str]:
+  return lambda x: '' if x in values else f'must be one of {", ".join(values)}'
+
+
+def least(low: float) -> Callable[[Any], str]:
+  return lambda x: '' if x >= low else f'must be >= {low}'
+
+
+def above(low: float) -> Callable[[Any], str]:
+  return lambda x: '' if x > low else f'must be > {low}'
+
+
+def chance(x: float) -> str:
+  return '' if 0 <= x < 1 else 'must be in [0, 1)'
+
+
+def pairs(x: int) -> str:
+  return (
+    ''
+    if x >= 2 and x % 2 == 0
+    else 'must be even and >= 2: masks come with their complements'
+  )
+
+
+# A field of one name has one meaning in all objectives, and so one rule.
+RULES = {
+  'advantage': one_of(*ADVANTAGES),
+  'clip': chance,
+  'clip_high': least(0),
+  'beta': least(0),
+  'kl': one_of(*KLS),
+  'choose': one_of(*CHOICES),
+  'draws': least(1),
+  'mask_prompt': chance,
+  'elbo_draws': pairs,
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Common:
+class Settings:
+  """Base of every objective's Config: its fields are checked by RULES and its own."""
+
+  OWN: ClassVar[dict[str, Callable[[Any], str]]] = {}  # field -> rule
+
+  def rules(self) -> dict[str, Callable[[Any], str]]:
+    """Returns the rule of each field that has one."""
+    return RULES | self.OWN
+
+  def problems(self) -> list[str]:
+    """Returns a sentence for each impossible setting."""
+    rules = self.rules()
+    return [
+      f'objective.{field.name} = {getattr(self, field.name)!r} {wrong}'
+      for field in dataclasses.fields(self)
+      if field.name in rules and (wrong := rules[field.name](getattr(self, field.name)))
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Common(Settings):
   """Settings of every objective."""
 
-  skip_equal: bool = False  # groups of equal rewards count for nothing
-  elbo_coef: float = 0.0  # of the mean ELBO per token that is added; 0 = off
-  elbo_draws: int = 2  # masks of that ELBO, pairs of complements
+  skip_equal: bool = False  # give groups of equal rewards no weight (DAPO)
+  elbo_coef: float = 0.0  # of the rollouts' mean ELBO per token, added; 0 = off
+  elbo_draws: int = 2  # masked copies of that ELBO, in complementary pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyGradient(Settings):
+  """Settings of objectives with clipped ratios."""
+
+  advantage: str = 'mean'  # reward less: mean | loo (mean of the others) | zscore
+  clip: float = 0.2  # ratios count down to 1 - clip
+  clip_high: float = 0.0  # ratios count up to 1 + clip_high; 0 = as clip
+
+  @property
+  def bounds(self) -> tuple[float, float]:
+    return self.clip, self.clip_high or self.clip
+
+
+@dataclasses.dataclass(frozen=True)
+class PenalisedGradient(PolicyGradient):
+  """Settings of objectives with clipped ratios and a KL penalty."""
+
+  beta: float = 0.0  # factor of the KL to the reference; 0 = off
+  kl: str = 'k3'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
 
 
 # --- advantages
 
-ADVANTAGES = ('mean', 'loo', 'zscore')
 
-
-def advantages(reward_BxG, kind):
-  """(B, G) rewards less their group's: mean, loo (of the others), zscore."""
+def advantages(reward_BxG: FloatBG, kind: str) -> FloatBG:
+  """Returns rewards less their group's: mean, loo (of the others), zscore."""
   group = reward_BxG.shape[1]
-  # Equal rewards become zeros: the mean of eight times 0.1 is not 0.1 in
-  # float32, and a z-score would make ones of what is left.
+  # Equal rewards become zeros: the mean of eight times 0.1 is not 0.1 in float32,
+  # and a z-score would make ones of the difference.
   reward_BxG = reward_BxG - reward_BxG[:, :1]
   centred = reward_BxG - jnp.mean(reward_BxG, axis=1, keepdims=True)
   if kind == 'loo':
@@ -43,66 +141,62 @@ def advantages(reward_BxG, kind):
   return centred
 
 
-def per_row(scored):
-  """(B, G) scales by which a loss is a mean over completions."""
+def per_row(scored: Scored) -> FloatBG:
+  """Returns the scales by which a loss is a mean over completions."""
   return jnp.full_like(scored.reward, 1 / scored.reward.shape[1])
 
 
-def per_token(scored):
-  """(B, G) scales by which a loss is a mean over the batch's tokens."""
+def per_token(scored: Scored) -> FloatBG:
+  """Returns the scales by which a loss is a mean over the batch's tokens."""
   length, live = scored.length, jnp.ones(scored.reward.shape[:1], bool)
-  if scored.live is not None:
-    live, length = scored.live, length * scored.live[:, None]
+  if scored.live_of() is not None:
+    live = scored.live_of()
+    length = length * live[:, None]
   scale = jnp.sum(live) / jnp.maximum(jnp.sum(length), 1)
   return jnp.broadcast_to(scale, scored.reward.shape)
 
 
-def weigh(scored, kind, scale_BxG):
-  """What `weigh` of a policy gradient returns, and metrics."""
+def weigh(scored: Scored, kind: str, scale_BxG: FloatBG) -> tuple:
+  """Returns what `weigh` of a policy gradient returns."""
   advantage = advantages(scored.reward, kind)
-  return (
-    advantage * scale_BxG,
-    scale_BxG,
-    {'advantage_abs': jnp.mean(jnp.abs(advantage))},
-  )
+  metrics = {'advantage_abs': jnp.mean(jnp.abs(advantage))}
+  return advantage * scale_BxG, {'scale': scale_BxG}, metrics
 
 
-def weigh_rows(scored, hp):
-  """`weigh` for a mean over completions."""
+def weigh_rows(scored: Scored, hp: Any) -> tuple:
+  """Weighs for a mean over completions."""
   return weigh(scored, hp.advantage, per_row(scored))
 
 
-def weigh_tokens(scored, hp):
-  """`weigh` for a mean over the batch's tokens."""
+def weigh_tokens(scored: Scored, hp: Any) -> tuple:
+  """Weighs for a mean over the batch's tokens."""
   return weigh(scored, hp.advantage, per_token(scored))
 
 
 # --- ratios and divergences
 
 
-def surrogate(gap, weight, low, high):
-  """min(rho w, clip(rho, 1 - low, 1 + high) w) of rho = exp(gap), elementwise.
+def surrogate(gap: Array, weight: Array, low: float, high: float) -> Array:
+  """Returns min(rho w, clip(rho, 1 - low, 1 + high) w) of rho = exp(gap), elementwise.
 
-  At a tie its gradient is that of rho w, so that low = high = 0 lets the first
-  update through (ESPO's Countdown).
+  At a tie its gradient is that of rho w, so that low = high = 0 lets the first update
+  through (ESPO's Countdown setting).
   """
   # A weight below zero has no upper bound: float32 must still hold exp.
   gap = jnp.minimum(gap, 20.0)
   ratio = jnp.exp(jax.lax.stop_gradient(gap))
   stopped = jnp.where(weight > 0, ratio > 1 + high, ratio < 1 - low)
   edge = jnp.where(weight > 0, 1 + high, 1 - low)
-  return weight * jnp.where(stopped, edge, jnp.exp(jnp.where(stopped, 0.0, gap)))
+  free = jnp.exp(jnp.where(stopped, 0.0, gap))
+  return weight * jnp.where(stopped, edge, free)
 
 
-KLS = ('k1', 'k2', 'k3', 'k3_ratio')
+def kl(kind: str, now: Array, ref: Any, old: Any = None) -> Array:
+  """Estimates KL(now || ref) from log-probs of samples, elementwise.
 
-
-def kl(kind, now, ref, old=None):
-  """Estimates of KL(now || ref) by log-probs of samples, elementwise.
-
-  k1: the gap, with the gradient of the KL, which is gap times that of `now`
-  (of the gap itself it would be zero on average); k2: half its square; k3:
-  exp(-gap) + gap - 1; k3_ratio: k3 times exp(now - old) (AGRPO).
+  k1: the gap, with the gradient of the KL, which is gap times that of `now` (the gap's
+  own gradient is zero on average); k2: half its square; k3: exp(-gap) + gap - 1;
+  k3_ratio: k3 times exp(now - old) (AGRPO).
   """
   gap = now - ref
   if kind == 'k1':
@@ -118,79 +212,82 @@ def kl(kind, now, ref, old=None):
   return value * jnp.exp(jnp.minimum(now - old, 20.0))
 
 
-def like(x, y):
-  """x with axes of size 1 behind, as many as y has more."""
+def like(x: Array, y: Array) -> Array:
+  """Returns x with as many trailing axes of size 1 as y has more."""
   return x.reshape(x.shape + (1,) * (y.ndim - x.ndim))
 
 
-def terms(now, old, batch, hp, ref=None):
-  """-surrogate + beta KL, elementwise, of log-probs (R, ...)."""
-  value = -surrogate(
-    now - old, like(batch.weight, now), hp.clip, hp.clip_high or hp.clip
-  )
+def terms(now: Array, old: Array, batch: TrainBatch, hp: Any, ref: Any = None) -> Array:
+  """Returns -surrogate + beta KL, elementwise, of log-probs (R, ...)."""
+  value = -surrogate(now - old, like(batch.weight, now), *hp.bounds)
   if hp.beta:
-    value += hp.beta * like(batch.positive, now) * kl(hp.kl, now, ref, old)
+    scale = like(batch.own['scale'], now)
+    value += hp.beta * scale * kl(hp.kl, now, ref, old)
   return value
 
 
-def total(terms_RxKxL, masks, batch):
-  """Counted terms times their draw's weight: a mean over draws, a sum over
-  rows, per group."""
+def total(terms_RxKxL: Array, masks: Masks, batch: TrainBatch) -> Array:
+  """Returns counted terms times their copy's weight: a mean over copies, a sum over
+  rows, divided by the number of groups."""
   counted = jnp.where(masks.counted, terms_RxKxL, 0.0)
-  rows = jnp.mean(masks.weight * jnp.sum(counted, axis=-1), axis=1)
+  rows = jnp.mean(logprob.copy_sums(counted, masks.weight), axis=1)
   return jnp.sum(rows) / batch.norm
 
 
-def gap_metrics(now, old, counted, batch):
-  """How far a policy is from the one that sampled, for each token counted."""
-  size = jnp.maximum(jnp.sum(counted, axis=tuple(range(1, now.ndim))), 1)
-  far = jnp.sum(jnp.abs(now - old) * counted, axis=tuple(range(1, now.ndim)))
+def gap_metrics(now: Array, old: Array, counted: Array, batch: TrainBatch) -> dict:
+  """Returns the mean |log ratio| to the policy that sampled, over counted tokens."""
+  axes = tuple(range(1, now.ndim))
+  size = jnp.maximum(jnp.sum(counted, axis=axes), 1)
+  far = jnp.sum(jnp.abs(now - old) * counted, axis=axes)
   return {'ratio_log_abs': jnp.sum(far / size) / batch.total}
 
 
-def no_reweigh(elbo_R, elbo_old_R, batch, group, hp):
-  """Of objectives whose weights do not change between updates."""
-  return batch.weight
+def elbo_loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Any) -> tuple:
+  """Returns -sum of weight times ELBO, per group, and metrics.
 
-
-def elbo_loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
-  """-sum of weight times ELBO, per group: the gradient of any function of the
-  rows' ELBOs, where `reweigh` gives its derivatives."""
-  elbo = logprob.seq_elbo(logp_RxKxL, masks.weight)
-  return -jnp.sum(batch.weight * elbo) / batch.norm, {
-    'elbo': jnp.sum(elbo) / batch.total
-  }
+  This is the gradient of any function of the rows' ELBOs where `reweigh` gives its
+  derivatives.
+  """
+  elbo = logprob.seq_elbo(now.logp, masks.weight)
+  loss = -jnp.sum(batch.weight * elbo) / batch.norm
+  return loss, {'elbo': jnp.sum(elbo) / batch.total}
 
 
 # --- draws of masks
 
 
-def draw_random(key, row_R, length, draws):
-  """Independent masks of m ~ U{1..L} positions, weight L/m: an unbiased ELBO
-  (LLaDA's, RADD's)."""
+def draw_random(key: AnyKey, row_R: IntR, length: int, draws: int) -> Masks:
+  """Draws independent masks of m ~ U{1..L} positions, weight L / m (LLaDA's, RADD's).
 
-  def one(key):
+  The ELBO under them is unbiased.
+  """
+
+  def of_row(key):
     key_count, key_order = jax.random.split(key)
     count = jax.random.randint(key_count, (draws,), 1, length + 1)
     return masking.anywhere(key_order, count, length)
 
-  masked = rng.per_row(key, row_R, one)
-  return Masks(masked, length / jnp.sum(masked, axis=-1))
+  masked = rng.per_row(key, row_R, of_row)
+  return masking.per_copy(masked, length / jnp.sum(masked, axis=-1))
 
 
-def draw_elbo(key, row_R, completion_RxL, hp):
-  """Masks of an unbiased ELBO, by hp.masks: stratified (pairs) | random."""
+def elbo_rules(hp: Any) -> dict[str, Callable]:
+  """Returns the rules of the fields of `draw_elbo`."""
+  draws = pairs if hp.masks == 'stratified' else least(1)
+  return {'masks': one_of('stratified', 'random'), 'draws': draws}
+
+
+def draw_elbo(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
+  """Draws masks of an unbiased ELBO, by hp.masks: stratified (pairs) | random."""
   draw = {'stratified': masking.draw_stratified, 'random': draw_random}
-  return draw[hp.masks](key, row_R, completion_RxL.shape[1], hp.draws)
+  return draw[hp.masks](key, row_R, text.completion.shape[1], hp.draws)
 
 
 # --- recorded steps
 
-CHOICES = ('each', 'uniform', 'entropy', 'top')
 
-
-def by_step(order_RxL, x_RxL):
-  """(R, L) sums of x over the tokens of each step; steps are below L."""
+def by_step(order_RxL: IntRL, x_RxL: Array) -> Array:
+  """Returns (R, L) sums of x over the tokens of each step; steps are below L."""
   length = order_RxL.shape[1]
   at = jnp.where(order_RxL < 0, length, order_RxL)
   return jax.vmap(lambda at, x: jnp.zeros(length, x.dtype).at[at].add(x, mode='drop'))(
@@ -198,63 +295,124 @@ def by_step(order_RxL, x_RxL):
   )
 
 
-def choose_steps(key, row_R, wanted_RxT, entropy_RxT, choose, draws):
-  """(step (R, K) int32, weight (R, K)) among a row's wanted steps.
+# An estimator is a function (strata u (R, K), wanted (R, T), entropy (R, T) or None)
+# -> (step (R, K) int32, weight (R, K)). Weights are 0 where a row wants no step.
 
-  The mean over draws of weight * f(step) is that of f over all wanted steps:
-  with `each` exactly where there are at most K of them, else from K strata;
-  `uniform` always from strata; `entropy` in proportion to entropy_RxT, with
-  importance weights (AGRPO); `top`, the K of most entropy, is the mean over
-  those alone (biased). Weights are 0 where a row wants none.
+
+def kth_wanted(wanted_RxT: BoolRL, at_RxK: Array) -> Array:
+  """Returns the wanted steps of number at_RxK, counted from 0 in order of time."""
+  first = jnp.argsort(~wanted_RxT, axis=1, stable=True)
+  return jnp.take_along_axis(first, at_RxK, axis=1)
+
+
+def from_strata(u_RxK: Array, wanted_RxT: BoolRL) -> Array:
+  """Returns a number of a wanted step from each of K even strata."""
+  count = jnp.sum(wanted_RxT, axis=1, keepdims=True)
+  return jnp.minimum(jnp.floor(u_RxK * count), jnp.maximum(count - 1, 0)).astype(
+    jnp.int32
+  )
+
+
+def every_weight(u_RxK: Array, wanted_RxT: BoolRL) -> tuple[Array, Array]:
+  """Returns (few, weight) of visiting the wanted steps one by one.
+
+  few: whether at most K are wanted. The first n of K copies then weigh K / n, so that
+  the mean over copies is the mean over the n wanted steps.
+  """
+  draws = u_RxK.shape[1]
+  count = jnp.sum(wanted_RxT, axis=1, keepdims=True)
+  weight = draws / jnp.maximum(count, 1) * (jnp.arange(draws)[None] < count)
+  return count <= draws, weight
+
+
+def choose_uniform(u_RxK: Array, wanted_RxT: BoolRL, entropy: Any) -> tuple:
+  """Chooses one step from each of K even strata of the wanted."""
+  at = from_strata(u_RxK, wanted_RxT)
+  any_wanted = jnp.any(wanted_RxT, axis=1, keepdims=True)
+  weight = jnp.broadcast_to(any_wanted.astype(jnp.float32), at.shape)
+  return kth_wanted(wanted_RxT, at), weight
+
+
+def choose_each(u_RxK: Array, wanted_RxT: BoolRL, entropy: Any) -> tuple:
+  """Chooses every wanted step where there are at most K, else as `choose_uniform`."""
+  few, every = every_weight(u_RxK, wanted_RxT)
+  last = wanted_RxT.shape[1] - 1
+  in_turn = jnp.minimum(jnp.arange(u_RxK.shape[1])[None], last)
+  at = jnp.where(few, in_turn, from_strata(u_RxK, wanted_RxT))
+  return kth_wanted(wanted_RxT, at), jnp.where(few, every, 1.0)
+
+
+def choose_top(u_RxK: Array, wanted_RxT: BoolRL, entropy_RxT: Any) -> tuple:
+  """Chooses the K steps of most entropy: the mean over those alone, biased."""
+  few, every = every_weight(u_RxK, wanted_RxT)
+  score = jnp.where(wanted_RxT, entropy_RxT, -jnp.inf)
+  best = jnp.argsort(-score, axis=1, stable=True)[:, : u_RxK.shape[1]]
+  return best, jnp.where(few, every, 1.0)
+
+
+def choose_entropy(u_RxK: Array, wanted_RxT: BoolRL, entropy_RxT: Any) -> tuple:
+  """Chooses steps in proportion to their entropy, with importance weights (AGRPO).
+
+  A step of chance p weighs 1 / (n p) for n wanted steps, so the mean stays unbiased.
+  """
+  count = jnp.sum(wanted_RxT, axis=1, keepdims=True)
+  p = jnp.where(wanted_RxT, jnp.maximum(entropy_RxT, 1e-6), 0.0)
+  p /= jnp.maximum(jnp.sum(p, axis=1, keepdims=True), 1e-30)
+  # side = right: u = 0 must not choose a first step of chance 0.
+  step = jax.vmap(lambda total, u: jnp.searchsorted(total, u, 'right'))(
+    jnp.cumsum(p, axis=1), u_RxK
+  )
+  number = jnp.arange(wanted_RxT.shape[1])[None]
+  last = jnp.max(jnp.where(wanted_RxT, number, 0), axis=1, keepdims=True)
+  step = jnp.minimum(step, last)  # the sum may be below one by rounding
+  own = jnp.take_along_axis(p, step, axis=1)
+  return step, jnp.where(count > 0, 1 / jnp.maximum(count * own, 1e-30), 0.0)
+
+
+CHOOSE = {
+  'each': choose_each,
+  'uniform': choose_uniform,
+  'entropy': choose_entropy,
+  'top': choose_top,
+}
+
+
+def step_rules(hp: Any) -> dict[str, Callable]:
+  """Returns the rules of the fields of `draw_steps`; 0 draws stand for all steps."""
+  return {'draws': least(0 if hp.choose == 'each' else 1)}
+
+
+def choose_steps(
+  key: AnyKey, row_R: IntR, wanted_RxT: BoolRL, entropy: Any, choose: str, draws: int
+) -> tuple[Array, Array]:
+  """Chooses K of a row's wanted steps: (step (R, K) int32, weight (R, K)).
+
+  The mean over copies of weight * f(step) estimates that of f over all wanted steps,
+  unbiased but for `top`.
   """
   if choose in ('each', 'top'):  # no step twice
     draws = min(draws, wanted_RxT.shape[1])
-  count = jnp.sum(wanted_RxT, axis=1, keepdims=True)
-  place = jnp.arange(draws)[None]
-  first = jnp.argsort(~wanted_RxT, axis=1, stable=True)  # the wanted, in order
-  each = draws / jnp.maximum(count, 1) * (place < count)
-  if choose == 'top':
-    score = jnp.where(wanted_RxT, entropy_RxT, -jnp.inf)
-    best = jnp.argsort(-score, axis=1, stable=True)[:, :draws]
-    return best, jnp.where(count <= draws, each, 1.0)
-  u = (
-    place + rng.per_row(key, row_R, lambda key: jax.random.uniform(key, (draws,)))
-  ) / draws
-  if choose == 'entropy':
-    chance = jnp.where(wanted_RxT, jnp.maximum(entropy_RxT, 1e-6), 0.0)
-    chance /= jnp.maximum(jnp.sum(chance, axis=1, keepdims=True), 1e-30)
-    # To the right: u = 0 is not the first step's if that has no chance.
-    step = jax.vmap(lambda total, u: jnp.searchsorted(total, u, 'right'))(
-      jnp.cumsum(chance, axis=1), u
-    )
-    last = jnp.max(
-      jnp.where(wanted_RxT, jnp.arange(wanted_RxT.shape[1])[None], 0),
-      axis=1,
-      keepdims=True,
-    )
-    step = jnp.minimum(step, last)  # the sum may be below one by rounding
-    own = jnp.take_along_axis(chance, step, axis=1)
-    return step, jnp.where(count > 0, 1 / jnp.maximum(count * own, 1e-30), 0.0)
-  at = jnp.minimum(jnp.floor(u * count), jnp.maximum(count - 1, 0)).astype(jnp.int32)
-  if choose == 'each':
-    few = count <= draws
-    at = jnp.where(few, jnp.minimum(place, wanted_RxT.shape[1] - 1), at)
-    weight = jnp.where(few, each, 1.0)
-  else:
-    weight = jnp.broadcast_to((count > 0).astype(jnp.float32), at.shape)
-  return jnp.take_along_axis(first, at, axis=1), weight
+  offset = rng.per_row(key, row_R, lambda key: jax.random.uniform(key, (draws,)))
+  u_RxK = (jnp.arange(draws)[None] + offset) / draws
+  return CHOOSE[choose](u_RxK, wanted_RxT, entropy)
 
 
-def draw_steps(key, row_R, record, wanted_RxT, hp, mean=False):
-  """Masks of the states before `hp.draws` (0: all) of the wanted steps.
+def draw_steps(
+  key: AnyKey,
+  row_R: IntR,
+  record: Record,
+  wanted_RxT: BoolRL,
+  hp: Any,
+  mean: bool = False,
+) -> Masks:
+  """Draws the states before `hp.draws` (0: all) of the wanted steps.
 
-  What a step revealed is counted. mean: entropies of a step are averaged, not
-  summed.
+  The tokens that a step unmasked are counted. mean: a step's entropy is the mean over
+  its tokens, not the sum.
   """
-  order = record['order']
-  entropy = None
+  order, entropy = record.order, None
   if hp.choose in ('entropy', 'top'):
-    entropy = by_step(order, record['entropy'])
+    entropy = by_step(order, record.more['entropy'])
     if mean:
       entropy /= jnp.maximum(by_step(order, jnp.ones_like(entropy)), 1)
   step, weight = choose_steps(
@@ -262,58 +420,20 @@ def draw_steps(key, row_R, record, wanted_RxT, hp, mean=False):
   )
   order, step = order[:, None], step[..., None]
   masked = (order >= step) | (order < 0)
-  return Masks(masked, weight, (order == step) & (weight > 0)[..., None])
+  masks = masking.per_copy(masked, weight)
+  return masks._replace(counted=(order == step) & (masks.weight > 0))
 
 
-def shown_steps(record, tokens_RxL):
-  """(R, T) bool: steps that revealed one of the tokens."""
-  return by_step(record['order'], tokens_RxL.astype(jnp.int32)) > 0
+def shown_steps(record: Record, tokens_RxL: BoolRL) -> BoolRL:
+  """Returns the steps that unmasked one of the tokens, (R, T)."""
+  return by_step(record.order, tokens_RxL.astype(jnp.int32)) > 0
 
 
-# --- what cannot be
+def counted_sums(x_RxKxL: Array, masks: Masks) -> Array:
+  """Returns the sum over a copy's counted positions, (R, K)."""
+  return jnp.sum(jnp.where(masks.counted, x_RxKxL, 0.0), axis=-1)
 
 
-def complain(hp, **allowed):
-  """Complaints about fields: a tuple lists values, a function tests them."""
-  found = []
-  for name, rule in allowed.items():
-    value = getattr(hp, name)
-    if isinstance(rule, tuple) and value not in rule:
-      found.append(f'objective.{name} = {value!r} must be one of {", ".join(rule)}')
-    elif callable(rule) and (said := rule(value)):
-      found.append(f'objective.{name} = {value} {said}')
-  return found
-
-
-def least(low):
-  return lambda x: '' if x >= low else f'must be >= {low}'
-
-
-def above(low):
-  return lambda x: '' if x > low else f'must be > {low}'
-
-
-def chance(x):
-  return '' if 0 <= x < 1 else 'must be in [0, 1)'
-
-
-def pairs(x):
-  return (
-    '' if x >= 2 and x % 2 == 0 else ('must be even: masks come with their complements')
-  )
-
-
-def ratio_rules(hp):
-  """Complaints about the fields of `terms`."""
-  return complain(
-    hp, advantage=ADVANTAGES, clip=chance, clip_high=least(0), beta=least(0), kl=KLS
-  )
-
-
-def elbo_rules(hp):
-  """Complaints about the fields of `draw_elbo`."""
-  return complain(
-    hp,
-    masks=('stratified', 'random'),
-    draws=pairs if hp.masks == 'stratified' else least(1),
-  )
+def step_weight(masks: Masks) -> Array:
+  """Returns the copies' weights, (R, K), of masks drawn by `draw_steps`."""
+  return masks.weight[..., 0]

@@ -1,19 +1,19 @@
-"""SPG: push up a lower bound of good completions, down an upper one of bad.
+"""SPG: push up a lower bound of good completions, push down an upper bound of bad ones.
 
-arXiv 2510.09541. Over K = `draws` masks z with share t masked:
+arXiv 2510.09541. Over K = `draws` masks z with mask ratio t:
 
   ELBO = mean_z 1/t sum_masked log p(x_i|z)
   EUBO = 1/power sum_i log mean_z [ 1/t 1(i masked) p(x_i|z)^power ]
   loss = -mean_g A (ELBO if A > 0 else bound),  A = r - mean
 
-bound = eubo | elbo | mix (`mix` EUBO + the rest ELBO) | none (A < 0 is left
-out). variant = released: both are means over the tokens masked (EUBO's
-of those masked at all), and rows count by their length. masks = block: in
-one block of the sampler a uniform number, all in those after it and behind
-the first EOS, and of what is then left clean each token, of the prompt
-too, with chance `mask_prompt`. random: a uniform number of the completion's
-tokens, the tail and the chance as before. The log of a mean over K masks is
-below the log of its expectation. No ratio: reuse of rollouts is unguarded.
+bound = eubo | elbo | mix (`mix` EUBO + the rest ELBO) | none (A < 0 is left out).
+variant = released: both bounds are means over the masked tokens (EUBO's over the tokens
+masked in any copy), and rows count by their length. masks = block: a uniform number in
+one block of the sampler, all in the blocks after it and behind the first EOS, and each
+token that is then left clean, of the prompt too, with chance `mask_prompt`. random: a
+uniform number of the completion's tokens; the tail and the chance as before. The log of
+a mean over K masks is below the log of its expectation. No ratio: reuse of rollouts is
+unguarded.
 """
 
 import dataclasses
@@ -23,35 +23,62 @@ import jax.numpy as jnp
 
 from dmpo_jax import masking, rng
 from dmpo_jax.objectives import shared
-from dmpo_jax.types import Masks, Objective
-
-BOUNDS = ('elbo', 'eubo', 'mix', 'none')
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.types import (
+  Array,
+  FloatR,
+  IntR,
+  Masks,
+  Objective,
+  Scored,
+  Text,
+  TrainBatch,
+  ViewLogp,
+  Wants,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  advantage: str = 'mean'
-  bound: str = 'mix'
-  power: float = 1.5
-  mix: float = 0.5
-  variant: str = 'released'
-  masks: str = 'block'
-  draws: int = 2
-  low: float = 0.0
-  high: float = 1.0
-  mask_prompt: float = 0.15
+class Config(shared.Settings):
+  OWN = {
+    'bound': shared.one_of('elbo', 'eubo', 'mix', 'none'),
+    'power': shared.least(1),
+    'variant': shared.one_of('released', 'formula'),
+    'masks': shared.one_of('block', 'random'),
+    'mix': shared.least(0),
+  }
+  advantage: str = 'mean'  # reward less: mean | loo (mean of the others) | zscore
+  bound: str = 'mix'  # bound of bad completions: elbo | eubo | mix | none
+  power: float = 1.5  # power of the probabilities in the EUBO, >= 1
+  mix: float = 0.5  # share of the EUBO in bound mix
+  variant: str = 'released'  # released (means over tokens) | formula (sums)
+  masks: str = 'block'  # block (of the sampler) | random
+  draws: int = 2  # masked copies of a completion per update
+  low: float = 0.0  # least share of the block that is masked
+  high: float = 1.0  # largest share of the block that is masked
+  mask_prompt: float = 0.15  # chance of a clean token to be masked; 0 = none
+
+  def problems(self) -> list[str]:
+    bad = super().problems()
+    if not 0 <= self.low <= self.high <= 1:
+      bad.append(
+        f'objective.low = {self.low} and objective.high = {self.high} must satisfy '
+        '0 <= low <= high <= 1'
+      )
+    return bad
 
 
-def draw(key, row_R, completion_RxL, hp, record=None):
-  """hp.draws masks; Masks.weight is one over the share that is masked."""
+def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
+  """Draws hp.draws masks; Masks.weight is one over the masked share."""
+  completion_RxL = text.completion
   length = completion_RxL.shape[1]
-  block = record['block'] if hp.masks == 'block' else length
+  block = text.block if hp.masks == 'block' else length
   which = jnp.arange(length) // block
   count_R = jnp.sum(completion_RxL, axis=1)
 
-  def one(key, completion, count):
+  def of_row(key, completion, count):
     keys = jax.random.split(key, 4)
-    blocks = -(-count // block)  # of them that the completion reaches
+    blocks = -(-count // block)  # blocks that the completion reaches
     order = jax.random.permutation(keys[0], length // block)
     chosen = order[jnp.arange(hp.draws) % len(order)] % blocks
     inside = (which[None] == chosen[:, None]) & completion[None]
@@ -68,40 +95,42 @@ def draw(key, row_R, completion_RxL, hp, record=None):
     extra = jax.random.uniform(keys[3], (hp.draws, length))
     return masked | (extra < hp.mask_prompt)
 
-  masked = jax.vmap(one)(rng.row_keys(key, row_R), completion_RxL, count_R)
+  masked = jax.vmap(of_row)(rng.row_keys(key, row_R), completion_RxL, count_R)
   counted = masked & completion_RxL[:, None]
   prompt = None
   if hp.mask_prompt:
     prompt = masking.draw_prompt(
-      jax.random.fold_in(key, 1), row_R, record['prompt'], hp.draws, hp.mask_prompt
+      rng.substream(key, 'prompt'), row_R, text.prompt, hp.draws, hp.mask_prompt
     )
-  return Masks(masked, count_R[:, None] / jnp.sum(counted, axis=-1), counted, prompt)
+  masks = masking.per_copy(masked, count_R[:, None] / jnp.sum(counted, axis=-1))
+  return masks._replace(counted=counted, prompt=prompt)
 
 
-def bounds(logp_RxKxL, masks, hp):
-  """(ELBO, EUBO), each (R,)."""
+def bounds(logp_RxKxL: Array, masks: Masks, hp: Config) -> tuple[FloatR, FloatR]:
+  """Returns (ELBO, EUBO)."""
   size = jnp.sum(masks.counted, axis=-1)
   sums = jnp.sum(jnp.where(masks.counted, logp_RxKxL, 0.0), axis=-1)
-  lifted = hp.power * logp_RxKxL + jnp.log(masks.weight)[..., None]
+  lifted = hp.power * logp_RxKxL + jnp.log(masks.weight)
   lifted = jnp.where(masks.counted, lifted, -1e30)
   seen = jnp.any(masks.counted, axis=1)
   each = jax.nn.logsumexp(lifted, axis=1) - jnp.log(logp_RxKxL.shape[1])
   upper = jnp.sum(jnp.where(seen, each, 0.0), axis=1) / hp.power
   if hp.variant == 'formula':
-    return jnp.mean(masks.weight * sums, axis=1), upper
+    return jnp.mean(masks.weight[..., 0] * sums, axis=1), upper
   return jnp.mean(sums / size, axis=1), upper / jnp.sum(seen, axis=1)
 
 
-def weigh(scored, hp):
+def weigh(scored: Scored, hp: Config) -> tuple:
+  """Weighs for a mean over rows; released: rows count by their length."""
   scale = shared.per_row(scored)
   if hp.variant == 'released':
     scale = shared.per_token(scored) * scored.length
   return shared.weigh(scored, hp.advantage, scale)
 
 
-def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
-  """(sum over rows / norm, metrics)."""
-  lower, upper = bounds(logp_RxKxL, masks, hp)
+def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
+  """Returns (sum over rows / norm, metrics)."""
+  lower, upper = bounds(now.logp, masks, hp)
   share = {'elbo': 0.0, 'eubo': 1.0, 'mix': hp.mix, 'none': 0.0}[hp.bound]
   below = share * upper + (1 - share) * lower
   if hp.bound == 'none':
@@ -113,38 +142,4 @@ def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
   }
 
 
-def needs(hp):
-  return ({'block'} if hp.masks == 'block' else set()) | (
-    {'prompt'} if hp.mask_prompt else set()
-  )
-
-
-def check(hp):
-  found = shared.complain(
-    hp,
-    advantage=shared.ADVANTAGES,
-    bound=BOUNDS,
-    power=shared.least(1),
-    variant=('released', 'formula'),
-    masks=('block', 'random'),
-    draws=shared.least(1),
-    mask_prompt=shared.chance,
-    mix=shared.least(0),
-  )
-  if not 0 <= hp.low <= hp.high <= 1:
-    found.append(
-      f'objective.low = {hp.low}, objective.high = {hp.high} must '
-      'be 0 <= low <= high <= 1'
-    )
-  return found
-
-
-OBJECTIVE = Objective(
-  hp=Config,
-  needs=needs,
-  check=check,
-  draw=draw,
-  weigh=weigh,
-  reweigh=shared.no_reweigh,
-  loss=loss,
-)
+OBJECTIVE = Objective(Config, lambda hp: Wants(), draw, weigh, loss)

@@ -1,16 +1,16 @@
-"""VRPO (LLaDA 1.5): DPO on ELBOs, the pairs made of verified rollouts.
+"""VRPO (LLaDA 1.5): DPO on ELBOs, with pairs made of verified rollouts.
 
-arXiv 2505.19223. For a pair (w, l) of one prompt with r_w > r_l, and E the
-ELBO under masks that policy and reference share:
+arXiv 2505.19223. For a pair (w, l) of one prompt with r_w > r_l, and E the ELBO under
+masks that policy and reference share:
 
   -log sigmoid(beta (E_theta - E_ref)(w) - beta (E_theta - E_ref)(l))
   - sft_coef E_theta(w) / L
 
-variant = all: the mean over a group's pairs; best: its first best against its
-first worst. The paper's pairs come from elsewhere, ours of the rollouts; groups
-of equal rewards have none. `reweigh` gives the derivatives by every row's
-ELBO, under the same masks: the gradient is exact however rows are cut into
-microbatches. The sigmoid of a noisy ELBO is biased; its variance bounds that.
+variant = all: the mean over a group's pairs; best: its first best against its first
+worst. The paper's pairs are given preferences; ours are rollouts of one group, and
+groups of equal rewards have none. `reweigh` gives the derivatives by every row's ELBO,
+under the same masks: the gradient is exact however rows are cut into microbatches. The
+sigmoid of a noisy ELBO is biased; its variance bounds that.
 """
 
 import dataclasses
@@ -19,30 +19,46 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax.objectives import shared
-from dmpo_jax.types import Objective, to_groups, to_rows
+from dmpo_jax.types import (
+  Array,
+  FloatBG,
+  FloatR,
+  Objective,
+  Scored,
+  TrainBatch,
+  Wants,
+  to_groups,
+  to_rows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  beta: float = 0.2
-  sft_coef: float = 0.05
-  variant: str = 'all'
-  masks: str = 'random'
-  draws: int = 8
+class Config(shared.Settings):
+  OWN = {
+    'beta': shared.above(0),
+    'sft_coef': shared.least(0),
+    'variant': shared.one_of('all', 'best'),
+  }
+  beta: float = 0.2  # inverse temperature of the ELBO gap
+  sft_coef: float = 0.05  # factor of the winners' likelihood; 0 = off
+  variant: str = 'all'  # pairs of a group: all | best (first best and first worst)
+  masks: str = 'random'  # masks of the ELBO: stratified (in pairs) | random
+  draws: int = 8  # masked copies of a completion per update
+
+  def rules(self) -> dict:
+    return super().rules() | shared.elbo_rules(self)
 
 
-def weigh(scored, hp):
-  """`positive` holds the rewards: `reweigh` makes pairs of them."""
+def weigh(scored: Scored, hp: Config) -> tuple:
+  """Returns wins less losses, the rewards as own['reward'], and metrics."""
   share = pairs(scored.reward, hp)
-  return (
-    jnp.sum(share - jnp.swapaxes(share, 1, 2), axis=2),
-    scored.reward,
-    {'groups_with_pairs': jnp.mean(jnp.sum(share, axis=(1, 2)))},
-  )
+  metrics = {'groups_with_pairs': jnp.mean(jnp.sum(share, axis=(1, 2)))}
+  weight = jnp.sum(share - jnp.swapaxes(share, 1, 2), axis=2)
+  return weight, {'reward': scored.reward}, metrics
 
 
-def pairs(reward_BxG, hp):
-  """(B, G, G): the share of the pair (winner, loser) in its group."""
+def pairs(reward_BxG: FloatBG, hp: Config) -> Array:
+  """Returns the share of the pair (winner, loser) in its group, (B, G, G)."""
   better = reward_BxG[:, :, None] > reward_BxG[:, None, :]
   if hp.variant == 'best':
     group = reward_BxG.shape[1]
@@ -53,10 +69,10 @@ def pairs(reward_BxG, hp):
   return better / jnp.maximum(count, 1)
 
 
-def reweigh(elbo_R, elbo_old_R, batch, group, hp):
-  """(R,) minus the derivative of a group's loss by each row's ELBO."""
-  share = pairs(to_groups(batch.positive, group), hp)
-  gap = to_groups(elbo_R - batch.extra['elbo_ref'], group)
+def reweigh(elbo_R: FloatR, batch: TrainBatch, group: int, hp: Config) -> FloatR:
+  """Returns minus the derivative of a group's loss by each row's ELBO."""
+  share = pairs(to_groups(batch.own['reward'], group), hp)
+  gap = to_groups(elbo_R - batch.ref.elbo, group)
   margin = hp.beta * (gap[:, :, None] - gap[:, None, :])
   push = hp.beta * jax.nn.sigmoid(-margin) * share
   length = batch.completion.shape[1]
@@ -67,22 +83,8 @@ def reweigh(elbo_R, elbo_old_R, batch, group, hp):
   )
 
 
-def needs(hp):
-  return {'elbo_ref', 'policy'}
+def wants(hp: Config) -> Wants:
+  return Wants(elbo=('ref',), reweigh=True)
 
 
-def check(hp):
-  return shared.elbo_rules(hp) + shared.complain(
-    hp, beta=shared.above(0), sft_coef=shared.least(0), variant=('all', 'best')
-  )
-
-
-OBJECTIVE = Objective(
-  hp=Config,
-  needs=needs,
-  check=check,
-  draw=shared.draw_elbo,
-  weigh=weigh,
-  reweigh=reweigh,
-  loss=shared.elbo_loss,
-)
+OBJECTIVE = Objective(Config, wants, shared.draw_elbo, weigh, shared.elbo_loss, reweigh)

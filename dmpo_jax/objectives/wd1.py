@@ -4,8 +4,8 @@ arXiv 2507.08838. w+ = softmax_g(A / psi), w- = softmax_g(-A / psi):
 
   loss = sum_g (-w+ + w-) sum_i log pi(x_i), pi as in diffu_grpo
 
-psi is `alpha`; strength = 0 leaves w- out (the paper's positive-only arm). The
-weights are DMPO's without log-probs; what differs is the likelihood.
+psi is `alpha`; strength = 0 leaves out w- (the paper's positive-only arm). The weights
+are DMPO's without log-probs; the likelihood differs.
 """
 
 import dataclasses
@@ -13,49 +13,33 @@ import dataclasses
 import jax.numpy as jnp
 
 from dmpo_jax.objectives import diffu_grpo, dmpo, shared
-from dmpo_jax.types import Objective
+from dmpo_jax.types import Masks, Objective, Scored, TrainBatch, ViewLogp, Wants
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  alpha: float = 1.0
-  strength: float = 1.0
-  mask_prompt: float = 0.15
+class Config(shared.Settings):
+  OWN = {'alpha': shared.above(0), 'strength': shared.least(0)}
+  alpha: float = 1.0  # psi, temperature of the weights
+  strength: float = 1.0  # factor of w-; 0 = positive weights only
+  mask_prompt: float = 0.15  # chance of a prompt token to be masked; 0 = none
 
 
-def weigh(scored, hp):
-  """Signed weights and w+, each (B, G), and metrics."""
+def weigh(scored: Scored, hp: Config) -> tuple:
+  """Returns signed weights (B, G), no further row values, and metrics."""
   plus, minus = dmpo.target_weights(
     scored.reward, jnp.zeros_like(scored.reward), hp.alpha
   )
-  return plus - hp.strength * minus, plus, {'ess': jnp.mean(dmpo.effective_size(plus))}
+  metrics = {'ess': jnp.mean(dmpo.effective_size(plus))}
+  return plus - hp.strength * minus, {}, metrics
 
 
-def loss(logp_RxKxL, masks, batch, elbo_old_R, hp):
-  """(sum over rows / norm, metrics)."""
-  weight = shared.like(batch.weight, logp_RxKxL)
-  counted = jnp.where(masks.counted, logp_RxKxL, 0.0)
+def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
+  """Returns (sum over rows / norm, metrics)."""
+  weight = shared.like(batch.weight, now.logp)
+  counted = jnp.where(masks.counted, now.logp, 0.0)
   return -jnp.sum(weight * counted) / batch.norm, {
     'nll': -jnp.sum(counted) / batch.total
   }
 
 
-def needs(hp):
-  return {'prompt'} if hp.mask_prompt else set()
-
-
-def check(hp):
-  return shared.complain(
-    hp, alpha=shared.above(0), strength=shared.least(0), mask_prompt=shared.chance
-  )
-
-
-OBJECTIVE = Objective(
-  hp=Config,
-  needs=needs,
-  check=check,
-  draw=diffu_grpo.draw,
-  weigh=weigh,
-  reweigh=shared.no_reweigh,
-  loss=loss,
-)
+OBJECTIVE = Objective(Config, lambda hp: Wants(), diffu_grpo.draw, weigh, loss)

@@ -23,6 +23,15 @@ CACHES = ('none', 'prefix', 'dual')
 NAMES = (*PICKS, 'wino')  # what sampler.pick may be
 
 
+class Law(NamedTuple):
+  """What log-probs must know of the sampling law."""
+
+  block: int
+  temperature: float
+  guidance: float = 0.0
+  rank_temperature: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
   """How completions are sampled."""
@@ -50,14 +59,13 @@ class SampleConfig:
   top_k: int = 0  # most probable tokens; 0 = all
   verify: float = 0.9  # pick 'wino': less probable in hindsight is masked again
 
+  def problems(self) -> list[str]:
+    """Returns one sentence for each impossible setting."""
+    return problems(self)
+
   def law(self):
     """What `logprob.trajectory_logp` must know of the sampling law."""
-    return dict(
-      block=self.block,
-      temperature=self.temperature,
-      guidance=self.guidance,
-      rank_temperature=self.rank_temperature,
-    )
+    return Law(self.block, self.temperature, self.guidance, self.rank_temperature)
 
   def order_from(self):
     """What decides which positions a step reveals, beside the tokens there.
@@ -113,18 +121,6 @@ RECORDS = {
   'fallback': fallback_record,
   'place': place_record,
 }
-
-
-def record_of(rollouts, needs):
-  """What an objective may see of how rollouts came about; None for nothing."""
-  if 'record' not in needs:
-    return None
-  return dict(
-    order=rollouts.order,
-    logp=rollouts.logp,
-    confidence=rollouts.confidence,
-    **(rollouts.more or {}),
-  )
 
 
 class Loop(NamedTuple):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dmpo_jax import build, check, mesh, model, optim, step
+from dmpo_jax import build
 from dmpo_jax.sampler import picks
 
 GIB = 2**30
@@ -118,7 +118,7 @@ def make(c, topology=''):
   chip = next((x for name, x in CHIPS.items() if kind.startswith(name)), None)
   prompt = prompt_length(built)
   made = [compiled(built, chip, len(devices), *job) for job in jobs(built, prompt)]
-  parts, state = states(built)
+  parts, state = build.abstract_states(built)
   cache = cache_bytes(built, prompt)
   held = per_device(parts) + per_device(state) + fixed_bytes(built, parts, state)
   total = held + max(p.temporaries + p.output for p in made)
@@ -173,57 +173,7 @@ def prompt_length(built):
   return build.problems(built, 'train').tokens.shape[1]
 
 
-def compile_longest(built, prompt):
-  """Compiles the programs of the longest prompts, if a cache keeps them."""
-  if not jax.config.jax_compilation_cache_dir:
-    return
-  for name, program, args, _ in jobs(built, prompt):
-    if not hasattr(program, 'trace'):  # pmap compiles when it is called
-      continue
-    logging.info('compiling %s for prompts of %d tokens', name, prompt)
-    program.trace(*args).lower().compile()
-
-
 # --- shapes
-
-
-def sharded(tree, grid):
-  """ShapeDtypeStructs with the shardings of mesh.RULES."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    mesh.shardings(tree, grid),
-  )
-
-
-def states(built):
-  """(frozen params, TrainState) as a run holds them, as shapes."""
-  c, cfg = built.config, built.model
-  tree = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-  params = {'params': tree['params']}
-  trainable = {'lora': tree['lora']} if cfg.lora_rank else params
-  params = quantized(params, c.model.quantize)
-  optimizer = build.optimizer_of(c)
-  state = jax.eval_shape(lambda x: step.init_state(x, optimizer), trainable)
-  return sharded(params, built.mesh), sharded(state, built.mesh)
-
-
-def references(built, frozen, state):
-  """Steps.read_references as shapes, with the moving one in its place."""
-  c = built.config
-  if check.plain_reference(c):
-    return ()
-  moving = 'moving' in c.reference.of and optim.reference_of(state.opt_state)
-  return tuple(
-    {}
-    if path == 'base'
-    else moving
-    if path == 'moving'
-    else state.trainable
-    if build.is_adapter(path)
-    else frozen
-    for path in c.reference.of
-  )
 
 
 def fixed_bytes(built, frozen, state):
@@ -231,21 +181,12 @@ def fixed_bytes(built, frozen, state):
   return sum(
     per_device(tree)
     for path, tree in zip(
-      built.config.reference.of, references(built, frozen, state), strict=False
+      built.config.reference.of,
+      build.abstract_references(built, frozen, state),
+      strict=False,
     )
     if path != 'moving'
   )
-
-
-def quantized(params, kind):
-  """Shapes of parameters as model.quantize = kind stores them."""
-
-  def one(path, x):
-    if kind == 'none' or not mesh.path_of(path).endswith('/kernel'):
-      return x
-    return jax.eval_shape(lambda x: model.quantize(x, kind), x)
-
-  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def per_device(tree):
@@ -274,16 +215,8 @@ def cache_bytes(built, prompt):
 
 def jobs(built, prompt):
   """[(name, program, arguments as shapes, trips of its open loops)]."""
-  c, grid = built.config, built.mesh
-  rows, length = c.train.prompts * c.train.group, c.sampler.length
-  by_row = mesh.rows(grid)
-
-  def row(shape, dtype):
-    return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=by_row)
-
-  frozen, state = states(built)
-  rollouts = build.abstract_rollouts(built, prompt)
-  steps = c.sampler.length
+  c = built.config
+  length = steps = c.sampler.length
   if c.sampler.pick in picks.SCHEDULED:
     steps = c.sampler.steps
   trips = (steps,)
@@ -291,44 +224,8 @@ def jobs(built, prompt):
     a_block = steps // (length // c.sampler.block)
     a_lap = min(a_block, c.sampler.refresh or a_block)
     trips = (-(-a_block // a_lap), a_lap - 1)
-  return [
-    (
-      'sample',
-      built.steps.sample,
-      (
-        {**frozen, **state.trainable},
-        row((prompt,), jnp.int32),
-        row((prompt,), jnp.bool_),
-        row((), jnp.int32),
-      ),
-      trips,
-    ),
-    (
-      'score',
-      built.steps.score,
-      (
-        state.trainable,
-        frozen,
-        rollouts,
-        row((), jnp.int32),
-        row((length,), jnp.bool_),
-        references(built, frozen, state),
-      ),
-      (steps,),
-    ),
-    (
-      'update',
-      built.steps.update,
-      (
-        state,
-        frozen,
-        build.abstract_batch(built, prompt),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.float32),
-      ),
-      (1,),
-    ),
-  ]
+  loops = {'sample': trips, 'score': (steps,), 'update': (1,)}
+  return [(*job, loops[job[0]]) for job in build.programs(built, prompt)]
 
 
 def compiled(built, chip, devices, name, program, args, trips):

@@ -1,0 +1,279 @@
+"""What a config names, made: tokenizer, model, optimizer, references, problems.
+
+Below this file nobody sees a ConfigDict but `check`, which refuses an impossible config
+before anything is compiled. Nothing here compiles; build.py does.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dmpo_jax import check, config, data, model, optim, step, weights
+from dmpo_jax.logprob import LogprobConfig
+from dmpo_jax.objectives.shared import Common
+from dmpo_jax.sampler import SampleConfig
+from dmpo_jax.tasks import answers
+from dmpo_jax.types import Objective, TaskOptions
+
+
+def tokenizer_of(c: Any, folder: str) -> Any:
+  """Returns the tokenizer: data.tokenizer, else the checkpoint's, else 'char'.
+
+  None for a preset of a published model whose files are not here: only to plan.
+  """
+  ids = {}
+  if folder:
+    fields = weights.read_config(folder)
+    ids = {name: fields[name] for name in ('mask_id', 'eos_id', 'pad_id')}
+  elif not c.data.tokenizer and 'vocab' in model.PRESETS[c.model.preset]:
+    return None
+  return data.load_tokenizer(c.data.tokenizer or folder or 'char', ids)
+
+
+def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
+  """Returns the model's sizes and settings: a checkpoint's, or a preset's.
+
+  ValueError if heads, adapters, tokenizer and mesh do not fit together.
+  """
+  if folder:
+    fields = weights.read_config(folder)
+  else:
+    changed = {name: c.model[name] for name in config.SIZES if c.model[name]}
+    fields = {**model.PRESETS[c.model.preset], **changed}
+    if tokenizer is not None:
+      fields |= dict(
+        vocab=max(len(tokenizer), fields.get('vocab', 0)),
+        mask_id=tokenizer.mask_token_id,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+      )
+  cfg = model.ModelConfig(
+    **fields,
+    dtype=c.model.dtype,
+    param_dtype=c.model.param_dtype,
+    remat=c.model.remat,
+    head_chunk=c.model.head_chunk,
+    attention=c.model.attention,
+    lora_rank=c.lora.rank,
+    lora_alpha=c.lora.alpha,
+    lora_dropout=c.lora.dropout,
+    lora_targets=model.LORA_TARGETS.get(c.lora.targets, c.lora.targets),
+  )
+  check_targets(cfg)
+  if not cfg.head_dim and cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
+    raise ValueError(
+      f'model.heads = {cfg.heads} must divide model.width = '
+      f'{cfg.width} and be a multiple of model.kv_heads = '
+      f'{cfg.kv_heads}'
+    )
+  if c.model.attention == 'splash' and cfg.kv_heads % c.mesh.tensor:
+    raise ValueError(
+      f'model.attention = splash splits the K/V heads: '
+      f'model.kv_heads = {cfg.kv_heads} must be a multiple of '
+      f'mesh.tensor = {c.mesh.tensor}, or use xla'
+    )
+  if tokenizer is not None and len(tokenizer) > cfg.vocab:
+    raise ValueError(
+      f'the tokenizer has {len(tokenizer)} tokens, the model '
+      f"{cfg.vocab}: data.tokenizer is not this model's"
+    )
+  return cfg
+
+
+def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
+  """ValueError if a block-causal model is to be trained, or sampled off its blocks."""
+  if not cfg.block_causal:
+    return
+  if c.train.iterations or c.sft.steps:
+    raise ValueError(
+      f'model.checkpoint = {c.model.checkpoint!r} attends block by block: it can be '
+      'evaluated (set train.iterations = 0, sft.steps = 0), but the losses here mask '
+      'completions as a whole, which is not its forward process'
+    )
+  s = c.eval.sampler
+  if s.block != cfg.block_causal or s.length % cfg.block_causal:
+    raise ValueError(
+      f'eval.sampler.block = {s.block}, eval.sampler.length = {s.length}: this model '
+      f'attends in blocks of {cfg.block_causal}; set the block to that and the length '
+      'to a multiple'
+    )
+
+
+def check_targets(cfg: model.ModelConfig) -> None:
+  """ValueError if the adapters match no linear."""
+  try:
+    matched = any(re.search(cfg.lora_targets, name) for name in model.LINEARS)
+  except re.error as error:
+    raise ValueError(
+      f'lora.targets = {cfg.lora_targets!r} is no regular expression: {error}'
+    ) from None
+  if cfg.lora_rank and not matched:
+    raise ValueError(
+      f'lora.targets = {cfg.lora_targets!r} matches none of {", ".join(model.LINEARS)}'
+    )
+
+
+def optimizer_of(c: Any, lr: Any = None) -> Any:
+  """Returns RL's optimizer, with the moving reference if there is one.
+
+  lr may be traced; None = optim.lr.
+  """
+  fields = {**c.optim, 'lr': c.optim.lr if lr is None else lr}
+  return optim.make_optimizer(**fields, hold='moving' in c.reference.of)
+
+
+def sft_optimizer_of(c: Any) -> Any:
+  """Returns the optimizer of supervised training: AdamW, constant after warm-up."""
+  return optim.make_optimizer(
+    c.sft.lr, c.sft.warmup, 0.9, 0.99, 1e-8, c.sft.weight_decay, c.sft.clip
+  )
+
+
+def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup:
+  """Returns what stays the same from update to update."""
+  return step.Setup(
+    cfg,
+    objective,
+    check.settings(objective.Config, c.objective),
+    group=c.train.group,
+    inner=c.train.inner,
+    microbatches=c.train.microbatches,
+    law=check.settings(SampleConfig, c.sampler).law(),
+    logprob=check.settings(LogprobConfig, c.logprob),
+    common=check.settings(Common, c.objective),
+    measure=c.health.measure,
+    weights=tuple(c.reference.weights),
+    moves=(c.reference.every, c.reference.mix) if 'moving' in c.reference.of else None,
+  )
+
+
+# --- references
+
+
+def is_adapter(path: str) -> bool:
+  """Returns whether a path is the directory of a PEFT adapter."""
+  return os.path.isfile(os.path.join(path, 'adapter_config.json'))
+
+
+# Fields of ModelConfig in which a reference may differ from the policy.
+OF_THE_RUN = ('dtype', 'param_dtype', 'remat', 'head_chunk', 'attention')
+
+
+def check_reference(path: str, cfg: model.ModelConfig) -> None:
+  """ValueError if a reference has another vocabulary or shape than the policy."""
+  same = [
+    field.name
+    for field in dataclasses.fields(cfg)
+    if field.name not in OF_THE_RUN and 'lora' not in field.name
+  ]
+  theirs = {name: getattr(cfg, name) for name in same} | weights.read_config(path)
+  differing = [
+    f'{name} = {theirs[name]}, but the policy has {getattr(cfg, name)}'
+    for name in same
+    if theirs[name] != getattr(cfg, name)
+  ]
+  if differing:
+    raise ValueError(f'reference.of: {path}: ' + '; '.join(differing))
+
+
+def references(
+  c: Any, cfg: model.ModelConfig, folder: str, grid: Any, quantize: Callable
+) -> Callable[[], tuple]:
+  """Returns a function that reads what p_ref is made of: trees over the frozen base.
+
+  None stands for the moving one; () for the base alone. ValueError, before anything is
+  read, if one does not fit the policy.
+  """
+  if check.plain_reference(c):
+    return lambda: ()
+  plain = dataclasses.replace(cfg, lora_rank=0)
+
+  def reader(path):
+    if path in ('base', 'moving'):
+      return lambda: {} if path == 'base' else None
+    if is_adapter(path):
+      if not cfg.lora_rank:
+        raise ValueError(
+          f'reference.of: {path} is an adapter: set lora.rank, lora.alpha and '
+          "lora.targets to the adapter's"
+        )
+      return lambda: weights.read_adapter(path, cfg, folder, grid)
+    found = weights.locate(path, False)
+    check_reference(found, cfg)
+    return lambda: quantize(weights.read_params(weights.locate(path), plain, grid))
+
+  readers = [reader(path) for path in c.reference.of]
+  return lambda: tuple(read() for read in readers)
+
+
+# --- problems
+
+
+def problems(built, split):
+  """The problems of a split (data.Problems), loaded and encoded once."""
+  if split not in built.encoded:
+    d = built.config.data
+    examples = built.task.load(split, check.settings(TaskOptions, d))
+    texts, prefill = ask(built, examples, split)
+    built.encoded[split] = data.encode_problems(
+      examples,
+      texts,
+      built.tokenizer,
+      d.prompt_length,
+      d.attend_padding,
+      d.overlong,
+      prefill,
+    )
+  found = built.encoded[split]
+  prompt = found.tokens.shape[1]
+  for name, section in (
+    ('', built.config.sampler),
+    ('eval.', built.config.eval.sampler),
+  ):
+    if prompt + section.length > built.model.positions:
+      raise ValueError(
+        f'the longest prompt ({prompt} tokens) and {name}sampler.length = '
+        f"{section.length} exceed the model's {built.model.positions} "
+        'positions'
+      )
+  length = prompt + built.config.sampler.length
+  if built.config.model.attention == 'cudnn' and length % 2:
+    raise ValueError(
+      f'model.attention = cudnn trains on even lengths, this one is {length}:'
+      f' set data.prompt_length = {prompt + 1}'
+    )
+  return found
+
+
+def ask(built, examples, split):
+  """(the user's messages, how the answers begin) of a split's examples.
+
+  A template is a file with {field}s of the examples, in place of a style.
+  """
+  style, path = built.config.data.style, built.config.data.template
+  if split != 'train' and (built.config.eval.style or built.config.eval.template):
+    style, path = built.config.eval.style, built.config.eval.template
+  if not path:
+    return (
+      [built.task.prompt(example, style) for example in examples],
+      answers.PREFILL.get(style, ''),
+    )
+  with open(path, encoding='utf-8') as f:
+    template = f.read()
+  if not examples:
+    return [], ''  # data.encode_problems says what is wrong
+  fields = [name for name in examples[0] if f'{{{name}}}' in template]
+  if not fields:
+    raise ValueError(
+      f'the template {path} has no field of {built.config.data.task}: '
+      f'{", ".join(f"{{{name}}}" for name in examples[0])}'
+    )
+  texts = []
+  for example in examples:
+    text = template
+    for name in fields:
+      text = text.replace(f'{{{name}}}', str(example[name]))
+    texts.append(text)
+  return texts, ''

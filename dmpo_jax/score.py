@@ -1,0 +1,283 @@
+"""The device half of a rollout buffer: log-probs of completions, and weights.
+
+`score` computes the log-probs that weights and losses compare with; `pack` weighs the
+groups and makes the TrainBatch. build.py compiles both.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dmpo_jax import logprob, rng
+from dmpo_jax.rng import AnyKey
+from dmpo_jax.step import Rows, Setup, draw, in_microbatches, view
+from dmpo_jax.types import (
+  Array,
+  FloatBG,
+  FloatR,
+  IntRKL,
+  Params,
+  Record,
+  Sampled,
+  Scored,
+  Scores,
+  TrainBatch,
+  ViewLogp,
+  Views,
+  Wants,
+  to_groups,
+  to_rows,
+)
+
+
+def record_of(sampled: Sampled, wants: Wants) -> Record | None:
+  """Returns the sampler's steps as far as the objective wants them."""
+  if wants.records is None:
+    return None
+  r = sampled.rollouts
+  return Record(r.order, r.logp, r.confidence, dict(r.more or {}))
+
+
+def rows_of(sampled: Sampled, wants: Wants) -> Rows:
+  """Returns the fields of a rollout buffer that a pass needs."""
+  r = sampled.rollouts
+  return Rows(
+    r.tokens, r.valid, sampled.completion, sampled.row, record_of(sampled, wants)
+  )
+
+
+class Policies(NamedTuple):
+  """Whose log-probs are taken: parameter trees of the whole network."""
+
+  old: Params  # the policy that sampled
+  base: Params  # the frozen base: the reference under the loss's own masks
+  refs: tuple  # what p_ref is the product of, to the powers Setup.weights
+
+
+def policies(trainable: Params, frozen: Params, references: tuple = ()) -> Policies:
+  """Returns the policies of a run; `references` are trees laid over `frozen`."""
+  refs = tuple({**frozen, **tree} for tree in references) or (frozen,)
+  return Policies({**frozen, **trainable}, frozen, refs)
+
+
+def score(
+  who: Policies, sampled: Sampled, key: AnyKey, loss_key: AnyKey, setup: Setup
+) -> Scores:
+  """Computes the log-probs of a buffer that weights and losses compare with.
+
+  Old and reference share their masks or recorded steps. key: of the sequence
+  log-probs; loss_key: of the loss's own masks, as `train_step` gets it. With
+  setup.measure logp_old, logp_ref and old.elbo are computed whatever the objective
+  wants; old.elbo is then under the masks of the last inner update.
+  """
+  wants = setup.wants
+  out = sequence_scores(who, sampled, key, setup)
+  under = lambda params, i: under_masks(params, i, sampled, loss_key, setup)
+  common = 'old' in wants.elbo and wants.common_masks
+  old = views_of(lambda i: under(who.old, i), 'old', setup, common)
+  if 'old' in wants.elbo and not common:
+    old = old._replace(elbo=repeat(elbo_of_rows(who.old, sampled, key, setup), setup))
+  elif setup.measure and not common:
+    last = under(who.old, setup.inner - 1)[0]
+    old = old._replace(elbo=repeat(last, setup))
+  ref = views_of(lambda i: under(who.base, i), 'ref', setup, 'ref' in wants.elbo)
+  guess = guesses(who.old, sampled, loss_key, setup) if wants.guess else None
+  return out._replace(old=old, ref=ref, guess=guess)
+
+
+def repeat(elbo_R: FloatR, setup: Setup) -> Array:
+  """Returns (R, I): one estimate for all inner updates."""
+  return jnp.repeat(elbo_R[:, None], setup.inner, axis=1)
+
+
+def over_rows(fn: Callable, sampled: Sampled, setup: Setup) -> Any:
+  """Applies fn to a Sampled in microbatches."""
+  rollouts = sampled.rollouts._replace(forwards=None)  # it has no row axis
+  return in_microbatches(fn, sampled._replace(rollouts=rollouts), setup.microbatches)
+
+
+def sequence_scores(
+  who: Policies, sampled: Sampled, key: AnyKey, setup: Setup
+) -> Scores:
+  """Returns logp_old and logp_ref as far as they are wanted."""
+  how = setup.logprob
+  wanted = ('old', 'ref') if setup.measure else setup.wants.sequence
+  if how.estimator == 'trajectory':
+    if 'ref' not in wanted:
+      return Scores()
+    refs, olds = zip(
+      *(along_trajectory(params, sampled, key, setup) for params in who.refs),
+      strict=True,
+    )
+    return Scores(logp_old=olds[0], logp_ref=product(refs, setup.weights))
+  if how.fuse and set(wanted) == {'old', 'ref'}:
+    return fused(who.old, sampled, key, setup)
+  elbo = lambda params: elbo_of_rows(params, sampled, key, setup, how.tail)
+  out = Scores()
+  if 'old' in wanted:
+    out = out._replace(logp_old=elbo(who.old))
+  if 'ref' in wanted:
+    refs = [elbo(params) for params in who.refs]
+    out = out._replace(logp_ref=product(refs, setup.weights))
+  return out
+
+
+def product(logps: Any, weights: tuple[float, ...]) -> FloatR:
+  """Returns the log of the product of p_k^weight."""
+  if weights in ((), (1.0,)):
+    return logps[0]
+  return sum(w * logp for w, logp in zip(weights, logps, strict=True))
+
+
+def along_trajectory(
+  params: Params, sampled: Sampled, key: AnyKey, setup: Setup
+) -> tuple[FloatR, FloatR]:
+  """Returns log-probs along the recorded steps: under `params`, and as recorded."""
+  states = setup.logprob.states
+
+  def fn(part):
+    u_R = rng.per_row(key, part.row, jax.random.uniform) if states else None
+    return logprob.trajectory_logp(
+      setup.cfg, params, part.rollouts, setup.law, states, u_R
+    )
+
+  return over_rows(fn, sampled, setup)
+
+
+def elbo_of_rows(
+  params: Params, sampled: Sampled, key: AnyKey, setup: Setup, tail: bool = True
+) -> FloatR:
+  """Returns the ELBO under config.logprob's masks; tail: count after the first EOS."""
+
+  def fn(part):
+    masks = logprob.draw(key, part.row, part.completion.shape[1], setup.logprob)
+    r, counted = part.rollouts, None if tail else part.completion
+    return logprob.elbo(setup.cfg, params, r.tokens, r.valid, masks, counted)
+
+  return over_rows(fn, sampled, setup)
+
+
+def fused(policy: Params, sampled: Sampled, key: AnyKey, setup: Setup) -> Scores:
+  """Returns both log-probs in one pass of twice the rows: zero adapters are p_ref."""
+  how = setup.logprob
+
+  def pair(part):
+    masks = logprob.draw(key, part.row, part.completion.shape[1], how)
+    lora = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), policy['lora'])
+    r, counted = part.rollouts, None if how.tail else part.completion
+    return jax.vmap(
+      lambda lora: logprob.elbo(
+        setup.cfg, {**policy, 'lora': lora}, r.tokens, r.valid, masks, counted
+      )
+    )(lora).T
+
+  old, ref = over_rows(pair, sampled, setup).T
+  return Scores(logp_old=old, logp_ref=ref)
+
+
+def under_masks(
+  params: Params, i: Any, sampled: Sampled, loss_key: AnyKey, setup: Setup
+) -> tuple[FloatR, ViewLogp]:
+  """Returns (ELBO, ViewLogp) under the loss's masks of inner update i, no gradient."""
+
+  def fn(part):
+    rows = rows_of(part, setup.wants)
+    now, masks = view(setup, params, jax.random.fold_in(loss_key, i), rows)
+    return logprob.seq_elbo(now.logp, masks.weight), now
+
+  return over_rows(fn, sampled, setup)
+
+
+def views_of(under: Callable, policy: str, setup: Setup, elbo: bool) -> Views:
+  """Returns the Views of a policy; under(i) is (ELBO, ViewLogp) of inner update i."""
+  wanted = policy in setup.wants.views
+  if not elbo and not wanted:
+    return Views()
+
+  def of_inner(i):
+    elbo_R, now = under(i)
+    return Views(elbo_R if elbo else None, *(tuple(now) if wanted else ()))
+
+  views = jax.lax.map(of_inner, jnp.arange(setup.inner))
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), views)
+
+
+def guesses(policy: Params, sampled: Sampled, loss_key: AnyKey, setup: Setup) -> IntRKL:
+  """Returns the loss's copies at the first update, completed in one step, int32.
+
+  Tokens that are not masked stay; -1 marks a copy of no step.
+  """
+
+  def fn(part):
+    rows = rows_of(part, setup.wants)
+    masks = draw(setup, jax.random.fold_in(loss_key, 0), rows)
+    read = logprob.reader(setup.cfg, setup.law, ('guess',))
+    now = logprob.view_logp(
+      setup.cfg, policy, rows.tokens, masks, rows.valid, read=read
+    )
+    own = rows.tokens[:, None, -rows.completion.shape[1] :]
+    guess = jnp.where(masks.masked, now.reads['guess'], own)
+    return jnp.where(masks.weight > 0, guess, -1)
+
+  return over_rows(fn, sampled, setup).astype(jnp.int32)
+
+
+# --- weights
+
+
+def pack(
+  sampled: Sampled, reward_BxG: FloatBG, scores: Scores, setup: Setup
+) -> tuple[TrainBatch, dict]:
+  """Returns the TrainBatch and weight metrics of rollouts, rewards and log-probs.
+
+  With setup.common.skip_equal groups of equal rewards weigh nothing and the others
+  weigh more in proportion (DAPO's dynamic sampling, without sampling again).
+  """
+  groups, group = reward_BxG.shape
+  grouped = lambda x: None if x is None else to_groups(x, group)
+  skip = setup.common.skip_equal
+  live_B = None
+  if skip:
+    live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
+  scored = Scored(
+    reward_BxG,
+    to_groups(jnp.sum(sampled.completion, axis=1), group),
+    grouped(scores.logp_old),
+    grouped(scores.logp_ref),
+    grouped(scores.guess),
+    live_B,
+  )
+  weight, own, metrics = setup.objective.weigh(scored, setup.hp)
+  if skip:
+    share_B = live_B * groups / jnp.maximum(jnp.sum(live_B), 1)
+    scale = lambda x: jnp.einsum('b,b...->b...', share_B, x)
+    weight, own = scale(weight), {name: scale(x) for name, x in own.items()}
+    metrics = {**metrics, 'groups_skipped': jnp.mean(~live_B)}
+  r = sampled.rollouts
+  batch = TrainBatch(
+    tokens=r.tokens,
+    valid=r.valid,
+    completion=sampled.completion,
+    row=sampled.row,
+    weight=to_rows(weight),
+    own={name: to_rows(x) for name, x in own.items()},
+    norm=jnp.float32(groups),
+    total=jnp.float32(len(sampled.row)),
+    record=record_of(sampled, setup.wants),
+    old=scores.old,
+    ref=scores.ref,
+  )
+  return batch, {**metrics, **logp_metrics(scores)}
+
+
+def logp_metrics(scores: Scores) -> dict:
+  """Returns means of the sequence log-probs; completions are of the old policy."""
+  zero = jnp.float32(0)
+  old = zero if scores.logp_old is None else jnp.mean(scores.logp_old)
+  ref = zero if scores.logp_ref is None else jnp.mean(scores.logp_ref)
+  metrics = {'logp_old': old, 'logp_ref': ref}
+  if scores.logp_old is not None and scores.logp_ref is not None:
+    metrics['kl_ref'] = old - ref
+  return metrics
