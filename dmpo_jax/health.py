@@ -29,16 +29,16 @@ RULES = {
 class Config:
   """Bounds (0 = off), and what follows when one is broken for long."""
 
-  action: str = 'warn'  # one of ACTIONS
-  patience: int = 5  # buffers in a row
-  empty: float = 0.5
-  repeated: float = 0.5
-  distinct: float = 0.0
-  equal: float = 0.0
-  reward: float = 0.5
-  ess: float = 0.0
-  kl: float = 0.0
-  grad_norm: float = 0.0
+  action: str = 'warn'  # on a broken rule: none | warn | stop (exit code 77)
+  patience: int = 5  # buffers in a row that must break a rule
+  empty: float = 0.5  # largest share of completions that begin with EOS; 0 = off
+  repeated: float = 0.5  # largest share of tokens equal to the one before; 0 = off
+  distinct: float = 0.0  # smallest (different completions of a group) / G; 0 = off
+  equal: float = 0.0  # largest share of groups whose answers are all wrong; 0 = off
+  reward: float = 0.5  # smallest reward / its best mean over `patience`; 0 = off
+  ess: float = 0.0  # smallest effective sample size of a group's weights; 0 = off
+  kl: float = 0.0  # largest KL to the reference, nats a completion; 0 = off
+  grad_norm: float = 0.0  # largest gradient norm before clipping; 0 = off
   lr_factor: float = 0.5  # of each rollback
   rollbacks: int = 3  # at most; then the run stops
   measure: bool = False  # compute KL and ELBO drift for every objective
