@@ -272,13 +272,13 @@ def default_workdir(c: ConfigDict) -> str:
   return os.path.join('runs', f'{c.name}-{digest.hexdigest()[:8]}')
 
 
-def settle(c: ConfigDict, begin: bool) -> str:
+def settle(c: ConfigDict, workdir: str, begin: bool) -> str:
   """Makes and returns the workdir. ValueError if it belongs to another config.
 
   begin: a run begins or resumes here, so config.json is written and only fields in
   check.FREE may differ from it. Otherwise those in check.JUDGING may.
   """
-  workdir = WORKDIR.value or default_workdir(c)
+  workdir = workdir or default_workdir(c)
   path, free = os.path.join(workdir, 'config.json'), check.FREE
   if not begin:
     free = check.JUDGING
@@ -369,7 +369,7 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
     for split in ('train', 'validation', 'test'):  # a bad file is refused now
       dog.beat(f'data, {split}', 0)
       build.problems(built, split)
-    workdir = settle(c, begin=True)
+    workdir = settle(c, WORKDIR.value, begin=True)
     dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
     if mesh.agree(os.path.exists(os.path.join(workdir, 'results.json'))):
       say('this run is done; --config.seed=N starts another')
@@ -446,7 +446,7 @@ def eval_mode(command: Command) -> None:
   """Writes results cards of the test problems, one for each length."""
   built = ready(command.config)
   build.problems(built, 'test')
-  workdir = settle(command.config, begin=False)
+  workdir = settle(command.config, WORKDIR.value, begin=False)
   with guard.Preemption(at_once=True) as asked:
     params, name = params_of(built, workdir)
     folder = OUT.value or cards.default_folder(built, params, workdir)
@@ -460,7 +460,7 @@ def sample_mode(command: Command) -> None:
   built = ready(command.config)
   build.problems(built, 'test')
   problem, prompt = shown_prompt(built)
-  params, name = params_of(built, settle(command.config, begin=False))
+  params, name = params_of(built, settle(command.config, WORKDIR.value, begin=False))
   sampler = built.steps.sample_eval
   (row,) = evaluate.generate(built, params, problem, sampler, 1, 0)
   line = f'{row["forwards"]} steps, {row["tokens"]} tokens'
@@ -509,7 +509,7 @@ def export_mode(command: Command) -> None:
   c = command.config
   built = ready(c)
   with watched(c) as (_, dog):
-    workdir = settle(c, begin=False)
+    workdir = settle(c, WORKDIR.value, begin=False)
     dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
     is_trained(workdir)
     params = base = base_of(built, workdir)
