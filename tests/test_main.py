@@ -23,6 +23,7 @@ from dmpo_jax import (
   export,
   guard,
   metrics,
+  parts,
   train,
   weights,
 )
@@ -255,12 +256,12 @@ def test_splash_splits_the_heads_of_k_and_v():
   """Its shard_map has whole heads on each device of the tensor axis."""
   c = tiny(**{'model.attention': 'splash', 'mesh.tensor': 2})
   tokenizer = data.char_tokenizer()
-  build.model_config(c, tokenizer)
+  parts.model_config(c, tokenizer)
   c.model.kv_heads = 1
   with pytest.raises(
     ValueError, match='kv_heads = 1 must be a multiple of mesh.tensor = 2'
   ):
-    build.model_config(c, tokenizer)
+    parts.model_config(c, tokenizer)
 
 
 def test_config_of_these_tests_can_run():
@@ -544,6 +545,7 @@ def test_report_of_a_run(command, monkeypatch, capsys):
     command('--mode=report')
   with pytest.raises(SystemExit, match='--mode=report needs --workdir'):
     command('--mode=report', config=())
+  os.mkdir('runs')
   os.rename('run', main.default_workdir(main.config.load('mine.py')[1]))
   command('--mode=report')
   assert 'before and after' in capsys.readouterr().out
@@ -790,18 +792,18 @@ def test_train_evaluate_and_score_again(
   )
   command(*judged)
   said = capsys.readouterr().out
-  cards = {
+  by_length = {
     length: json.loads(
       (tmp_path / f'cards/gsm8k_latest_{length}_{length}.card.json').read_text()
     )
     for length in (16, 32, 48)
   }
-  for length, card in cards.items():
+  for length, card in by_length.items():
     assert f'at {length} tokens, {length} steps' in said
     assert card['problems'] == 9 and card['samples'] == 2
     assert card['forwards'] == length and 1 <= card['tokens'] <= length
     assert card['accuracy'] <= card['pass@2'] <= 1
-    assert card['interval'] == evaluate.wilson(card['accuracy'], 9)
+    assert card['interval'] == cards.wilson(card['accuracy'], 9)
     assert {
       'protocol',
       'pick',
@@ -851,7 +853,7 @@ def test_train_evaluate_and_score_again(
   with pytest.raises(SystemExit, match='samples = 2 needs .*temperature > 0'):
     command(*settings, '--mode=eval', '--config.eval.samples=2')
   capsys.readouterr()
-  command('--mode=report', '--cards=cards/*.card.json')
+  command('--mode=report', '--cards=cards/*.card.json', '--out=cards.png')
   assert '| 48 |' in capsys.readouterr().out
   assert (tmp_path / 'cards.png').stat().st_size > 1000
   command(*settings, '--mode=sample', '--problem=3', '--html=page.html')
