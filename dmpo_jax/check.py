@@ -176,7 +176,9 @@ def fuse(c: ConfigDict) -> list[str]:
       'adapters share their base'
     )
   if not plain_reference(c):
-    found.append("logprob.fuse = True needs reference.of = ('base',) with weight 1")
+    found.append(
+      "logprob.fuse = True knows the base alone: set reference.of = ('base',), weight 1"
+    )
   return found
 
 
@@ -219,7 +221,7 @@ def objective_sampler(c: ConfigDict) -> list[str]:
   _, wants = wanted(c)
   found = []
   if wants.records is not None and s.pick == 'wino':
-    found.append('sampler.pick = wino takes tokens back: use another, steps are needed')
+    found.append('sampler.pick = wino has no recorded steps: set another pick')
   if wants.law and not s.temperature:
     found.append('sampler.temperature = 0 has no density: set it > 0')
   if wants.law and (s.top_p < 1 or s.top_k):
@@ -242,8 +244,8 @@ def old_policy(c: ConfigDict) -> list[str]:
   _, wants = wanted(c)
   if c.lora.dropout and compares_old(wants):
     found.append(
-      f'lora.dropout = {c.lora.dropout}: set 0, since objective.name = {o.name} '
-      'compares log p_theta with log p_old, which has no dropout'
+      f'lora.dropout = {c.lora.dropout}: objective.name = {o.name} compares log '
+      'p_theta with log p_old, which has no dropout: set 0'
     )
   if 'old' not in wants.elbo or wants.common_masks:
     return found
@@ -282,8 +284,8 @@ def reference(c: ConfigDict) -> list[str]:
   _, wants = wanted(c)
   if 'ref' not in wants.sequence:
     found.append(
-      f'reference.of = {r.of}: objective.name = {c.objective.name} does not ask for '
-      'log p_ref of whole completions'
+      f'reference.of = {r.of}: objective.name = {c.objective.name} asks for no log '
+      "p_ref of whole completions, set ('base',)"
     )
   if 'ref' in wants.views or 'ref' in wants.elbo:
     found.append(
@@ -304,8 +306,8 @@ def bounds(c: ConfigDict) -> list[str]:
     )
   if h.ess and 'ess' not in weigh_metrics(c, hp):
     found.append(
-      f'health.ess = {h.ess}: set 0, objective.name = {c.objective.name} has no '
-      'effective sample size'
+      f'health.ess = {h.ess}: objective.name = {c.objective.name} has no effective '
+      'sample size, set 0'
     )
   return found
 

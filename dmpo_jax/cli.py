@@ -86,7 +86,7 @@ PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # in results.j
 class Command(NamedTuple):
   """What a mode works on."""
 
-  config: ConfigDict | None  # None without --config
+  config: Any  # the ConfigDict; None without --config
   overrides: dict[str, Any]  # {field: value} that the command line sets
 
 

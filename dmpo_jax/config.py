@@ -171,9 +171,7 @@ class Reward(Section):
   workers: int = 0  # processes that compare expressions; 0 = one per core
   deadline: float = 3.0  # time limit of one comparison; seconds
   # Factor of each reward term of the tasks; 0 = the term does not count.
-  weights: Mapping = dataclasses.field(
-    default_factory=lambda: dict.fromkeys(TERMS, 1.0)
-  )
+  weights: Any = dataclasses.field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
 
   def problems(self) -> list[str]:
     found = super().problems()
@@ -222,7 +220,7 @@ class Reference(Section):
     found = super().problems()
     if len(self.weights) != len(self.of) or not self.of:
       found.append(
-        f'reference.weights = {self.weights} must hold one weight for each of '
+        f'reference.weights = {self.weights} must hold a weight for each of '
         f'reference.of = {self.of}'
       )
     if not all(0 < w < float('inf') for w in self.weights):

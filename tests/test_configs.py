@@ -282,7 +282,7 @@ def test_dropout_is_off_where_log_p_old_is_compared():
   assert named('llada_math', 'espo').lora.dropout == 0
   assert named('llada_math', 'dmpo').lora.dropout == 0.05
   c = named('llada_math', 'espo', '--config.lora.dropout=0.1')
-  with pytest.raises(ValueError, match='lora.dropout = 0.1: set 0.*espo'):
+  with pytest.raises(ValueError, match='lora.dropout = 0.1.*espo.*set 0'):
     check.config(c, 1)
 
 
@@ -315,7 +315,7 @@ def test_field_set_by_sweep_and_flag_is_refused():
 
 @pytest.mark.parametrize('name', config.SECTIONS)
 def test_numbers_out_of_range_are_refused(name):
-  """-1 and nan are no values of any field with a range; the complaint names it."""
+  """-1 and nan are values of no number; the complaint names the field."""
   c = base.get_config()
   assert config.part(c, name).problems() == []
   leaf = name.rpartition('.')[2]
@@ -324,7 +324,8 @@ def test_numbers_out_of_range_are_refused(name):
   for field in dataclasses.fields(config.SECTIONS[name]):
     value = getattr(config.part(c, name), field.name)
     if isinstance(value, int | float) and not isinstance(value, bool):
-      for wrong in (-1, float('nan')):
+      wrongs = (-1.0, float('nan')) if isinstance(value, float) else (-1,)
+      for wrong in wrongs:
         changed = dataclasses.replace(config.part(c, name), **{field.name: wrong})
         text = '\n'.join(changed.problems())
         assert f'{leaf}.{field.name} = {wrong} must be' in text

@@ -166,7 +166,7 @@ IMPOSSIBLE = [
       'lora.rank': 2,
       'lora.dropout': 0.1,
     },
-    'lora.dropout = 0.1: set 0.*objective.name = dmpo',
+    'lora.dropout = 0.1: objective.name = dmpo.*set 0',
   ),
   (
     {'objective.baseline': 'model', 'objective.loss_tail': False},
