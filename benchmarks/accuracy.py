@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from configs import base
-from dmpo_jax import build, check, evaluate, metrics, resume
+from dmpo_jax import build, check, config, evaluate, metrics, resume
 from dmpo_jax.phases import sft
 
 PICKS = (
@@ -41,11 +41,12 @@ def trained(workdir):
   """Returns (Built, parameters) of a finished run, by its config.json."""
   c = base.get_config()
   with open(os.path.join(workdir, 'config.json')) as f:
-    c.update_from_flattened_dict(
+    config.update(
+      c,
       {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in check.flatten(json.load(f)).items()
-      }
+      },
     )
   built = build.build(c)
   with metrics.Writer(workdir, enabled=False) as writer:

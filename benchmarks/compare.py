@@ -28,13 +28,11 @@ import statistics
 import sys
 
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 
 from benchmarks import kills
 from configs import compare
-from dmpo_jax import build, check, checkpoint, metrics
+from dmpo_jax import build, checkpoint, config, metrics
 from dmpo_jax.tools import report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -83,18 +81,13 @@ def config_of(args, task):
 
   SystemExit for a flag that is neither of this file nor of the config.
   """
-  c, values = compare.get_config(task), flags.FlagValues()
-  said, known = ['', *args.overrides], check.flatten(c)
+  c = compare.get_config(task)
   for flag in args.overrides:
-    name = flag.partition('=')[0].removeprefix('--config.')
-    if name not in known:
-      sys.exit(
-        f'error: {flag} is neither a flag of this command nor a field of the config'
-      )
+    if not flag.startswith('--config.'):
+      sys.exit(f'error: {flag} is not a flag of this command')
   try:
-    config_flags.DEFINE_config_dict('config', c, flag_values=values, sys_argv=said)
-    values(said)
-  except (flags.Error, ValueError) as error:
+    config.override(c, args.overrides)
+  except ValueError as error:
     sys.exit(f'error: {error}')
   return c
 
@@ -258,7 +251,7 @@ def judge(args, task):
   if not todo:
     return
   c = config_of(args, task)
-  c.update_from_flattened_dict(compare.fields_of('dmpo-exact'))
+  config.update(c, compare.fields_of('dmpo-exact'))
   c.update_from_flattened_dict(
     {
       'train.prompts': PROMPTS,

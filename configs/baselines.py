@@ -1,19 +1,19 @@
-"""The paper's finding at laptop size: which baseline to subtract.
+"""The paper's finding at laptop size: which baseline to subtract from the weights.
 
-Twelve runs at equal budgets, four baselines by three seeds, two
-minutes each on two quiet cores:
+Twelve runs at equal budgets, four baselines with three seeds each, two minutes a run
+on two quiet cores:
 
 for i in $(seq 0 11); do
   python main.py --config=configs/baselines.py --sweep=baseline:$i
 done
 python main.py --mode=report --runs='runs/baselines-*' --by=objective.baseline
 
-The objective is the paper's: full strength, no `best`; its log-probs are of
-four recorded states, its copies two. One more cell is empty than in the
-quickstart, a buffer has half its puzzles, the rate is half. Two updates a
-buffer: with one, `model` would be `group`, since its softmax is of
-log p_theta - log p_old, which are zeros until the policy moves.
-docs/quickstart.md has the result.
+The objective is the paper's: full strength, no `best`. Log-probs come from four
+recorded states, and each completion has two mask draws. A puzzle has one more empty
+cell than in the quickstart, a buffer half the puzzles, and the learning rate is half.
+There are two updates per buffer: with one, `model` equals `group`, because its softmax
+is over log p_theta - log p_old, which is 0 until the policy moves. docs/quickstart.md
+has the result.
 """
 
 from configs import quickstart

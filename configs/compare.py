@@ -1,30 +1,29 @@
-"""Every objective from one base model, at equal network forwards.
+"""Every objective from one base model, at equal numbers of network forwards.
 
 python main.py --config=configs/compare.py:sudoku --sweep=objectives:0
 
-is one run, with a base model of its own; all of them, each searched over RATES
-and with five seeds from one base a task, is `python -m benchmarks.compare`, and
-docs/comparison.md what came out. The part after the colon is the task: sudoku
-or countdown.
+This is one run, with a base model of its own. `python -m benchmarks.compare` does them
+all: each arm searched over RATES, then with five seeds, from one base per task.
+docs/comparison.md has the results. The part after the colon is the task: sudoku or
+countdown.
 
-A forward is one of all rows of a buffer; a backward pass counts as two more.
-An objective gets as many buffers as BUDGET pays at its COSTS; validation is
-free. All share the model, the problems, the base, and the sampler but where
-SAMPLERS of configs/rivals.py has another: two tokens a step, the most probable
-places first. The rate is constant after its warm-up, so that a run is the
-beginning of a longer one.
+One forward is a pass over all rows of a buffer; a backward pass counts as two more. An
+arm gets as many buffers as BUDGET pays for at its COSTS; validation is free. All arms
+share the model, the problems, the base and the sampler (two tokens a step, the most
+probable positions first), except where an objective needs another sampler. The learning
+rate is constant after its warm-up, so a run is the beginning of a longer one.
 """
 
-from configs import countdown, quickstart, rivals
+from configs import countdown, quickstart
 from dmpo_jax.objectives import OBJECTIVES
 
 SWEEPS = ('objectives',)
-BUDGET = 1600  # forwards of a buffer's rows
-RATES = (7e-5, 2e-4, 6e-4)
+BUDGET = 1600  # forwards over a buffer's rows, for a whole run
+RATES = (7e-5, 2e-4, 6e-4)  # learning rates that are searched
 SEEDS = (0, 1, 2, 3, 4)
 TASKS = {'sudoku': quickstart, 'countdown': countdown}
-LENGTH = 16  # tokens; so that both tasks cost the same
-INNER = 2  # updates a buffer
+LENGTH = 16  # tokens of a completion; the same for both tasks, so they cost the same
+INNER = 2  # updates per buffer
 
 PAPER = {
   'logprob.estimator': 'elbo',
@@ -34,9 +33,9 @@ PAPER = {
 }
 EXACT = {**PAPER, 'logprob.estimator': 'trajectory', 'logprob.states': 0}
 OURS = {'objective.strength': 0.3, 'objective.best': 1.0, 'objective.draws': 2}
-# DMPO with the release's weights, with exact ones and nothing else changed,
-# the same with the paper's other baselines; as our configs have it, and that
-# with the release's weights.
+# DMPO with the release's estimate of log p_ref - log p_old (paper), with the exact one
+# (exact), the same with the paper's other baselines, with our settings (dmpo), and our
+# settings with the release's estimate (dmpo-elbo).
 DMPO = {
   'dmpo-paper': PAPER,
   'dmpo-exact': EXACT,
@@ -52,8 +51,8 @@ DMPO = {
 }
 ARMS = (*DMPO, *(name for name in OBJECTIVES if name != 'dmpo'))
 
-# Forwards of a buffer: (sampling, scoring, one update). tests/test_compare.py
-# counts them in the traced programs, without what remat does again.
+# Forwards over a buffer's rows: (sampling, scoring, one update). tests/test_compare.py
+# counts them in the traced programs, without those that remat repeats.
 COSTS = {
   **dict.fromkeys(DMPO, (8, 8, 12)),
   'dmpo-model': (8, 16, 16),
@@ -103,13 +102,12 @@ def get_config(task='sudoku'):
 
 
 def fields_of(arm):
-  """{config field: value} of an arm."""
-  fields = rivals.fields_of('dmpo' if arm in DMPO else arm) | DMPO.get(arm, {})
-  if fields.get('sampler.block') == 1:
-    fields['sampler.steps'] = LENGTH
+  """Returns {config field: value} of an arm, for config.update."""
+  name = 'dmpo' if arm in DMPO else arm
   sample, score, update = COSTS[arm]
   count = max(1, round(BUDGET / (sample + score + INNER * update)))
-  return fields | {'name': f'compare-{arm}', 'train.iterations': count}
+  run = {'name': f'compare-{arm}', 'train.iterations': count}
+  return {'objective.name': name, **DMPO.get(arm, {}), **run}
 
 
 def sweep(name):

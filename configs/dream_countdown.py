@@ -3,8 +3,9 @@
 python main.py --config=configs/dream_countdown.py \
     --config.model.checkpoint=Dream-org/Dream-v0-Instruct-7B
 
-Dream predicts token i at place i - 1; the model here undoes that, so nothing
-else differs from llada_countdown but the adapters, on all seven linears.
+Dream's output at position i - 1 predicts token i; the model code undoes that shift.
+Only the adapters differ from llada_countdown.py: they are on all seven linears. That
+file explains the recipes after the colon.
 Planned for 16 TPU v5e (mesh.fsdp=16): 13.1 GiB of a chip's 16, at least 9.2 h.
 Published: base 11.2, ESPO 66.8 (mean over 128, 256, 512 tokens).
 """
@@ -12,9 +13,14 @@ Published: base 11.2, ESPO 66.8 (mean over 128, 256, 512 tokens).
 from configs import llada_countdown
 
 
-def get_config(recipe='ours'):
-  c = llada_countdown.get_config(recipe)
-  c.name = 'dream_countdown'
+def dream(c):
+  """Gives a LLaDA config Dream's network and adapters."""
   c.model.preset = 'dream_7b'
   c.lora.targets = 'all'
+  return c
+
+
+def get_config(recipe='ours'):
+  c = dream(llada_countdown.get_config(recipe))
+  c.name = 'dream_countdown'
   return c

@@ -3,34 +3,42 @@
 python main.py --config=configs/llada_countdown.py \
     --config.model.checkpoint=GSAI-ML/LLaDA-8B-Instruct
 
-checkpoint: a directory or a hub name. Problems are generated, each with a
-solution; --config.data.path=FILE reads the field's JSONL (`nums`, `target` or
-`input`, `output`) instead, with --config.data.numbers=3 those of three numbers
-alone, as the field trains. Before you pay: the same with --mode=plan, which
-needs no checkpoint, and on a machine without TPUs --topology=v5e:4x4
---config.mesh.fsdp=16.
+The checkpoint is a directory or a hub name. Problems are generated, each with a
+solution. --config.data.path=FILE reads a JSONL file instead (fields `nums`, `target` or
+`input`, `output`); --config.data.numbers=3 keeps its problems with three numbers, which
+published models train on. Plan a run before you pay for it: --mode=plan needs no
+checkpoint, and without TPUs at hand --topology=v5e:4x4 --config.mesh.fsdp=16 plans for
+them.
 
-The settings are the release's (adapters on q, k, v, up; G 16, 8 updates a
-buffer, alpha 0.04, weights against those of the turned reward), with its
-length of 256 tokens at two tokens a step, on 16-bit weights. But for two, that
-learn faster and forgive a larger rate at laptop size (docs/comparison.md): the
-baseline at a third of its strength, and groups without a right answer count
-less. `--config=configs/llada_countdown.py:paper` is the release's own.
-Planned for 16 TPU v5e (mesh.fsdp=16): 11.3 GiB of a chip's 16, at least 42 s a
-rollout, 3.5 s an update, 9.8 h in all. docs/plans.md has larger slices.
-Published, the field's 256 test problems at 128 / 256 / 512 tokens: base 20.7 /
-19.5 / 16.0, d1 34.8 / 32.0 / 42.2, SPG 68.8 / 70.7 / 70.3, DMPO best 83.2 (one
-token a step). Standard error of one number: 2.4 to 3.1. To measure as they did:
---mode=eval --config.eval.style=eval, with --config.eval.sampler.steps=128 where
-they take two tokens a step; here it is one, and the prompts of training.
+The settings are those of DMPO's release: adapters on q, k, v, up; 16 completions per
+prompt, 8 updates per buffer, alpha 0.04, baseline `individual`, 256 tokens at two
+tokens a step, 16-bit weights. Two fields differ, because at laptop size they learn
+faster and forgive a larger learning rate (docs/comparison.md): the baseline has a third
+of its strength, and groups without a right answer count less.
+
+After the file name may stand
+  :paper        the release's own settings
+  :espo, ...    another objective, at its own defaults and with its paper's sampler;
+                --config.objective.name=espo does the same
+  :diffu_grpo   d1's recipe: also its learning rate, group and updates per buffer
+                (RECIPES in dmpo_jax/config.py)
+
+Planned for 16 TPU v5e (mesh.fsdp=16): 11.3 GiB of a chip's 16, at least 42 s a rollout,
+3.5 s an update, 9.8 h in all. docs/plans.md has larger slices.
+Published, 256 test problems at 128 / 256 / 512 tokens: base 20.7 / 19.5 / 16.0, d1
+34.8 / 32.0 / 42.2, SPG 68.8 / 70.7 / 70.3, DMPO best 83.2 (one token a step). The
+standard error of one number is 2.4 to 3.1. To measure as they did, add --mode=eval
+--config.eval.style=eval, and --config.eval.sampler.steps=128 where they take two tokens
+a step. The default here is one token a step and the prompts of training.
 """
 
 from configs import base
+from dmpo_jax import config
 
 
-def get_config(recipe='ours'):
+def llada():
+  """What every run from LLaDA-8B-Instruct shares, at the release's settings."""
   c = base.get_config()
-  c.name = 'llada_countdown'
   c.model.preset = 'llada_8b'
   c.model.dtype = 'bfloat16'
   c.model.param_dtype = 'bfloat16'
@@ -40,8 +48,6 @@ def get_config(recipe='ours'):
   c.lora.alpha = 64.0
   c.lora.targets = 'paper'
   c.lora.dropout = 0.05
-  c.data.task = 'countdown'
-  c.data.train_size = 20000
   c.data.style = 'chat'
   c.data.protocol = 'paper'
   c.data.prompt_length = 256
@@ -63,9 +69,28 @@ def get_config(recipe='ours'):
   c.optim.clip = 0.2
   c.eval.every = 50
   c.checkpoint.every = 80
-  if recipe not in ('ours', 'paper'):
-    raise ValueError(f'{recipe!r} after the colon must be ours or paper')
+  return c
+
+
+def choose(c, recipe, best=1.0):
+  """Applies what stands after the colon: ours, paper or the name of an objective.
+
+  best: the task's largest reward; 0 where no value of the reward means right.
+  """
   if recipe == 'ours':
     c.objective.strength = 0.3
-    c.objective.best = 1.0
+    c.objective.best = best
+  elif recipe != 'paper':
+    names = ('ours', 'paper', *config.OBJECTIVES)
+    if wrong := config.nearest('the recipe after the colon', recipe, names):
+      raise ValueError(wrong[0])
+    config.choose_objective(c, recipe)
   return c
+
+
+def get_config(recipe='ours'):
+  c = llada()
+  c.name = 'llada_countdown'
+  c.data.task = 'countdown'
+  c.data.train_size = 20000
+  return choose(c, recipe)

@@ -1,25 +1,31 @@
-"""DMPO from nothing on 4x4 sudoku: a laptop, two cores, under ten minutes.
+"""DMPO from random weights on 4x4 sudoku: a laptop, two cores, under ten minutes.
 
 python main.py --config=configs/quickstart.py
 
-A masked diffusion model of 140 k parameters sees solved puzzles for half a
-minute, too short to learn the rules, and then improves by reinforcement on
-puzzles of the training grids. Validation and test puzzles have solution grids
-that were never trained on.
+A masked diffusion model of 140 k parameters is fine-tuned on solved puzzles for half a
+minute, too short to learn the rules. RL then improves it on puzzles of the training
+grids. No validation or test puzzle has a solution grid of the training set.
 
-What matters here (docs/quickstart.md has the numbers):
-* many puzzles: 64 a buffer, one update each, two masked copies a completion;
-* pick `entropy` unmasks what is certain at once; it looks at the state alone,
-  so that log p_ref - log p_old can be taken along the recorded trajectory,
-  here from two of its states;
-* `best` = 1: where none of the eight answers is right the group has little
-  of the target's mass, and would else teach the least wrong one.
+`--config=configs/quickstart.py:espo` trains with another objective, at its own defaults
+and with its paper's sampler; --config.objective.name=espo is the same. `:dmpo` is the
+paper's DMPO, without the strength, best and draws below. With one update per buffer the
+importance ratios of a rival are all 1: set --config.train.inner=2 to make them matter.
+Learning rates are not tuned for rivals; docs/comparison.md searches them.
+
+Why these settings (docs/quickstart.md has the numbers):
+* Many puzzles: 64 per buffer, one update on each buffer, two mask draws a completion.
+* The sampler `entropy` unmasks certain tokens at once. It depends on the state alone,
+  so log p_ref - log p_old is exact along the recorded trajectory; two states estimate
+  it.
+* `best = 1` scales down a group without a right answer: it has little of the target's
+  mass, and would teach the least wrong answer.
 """
 
 from configs import base
+from dmpo_jax import config
 
 
-def get_config():
+def get_config(objective=''):
   c = base.get_config()
   c.name = 'quickstart'
   c.data.task = 'sudoku'
@@ -49,4 +55,6 @@ def get_config():
   c.optim.b2 = 0.999
   c.eval.every = 20
   c.mesh.cpu = 2
+  if objective:
+    config.choose_objective(c, objective)
   return c

@@ -1,412 +1,255 @@
-"""What a config may say: every impossible setting found before anything runs.
+"""Refuses a config that cannot run, before anything is compiled.
 
-And how two configs differ, for a run that goes on. Nobody below `build` sees a
-ConfigDict but this file.
+`config` collects the complaints of every section (config.py) and of the rules below,
+which hold between sections, into one error. The end of the file compares configs, for
+a run that is resumed or evaluated.
 """
 
-import dataclasses
-import difflib
 import json
-import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from dmpo_jax import health, model, sampler
+from dmpo_jax import sampler
+from dmpo_jax.config import SECTIONS, compares_old, flatten, nearest, part, settings
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.tasks import TASKS
-from dmpo_jax.types import Scored
-
-SIZES = ('width', 'layers', 'heads', 'kv_heads', 'mlp')  # of config.model
+from dmpo_jax.types import Scored, Wants
 
 
-def nearest(section, name, table):
-  """The complaint about an unknown name, with the one perhaps meant."""
-  if name in table:
-    return []
-  close = difflib.get_close_matches(str(name), list(table), 1, 0.4)
-  hint = f'; did you mean {close[0]!r}?' if close else ''
-  return [f'{section} = {name!r} must be one of {", ".join(table)}{hint}']
+def config(c: ConfigDict, count: int, platform: str = '') -> None:
+  """Raises one ValueError that lists everything impossible in a config.
 
-
-def settings(cls, section):
-  """A frozen dataclass from the fields of its name in a config section."""
-  names = [field.name for field in dataclasses.fields(cls)]
-  return cls(**{name: section[name] for name in names})
-
-
-def config(c, count, platform=''):
-  """Raises one ValueError that lists every impossible setting of a config.
-
-  count: devices that the run will have; platform: theirs, '' = jax's default.
+  count: number of devices that the run will have; platform: theirs, such as 'tpu'
+  ('' = JAX's default). A rule between sections waits until they are right themselves.
   """
-  found = []
-  for section, name, table in (
-    ('model.preset', c.model.preset, model.PRESETS),
-    ('data.task', c.data.task, TASKS),
-    ('objective.name', c.objective.name, OBJECTIVES),
-    ('sampler.pick', c.sampler.pick, sampler.NAMES),
-    ('eval.sampler.pick', c.eval.sampler.pick, sampler.NAMES),
-    ('data.protocol', c.data.protocol, ('strict', 'paper')),
-    ('data.overlong', c.data.overlong, ('error', 'drop', 'cut')),
-    ('health.action', c.health.action, health.ACTIONS),
-    ('model.quantize', c.model.quantize, ('none', *model.QUANT)),
-    ('model.remat', c.model.remat, model.REMAT),
-    ('model.attention', c.model.attention, model.ATTENTION),
-    ('logprob.estimator', c.logprob.estimator, ('elbo', 'trajectory')),
-    ('logprob.elbo', c.logprob.elbo, ('paper', 'stratified')),
-    ('model.dtype', c.model.dtype, ('float32', 'bfloat16')),
-    ('model.param_dtype', c.model.param_dtype, ('float32', 'bfloat16')),
-    ('sampler.parallel', c.sampler.parallel, ('jit', 'pmap')),
-    ('eval.sampler.parallel', c.eval.sampler.parallel, ('jit', 'pmap')),
-  ):
-    found += nearest(section, name, table)
-  if c.data.task in TASKS:
-    styles = TASKS[c.data.task].styles
-    found += nearest('data.style', c.data.style, styles)
-    found += nearest('eval.style', c.eval.style, ('', *styles))
-  for prefix, section in (('', c.sampler), ('eval.', c.eval.sampler)):
-    hp = settings(sampler.SampleConfig, section)
-    if hp.pick in sampler.NAMES:
-      found += [prefix + text for text in hp.problems()]
-  if c.objective.name in OBJECTIVES:
-    objective = OBJECTIVES[c.objective.name]
-    found += settings(objective.Config, c.objective).problems()
-  found += check_numbers(c) + check_rows(c, count) + check_logprob(c)
-  found += check_model(c) + check_eval(c) + check_health(c)
-  found += check_objective(c) + check_reference(c)
-  found += check_attention(c, platform or jax.default_backend())
+  found, wrong = section_problems(c)
+  for rule, sections in RULES.items():
+    if not wrong & set(sections):
+      found += rule(c)
+  if not wrong & {'mesh', 'train', 'eval', 'sft'}:
+    found += devices(c, count)
+  found += attention(c, platform or jax.default_backend())
   if found:
-    raise ValueError(
-      'this config cannot run:\n' + '\n'.join(f'  {text}' for text in found)
-    )
+    raise ValueError('this config cannot run:\n  ' + '\n  '.join(found))
 
 
-def training(c):
-  """ValueError if updates would be lost by rounding: of what trains alone."""
+def section_problems(c: ConfigDict) -> tuple[list[str], set[str]]:
+  """Returns the complaints about sections by themselves, and the sections they name."""
+  found, wrong = [], set()
+  for name in SECTIONS:
+    prefix = name.rpartition('.')[0]  # a nested sampler's complaints begin 'sampler.'
+    said = part(c, name).problems()
+    found += [f'{prefix}.{text}' if prefix else text for text in said]
+    wrong |= {name} if said else set()
+  said = objective_problems(c)
+  if not 0 <= c.seed < 2**32:
+    found.append(f'seed = {c.seed} must be in 0 to 2 ** 32 - 1')
+  return found + said, wrong | ({'objective'} if said else set())
+
+
+def objective_problems(c: ConfigDict) -> list[str]:
+  """Returns the complaints about the section of the objective."""
+  name = c.objective.name
+  if wrong := nearest('objective.name', name, OBJECTIVES):
+    return wrong
+  kinds = (OBJECTIVES[name].Config, Common)
+  try:
+    return [text for kind in kinds for text in settings(kind, c.objective).problems()]
+  except KeyError as error:
+    return [
+      f'objective.name = {name} has a field {error}, which this section lacks: choose '
+      f'an objective by config.choose_objective(c, {name!r})'
+    ]
+
+
+def training(c: ConfigDict) -> None:
+  """Raises ValueError if updates would be lost by rounding; only training needs it."""
   if c.model.param_dtype != 'float32' and (c.sft.steps or not c.lora.rank):
     raise ValueError(
-      f'model.param_dtype = {c.model.param_dtype}: a change of less than a '
-      '500th of a weight is rounded away there; set float32, or train '
-      'adapters (lora.rank > 0, sft.steps = 0)'
+      f'model.param_dtype = {c.model.param_dtype} rounds away a change of less than a '
+      '500th of a weight: set float32, or train adapters (lora.rank > 0, sft.steps = 0)'
     )
 
 
-def check_numbers(c):
-  """Numbers out of their range."""
-  least = {
-    'train.iterations': 0,
-    'train.prompts': 1,
-    'train.group': 2,
-    'train.inner': 1,
-    'train.microbatches': 1,
-    'sft.steps': 0,
-    'sft.batch': 1,
-    'logprob.draws': 1,
-    'logprob.states': 0,
-    'eval.batch': 1,
-    'eval.every': 0,
-    'eval.samples': 1,
-    'reward.workers': 0,
-    'checkpoint.every': 1,
-    'checkpoint.keep': 1,
-    'checkpoint.every_minutes': 0,
-    'data.train_size': 0,
-    'data.validation_size': 0,
-    'data.test_size': 0,
-    'data.prompt_length': 0,
-    'data.bucket': 0,
-    'lora.rank': 0,
-    'lora.alpha': 0,
-    'optim.lr': 0,
-    'optim.warmup': 0,
-    'optim.decay_steps': 0,
-    'optim.clip': 0,
-    'sft.lr': 0,
-    'optim.weight_decay': 0,
-    'sft.clip': 0,
-    'sft.warmup': 0,
-    'sft.weight_decay': 0,
-    'model.head_chunk': 0,
-    'mesh.data': 0,
-    'reference.every': 1,
-    'mesh.fsdp': 1,
-    'mesh.tensor': 1,
-    'mesh.cpu': 1,
-    'log.samples': 0,
-    'log.stuck_minutes': 0,
-    'health.patience': 1,
-    'health.rollbacks': 0,
-    **{f'health.{rule}': 0 for rule in health.RULES},
-  }
-  flat = flatten(c)
-  found = (
-    [] if 0 <= c.seed < 2**32 else [f'seed = {c.seed} must be in 0 to 2 ** 32 - 1']
-  )
-  found += [
-    f'{name} = {flat[name]} must be in [0, 1)'
-    for name in ('optim.b1', 'optim.b2')
-    if not 0 <= flat[name] < 1
-  ]
-  for name, wanted in (('optim.eps', True), ('lora.alpha', c.lora.rank)):
-    if wanted and not flat[name] > 0:
-      found.append(f'{name} = {flat[name]} must be > 0')
-  return found + [
-    f'{name} = {flat[name]} must be >= {low}'
-    for name, low in least.items()
-    if not flat[name] >= low
-  ]
+# --- rules between sections
 
 
-def check_eval(c):
-  """Templates that are there, deadlines and samples that make sense."""
-  found = []
-  for name, path in (
-    ('data.template', c.data.template),
-    ('eval.template', c.eval.template),
-  ):
-    if path and not os.path.isfile(path):
-      found.append(f'{name} = {path!r}: no such file')
-  if c.eval.samples > 1 and not c.eval.sampler.temperature:
-    found.append(
-      f'eval.samples = {c.eval.samples} needs '
-      'eval.sampler.temperature > 0: greedy ones are all the same'
-    )
-  if not c.reward.deadline > 0:
-    found.append(f'reward.deadline = {c.reward.deadline} must be > 0 seconds')
-  if not all(isinstance(n, int) for n in c.eval.lengths):
-    found.append(
-      f'eval.lengths = {c.eval.lengths} must be whole numbers, such '
-      'as "(128, 256, 512)"'
-    )
-  return found
-
-
-def needs_of(objective, hp):
-  """Names of what an objective wants."""
-  w = objective.wants(hp)
-  needs = set(w.sequence) | {f'elbo_{x}' for x in w.elbo}
-  needs |= {f'tokens_{x}' for x in w.views} | set(w.reads) | set(w.records or ())
-  flags = dict(record=w.records is not None, law=w.law, policy=w.reweigh)
-  return needs | {name for name, on in flags.items() if on}
-
-
-def check_health(c):
-  """Bounds that can be broken, on numbers that this objective gives."""
-  h = settings(health.Config, c.health)
-  found = [
-    f'health.{rule} = {getattr(h, rule)} must be in [0, 1]; 0 = off'
-    for rule in ('empty', 'repeated', 'distinct', 'equal', 'reward', 'ess')
-    if not 0 <= getattr(h, rule) <= 1
-  ]
-  if not 0 < h.lr_factor <= 1:
-    found.append(f'health.lr_factor = {h.lr_factor} must be in (0, 1]')
-  if c.objective.name not in OBJECTIVES:
-    return found
+def wanted(c: ConfigDict) -> tuple[Any, Wants]:
+  """Returns the objective's settings, and what it wants."""
   objective = OBJECTIVES[c.objective.name]
   hp = settings(objective.Config, c.objective)
-  if hp.problems():
-    return found
-  if h.kl and not (c.health.measure or {'old', 'ref'} <= needs_of(objective, hp)):
+  return hp, objective.wants(hp)
+
+
+def evaluation(c: ConfigDict) -> list[str]:
+  """The evaluation's prompt template and samples make sense for this task."""
+  styles = ('', *TASKS[c.data.task].styles)
+  found = nearest('eval.style', c.eval.style, styles)
+  if c.eval.samples > 1 and not c.eval.sampler.temperature:
     found.append(
-      f'health.kl = {h.kl} needs health.measure=True: this '
-      'objective does without log p_old or log p_ref'
+      f'eval.samples = {c.eval.samples} needs eval.sampler.temperature > 0: '
+      'greedy samples are all the same'
     )
-  if h.ess:
-    groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
-    guess = jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
-    given = jax.eval_shape(lambda *s: objective.weigh(Scored(*s), hp), *groups, guess)[
-      2
+  return found
+
+
+def quantization(c: ConfigDict) -> list[str]:
+  """A quantized base is frozen, so adapters must train."""
+  if c.model.quantize == 'none' or c.lora.rank:
+    return []
+  return [f'model.quantize = {c.model.quantize} freezes the base: set lora.rank > 0']
+
+
+def head_chunk(c: ConfigDict) -> list[str]:
+  """The output head divides completions into equal chunks."""
+  chunk, length = c.model.head_chunk, c.sampler.length
+  if not chunk or length % chunk == 0:
+    return []
+  return [f'model.head_chunk = {chunk} must divide sampler.length = {length}']
+
+
+def pmap(c: ConfigDict) -> list[str]:
+  """pmap samples with replicated weights."""
+  return [
+    f'{prefix}sampler.parallel = pmap needs replicated weights: '
+    'set mesh.fsdp = mesh.tensor = 1, or use jit'
+    for prefix, section in (('', c.sampler), ('eval.', c.eval.sampler))
+    if section.parallel == 'pmap' and c.mesh.fsdp * c.mesh.tensor > 1
+  ]
+
+
+def devices(c: ConfigDict, count: int) -> list[str]:
+  """Devices form the mesh, and rows divide by them and by the microbatches."""
+  split = c.mesh.fsdp * c.mesh.tensor
+  if count % split or (c.mesh.data and c.mesh.data * split != count):
+    return [
+      f'mesh.data, mesh.fsdp, mesh.tensor = {c.mesh.data}, {c.mesh.fsdp}, '
+      f'{c.mesh.tensor} must multiply to the {count} devices (data = 0 takes what is '
+      'left)'
     ]
-    if 'ess' not in given:
-      found.append(
-        f'health.ess = {h.ess}: objective.name = {c.objective.name} '
-        'has no effective size, set 0'
-      )
+  shards = count // c.mesh.tensor
+  found, rows = [], c.train.prompts * c.train.group
+  pieces = shards * c.train.microbatches
+  if rows % pieces:
+    found.append(
+      f'train.prompts * train.group = {rows} rows must be a multiple of '
+      f'{shards} device shards * train.microbatches = {pieces}'
+    )
+  for name, batch in (
+    ('eval.batch', c.eval.batch),
+    ('sft.batch', c.sft.batch if c.sft.steps else 0),
+  ):
+    if batch % shards:
+      found.append(f'{name} = {batch} must be a multiple of the {shards} device shards')
   return found
 
 
-def check_model(c):
-  """What a checkpoint, a quantized base and adapters allow."""
-  found, m = [], c.model
-  sizes = [f'model.{name} = {m[name]}' for name in SIZES if m[name]]
-  if m.checkpoint and sizes:
-    found.append(
-      f'{", ".join(sizes)}: the sizes are those of model.checkpoint, leave them 0'
-    )
-  if m.quantize != 'none' and not c.lora.rank:
-    found.append(
-      f'model.quantize = {m.quantize} freezes the base: it needs lora.rank > 0'
-    )
-  if not 0 <= c.lora.dropout < 1:
-    found.append(f'lora.dropout = {c.lora.dropout} must be in [0, 1)')
-  if not c.lora.rank and (c.lora.dropout or c.lora.path):
-    found.append('lora.dropout and lora.path need lora.rank > 0')
-  return found
-
-
-def check_attention(c, platform):
-  """Kernels against the devices and the samplers' masks."""
+def attention(c: ConfigDict, platform: str) -> list[str]:
+  """The attention kernel runs on these devices, and with these samplers."""
   found, kind = [], c.model.attention
   need = {'cudnn': 'gpu', 'splash': 'tpu'}.get(kind, platform)
   if need != platform:
     found.append(
       f'model.attention = {kind} needs a {need}, this is a {platform}: use xla'
     )
-  if kind == 'cudnn' and c.model.dtype != 'bfloat16':
-    found.append(
-      f'model.attention = cudnn needs model.dtype = bfloat16, not {c.model.dtype}'
-    )
-  picks_ = (c.sampler.pick, c.eval.sampler.pick)
-  plain = all(sampler.SAMPLERS[name].plain for name in picks_ if name in sampler.NAMES)
-  if kind == 'splash' and not plain:
-    found.append(
-      'sampler.pick = wino needs model.attention = xla: splash '
-      'shows all queries the same keys'
-    )
+  for pick in (c.sampler.pick, c.eval.sampler.pick):
+    known = sampler.SAMPLERS.get(pick)
+    if kind == 'splash' and known and not known.plain:
+      found.append(
+        f'sampler.pick = {pick} needs model.attention = xla: splash shows the same '
+        'keys to every query'
+      )
   return found
 
 
-def check_rows(c, count):
-  """Rows against devices and microbatches, the mesh against devices."""
-  split = c.mesh.fsdp * c.mesh.tensor
-  if count % split or (c.mesh.data and c.mesh.data * split != count):
-    return [
-      f'mesh.data, mesh.fsdp, mesh.tensor = {c.mesh.data}, '
-      f'{c.mesh.fsdp}, {c.mesh.tensor} must multiply to the {count} '
-      'devices (data = 0 takes what is left)'
-    ]
-  shards = count // c.mesh.tensor
-  rows = c.train.prompts * c.train.group
-  pieces = shards * c.train.microbatches
+def fuse(c: ConfigDict) -> list[str]:
+  """One pass for log p_old and log p_ref needs a shared base."""
+  if not c.logprob.fuse:
+    return []
   found = []
-  if rows % pieces:
+  if not c.lora.rank or c.logprob.estimator != 'elbo':
     found.append(
-      f'train.prompts * train.group = {rows} rows must be a multiple of '
-      f'{shards} device shards * train.microbatches = {pieces}'
+      'logprob.fuse = True needs lora.rank > 0 and logprob.estimator = elbo: only '
+      'adapters share their base'
     )
-  if c.eval.batch % shards:
+  if not plain_reference(c):
     found.append(
-      f'eval.batch = {c.eval.batch} must be a multiple of the {shards} device shards'
-    )
-  if c.sft.steps and c.sft.batch % shards:
-    found.append(
-      f'sft.batch = {c.sft.batch} must be a multiple of the {shards} device shards'
-    )
-  replicated = split == 1
-  for name, section in (('', c.sampler), ('eval.', c.eval.sampler)):
-    if section.parallel == 'pmap' and not replicated:
-      found.append(
-        f'{name}sampler.parallel = pmap needs replicated weights: '
-        'set mesh.fsdp = mesh.tensor = 1, or use jit'
-      )
-  if c.model.head_chunk and c.sampler.length % c.model.head_chunk:
-    found.append(
-      f'model.head_chunk = {c.model.head_chunk} must divide '
-      f'sampler.length = {c.sampler.length}'
+      "logprob.fuse = True knows the base alone: set reference.of = ('base',), weight 1"
     )
   return found
 
 
-def check_logprob(c):
-  """How log-probs are estimated, against how completions are sampled."""
-  found, e = [], c.logprob
-  if e.draws % 2 and (e.antithetic or e.elbo == 'stratified'):
+def trajectory(c: ConfigDict) -> list[str]:
+  """Completions have a density along their recorded states."""
+  found, s = [], c.sampler
+  if c.logprob.estimator != 'trajectory':
+    return []
+  if not s.temperature:
     found.append(
-      f'logprob.draws = {e.draws} must be even with '
-      'logprob.antithetic or logprob.elbo = stratified'
+      'logprob.estimator = trajectory needs sampler.temperature > 0: greedy sampling '
+      'has no density'
     )
-  if not 0 <= e.low < e.high <= 1:
+  if not c.logprob.tail:
     found.append(
-      f'logprob.low = {e.low}, logprob.high = {e.high} must be 0 <= low < high <= 1'
+      'logprob.tail = False has no meaning along a trajectory: set '
+      'logprob.estimator = elbo'
     )
-  if e.fuse and (not c.lora.rank or e.estimator != 'elbo'):
+  if s.top_p < 1 or s.top_k:
     found.append(
-      'logprob.fuse = True needs lora.rank > 0 and '
-      'logprob.estimator = elbo: only adapters share their base'
+      f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: logprob.estimator = '
+      'trajectory needs 1 and 0, since p_ref has tokens that are cut here'
     )
-  if e.estimator == 'trajectory':
-    found += check_trajectory(c)
+  if not sampler.SAMPLERS[s.pick].records:
+    found.append(
+      f'sampler.pick = {s.pick} takes tokens back and does not record their states: '
+      'set logprob.estimator = elbo'
+    )
+  if settings(sampler.SampleConfig, s).order_from() == 'tokens':
+    found.append(
+      f'sampler.rank = token: the tokens of sampler.pick = {s.pick} decide the order, '
+      'a term that logprob.estimator = trajectory lacks; set sampler.rank = max'
+    )
   return found
 
 
-def check_objective(c):
-  """Fields that the objective does not have, and what it needs of the sampler.
-
-  A field that another objective has must be as it is in base: to change it
-  would do nothing.
-  """
-  found, o, s = [], c.objective, c.sampler
-  if o.name not in OBJECTIVES:
-    return found
-  own = [
-    field.name
-    for kind in (OBJECTIVES[o.name].Config, Common)
-    for field in dataclasses.fields(kind)
-  ]
-  for name, usual in objective_fields().items():
-    if name not in own and o[name] != usual:
-      found.append(
-        f'objective.{name} = {o[name]!r} is no setting of '
-        f'objective.name = {o.name}: leave it {usual!r}'
-      )
-  if o.elbo_draws < 2 or o.elbo_draws % 2:
+def objective_sampler(c: ConfigDict) -> list[str]:
+  """The sampler gives what the objective learns from."""
+  s, objective = c.sampler, OBJECTIVES[c.objective.name]
+  _, wants = wanted(c)
+  found = []
+  if wants.records is not None and not sampler.SAMPLERS[s.pick].records:
+    found.append(f'sampler.pick = {s.pick} has no recorded steps: set another pick')
+  if wants.law and not s.temperature:
+    found.append('sampler.temperature = 0 has no density: set it > 0')
+  if wants.law and (s.top_p < 1 or s.top_k):
     found.append(
-      f'objective.elbo_draws = {o.elbo_draws} must be even: masks '
-      'come with their complements'
+      f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: set 1 and 0, since a '
+      'changed policy gives chance to the tokens that were cut'
     )
-  hp = settings(OBJECTIVES[o.name].Config, o)
-  needs = needs_of(OBJECTIVES[o.name], hp)
-  for need, wrong, change in (
-    (
-      'record',
-      s.pick in sampler.NAMES and not sampler.SAMPLERS[s.pick].records,
-      'sampler.pick = wino takes tokens back: use '
-      'another, for this needs recorded steps',
-    ),
-    (
-      'law',
-      not s.temperature,
-      'sampler.temperature = 0 has no density: this needs > 0',
-    ),
-    (
-      'law',
-      s.top_p < 1 or s.top_k,
-      f'sampler.top_p = {s.top_p}, '
-      f'sampler.top_k = {s.top_k}: this needs 1 and 0, for a policy that has '
-      'changed gives chance to what was cut',
-    ),
-    (
-      'law',
-      s.guidance,
-      f'sampler.guidance = {s.guidance}: this needs 0, for '
-      'the loss is of the network without it',
-    ),
-  ):
-    if need in needs and wrong:
-      found.append(f'{change} (objective.name = {o.name})')
-  found += [
-    f'{text} (objective.name = {o.name})'
-    for text in OBJECTIVES[o.name].sampler_problems(settings(sampler.SampleConfig, s))
-  ]
-  return found + check_old(c, needs, OBJECTIVES[o.name].wants(hp))
+  if wants.law and s.guidance:
+    found.append(
+      f'sampler.guidance = {s.guidance}: set 0, since the loss is of the network '
+      'without it'
+    )
+  found += objective.sampler_problems(settings(sampler.SampleConfig, s))
+  return [f'{text} (objective.name = {c.objective.name})' for text in found]
 
 
-def check_old(c, needs, w):
-  """log p_old that log p_theta is compared with: without dropout on one side,
-  and where it has masks of its own, of the law of the loss's."""
+def old_policy(c: ConfigDict) -> list[str]:
+  """log p_old and log p_theta are comparable."""
   found, o, e = [], c.objective, c.logprob
-  # `reweigh` ('policy') reads ELBOs of a pass without dropout.
-  if c.lora.dropout and (
-    needs & {'tokens_old', 'record'} or 'elbo_old' in needs and 'policy' not in needs
-  ):
+  _, wants = wanted(c)
+  if c.lora.dropout and compares_old(wants):
     found.append(
-      f'lora.dropout = {c.lora.dropout}: objective.name = {o.name} '
-      'compares log p_theta with log p_old, which has no dropout: '
-      'set 0'
+      f'lora.dropout = {c.lora.dropout}: objective.name = {o.name} compares log '
+      'p_theta with log p_old, which has no dropout: set 0'
     )
-  if 'elbo_old' not in needs or w.common_masks:
+  if 'old' not in wants.elbo or wants.common_masks:
     return found
   why = 'log p_old and log p_theta are compared'
   found += [
@@ -418,135 +261,103 @@ def check_old(c, needs, w):
     found.append(f'logprob.elbo = {e.elbo} must be paper: {why}')
   if not o.loss_tail:
     found.append(
-      f'objective.loss_tail = False: {why}, and log p_old has the '
-      'tail: set True, or (baseline model) '
-      'objective.common_masks=True'
+      f'objective.loss_tail = False: {why}, and log p_old has the tail: set True, or '
+      '(baseline model) objective.common_masks = True'
     )
   return found
 
 
-def objective_fields():
-  """{field: its value in base}: that of the first objective that has it."""
-  return {
-    field.name: field.default
-    for objective in reversed(OBJECTIVES.values())
-    for field in dataclasses.fields(objective.Config)
-  }
+def plain_reference(c: ConfigDict) -> bool:
+  """Whether p_ref is the base model alone."""
+  return part(c, 'reference').is_base()
 
 
-def check_reference(c):
-  """What p_ref is made of, against who asks for it."""
+def reference(c: ConfigDict) -> list[str]:
+  """p_ref can be computed, and the objective reads it."""
   found, r = [], c.reference
-  if len(r.weights) != len(r.of) or not r.of:
+  averaged = 'moving' in r.of and r.mix < 1
+  if averaged and not c.lora.rank and c.model.param_dtype != 'float32':
     found.append(
-      f'reference.weights = {r.weights} must hold a weight for each '
-      f'of reference.of = {r.of}'
-    )
-  if not all(0 < w < float('inf') for w in r.weights):
-    found.append(f'reference.weights = {r.weights} must be > 0')
-  if not 0 < r.mix <= 1:
-    found.append(f'reference.mix = {r.mix} must be in (0, 1]; 1 = a copy')
-  if (
-    'moving' in r.of
-    and not c.lora.rank
-    and r.mix < 1
-    and (c.model.param_dtype != 'float32')
-  ):
-    found.append(
-      f'reference.mix = {r.mix} is lost in rounding: it needs '
-      'model.param_dtype = float32, or lora.rank > 0'
+      f'reference.mix = {r.mix} is lost in rounding: set model.param_dtype = float32, '
+      'or lora.rank > 0'
     )
   if plain_reference(c):
     return found
-  if c.logprob.fuse:
+  _, wants = wanted(c)
+  if 'ref' not in wants.sequence:
     found.append(
-      'logprob.fuse = True knows the base alone: reference.of must '
-      "be ('base',) with weight 1"
+      f'reference.of = {r.of}: objective.name = {c.objective.name} asks for no log '
+      "p_ref of whole completions, set ('base',)"
     )
-  if c.objective.name in OBJECTIVES:
-    objective = OBJECTIVES[c.objective.name]
-    needs = needs_of(objective, settings(objective.Config, c.objective))
-    if 'ref' not in needs:
-      found.append(f'reference.of = {r.of}: this objective asks for no log p_ref')
-    if needs & {'tokens_ref', 'elbo_ref'}:  # under the masks of the loss
-      found.append(
-        f'reference.of = {r.of}: objective.name = '
-        f"{c.objective.name} knows the base alone: ('base',)"
-      )
-  return found
-
-
-def plain_reference(c):
-  """Whether p_ref is the base and nothing else."""
-  return tuple(c.reference.of) == ('base',) and (tuple(c.reference.weights) == (1.0,))
-
-
-def check_trajectory(c):
-  """What leaves no density along the recorded states."""
-  found, s = [], c.sampler
-  if not s.temperature:
+  if 'ref' in wants.views or 'ref' in wants.elbo:
     found.append(
-      'logprob.estimator = trajectory needs sampler.temperature > '
-      '0: greedy sampling has no density'
-    )
-  if not c.logprob.tail:
-    found.append(
-      'logprob.tail = False has no meaning along a trajectory: use '
-      'logprob.estimator = elbo'
-    )
-  if s.top_p < 1 or s.top_k:
-    found.append(
-      f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: '
-      'logprob.estimator = trajectory needs 1 and 0, for p_ref has '
-      'tokens that are cut here'
-    )
-  if s.pick in sampler.NAMES and not sampler.SAMPLERS[s.pick].records:
-    found.append(
-      'sampler.pick = wino takes tokens back, its states are not '
-      'recorded: use logprob.estimator = elbo'
-    )
-  if settings(sampler.SampleConfig, s).order_from() == 'tokens':
-    found.append(
-      f'sampler.rank = token: with sampler.pick = {s.pick} the '
-      'proposals decide what is kept, and logprob.estimator = '
-      'trajectory lacks that term: use sampler.rank = max'
+      f"reference.of = {r.of}: set ('base',), the only one that objective.name = "
+      f'{c.objective.name} knows'
     )
   return found
 
 
-def flatten(c, prefix=''):
-  """{'section.field': value} of a ConfigDict."""
-  out = {}
-  for name, value in c.items():
-    if hasattr(value, 'items'):
-      out |= flatten(value, f'{prefix}{name}.')
-    else:
-      out[prefix + name] = value
-  return out
+def bounds(c: ConfigDict) -> list[str]:
+  """Health rules bound numbers that this objective has."""
+  found, h = [], c.health
+  hp, wants = wanted(c)
+  if h.kl and not (h.measure or {'old', 'ref'} <= set(wants.sequence)):
+    found.append(
+      f'health.kl = {h.kl} needs health.measure = True: this objective works without '
+      'log p_old or log p_ref'
+    )
+  if h.ess and 'ess' not in weigh_metrics(c, hp):
+    found.append(
+      f'health.ess = {h.ess}: objective.name = {c.objective.name} has no effective '
+      'sample size, set 0'
+    )
+  return found
 
 
-# Fields that change nothing of what a run computes (but for the rounding of
-# another mesh, and for when health. ends or rolls back): they may differ when
-# it goes on. And those that an evaluation may judge a run with.
+def weigh_metrics(c: ConfigDict, hp: Any) -> Any:
+  """Returns the metrics of an objective's `weigh`, as shapes."""
+  groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
+  guess = jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
+  weigh = OBJECTIVES[c.objective.name].weigh
+  return jax.eval_shape(lambda *args: weigh(Scored(*args), hp), *groups, guess)[2]
+
+
+# Each rule, with the sections that must be right themselves before it can be asked.
+RULES: dict[Callable[[ConfigDict], list[str]], tuple[str, ...]] = {
+  evaluation: ('data', 'eval', 'eval.sampler'),
+  quantization: ('model', 'lora'),
+  head_chunk: ('model', 'sampler'),
+  pmap: ('mesh', 'sampler', 'eval.sampler'),
+  fuse: ('logprob', 'lora', 'reference'),
+  trajectory: ('logprob', 'sampler'),
+  objective_sampler: ('objective', 'sampler'),
+  old_policy: ('objective', 'logprob', 'lora'),
+  reference: ('objective', 'reference'),
+  bounds: ('objective', 'health'),
+}
+
+
+# --- how two configs differ
+
+# Beginnings of fields that do not change what a run computes (but for the rounding of
+# another mesh, and for when `health` ends the run): they may differ when it is resumed.
 FREE = (
-  'log.',
-  'checkpoint.',
-  'mesh.',
-  'reward.workers',
+  'log.', 'checkpoint.', 'mesh.', 'health.', 'cache', 'reward.workers',
   'reward.deadline',
-  'cache',
-  'health.',
-)
-JUDGING = (*FREE, 'eval.', 'reward.', 'data.protocol', 'data.test_size', 'data.path')
+)  # fmt: skip
+# The fields that training does not read: the default workdir is named without them.
+UNNAMED = (*FREE, 'eval.', 'data.test_size')
+# And those with which a run may be evaluated otherwise than it was trained.
+JUDGING = (*UNNAMED, 'reward.', 'data.protocol', 'data.path')
 
 
-def plain(c):
-  """{'section.field': value} as JSON gives it back: tuples are lists."""
+def plain(c: ConfigDict) -> dict[str, Any]:
+  """Returns {'section.field': value} as JSON gives it back: tuples become lists."""
   return flatten(json.loads(c.to_json()))
 
 
-def changes(old, new, free):
-  """What differs between two of `plain`, but in fields that begin as `free`."""
+def changes(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> str:
+  """Returns what differs between two of `plain`, but in fields that begin as `free`."""
   return '; '.join(
     f'{k}: {old.get(k)!r} there, {new.get(k)!r} here'
     for k in sorted(old.keys() | new.keys())
@@ -554,10 +365,10 @@ def changes(old, new, free):
   )
 
 
-def refuse(c, free=JUDGING):
-  """meta -> why a checkpoint is not of this config, or ''."""
+def refuse(c: ConfigDict, free: tuple[str, ...] = JUDGING) -> Callable[[dict], str]:
+  """Returns meta -> why a checkpoint is not of this config, or ''."""
 
-  def why(meta):
+  def why(meta: dict) -> str:
     found = changes(meta['config'], plain(c), free) if 'config' in meta else ''
     return found and f'it is of another config ({found})'
 

@@ -1,37 +1,50 @@
-"""python main.py --config=configs/quickstart.py: trains, or goes on training.
+"""python main.py --config=FILE [--config.section.field=value ...] [--mode=MODE]
 
-Modes: train (the default: base model, RL, evaluation), sft (only the base
-model), eval (a results card for each of eval.lengths), score (saved
-generations graded anew), sample (a test problem being unmasked, step by step),
-export (the latest checkpoint as a Hugging Face directory or PEFT adapter),
-plan (memory, FLOPs and time of a run, before anything is loaded), report
-(curves.png and a summary of --workdir; with --runs a comparison of several
-runs, with --cards one of results cards).
+  python main.py --config=configs/quickstart.py
+
+Modes:
+  train   the default: supervised base model, RL, evaluation; resumes if interrupted
+  sft     only the base model
+  eval    results cards of the test problems, one for each of eval.lengths
+  sample  one test problem being unmasked, step by step
+  score   grades saved generations anew; without --config: --task and --protocol
+  export  the latest checkpoint as a Hugging Face directory or a PEFT adapter
+  plan    memory, FLOPs and time of a run, before anything is loaded
+  report  curves and a summary of a run; --runs compares runs, --cards results cards
+
+A run is a folder, the workdir. Without --workdir it is runs/NAME-HASH of the config, so
+the same --config finds it again in every mode. FILE:espo, or
+--config.objective.name=espo, trains with another objective at its own defaults.
 """
 
 import contextlib
-import copy
 import functools
 import glob
 import hashlib
 import importlib.metadata
 import json
 import os
+import re
+import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # on torch missing
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it warns without torch
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from dmpo_jax import (
   build,
   check,
+  config,
   data,
   evaluate,
+  files,
   guard,
   hf,
   mesh,
@@ -39,251 +52,168 @@ from dmpo_jax import (
   resume,
   train,
 )
-from dmpo_jax.phases import sft
+from dmpo_jax.tasks import TASKS, symbolic
 from dmpo_jax.tools import cards, plan, provenance, report, status, watch
 
-CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-WORKDIR = flags.DEFINE_string('workdir', '', 'default: runs/<name>-<hash>')
-NO_CONFIG = '--config=FILE is missing, such as configs/quickstart.py'
-MODES = ('train', 'sft', 'eval', 'score', 'sample', 'export', 'plan', 'report')
-MODE = flags.DEFINE_enum('mode', 'train', MODES, 'what to do')
-SWEEP = flags.DEFINE_string('sweep', '', "NAME:i, point i of the config's sweep(NAME)")
-RUNS = flags.DEFINE_string('runs', '', 'report: glob of workdirs to compare')
-FORMAT = flags.DEFINE_enum(
-  'format',
-  'merged',
-  ['merged', 'adapter'],
-  'export: Hugging Face weights, or a PEFT adapter',
-)
-OUT = flags.DEFINE_string(
-  'out',
-  '',
-  'export: default WORKDIR/export-FORMAT; '
-  'eval: folder of the cards; report --cards: the PNG',
-)
-TOPOLOGY = flags.DEFINE_string(
-  'topology', '', 'plan: such as v5p:4x4x4, in place of the devices here; needs libtpu'
-)
-OF = flags.DEFINE_enum(
-  'of',
-  'latest',
-  ['latest', 'best', 'base'],
-  'eval, sample, export: which parameters of the run',
-)
-GENERATIONS = flags.DEFINE_string('generations', '', 'score: file to grade')
-PROBLEM = flags.DEFINE_integer('problem', 0, 'sample: which of the test split')
-PROMPT = flags.DEFINE_string('prompt', '', 'sample: a prompt of your own')
-HTML = flags.DEFINE_string('html', '', 'sample: also as a page, into this file')
-CARDS = flags.DEFINE_string('cards', '', 'report: glob of *.card.json')
-BY = flags.DEFINE_string('by', 'objective.baseline', 'report: field to compare')
-# The same command in each of several processes (docs/running.md).
-MULTIHOST = flags.DEFINE_enum(
-  'multihost', 'off', ['off', 'auto'], 'auto: as Slurm, Open MPI or a TPU pod says'
-)
-COORDINATOR = flags.DEFINE_string(
-  'coordinator', '', 'host:port of process 0, in place of --multihost=auto'
-)
-PROCESSES = flags.DEFINE_integer('processes', None, 'how many there are')
-PROCESS = flags.DEFINE_integer('process', None, 'which this is, from 0')
-HEARTBEAT = flags.DEFINE_integer(
-  'heartbeat',
-  100,
-  'seconds of silence after which a process is dead and the others end',
-)
+NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report')
+_text, _int, _choice = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum
+CONFIG = _text('config', '', 'config file: FILE or FILE:ARGUMENT')
+MODE = _choice('mode', 'train', NAMES, 'what to do')
+WORKDIR = _text('workdir', '', 'folder of the run; default: runs/NAME-HASH')
+SWEEP = _text('sweep', '', "NAME:i, point i of the config file's sweep(NAME)")
+OF = _choice('of', 'latest', ('latest', 'best', 'base'), 'which parameters of the run')
+OUT = _text('out', '', 'export, eval: folder; report --runs, --cards: PNG')
+FORMAT = _choice('format', 'merged', ('merged', 'adapter'), 'export: what is written')
+GENERATIONS = _text('generations', '', 'score: JSON file of saved generations')
+TASK = _choice('task', None, tuple(TASKS), 'score without --config: the task')
+PROTOCOL = _choice('protocol', 'strict', ('strict', 'paper'), 'score without --config')
+PROBLEM = _int('problem', 0, 'sample: number of the test problem')
+PROMPT = _text('prompt', '', 'sample: a prompt of your own')
+HTML = _text('html', '', 'sample: also writes a web page to this file')
+TOPOLOGY = _text('topology', '', 'plan: absent TPUs, such as v5p:4x4x4; needs libtpu')
+RUNS = _text('runs', '', 'report: pattern of the workdirs to compare')
+CARDS = _text('cards', '', 'report: pattern of the *.card.json to compare')
+BY = _text('by', 'objective.baseline', 'report --runs: config field to group by')
+# Several processes, each with the same command (docs/running.md).
+MULTIHOST = _choice('multihost', 'off', ('off', 'auto'), 'auto: Slurm, MPI, TPU pods')
+COORDINATOR = _text('coordinator', '', 'host:port of process 0, without --multihost')
+PROCESSES = _int('processes', None, 'number of processes')
+PROCESS = _int('process', None, 'number of this process, from 0')
+HEARTBEAT = _int('heartbeat', 100, 'seconds of silence after which a process is dead')
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # in results.json
 
 
-def parse(argv):
-  """Flags, with the nearest name for a misspelt config field."""
-  if not config_path(argv) and any(a.startswith('--config.') for a in argv):
-    sys.exit(f'error: {NO_CONFIG}')
+class Command(NamedTuple):
+  """What a mode works on."""
+
+  config: Any  # the ConfigDict; None without --config
+  overrides: dict[str, Any]  # {field: value} that the command line sets
+
+
+# --- from the command line to a mode
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """Parses all flags but --config.FIELD=VALUE; returns those, and what is left."""
+  if {'-h', '-help', '--help'} & set(argv):
+    print(f'{__doc__}\n{flags.FLAGS.module_help(__name__)}')
+    sys.exit(0)
+  fields, rest, open_field = [], [], False
+  for arg in argv:
+    if open_field and not arg.startswith('--'):  # --config.FIELD VALUE
+      fields[-1] += f'={arg}'
+      open_field = False
+    elif re.match(r'--?config\.', arg):
+      fields.append(f'--{arg.lstrip("-")}')
+      open_field = '=' not in arg
+    else:
+      rest.append(arg)
+      open_field = False
   try:
-    return flags.FLAGS(argv)
-  except (AttributeError, KeyError) as error:
-    known = check.flatten(module(config_path(argv)).get_config())
-    for arg in argv:
-      name = arg.removeprefix('--config.').split('=')[0]
-      if arg.startswith('--config.') and name not in known:
-        sys.exit(f'error: config.{name} is not a field' + hint(name, known))
-    raise error
-  except (flags.Error, ValueError) as error:
-    # What a config file refuses comes as the text of a traceback.
-    refused = str(error).strip().rpartition('\nValueError: ')[2]
-    sys.exit(f'error: {refused}')
+    program, *stray = flags.FLAGS(rest)
+  except flags.Error as error:
+    sys.exit(f'error: {error} (-h lists the flags)')
+  return [program, *fields, *stray]
 
 
-def config_path(argv):
-  """The file that --config=FILE or --config FILE names; '' without."""
-  for i, arg in enumerate(argv):
-    name, equals, value = arg.partition('=')
-    if name in ('--config', '-config'):
-      return value if equals else ''.join(argv[i + 1 : i + 2])
-  return ''
-
-
-def hint(name, known):
-  """The field that was perhaps meant, as the end of a sentence; or ''."""
-  found = check.nearest('', name, known)[0].partition(';')[2]
-  return ';' + found if found else ''
-
-
-def module(path):
-  """The config file as a module: for its sweep(name)."""
-  spec = importlib.util.spec_from_file_location('config_file', path.split(':')[0])
-  loaded = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(loaded)
-  return loaded
-
-
-def points_of(path, name):
-  """The points of a config file's sweep(name); ValueError if it has none."""
-  loaded = module(path)
-  names = getattr(loaded, 'SWEEPS', (name,)) if hasattr(loaded, 'sweep') else ()
-  if name not in names:
-    raise ValueError(
-      f'--sweep={name}: {path} has '
-      + (f'only {", ".join(names)}' if names else 'no sweep(name)')
-    )
-  return loaded.sweep(name)
-
-
-def apply_sweep(c, flag, sweep):
-  """Point i of the config file's sweep; refuses a field that is set twice."""
-  name, _, index = sweep.partition(':')
-  points = points_of(config_flags.get_config_filename(flag), name)
-  known = check.flatten(c)
-  for field in {field for point in points for field in point} - set(known):
-    raise ValueError(
-      f'sweep({name!r}) sets {field!r}, which is not a field' + hint(field, known)
-    )
-  if not index.isdigit() or int(index) >= len(points):
-    raise ValueError(
-      f'--sweep={sweep!r} must be {name}:i with i from 0 to {len(points) - 1}'
-    )
-  point = points[int(index)]
-  twice = set(point) & set(config_flags.get_override_values(flag))
-  if twice:
-    raise ValueError(f'{sorted(twice)} set both by --sweep and by a flag')
-  c.update_from_flattened_dict(point)
-
-
-def as_json(c):
-  """A config as its workdir keeps it, and as its name is made from."""
-  return c.to_json(sort_keys=True, indent=2)
-
-
-def default_workdir(c, free):
-  """runs/NAME-HASH of the config; that of a run which differs from it only in
-  the evaluation (what the file has of it, not the flags) if there is one."""
-  folder = lambda c: os.path.join(
-    'runs', f'{c.name}-' + hashlib.sha256(as_json(c).encode()).hexdigest()[:8]
-  )
-  if free != check.JUDGING or os.path.isdir(folder(c)):
-    return folder(c)
-  path = config_flags.get_config_filename(flags.FLAGS['config'])
-  file = check.flatten(module(path).get_config())
-  judging = tuple(name for name in check.JUDGING if name not in check.FREE)
-  # A run may have got its data.path by a flag: that is kept if it finds one.
-  for names in (('eval.', 'reward.'), judging):
-    plain = copy.deepcopy(c)
-    plain.update_from_flattened_dict(
-      {k: v for k, v in file.items() if k.startswith(names)}
-    )
-    if os.path.isdir(folder(plain)):
-      return folder(plain)
-  return folder(c)
-
-
-def settle(c, workdir, free=check.FREE):
-  """Makes the workdir and config.json; refuses another config's workdir.
-
-  free: beginnings of the fields that may differ from the workdir's.
-  """
-  workdir = workdir or default_workdir(c, free)
-  path = os.path.join(workdir, 'config.json')
-  if os.path.exists(path):
-    with open(path) as f:
-      try:
-        old = check.flatten(json.load(f))
-      except ValueError as error:
-        raise ValueError(
-          f'{path} is damaged ({error}): remove it if this is the config of that run'
-        ) from None
-    changed = check.changes(old, check.plain(c), free)
-    if changed:
+def read_config(fields: Sequence[str]) -> Command:
+  """Returns the config of --config with --sweep and --config.FIELD=VALUE applied."""
+  if not CONFIG.value:
+    alone = MODE.value in ('report', 'score')
+    if fields or SWEEP.value or not alone:
       raise ValueError(
-        f'--workdir={workdir} was written by another config ({changed}): '
-        f'name another workdir (only {", ".join(free)} may change)'
+        '--config=FILE is missing, such as configs/quickstart.py (-h lists the flags)'
       )
-  elif jax.process_index() == 0:
-    os.makedirs(workdir, exist_ok=True)
-    metrics.replace(path, as_json(c))
-  return workdir
-
-
-def run_train(built, workdir, only_sft, dog, asked):
-  """SFT, RL and the final evaluation; goes on where it was interrupted."""
-  begun = time.time()
-  if jax.process_index() == 0:
-    note_start(built.config, workdir)
-    built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
-  with metrics.Writer(workdir, enabled=jax.process_index() == 0) as writer:
-    base, sft_seconds = sft.run(built, workdir, writer, dog.beat)
-    if only_sft:
-      say(f'base model in {os.path.join(workdir, "sft")}')
-      return
-    base = built.steps.quantize(base)
-    tuned, rl_seconds = train.run(built, workdir, writer, base, dog.beat)
-  test = build.problems(built, 'test')
-  results = {}
-  updates = built.config.train.iterations * built.config.train.inner
-
-  def beat():
-    dog.beat('final evaluation', updates)
-    asked.check()
-
-  for name, params in (('base', base), ('final', tuned)):
-    results[name], samples = evaluate.accuracy(built, params, test, beat)
-    if jax.process_index() == 0:
-      write_lines(os.path.join(workdir, f'test_{name}.jsonl'), samples)
-  if jax.process_index():
-    return
-  packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-  results |= {
-    'seconds': {
-      'sft': sft_seconds,
-      'rl': rl_seconds,
-      'total': sft_seconds + rl_seconds,
-      'session': time.time() - begun,
-    },
-    'seed': built.config.seed,
-    'config': built.config.name,
-    'device': jax.devices()[0].device_kind,
-    'versions': {p: importlib.metadata.version(p) for p in packages},
-  }
-  # That it is there says that all is done.
-  metrics.replace(os.path.join(workdir, 'results.json'), json.dumps(results, indent=2))
-  report.curves(workdir)
-
-
-def note_start(c, workdir):
-  """Adds this start to workdir/provenance.json."""
-  flag = flags.FLAGS['config']
-  fields = config_flags.get_override_values(flag)
+    return Command(None, {})
+  module, c = config.load(CONFIG.value)
+  file, point = CONFIG.value.partition(':')[0], {}
   if SWEEP.value:
-    fields = {**fields, 'sweep': SWEEP.value}
-  provenance.append(
-    workdir, provenance.record(fields, {'seed': c.seed, 'data.seed': c.data.seed})
+    point = config.sweep_point(module, file, SWEEP.value)
+  overrides = config.override(c, fields, point)
+  return Command(c, overrides | ({'sweep': SWEEP.value} if SWEEP.value else {}))
+
+
+def main(argv: Sequence[str]) -> None:
+  """Reads the config, joins the other processes, and runs the mode."""
+  fields = [arg for arg in argv[1:] if arg.startswith('--config.')]
+  if stray := argv[1 + len(fields) :]:
+    raise ValueError(f'unexpected arguments {stray}: flags are --name=value')
+  quiet()
+  command, many = read_config(fields), cluster()
+  if command.config is not None and MODE.value != 'report':
+    split_cpu(command.config.mesh.cpu)
+    if many:
+      guard.join(**many)
+      if jax.process_index():
+        logging.set_verbosity(logging.WARNING)
+    cache_programs(command.config)
+  MODES[MODE.value](command)
+
+
+def start(argv: Sequence[str]) -> None:
+  """Runs `main`; bad input and Ctrl-C end it with one sentence, not a traceback."""
+  try:
+    main(argv)
+  except (ValueError, FloatingPointError, FileNotFoundError) as error:
+    if os.environ.get('DMPO_TRACEBACK'):
+      raise
+    sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    print(
+      '\ninterrupted: the same command resumes from the last checkpoint',
+      file=sys.stderr,
+    )
+    sys.exit(130)
+
+
+def run() -> None:
+  """Runs the command line: the entry point."""
+  sys.path.append(os.getcwd())  # config files import `configs`
+  jax.config.config_with_absl()
+  app.run(start, flags_parser=parse)
+
+
+def cluster() -> dict[str, Any] | None:
+  """Returns the arguments of guard.join, or None for one process."""
+  where, count, which = COORDINATOR.value, PROCESSES.value, PROCESS.value
+  auto, explicit = MULTIHOST.value == 'auto', (where, count, which)
+  if not auto and explicit == ('', None, None):
+    return None
+  if auto and explicit != ('', None, None):
+    raise ValueError(
+      '--multihost=auto finds --coordinator, --processes and --process itself: give '
+      'the one or the others'
+    )
+  if HEARTBEAT.value < 1:
+    raise ValueError(f'--heartbeat={HEARTBEAT.value} must be >= 1 second')
+  if MODE.value in ('plan', 'report'):
+    raise ValueError(
+      f'--mode={MODE.value} is for one process: leave out --multihost and --coordinator'
+    )
+  if auto:
+    return dict(heartbeat=HEARTBEAT.value)
+  given = {'--coordinator': where or None, '--processes': count, '--process': which}
+  if missing := [name for name, value in given.items() if value is None]:
+    raise ValueError(
+      f'{", ".join(missing)} missing: --coordinator=host:port, --processes=N and '
+      '--process=i belong together'
+    )
+  host, _, port = where.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    raise ValueError(
+      f'--coordinator={where} must be host:port, with a port from 1 to 65535'
+    )
+  if not 0 <= which < count:
+    raise ValueError(
+      f'--process={which} must be in 0 to {count - 1}, for --processes={count}'
+    )
+  return dict(
+    coordinator=where, processes=count, process=which, heartbeat=HEARTBEAT.value
   )
 
 
-def write_lines(path, rows):
-  """A file with an object a line."""
-  with open(path, 'w') as f:
-    f.writelines(json.dumps(row) + '\n' for row in rows)
-
-
-def quiet():
-  """Our own log lines and everybody's warnings; not Orbax's every step."""
+def quiet() -> None:
+  """Logs our own lines and everybody's warnings, but not each step of Orbax."""
   logging.set_verbosity(logging.INFO)
   ours = os.path.dirname(os.path.abspath(__file__))
   logging.get_absl_handler().addFilter(
@@ -294,12 +224,22 @@ def quiet():
   )
 
 
-def cache_programs(c):
-  """Compiled programs are kept in the user's cache directory, but for CPUs.
+def split_cpu(count: int) -> None:
+  """Makes the CPU `count` devices, before JAX looks for any.
 
-  Not in a place that others may write to: who writes there runs code here.
-  JAX_COMPILATION_CACHE_DIR names another. ValueError if the directory is
-  another user's.
+  Small matrix products leave most of a second core idle; one device per core does not.
+  """
+  forced = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  if count > 1 and not forced:
+    jax.config.update('jax_num_cpu_devices', count)
+
+
+def cache_programs(c: ConfigDict) -> None:
+  """Keeps compiled programs in the user's own cache directory, except for CPUs.
+
+  Never in a directory that others can write to: they could put code there that runs
+  here. JAX_COMPILATION_CACHE_DIR names another. ValueError if the directory belongs to
+  another user.
   """
   if not c.cache:
     return jax.config.update('jax_enable_compilation_cache', False)
@@ -316,267 +256,294 @@ def cache_programs(c):
   jax.config.update('jax_compilation_cache_dir', folder)
 
 
-def split_cpu(count):
-  """Makes the CPU so many devices; before jax looks for any.
-
-  Small matmuls leave most of a second core idle; a device each does not.
-  """
-  forced = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
-  if count > 1 and not forced:
-    jax.config.update('jax_num_cpu_devices', count)
-
-
-def cluster():
-  """Arguments of guard.join, or None for one process; ValueError if wrong."""
-  where, count, which = COORDINATOR.value, PROCESSES.value, PROCESS.value
-  auto, explicit = MULTIHOST.value == 'auto', (where, count, which)
-  if not auto and explicit == ('', None, None):
-    return None
-  if auto and explicit != ('', None, None):
-    raise ValueError(
-      '--multihost=auto finds --coordinator, --processes and '
-      '--process itself: give the one or the others'
-    )
-  if HEARTBEAT.value < 1:
-    raise ValueError(f'--heartbeat={HEARTBEAT.value} must be >= 1 second')
-  if MODE.value in ('plan', 'report'):
-    raise ValueError(
-      f'--mode={MODE.value} is for one process: without --multihost and --coordinator'
-    )
-  if auto:
-    return dict(heartbeat=HEARTBEAT.value)
-  lacks = [
-    name
-    for name, value in zip(
-      ('--coordinator', '--processes', '--process'), explicit, strict=True
-    )
-    if value in ('', None)
-  ]
-  if lacks:
-    raise ValueError(
-      f'{", ".join(lacks)} missing: --coordinator=host:port, '
-      '--processes=N and --process=i belong together'
-    )
-  host, _, port = where.rpartition(':')
-  if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-    raise ValueError(
-      f'--coordinator={where} must be host:port, with a port from 1 to 65535'
-    )
-  if not 0 <= which < count:
-    raise ValueError(
-      f'--process={which} must be in 0 to {count - 1}, for --processes={count}'
-    )
-  return dict(
-    coordinator=where, processes=count, process=which, heartbeat=HEARTBEAT.value
-  )
-
-
-def say(text):
-  """Prints, in one process."""
+def say(text: str) -> None:
+  """Prints, in the first process alone."""
   if jax.process_index() == 0:
     print(text)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise ValueError(f'unexpected arguments {argv[1:]}: flags are --name=value')
-  quiet()
-  many = cluster()
-  if MODE.value == 'report':
-    return show_report()
-  c = CONFIG.value
-  if c is None:
-    raise ValueError(NO_CONFIG)
-  split_cpu(c.mesh.cpu)
-  if many:
-    guard.join(**many)
-    if jax.process_index():
-      logging.set_verbosity(logging.WARNING)
-  cache_programs(c)
-  if SWEEP.value:
-    apply_sweep(c, flags.FLAGS['config'], SWEEP.value)
-  if MODE.value == 'plan':
-    return print(plan.run(c, TOPOLOGY.value))
+# --- the workdir
+
+
+def default_workdir(c: ConfigDict) -> str:
+  """Returns runs/NAME-HASH; fields that training does not read are not in the hash."""
+  fields = {k: v for k, v in check.plain(c).items() if not k.startswith(check.UNNAMED)}
+  digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+  return os.path.join('runs', f'{c.name}-{digest.hexdigest()[:8]}')
+
+
+def settle(c: ConfigDict, workdir: str, begin: bool) -> str:
+  """Makes and returns the workdir. ValueError if it belongs to another config.
+
+  begin: a run begins or resumes here, so config.json is written and only fields in
+  check.FREE may differ from it. Otherwise those in check.JUDGING may.
+  """
+  workdir = workdir or default_workdir(c)
+  path, free = os.path.join(workdir, 'config.json'), check.FREE
+  if not begin:
+    free = check.JUDGING
+  if os.path.exists(path):
+    with open(path) as f:
+      try:
+        old = check.flatten(json.load(f))
+      except ValueError as error:
+        raise ValueError(
+          f'{path} is damaged ({error}): remove it if this is the config of that run'
+        ) from None
+    if changed := check.changes(old, check.plain(c), free):
+      raise ValueError(
+        f'{workdir} was written by another config ({changed}): name another '
+        f'--workdir (only {", ".join(free)} may change)'
+      )
+  elif jax.process_index() == 0:
+    os.makedirs(workdir, exist_ok=True)
+    if begin:
+      files.replace(path, c.to_json(sort_keys=True, indent=2))
+  return workdir
+
+
+def ready(c: ConfigDict) -> build.Built:
+  """Returns build.build(c). ValueError if the model's weights are not here."""
   built = build.build(c)
-  if MODE.value == 'score':
-    return score(built)
   if built.tokenizer is None:
     raise ValueError(
-      f'model.preset = {c.model.preset!r} is a published model: '
-      'set model.checkpoint to its directory or hub name '
-      '(without it there is only --mode=plan)'
+      f'model.preset = {c.model.preset!r} is a published model: set model.checkpoint '
+      'to its directory or hub name (without it only --mode=plan works)'
     )
-  if MODE.value in ('eval', 'sample'):
-    build.problems(built, 'test')
-    workdir = settle(c, WORKDIR.value, check.JUDGING)
-    if MODE.value == 'sample':
-      return run_sample(built, workdir)
-    with guard.Preemption(at_once=True) as asked:
-      return run_eval(built, workdir, asked)
+  return built
+
+
+@contextlib.contextmanager
+def watched(c: ConfigDict) -> Iterator[tuple[guard.Preemption, guard.Watchdog]]:
+  """SIGTERM ends the process, and log.stuck_minutes without progress do."""
   with (
     guard.Preemption(at_once=True) as asked,
     guard.Watchdog(60 * c.log.stuck_minutes) as dog,
   ):
-    run_main(c, built, dog, asked)
+    yield asked, dog
 
 
-def run_main(c, built, dog, asked):
-  """The modes that make parameters, or write them."""
-  if MODE.value in ('train', 'sft'):
-    check.training(c)
-  for split in ('train', 'validation', 'test'):  # a bad file: refuse it now
-    dog.beat(f'data, {split}', 0)
-    build.problems(built, split)
-  workdir = settle(c, WORKDIR.value)
-  dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
-  done = mesh.agree(os.path.exists(os.path.join(workdir, 'results.json')))
-  if MODE.value == 'export':
-    return run_export(built, workdir)
-  if done:
-    say('this run is done; another seed: --config.seed=N')
-  else:
-    logging.info(
-      '%s on %d %s, into %s',
-      c.name,
-      jax.device_count(),
-      jax.devices()[0].device_kind,
-      workdir,
-    )
-    with guard.alone(workdir):
-      run_train(built, workdir, MODE.value == 'sft', dog, asked)
-  if MODE.value == 'train' and jax.process_index() == 0:
-    print(report.summary(workdir))
+def base_of(built: build.Built, workdir: str) -> dict:
+  """Returns the base model of a run: read from workdir/sft, or trained now.
 
-
-def is_trained(workdir):
-  """Whether RL has saved anything there.
-
-  ValueError if not and --of was given: what it names would be judged as that.
+  ValueError if it must be trained and another process is training there.
   """
+  lock = functools.partial(guard.alone, workdir)
+  with metrics.Writer(workdir, enabled=False) as writer:
+    return train.run('sft', train.Session(built, workdir, writer, lock=lock))[0]
+
+
+def is_trained(workdir: str) -> bool:
+  """Whether RL has saved a checkpoint. ValueError if --of names one that is missing."""
   there = mesh.agree(resume.is_saved(workdir))
-  if not there and OF.present and OF.value != 'base':
-    raise ValueError(
-      f'--of={OF.value}: there is no checkpoint in '
-      f'{os.path.join(workdir, "rl")}: is that the workdir? '
-      'Without a run, leave --of out or use --of=base'
-    )
+  if not there and OF.value != 'base':
+    if OF.present:
+      raise ValueError(
+        f'--of={OF.value}: there is no checkpoint in {os.path.join(workdir, "rl")}: is '
+        'that the workdir? Without a run, leave --of out or set --of=base'
+      )
+    say(f'no run in {workdir}: this is the base model')
   return there
 
 
-def params_of(built, workdir):
-  """(parameters, what they are) for --of."""
+def params_of(built: build.Built, workdir: str) -> tuple[dict, str]:
+  """Returns the parameters that --of names, and their name."""
   there = is_trained(workdir)
   base = built.steps.quantize(base_of(built, workdir))
   if OF.value == 'base':
     return base, 'base'
-  what = 'adapter' if built.config.lora.path else 'base'
-  if there:
-    what = OF.value
-  return resume.latest(built, workdir, base, OF.value == 'best'), what
+  name = 'adapter' if built.config.lora.path else 'base'
+  params = resume.latest(built, workdir, base, OF.value == 'best')
+  return params, OF.value if there else name
 
 
-def run_eval(built, workdir, asked):
-  """Results cards of the test split, one for each length."""
-  params, what = params_of(built, workdir)
-  folder = OUT.value or cards.default_folder(built, params, workdir)
-  for card in cards.run(built, params, folder, what, beat=asked.check):
-    say(f'{cards.headline(card)} at {card["length"]} tokens, {card["steps"]} steps')
-  say(f'generations and cards in {folder}')
+# --- modes
 
 
-def score(built):
-  """The card of saved generations, graded as this config says."""
-  if not GENERATIONS.value:
-    raise ValueError('--mode=score needs --generations=FILE.json')
+def train_mode(command: Command, only_sft: bool = False) -> None:
+  """Trains, or resumes; a finished run is only reported."""
+  c = command.config
+  built = ready(c)
+  check.training(c)
+  with watched(c) as (asked, dog):
+    for split in ('train', 'validation', 'test'):  # a bad file is refused now
+      dog.beat(f'data, {split}', 0)
+      build.problems(built, split)
+    workdir = settle(c, WORKDIR.value, begin=True)
+    dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
+    if mesh.agree(os.path.exists(os.path.join(workdir, 'results.json'))):
+      say('this run is done; --config.seed=N starts another')
+    else:
+      kind = jax.devices()[0].device_kind
+      logging.info('%s on %d %s, in %s', c.name, jax.device_count(), kind, workdir)
+      with guard.alone(workdir):
+        run_train(built, workdir, command.overrides, only_sft, dog, asked)
+  if not only_sft and jax.process_index() == 0:
+    again = shlex.join(sys.argv)
+    print(report.summary(workdir))
+    print(f'workdir: {workdir}')
+    print(f'next: python {again} --mode=sample (or eval, export)')
+
+
+def sft_mode(command: Command) -> None:
+  """Trains the base model alone."""
+  train_mode(command, only_sft=True)
+
+
+def run_train(
+  built: build.Built,
+  workdir: str,
+  overrides: dict[str, Any],
+  only_sft: bool,
+  dog: guard.Watchdog,
+  asked: guard.Preemption,
+) -> None:
+  """Supervised training, RL and the final evaluation, from the last checkpoint on."""
+  begun, first = time.time(), jax.process_index() == 0
   c = built.config
-  made = cards.score_file(
-    c.data.task, c.data.protocol, GENERATIONS.value, c.reward.weights
-  )
-  say(cards.as_text(made))
+  if first:
+    seeds = {'seed': c.seed, 'data.seed': c.data.seed}
+    provenance.append(workdir, provenance.record(overrides, seeds))
+    built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
+  with metrics.Writer(workdir, enabled=first) as writer:
+    session = train.Session(built, workdir, writer, dog.beat)
+    base, sft_seconds = train.run('sft', session)
+    if only_sft:
+      return say(f'base model in {os.path.join(workdir, "sft")}')
+    base = built.steps.quantize(base)
+    tuned, rl_seconds = train.run('rl', session, base)
+  test, results = build.problems(built, 'test'), {}
+
+  def beat() -> None:
+    dog.beat('final evaluation', c.train.iterations * c.train.inner)
+    asked.check()
+
+  for name, params in (('base', base), ('final', tuned)):
+    results[name], samples = evaluate.accuracy(built, params, test, beat)
+    if first:
+      path = os.path.join(workdir, f'test_{name}.jsonl')
+      files.replace(path, files.to_lines(samples))
+  if not first:
+    return
+  results['seconds'] = {
+    'sft': sft_seconds,
+    'rl': rl_seconds,
+    'total': sft_seconds + rl_seconds,
+    'session': time.time() - begun,
+  }
+  results |= {
+    'seed': c.seed,
+    'config': c.name,
+    'device': jax.devices()[0].device_kind,
+    'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+  }
+  # Its presence says that the run is done, so it is written last.
+  files.replace(os.path.join(workdir, 'results.json'), json.dumps(results, indent=2))
+  report.curves(workdir)
 
 
-def run_sample(built, workdir):
-  """A prompt being unmasked, on the terminal and as a page."""
-  one, prompt = shown_prompt(built)
-  params, what = params_of(built, workdir)
-  (row,) = evaluate.generate(built, params, one, built.steps.sample_eval, 1, 0)
-  told = f'{row["forwards"]} steps, {row["tokens"]} tokens'
-  if one.examples[0]:
-    example, protocol = one.examples[0], built.config.data.protocol
-    told += (
-      f', grade {built.task.grade(row["text"], example, protocol):g}; '
-      f'the answer: {built.task.record(example)[1]}'
-    )
+def eval_mode(command: Command) -> None:
+  """Writes results cards of the test problems, one for each length."""
+  built = ready(command.config)
+  build.problems(built, 'test')
+  workdir = settle(command.config, WORKDIR.value, begin=False)
+  with guard.Preemption(at_once=True) as asked:
+    params, name = params_of(built, workdir)
+    folder = OUT.value or cards.default_folder(built, params, workdir)
+    for card in cards.run(built, params, folder, name, beat=asked.check):
+      say(f'{cards.headline(card)} at {card["length"]} tokens, {card["steps"]} steps')
+    say(f'generations and cards in {folder}')
+
+
+def sample_mode(command: Command) -> None:
+  """Shows a prompt being unmasked, on the terminal and as a page."""
+  built = ready(command.config)
+  build.problems(built, 'test')
+  problem, prompt = shown_prompt(built)
+  params, name = params_of(built, settle(command.config, WORKDIR.value, begin=False))
+  sampler = built.steps.sample_eval
+  (row,) = evaluate.generate(built, params, problem, sampler, 1, 0)
+  line = f'{row["forwards"]} steps, {row["tokens"]} tokens'
+  if example := problem.examples[0]:
+    grade = built.task.grade(row['text'], example, built.config.data.protocol)
+    line += f', grade {grade:g}; the answer: {built.task.record(example)[1]}'
   steps = watch.pieces(row['ids'], row['order'], built.tokenizer.decode)
-  say(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{told}')
+  say(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{line}')
   if HTML.value and jax.process_index() == 0:
     with open(HTML.value, 'w', encoding='utf-8') as f:
-      f.write(watch.page(steps, f'{built.config.name}, {what}', prompt, told))
+      f.write(watch.page(steps, f'{built.config.name}, {name}', prompt, line))
 
 
-def shown_prompt(built):
-  """(data.Problems of one, its text): --prompt, else --problem of the test."""
+def shown_prompt(built: build.Built) -> tuple[data.Problems, str]:
+  """Returns one problem and its text: --prompt, else --problem of the test."""
   if PROMPT.value:
     return data.encode_problems([{}], [PROMPT.value], built.tokenizer), PROMPT.value
-  problems, at = build.problems(built, 'test'), PROBLEM.value
-  if not 0 <= at < len(problems.examples):
-    raise ValueError(f'--problem={at} must be in 0 to {len(problems.examples) - 1}')
-  example = problems.examples[at]
-  return data.Problems(
-    [example], problems.tokens[at : at + 1], problems.valid[at : at + 1]
-  ), built.task.prompt(example, 'bare')
+  test, at = build.problems(built, 'test'), PROBLEM.value
+  if not 0 <= at < len(test.examples):
+    raise ValueError(f'--problem={at} must be in 0 to {len(test.examples) - 1}')
+  rows = slice(at, at + 1)
+  problem = data.Problems(test.examples[rows], test.tokens[rows], test.valid[rows])
+  return problem, built.task.prompt(test.examples[at], 'bare')
 
 
-def base_of(built, workdir):
-  """The base model of a run: trained, or read from workdir/sft.
-
-  ValueError if it is to be trained and another process is at it.
-  """
-  with metrics.Writer(workdir, enabled=False) as writer:
-    return sft.run(
-      built, workdir, writer, alone=functools.partial(guard.alone, workdir)
-    )[0]
-
-
-def run_export(built, workdir):
-  """A checkpoint in a format that others read, as JSON what it is."""
-  is_trained(workdir)
-  base = base_of(built, workdir)
-  folder = OUT.value or os.path.join(workdir, f'export-{FORMAT.value}')
-  params = (
-    base
-    if OF.value == 'base'
-    else resume.latest(built, workdir, base, OF.value == 'best')
-  )
-  say(json.dumps(hf.export(built, params, base, folder, FORMAT.value)))
+def score_mode(command: Command) -> None:
+  """Grades saved generations: a card as --config says, else JSON for --task."""
+  if not GENERATIONS.value:
+    raise ValueError('--mode=score needs --generations=FILE.json')
+  if (c := command.config) is not None:
+    if wrong := [x for s in ('data', 'reward') for x in config.part(c, s).problems()]:
+      raise ValueError('; '.join(wrong))
+    symbolic.configure(c.reward.workers, c.reward.deadline)
+    card = cards.score_file(
+      c.data.task, c.data.protocol, GENERATIONS.value, c.reward.weights
+    )
+    return say(cards.as_text(card))
+  if TASK.value is None:
+    raise ValueError(f'--mode=score needs --config=FILE or --task={"|".join(TASKS)}')
+  card = cards.score_file(TASK.value, PROTOCOL.value, GENERATIONS.value)
+  say(json.dumps(card, indent=2))
 
 
-def show_report():
-  """Curves and summary of one run, or a comparison of several."""
+def export_mode(command: Command) -> None:
+  """Writes a checkpoint in a format that other programs read."""
+  c = command.config
+  built = ready(c)
+  with watched(c) as (_, dog):
+    workdir = settle(c, WORKDIR.value, begin=False)
+    dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
+    is_trained(workdir)
+    params = base = base_of(built, workdir)
+    if OF.value != 'base':
+      params = resume.latest(built, workdir, base, OF.value == 'best')
+    folder = OUT.value or os.path.join(workdir, f'export-{FORMAT.value}')
+    say(json.dumps(hf.export(built, params, base, folder, FORMAT.value)))
+
+
+def plan_mode(command: Command) -> None:
+  """Prints the plan of a run."""
+  print(plan.run(command.config, TOPOLOGY.value))
+
+
+def report_mode(command: Command) -> None:
+  """Draws and summarizes one run, or compares several runs or cards."""
   if CARDS.value:
-    table, picture = report.compare_cards(sorted(glob.glob(CARDS.value)), OUT.value)
-    print(f'{table}\n{picture}')
-  elif RUNS.value:
-    table, picture = report.compare(sorted(glob.glob(RUNS.value)), BY.value, OUT.value)
-    print(f'{table}\n{picture}')
-  else:
-    with contextlib.suppress(report.NoData):  # it has hardly begun
-      print(report.curves(WORKDIR.value))
-    done = os.path.exists(os.path.join(WORKDIR.value, 'results.json'))
-    print((report.summary if done else status.under_way)(WORKDIR.value))
+    paths = sorted(glob.glob(CARDS.value))
+    return print(*report.compare_cards(paths, OUT.value), sep='\n')
+  if RUNS.value:
+    paths = sorted(glob.glob(RUNS.value))
+    return print(*report.compare(paths, BY.value, OUT.value), sep='\n')
+  if not WORKDIR.value and command.config is None:
+    raise ValueError('--mode=report needs --workdir=DIR, --config, --runs or --cards')
+  workdir = WORKDIR.value or default_workdir(command.config)
+  if not os.path.exists(os.path.join(workdir, 'config.json')):
+    raise ValueError(f'no run in {workdir}: there is no config.json')
+  with contextlib.suppress(report.NoData):  # the run has hardly begun
+    print(report.curves(workdir))
+  done = os.path.exists(os.path.join(workdir, 'results.json'))
+  print((report.summary if done else status.under_way)(workdir))
 
 
-def start(argv):
-  """Bad input is one sentence, not a traceback."""
-  try:
-    main(argv)
-  except (ValueError, FloatingPointError, FileNotFoundError) as error:
-    if os.environ.get('DMPO_TRACEBACK'):
-      raise
-    sys.exit(f'error: {error}')
-
-
-def run():
-  """The command line's entry point."""
-  jax.config.config_with_absl()
-  app.run(start, flags_parser=parse)
+MODES: dict[str, Callable[[Command], None]] = {
+  'train': train_mode, 'sft': sft_mode, 'eval': eval_mode, 'sample': sample_mode,
+  'score': score_mode, 'export': export_mode, 'plan': plan_mode, 'report': report_mode,
+}  # fmt: skip

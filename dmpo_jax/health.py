@@ -29,18 +29,34 @@ RULES = {
 class Config:
   """Bounds (0 = off), and what follows when one is broken for long."""
 
-  action: str = 'warn'  # one of ACTIONS
-  patience: int = 5  # buffers in a row
-  empty: float = 0.5
-  repeated: float = 0.5
-  distinct: float = 0.0
-  equal: float = 0.0
-  reward: float = 0.5
-  ess: float = 0.0
-  kl: float = 0.0
-  grad_norm: float = 0.0
+  action: str = 'warn'  # on a broken rule: none | warn | stop (exit code 77)
+  patience: int = 5  # buffers in a row that must break a rule
+  empty: float = 0.5  # largest share of completions that begin with EOS; 0 = off
+  repeated: float = 0.5  # largest share of tokens equal to the one before; 0 = off
+  distinct: float = 0.0  # smallest (different completions of a group) / G; 0 = off
+  equal: float = 0.0  # largest share of groups whose answers are all wrong; 0 = off
+  reward: float = 0.5  # smallest reward / its best mean over `patience`; 0 = off
+  ess: float = 0.0  # smallest effective sample size of a group's weights; 0 = off
+  kl: float = 0.0  # largest KL to the reference, nats a completion; 0 = off
+  grad_norm: float = 0.0  # largest gradient norm before clipping; 0 = off
   lr_factor: float = 0.5  # of each rollback
   rollbacks: int = 3  # at most; then the run stops
+  measure: bool = False  # compute KL and ELBO drift for every objective
+
+  def problems(self) -> list[str]:
+    """Returns complaints about fields that are out of range."""
+    out = []
+    if self.action not in ACTIONS:
+      out.append(f'health.action = {self.action!r} must be one of {", ".join(ACTIONS)}')
+    if self.patience < 1:
+      out.append(f'health.patience = {self.patience} must be >= 1')
+    for rule in RULES:
+      most = float('inf') if rule in ('kl', 'grad_norm') else 1
+      if not 0 <= getattr(self, rule) <= most:
+        out.append(
+          f'health.{rule} = {getattr(self, rule)} must be in [0, {most}]; 0 = off'
+        )
+    return out
 
 
 class Collapse(FloatingPointError):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dmpo_jax import check, data, model, optim, step, weights
+from dmpo_jax import check, config, data, model, optim, step, weights
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.sampler import SampleConfig
@@ -39,7 +39,7 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
   if folder:
     fields = weights.read_config(folder)
   else:
-    changed = {name: c.model[name] for name in check.SIZES if c.model[name]}
+    changed = {name: c.model[name] for name in config.SIZES if c.model[name]}
     fields = {**model.PRESETS[c.model.preset], **changed}
     if tokenizer is not None:
       fields |= dict(

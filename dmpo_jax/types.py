@@ -270,8 +270,8 @@ class TaskOptions:
 
   path: str = ''  # file or directory in the field's format; '' generates
   train_size: int = 2000  # problems per split; 0 = all of a file
-  validation_size: int = 128
-  test_size: int = 256
+  validation_size: int = 128  # problems; 0 = all of a file
+  test_size: int = 256  # problems; 0 = all of a file
   seed: int = 0  # of generation and of the split; not the run's seed
   min_blanks: int = 4  # sudoku: fewest empty cells
   max_blanks: int = 10  # sudoku: most empty cells

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import compare as bench
 from configs import compare
-from dmpo_jax import build
+from dmpo_jax import build, config
 from dmpo_jax.tools import costs, plan
 
 DIFFERENT = [
@@ -26,7 +26,7 @@ def test_every_objective_is_an_arm_with_a_cost():
 @pytest.mark.parametrize('arm', DIFFERENT)
 def test_costs_are_those_of_the_programs(arm):
   c = compare.get_config('sudoku')
-  c.update_from_flattened_dict(compare.fields_of(arm))
+  config.update(c, compare.fields_of(arm))
   c.data.train_size = 16
   c.model.remat = 'none'  # a recomputed forward would count
   built = build.build(c)

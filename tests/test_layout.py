@@ -15,17 +15,21 @@ import pytest
 PACKAGE = 'dmpo_jax'
 FLOORS = {
   '__init__': -1,  # everybody imports it, so it imports nobody
-  'types': 0, 'rng': 0, 'files': 0, 'health': 0,
-  'metrics': 1, 'mesh': 1, 'masking': 1, 'model': 1, 'tasks': 1,
-  'logprob': 2, 'sampler': 2, 'data': 2, 'optim': 2, 'checkpoint': 2,
-  'hf': 2, 'grader': 2, 'guard': 2,
-  'objectives': 3, 'weights': 3,
-  'step': 4, 'rollout': 4, 'check': 4,
-  'build': 5,
-  'evaluate': 6, 'resume': 6,
-  'tools': 7, 'phases': 7,
-  'train': 8,
-  'cli': 9,
+  'types': 0, 'files': 0,
+  'rng': 1, 'health': 1, 'metrics': 1,
+  'mesh': 2, 'masking': 2, 'model': 2, 'tasks': 2,
+  'hf': 3, 'layout': 3, 'sampler': 3, 'data': 3, 'optim': 3, 'checkpoint': 3,
+  'grader': 3, 'guard': 3,
+  'logprob': 4, 'weights': 4,
+  'objectives': 5,
+  'config': 6, 'step': 6,
+  'check': 7, 'score': 7, 'rollout': 7,
+  'parts': 8,
+  'build': 9,
+  'evaluate': 10, 'resume': 10,
+  'tools': 11, 'phases': 11,
+  'train': 12,
+  'cli': 13,
 }  # fmt: skip
 PLUGINS = (
   'tasks',

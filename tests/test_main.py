@@ -1,4 +1,4 @@
-"""The command line: what it refuses, in which words, and what it settles."""
+"""The command line: what it refuses, which run it finds, what each mode does."""
 
 import dataclasses
 import json
@@ -14,11 +14,21 @@ from absl import flags
 from absl.testing import flagsaver
 
 from configs import base, quickstart
-from dmpo_jax import build, check, data, evaluate, guard, hf, metrics, train, weights
+from dmpo_jax import (
+  build,
+  check,
+  config,
+  data,
+  evaluate,
+  export,
+  guard,
+  metrics,
+  parts,
+  train,
+  weights,
+)
 from dmpo_jax import cli as main
-from dmpo_jax.phases import sft
-from dmpo_jax.tools import report
-from dmpo_jax.tools.cards import wilson
+from dmpo_jax.tools import cards, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -51,7 +61,7 @@ def tiny(**changes):
       'eval.batch': 8,
     }
   )
-  c.update_from_flattened_dict(changes)
+  config.update(c, changes)
   return c
 
 
@@ -64,23 +74,31 @@ def config_file(tmp_path):
 
 @pytest.fixture
 def command(config_file, monkeypatch, tmp_path):
-  """Runs main as `python main.py --config=... args` would, in tmp_path."""
+  """Runs the command line as `python main.py --config=... args` does, in tmp_path."""
   monkeypatch.setattr(main, 'quiet', lambda: None)
   monkeypatch.chdir(tmp_path)
 
   def call(*args, function=None, config=(f'--config={config_file}',)):
     saved = flagsaver.save_flag_values()
-    # ml_collections looks for overrides in sys.argv, whatever it is given.
     argv = ['main.py', *config, *args]
-    monkeypatch.setattr(sys, 'argv', argv)
+    monkeypatch.setattr(sys, 'argv', argv)  # the summary repeats it
     try:
-      rest = main.parse(argv)
-      return (function or main.start)(rest)
+      return (function or main.start)(main.parse(argv))
     finally:
       flagsaver.restore_flag_values(saved)
       flags.FLAGS.unparse_flags()
 
   return call
+
+
+@pytest.fixture
+def phases(monkeypatch):
+  """phases(sft=f, rl=g): a function of a Session in the place of each phase."""
+
+  def put(**runs):
+    monkeypatch.setattr(train, 'run', lambda name, session, *_: runs[name](session))
+
+  return put
 
 
 def sub(*args, folder):
@@ -98,151 +116,155 @@ def sub(*args, folder):
 # --- what cannot run is refused before anything is compiled
 
 
-IMPOSSIBLE = {
-  "sampler.pick = 'confidense'.*did you mean 'confidence'": {
-    'sampler.pick': 'confidense'
-  },
-  "eval.sampler.pick = 'margn'.*did you mean 'margin'": {'eval.sampler.pick': 'margn'},
-  "data.task = 'sudoko'.*did you mean 'sudoku'": {'data.task': 'sudoko'},
-  "objective.name = 'dmppo'.*did you mean 'dmpo'": {'objective.name': 'dmppo'},
-  "model.preset = 'tinny'.*did you mean 'tiny'": {'model.preset': 'tinny'},
-  "data.style = 'zzz' must be one of bare, chat, eval, one_shot": {'data.style': 'zzz'},
-  "data.protocol = 'stric'.*'strict'": {'data.protocol': 'stric'},
-  "logprob.estimator = 'elbow'.*'elbo'": {'logprob.estimator': 'elbow'},
-  "logprob.elbo = 'paperr'.*'paper'": {'logprob.elbo': 'paperr'},
-  "model.attention = 'flash' must be one of xla, cudnn, splash": {
-    'model.attention': 'flash'
-  },
-  'model.attention = splash needs a tpu, this is a cpu': {'model.attention': 'splash'},
-  'model.attention = cudnn needs model.dtype = bfloat16': {'model.attention': 'cudnn'},
-  "model.dtype = 'float16'.*one of float32": {'model.dtype': 'float16'},
-  "sampler.parallel = 'jitt'.*'jit'": {'sampler.parallel': 'jitt'},
-  'group = 8 rows must be a multiple of 8 .*microbatches = 24': {
-    'train.microbatches': 3
-  },
-  'group = 6 rows must be a multiple of 8': {'train.group': 3},
-  'eval.batch = 9 must be a multiple of the 8': {'eval.batch': 9},
-  'sft.batch = 9 must be a multiple of the 8': {'sft.batch': 9, 'sft.steps': 1},
-  r'^  sampler.block = 5 must divide sampler.length = 16': {'sampler.block': 5},
-  r'^  eval.sampler.block = 5 must divide': {'eval.sampler.block': 5},
-  'sampler.steps = 17 must be a multiple.*at most': {'sampler.steps': 17},
-  'sampler.temperature = -1.0 must be >= 0': {'sampler.temperature': -1.0},
-  'sampler.threshold = 1.5 must be in': {'sampler.threshold': 1.5},
-  'objective.draws = 3 must be even': {'objective.draws': 3},
-  'objective.alpha = -1.0 must be >= 0': {'objective.alpha': -1.0},
-  'logprob.draws = 3 must be even': {'logprob.draws': 3},
-  'logprob.antithetic = True must be objective.antithetic = False': {
-    'objective.loss': 'ddo',
-    'objective.antithetic': False,
-  },
-  'logprob.low = 0.2 must be objective.low = 0.1': {
-    'objective.baseline': 'model',
-    'logprob.low': 0.2,
-  },
-  'logprob.elbo = stratified must be paper': {
-    'objective.baseline': 'model',
-    'logprob.elbo': 'stratified',
-  },
-  'lora.dropout = 0.1: objective.name = dmpo compares': {
-    'objective.loss': 'ddo',
-    'objective.antithetic': False,
-    'logprob.antithetic': False,
-    'lora.rank': 2,
-    'lora.dropout': 0.1,
-  },
-  'objective.loss_tail = False: log p_old': {
-    'objective.baseline': 'model',
-    'objective.loss_tail': False,
-  },
-  'logprob.low = 0.9, logprob.high = 0.5': {'logprob.low': 0.9, 'logprob.high': 0.5},
-  'trajectory needs sampler.temperature > 0': {
-    'logprob.estimator': 'trajectory',
-    'sampler.temperature': 0.0,
-  },
-  'logprob.tail = False has no meaning': {
-    'logprob.estimator': 'trajectory',
-    'logprob.tail': False,
-  },
-  'logprob.estimator = trajectory needs 1 and 0': {
-    'logprob.estimator': 'trajectory',
-    'sampler.top_p': 0.9,
-  },
-  'sampler.pick = wino takes tokens back': {
-    'logprob.estimator': 'trajectory',
-    'sampler.pick': 'wino',
-  },
-  'sampler.rank = token: .*use sampler.rank = max': {
-    'logprob.estimator': 'trajectory',
-    'sampler.rank': 'token',
-  },
-  'logprob.fuse = True needs lora.rank > 0': {'logprob.fuse': True},
-  'eval.sampler.refresh = 2 needs sampler.cache = prefix or dual': {
-    'eval.sampler.refresh': 2
-  },
-  'train.group = 1 must be >= 2': {'train.group': 1},
-  'optim.lr = -1.0 must be >= 0': {'optim.lr': -1.0},
-  'optim.lr = nan must be >= 0': {'optim.lr': float('nan')},
-  'optim.b1 = 1.0 must be in': {'optim.b1': 1.0},
-  'optim.b2 = -0.1 must be in': {'optim.b2': -0.1},
-  'optim.eps = 0.0 must be > 0': {'optim.eps': 0.0},
-  'sft.clip = -1.0 must be >= 0': {'sft.clip': -1.0},
-  'sft.warmup = -1 must be >= 0': {'sft.warmup': -1},
-  'sft.weight_decay = -1.0 must be >= 0': {'sft.weight_decay': -1.0},
-  'lora.alpha = 0.0 must be > 0': {'lora.alpha': 0.0, 'lora.rank': 2},
-  'checkpoint.every = 0 must be >= 1': {'checkpoint.every': 0},
-  'checkpoint.every_minutes = -1.0 must be >= 0': {'checkpoint.every_minutes': -1.0},
-  'log.stuck_minutes = -1.0 must be >= 0': {'log.stuck_minutes': -1.0},
-  'mesh.data, mesh.fsdp, mesh.tensor = 0, 3, 1': {'mesh.fsdp': 3},
-  'sampler.parallel = pmap needs replicated': {
-    'sampler.parallel': 'pmap',
-    'mesh.fsdp': 2,
-  },
-  'model.head_chunk = 5 must divide': {'model.head_chunk': 5},
-  'model.heads = 3 must divide model.width = 64': {
-    'model.heads': 3,
-    'model.kv_heads': 3,
-  },
-  'model.kv_heads = 3': {'model.kv_heads': 3},
-  "data.tokenizer = 'nowhere' must be": {'data.tokenizer': 'nowhere'},
-}
+# What is set -> the field, and the value or field to set instead.
+IMPOSSIBLE = [
+  ({'sampler.pick': 'confidense'}, r'sampler\.pick = .confidense.*confidence'),
+  ({'eval.sampler.pick': 'margn'}, r'eval\.sampler\.pick = .margn.*margin'),
+  ({'data.task': 'sudoko'}, "data.task = 'sudoko'.*did you mean 'sudoku'"),
+  ({'model.preset': 'tinny'}, "model.preset = 'tinny'.*did you mean 'tiny'"),
+  ({'data.style': 'zzz'}, "data.style = 'zzz' must be one of bare, chat"),
+  ({'eval.style': 'zzz'}, "eval.style = 'zzz' must be one of"),
+  ({'data.protocol': 'stric'}, "data.protocol = 'stric'.*'strict'"),
+  ({'data.template': 'nowhere'}, "data.template = 'nowhere': no such file"),
+  ({'logprob.estimator': 'elbow'}, 'logprob.estimator = .elbow.*elbo'),
+  ({'logprob.elbo': 'paperr'}, 'logprob.elbo = .paperr.*paper'),
+  ({'model.attention': 'flash'}, 'model.attention = .flash.*xla, cudnn, splash'),
+  ({'model.attention': 'splash'}, 'model.attention = splash needs a tpu.*use xla'),
+  ({'model.attention': 'cudnn'}, 'model.attention = cudnn.*model.dtype = bfloat16'),
+  ({'model.dtype': 'float16'}, "model.dtype = 'float16'.*float32"),
+  ({'sampler.parallel': 'jitt'}, "sampler.parallel = 'jitt'.*'jit'"),
+  ({'train.microbatches': 3}, 'group = 8 rows.*multiple of 8.*microbatches = 24'),
+  ({'train.microbatches': 0}, 'train.microbatches = 0 must be >= 1'),
+  ({'train.group': 3}, 'group = 6 rows must be a multiple of 8'),
+  ({'eval.batch': 9}, 'eval.batch = 9 must be a multiple of the 8'),
+  ({'sft.batch': 9, 'sft.steps': 1}, 'sft.batch = 9 must be a multiple of the 8'),
+  ({'sampler.block': 5}, r'^  sampler.block = 5 must divide sampler.length = 16'),
+  ({'eval.sampler.block': 5}, r'^  eval.sampler.block = 5 must divide'),
+  ({'sampler.steps': 17}, 'sampler.steps = 17'),
+  ({'sampler.temperature': -1.0}, 'sampler.temperature = -1.0'),
+  ({'sampler.threshold': 1.5}, 'sampler.threshold = 1.5'),
+  ({'objective.draws': 3}, 'objective.draws = 3.*even'),
+  ({'objective.alpha': -1.0}, 'objective.alpha = -1.0.*>= 0'),
+  ({'logprob.draws': 3}, 'logprob.draws = 3.*even'),
+  (
+    {'objective.loss': 'ddo', 'objective.antithetic': False},
+    'logprob.antithetic = True must be objective.antithetic = False',
+  ),
+  (
+    {'objective.baseline': 'model', 'logprob.low': 0.2},
+    'logprob.low = 0.2 must be objective.low = 0.1',
+  ),
+  (
+    {'objective.baseline': 'model', 'logprob.elbo': 'stratified'},
+    'logprob.elbo = stratified must be paper',
+  ),
+  (
+    {
+      'objective.loss': 'ddo',
+      'objective.antithetic': False,
+      'logprob.antithetic': False,
+      'lora.rank': 2,
+      'lora.dropout': 0.1,
+    },
+    'lora.dropout = 0.1: objective.name = dmpo.*set 0',
+  ),
+  (
+    {'objective.baseline': 'model', 'objective.loss_tail': False},
+    'objective.loss_tail = False.*set True',
+  ),
+  ({'logprob.low': 0.9, 'logprob.high': 0.5}, 'logprob.low = 0.9'),
+  (
+    {'logprob.estimator': 'trajectory', 'sampler.temperature': 0.0},
+    'trajectory needs sampler.temperature > 0',
+  ),
+  (
+    {'logprob.estimator': 'trajectory', 'logprob.tail': False},
+    'logprob.tail = False.*logprob.estimator = elbo',
+  ),
+  (
+    {'logprob.estimator': 'trajectory', 'sampler.top_p': 0.9},
+    'sampler.top_p = 0.9.*trajectory needs 1 and 0',
+  ),
+  (
+    {'logprob.estimator': 'trajectory', 'sampler.pick': 'wino'},
+    'sampler.pick = wino.*logprob.estimator = elbo',
+  ),
+  (
+    {'logprob.estimator': 'trajectory', 'sampler.rank': 'token'},
+    'sampler.rank = token.*set sampler.rank = max',
+  ),
+  ({'logprob.fuse': True}, 'logprob.fuse = True needs lora.rank > 0'),
+  ({'eval.sampler.refresh': 2}, 'eval.sampler.refresh = 2.*sampler.cache'),
+  ({'train.group': 1}, 'train.group = 1 must be >= 2'),
+  ({'optim.lr': float('nan')}, 'optim.lr = nan must be >= 0'),
+  ({'optim.b1': 1.0}, 'optim.b1 = 1.0 must be in'),
+  ({'optim.eps': 0.0}, 'optim.eps = 0.0 must be > 0'),
+  ({'lora.alpha': 0.0, 'lora.rank': 2}, 'lora.alpha = 0.0 must be > 0'),
+  ({'lora.dropout': 0.1}, 'lora.dropout.*lora.rank > 0'),
+  ({'model.quantize': 'int8'}, 'model.quantize = int8.*lora.rank > 0'),
+  ({'checkpoint.every': 0}, 'checkpoint.every = 0 must be >= 1'),
+  ({'reference.weights': ()}, 'reference.weights = .*one weight for each'),
+  ({'reference.mix': 0.0}, 'reference.mix = 0.0 must be in'),
+  ({'eval.samples': 2}, 'eval.samples = 2.*eval.sampler.temperature > 0'),
+  ({'seed': -1}, 'seed = -1 must be in 0'),
+  ({'mesh.fsdp': 3}, 'mesh.data, mesh.fsdp, mesh.tensor = 0, 3, 1'),
+  (
+    {'sampler.parallel': 'pmap', 'mesh.fsdp': 2},
+    'sampler.parallel = pmap.*mesh.fsdp = mesh.tensor = 1',
+  ),
+  ({'model.head_chunk': 5}, 'model.head_chunk = 5 must divide'),
+  ({'model.heads': 3, 'model.kv_heads': 3}, 'model.heads = 3.*model.width = 64'),
+  ({'model.kv_heads': 3}, 'model.kv_heads = 3'),
+  ({'model.checkpoint': 'x', 'model.width': 9}, 'model.width = 9: set 0'),
+  ({'data.tokenizer': 'nowhere'}, "data.tokenizer = 'nowhere'"),
+]
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize('said', IMPOSSIBLE)
-def test_refused_before_compilation(said, monkeypatch):
-  """One sentence that names the field, and no jit before it."""
+@pytest.mark.parametrize('changes, match', IMPOSSIBLE, ids=lambda x: str(x)[:60])
+def test_impossible_config_is_refused_before_compilation(changes, match, monkeypatch):
+  """A sentence names the field, and nothing is compiled before it."""
 
   def compiles(*_, **__):
     raise AssertionError('compiled before the config was checked')
 
-  monkeypatch.setattr(build, 'compiled', compiles)
-  with pytest.raises(ValueError, match=f'(?m){said}'):
-    build.build(tiny(**IMPOSSIBLE[said]))
+  monkeypatch.setattr(jax, 'jit', compiles)
+  with pytest.raises(ValueError, match=f'(?m){match}'):
+    build.build(tiny(**changes))
 
 
-def test_all_complaints_at_once():
-  """A config with three faults is told of three."""
+def test_all_complaints_come_at_once():
+  """Of sections by themselves, and of rules between the sections that are right."""
   with pytest.raises(ValueError) as info:
     check.config(
-      tiny(**{'objective.alpha': -1.0, 'sampler.block': 5, 'data.task': 'chess'}), 8
+      tiny(
+        **{
+          'objective.alpha': -1.0,
+          'sampler.block': 5,
+          'data.task': 'chess',
+          'model.quantize': 'int8',
+          'eval.batch': 9,
+        }
+      ),
+      8,
     )
   assert str(info.value).startswith('this config cannot run:')
-  assert len(str(info.value).splitlines()) == 4
+  assert len(str(info.value).splitlines()) == 6
 
 
 def test_splash_splits_the_heads_of_k_and_v():
   """Its shard_map has whole heads on each device of the tensor axis."""
   c = tiny(**{'model.attention': 'splash', 'mesh.tensor': 2})
   tokenizer = data.char_tokenizer()
-  build.model_config(c, tokenizer)
+  parts.model_config(c, tokenizer)
   c.model.kv_heads = 1
   with pytest.raises(
     ValueError, match='kv_heads = 1 must be a multiple of mesh.tensor = 2'
   ):
-    build.model_config(c, tokenizer)
+    parts.model_config(c, tokenizer)
 
 
-def test_the_defaults_of_the_tests_can_run():
+def test_config_of_these_tests_can_run():
   """The control of the table above."""
   check.config(tiny(), 8)
 
@@ -250,100 +272,146 @@ def test_the_defaults_of_the_tests_can_run():
 # --- flags
 
 
-def test_misspelt_field(command):
-  """The nearest field is named, and the exit is a sentence."""
-  with pytest.raises(SystemExit) as info:
+def test_misspelt_field_is_refused_with_the_nearest(command):
+  with pytest.raises(SystemExit, match="config.optim.lrr.*did you mean 'optim.lr'"):
     command('--config.optim.lrr=1')
-  assert 'config.optim.lrr is not a field' in str(info.value)
-  assert "did you mean 'optim.lr'" in str(info.value)
 
 
-def test_config_named_otherwise(command, config_file):
-  """With a space in place of the =, or not at all: sentences, too."""
+def test_config_can_follow_a_space_and_must_be_there(command, config_file):
   with pytest.raises(SystemExit, match="did you mean 'optim.lr'"):
-    command('--config.optim.lrr=1', config=('--config', config_file))
+    command('--config.optim.lrr', '1', config=('--config', config_file))
   for args in ((), ('--workdir=run', '--mode=eval'), ('--config.seed=1',)):
-    with pytest.raises(SystemExit, match='^error: .*--config=FILE is missing'):
+    with pytest.raises(SystemExit, match='^error: --config=FILE is missing'):
       command(*args, config=())
 
 
-def test_wrong_type(command):
-  """A word where a number belongs is an error that names the flag."""
+def test_missing_config_file_is_one_sentence(command, config_file):
+  with pytest.raises(
+    SystemExit, match='^error: .*mne.py: no such file.*mine.py'
+  ) as info:
+    command(config=(f'--config={config_file.replace("mine", "mne")}',))
+  assert len(str(info.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('flag', ['-h', '--help'])
+def test_help_shows_modes_and_flags(command, capsys, flag):
   with pytest.raises(SystemExit) as info:
+    command(flag, config=())
+  out = capsys.readouterr().out
+  assert info.value.code == 0 and '--workdir' in out
+  assert all(f'  {name} ' in out for name in main.MODES)
+
+
+def test_modes_are_those_of_the_flag():
+  assert tuple(main.MODES) == main.NAMES
+
+
+def test_wrong_type_is_refused_with_the_flag(command):
+  with pytest.raises(SystemExit, match='error: .*train.group=many'):
     command('--config.train.group=many')
-  assert 'error:' in str(info.value) and 'train.group' in str(info.value)
 
 
-def test_stray_argument(command):
+def test_stray_argument_is_refused(command):
   """`config.seed=1` without its dashes is not silently dropped."""
   with pytest.raises(SystemExit, match='config.seed=1.*--name=value'):
     command('config.seed=1')
 
 
-def test_sweep_points(command, config_file):
+def test_sweep_points(command):
   """Point i is applied; set twice, out of range and unknown are refused."""
 
-  def applied(*args):
-    def read(_):
-      c = main.CONFIG.value
-      main.apply_sweep(c, flags.FLAGS['config'], main.SWEEP.value)
-      return c
+  def read(*args):
+    return command(*args, function=lambda argv: main.read_config(argv[1:]))
 
-    return command(*args, function=read)
-
-  c = applied('--sweep=rates:1', '--config.train.inner=3')
+  c, overrides = read('--sweep=rates:1', '--config.train.inner=3')
   assert (c.optim.lr, c.seed, c.train.inner, c.name) == (1e-4, 7, 3, 'mine')
-  assert applied('--sweep=rates:0').optim.lr == 1e-3
+  assert overrides == {'train.inner': 3, 'sweep': 'rates:1'}
+  assert read('--sweep=rates:0').config.optim.lr == 1e-3
   for bad in ('rates:2', 'rates', 'rates:x', 'rates:-1'):
     with pytest.raises(ValueError, match='rates:i with i from 0 to 1'):
-      applied(f'--sweep={bad}')
-  with pytest.raises(ValueError, match="'optim.lr'.*set both by --sweep"):
-    applied('--sweep=rates:0', '--config.optim.lr=1')
+      read(f'--sweep={bad}')
+  with pytest.raises(ValueError, match="'optim.lr'.*both by --sweep and by a flag"):
+    read('--sweep=rates:0', '--config.optim.lr=1')
   with pytest.raises(ValueError, match='--sweep=rate: .*has only rates'):
-    applied('--sweep=rate:0')
-  with pytest.raises(ValueError, match=r'quickstart.py has no sweep\(name\)'):
-    main.points_of(str(ROOT / 'configs' / 'quickstart.py'), 'rates')
-  # A point is still only a config: the file itself is not changed.
-  assert main.module(config_file).get_config().seed == 0
+    read('--sweep=rate:0')
+  module, c = config.load(str(ROOT / 'configs' / 'quickstart.py'))
+  with pytest.raises(ValueError, match=r'no sweep\(name\)'):
+    config.sweep_point(module, 'quickstart.py', 'rates:0')
+
+
+def test_objective_of_a_sweep_and_of_a_flag(command, config_file):
+  """Each brings its own defaults; what is explicit stays, in any order."""
+  with open(config_file, 'a') as f:
+    f.write("""
+
+SWEEPS = ('objectives',)
+
+
+def sweep(name):
+  return {'objectives': [{'objective.name': 'espo', 'objective.draws': 2}]}[name]
+""")
+
+  def read(*args):
+    return command(*args, function=lambda argv: main.read_config(argv[1:])).config
+
+  c = read('--sweep=objectives:0', '--config.objective.beta=0.5')
+  o = c.objective
+  assert (o.name, o.advantage, o.draws, o.beta) == ('espo', 'loo', 2, 0.5)
+  o = read('--config.objective.alpha=2', '--config.objective.name=wd1').objective
+  assert (o.name, o.alpha) == ('wd1', 2.0) and 'best' not in o
+  with pytest.raises(ValueError, match='objective.name.*both by --sweep'):
+    read('--sweep=objectives:0', '--config.objective.name=wd1')
 
 
 # --- the workdir
 
 
 def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
-  """Same config, same folder; any field moves it; config.json is inside."""
+  """The name and any field that training reads move it; what may differ does not."""
   monkeypatch.chdir(tmp_path)
-  first = main.settle(tiny(), '')
-  assert main.settle(tiny(), '') == first
+  first = main.settle(tiny(), '', begin=True)
+  assert main.settle(tiny(), '', begin=True) == first
   assert first.startswith('runs/base-')
   others = [
-    main.settle(tiny(**change), '')
+    main.default_workdir(tiny(**change))
     for change in ({'seed': 1}, {'optim.lr': 1.0}, {'name': 'x'})
   ]
   assert len({first, *others}) == 4
+  for change in (
+    {'mesh.cpu': 3},
+    {'log.samples': 1},
+    {'cache': False},
+    {'health.action': 'stop'},
+    {'checkpoint.every': 3},
+    {'eval.lengths': (32,)},
+    {'reward.deadline': 1.0},
+    {'data.protocol': 'paper'},
+  ):
+    assert main.default_workdir(tiny(**change)) == first
   written = json.loads((tmp_path / first / 'config.json').read_text())
   assert check.flatten(written) == check.flatten(
     json.loads(tiny().to_json())
   )  # a tuple comes back as a list
 
 
-def test_workdir_of_another_config(tmp_path):
-  """It is refused, and what differs is listed; what may differ is named."""
+def test_workdir_of_another_config_is_refused(tmp_path):
+  """The sentence lists what differs, and which fields may differ."""
   workdir = str(tmp_path / 'run')
-  assert main.settle(tiny(), workdir) == workdir
+  assert main.settle(tiny(), workdir, begin=True) == workdir
   before = (tmp_path / 'run' / 'config.json').read_text()
   with pytest.raises(ValueError) as info:
-    main.settle(tiny(**{'optim.lr': 0.5, 'train.inner': 7}), workdir)
+    main.settle(tiny(**{'optim.lr': 0.5, 'train.inner': 7}), workdir, begin=True)
   said = str(info.value)
-  assert f'--workdir={workdir}' in said and 'seed' not in said
+  assert workdir in said and '--workdir' in said and 'seed' not in said
   assert f'optim.lr: {tiny().optim.lr!r} there, 0.5 here' in said
   assert 'train.inner: ' in said and ', 7 here' in said
   assert (tmp_path / 'run' / 'config.json').read_text() == before
   assert 'only log., checkpoint., mesh.' in said
-  main.settle(tiny(**{'log.samples': 9, 'checkpoint.every': 3}), workdir)
+  main.settle(tiny(**{'log.samples': 9, 'checkpoint.every': 3}), workdir, begin=True)
+  main.settle(tiny(**{'eval.batch': 16}), workdir, begin=False)
 
 
-def test_two_runs_in_one_workdir(tmp_path):
+def test_second_run_in_a_workdir_is_refused(tmp_path):
   """The second is refused while the first lives, and not after its kill."""
   first = subprocess.Popen(
     [
@@ -369,21 +437,20 @@ def test_two_runs_in_one_workdir(tmp_path):
     pass
 
 
-def test_damaged_config_of_a_workdir(tmp_path):
+def test_damaged_config_of_a_workdir_is_named(tmp_path):
   """A sentence that names the file, and what to do."""
   workdir = str(tmp_path / 'run')
-  main.settle(tiny(), workdir)
+  main.settle(tiny(), workdir, begin=True)
   path = tmp_path / 'run' / 'config.json'
   path.write_text(path.read_text()[:100])
   with pytest.raises(ValueError, match='config.json is damaged.*remove it'):
-    main.settle(tiny(), workdir)
+    main.settle(tiny(), workdir, begin=True)
 
 
-def test_command_settles_and_trains_once(command, monkeypatch, tmp_path, capsys):
+def test_command_trains_once(command, phases, monkeypatch, tmp_path, capsys):
   """Training leaves results; the same command then says that it is done."""
   params = {'params': {}}
-  monkeypatch.setattr(sft, 'run', lambda *_: (params, 2.0))
-  monkeypatch.setattr(train, 'run', lambda *_: (params, 3.0))
+  phases(sft=lambda _: (params, 2.0), rl=lambda _: (params, 3.0))
   monkeypatch.setattr(
     evaluate,
     'accuracy',
@@ -392,7 +459,9 @@ def test_command_settles_and_trains_once(command, monkeypatch, tmp_path, capsys)
   monkeypatch.setattr(report, 'curves', lambda workdir: None)
   monkeypatch.setattr(report, 'summary', lambda workdir: 'the summary')
   command('--workdir=run', '--config.seed=3')
-  assert capsys.readouterr().out == 'the summary\n'
+  out = capsys.readouterr().out
+  assert out.startswith('the summary\nworkdir: run\n')
+  assert '--workdir=run --config.seed=3 --mode=sample' in out
   results = json.loads((tmp_path / 'run' / 'results.json').read_text())
   assert results['base'] == results['final'] == {'accuracy': 0.5, 'reward': 1.0}
   assert results['seconds']['total'] == 5.0 and results['seed'] == 3
@@ -402,10 +471,7 @@ def test_command_settles_and_trains_once(command, monkeypatch, tmp_path, capsys)
   )
   assert (tmp_path / 'run' / 'tokenizer' / 'tokenizer.json').exists()
 
-  def again(*_):
-    raise AssertionError('a finished run was run again')
-
-  monkeypatch.setattr(train, 'run', again)
+  phases()  # to train again would be a KeyError
   command('--workdir=run', '--config.seed=3')
   out = capsys.readouterr().out
   assert 'this run is done' in out and 'the summary' in out
@@ -413,21 +479,34 @@ def test_command_settles_and_trains_once(command, monkeypatch, tmp_path, capsys)
     command('--workdir=run', '--config.seed=4')
 
 
-def test_only_the_base_model(command, monkeypatch, capsys):
-  """--mode=sft stops after supervised training and leaves no results."""
-  monkeypatch.setattr(sft, 'run', lambda *_: ({}, 2.0))
+def test_mode_sft_leaves_no_results(command, phases, capsys):
+  phases(sft=lambda _: ({}, 2.0))
   command('--workdir=run', '--mode=sft')
   assert 'base model in run/sft' in capsys.readouterr().out
   assert not os.path.exists('run/results.json')
 
 
-def test_bad_numbers_are_one_sentence(command, monkeypatch):
+def test_ctrl_c_is_one_sentence(command, phases, capsys):
+  """It says that the same command resumes; the exit code is the shell's."""
+
+  def stop(_):
+    raise KeyboardInterrupt
+
+  phases(sft=stop)
+  with pytest.raises(SystemExit) as info:
+    command('--workdir=run')
+  error = capsys.readouterr().err
+  assert info.value.code == 130 and 'same command resumes' in error
+  assert 'Traceback' not in error
+
+
+def test_bad_numbers_are_one_sentence(command, phases, monkeypatch):
   """A run that stops on nan ends with the sentence, not with a traceback."""
 
-  def stop(*_):
+  def stop(_):
     raise FloatingPointError('not finite at update 3')
 
-  monkeypatch.setattr(sft, 'run', stop)
+  phases(sft=stop)
   monkeypatch.delenv('DMPO_TRACEBACK', raising=False)
   with pytest.raises(SystemExit, match='^error: not finite at update 3$'):
     command('--workdir=run')
@@ -436,10 +515,9 @@ def test_bad_numbers_are_one_sentence(command, monkeypatch):
     command('--workdir=run')
 
 
-def test_collapse_has_its_exit_code(command, monkeypatch, tmp_path, capsys):
+def test_collapse_has_its_exit_code(command, phases, tmp_path, capsys):
   """77 and the sentence; the run is not taken for done."""
-  monkeypatch.setattr(sft, 'run', lambda *_: ({'params': {}}, 2.0))
-  monkeypatch.setattr(train, 'run', lambda *_: guard.collapsed('all is EOS'))
+  phases(sft=lambda _: ({}, 2.0), rl=lambda _: guard.collapsed('all is EOS'))
   with pytest.raises(SystemExit) as info:
     command('--workdir=run')
   assert info.value.code == 77
@@ -447,37 +525,45 @@ def test_collapse_has_its_exit_code(command, monkeypatch, tmp_path, capsys):
   assert not (tmp_path / 'run' / 'results.json').exists()
 
 
-def test_report_mode(command, monkeypatch, capsys):
-  """It needs a workdir only: curves, and a summary of what there is."""
+def test_report_of_a_run(command, monkeypatch, capsys):
+  """By --workdir or by --config: curves, and a summary of what there is."""
   monkeypatch.setattr(report, 'curves', lambda workdir: f'{workdir}/c.png')
   monkeypatch.setattr(report, 'summary', lambda workdir: 'before and after')
-  main.settle(tiny(), 'run')
+  main.settle(tiny(), 'run', begin=True)
   with metrics.Writer('run') as writer:
     writer.write('rl', 0, {'reward': 1.0})
-  command('--workdir=run', '--mode=report')
+  command('--workdir=run', '--mode=report', config=())
   said = capsys.readouterr().out
   assert said.startswith('run/c.png\niteration 0 of 100, update 0; last line')
   assert 'reward 1\n' in said and 'none yet' in said
   pathlib.Path('run/results.json').write_text('{}')
   command('--workdir=run', '--mode=report')
   assert capsys.readouterr().out == 'run/c.png\nbefore and after\n'
-  with pytest.raises(SystemExit, match='error: .*config.json'):
+  with pytest.raises(SystemExit, match='no run in nowhere'):
     command('--workdir=nowhere', '--mode=report')
+  with pytest.raises(SystemExit, match='no run in runs/mine-'):
+    command('--mode=report')
+  with pytest.raises(SystemExit, match='--mode=report needs --workdir'):
+    command('--mode=report', config=())
+  os.mkdir('runs')
+  os.rename('run', main.default_workdir(main.config.load('mine.py')[1]))
+  command('--mode=report')
+  assert 'before and after' in capsys.readouterr().out
 
 
 def test_report_of_a_run_that_has_written_nothing(command, capsys):
   """How far it is, without a picture."""
-  main.settle(tiny(), 'run')
+  main.settle(tiny(), 'run', begin=True)
   command('--workdir=run', '--mode=report')
   assert capsys.readouterr().out.startswith('supervised step 0 of')
 
 
-# --- what main alone does
+# --- what the command line alone does
 
 
-def test_starts_are_recorded(command, monkeypatch, tmp_path):
+def test_starts_are_recorded(command, phases, tmp_path):
   """What the command line changed and the seeds, once for each start."""
-  monkeypatch.setattr(sft, 'run', lambda *_: ({}, 2.0))
+  phases(sft=lambda _: ({}, 2.0))
   for _ in range(2):
     command('--workdir=run', '--mode=sft', '--config.seed=3', '--sweep=rates:0')
   found = json.loads((tmp_path / 'run' / 'provenance.json').read_text())
@@ -487,22 +573,22 @@ def test_starts_are_recorded(command, monkeypatch, tmp_path):
     assert entry['seeds'] == {'seed': 3, 'data.seed': 0}
 
 
-def test_watchdog_of_a_run(command, monkeypatch):
+def test_watchdog_of_a_run(command, phases):
   """log.stuck_minutes is its limit; it writes into the workdir."""
   dogs = []
 
-  def run(built, workdir, writer, beat):
-    dogs.append(beat.__self__)
+  def run(session):
+    dogs.append(session.beat.__self__)
     return {}, 0.0
 
-  monkeypatch.setattr(sft, 'run', run)
+  phases(sft=run)
   command('--workdir=run', '--mode=sft', '--config.log.stuck_minutes=2')
   command('--workdir=run', '--mode=sft')
   assert [dog._limit for dog in dogs] == [120, 0]
   assert dogs[0].path == os.path.join('run', 'stuck_0.txt')
 
 
-def test_hanging_start(config_file, tmp_path):
+def test_hanging_start_is_stopped(config_file, tmp_path):
   """In a process of its own: its code, and a stack of what takes so long."""
   done = sub(
     f'--config={config_file}',
@@ -515,7 +601,7 @@ def test_hanging_start(config_file, tmp_path):
 
 
 @pytest.fixture
-def updates(monkeypatch, tmp_path, no_program_cache):
+def updates(monkeypatch, tmp_path):
   """What is changed in jax.config, by main, as if there were a GPU."""
   found = {}
   monkeypatch.setattr(jax.config, 'update', found.__setitem__)
@@ -549,7 +635,7 @@ def test_no_cache_of_programs(updates, tmp_path):
 # --- data files
 
 
-def test_bad_data_file_names_its_line(tmp_path):
+def test_error_in_a_data_file_names_its_line(tmp_path):
   """Before anything is compiled, as file:line."""
   path = tmp_path / 'bad.csv'
   path.write_text('Puzzle,Solution\n' + '0' * 16 + ',oops\n')
@@ -629,7 +715,7 @@ def test_a_published_adapter_is_where_training_starts(
   )
   cfg, _ = weights.load_hf(str(tiny_checkpoint), lora_rank=2)
   lora = weights_of(cfg)['lora']
-  hf.save_adapter(
+  export.save_adapter(
     str(tmp_path / 'adapter'),
     dataclasses.replace(cfg, lora_alpha=c.lora.alpha),
     {'lora': lora},
@@ -650,7 +736,7 @@ def tiny_checkpoint(request, weights_of, tmp_path):
     pad_id=ids.pad_token_id,
   )
   folder = tmp_path / 'llada'
-  hf.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
+  export.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
   assert (folder / weights.INDEX).exists()
   return folder
 
@@ -706,18 +792,18 @@ def test_train_evaluate_and_score_again(
   )
   command(*judged)
   said = capsys.readouterr().out
-  cards = {
+  by_length = {
     length: json.loads(
       (tmp_path / f'cards/gsm8k_latest_{length}_{length}.card.json').read_text()
     )
     for length in (16, 32, 48)
   }
-  for length, card in cards.items():
+  for length, card in by_length.items():
     assert f'at {length} tokens, {length} steps' in said
     assert card['problems'] == 9 and card['samples'] == 2
     assert card['forwards'] == length and 1 <= card['tokens'] <= length
     assert card['accuracy'] <= card['pass@2'] <= 1
-    assert card['interval'] == wilson(card['accuracy'], 9)
+    assert card['interval'] == cards.wilson(card['accuracy'], 9)
     assert {
       'protocol',
       'pick',
@@ -767,9 +853,9 @@ def test_train_evaluate_and_score_again(
   with pytest.raises(SystemExit, match='samples = 2 needs .*temperature > 0'):
     command(*settings, '--mode=eval', '--config.eval.samples=2')
   capsys.readouterr()
-  command('--mode=report', '--cards=cards/*.card.json')
+  command('--mode=report', '--cards=cards/*.card.json', '--out=cards.png')
   assert '| 48 |' in capsys.readouterr().out
-  assert (tmp_path / 'cards' / 'cards.png').stat().st_size > 1000
+  assert (tmp_path / 'cards.png').stat().st_size > 1000
   command(*settings, '--mode=sample', '--problem=3', '--html=page.html')
   said = capsys.readouterr().out
   assert '3 and test?' in said and '16 steps' in said
@@ -786,8 +872,8 @@ def strip(line):
   return {k: v for k, v in json.loads(line).items() if k != 'seconds'}
 
 
-def test_generations_that_are_refused(command, tmp_path):
-  """One sentence: which file, which generation, what it lacks."""
+def test_generations_of_a_wrong_form_are_refused(command, tmp_path):
+  """One sentence names the file, the generation and what it lacks."""
   path = tmp_path / 'x.json'
   good = {'question': '0' * 16, 'generations': '', 'ground_truth': '1' * 16}
   for value, message in (
@@ -812,34 +898,56 @@ def test_generations_that_are_refused(command, tmp_path):
     command('--mode=score')
 
 
-def test_evaluation_finds_its_run(command, monkeypatch, tmp_path):
-  """Without --workdir, whatever may be judged otherwise than it was trained."""
+def test_score_without_a_config(command, tmp_path, capsys):
+  """--task and --protocol are enough; the card is printed as JSON."""
+  items = [
+    {'question': 'x', 'generations': text, 'ground_truth': 3.0}
+    for text in ('<answer>3</answer>', '<answer>4</answer>')
+  ]
+  path = tmp_path / 'x.json'
+  path.write_text(json.dumps({'generations': items}))
+  score = ('--mode=score', '--generations=x.json')
+  command(*score, '--task=gsm8k', '--protocol=paper', config=())
+  card = json.loads(capsys.readouterr().out)
+  assert (card['task'], card['protocol'], card['problems']) == ('gsm8k', 'paper', 2)
+  assert card['accuracy'] == 0.5
+  with pytest.raises(SystemExit, match='--config=FILE or --task='):
+    command(*score, config=())
+
+
+def test_evaluation_finds_its_run(command, phases, monkeypatch, tmp_path, capsys):
+  """Without --workdir, with any field changed that may be after training."""
   found = []
+
+  def run(built, params, folder, name, **_):
+    found.append(os.path.dirname(folder))
+    return []
+
   monkeypatch.setattr(main, 'run_train', lambda *args: found.append(args[1]))
-  monkeypatch.setattr(main, 'run_eval', lambda *args: found.append(args[1]))
+  monkeypatch.setattr(main, 'params_of', lambda *args: (main.is_trained(args[1]), 'x'))
+  monkeypatch.setattr(cards, 'default_folder', lambda *args: f'{args[2]}/eval')
+  monkeypatch.setattr(cards, 'run', run)
   monkeypatch.setattr(main.report, 'summary', lambda workdir: '')
   trained = ('--config.seed=5', '--config.optim.lr=1e-3')
   command(*trained)
-  command(
-    *trained,
-    '--mode=eval',
-    '--config.eval.lengths=(32,)',
-    '--config.reward.deadline=1.0',
-  )
-  command('--mode=eval', '--config.eval.lengths=(32,)')  # was never trained
-  command(
-    *trained,
-    '--mode=eval',
-    '--config.data.protocol=paper',
-    '--config.data.test_size=9',
-    '--config.eval.samples=1',
-  )
-  assert found[0] == found[1] == found[3] != found[2]
-  text = (tmp_path / found[0] / 'config.json').read_text()
-  assert json.loads(text)['eval']['lengths'] == []
+  pathlib.Path(found[0], 'rl', '7').mkdir(parents=True)
+  capsys.readouterr()
+  for change in (
+    ('--config.eval.lengths=(32,)', '--config.reward.deadline=1.0'),
+    ('--config.data.protocol=paper', '--config.data.test_size=9'),
+    ('--config.log.samples=1', '--config.cache=False'),
+    ('--config.health.action=stop', '--config.checkpoint.every=7'),
+  ):
+    command(*trained, '--mode=eval', *change)
+    assert found.pop() == found[0] and 'no run' not in capsys.readouterr().out
+  command('--mode=eval')  # was never trained
+  assert found.pop() != found[0]
+  assert 'no run in runs/mine-' in capsys.readouterr().out
+  config_json = json.loads((tmp_path / found[0] / 'config.json').read_text())
+  assert config_json['eval']['lengths'] == []
 
 
-def test_a_cpu_can_be_several_devices():
+def test_cpu_can_be_several_devices():
   """mesh.cpu splits it, unless XLA_FLAGS already has."""
   code = (
     'import sys, jax; from dmpo_jax import cli;'

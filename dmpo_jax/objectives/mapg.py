@@ -88,6 +88,8 @@ OBJECTIVE = Objective(
   draw,
   shared.weigh_rows,
   loss,
-  sampler=dict(pick='plackett_luce', rank_temperature=0.5, steps=8),
+  sampler=dict(
+    pick='plackett_luce', rank='max', rank_law='model', rank_temperature=0.5
+  ),
   sampler_problems=sampler_problems,
 )

@@ -1,0 +1,530 @@
+"""The settings of a run: every field once, with its default and its own rules.
+
+A part with a module of its own keeps its dataclass there: sampler.SampleConfig,
+logprob.LogprobConfig, health.Config, and the `Config` of each objective. The other
+sections are the dataclasses below. `section` makes a section of a ConfigDict from
+one of them; configs/base.py puts the sections together. `problems()` of a class
+lists the values that are out of range, each as a sentence that begins with
+'section.field'. Rules between sections are in check.py.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, ClassVar
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dmpo_jax import health, logprob, model, sampler
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.shared import Common
+from dmpo_jax.tasks import TASKS
+from dmpo_jax.types import TaskOptions, Wants
+
+SIZES = ('width', 'layers', 'heads', 'kv_heads', 'mlp')  # fields of Model
+
+
+# --- complaints
+
+
+def nearest(field: str, value: Any, allowed: Iterable) -> list[str]:
+  """Returns the complaint about a value that is not allowed, with the nearest one."""
+  allowed = [str(x) for x in allowed]
+  if str(value) in allowed:
+    return []
+  close = difflib.get_close_matches(str(value), allowed, 1, 0.4)
+  hint = f'; did you mean {close[0]!r}?' if close else ''
+  return [f'{field} = {value!r} must be one of {", ".join(allowed)}{hint}']
+
+
+def missing_file(field: str, path: str) -> list[str]:
+  """Returns the complaint about a file that does not exist; '' names none."""
+  return (
+    [f'{field} = {path!r}: no such file'] if path and not os.path.isfile(path) else []
+  )
+
+
+# --- sections
+
+
+class Section:
+  """A section whose numbers must be >= 0, or >= LEAST; CHOICES are allowed values."""
+
+  LEAST: ClassVar[Mapping[str, float]] = {}
+  CHOICES: ClassVar[Mapping[str, Iterable[str]]] = {}
+
+  def problems(self) -> list[str]:
+    """Returns a sentence for each value that is out of range."""
+    prefix, found = type(self).__name__.lower(), []
+    for name, allowed in self.CHOICES.items():
+      found += nearest(f'{prefix}.{name}', getattr(self, name), allowed)
+    for name, value in vars(self).items():
+      low = self.LEAST.get(name, 0)
+      if isinstance(value, int | float) and not value >= low:  # nan is not, either
+        found.append(f'{prefix}.{name} = {value} must be >= {low}')
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Section):
+  """Which network is trained, and how it is computed."""
+
+  CHOICES = {
+    'preset': model.PRESETS,
+    'quantize': ('none', *model.QUANT),
+    'remat': model.REMAT,
+    'attention': model.ATTENTION,
+    'dtype': ('float32', 'bfloat16'),
+    'param_dtype': ('float32', 'bfloat16'),
+  }
+
+  checkpoint: str = ''  # Hugging Face directory or hub name; '' = random weights
+  preset: str = 'tiny'  # sizes of a network without checkpoint; see model.PRESETS
+  width: int = 0  # model dimension D; 0 = the preset's
+  layers: int = 0  # number of layers N; 0 = the preset's
+  heads: int = 0  # attention heads H; 0 = the preset's
+  kv_heads: int = 0  # key/value heads, fewer than heads for GQA; 0 = the preset's
+  mlp: int = 0  # inner width F of the SwiGLU; 0 = the preset's
+  dtype: str = 'float32'  # of matrix products; float32 | bfloat16
+  param_dtype: str = 'float32'  # of stored parameters; float32 | bfloat16
+  quantize: str = 'none'  # the frozen base under adapters; none | int8 | nf4
+  remat: str = 'none'  # recomputed in the backward pass; none | dots | full
+  attention: str = 'xla'  # kernel; xla | cudnn (GPU, bfloat16) | splash (TPU)
+  head_chunk: int = 0  # completion positions per call of the output head; 0 = all
+
+  def problems(self) -> list[str]:
+    found = super().problems()
+    values = {name: getattr(self, name) for name in SIZES}
+    changed = [f'model.{name} = {value}' for name, value in values.items() if value]
+    if self.checkpoint and changed:
+      found.append(f'{", ".join(changed)}: set 0, model.checkpoint has its own sizes')
+    if self.attention == 'cudnn' and self.dtype != 'bfloat16':
+      found.append(
+        f'model.attention = cudnn needs model.dtype = bfloat16, not {self.dtype}'
+      )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(Section):
+  """Low-rank adapters."""
+
+  rank: int = 0  # rank A; 0 = no adapters, every parameter is trained
+  alpha: float = 64.0  # the adapter's output is scaled by alpha / rank
+  targets: str = 'all'  # adapted linears; all | paper (q, k, v, up) | a regex
+  dropout: float = 0.0  # on the adapters' input in updates; probability, 0 = none
+  path: str = ''  # PEFT adapter directory to start from; '' = a new adapter
+
+  def problems(self) -> list[str]:
+    found = super().problems()
+    if self.rank and not self.alpha > 0:
+      found.append(f'lora.alpha = {self.alpha} must be > 0')
+    if not 0 <= self.dropout < 1:
+      found.append(f'lora.dropout = {self.dropout} must be in [0, 1)')
+    if not self.rank and (self.dropout or self.path):
+      found.append('lora.dropout and lora.path need lora.rank > 0')
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Section, TaskOptions):
+  """The problems, and how they are written as prompts. Extends types.TaskOptions."""
+
+  CHOICES = {
+    'task': TASKS,
+    'protocol': ('strict', 'paper'),
+    'overlong': ('error', 'drop', 'cut'),
+  }
+
+  task: str = 'sudoku'  # a name in tasks.TASKS
+  tokenizer: str = ''  # char | a directory; '' = the checkpoint's, else char
+  style: str = 'bare'  # prompt template by name; see types.Task
+  template: str = ''  # file with a prompt template, {field}s filled in; '' = style
+  protocol: str = 'strict'  # grading rules; strict (correct) | paper (as published)
+  prompt_length: int = 0  # prompt length P in tokens; 0 = the longest prompt's
+  overlong: str = 'error'  # for prompts longer than that; error | drop | cut (left)
+  bucket: int = 0  # pads a buffer's prompts to a multiple of so many tokens; 0 = to P
+  attend_padding: bool = False  # True: padding is attended to, as in the papers' code
+
+  def problems(self) -> list[str]:
+    found = super().problems() + missing_file('data.template', self.template)
+    if self.task in TASKS:
+      found += nearest('data.style', self.style, TASKS[self.task].styles)
+    return found
+
+
+TERMS = (
+  'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
+  'countdown', 'sudoku',
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward(Section):
+  """How completions are rewarded."""
+
+  workers: int = 0  # processes that compare expressions; 0 = one per core
+  deadline: float = 3.0  # time limit of one comparison; seconds
+  # Factor of each reward term of the tasks; 0 = the term does not count.
+  weights: Any = dataclasses.field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
+
+  def problems(self) -> list[str]:
+    found = super().problems()
+    if not self.deadline > 0:
+      found.append(f'reward.deadline = {self.deadline} must be > 0 seconds')
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Sft(Section):
+  """Supervised fine-tuning on the tasks' solutions, before RL."""
+
+  LEAST = {'batch': 1}
+
+  steps: int = 0  # supervised updates; 0 = none
+  batch: int = 128  # rows per update
+  lr: float = 2e-3  # learning rate after warm-up, constant
+  warmup: int = 20  # updates of linear warm-up; 0 = none
+  weight_decay: float = 0.0  # AdamW, on matrices; 0 = none
+  clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler(sampler.SampleConfig):
+  """How completions are sampled (sampler.SampleConfig), and on which program."""
+
+  parallel: str = 'jit'  # jit | pmap (small models, replicated on every device)
+
+  def problems(self) -> list[str]:
+    found = nearest('sampler.parallel', self.parallel, ('jit', 'pmap'))
+    return super().problems() + found
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference(Section):
+  """The reference policy p_ref: a product of p_k ** weight_k."""
+
+  LEAST = {'every': 1}
+
+  of: tuple = ('base',)  # each is base | moving (average of the policy) | a directory
+  weights: tuple = (1.0,)  # exponent of each
+  every: int = 1  # moving: updates between its steps
+  mix: float = 1.0  # moving: share of the policy in a step, in (0, 1]; 1 = a copy
+
+  def problems(self) -> list[str]:
+    found = super().problems()
+    if len(self.weights) != len(self.of) or not self.of:
+      found.append(
+        f'reference.weights = {self.weights} must hold a weight for each of '
+        f'reference.of = {self.of}'
+      )
+    if not all(0 < w < float('inf') for w in self.weights):
+      found.append(f'reference.weights = {self.weights} must be > 0')
+    if not 0 < self.mix <= 1:
+      found.append(f'reference.mix = {self.mix} must be in (0, 1]; 1 = a copy')
+    return found
+
+  def is_base(self) -> bool:
+    """Whether p_ref is the base model alone."""
+    return tuple(self.of) == ('base',) and tuple(self.weights) == (1.0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Section):
+  """The RL loop."""
+
+  LEAST = {'prompts': 1, 'group': 2, 'inner': 1, 'microbatches': 1}
+
+  iterations: int = 100  # rollout buffers; 0 = no RL
+  prompts: int = 8  # prompts B in a buffer
+  group: int = 16  # completions G of each prompt
+  inner: int = 2  # updates I on each buffer
+  microbatches: int = 4  # microbatches M of an update, for gradient accumulation
+  overlap: bool = False  # True: sample the next buffer before this one's updates
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim(Section):
+  """AdamW of the RL loop."""
+
+  lr: float = 1e-4  # learning rate after warm-up
+  warmup: int = 10  # updates of linear warm-up; 0 = none
+  decay_steps: int = 0  # updates until the rate has decayed to zero; 0 = constant
+  b1: float = 0.9  # decay of the first moment, in [0, 1)
+  b2: float = 0.99  # decay of the second moment, in [0, 1)
+  eps: float = 1e-8  # added to the denominator
+  weight_decay: float = 0.0  # on matrices; 0 = none
+  clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
+
+  def problems(self) -> list[str]:
+    found = super().problems()
+    for name in ('b1', 'b2'):
+      if not 0 <= getattr(self, name) < 1:
+        found.append(f'optim.{name} = {getattr(self, name)} must be in [0, 1)')
+    if not self.eps > 0:
+      found.append(f'optim.eps = {self.eps} must be > 0')
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(Section):
+  """Validation during training, and --mode=eval. Its sampler is a section inside."""
+
+  LEAST = {'batch': 1, 'samples': 1}
+
+  every: int = 10  # buffers between validations; 0 = only at the end
+  batch: int = 128  # rows per call
+  style: str = ''  # prompt template of validation and test; '' = data.style
+  template: str = ''  # file of that template; '' = as eval.style says
+  lengths: tuple = ()  # completion lengths of --mode=eval; () = eval.sampler.length
+  samples: int = 1  # completions of a problem in --mode=eval
+
+  def problems(self) -> list[str]:
+    found = super().problems() + missing_file('eval.template', self.template)
+    if not all(isinstance(n, int) for n in self.lengths):
+      found.append(
+        f'eval.lengths = {self.lengths} must be whole numbers, such as "(128, 256)"'
+      )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(Section):
+  """When the training state is saved."""
+
+  LEAST = {'every': 1, 'keep': 1}
+
+  every: int = 20  # updates between checkpoints
+  every_minutes: float = 0.0  # minutes after which the next update saves; 0 = off
+  keep: int = 2  # newest checkpoints that are kept, beside the best by validation
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(Section):
+  """How devices share the work."""
+
+  LEAST = {'fsdp': 1, 'tensor': 1, 'cpu': 1}
+
+  data: int = 0  # devices that replicate weights; 0 = what the others leave
+  fsdp: int = 1  # devices that split weights
+  tensor: int = 1  # devices that split heads and MLP
+  cpu: int = 1  # devices that a CPU is split into where it is the only device
+
+
+@dataclasses.dataclass(frozen=True)
+class Log(Section):
+  """What a run writes down beside its metrics."""
+
+  every_seconds: float = 10.0  # seconds between log lines where there is no terminal
+  samples: int = 2  # completions of a buffer written to samples.jsonl; 0 = none
+  stuck_minutes: float = 0.0  # without progress so long the run exits (76); 0 = off
+
+
+SECTIONS = {
+  'model': Model, 'lora': Lora, 'data': Data, 'reward': Reward, 'sft': Sft,
+  'sampler': Sampler, 'reference': Reference, 'logprob': logprob.LogprobConfig,
+  'train': Train, 'optim': Optim, 'eval': Eval, 'eval.sampler': Sampler,
+  'checkpoint': Checkpoint, 'health': health.Config, 'mesh': Mesh, 'log': Log,
+}  # fmt: skip
+
+
+def section(cls: type, **changes: Any) -> ConfigDict:
+  """Returns the fields of a dataclass as a section, at its defaults but `changes`."""
+  return ConfigDict(vars(cls(**changes)))
+
+
+def settings(cls: type, values: Any) -> Any:
+  """Returns an instance of a dataclass from the fields of its names in a section."""
+  return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+
+def part(c: ConfigDict, name: str) -> Any:
+  """Returns a section of a config as its dataclass; name: such as 'eval.sampler'."""
+  values = c
+  for key in name.split('.'):
+    values = values[key]
+  return settings(SECTIONS[name], values)
+
+
+def flatten(c: Any, prefix: str = '') -> dict[str, Any]:
+  """Returns {'section.field': value} of a ConfigDict or of a dict of dicts."""
+  out = {}
+  for name, value in c.items():
+    if hasattr(value, 'items'):
+      out |= flatten(value, f'{prefix}{name}.')
+    else:
+      out[prefix + name] = value
+  return out
+
+
+# --- the objective
+
+
+def compares_old(wants: Wants) -> bool:
+  """Whether a loss compares log p_theta of an update with log p_old.
+
+  log p_old is computed without dropout, so the adapters then need dropout 0. An ELBO
+  that only `reweigh` reads comes from a pass without dropout itself.
+  """
+  views = 'old' in wants.views or wants.records is not None
+  return views or ('old' in wants.elbo and not wants.reweigh)
+
+
+def d1(task: str) -> dict[str, Any]:
+  """Returns d1's RL recipe for LLaDA-8B (arXiv 2504.12216; its train.yaml).
+
+  16 prompts x 6 completions are the 96 completions of its optimizer step. Its adapters
+  are those of configs/llada_countdown.py. Left out: its 4-bit base (model.quantize=nf4
+  here), and its cut of prompts to 200 tokens, which would cut the test's too.
+  """
+  return {
+    'train.prompts': 16,
+    'train.group': 6,
+    'train.inner': 8 if task in ('countdown', 'sudoku') else 12,
+    'sampler.length': 256,
+    'sampler.block': 32,
+    'sampler.steps': 128,
+    'sampler.temperature': 0.9,
+    'optim.lr': 3e-6,
+    'optim.b1': 0.9,
+    'optim.b2': 0.99,
+    'optim.weight_decay': 0.1,
+    'optim.clip': 0.2,
+  }
+
+
+# What a paper's own run of an 8B model sets beside its objective: task -> fields.
+RECIPES = {'diffu_grpo': d1}
+
+
+def choose_objective(c: ConfigDict, name: str) -> None:
+  """Gives a config the objective `name` at its own defaults.
+
+  Replaces the section `objective`, so that nothing set for another objective stays.
+  Sets the sampler fields that the paper needs (Objective.sampler), with at least one
+  step per block, and lora.dropout = 0 where log p_theta is compared with log p_old.
+  For a published model it also sets the paper's recipe, if RECIPES has one.
+  ValueError if there is no such objective.
+  """
+  if wrong := nearest('objective.name', name, OBJECTIVES):
+    raise ValueError(wrong[0])
+  objective = OBJECTIVES[name]
+  hp = objective.Config()
+  c.objective = ConfigDict({'name': name, **vars(hp), **vars(Common())})
+  if name in RECIPES and 'vocab' in model.PRESETS[c.model.preset]:
+    c.update_from_flattened_dict(RECIPES[name](c.data.task))
+  c.sampler.update(objective.sampler)
+  c.sampler.steps = max(c.sampler.steps, c.sampler.length // c.sampler.block)
+  if compares_old(objective.wants(hp)):
+    c.lora.dropout = 0.0
+
+
+def update(c: ConfigDict, fields: Mapping[str, Any]) -> None:
+  """Sets {'section.field': value}; objective.name first, by `choose_objective`.
+
+  ValueError if the config has no such field, with the nearest one that it has.
+  """
+  fields = dict(fields)
+  if 'objective.name' in fields:
+    choose_objective(c, fields.pop('objective.name'))
+  known = flatten(c)
+  for name in fields:
+    if name not in known:
+      raise ValueError(unknown(name, c))
+  c.update_from_flattened_dict(fields)
+
+
+def unknown(name: str, c: ConfigDict) -> str:
+  """Returns the sentence about a field that a config does not have."""
+  head, _, leaf = name.rpartition('.')
+  known = flatten(c)
+  text = f'config.{name} is not a field'
+  beside = {
+    field.rpartition('.')[2]: field for field in known if field.startswith(f'{head}.')
+  }
+  if head == 'objective':
+    text += f' of objective.name = {c.objective.name}, whose fields are '
+    text += ', '.join(field for field in beside if field != 'name')
+    known = {}
+  close = [beside[x] for x in difflib.get_close_matches(leaf, beside, 1, 0.6)]
+  close = close or sorted(field for field in known if field.split('.')[-1] == leaf)
+  close = close or difflib.get_close_matches(name, known, 1, 0.6)
+  return text + (f'; did you mean {" or ".join(map(repr, close))}?' if close else '')
+
+
+# --- files and the command line
+
+
+def load(path: str) -> tuple[ModuleType, ConfigDict]:
+  """Returns a config file as a module, and its config; path: FILE or FILE:ARGUMENT.
+
+  ValueError if there is no such file, or it refuses the argument.
+  """
+  file, colon, argument = path.partition(':')
+  if not os.path.isfile(file):
+    folder = os.path.dirname(file)
+    there = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+    close = difflib.get_close_matches(os.path.basename(file), there, 1, 0.6)
+    hint = f'; did you mean {os.path.join(folder, close[0])}?' if close else ''
+    raise ValueError(f'--config={path}: no such file{hint}')
+  spec = importlib.util.spec_from_file_location('config_file', file)
+  if spec is None or spec.loader is None:
+    raise ValueError(f'--config={path}: {file} is no Python file')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise ValueError(f'--config={path}: {file} has no get_config()')
+  if colon and not inspect.signature(module.get_config).parameters:
+    raise ValueError(f'--config={path}: {file} takes nothing after the colon')
+  return module, module.get_config(*[argument] * bool(colon))
+
+
+def sweep_point(module: ModuleType, file: str, sweep: str) -> dict[str, Any]:
+  """Returns the fields of point i of a config file's sweep; sweep: 'NAME:i'."""
+  name, _, index = sweep.partition(':')
+  names = getattr(module, 'SWEEPS', ()) if hasattr(module, 'sweep') else ()
+  if name not in names:
+    there = f'only {", ".join(names)}' if names else 'no sweep(name)'
+    raise ValueError(f'--sweep={name}: {file} has {there}')
+  points = module.sweep(name)
+  if not index.isdecimal() or int(index) >= len(points):
+    raise ValueError(
+      f'--sweep={sweep!r} must be {name}:i with i from 0 to {len(points) - 1}'
+    )
+  return points[int(index)]
+
+
+def override(
+  c: ConfigDict, overrides: Sequence[str], point: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+  """Sets '--config.section.field=value' flags and a sweep point; locks the config.
+
+  The objective is chosen first, then the point's fields are set, then the flags': an
+  explicit field stays in whatever order the flags come. Returns {field: value} of
+  the flags. ValueError for an unknown field, one that is set twice, or a bad value.
+  """
+  texts = [text.removeprefix('--config.').partition('=') for text in overrides]
+  names = {name.partition('[')[0] for name, _, _ in texts}
+  point = dict(point or {})
+  if twice := sorted(names & set(point)):
+    raise ValueError(f'{twice} set both by --sweep and by a flag: leave out one')
+  chosen = {name: value for name, _, value in texts if name == 'objective.name'}
+  update(c, point | chosen)
+  known = flatten(c)
+  for name in names:
+    if name not in known:
+      raise ValueError(unknown(name, c))
+  values, argv = flags.FlagValues(), ['', *overrides]
+  try:
+    config_flags.DEFINE_config_dict(
+      'config', c, lock_config=True, flag_values=values, sys_argv=argv
+    )
+    values(argv)
+  except flags.Error as error:
+    raise ValueError(str(error)) from None
+  return {name: value for name, value in flatten(c).items() if name in names}
