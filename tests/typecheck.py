@@ -1,4 +1,4 @@
-"""The checker of annotations that conftest.py installs: beartype, int passes as float."""
+"""The checker of annotations that conftest.py installs: beartype; an int is a float."""
 
 from beartype import BeartypeConf, beartype
 
