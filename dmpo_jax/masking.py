@@ -37,7 +37,7 @@ def draw_bernoulli(
   row_R: IntR,
   length: int,
   draws: int,
-  rates: tuple[float, float] = (0.1, 1.0),
+  rates: tuple = (0.1, 1.0),
   antithetic: bool = True,
 ) -> Masks:
   """Masks each position with probability lambda ~ U(rates), drawn for each copy.
@@ -88,7 +88,7 @@ def draw_even(
   row_R: IntR,
   length: int,
   draws: int,
-  rates: tuple[float, float] = (0.1, 1.0),
+  rates: tuple = (0.1, 1.0),
   antithetic: bool = True,
 ) -> Masks:
   """Draws as `draw_bernoulli`, with the masked counts of a row stratified.
