@@ -1,4 +1,4 @@
-"""The plain versions: NumPy in float64, one sequence, loops, no batching.
+"""Computes everything the plain way: NumPy in float64, one sequence, loops.
 
 Written from the formulas of the models and samplers, not from the package, so
 that a mistake there is not repeated here. Padding does not exist: a caller
@@ -38,7 +38,7 @@ def rope(x_TxC, positions_T, theta):
 
 
 def attend(cfg, q, k, v, seen=True):
-  """Every query sees the keys of `seen`; heads share keys in groups (GQA)."""
+  """Attends to the keys of `seen`; heads share keys in groups (GQA)."""
   dim = q.shape[1] // cfg.heads
   share = cfg.heads // cfg.kv_heads
   outs = []
@@ -52,7 +52,7 @@ def attend(cfg, q, k, v, seen=True):
 
 
 def states(cfg, params, tokens_T, start=0, cache=None):
-  """Last hidden states of tokens that stand from `start` on, and the cache.
+  """Returns the last hidden states of tokens from `start` on, and the cache.
 
   With a cache [(k, v) per layer] of the whole sequence the tokens' own keys
   and values replace the kept ones, and only the given tokens are computed.
@@ -62,12 +62,12 @@ def states(cfg, params, tokens_T, start=0, cache=None):
 
 
 def masked_states(cfg, params, tokens_T, positions, seen_TxT):
-  """Last hidden states of tokens with their own positions and attention."""
+  """Returns the last hidden states of tokens with their own positions and attention."""
   return layers(cfg, params, tokens_T, positions, seen_TxT)[0]
 
 
 def layers(cfg, params, tokens_T, positions, seen, start=0, cache=None):
-  """The network of `states`."""
+  """Runs the network of `states`."""
   tree = params['params']
   lora = params.get('lora', {}).get('layers', {})
   where = slice(start, start + len(tokens_T))
@@ -89,7 +89,7 @@ def layers(cfg, params, tokens_T, positions, seen, start=0, cache=None):
       return z
 
     def heads(z, name, get=get):
-      """q/k norm and RoPE, head by head."""
+      """Applies the q/k norm and RoPE, head by head."""
       parts = []
       for at in range(0, z.shape[1], dim):
         part = z[:, at : at + dim]
@@ -127,7 +127,7 @@ def head(cfg, params, states_TxD):
 
 
 def full_logits(cfg, params, tokens_T):
-  """(T, V): at i the prediction for i. Dream's outputs predict the next
+  """Returns (T, V): at i the prediction for i. Dream's outputs predict the next
   position; its first token keeps the first output."""
   logits = head(cfg, params, states(cfg, params, tokens_T)[0])
   if cfg.shift:
@@ -139,17 +139,17 @@ def full_logits(cfg, params, tokens_T):
 
 
 def subsets(length):
-  """All masks, (2^L, L) bool; row j masks the bits of j."""
+  """Returns all masks, (2^L, L) bool; row j masks the bits of j."""
   return np.array([[bool(j >> i & 1) for i in range(length)] for j in range(2**length)])
 
 
 def index_of(masked):
-  """The row of `subsets` that equals the mask; (..., L) -> (...)."""
+  """Returns the row of `subsets` that equals the mask; (..., L) -> (...)."""
   return np.sum(masked * 2 ** np.arange(masked.shape[-1]), axis=-1)
 
 
 def conditionals(cfg, params, prompt, completion):
-  """(2^L, L): log p(x_i | prompt, x with the j-th mask), 0 where unmasked."""
+  """Returns (2^L, L): log p(x_i | prompt, x with the j-th mask), 0 where unmasked."""
   completion = np.asarray(completion)
   table = []
   for masked in subsets(len(completion)):
@@ -161,7 +161,7 @@ def conditionals(cfg, params, prompt, completion):
 
 
 def exact_elbo(table):
-  """E over m ~ U{1..L} of (L/m) E over |S| = m of the masked sum."""
+  """Returns E over m ~ U{1..L} of (L/m) E over |S| = m of the masked sum."""
   length = table.shape[1]
   counts, sums = subsets(length).sum(1), table.sum(1)
   return np.mean(
@@ -170,7 +170,7 @@ def exact_elbo(table):
 
 
 def random_order_elbo(table):
-  """E over orders of the sum of log p(x_i | what is revealed before)."""
+  """Returns E over orders of the sum of log p(x_i | what is revealed before)."""
   length = table.shape[1]
   totals = []
   for order in itertools.permutations(range(length)):
@@ -184,7 +184,7 @@ def random_order_elbo(table):
 
 
 def bernoulli_elbo(table, low, high, antithetic, weigh):
-  """E over rates in U(low, high) and masks of weigh(m, rate) * masked sum.
+  """Returns E over rates in U(low, high) and masks of weigh(m, rate) * masked sum.
 
   With `antithetic`, the mean of that and of the same for the complements.
   """
@@ -206,7 +206,7 @@ def bernoulli_elbo(table, low, high, antithetic, weigh):
 
 
 def best(score, count):
-  """The places of the `count` highest; stable: ties go to the lower one."""
+  """Returns the indices of the `count` highest; ties go to the lower one."""
   return sorted(range(len(score)), key=lambda i: -score[i])[:count]
 
 
@@ -215,7 +215,7 @@ def entropies(probs):
 
 
 def picks(hp, probs, confidence, quota, share, noise):
-  """Which of the masked positions to reveal: a list of indices into probs.
+  """Returns which masked positions to reveal, as indices into probs.
 
   probs (M, V), confidence (M,) and noise (M,) of the positions still masked,
   in their order.
@@ -268,7 +268,7 @@ def picks(hp, probs, confidence, quota, share, noise):
 
 
 class Network:
-  """The block's logits, from the whole sequence or through a cache.
+  """Computes a block's logits, from the whole sequence or through a cache.
 
   A cached network is asked about one block; all later positions are computed
   again with `prefix`, none but the block with `dual`. Every `refresh`-th time
@@ -296,7 +296,7 @@ class Network:
 
 
 def schedule(hp):
-  """[(quota or None, share)] of the steps of a block; None: share of masks."""
+  """Returns (quota, share) of a block's steps; quota None: the share of masks."""
   per_block = max(1, hp.steps // (hp.length // hp.block))
   if hp.schedule == 'dream':
     t = np.linspace(1, 1e-3, per_block + 1, dtype=np.float32)
@@ -309,7 +309,7 @@ def schedule(hp):
 
 
 def law_of(logits, hp):
-  """Log-probs of the law that tokens are drawn from."""
+  """Returns log-probs of the law that tokens are drawn from."""
   logp = log_softmax(logits / (hp.temperature or 1.0))
   for row in logp:
     if hp.top_p < 1:
@@ -324,7 +324,7 @@ def law_of(logits, hp):
 
 
 def unfinished(hp, cfg, completion):
-  """The places of masks that must go: with eos_stop none after an EOS."""
+  """Returns the indices of masks that must go: with eos_stop none after an EOS."""
   end = len(completion)
   if hp.eos_stop and cfg.eos_id in completion:
     end = completion.index(cfg.eos_id)
@@ -332,13 +332,13 @@ def unfinished(hp, cfg, completion):
 
 
 def canvas(cfg, prompt, hp):
-  """A completion before its first step: (tokens, order, logp, sure, step)."""
+  """Returns a completion before its first step: (tokens, order, logp, sure, step)."""
   tokens = [int(t) for t in prompt] + [cfg.mask_id] * hp.length
   return (tokens, np.full(hp.length, -1), np.zeros(hp.length), np.zeros(hp.length), 0)
 
 
 def sample(cfg, params, prompt, hp, noise=None):
-  """One completion, (tokens, order, logp, confidence, forwards).
+  """Samples one completion: (tokens, order, logp, confidence, forwards).
 
   noise(step) -> (gumbel (W, V), uniform (W,)): the row's randomness.
   """
@@ -376,7 +376,7 @@ def sample(cfg, params, prompt, hp, noise=None):
 
 
 def proposed(logits, hp, noise):
-  """(tokens, law, what is judged by, the tokens' probability, confidence)."""
+  """Returns (tokens, law, judged law, probability of the tokens, confidence)."""
   law = law_of(logits, hp)
   score = law + noise[0] if hp.temperature else law
   proposal = np.argmax(score, axis=1)
@@ -386,7 +386,7 @@ def proposed(logits, hp, noise):
 
 
 def shadow_logits(cfg, params, tokens, start, width):
-  """(logits of the window, logits of its shadow): WINO's one forward.
+  """Returns the logits of the window and of its shadow: WINO's one forward.
 
   Attention as a plain mask over the sequence with a shadow block behind it.
   """
@@ -407,7 +407,7 @@ def shadow_logits(cfg, params, tokens, start, width):
 
 
 def wino(cfg, params, prompt, hp, noise=None):
-  """Draft and verify; as `sample`."""
+  """Samples as `sample`, by draft and verify."""
   tokens, order, logp, sure, step = canvas(cfg, prompt, hp)
   for at in range(0, hp.length, hp.block):
     start = len(prompt) + at
@@ -446,7 +446,7 @@ def wino(cfg, params, prompt, hp, noise=None):
 
 
 def trajectory_logp(cfg, params, prompt, completion, order, hp):
-  """Sum over steps of the log-probs of what each revealed (no guidance)."""
+  """Returns the sum over steps of the log-probs of what each revealed (no guidance)."""
   total = 0.0
   for step in range(max(order) + 1):
     seen = [
@@ -465,7 +465,7 @@ def trajectory_logp(cfg, params, prompt, completion, order, hp):
 
 
 def random_order_law(cfg, params, prompt, length, temperature):
-  """{completion: probability} when one token a step is drawn at random."""
+  """Returns {completion: probability} when one token a step is drawn at random."""
   law = {}
 
   def visit(tokens, probability):
@@ -490,7 +490,7 @@ def random_order_law(cfg, params, prompt, length, temperature):
 
 
 def hf_logits(folder, tokens_T):
-  """(T, V): what the network that config.json describes says, not unshifted.
+  """Returns (T, V): the outputs of the network in config.json, not unshifted.
 
   A plain loop over torch's tensors (out, in) by their own names; attention is
   bidirectional, or block by block where config.json has a block_size.

@@ -96,14 +96,14 @@ CASES |= CACHED
 
 @pytest.fixture(scope='module')
 def sharp(params):
-  """Weights whose confidences are spread over (0, 1)."""
+  """Returns weights whose confidences are spread over (0, 1)."""
   tree = params['params']
   return {'params': {**tree, 'head': 1.5 * tree['head']}}
 
 
 @pytest.fixture(scope='module')
 def prompts():
-  """(prompts, valid, row ids): left padding of 0 to 3, ids in no order."""
+  """Returns (prompts, valid, row ids): left padding of 0 to 3, ids in no order."""
   draw = np.random.default_rng(0)
   tokens = draw.integers(8, size=(ROWS, PROMPT)).astype(np.int32)
   valid = np.arange(PROMPT) >= np.arange(ROWS)[:, None] % 4
@@ -260,9 +260,11 @@ def test_invariants(name, tiny, prompts, run):
 
 
 def forwards(hp, blocks):
-  """(least, most) that the batch may cost. Without a cache the slowest row's
-  steps, with one the sum over blocks of the slowest row's; where the order
-  does not tell a row's steps (they may reveal nothing), bounds."""
+  """Returns the fewest and the most forwards that the batch may cost.
+
+  Without a cache it costs the slowest row's steps. With one it costs the sum over
+  blocks of the slowest row's. Steps that reveal nothing leave only bounds.
+  """
   count = hp.length // hp.block
   if hp.pick == 'wino':
     return blocks.max() + 1, 2 * hp.length
@@ -287,8 +289,8 @@ def test_rank_matters(name, run):
   'guidance', 'random_order', 'dual, random', 'prefix, margin', 'wino'
 ])  # fmt: skip
 def test_mask_token_is_never_emitted(name, tiny, sharp, prompts, run):
-  """Though the head is all for it: the loop ends with real tokens, and the
-  recorded law is that of the others."""
+  """Even where the head prefers it: the loop ends with real tokens, and the
+  recorded law is that of the other tokens."""
   tree = sharp['params']
   blank = [*prompts[0][0], *[tiny.mask_id] * BASE.length]
   best = lambda params: reference.full_logits(tiny, params, blank).argmax(1)
@@ -304,8 +306,7 @@ def test_mask_token_is_never_emitted(name, tiny, sharp, prompts, run):
 
 @pytest.mark.parametrize('name', ['greedy confidence', 'greedy margin'])
 def test_ties_go_to_the_lower_position(name, sharp, run):
-  """With a head of zeros all is equal: tokens are the first id, positions
-  come from left to right."""
+  """A head of zeros gives the first id everywhere, from left to right."""
   tree = sharp['params']
   level = {'params': {**tree, 'head': 0 * tree['head']}}
   out = run(name, level)
@@ -318,8 +319,8 @@ def test_ties_go_to_the_lower_position(name, sharp, run):
   'eos, threshold', 'dual, eos'
 ])  # fmt: skip
 def test_rows_ignore_their_neighbours(name, prompts, run):
-  """Rows in another order, and with others in place of half of them, give
-  the same completions: draws belong to row ids."""
+  """Reordering the rows, or replacing half of them, changes no other completion:
+  draws belong to row ids."""
   same = run(name)
   turned = run(name, batch=tuple(x[::-1].copy() for x in prompts))
   tokens, valid, row = (x.copy() for x in prompts)
@@ -334,7 +335,7 @@ def test_rows_ignore_their_neighbours(name, prompts, run):
 
 @pytest.mark.parametrize('name', [
   'threshold', 'dual, threshold', 'prefix, margin', 'wino'])  # fmt: skip
-def test_what_padding_holds_moves_nothing(name, prompts, run):
+def test_contents_of_padding_change_nothing(name, prompts, run):
   """Other tokens on the padding, or masks, change nothing."""
   tokens, valid, row = prompts
   for filler in (6, 10):
@@ -346,7 +347,7 @@ def test_what_padding_holds_moves_nothing(name, prompts, run):
 
 
 @pytest.mark.parametrize('name', ['threshold', 'dual, threshold', 'wino'])
-def test_more_padding_moves_nothing(name, tiny, sharp, prompts, run):
+def test_more_padding_changes_nothing(name, tiny, sharp, prompts, run):
   """Two more positions of padding change no completion."""
   tokens, valid, row = prompts
   wide = np.pad(tokens, ((0, 0), (2, 0)), constant_values=6)
@@ -442,7 +443,7 @@ def test_rows_do_not_wait_for_each_other(prompts, run):
 
 
 def test_wino_takes_tokens_back_but_ends(tiny, sharp, prompts):
-  """However much is doubted, a block takes at most 2 W steps; and doubt
+  """A block takes at most 2 W steps, however much it takes back; and taking back
   costs forwards."""
   hp = dataclasses.replace(BASE, pick='wino', threshold=0.0, verify=1.0, block=8)
   bold = dataclasses.replace(hp, verify=0.0)
@@ -453,9 +454,9 @@ def test_wino_takes_tokens_back_but_ends(tiny, sharp, prompts):
   assert (doubted.tokens[:, PROMPT:] != tiny.mask_id).all()
 
 
-def test_nucleus_and_best():
-  """top_p keeps the token that crosses it, top_k the k best; what is left is
-  renormalised, after the temperature."""
+def test_nucleus_and_top_k():
+  """top_p keeps the token that crosses it, top_k keeps the k best. Both act after
+  the temperature, and the rest is renormalised."""
   prob = np.array([0.5, 0.05, 0.25, 0.2])
   logits = jnp.log(jnp.asarray(prob))
 
@@ -510,7 +511,7 @@ def test_random_order_has_the_enumerated_law(tiny, params):
 
 
 def chi_square(seen, law):
-  """Counts against their law; passes but for 1 in 10,000 true laws."""
+  """Compares counts with their law; fails for 1 in 10,000 true laws."""
   seen, law = np.asarray(seen), np.asarray(law)
   assert (seen[law == 0] == 0).all()
   want = seen.sum() * law[law > 0]
@@ -544,7 +545,7 @@ def trajectory(tiny):
 
 
 @pytest.mark.parametrize('name', EXACT)
-def test_trajectory_is_what_was_recorded(name, sharp, run, trajectory):
+def test_trajectory_equals_the_record(name, sharp, run, trajectory):
   """Scoring the recorded states under the same weights gives back the
   recorded log-probs, whatever picked the positions."""
   out = run(name)
@@ -554,7 +555,7 @@ def test_trajectory_is_what_was_recorded(name, sharp, run, trajectory):
 
 
 def test_trajectory_under_other_weights(tiny, sharp, params, prompts, run, trajectory):
-  """Under another policy: its log-probs on the recorded states."""
+  """Another policy gives its own log-probs on the recorded states."""
   out = run('threshold')
   now, then = trajectory('threshold', params, out)
   np.testing.assert_allclose(then, out.logp.sum(1), rtol=1e-5)
@@ -647,6 +648,30 @@ def test_good_settings_have_no_problems():
     assert entry.scheduled or hp.problems() == []
   both = dataclasses.replace(BASE, block=3, rank='top')
   assert len(both.problems()) == 2
+
+
+def test_a_sampler_may_have_its_own_loop_and_record(tiny, prompts):
+  """It is an entry of SAMPLERS, and its record an entry of RECORDS."""
+  hp = SampleConfig(4, 2, 3, pick='constant')
+
+  def loop_of_threes(setting, loop):
+    assert setting.hp is hp
+    more = {name: loop.more[name] + 2 for name in setting.records}
+    tokens = jnp.where(loop.tokens == tiny.mask_id, 3, loop.tokens)
+    return loop._replace(tokens=tokens, more=more)
+
+  entry = sampler.Sampler(unmask=loop_of_threes, records=False)
+  twos = sampler.Record(jnp.int32, None)
+  assert len(hp.problems()) == 1
+  with (
+    mock.patch.dict(sampler.SAMPLERS, constant=entry),
+    mock.patch.dict(sampler.RECORDS, twos=twos),
+  ):
+    assert hp.problems() == [] and hp.order_from() == 'hindsight'
+    keys = rng.row_keys(KEY, prompts[2])
+    out = sampler.sample(tiny, {}, *prompts[:2], keys, hp, ['twos'])
+  np.testing.assert_array_equal(out.tokens[:, PROMPT:], 3)
+  np.testing.assert_array_equal(out.more['twos'], np.full((ROWS, 4), 2))
 
 
 def test_a_nan_is_revealed():

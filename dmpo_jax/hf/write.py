@@ -41,7 +41,7 @@ def save_hf(
   params: Params,
   tokenizer: Any = None,
   source: str = '',
-  shard_bytes: float = 5e9,
+  shard_bytes: int = 5_000_000_000,
 ) -> None:
   """Writes a Hugging Face directory: adapters merged, in shards, with an index.
 
@@ -69,7 +69,7 @@ def save_hf(
     tensors,
     get_storage_size=lambda part: bytes_of(part[0]),
     filename_pattern='model{suffix}.safetensors',
-    max_shard_size=int(shard_bytes),
+    max_shard_size=shard_bytes,
   )
   flat = flatten_dict(params, sep='/')
   for name, theirs in plan.filename_to_tensors.items():
@@ -166,7 +166,11 @@ def write_tensors(
 
 
 def save_adapter(
-  folder: str, cfg: model.ModelConfig, params: Params, base: str = '', source: str = ''
+  folder: str | os.PathLike,
+  cfg: model.ModelConfig,
+  params: Params,
+  base: str = '',
+  source: str = '',
 ) -> None:
   """Writes a PEFT adapter: adapter_config.json and adapter_model.safetensors.
 

@@ -134,7 +134,8 @@ class SampleConfig:
 
   def _problems_of_values(self) -> list[str]:
     found = []
-    for field, value in dataclasses.asdict(self).items():
+    for field in (field.name for field in dataclasses.fields(SampleConfig)):
+      value = getattr(self, field)
       allowed = tuple(SAMPLERS) if field == 'pick' else CHOICES.get(field)
       if allowed:
         fits, remedy = value in allowed, f'one of {", ".join(allowed)}'

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float
 from dmpo_jax.sampler.config import SampleConfig, Sampler
 from dmpo_jax.types import Array, BoolRW, FloatR, FloatRW, FloatRWV, IntR, IntRW
 
-FloatAnyW, BoolAnyW = Float[Array, '*rows W'], Bool[Array, '*rows W']
 FloatAny = Float[Array, '*rows']
+FloatAnyW = Float[Array, '*rows W']
+BoolAnyW = Bool[Array, '*rows W']
 
 
 class Look(NamedTuple):
