@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The checker of annotations that conftest.py installs; an int passes as a float."""
-=======
 """The checker of annotations that conftest.py installs: beartype; an int is a float."""
->>>>>>> docs
 
 from beartype import BeartypeConf, beartype
 
