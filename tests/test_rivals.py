@@ -162,7 +162,7 @@ def test_advantages_match_their_definitions(kind):
   """A group of equal rewards has advantages of exactly zero."""
   close(shared.advantages(REWARD, kind).ravel(), advantage_of(kind))
   for reward in (1, 0.1, 1 / 3):  # whose mean is not the same in float32
-    equal = jnp.full((1, 8), reward)
+    equal = jnp.full((1, 8), float(reward))
     assert not np.asarray(jax.jit(lambda x: shared.advantages(x, kind))(equal)).any()
 
 

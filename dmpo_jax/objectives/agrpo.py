@@ -32,7 +32,7 @@ class Config(shared.PenalisedGradient):
     return super().rules() | shared.step_rules(self)
 
 
-def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
+def draw(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
   """Draws the states before the chosen steps."""
   order = text.record.order
   last = jnp.max(jnp.where(text.words, order, 0), axis=1)
