@@ -172,7 +172,7 @@ def get_config():
 
   # Rules on the buffers (docs/running.md); a bound of 0 is off.
   c.health = y = ml_collections.ConfigDict()
-  y.action = 'warn'  # none | warn | stop (exit 77) | rollback (to the best)
+  y.action = 'warn'  # none | warn | stop (exit 77)
   y.patience = 5  # buffers in a row that break a rule before anything follows
   y.empty = 0.5  # above: share of completions that begin with EOS
   y.repeated = 0.5  # above: share of tokens equal to the one before
@@ -182,8 +182,6 @@ def get_config():
   y.ess = 0.0  # below: effective size of a group's weights, in (0, 1]
   y.kl = 0.0  # above: KL to the reference, nats a completion
   y.grad_norm = 0.0  # above: of a buffer's last update, before clipping
-  y.lr_factor = 0.5  # rollback: of the learning rate, each time
-  y.rollbacks = 3  # at most; then stop
   y.measure = False  # KL and ELBO drift for any objective: up to three passes
 
   c.mesh = h = ml_collections.ConfigDict()

@@ -70,7 +70,7 @@ class Steps(NamedTuple):
   # (trainable, frozen, rollouts, row, completion, references) -> dict
   score: Callable
   pack: Callable  # (rollouts, completion, row, reward_BxG, scores) -> batch
-  update: Callable  # (state, frozen, batch, inner, scale) -> (state, metrics)
+  update: Callable  # (state, frozen, batch, inner) -> (state, metrics)
   sft: Callable  # (state, tokens, valid, row, step) -> (state, metrics)
   quantize: Callable  # params -> params, kernels as model.quantize says
   digest: Callable  # tree -> uint32 of all its bits
@@ -259,7 +259,9 @@ def build(c, devices=None):
   hp = check.settings(objective.hp, c.objective)
   optimizer = optimizer_of(c)
   sft_optimizer = optim.make_optimizer(
-    c.sft.lr, c.sft.warmup, 0.9, 0.99, 1e-8, c.sft.weight_decay, c.sft.clip
+    optim.Config(
+      c.sft.lr, c.sft.warmup, weight_decay=c.sft.weight_decay, clip=c.sft.clip
+    )
   )
   read_references = make_references(c, cfg, folder, grid)
   steps = Steps(
@@ -369,13 +371,12 @@ def make_starts(c, cfg, grid, optimizer, sft_optimizer):
   )
 
 
-def optimizer_of(c, scale=1.0, lr=None):
+def optimizer_of(c, lr=None):
   """RL's optimizer, with the moving reference if there is one.
 
-  scale and lr (None = optim.lr) may be traced.
+  lr (None = optim.lr) may be traced.
   """
-  fields = {**c.optim, 'lr': c.optim.lr if lr is None else lr}
-  return optim.make_optimizer(**fields, scale=scale, hold='moving' in c.reference.of)
+  return optim.make_optimizer(c.optim, lr, hold='moving' in c.reference.of)
 
 
 def is_adapter(path):
@@ -542,7 +543,7 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
       skip_equal=of_all.skip_equal,
     )
 
-  def update(state, frozen, batch, inner, scale, seed, lr):
+  def update(state, frozen, batch, inner, seed, lr):
     return step.train_step(
       state,
       frozen,
@@ -550,7 +551,7 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
       rng.key_for(seed, 'mask'),
       inner,
       **common,
-      optimizer=optimizer_of(c, scale, lr),
+      optimizer=optimizer_of(c, lr),
       group=c.train.group,
       microbatches=c.train.microbatches,
       law=law,
@@ -584,8 +585,8 @@ def make_training(c, cfg, grid, objective, hp, sft_optimizer):
   def put_pack(rollouts, completion, row, reward, scores):
     return jit_pack(rollouts, completion, mesh.put(row, by_row), reward, scores)
 
-  def put_update(state, frozen, batch, inner, scale=1.0):
-    return jit_update(state, frozen, batch, np.int32(inner), np.float32(scale))
+  def put_update(state, frozen, batch, inner):
+    return jit_update(state, frozen, batch, np.int32(inner))
 
   def put_sft(state, tokens, valid, row, at):
     return jit_sft(

@@ -50,7 +50,6 @@ def config(c, count, platform=''):
     ('eval.sampler.pick', c.eval.sampler.pick, sampler.NAMES),
     ('data.protocol', c.data.protocol, ('strict', 'paper')),
     ('data.overlong', c.data.overlong, ('error', 'drop', 'cut')),
-    ('health.action', c.health.action, health.ACTIONS),
     ('model.quantize', c.model.quantize, ('none', *model.QUANT)),
     ('model.remat', c.model.remat, model.REMAT),
     ('model.attention', c.model.attention, model.ATTENTION),
@@ -136,9 +135,6 @@ def check_numbers(c):
     'mesh.cpu': 1,
     'log.samples': 0,
     'log.stuck_minutes': 0,
-    'health.patience': 1,
-    'health.rollbacks': 0,
-    **{f'health.{rule}': 0 for rule in health.RULES},
   }
   flat = flatten(c)
   found = (
@@ -186,13 +182,7 @@ def check_eval(c):
 def check_health(c):
   """Bounds that can be broken, on numbers that this objective gives."""
   h = settings(health.Config, c.health)
-  found = [
-    f'health.{rule} = {getattr(h, rule)} must be in [0, 1]; 0 = off'
-    for rule in ('empty', 'repeated', 'distinct', 'equal', 'reward', 'ess')
-    if not 0 <= getattr(h, rule) <= 1
-  ]
-  if not 0 < h.lr_factor <= 1:
-    found.append(f'health.lr_factor = {h.lr_factor} must be in (0, 1]')
+  found = h.problems()
   if c.objective.name not in OBJECTIVES:
     return found
   objective = OBJECTIVES[c.objective.name]

@@ -39,7 +39,6 @@ from dmpo_jax import (
   resume,
   train,
 )
-from dmpo_jax.phases import sft
 from dmpo_jax.tools import plan, provenance, report, watch
 
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -227,12 +226,13 @@ def run_train(built, workdir, only_sft, dog, asked):
     note_start(built.config, workdir)
     built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
   with metrics.Writer(workdir, enabled=jax.process_index() == 0) as writer:
-    base, sft_seconds = sft.run(built, workdir, writer, dog.beat)
+    session = train.Session(built, workdir, writer, dog.beat)
+    base, sft_seconds = train.run('sft', session)
     if only_sft:
       say(f'base model in {os.path.join(workdir, "sft")}')
       return
     base = built.steps.quantize(base)
-    tuned, rl_seconds = train.run(built, workdir, writer, base, dog.beat)
+    tuned, rl_seconds = train.run('rl', session, base)
   test = build.problems(built, 'test')
   results = {}
   updates = built.config.train.iterations * built.config.train.inner
@@ -533,9 +533,8 @@ def base_of(built, workdir):
   ValueError if it is to be trained and another process is at it.
   """
   with metrics.Writer(workdir, enabled=False) as writer:
-    return sft.run(
-      built, workdir, writer, alone=functools.partial(guard.alone, workdir)
-    )[0]
+    lock = functools.partial(guard.alone, workdir)
+    return train.run('sft', train.Session(built, workdir, writer, lock=lock))[0]
 
 
 def run_export(built, workdir):

@@ -324,7 +324,6 @@ def jobs(built, prompt):
         frozen,
         build.abstract_batch(built, prompt),
         jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.float32),
       ),
       (1,),
     ),
