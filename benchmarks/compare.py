@@ -270,9 +270,11 @@ def judge(args, task):
   built = build.build(c)
   problems, frozen = build.problems(built, 'test'), built.steps.init()
   state = built.steps.start(frozen)
+  shapes = {'state': checkpoint.abstract(state)}
   for workdir in todo:
     with checkpoint.open_manager(str(workdir / 'rl'), 2) as manager:
-      tuned = checkpoint.restore(manager, checkpoint.abstract(state))[0]
+      found = checkpoint.restore(manager, lambda step: shapes)
+      tuned = found.trees['state']
     started = rollout.start(
       built.steps,
       problems,

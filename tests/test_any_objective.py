@@ -211,7 +211,7 @@ def test_what_is_not_asked_for_is_free(built_of):
       tokens_old=jnp.zeros((rows, 2, 4, L)),
     )
   )
-  optimizer = build.optim.make_optimizer(1e-3, 0, 0.9, 0.99, 1e-8, 0.0, 1.0)
+  optimizer = build.optim.make_optimizer(build.optim.Config(1e-3, 0))
   params = model.init(built.model, jax.random.key(0))
   state = step.init_state(params, optimizer)
 
@@ -257,12 +257,12 @@ def test_checkpoints_hold_the_extras(built_of, tmp_path):
   batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, shapes)
   state = TrainState(mesh.put(np.int32(1), mesh.replicated(built.mesh)), {}, {})
   with checkpoint.open_manager(str(tmp_path)) as manager:
-    checkpoint.save(manager, 1, state, batch, {})
+    checkpoint.save(manager, 1, {'state': state, 'batch': batch}, {})
     manager.wait_until_finished()
     found = checkpoint.restore(
-      manager, checkpoint.abstract(state), lambda step: (shapes, None)
+      manager, lambda step: {'state': checkpoint.abstract(state), 'batch': shapes}
     )
-  jax.tree.map(np.testing.assert_array_equal, found[1], batch)
+  jax.tree.map(np.testing.assert_array_equal, found.trees['batch'], batch)
 
 
 def test_one_step_completions_are_graded(built_of):

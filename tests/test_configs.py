@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,6 @@ from dmpo_jax import (
   train,
 )
 from dmpo_jax import cli as main
-from dmpo_jax.phases import sft
 from dmpo_jax.types import Rollouts, TrainBatch, TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -506,8 +506,7 @@ LOOPS = {
 # data.overlong is in test_data; what comes from files, and what only a
 # checkpoint's base shows, in test_weights and test_export; what --mode=eval
 # reads, and the weights of other tasks' terms, in test_evaluate; what main
-# alone reads, in test_main; rules that the stub cannot break, and
-# what a rollback reads, in test_health and test_train; what p_ref is made of in
+# alone reads, in test_main; rules that the stub cannot break, and what p_ref is made of, in
 # test_targets.
 ELSEWHERE = {
   'name',
@@ -529,8 +528,6 @@ ELSEWHERE = {
   'health.reward',
   'health.ess',
   'health.kl',
-  'health.lr_factor',
-  'health.rollbacks',
   'reference.of',
   'reference.weights',
 }
@@ -673,8 +670,8 @@ class Stubs:
     )
     return batch, {'ess': np.float32(1)}
 
-  def update(self, state, frozen, batch, inner, scale=1.0):
-    self.calls.append(('update', inner, scale))
+  def update(self, state, frozen, batch, inner):
+    self.calls.append(('update', inner))
     numbers = {
       'loss': np.float32(1),
       'grad_norm': np.float32(1),
@@ -689,6 +686,8 @@ class Stubs:
 
 class Saves(str):
   """A manager by its folder's name, that has nothing to wait for."""
+
+  preserved = types.SimpleNamespace(best=None)
 
   def all_steps(self):
     return []
@@ -705,11 +704,11 @@ def numbers(c, workdir):
     asked.append(['progress', options['every_seconds']])
     return real(*args, **options)
 
-  def manager(directory, keep=2):
+  def manager(directory, keep=2, digest=None):
     asked.append(['keep', directory[-3:], keep])
     return contextlib.nullcontext(Saves(directory[-3:]))
 
-  def save(manager, step, state, batch, meta, ahead=None, digest=None):
+  def save(manager, step, trees, meta):
     meta = {k: v for k, v in meta.items() if k not in ('seconds', 'config')}
     asked.append(['save', manager, step, meta])
 
@@ -724,10 +723,10 @@ def numbers(c, workdir):
     patch.setattr(checkpoint, 'save', save)
     patch.setattr(checkpoint, 'restore', lambda *_, **__: None)
     patch.setattr(checkpoint, 'set_aside', lambda *_: None)
-    patch.setattr(checkpoint, 'settle', lambda *_: None)
     with metrics.Writer(workdir) as writer:
-      params, _ = sft.run(built, str(workdir), writer)
-      train.run(built, str(workdir), writer, params)
+      session = train.Session(built, str(workdir), writer)
+      params, _ = train.run('sft', session)
+      train.run('rl', session, params)
   test, _ = evaluate.accuracy(built, params, build.problems(built, 'test'))
   rows = [
     {

@@ -26,7 +26,6 @@ from dmpo_jax import (
   weights,
 )
 from dmpo_jax import cli as main
-from dmpo_jax.phases import sft
 from dmpo_jax.tools import report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -391,8 +390,8 @@ def test_damaged_config_of_a_workdir(tmp_path):
 def test_command_settles_and_trains_once(command, monkeypatch, tmp_path, capsys):
   """Training leaves results; the same command then says that it is done."""
   params = {'params': {}}
-  monkeypatch.setattr(sft, 'run', lambda *_: (params, 2.0))
-  monkeypatch.setattr(train, 'run', lambda *_: (params, 3.0))
+  seconds = {'sft': 2.0, 'rl': 3.0}
+  monkeypatch.setattr(train, 'run', lambda name, *_: (params, seconds[name]))
   monkeypatch.setattr(
     evaluate,
     'accuracy',
@@ -424,7 +423,7 @@ def test_command_settles_and_trains_once(command, monkeypatch, tmp_path, capsys)
 
 def test_only_the_base_model(command, monkeypatch, capsys):
   """--mode=sft stops after supervised training and leaves no results."""
-  monkeypatch.setattr(sft, 'run', lambda *_: ({}, 2.0))
+  monkeypatch.setattr(train, 'run', lambda *_: ({}, 2.0))
   command('--workdir=run', '--mode=sft')
   assert 'base model in run/sft' in capsys.readouterr().out
   assert not os.path.exists('run/results.json')
@@ -436,7 +435,7 @@ def test_bad_numbers_are_one_sentence(command, monkeypatch):
   def stop(*_):
     raise FloatingPointError('not finite at update 3')
 
-  monkeypatch.setattr(sft, 'run', stop)
+  monkeypatch.setattr(train, 'run', stop)
   monkeypatch.delenv('DMPO_TRACEBACK', raising=False)
   with pytest.raises(SystemExit, match='^error: not finite at update 3$'):
     command('--workdir=run')
@@ -447,8 +446,11 @@ def test_bad_numbers_are_one_sentence(command, monkeypatch):
 
 def test_collapse_has_its_exit_code(command, monkeypatch, tmp_path, capsys):
   """77 and the sentence; the run is not taken for done."""
-  monkeypatch.setattr(sft, 'run', lambda *_: ({'params': {}}, 2.0))
-  monkeypatch.setattr(train, 'run', lambda *_: guard.collapsed('all is EOS'))
+
+  def run(name, *_):
+    return ({}, 2.0) if name == 'sft' else guard.collapsed('all is EOS')
+
+  monkeypatch.setattr(train, 'run', run)
   with pytest.raises(SystemExit) as info:
     command('--workdir=run')
   assert info.value.code == 77
@@ -486,7 +488,7 @@ def test_report_of_a_run_that_has_written_nothing(command, capsys):
 
 def test_starts_are_recorded(command, monkeypatch, tmp_path):
   """What the command line changed and the seeds, once for each start."""
-  monkeypatch.setattr(sft, 'run', lambda *_: ({}, 2.0))
+  monkeypatch.setattr(train, 'run', lambda *_: ({}, 2.0))
   for _ in range(2):
     command('--workdir=run', '--mode=sft', '--config.seed=3', '--sweep=rates:0')
   found = json.loads((tmp_path / 'run' / 'provenance.json').read_text())
@@ -500,11 +502,11 @@ def test_watchdog_of_a_run(command, monkeypatch):
   """log.stuck_minutes is its limit; it writes into the workdir."""
   dogs = []
 
-  def run(built, workdir, writer, beat):
-    dogs.append(beat.__self__)
+  def run(name, session):
+    dogs.append(session.beat.__self__)
     return {}, 0.0
 
-  monkeypatch.setattr(sft, 'run', run)
+  monkeypatch.setattr(train, 'run', run)
   command('--workdir=run', '--mode=sft', '--config.log.stuck_minutes=2')
   command('--workdir=run', '--mode=sft')
   assert [dog._limit for dog in dogs] == [120, 0]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
-from test_train import INNER, fail_at, interrupt, letters, rows, run, same
+import tiny_run
+from tiny_run import INNER, fail_at, interrupt, letters, rows, run, run_sft, same
 
 from configs import base
 from dmpo_jax import (
@@ -18,7 +18,6 @@ from dmpo_jax import (
   export,
   logprob,
   mesh,
-  metrics,
   model,
   optim,
   sampler,
@@ -26,7 +25,6 @@ from dmpo_jax import (
   weights,
 )
 from dmpo_jax.objectives import dmpo
-from dmpo_jax.phases import sft
 
 L, ROWS = 4, 4
 
@@ -69,7 +67,7 @@ def test_log_p_ref_is_the_weighted_sum(estimator, tiny, weights_of):
 def test_reference_follows(mix):
   """Every second update it is the parameters, or a mean with them; an update
   that was refused moves nothing."""
-  optimizer = optim.make_optimizer(0.1, 0, 0.9, 0.99, 1e-8, 0.0, 0.0, hold=True)
+  optimizer = optim.make_optimizer(optim.Config(0.1, 0, clip=0.0), hold=True)
   state = step.init_state({'params': {'scale': jnp.ones(3)}}, optimizer)
   want = np.ones(3, np.float32)
 
@@ -93,7 +91,7 @@ def test_reference_follows(mix):
 
 
 def moving():
-  c = test_train.tiny()
+  c = tiny_run.tiny()
   c.update_from_flattened_dict({
     'lora.rank': 2, 'reference.of': ('moving',), 'reference.every': 2,
     'train.iterations': 3, 'checkpoint.every': 1, 'optim.lr': 0.05,
@@ -109,9 +107,7 @@ def built():
 
 @pytest.fixture(scope='module')
 def base_params(built, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('base')
-  with metrics.Writer(workdir) as writer:
-    return sft.run(built, str(workdir), writer)[0]
+  return run_sft(built, tmp_path_factory.mktemp('base'))
 
 
 def test_a_run_with_adapters_moves_and_resumes(built, base_params, tmp_path):
