@@ -17,8 +17,7 @@ import time
 import numpy as np
 
 from configs import base
-from dmpo_jax import build, check, config, evaluate, metrics, resume
-from dmpo_jax.phases import sft
+from dmpo_jax import build, check, config, evaluate, metrics, resume, train
 
 PICKS = (
   ('confidence, 1 a step', dict(pick='confidence')),
@@ -50,7 +49,7 @@ def trained(workdir):
     )
   built = build.build(c)
   with metrics.Writer(workdir, enabled=False) as writer:
-    start = sft.run(built, workdir, writer)[0]
+    start = train.run('sft', train.Session(built, workdir, writer))[0]
   return built, resume.latest(built, workdir, start)
 
 

@@ -266,10 +266,10 @@ def judge(args, task):
   collector = dataclasses.replace(
     build.collector(built, frozen), problems=build.problems(built, 'test'), samples=0
   )
-  state = built.steps.start(frozen)
+  shapes = {'state': checkpoint.abstract(built.steps.start(frozen))}
   for workdir in todo:
     with checkpoint.open_manager(str(workdir / 'rl'), 2) as manager:
-      tuned = checkpoint.restore(manager, checkpoint.abstract(state))[0]
+      tuned = checkpoint.restore(manager, lambda step: shapes).trees['state']
     numbers = collector.finish(collector.start(tuned.trainable, (), 0))[1]
     kept = {
       'kl': numbers['kl_ref'],

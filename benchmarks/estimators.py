@@ -575,12 +575,11 @@ def tiny(args):
 def run_case(args):
   """(Case, the run's config) of a run of the quickstart's kind."""
   from benchmarks.accuracy import trained
-  from dmpo_jax import build, grader, metrics
-  from dmpo_jax.phases import sft
+  from dmpo_jax import build, grader, metrics, train
 
   built, old = trained(args.workdir)
   with metrics.Writer(args.workdir, enabled=False) as writer:
-    ref = sft.run(built, args.workdir, writer)[0]
+    ref = train.run('sft', train.Session(built, args.workdir, writer))[0]
   problems, c = build.problems(built, 'train'), built.config
   at = np.repeat(np.arange(args.rows // args.group), args.group)
 

@@ -46,7 +46,7 @@ def make_step(args, cfg, params):
   name = 'lora' if args.lora else 'params'
   trainable = {name: params[name]}
   frozen = {'params': params['params']} if args.lora else {}
-  optimizer = optim.make_optimizer(1e-4, 10, 0.9, 0.99, 1e-8, 0.1, 1.0)
+  optimizer = optim.make_optimizer(optim.Config(1e-4, 10, weight_decay=0.1))
   state = step.init_state(trainable, optimizer)
   group = min(8, args.rows)
   batch = make_batch(args, cfg, jax.random.key(1), group)

@@ -1,57 +1,65 @@
-"""Training state on disk: Orbax, by optimizer step; the latest n and the best.
+"""Checkpoints of training by Orbax: the latest n, and the best by validation.
 
-A checkpoint holds the state, the rollout buffer in use, the place in it and the
-buffer sampled ahead, if there is one, so that a run resumes to the bit from the
-middle of a buffer. Orbax moves it into place when it is whole, but the arrays
-in it are not checked when read: `digest` is stored beside them. What cannot be
-read is skipped for the checkpoint before it; nothing is ever deleted for it.
+A checkpoint is named by the number of optimizer updates. It holds the training
+state, the rollout buffers in use, and a JSON dict (the meta). Orbax makes it visible
+once it is whole, but does not check the arrays that it reads. So a digest of each
+tree is stored in the meta. A checkpoint that cannot be used is skipped for the one
+before it, with a warning. Nothing is ever deleted for a fault.
 """
 
 import contextlib
 import errno
 import functools
-import json
 import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from dmpo_jax import mesh, metrics
+from dmpo_jax import mesh
+from dmpo_jax.types import IntScalar
 
-NAMES = ('state', 'batch', 'ahead')
 UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 
 
-class Kept:
-  """Orbax' preservation policy: the latest `count`, and the step `best`.
+class Found(NamedTuple):
+  """What `restore` returns."""
 
-  Orbax' own BestN wants the metric when a step is saved; a place that is saved
-  and then validated is the best all the same.
+  trees: dict[str, Any]  # name -> TrainState or TrainBatch
+  meta: dict[str, Any]
+
+
+class Preserved:
+  """Orbax preservation policy: the latest `count` steps, and the step `best`.
+
+  Orbax' own BestN needs the metric when a step is saved. Here a validation may
+  follow the save: after SIGTERM the next start validates.
   """
 
-  def __init__(self, count):
+  def __init__(self, count: int):
     self.count, self.best = count, None
 
-  def should_preserve(self, checkpoints, *, context):
+  def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
     steps = [info.step for info in checkpoints]
     return [step in steps[-self.count :] or step == self.best for step in steps]
 
 
 @functools.cache
-def save_whole():
-  """In one process, a replicated array is written by one device.
+def write_arrays_whole() -> None:
+  """Makes one device write a replicated array, where there is one process.
 
-  Orbax has each write a slice, a program a slice: that spreads the writing over
-  processes, but in one it makes a save five times slower.
+  By default every device writes a slice, by a program of its own. That spreads the
+  work over processes, but makes a save five times slower in a single one.
   """
   if jax.process_count() == 1:
     level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it warns of what is asked for
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of the override
     ocp.type_handlers.register_type_handler(
       jax.Array,
       ocp.type_handlers.ArrayHandler(use_replica_parallel=False),
@@ -61,32 +69,43 @@ def save_whole():
 
 
 class Manager(ocp.CheckpointManager):
-  """A CheckpointManager that can be told which step is the best."""
+  """Orbax' manager, with the best step to keep and the digest of a tree.
 
-  def __init__(self, directory, keep):
-    self.kept = Kept(keep)
-    save_whole()
+  digest: the function below, compiled; None stores and checks no digests.
+  """
+
+  def __init__(self, directory: str, keep: int, digest: Callable | None = None):
+    self.preserved, self.digest = Preserved(keep), digest
+    write_arrays_whole()
     super().__init__(
       os.path.abspath(directory),
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=self.kept, enable_async_checkpointing=True
+        preservation_policy=self.preserved, enable_async_checkpointing=True
       ),
     )
 
-  def reached_preemption(self, step):
-    """Never: guard.Preemption asks JAX, which wants one row of counts.
+  def reached_preemption(self, step: int) -> bool:
+    """Returns False: guard.Preemption alone may ask JAX.
 
-    Orbax would mix its steps into them, and SIGTERM be missed.
+    JAX stops all processes at an equal count. Orbax' step numbers in between would
+    make them miss it.
     """
     return False
 
 
-@contextlib.contextmanager
-def reader(manager):
-  """A manager that reads on its own, where there are several processes.
+def open_manager(
+  directory: str | os.PathLike, keep: int = 2, digest: Callable | None = None
+) -> Manager:
+  """Opens a manager that keeps the latest `keep` steps and the best."""
+  return Manager(os.fspath(directory), keep, digest)
 
-  Orbax makes them wait for each other: one that finds a damaged file and
-  raises would leave the others there.
+
+@contextlib.contextmanager
+def independent_reader(manager: Manager) -> Iterator[ocp.CheckpointManager]:
+  """Opens a manager that reads without waiting for other processes.
+
+  With the shared one, a process that meets a damaged file and raises would leave the
+  others waiting.
   """
   if jax.process_count() == 1:
     yield manager
@@ -98,34 +117,29 @@ def reader(manager):
   with ocp.CheckpointManager(
     manager.directory,
     options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone),
-  ) as found:
-    yield found
+  ) as reader:
+    yield reader
 
 
-def open_manager(directory, keep=2):
-  """A manager that keeps the latest `keep` steps and the best."""
-  return Manager(directory, keep)
-
-
-def save(manager, step, state, batch, meta, ahead=None, digest=None):
-  """Saves TrainState, TrainBatches (or None) and a JSON-able dict at `step`.
-
-  meta['best'], if there: {'step': ...} of the checkpoint that is kept however
-  old it gets. digest: the function below, compiled.
-  """
-  trees = {'state': state, 'batch': batch, 'ahead': ahead}
-  trees = {name: tree._asdict() for name, tree in trees.items() if tree is not None}
-  if digest:
-    meta = {**meta, 'digest': {name: int(digest(tree)) for name, tree in trees.items()}}
-  items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-  manager.kept.best = (meta.get('best') or {'step': None})['step']
+def save(
+  manager: Manager, step: int, trees: dict[str, Any], meta: dict[str, Any]
+) -> None:
+  """Begins to save named trees (NamedTuples of arrays) and a JSON-able dict."""
+  dicts = {name: tree._asdict() for name, tree in trees.items()}
+  if manager.digest:
+    digests = {name: int(manager.digest(tree)) for name, tree in dicts.items()}
+    meta = {**meta, 'digest': digests}
+  items = {name: ocp.args.StandardSave(tree) for name, tree in dicts.items()}
   manager.save(
     step, force=True, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
   )
 
 
-def is_due(section, done, saved):
-  """Whether to save: by updates `done`, or by the minutes since `saved`."""
+def is_due(section: Any, done: int, saved: float) -> bool:
+  """Returns whether to save after `done` updates.
+
+  section: the config's checkpoint section. saved: time.monotonic() of the last save.
+  """
   if done % section.every == 0:
     return True
   spent = time.monotonic() - saved
@@ -133,38 +147,35 @@ def is_due(section, done, saved):
 
 
 def restore(
-  manager,
-  state,
-  buffers=lambda step: (None, None),
-  digest=None,
-  refuse=lambda meta: '',
-  only=None,
-):
-  """(state, batch, ahead, meta) of the newest step that can be read, or None.
+  manager: Manager,
+  shapes: Callable[[int], dict[str, Any]],
+  refuse: Callable[[dict], str] = lambda meta: '',
+  only: int | None = None,
+) -> Found | None:
+  """Reads the newest usable checkpoint; returns None if there is none at all.
 
-  `state` and the two of buffers(step) are trees of ShapeDtypeStructs that carry
-  shardings, so that a checkpoint can be read onto another mesh; None leaves a
-  buffer out. refuse(meta) says why a checkpoint is not this run's, or ''. A
-  step that cannot be used is skipped with a warning. ValueError if none can be;
-  what says nothing of the files (memory is short, a disk is away) is raised.
-  only: no other step than this.
+  shapes(step): name -> tree of ShapeDtypeStructs with shardings, which may be of
+  another mesh than the saved one. refuse(meta): why a checkpoint is not this run's, or
+  ''. only: read no other step. An unusable step is skipped with a warning. Raises
+  ValueError if there are steps and none is usable. Raises errors that do not concern
+  the files (memory, an unreachable disk) as they are.
   """
   faults = {}
   steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
   for step in steps:
+    found = None  # two states at a time might not fit
     try:
-      with reader(manager) as files:
-        found = read(files, step, state, *buffers(step))
-      fault = refuse(found[3])
-    except Exception as error:  # whatever a damaged file makes others raise
-      if passing(error):
+      with independent_reader(manager) as reader:
+        found = read(reader, step, shapes(step))
+      fault = refuse(found.meta)
+    except Exception as error:  # a damaged file makes others raise anything
+      if is_transient(error):
         raise
       fault = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
-    if not mesh.agree(fault):  # skipped by one process, skipped by all
-      fault = digest and changed(found, digest)  # computed by all together
+    if not mesh.agree(fault):  # a step that one process skips is skipped by all
+      fault = manager.digest and digest_fault(found, manager.digest)
       if not fault:
         return found
-    found = None  # the next is not read beside it: two might not fit
     faults[step] = fault or 'another process cannot read it'
     logging.warning(
       'checkpoint %s cannot be used: %s',
@@ -172,17 +183,17 @@ def restore(
       faults[step],
     )
   if faults:
-    told = '\n'.join(f'  {step}: {fault}' for step, fault in faults.items())
+    lines = '\n'.join(f'  {step}: {fault}' for step, fault in faults.items())
     raise ValueError(
-      f'no checkpoint in {manager.directory} can be used:\n{told}\nBring one '
+      f'no checkpoint in {manager.directory} can be used:\n{lines}\nBring one '
       'back from a copy, or move the directory away to begin from nothing'
     )
   return None
 
 
-def passing(error):
-  """Whether an error is of the machine: the files may be well."""
-  while error:  # what Orbax raises says only that it met another
+def is_transient(error: BaseException | None) -> bool:
+  """Returns whether an error says nothing about the files themselves."""
+  while error:  # Orbax raises its own error from the first one
     number = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
       return True
@@ -194,36 +205,31 @@ def passing(error):
   return False
 
 
-def read(manager, step, state, batch, ahead):
-  """(state, batch, ahead, meta) at `step`, as it lies there."""
-  trees = zip(NAMES, (state, batch, ahead), strict=True)
-  wanted = {name: tree for name, tree in trees if tree}
+def read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> Found:
+  """Reads one checkpoint as it is."""
   items = {
-    name: ocp.args.StandardRestore(tree._asdict()) for name, tree in wanted.items()
+    name: ocp.args.StandardRestore(tree._asdict()) for name, tree in shapes.items()
   }
   got = manager.restore(
     step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore())
   )
-  return (
-    *(type(wanted[name])(**got[name]) if name in wanted else None for name in NAMES),
-    got.meta,
-  )
+  trees = {name: type(tree)(**got[name]) for name, tree in shapes.items()}
+  return Found(trees, got.meta)
 
 
-def changed(found, digest):
-  """Whose bytes are not those that were saved, as a sentence, or ''."""
-  *trees, meta = found
-  for name, tree in zip(NAMES, trees, strict=True):
-    value = meta.get('digest', {}).get(name)
-    if tree and value is not None and int(digest(tree._asdict())) != value:
+def digest_fault(found: Found, digest: Callable) -> str:
+  """Names the tree whose bytes differ from the saved ones; '' if none does."""
+  for name, tree in found.trees.items():
+    saved = found.meta.get('digest', {}).get(name)
+    if saved is not None and int(digest(tree._asdict())) != saved:
       return f'the bytes of {name!r} are not those that were saved'
   return ''
 
 
-def set_aside(manager, step):
-  """Moves what is newer than `step` out of the way, so that it can be redone.
+def set_aside(manager: Manager, step: int) -> None:
+  """Moves checkpoints newer than `step` into DIRECTORY.damaged.
 
-  Into DIRECTORY.damaged, where a person can look at it.
+  The run makes them again; a person can look at the old ones.
   """
   newer = [s for s in manager.all_steps() if s > step]
   if not newer:
@@ -236,71 +242,34 @@ def set_aside(manager, step):
         os.path.join(manager.directory, str(s)),
         os.path.join(folder, f'{s}-{time.time_ns()}'),
       )
-  mesh.agree(False)  # nobody goes on before they are moved
+  mesh.agree(False)  # wait until they are moved
   manager.reload()
 
 
-def replace(manager, step, state, batch, meta, ahead=None, digest=None):
-  """`save` at `step` in place of what is there; all that is newer goes, too.
+def digest(tree: Any) -> IntScalar:
+  """Returns a uint32 of all bits of a tree; a change of one element changes it.
 
-  Moved aside, as `set_aside` does. Whole or not at all: after a kill there is
-  what was before, or what `settle` completes.
-  """
-  with open_manager(f'{manager.directory}.next') as other:
-    save(other, step, state, batch, meta, ahead, digest)
-  settle(manager)
-
-
-def amend(manager, step, **fields):
-  """Puts `fields` into the meta that is saved at `step`, which stays whole."""
-  if jax.process_index() == 0:
-    path = os.path.join(manager.directory, str(step), 'meta', 'metadata')
-    with open(path, encoding='utf-8') as f:
-      meta = json.load(f)
-    metrics.replace(path, json.dumps({**meta, **fields}))
-  mesh.agree(False)  # nobody reads it before it is there
-
-
-def settle(manager):
-  """Completes a `replace` that was interrupted."""
-  folder = f'{manager.directory}.next'
-  names = os.listdir(folder) if os.path.isdir(folder) else []
-  steps = [int(name) for name in names if name.isdigit()]  # one that is whole
-  mesh.agree(False)  # nobody looks for it any more when it is moved
-  for step in steps:
-    set_aside(manager, step - 1)
-    if jax.process_index() == 0:
-      shutil.move(
-        os.path.join(folder, str(step)), os.path.join(manager.directory, str(step))
-      )
-      shutil.rmtree(folder)
-    mesh.agree(False)
-    manager.reload()
-
-
-def digest(tree):
-  """A uint32 of all bits of a tree; any element that changes, changes it.
-
-  Sums modulo 2**32, in which no order matters: the same on any mesh. Factors
-  are odd, so that no difference of one element is lost.
+  It is a sum of bits * (2 * position + 1) modulo 2**32. The order of a sum does not
+  matter, so it is the same on any mesh. Factors are odd, so that no difference of a
+  single element is lost.
   """
   total = jnp.uint32(0)
   for leaf in jax.tree.leaves(tree):
-    if leaf.dtype in (bool, jnp.uint4, jnp.int4):  # of less than a byte
+    if leaf.dtype in (bool, jnp.uint4, jnp.int4):  # smaller than a byte
       leaf = leaf.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(leaf, UINTS[leaf.dtype.itemsize])
-    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    position, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
     for axis, size in reversed(list(enumerate(leaf.shape))):
-      at = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-      place += at * jnp.uint32(stride % 2**32)
+      index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+      position += index * jnp.uint32(stride % 2**32)
       stride *= size
-    terms = bits.astype(jnp.uint32) * (2 * place + 1)
+    terms = bits.astype(jnp.uint32) * (2 * position + 1)
     total = total * jnp.uint32(1000003) + jnp.sum(terms, dtype=jnp.uint32)
   return total
 
 
-def abstract(tree):
-  """ShapeDtypeStructs of arrays, with their shardings."""
+def abstract(tree: Any) -> Any:
+  """Returns the ShapeDtypeStructs of a tree of arrays, with their shardings."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
   )

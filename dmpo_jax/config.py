@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import health, logprob, model, sampler
+from dmpo_jax import health, logprob, model, optim, sampler
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.tasks import TASKS
@@ -249,29 +249,6 @@ class Train(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class Optim(Section):
-  """AdamW of the RL loop."""
-
-  lr: float = 1e-4  # learning rate after warm-up
-  warmup: int = 10  # updates of linear warm-up; 0 = none
-  decay_steps: int = 0  # updates until the rate has decayed to zero; 0 = constant
-  b1: float = 0.9  # decay of the first moment, in [0, 1)
-  b2: float = 0.99  # decay of the second moment, in [0, 1)
-  eps: float = 1e-8  # added to the denominator
-  weight_decay: float = 0.0  # on matrices; 0 = none
-  clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
-
-  def problems(self) -> list[str]:
-    found = super().problems()
-    for name in ('b1', 'b2'):
-      if not 0 <= getattr(self, name) < 1:
-        found.append(f'optim.{name} = {getattr(self, name)} must be in [0, 1)')
-    if not self.eps > 0:
-      found.append(f'optim.eps = {self.eps} must be > 0')
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
 class Eval(Section):
   """Validation during training, and --mode=eval. Its sampler is a section inside."""
 
@@ -328,7 +305,7 @@ class Log(Section):
 SECTIONS = {
   'model': Model, 'lora': Lora, 'data': Data, 'reward': Reward, 'sft': Sft,
   'sampler': Sampler, 'reference': Reference, 'logprob': logprob.LogprobConfig,
-  'train': Train, 'optim': Optim, 'eval': Eval, 'eval.sampler': Sampler,
+  'train': Train, 'optim': optim.Config, 'eval': Eval, 'eval.sampler': Sampler,
   'checkpoint': Checkpoint, 'health': health.Config, 'mesh': Mesh, 'log': Log,
 }  # fmt: skip
 

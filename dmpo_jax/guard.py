@@ -1,8 +1,8 @@
-"""A run that is asked to stop, and a run that hangs: exit codes of their own.
+"""A run that is asked to stop, a run that hangs, and two runs in one workdir.
 
-PREEMPTED (75): SIGTERM; all is saved, the same command goes on. STUCK (76): no
-progress for too long; a file in the workdir says where. COLLAPSED (77): a rule
-of `health` is broken; all is saved, health.jsonl says which.
+Exit codes: PREEMPTED (75) after SIGTERM: all is saved, the same command resumes. STUCK
+(76): no progress for too long; a file in the workdir names the place. COLLAPSED (77):
+a rule of health.py is broken; all is saved, health.jsonl names the rule.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jax
 from absl import logging
@@ -24,16 +26,22 @@ from jax.experimental import multihost_utils
 from dmpo_jax import mesh
 
 PREEMPTED, STUCK, COLLAPSED = 75, 76, 77
-_asked = itertools.count()  # over SFT and RL, as JAX wants: never back
+_asked = itertools.count()  # JAX wants a count that never falls, over all phases
 
 
-def join(coordinator='', processes=0, process=0, heartbeat=100, patience=600):
-  """Makes this process one of several; before jax looks for devices.
+def join(
+  coordinator: str = '',
+  processes: int = 0,
+  process: int = 0,
+  heartbeat: int = 100,
+  patience: int = 600,
+) -> None:
+  """Makes this process one of several. Call it before jax looks for devices.
 
-  coordinator: host:port of process 0; '' lets JAX find the cluster. patience:
-  seconds to wait for all of them; heartbeat: seconds of silence after which
-  one counts as dead and the others end. ValueError if there is no cluster, or
-  the port is taken. If they do not come, the process ends with a sentence.
+  coordinator: host:port of process 0; '' lets JAX find the cluster. heartbeat: seconds
+  of silence after which a process counts as dead and the others end. patience: seconds
+  to wait for all of them; then the process exits with a sentence. Raises ValueError if
+  there is no cluster, or if the port is taken.
   """
   where = f'--coordinator={coordinator}' if coordinator else '--multihost=auto'
   if coordinator and process == 0:
@@ -41,7 +49,7 @@ def join(coordinator='', processes=0, process=0, heartbeat=100, patience=600):
       s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       try:
         s.bind(('', int(coordinator.rpartition(':')[2])))
-      except OSError as error:  # the coordinator would crash
+      except OSError as error:  # JAX' coordinator would crash
         raise ValueError(f'{where}: no port for process 0: {error}') from None
   explicit = dict(
     coordinator_address=coordinator,
@@ -49,8 +57,8 @@ def join(coordinator='', processes=0, process=0, heartbeat=100, patience=600):
     process_id=process,
     cluster_detection_method='deactivate',
   )
-  # JAX's own timeout aborts the process with a stack of C++.
-  alarm = threading.Timer(patience, _alone, (where, patience))
+  # JAX's own timeout aborts the process with a C++ stack.
+  alarm = threading.Timer(patience, _give_up, (where, patience))
   alarm.daemon = True
   alarm.start()
   try:
@@ -62,15 +70,14 @@ def join(coordinator='', processes=0, process=0, heartbeat=100, patience=600):
     )
   except (ValueError, RuntimeError) as error:
     raise ValueError(
-      f"{where}: {error} (auto is for Slurm's srun, TPU pods "
-      'and Open MPI; else --coordinator, --processes, '
-      '--process)'
+      f"{where}: {error} (auto is for Slurm's srun, TPU pods and Open MPI; else give "
+      '--coordinator, --processes and --process)'
     ) from None
   finally:
     alarm.cancel()
 
 
-def _alone(where, patience):
+def _give_up(where: str, patience: int) -> NoReturn:
   sys.__stderr__.write(
     f'error: {where}: the processes have not met within {patience} seconds: '
     'is each of them running, and is that port of process 0 open to them?\n'
@@ -80,11 +87,11 @@ def _alone(where, patience):
 
 
 @contextlib.contextmanager
-def alone(workdir):
-  """`with alone(workdir)`: ValueError if another run is under way there.
+def alone(workdir: str) -> Iterator[None]:
+  """Holds a lock on workdir/lock; raises ValueError if another process has it.
 
-  By a lock on workdir/lock, which goes when its process does, however that
-  ends; a file system without locks lets everybody in.
+  The kernel releases the lock when the process exits, however it exits. A file system
+  without locks gives no protection.
   """
   with contextlib.ExitStack() as stack:
     taken = False
@@ -96,112 +103,110 @@ def alone(workdir):
         taken = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
     if mesh.agree(taken):
       raise ValueError(
-        f'--workdir={workdir}: another process is training '
-        'there: wait for its end, or name another workdir'
+        f'--workdir={workdir}: another process is training there: wait for its end, '
+        'or name another workdir'
       )
     yield
 
 
 class Preemption:
-  """`with ... as asked`: after each update, asked() is whether to stop there.
+  """Tells after each update whether SIGTERM came: `with Preemption() as asked`.
 
-  In one process SIGTERM sets a flag; at_once: it ends the process as `leave`
-  does. Under jax.distributed JAX has a handler of its own, by which all
-  processes stop at the same update; one from here would replace it.
+  In one process SIGTERM sets a flag, which asked() returns; with at_once it ends the
+  process as `leave` does. Under jax.distributed JAX has its own handler, by which all
+  processes stop at the same update; a handler from here would replace it.
   """
 
-  def __init__(self, at_once=False):
+  def __init__(self, at_once: bool = False):
     self._flag, self._at_once, self._old = False, at_once, None
 
-  def __enter__(self):
-    ours = threading.current_thread() is threading.main_thread()
-    if ours and not jax.distributed.is_initialized():
+  def __enter__(self) -> 'Preemption':
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and not jax.distributed.is_initialized():
       self._old = signal.signal(signal.SIGTERM, self._note)
     return self
 
-  def _note(self, *_):
+  def _note(self, *_: Any) -> None:
     self._flag = True
     if self._at_once:
       leave()
 
-  def __call__(self):
+  def __call__(self) -> bool:
     if jax.distributed.is_initialized():
       return multihost_utils.reached_preemption_sync_point(next(_asked))
     return self._flag
 
-  def check(self):
-    """Leaves if asked to: for where there is nothing to save."""
+  def check(self) -> None:
+    """Leaves if asked to, where there is nothing to save."""
     if self():
       leave()
 
-  def __exit__(self, kind, *_):
+  def __exit__(self, kind: Any, *_: Any) -> None:
     if self._old is not None:
       signal.signal(signal.SIGTERM, self._old)
-    if self._flag and kind is None:  # it came after the last update
+    if self._flag and kind is None:  # SIGTERM came after the last update
       leave()
 
 
-def leave():
-  """SystemExit with PREEMPTED: what `with` has open is saved and closed."""
-  logging.warning('SIGTERM: the same command goes on from the last checkpoint')
+def leave() -> NoReturn:
+  """Raises SystemExit with PREEMPTED, so that every `with` saves and closes."""
+  logging.warning('SIGTERM: the same command resumes from the last checkpoint')
   sys.exit(PREEMPTED)
 
 
-def collapsed(sentence):
-  """SystemExit with COLLAPSED; the sentence goes to stderr."""
+def collapsed(sentence: str) -> NoReturn:
+  """Writes a sentence to stderr; raises SystemExit with COLLAPSED."""
   print(f'error: {sentence}', file=sys.stderr)
   sys.exit(COLLAPSED)
 
 
 class Watchdog:
-  """Ends the process when `beat` was not called for `seconds`; 0 = never.
+  """Ends the process if `beat` is not called for `seconds`; 0 = never.
 
-  The phase, the step and the stacks of all threads go to stderr and to the
-  file `path` (which may be set later); the exit code is STUCK. Where not even
-  this thread can run, faulthandler dumps the stacks to stderr after twice the
-  time, and the code is 1.
+  It writes the phase, the update and the stacks of all threads to stderr and to the
+  file `path`, which may be set later. The exit code is STUCK. faulthandler alone has
+  neither that code nor the phase; it is the second guard, for a C call that does not
+  let any Python thread run: after twice the time it dumps to stderr, with code 1.
   """
 
-  def __init__(self, seconds, path=os.devnull):
+  def __init__(self, seconds: float, path: str = os.devnull):
     self.path, self._limit, self._over = path, seconds, threading.Event()
     self.beat('start', 0)
 
-  def beat(self, phase, step):
-    """Notes that the run lives, and in which phase and at which update."""
+  def beat(self, phase: str, step: int) -> None:
+    """Notes that the run makes progress, in this phase at this update."""
     self._last = time.monotonic(), phase, step
 
-  def __enter__(self):
+  def __enter__(self) -> 'Watchdog':
     if self._limit:
       self._thread = threading.Thread(target=self._watch, daemon=True)
       self._thread.start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: Any) -> None:
     if self._limit:
       self._over.set()
       self._thread.join()
       faulthandler.cancel_dump_traceback_later()
 
-  def _watch(self):
+  def _watch(self) -> None:
     while not self._over.is_set():
-      # Armed anew each time: it goes off when this thread is held up, too.
       faulthandler.dump_traceback_later(2 * self._limit, exit=True, file=sys.__stderr__)
       self._over.wait(min(10, self._limit / 10))
       last, phase, step = self._last
       if not self._over.is_set() and time.monotonic() - last > self._limit:
-        self._bark(phase, step)
+        self._end(phase, step)
 
-  def _bark(self, phase, step):
+  def _end(self, phase: str, step: int) -> NoReturn:
     text = (
-      f'error: no progress for {self._limit:g} seconds in {phase!r} at '
-      f'update {step}; the same command goes on from the last '
-      'checkpoint. The stacks of all threads:\n'
+      f'error: no progress for {self._limit:g} seconds in {phase!r} at update {step}; '
+      'the same command resumes from the last checkpoint. The stacks of all threads:\n'
     )
-    for file in (
-      lambda: contextlib.nullcontext(sys.__stderr__),
-      lambda: open(self.path, 'a'),
-    ):
-      with contextlib.suppress(OSError), file() as f:
+    for path in (sys.__stderr__.fileno(), self.path):
+      with (
+        contextlib.suppress(OSError),
+        open(path, 'a', closefd=path == self.path) as f,
+      ):
         f.write(text)
         f.flush()
         faulthandler.dump_traceback(file=f, all_threads=True)

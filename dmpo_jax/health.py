@@ -1,33 +1,38 @@
-"""Whether a run is well: numbers of a buffer, and rules over several of them.
+"""Health of a run: numbers of a buffer, and rules over several buffers.
 
-Pure functions of arrays and dicts of numbers; what follows from a broken rule
-is done in train.py and resume.py. The state of the rules goes into the
-checkpoints, so that a resumed run judges as if it had not been interrupted.
+These are pure functions of arrays and of dicts of numbers; phases/rl.py acts on a
+broken rule. The state of the rules is part of a checkpoint, so that a resumed run
+judges as if it had not been interrupted.
 """
 
 import dataclasses
+import difflib
 import math
+from typing import Any
 
 import numpy as np
 
-ACTIONS = ('none', 'warn', 'stop', 'rollback')
+from dmpo_jax.types import BoolRL, FloatBG, IntRL
 
-# Field of Config: (the metric it bounds, on which side a run is ill).
+ACTIONS = ('none', 'warn', 'stop')
+
+# Field of Config: (the metric that it bounds, the side on which a run is unhealthy).
 RULES = {
   'empty': ('empty', 'above'),
   'repeated': ('repeated', 'above'),
   'distinct': ('distinct', 'below'),
   'equal': ('equal_wrong_groups', 'above'),
-  'reward': ('reward', 'below'),  # as a share of its best mean
+  'reward': ('reward', 'below'),  # divided by its best mean
   'ess': ('ess', 'below'),
   'kl': ('kl_ref', 'above'),
   'grad_norm': ('grad_norm', 'above'),
 }
+UNBOUNDED = ('kl', 'grad_norm')  # the others are shares, in [0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Bounds (0 = off), and what follows when one is broken for long."""
+  """Bounds of the rules, and what follows when one is broken for long."""
 
   action: str = 'warn'  # on a broken rule: none | warn | stop (exit code 77)
   patience: int = 5  # buffers in a row that must break a rule
@@ -39,43 +44,52 @@ class Config:
   ess: float = 0.0  # smallest effective sample size of a group's weights; 0 = off
   kl: float = 0.0  # largest KL to the reference, nats a completion; 0 = off
   grad_norm: float = 0.0  # largest gradient norm before clipping; 0 = off
-  lr_factor: float = 0.5  # of each rollback
-  rollbacks: int = 3  # at most; then the run stops
   measure: bool = False  # compute KL and ELBO drift for every objective
 
   def problems(self) -> list[str]:
     """Returns complaints about fields that are out of range."""
     out = []
     if self.action not in ACTIONS:
-      out.append(f'health.action = {self.action!r} must be one of {", ".join(ACTIONS)}')
+      near = difflib.get_close_matches(str(self.action), ACTIONS, 1, 0.4)
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      out.append(
+        f'health.action = {self.action!r} must be one of {", ".join(ACTIONS)}{hint}'
+      )
     if self.patience < 1:
       out.append(f'health.patience = {self.patience} must be >= 1')
     for rule in RULES:
-      most = float('inf') if rule in ('kl', 'grad_norm') else 1
-      if not 0 <= getattr(self, rule) <= most:
-        out.append(
-          f'health.{rule} = {getattr(self, rule)} must be in [0, {most}]; 0 = off'
-        )
+      bound = getattr(self, rule)
+      if bound < 0 or (bound > 1 and rule not in UNBOUNDED):
+        allowed = '>= 0' if rule in UNBOUNDED else 'in [0, 1]'
+        out.append(f'health.{rule} = {bound} must be {allowed}; 0 = off')
     return out
 
 
-class Collapse(FloatingPointError):
-  """What ends the loop for a rollback or a stop; `record` says why."""
+@dataclasses.dataclass(frozen=True)
+class State:
+  """What the rules remember. JSON-able by dataclasses.asdict."""
 
-  def __init__(self, sentence, record):
-    super().__init__(sentence)
-    self.record = record
+  values: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # by rule
+  warned: list[str] = dataclasses.field(default_factory=list)  # rules warned about
+  rewards: list[float] = dataclasses.field(default_factory=list)  # latest `patience`
+  best_reward: float | None = None  # best mean of `patience` rewards in a row
 
 
-def buffer_metrics(tokens_RxL, completion_RxL, eos_id, reward_BxG, grade_BxG):
-  """Floats that show a policy without content or without variety.
+def buffer_metrics(
+  tokens_RxL: IntRL,
+  completion_RxL: BoolRL,
+  eos_id: int,
+  reward_BxG: FloatBG,
+  grade_BxG: FloatBG,
+) -> dict[str, float]:
+  """Returns numbers that show a policy without content or without variety.
 
-  empty: share of completions whose first token is EOS. repeated: of the tokens
-  that follow another before the first EOS, the share equal to it. distinct:
-  mean over groups of different completions / G, up to the first EOS;
-  distinct_right: how many different ones have the full grade.
-  equal_reward_groups: share of groups without a signal; equal_wrong_groups:
-  those of them whose grades are all 0.
+  empty: share of completions whose first token is EOS. repeated: share of tokens that
+  equal the token before, among those that have one before the first EOS. distinct:
+  mean over groups of (different completions) / G, compared up to the first EOS.
+  distinct_right: mean number of different completions with the full grade.
+  equal_reward_groups: share of groups whose rewards are equal. equal_wrong_groups:
+  share of groups whose rewards are equal and whose grades are all 0.
   """
   words = completion_RxL & (tokens_RxL != eos_id)
   follows = words[:, 1:]  # a word's predecessor is always a word
@@ -103,82 +117,75 @@ def buffer_metrics(tokens_RxL, completion_RxL, eos_id, reward_BxG, grade_BxG):
   }
 
 
-def fresh(best_reward=None):
-  """The state of the rules before the first buffer, or after a rollback."""
-  return {'values': {}, 'warned': [], 'rewards': [], 'best_reward': best_reward}
-
-
-def well(hp, rule, value):
-  """Whether a value keeps its rule, so written that nan does not."""
+def is_healthy(hp: Config, rule: str, value: float) -> bool:
+  """Returns whether a value satisfies a rule. NaN never does."""
   bound = getattr(hp, rule)
   if not bound:
     return True
   return value <= bound if RULES[rule][1] == 'above' else value >= bound
 
 
-def note(hp, state, numbers):
-  """The state after more numbers: the last values that rules bound, and the
-  best mean reward so far."""
-  values, warned = dict(state['values']), state['warned']
+def note(hp: Config, state: State, numbers: dict[str, Any]) -> State:
+  """Returns the state after more numbers of a run, by the names of its metrics."""
+  values, warned = dict(state.values), state.warned
   for rule, (metric, _) in RULES.items():
     if metric in numbers:
       value = numbers[metric]
       if rule == 'reward':
-        value = share_of_best(state['best_reward'], value)
+        value = share_of_best(state.best_reward, value)
       values[rule] = [*values.get(rule, []), value][-hp.patience :]
-      if well(hp, rule, value):
+      if is_healthy(hp, rule, value):
         warned = [name for name in warned if name != rule]
-  state = {**state, 'values': values, 'warned': warned}
-  if 'reward' in numbers:
-    rewards = [*state['rewards'], numbers['reward']][-hp.patience :]
-    best, mean = state['best_reward'], sum(rewards) / len(rewards)
-    if len(rewards) == hp.patience and (best is None or mean > best):
-      best = mean
-    state |= {'rewards': rewards, 'best_reward': best}
-  return state
+  state = dataclasses.replace(state, values=values, warned=warned)
+  if 'reward' not in numbers:
+    return state
+  rewards = [*state.rewards, numbers['reward']][-hp.patience :]
+  best, mean = state.best_reward, sum(rewards) / len(rewards)
+  if len(rewards) == hp.patience and (best is None or mean > best):
+    best = mean
+  return dataclasses.replace(state, rewards=rewards, best_reward=best)
 
 
-def share_of_best(best, reward):
-  """The reward over its best mean; 1 while there is no mean above 0."""
+def share_of_best(best: float | None, reward: float) -> float:
+  """Returns the reward over its best mean; 1 while there is no mean above 0."""
   return reward / best if best is not None and best > 0 else 1.0
 
 
-def broken(hp, state):
-  """Names of the rules that the last `patience` buffers all break."""
+def broken(hp: Config, state: State) -> list[str]:
+  """Returns the rules that each of the last `patience` buffers breaks."""
   if hp.action == 'none':
     return []
-  last = {rule: values[-hp.patience :] for rule, values in state['values'].items()}
+  last = {rule: values[-hp.patience :] for rule, values in state.values.items()}
   return [
     rule
     for rule in RULES
     if len(last.get(rule, [])) == hp.patience
-    and not any(well(hp, rule, value) for value in last[rule])
+    and not any(is_healthy(hp, rule, value) for value in last[rule])
   ]
 
 
-def told(hp, state, rule):
-  """A broken rule in words."""
+def sentence(hp: Config, state: State, rule: str) -> str:
+  """Says in words how a rule is broken."""
   metric, side = RULES[rule]
   if rule == 'reward':
     metric = 'the reward, as a share of its best mean,'
-  value = state['values'][rule][-1]
   return (
     f'{metric} is {side} health.{rule} = {getattr(hp, rule):g} for '
-    f'{hp.patience} buffers, now {value:.4g}'
+    f'{hp.patience} buffers, now {state.values[rule][-1]:.4g}'
   )
 
 
-def record(hp, state, iteration, rule):
-  """What is written down of a broken rule."""
+def record(hp: Config, state: State, iteration: int, rule: str) -> dict[str, Any]:
+  """Returns the line of health.jsonl for a broken rule."""
   return {
     'iteration': iteration,
     'rule': rule,
     'threshold': getattr(hp, rule),
     'action': hp.action,
-    'values': [as_json(x) for x in state['values'][rule]],
+    'values': [as_json(x) for x in state.values[rule]],
   }
 
 
-def as_json(value):
-  """A number for a line of JSON, which has no nan and no inf."""
+def as_json(value: float) -> float | str:
+  """Returns a number for JSON, which has no nan and no inf, as itself or as text."""
   return value if math.isfinite(value) else str(value)

@@ -1,41 +1,75 @@
-"""AdamW with warm-up, constant or falling; clipping by the global norm.
+"""AdamW with warm-up, a constant or falling rate, and clipping by the global norm.
 
-And the moving reference: a copy of what trains, that follows it. It lives in
-the optimizer's state, so that it is split, saved and restored like the rest.
+It also holds the moving reference: a copy of the trainable parameters that follows
+them. The copy is part of the optimizer's state, so that it is sharded, saved and
+restored like the rest.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from dmpo_jax.types import Params, Scalar, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Settings of AdamW."""
+
+  lr: float = 1e-4  # learning rate after warm-up
+  warmup: int = 10  # updates of linear warm-up; 0 = none
+  decay_steps: int = 0  # updates until the rate has decayed to zero; 0 = constant
+  b1: float = 0.9  # decay of the first moment, in [0, 1)
+  b2: float = 0.99  # decay of the second moment, in [0, 1)
+  eps: float = 1e-8  # added to the root of the second moment
+  weight_decay: float = 0.0  # decoupled, of matrices alone; 0 = none
+  clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
+
+  def problems(self) -> list[str]:
+    """Returns a sentence for each impossible setting."""
+    least = {'lr': 0, 'warmup': 0, 'decay_steps': 0, 'weight_decay': 0, 'clip': 0}
+    found = [
+      f'optim.{name} = {getattr(self, name)} must be >= {low}'
+      for name, low in least.items()
+      if not getattr(self, name) >= low
+    ]
+    for name in ('b1', 'b2'):
+      if not 0 <= getattr(self, name) < 1:
+        found.append(f'optim.{name} = {getattr(self, name)} must be in [0, 1)')
+    if not self.eps > 0:
+      found.append(f'optim.eps = {self.eps} must be > 0')
+    return found
+
 
 class Held(NamedTuple):
-  reference: dict  # shaped as what trains
+  """Optimizer state that holds the moving reference."""
+
+  reference: Params  # shaped as the trainable parameters
 
 
 def make_optimizer(
-  lr, warmup, b1, b2, eps, weight_decay, clip, decay_steps=0, scale=1.0, hold=False
-):
-  """The papers' optimizer. warmup in updates; clip 0 = off.
+  hp: Any, lr: float | Scalar | None = None, hold: bool = False
+) -> optax.GradientTransformation:
+  """Returns the papers' optimizer.
 
-  decay_steps > 0 lets the rate fall linearly to zero over so many updates;
-  hold keeps a moving reference, that `follow` moves.
-  Weight decay spares norms and biases, as the Hugging Face trainer does.
-  scale multiplies the rate; it may be traced, and leaves the state as it is.
+  hp: a Config, or whatever has its fields. lr: replaces hp.lr and may be traced. hold:
+  keep a moving reference, which `follow` moves. Norms and biases are spared from
+  weight decay, as the Hugging Face trainer does.
   """
+  lr = hp.lr if lr is None else lr
 
   def schedule(count):
-    rate = lr * jnp.minimum(1.0, (count + 1) / max(warmup, 1))
-    if decay_steps:
-      rate *= jnp.maximum(0.0, 1 - count / decay_steps)
-    return rate * scale
+    rate = lr * jnp.minimum(1.0, (count + 1) / max(hp.warmup, 1))
+    if hp.decay_steps:
+      rate *= jnp.maximum(0.0, 1 - count / hp.decay_steps)
+    return rate
 
-  parts = [optax.clip_by_global_norm(clip)] if clip else []
-  parts.append(
-    optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
-  )
+  parts = [optax.clip_by_global_norm(hp.clip)] if hp.clip else []
+  decay = dict(weight_decay=hp.weight_decay, mask=decayed)
+  parts.append(optax.adamw(schedule, hp.b1, hp.b2, hp.eps, **decay))
   if hold:
     parts.append(
       optax.GradientTransformation(
@@ -46,16 +80,17 @@ def make_optimizer(
   return optax.chain(*parts)
 
 
-def reference_of(opt_state):
-  """The moving reference, shaped as what trains."""
+def reference_of(opt_state: Any) -> Params:
+  """Returns the moving reference, shaped as the trainable parameters."""
   return optax.tree.get(opt_state, 'reference')
 
 
-def follow(old, new, every, mix):
-  """TrainState `new` with its reference moved if an update is due for it.
+def follow(old: TrainState, new: TrainState, every: int, mix: float) -> TrainState:
+  """Moves the reference of `new` if a move is due at its update.
 
-  Every so many updates mix * parameters + (1 - mix) * reference: 1 is a copy,
-  less a running mean. `old` is the state before: a refused update moves none.
+  Every `every` updates it becomes mix * parameters + (1 - mix) * reference: mix = 1 is
+  a copy, less is a moving average. `old` is the state before the update: a refused
+  update does not move the reference.
   """
   due = (new.step > old.step) & (new.step % every == 0)
   reference = jax.tree.map(
@@ -66,10 +101,10 @@ def follow(old, new, every, mix):
   return new._replace(opt_state=optax.tree.set(new.opt_state, reference=reference))
 
 
-def decayed(params):
-  """True on matrices, False on norms and biases."""
+def decayed(params: Params) -> Params:
+  """Returns True for matrices, False for norms and biases, as a tree."""
 
-  def matrix(path, leaf):
+  def is_matrix(path, leaf):
     return str(path[-1].key) not in ('scale', 'bias')
 
-  return jax.tree_util.tree_map_with_path(matrix, params)
+  return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -119,14 +119,14 @@ def optimizer_of(c: Any, lr: Any = None) -> Any:
 
   lr may be traced; None = optim.lr.
   """
-  fields = {**c.optim, 'lr': c.optim.lr if lr is None else lr}
-  return optim.make_optimizer(**fields, hold='moving' in c.reference.of)
+  return optim.make_optimizer(c.optim, lr, hold='moving' in c.reference.of)
 
 
 def sft_optimizer_of(c: Any) -> Any:
   """Returns the optimizer of supervised training: AdamW, constant after warm-up."""
+  sft = c.sft
   return optim.make_optimizer(
-    c.sft.lr, c.sft.warmup, 0.9, 0.99, 1e-8, c.sft.weight_decay, c.sft.clip
+    optim.Config(sft.lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
   )
 
 

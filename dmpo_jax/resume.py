@@ -1,245 +1,133 @@
-"""Where a run is: what its checkpoints say, and how it goes on from them.
+"""Resuming: where a run is, by its checkpoints and metrics, and what it reads back.
 
-A place is a dict: iteration, inner (updates done on its buffer), seconds, the
-best validation so far, what health has noted, the rollbacks. Lines of the
-workdir's files that are of later iterations are dropped, for they are made
-again.
+A resumed run cuts its files back to its checkpoint and makes the later lines again,
+to the same bits.
 """
 
+import dataclasses
 import json
 import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-from absl import logging
 
-from dmpo_jax import build, check, checkpoint, data, guard, health, metrics
-
-
-def policy_of(built, base):
-  """(trainable, frozen): what RL changes, and the reference policy."""
-  lora = built.steps.init_lora()
-  return (lora or base), base
+from dmpo_jax import build, check, checkpoint, files, mesh, metrics
+from dmpo_jax.health import State
+from dmpo_jax.types import Params
 
 
-def save(built, manager, clock, state, batch, ahead, place):
-  """Begins to save a place in the run: its buffers, and what resume reads."""
-  c = built.config
-  done = place['iteration'] * c.train.inner + place['inner']
-  with clock('checkpoint'):
-    checkpoint.save(
-      manager,
-      done,
-      state,
-      batch,
-      {**place, 'config': check.plain(c)},
-      ahead,
-      built.steps.digest,
-    )
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """A place in a phase. A checkpoint's JSON meta holds its fields."""
+
+  update: int = 0  # optimizer updates that are done
+  seconds: float = 0.0  # spent, over all sessions
+  health: State = dataclasses.field(default_factory=State)
+
+  def to_meta(self, config: Any) -> dict[str, Any]:
+    """Returns the meta of a checkpoint at this place."""
+    return {**dataclasses.asdict(self), 'config': check.plain(config)}
+
+  @classmethod
+  def from_meta(cls, meta: dict[str, Any]) -> 'Place':
+    """Reads the place back from a checkpoint's meta."""
+    return cls(meta['update'], meta['seconds'], State(**meta['health']))
 
 
-def note_best(manager, state, place, best):
-  """Tells the checkpoint of this place of a best that it was saved without.
+class Best(NamedTuple):
+  """The best validation so far."""
 
-  After SIGTERM it is validated by the next start; if it was of the last update,
-  nothing is saved after it.
+  update: int  # its checkpoint; 0 = the parameters that training starts from
+  accuracy: float
+
+
+def refuse(config: Any, free: tuple[str, ...] = check.JUDGING) -> Callable[[dict], str]:
+  """Returns meta -> why a checkpoint is not one of this config, or ''.
+
+  free: beginnings of the fields that may differ.
   """
-  if best != place['best'] and int(state.step):
-    checkpoint.amend(manager, int(state.step), best=best)
+  of_config = check.refuse(config, free)
+  old = 'an older version of this code wrote it'
+  return lambda meta: of_config(meta) or ('' if 'update' in meta else old)
 
 
-def wait(manager, clock):
-  """For the save under way: here, where a watchdog knows its name."""
-  with clock('checkpoint'):
-    manager.wait_until_finished()
+def policy_of(built: build.Built, base: Params) -> tuple[Params, Params]:
+  """Returns (trainable, frozen): what RL changes, and the reference policy."""
+  return built.steps.init_lora() or base, base
 
 
-def is_saved(workdir):
-  """Whether there is a checkpoint in workdir/rl."""
+def is_saved(workdir: str) -> bool:
+  """Returns whether there is a checkpoint in workdir/rl."""
   folder = os.path.join(workdir, 'rl')
   return os.path.isdir(folder) and any(map(str.isdigit, os.listdir(folder)))
 
 
-def latest(built, workdir, base, best=False):
-  """Parameters of the newest checkpoint, else what training starts from.
+def latest(
+  built: build.Built, workdir: str, base: Params, best: bool = False
+) -> Params:
+  """Returns the parameters of the newest checkpoint, else those training starts from.
 
-  best: those that validated best so far. ValueError if they are gone.
+  best: those of the best validation instead. Raises ValueError if nothing was
+  validated, or if there are checkpoints and none can be used.
   """
   trainable, frozen = policy_of(built, base)
-  folder = os.path.join(workdir, 'rl')
-  if not os.path.isdir(folder):
-    return {**frozen, **trainable}
-  state = checkpoint.abstract(built.steps.start(trainable))
-  how = dict(digest=built.steps.digest, refuse=check.refuse(built.config))
-  with checkpoint.open_manager(folder, built.config.checkpoint.keep) as manager:
-    found = checkpoint.restore(manager, state, **how)
-    top = found and found[3].get('best')
-    if best and top and top['step'] != int(found[0].step):
-      found = None  # not beside another: two might not fit
-      if top['step']:  # else nothing was better than the start
-        found = checkpoint.restore(manager, state, only=top['step'], **how)
-  return {**frozen, **(found[0].trainable if found else trainable)}
+  folder, found, only = os.path.join(workdir, 'rl'), None, None
+  keep, digest = built.config.checkpoint.keep, built.steps.digest
+  if os.path.isdir(folder):
+    with checkpoint.open_manager(folder, keep, digest) as manager:
+      if best:  # the newest validation of a run under way may not be saved yet
+        saved = manager.latest_step() or 0
+        only = best_validation(workdir, built.config.train.inner, saved)
+      if not best or (only and only.update):  # update 0 is no checkpoint
+        shapes = checkpoint.abstract(built.steps.start(trainable))
+        found = checkpoint.restore(
+          manager,
+          lambda step: {'state': shapes},
+          refuse(built.config),
+          only and only.update,
+        )
+  if best and not only:
+    raise ValueError(
+      f'--of=best: {os.path.join(workdir, metrics.FILE)} has no validation '
+      '(eval.every = 0, or the run has just begun): use --of=latest'
+    )
+  return {**frozen, **(found.trees['state'].trainable if found else trainable)}
 
 
-def enter(built, manager, trainable, problems, workdir, writer):
-  """(state, batch, ahead, place): the latest checkpoint, or a fresh start.
+def best_validation(workdir: str, inner: int, last: int) -> Best | None:
+  """Returns the best validation in metrics.jsonl up to the update `last`.
 
-  trainable: what a fresh state starts from. The buffers, in use and sampled
-  ahead, are None where there is none. ValueError if there are checkpoints and
-  none can be used.
+  inner: updates of an iteration. Of equal accuracies the first counts. None if there
+  is none. One process reads the file for all.
   """
-  place = dict(
-    iteration=0,
-    inner=0,
-    seconds=0.0,
-    best=None,
-    health=health.fresh(),
-    rollbacks=[],
-    lr_scale=1.0,
-  )
-  batch, ahead, c = None, None, built.config
-  state = built.steps.start(trainable)
-  shapes = checkpoint.abstract(state)
-  if manager.all_steps():
-    state = None  # not beside the one that is read: two might not fit
-  found = checkpoint.restore(
-    manager, shapes, buffers_at(built), built.steps.digest, check.refuse(c, check.FREE)
-  )
-  if found:
-    state, batch, ahead, meta = found
-    place |= meta
-    checkpoint.set_aside(manager, int(state.step))
-    logging.info(
-      'resuming at iteration %d, inner step %d', place['iteration'], place['inner']
-    )
-    if place['inner'] == c.train.inner:
-      batch, ahead = ahead, None
-      place = {**place, 'iteration': place['iteration'] + 1, 'inner': 0}
-  elif lost := writer.count('update'):
-    logging.warning(
-      'no checkpoint in %s: from the start, and the %d updates '
-      'that are in the metrics are done again',
-      os.path.join(workdir, 'rl'),
-      lost,
-    )
-  # Everything after the checkpoint is forgotten and done again. What buffers
-  # in hand have written stays; their validation is that of the iteration begun.
-  last = place['iteration'] - (batch is None) + (ahead is not None)
-  writer.rewind('rl', last)
-  writer.rewind('eval', place['iteration'] - (place['inner'] == 0))
-  writer.rewind('update', int(state.step))
-  for name in ('samples.jsonl', 'failed_grades.jsonl'):
-    rewind_lines(os.path.join(workdir, name), last)
-  rewind_lines(os.path.join(workdir, 'health.jsonl'), place['iteration'] - 1)
-  for record in place['rollbacks']:
-    note_down(workdir, record)
-  return state, batch, ahead, place
+  rows = metrics.read(workdir) if jax.process_index() == 0 else []
+  rows = [(r['step'] * inner, r['accuracy']) for r in rows if r['phase'] == 'eval']
+  found = [row for row in mesh.gather(rows)[0] if row[0] <= last]
+  return Best(*max(found, key=lambda row: row[1])) if found else None
 
 
-def roll_back(built, workdir, manager, base, sentence, record):
-  """Back to the best checkpoint, or the start, with a smaller learning rate.
-
-  It takes the place of all checkpoints after it, with the record in it, so
-  that the loop goes on from it as after a kill. SystemExit if the action is to
-  stop, or all rollbacks are spent.
-  """
-  rules = check.settings(health.Config, built.config.health)
-  manager.wait_until_finished()
-  trainable = policy_of(built, base)[0]
-  shapes = checkpoint.abstract(built.steps.start(trainable))
-  how = dict(digest=built.steps.digest, refuse=check.refuse(built.config, check.FREE))
-  # Of what is read only the meta is kept: two states might not fit.
-  meta = (checkpoint.restore(manager, shapes, **how) or ({},))[-1]
-  done, seconds = meta.get('rollbacks', []), meta.get('seconds', 0.0)
-  if rules.action == 'stop' or len(done) >= rules.rollbacks:
-    note_down(workdir, {**record, 'action': 'stop'})
-    spent = f', after {len(done)} rollbacks' if done else ''
-    guard.collapsed(
-      f'iteration {record["iteration"]}{spent}: {sentence}; '
-      'see "When training goes wrong" in docs/running.md'
-    )
-  top, batch, ahead = (meta.get('best') or {'step': 0})['step'], None, None
-  meta = {
-    'iteration': -1,
-    'inner': built.config.train.inner,
-    'best': None,
-    'config': check.plain(built.config),
-  }
-  if top:
-    state, batch, ahead, meta = checkpoint.restore(
-      manager, shapes, buffers_at(built), only=top, **how
-    )
-  else:
-    state = built.steps.start(trainable)
-  scale = rules.lr_factor * (done[-1]['lr_scale'] if done else 1.0)
-  record = {**record, 'action': 'rollback', 'to_update': top, 'lr_scale': scale}
-  logging.warning(
-    'iteration %d: %s; back to update %d, learning rate * %g',
-    record['iteration'],
-    sentence,
-    top,
-    scale,
-  )
-  checkpoint.replace(
-    manager,
-    top,
-    state,
-    batch,
-    {
-      **meta,
-      'seconds': seconds,
-      'rollbacks': [*done, record],
-      'lr_scale': scale,
-      'health': health.fresh(meta.get('health', {}).get('best_reward')),
-    },
-    ahead,
-    built.steps.digest,
-  )
-
-
-def buffers_at(built):
-  """step -> shapes of the buffers in a checkpoint: in use, sampled ahead."""
-  c, problems = built.config, build.problems(built, 'train')
-
-  def buffers(step):
-    if not step:  # a rollback to the start
-      return None, None
-    it = (step - 1) // c.train.inner
-    more = c.train.overlap and it + 1 < c.train.iterations
-    return (
-      shapes_at(built, problems, it),
-      shapes_at(built, problems, it + 1) if more else None,
-    )
-
-  return buffers
-
-
-def shapes_at(built, problems, it):
-  """The TrainBatch of iteration `it` as shapes, for restoring."""
-  c = built.config
-  prompts = data.prompts_at(problems, it, c.train.prompts, c.seed, c.data.bucket)
-  return build.abstract_batch(built, prompts.tokens.shape[1])
-
-
-def note_down(workdir, record):
-  """Adds a line to health.jsonl, unless it is there."""
-  path = os.path.join(workdir, 'health.jsonl')
-  if jax.process_index() == 0 and os.path.exists(path):
-    with open(path) as f:
-      if json.dumps(record) + '\n' in f:
-        return
-  append(workdir, {'health.jsonl': [record]})
-
-
-def append(workdir, lines):
-  """Adds to the files of `lines`, {name: dicts}; none for nothing."""
+def append(workdir: str, lines: dict[str, list[dict]]) -> None:
+  """Appends to JSON-lines files, {name: rows}; creates none for no rows."""
   for name, rows in lines.items():
     if rows and jax.process_index() == 0:
       with open(os.path.join(workdir, name), 'a') as f:
         f.writelines(json.dumps(row) + '\n' for row in rows)
 
 
-def rewind_lines(path, last):
-  """Drops lines of iterations after `last`, and a torn last line."""
+def append_once(workdir: str, name: str, row: dict) -> None:
+  """Appends a line to a JSON-lines file, unless the file has it."""
+  path = os.path.join(workdir, name)
+  if jax.process_index() == 0 and os.path.exists(path):
+    with open(path) as f:
+      if json.dumps(row) + '\n' in f:
+        return
+  append(workdir, {name: [row]})
+
+
+def rewind_lines(workdir: str, name: str, last: int) -> None:
+  """Drops lines of iterations after `last`, and an incomplete last line."""
+  path = os.path.join(workdir, name)
   if jax.process_index() or not os.path.exists(path):
     return
   with open(path) as f:
@@ -248,4 +136,4 @@ def rewind_lines(path, last):
       for line in f
       if line.endswith('\n') and json.loads(line)['iteration'] <= last
     ]
-  metrics.replace(path, ''.join(lines))
+  files.replace(path, ''.join(lines))

@@ -1,258 +1,213 @@
-"""The loop: Algorithm 1 of DMPO, one function.
+"""The training loop: Algorithm 1 of DMPO, over the phases of phases/.
 
-Sample a buffer with the current policy, weigh it, take I updates on it; now
-and then validate and save. With train.overlap the next buffer is sampled
-before the updates and graded during them. Whatever interrupts it, the same
-command goes on from the last checkpoint to the same result. A collapse ends the
-loop; after a rollback it is entered anew, as after a kill.
+Sample a buffer with the current policy, score it, weigh it, take I updates on it; now
+and then validate and save. With train.overlap the next buffer is sampled before the
+updates and graded during them. After any interruption the same command resumes from
+the latest checkpoint and comes to the same bits.
 """
 
-import functools
+import dataclasses
 import os
 import time
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from dmpo_jax import (
-  build,
-  check,
-  checkpoint,
-  data,
-  evaluate,
-  guard,
-  health,
-  mesh,
-  metrics,
-  optim,
-  resume,
-)
+from dmpo_jax import checkpoint, guard, health, mesh, metrics, resume
+from dmpo_jax.phases import PHASES, Phase, Session
+from dmpo_jax.resume import Place
+from dmpo_jax.types import Params, TrainBatch, TrainState
+
+__all__ = ['Session', 'run']
 
 
-def run(built, workdir, writer, base, beat=lambda phase, step: None):
-  """Trains from the base parameters; returns (params, seconds).
+def run(
+  name: str, session: Session, base: Params | None = None
+) -> tuple[Params, float]:
+  """Trains one phase to its end; returns (parameters, seconds of all sessions).
 
-  Writes metrics, samples.jsonl and checkpoints into workdir. Resumes from
-  workdir/rl. beat: a watchdog's. FloatingPointError if a loss or gradient is
-  not finite; SystemExit, saved, after SIGTERM, or when health says so.
+  base: the parameters that RL starts from. Resumes from the checkpoints in
+  workdir/NAME. Raises ValueError if there are some and none can be used, and
+  FloatingPointError if a loss or gradient is not finite. Exits after SIGTERM with
+  everything saved (code 75), or if the run is unhealthy and health.action = stop (77).
   """
-  clock = metrics.Clock(beat)
-  # `with`: what stops the run, an error too, waits for the save under way.
+  phase = PHASES[name](session, base)
+  if not phase.updates and not phase.validates:
+    return session.built.steps.init(), 0.0
+  folder = os.path.join(session.workdir, name)
+  keep, digest = phase.config.checkpoint.keep, session.built.steps.digest
+  # Leaving the manager waits for the save under way, after an error too.
   with (
     guard.Preemption() as asked,
-    checkpoint.open_manager(
-      os.path.join(workdir, 'rl'), built.config.checkpoint.keep
-    ) as manager,
+    checkpoint.open_manager(folder, keep, digest) as manager,
   ):
-    checkpoint.settle(manager)
-    while True:
-      try:
-        return loop(built, workdir, writer, base, manager, clock, asked)
-      except health.Collapse as error:
-        if built.config.health.action not in ('stop', 'rollback'):
-          raise
-        sentence, record = str(error), error.record
-      # Out here the frames of the loop, and the state they held, are gone.
-      with clock('checkpoint'):
-        resume.roll_back(built, workdir, manager, base, sentence, record)
+    with phase.clock('checkpoint'):
+      state, buffers, place = enter(phase, manager)
+    if place.update < phase.updates or phase.validates:
+      with session.lock():
+        state, place = loop(phase, manager, asked, state, buffers, place)
+  return {**phase.frozen, **state.trainable}, place.seconds
 
 
-def loop(built, workdir, writer, base, manager, clock, asked):
-  """The iterations of `run`, from the place of the latest checkpoint on."""
-  c, steps = built.config, built.steps
-  problems = build.problems(built, 'train')
-  held_out = build.problems(built, 'validation')
-  trainable, frozen = resume.policy_of(built, base)
-  with clock('checkpoint'):
-    state, batch, ahead, place = resume.enter(
-      built, manager, trainable, problems, workdir, writer
+def enter(
+  phase: Phase, manager: checkpoint.Manager
+) -> tuple[TrainState, dict[str, Any], Place]:
+  """Reads the latest checkpoint, or makes a fresh start: (state, buffers, place)."""
+  state = phase.start()
+  shapes = checkpoint.abstract(state)
+  if manager.all_steps():
+    del state  # two states at a time might not fit
+  found = checkpoint.restore(
+    manager, lambda step: {'state': shapes, **phase.shapes(step)}, phase.refuse
+  )
+  if found:
+    place = Place.from_meta(found.meta)
+    it, inner = divmod(place.update, phase.inner)
+    logging.info('%s: resuming at iteration %d, inner step %d', phase.name, it, inner)
+    return found.trees.pop('state'), found.trees, place
+  if lost := phase.writer.count(phase.rows):
+    logging.warning(
+      'no checkpoint in %s: from the start, and the %d updates that are in the '
+      'metrics are done again',
+      manager.directory,
+      lost,
     )
-  if c.data.bucket:  # what would not fit fails now, not at the long prompt
-    build.compile_longest(built, data.bucketed(problems.valid, c.data.bucket))
+  return state, {}, Place()
+
+
+def loop(
+  phase: Phase,
+  manager: checkpoint.Manager,
+  asked: guard.Preemption,
+  state: TrainState,
+  buffers: dict[str, Any],
+  place: Place,
+) -> tuple[TrainState, Place]:
+  """Takes the updates of a phase from `place` on."""
+  begun, saved, c = time.time() - place.seconds, time.monotonic(), phase.config
+  prepare(phase, manager, state, place)
   progress = metrics.Progress(
-    c.train.iterations,
-    'rl',
-    start=place['iteration'],
-    every_seconds=c.log.every_seconds,
+    phase.updates, phase.name, start=place.update, every_seconds=c.log.every_seconds
   )
-  total = c.train.iterations * c.train.inner
-  begun, saved, shown = time.time() - place['seconds'], time.monotonic(), {}
-  collector = build.collector(built, frozen)
-  begin = functools.partial(start, collector, steps.read_references(), clock)
-  end = functools.partial(finish, built, collector, workdir, writer, clock, place)
-  test = functools.partial(validate, built, frozen, held_out, writer, clock)
-  best = place['best']
-  if not place['inner']:
-    collapse(built, place, place['iteration'] - 1)
-    shown, best = test(state, place['iteration'], best)
-    resume.note_best(manager, state, place, best)
-  for it in range(place['iteration'], c.train.iterations):
+  batch, ahead = (buffers.pop(name, None) for name in ('batch', 'ahead'))
+  coming, pending = None, []  # a buffer not graded yet; numbers not fetched yet
+  for update in range(place.update, phase.updates):
+    it, inner = divmod(update, phase.inner)
+    phase.clock.step, last = update + 1, inner + 1 == phase.inner
+    # 1. Sample completions with the current policy; score, grade and weigh them.
     if batch is None:
-      batch, numbers = end(begin(state, it, age=0))
-      shown |= numbers
-    coming, held = None, []
-    if c.train.overlap and ahead is None and it + 1 < c.train.iterations:
-      # Before the updates: they donate the parameters that sample here.
-      coming = begin(state, it + 1, age=c.train.inner)
-    for inner in range(place['inner'], c.train.inner):
-      done, last = it * c.train.inner + inner + 1, inner + 1 == c.train.inner
-      clock.step = done
-      with clock('update'):
-        state, pending = steps.update(state, frozen, batch, inner)
-        held.append((done, pending))
-        # Nothing waits for an update while there is a buffer to be graded.
-        if coming is None:
-          write_late(writer, held, batch, workdir)
-      stop = asked()
-      due = stop or done == total or checkpoint.is_due(c.checkpoint, done, saved)
-      if coming and (due or last):
-        ahead, numbers = end(coming)
-        shown |= numbers
-        write_late(writer, held, batch, workdir)
-        coming = None
-      if due or last:
-        written = writer.flush()
-        stop_if_not_finite(written, batch, workdir)
-      ill = last and judge(built, workdir, place, it, written)
-      due = due or ill
-      # Before it is saved: with the best so far. What is ill is not the best.
-      if last and not stop and not ill:
-        before = best
-        numbers, best = test(state, it + 1, best)
-        shown, due = shown | numbers, due or best != before
-      if due:
-        saved = time.monotonic()
-        resume.save(
-          built,
-          manager,
-          clock,
-          state,
-          batch,
-          ahead,
-          dict(
-            place, iteration=it, inner=inner + 1, best=best, seconds=time.time() - begun
-          ),
-        )
-      if stop:
-        resume.wait(manager, clock)
-        guard.leave()
-      if ill:
-        collapse(built, place, it)
-    batch, ahead, place['inner'] = ahead, None, 0
-    progress.update(it + 1, shown)
+      batch, place = phase.finish(phase.begin(state, it, 0), place)
+    # 2. Overlap: sample the next ones now, for the updates donate these parameters.
+    if phase.overlap and it + 1 < phase.iterations and not (coming or ahead):
+      coming = phase.begin(state, it + 1, phase.inner)
+    # 3. Take an optimizer update. Its numbers are fetched after the next one; nothing
+    # waits for an update while a buffer is still to be graded.
+    with phase.clock(phase.rows):
+      state, numbers = phase.update(state, batch, inner)
+      pending.append((update + 1, numbers))
+      if coming is None:
+        write_late(phase, pending, batch)
+    stop = asked()
+    due = stop or update + 1 == phase.updates
+    due = due or checkpoint.is_due(c.checkpoint, update + 1, saved)
+    # 4. Grade the buffer that was sampled ahead, while the device updates.
+    if coming and (due or last):
+      (ahead, place), coming = phase.finish(coming, place), None
+      write_late(phase, pending, batch)
+    # 5. Check the numbers, then validate: an unhealthy policy is never the best.
+    numbers = phase.writer.flush() if due or last else None
+    stop_if_not_finite(phase, numbers, batch)
+    place = dataclasses.replace(place, update=update + 1, seconds=time.time() - begun)
+    unhealthy = False
+    if last:
+      batch, ahead = ahead, None
+      place, unhealthy = phase.judge(place, numbers)
+    if last and not stop and not unhealthy and phase.validate(state, update + 1):
+      manager.preserved.best, due = update + 1, True
+    # 6. Save when it is due, when the policy is the best, and before the run ends.
+    if due or unhealthy:
+      saved = time.monotonic()
+      save(phase, manager, state, {'batch': batch, 'ahead': ahead}, place)
+    if stop or unhealthy:
+      wait(phase, manager)
+      guard.leave() if stop else phase.stop_if_unhealthy(place)
+    progress.update(update + 1, phase.shown)
   progress.close()
-  resume.wait(manager, clock)
+  wait(phase, manager)
   jax.block_until_ready(state.trainable)
-  return {**frozen, **state.trainable}, time.time() - begun
+  return state, dataclasses.replace(place, seconds=time.time() - begun)
 
 
-def start(collector, references, clock, state, it, age):
-  """Buffer `it` sampled with the parameters of `state` (rollout.Started)."""
-  references = [
-    optim.reference_of(state.opt_state) if tree is None else tree for tree in references
-  ]
-  with clock('rollout'):
-    return collector.start(state.trainable, tuple(references), it, age, clock)
+def prepare(
+  phase: Phase, manager: checkpoint.Manager, state: TrainState, place: Place
+) -> None:
+  """Cuts the workdir back to `place`; validates there if no buffer is begun."""
+  checkpoint.set_aside(manager, place.update)
+  manager.preserved.best = phase.prepare(place.update)
+  if place.update % phase.inner == 0:
+    phase.stop_if_unhealthy(place)
+    if phase.validate(state, place.update):
+      manager.preserved.best = place.update
 
 
-def finish(built, collector, workdir, writer, clock, place, started):
-  """Grades a buffer, writes its lines; returns (TrainBatch, its numbers).
-
-  place['health'] takes note of them.
-  """
-  c = built.config
-  with clock('rollout'):
-    batch, numbers, samples = collector.finish(started, clock)
-  resume.append(workdir, samples)
-  rules = check.settings(health.Config, c.health)
-  place['health'] = health.note(rules, place['health'], numbers)
-  numbers |= {
-    'ill': len(health.broken(rules, place['health'])),
-    'lr_scale': place['lr_scale'],
-  }
-  return batch, writer.write(
-    'rl', started.iteration, {**numbers, **build.compilations(), **clock.take()}
-  )
-
-
-def judge(built, workdir, place, it, written):
-  """Whether training ends or rolls back after iteration `it`.
-
-  written: the numbers of its last update. A warning is given here, once until
-  a buffer is well again.
-  """
-  rules = check.settings(health.Config, built.config.health)
-  state = place['health'] = health.note(rules, place['health'], written)
-  found = health.broken(rules, state)
-  if rules.action != 'warn':
-    return mesh.agree(found)
-  for rule in [rule for rule in found if rule not in state['warned']]:
-    logging.warning('iteration %d: %s', it, health.told(rules, state, rule))
-    resume.note_down(workdir, health.record(rules, state, it, rule))
-  state['warned'] = found
-  return False
-
-
-def collapse(built, place, it):
-  """Raises health.Collapse if training ends or rolls back after `it`."""
-  rules = check.settings(health.Config, built.config.health)
-  found = health.broken(rules, place['health'])
-  if rules.action not in ('stop', 'rollback') or not mesh.agree(found):
-    return
-  if not found:  # another process has: all end here
-    raise health.Collapse(
-      'another process has found a collapse',
-      {'iteration': it, 'rule': 'of another process'},
+def save(
+  phase: Phase,
+  manager: checkpoint.Manager,
+  state: TrainState,
+  buffers: dict[str, Any],
+  place: Place,
+) -> None:
+  """Begins to save a checkpoint at `place`."""
+  trees = {name: buffers[name] for name in phase.buffers(place.update)}
+  with phase.clock('checkpoint'):
+    checkpoint.save(
+      manager, place.update, {'state': state, **trees}, place.to_meta(phase.config)
     )
-  raise health.Collapse(
-    health.told(rules, place['health'], found[0]),
-    health.record(rules, place['health'], it, found[0]),
-  )
 
 
-def validate(built, frozen, held_out, writer, clock, state, it, best):
-  """Greedy accuracy on the validation split, when it is due.
+def wait(phase: Phase, manager: checkpoint.Manager) -> None:
+  """Waits for the save under way, where the watchdog can name it."""
+  with phase.clock('checkpoint'):
+    manager.wait_until_finished()
 
-  Returns (numbers to show, the best so far: {'step', 'accuracy'} or None).
+
+def write_late(phase: Phase, pending: list, batch: Any) -> None:
+  """Hands (step, numbers) of updates to the writer, oldest first; empties `pending`."""
+  while pending:
+    numbers = phase.writer.late(phase.rows, *pending.pop(0))
+    stop_if_not_finite(phase, numbers, batch)
+    phase.shown |= numbers or {}
+
+
+def stop_if_not_finite(phase: Phase, numbers: dict | None, batch: Any) -> None:
+  """Stops if an update's numbers are not finite; writes its batch into failed/.
+
+  Raises FloatingPointError. With health.action = stop it exits with code 77 instead.
   """
-  c = built.config
-  last = it == c.train.iterations
-  if not last and (not c.eval.every or it % c.eval.every):
-    return {}, best
-  with clock('evaluate'):
-    params = {**frozen, **state.trainable}
-    numbers, _ = evaluate.accuracy(built, params, held_out, clock.beat)
-  writer.write('eval', it, numbers)
-  if best is None or numbers['accuracy'] > best['accuracy']:
-    best = {'step': it * c.train.inner, 'accuracy': numbers['accuracy']}
-  return {'validation': numbers['accuracy']}, best
-
-
-def stop_if_not_finite(written, batch, workdir):
-  """Saves the batch and stops when an update's numbers are not finite."""
-  if not written or written['finite']:
+  if not numbers or numbers['finite']:
     return
-  folder = os.path.join(workdir, 'failed')
-  path = os.path.join(folder, f'update_{written["step"]}.npz')
-  batch = mesh.fetch(batch)
-  leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
-  if jax.process_index() == 0:
-    os.makedirs(folder, exist_ok=True)
-    np.savez(path, **{mesh.path_of(where): leaf for where, leaf in leaves})
-  raise health.Collapse(
-    f'loss or gradient is not finite at update {written["step"]}: loss '
-    f'{written["loss"]}, gradient norm {written["grad_norm"]}; its batch is '
-    f'in {path}, the last checkpoint is intact. Try a smaller optim.lr',
-    {
-      'iteration': int(batch.row[0]) // len(batch.row),
-      'rule': 'finite',
-      'values': [health.as_json(written[name]) for name in ('loss', 'grad_norm')],
-    },
+  step, workdir, saved = numbers['step'], phase.session.workdir, ''
+  if isinstance(batch, TrainBatch):
+    path = os.path.join(workdir, 'failed', f'update_{step}.npz')
+    leaves, _ = jax.tree_util.tree_flatten_with_path(mesh.fetch(batch))
+    if jax.process_index() == 0:
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+      np.savez(path, **{mesh.path_of(where): leaf for where, leaf in leaves})
+    saved = f'its batch is in {path}, '
+  sentence = (
+    f'loss or gradient is not finite at {phase.name} update {step}: loss '
+    f'{numbers["loss"]}, gradient norm {numbers["grad_norm"]}; {saved}the last '
+    f'checkpoint is intact. Try a smaller {phase.lr_field}'
   )
-
-
-def write_late(writer, held, batch, workdir):
-  """Hands (step, numbers) of updates to the writer, oldest first."""
-  while held:
-    stop_if_not_finite(writer.late('update', *held.pop(0)), batch, workdir)
+  if phase.config.health.action != 'stop':
+    raise FloatingPointError(sentence)
+  line = {
+    'iteration': (step - 1) // phase.inner,
+    'rule': 'finite',
+    'values': [health.as_json(numbers[name]) for name in ('loss', 'grad_norm')],
+    'action': 'stop',
+  }
+  resume.append_once(workdir, 'health.jsonl', line)
+  guard.collapsed(sentence)

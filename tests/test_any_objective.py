@@ -304,11 +304,10 @@ def test_checkpoints_restore_records_and_views(tmp_path):
   batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, like)
   state = TrainState(mesh.put(np.int32(1), mesh.replicated(built.mesh)), {}, {})
   with checkpoint.open_manager(str(tmp_path)) as manager:
-    checkpoint.save(manager, 1, state, batch, {})
+    checkpoint.save(manager, 1, {'state': state, 'batch': batch}, {})
     manager.wait_until_finished()
-    restored = checkpoint.restore(
-      manager, checkpoint.abstract(state), lambda step: (like, None)
-    )[1]
+    shapes = {'state': checkpoint.abstract(state), 'batch': like}
+    restored = checkpoint.restore(manager, lambda step: shapes).trees['batch']
   jax.tree.map(np.testing.assert_array_equal, restored, batch)
   assert restored.old.has('logp') and not restored.old.has('elbo')
   assert isinstance(restored.record, Record)

@@ -169,19 +169,19 @@ def text_of(fn, *args):
   return re.sub(r'0x[0-9a-f]+', '', str(jax.make_jaxpr(fn)(*args)))
 
 
-@pytest.mark.parametrize('name', [f.name for f in dataclasses.fields(config.Optim)])
+@pytest.mark.parametrize('name', [f.name for f in dataclasses.fields(optim.Config)])
 def test_every_optimizer_field_changes_the_update(name):
   params = {'kernel': jnp.ones((2, 2))}
 
   def step(**changes):
-    maker = optim.make_optimizer(**vars(config.Optim(decay_steps=50)) | changes)
+    maker = optim.make_optimizer(optim.Config(**{'decay_steps': 50, **changes}))
 
     def run(grads):
       return maker.update(grads, maker.init(params), params)
 
     return text_of(run, params), jax.tree.leaves(run(params))
 
-  value = vars(config.Optim(decay_steps=50))[name]
+  value = vars(optim.Config(decay_steps=50))[name]
   (text, numbers), (other_text, other) = step(), step(**{name: value * 0.5 or 0.3})
   same = all(np.array_equal(x, y) for x, y in zip(numbers, other, strict=True))
   assert text != other_text or not same

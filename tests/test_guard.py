@@ -1,6 +1,6 @@
-"""A run that is asked to stop stops, one that hangs ends and says where.
+"""A run that is asked to stop stops; one that hangs ends and says where.
 
-In processes of their own: it is about how they end.
+The tests start processes of their own, for they are about how these end.
 """
 
 import json
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def python(code, *args, **variables):
-  """The code in a process of its own."""
+  """Runs code in a process of its own."""
   return subprocess.run(
     [sys.executable, '-c', code, *args],
     cwd=ROOT,
@@ -33,8 +33,8 @@ def python(code, *args, **variables):
 # --- SIGTERM
 
 
-def test_at_once_ends_through_with():
-  """Outside of the loops SIGTERM ends the run at once, and closes files."""
+def test_sigterm_ends_at_once_outside_of_the_loop():
+  """Files are closed: it is an exception."""
   done = python("""
 import os, signal, time
 from dmpo_jax import guard
@@ -46,11 +46,11 @@ with guard.Preemption(at_once=True):
     print('closed')
 """)
   assert (done.returncode, done.stdout) == (guard.PREEMPTED, 'closed\n')
-  assert 'the same command goes on' in done.stderr
+  assert 'the same command resumes' in done.stderr
 
 
-def test_under_distributed_jax_asks():
-  """Its own handler stays, and tells; ours would have taken its place."""
+def test_jax_handles_sigterm_of_several_processes():
+  """Its own handler stays; ours would replace it."""
   done = python(
     """
 import os, signal, socket, time
@@ -79,8 +79,8 @@ print(answers[0], answers[-1])
 
 
 @pytest.mark.smoke
-def test_one_process_is_asked(monkeypatch):
-  """A flag, not an end; the handler of before is put back."""
+def test_sigterm_sets_a_flag_in_one_process(monkeypatch):
+  """The handler of before is put back."""
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(SystemExit) as info, guard.Preemption() as asked:
     assert not asked()
@@ -108,29 +108,30 @@ where = sys.argv[2]
 tokenizer = data.char_tokenizer()
 task = TASKS['sudoku']._replace(reward=sleeps, threads=where == 'pool')
 tokens, mask = np.full((4, 8), 5, np.int32), np.ones((4, 5), bool)
-started = rollout.Started(
-    0, 0, np.zeros(2, np.int32), np.arange(4), None, mask, {},
-    (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5))),
-    np.arange(4))
+host = rollout.Fetched(tokens, np.zeros((4, 5), np.int32), np.int32(5), mask,
+                       np.ones((4, 5)), None)
+started = rollout.Started(0, 0, np.zeros(2, np.int32), None, types.Scores(), host,
+                          np.arange(4))
+problems = data.Problems([{}], tokens, mask)
+collector = rollout.Collector(
+    None, task, tokenizer, problems, {}, prompts=1, group=2, seed=0, bucket=0,
+    protocol='strict', weights={}, samples=1)
 with guard.Watchdog(1.0, sys.argv[1]) as dog:
   clock = metrics.Clock(dog.beat)
   for clock.step in range(8):  # longer than the limit, but it makes progress
     with clock('update'):
       time.sleep(0.3)
-  problems = data.Problems([{}], tokens, mask)
   if where == 'data':
     data.permutation = sleeps
-    rollout.start(None, problems, None, None, 0, prompts=1, group=2, seed=0,
-                  clock=clock)
+    collector.start({}, (), 0, clock=clock)
   elif where == 'checkpoint':  # a file system that takes no more
     os.rename = sleeps
     manager = checkpoint.open_manager(sys.argv[1] + '.rl')
     state = types.TrainState(np.zeros(1), np.zeros(1), np.zeros(1))
     for step in (7, 8):  # the second waits for the first
       with clock('checkpoint'):
-        checkpoint.save(manager, step, state, None, {})
-  rollout.finish(None, task, tokenizer, problems, started, group=2,
-                 protocol='strict', samples=1, weights={}, clock=clock)
+        checkpoint.save(manager, step, {'state': state}, {})
+  collector.finish(started, clock)
 """
 HANGS = {
   'pool': ('reward', 'grader.py'),
@@ -141,9 +142,9 @@ HANGS = {
 
 
 @pytest.mark.parametrize('where', HANGS)
-def test_what_hangs_is_named(where, tmp_path):
-  """The reward (in a thread or not), the reader, a save in the background:
-  phase, update and line, on stderr and in the file; code 76."""
+def test_watchdog_names_what_hangs(where, tmp_path):
+  """A reward (in a thread or not), the reader, a save in the background: stderr and the
+  file have phase, update and line; the exit code is 76."""
   done = python(SLEEPING, str(tmp_path / 'stuck.txt'), where)
   assert done.returncode == guard.STUCK == 76, done.stderr
   phase, line = HANGS[where]
@@ -153,8 +154,8 @@ def test_what_hangs_is_named(where, tmp_path):
     assert text.count('Thread 0x') + text.count('Current thread') >= 2
 
 
-def test_interpreter_that_is_held_up_ends(tmp_path):
-  """A C call that never lets go of the lock: faulthandler ends the process."""
+def test_c_call_that_holds_the_interpreter_ends(tmp_path):
+  """No Python thread can run: faulthandler ends the process."""
   done = python("""
 import ctypes
 from dmpo_jax import guard
@@ -165,8 +166,8 @@ with guard.Watchdog(0.5):
   assert 'File "<string>", line 5' in done.stderr
 
 
-def test_run_that_makes_progress_is_left_alone(tmp_path):
-  """So is one without a limit, and one that has ended."""
+def test_watchdog_spares_a_run_that_makes_progress(tmp_path):
+  """So it does a run without a limit, and one that has ended."""
   done = python(
     """
 import sys, time

@@ -1,4 +1,4 @@
-"""Numbers of a buffer on arrays made by hand, rules on made-up sequences."""
+"""Numbers of buffers that are made by hand, and rules on made-up sequences."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ OFF = {rule: 0.0 for rule in health.RULES}
 
 
 def measured(texts, group, reward=None, grade=None):
-  """buffer_metrics of texts without EOS, padded with it to five tokens."""
+  """Returns buffer_metrics of texts that EOS pads to five tokens."""
   tokens = np.full((len(texts), 5), EOS, np.int32)
   for row, text in enumerate(texts):
     tokens[row, : len(text)] = [int(x) for x in text]
@@ -31,8 +31,7 @@ def measured(texts, group, reward=None, grade=None):
   )
 
 
-def test_empty_is_eos_first():
-  """Not one that ends late, nor one that never ends."""
+def test_empty_counts_completions_that_begin_with_eos():
   assert measured(['', '1', '12345', ''], 2)['empty'] == 0.5
 
 
@@ -46,12 +45,11 @@ def test_empty_is_eos_first():
     (['1', '99'], 0.0),
   ],
 )
-def test_repeated(texts, share):
+def test_repeated_tokens(texts, share):
   assert measured(texts, 2)['repeated'] == pytest.approx(share)
 
 
-def test_what_follows_the_eos_changes_nothing():
-  """Other tokens behind it: the same completions."""
+def test_tokens_after_the_eos_do_not_count():
   tokens = np.array([[1, 1, EOS, 3, 3], [1, 1, EOS, 4, 5]], np.int32)
   completion = np.array([[1, 1, 1, 0, 0]] * 2, bool)
   zeros = np.zeros((1, 2))
@@ -60,16 +58,16 @@ def test_what_follows_the_eos_changes_nothing():
   assert found['distinct'] == 0.5 and found['repeated'] == 1
 
 
-def test_distinct_is_within_groups():
-  """3 of 3 and 1 of 3; '1' in both groups is no repetition."""
+def test_distinct_compares_within_groups():
+  """Here 3 of 3 and 1 of 3; a '1' in both groups is no repetition."""
   assert measured(['1', '2', '11', '1', '1', '1'], 3)['distinct'] == (
     pytest.approx((1 + 1 / 3) / 2)
   )
   assert measured(['1', '2', '3', '1', '2', '3'], 3)['distinct'] == 1
 
 
-def test_equal_groups():
-  """Three of four without a signal, of which one has it all wrong."""
+def test_groups_of_equal_rewards():
+  """Three of four are without a signal; one of those has it all wrong."""
   reward = [[1, 1], [0, 0], [0, 1], [0.5, 0.5]]
   grade = [[1, 1], [0, 0], [0, 1], [1, 0]]
   found = measured(['1'] * 8, 2, reward, grade)
@@ -78,31 +76,33 @@ def test_equal_groups():
 
 
 def run(hp, name, values, state=None):
-  """(state, [broken rules after each value])."""
-  state, found = state or health.fresh(), []
+  """Returns (state, [broken rules after each value])."""
+  state, found = state or health.State(), []
   for value in values:
-    before = json.dumps(state)
+    before = json.dumps(dataclasses.asdict(state))
     new = health.note(hp, state, {name: value})
-    assert json.dumps(state) == before  # it is not changed in place
-    state = json.loads(json.dumps(new))  # as a checkpoint would
+    assert json.dumps(dataclasses.asdict(state)) == before  # not changed in place
+    # As a checkpoint does:
+    state = health.State(**json.loads(json.dumps(dataclasses.asdict(new))))
     found.append(health.broken(hp, state))
   return state, found
 
 
 @pytest.mark.parametrize(
-  'rule, well, ill',
+  'rule, healthy, unhealthy',
   [
     (rule, *((0.2, 0.8) if side == 'above' else (0.8, 0.2)))
     for rule, (_, side) in health.RULES.items()
     if rule != 'reward'
   ],
 )
-def test_rules(rule, well, ill):
-  """Broken by `patience` in a row on its side; one that is well, or on the
-  bound, breaks the row; nan is ill; 0 is off."""
+def test_rules(rule, healthy, unhealthy):
+  """`patience` values in a row on the wrong side break a rule; one that is healthy or
+  on the bound ends the row; nan is unhealthy; 0 is off."""
   metric = health.RULES[rule][0]
   hp = health.Config(**{**OFF, rule: 0.5, 'patience': 3})
-  values = [ill, ill, well, ill, ill, 0.5, ill, math.nan, ill, ill, well]
+  bad, good = unhealthy, healthy
+  values = [bad, bad, good, bad, bad, 0.5, bad, math.nan, bad, bad, good]
   _, found = run(hp, metric, values)
   assert [bool(x) for x in found] == [False] * 8 + [True, True, False]
   assert found[8] == [rule]
@@ -114,26 +114,25 @@ def test_rules(rule, well, ill):
 
 
 def test_reward_is_a_share_of_its_best_mean():
-  """Of the best `patience` buffers in a row before; nothing before there are
-  so many, or where the best is not above 0."""
+  """The best mean is that of `patience` buffers in a row; without one above 0 the rule
+  is never broken."""
   hp = health.Config(**{**OFF, 'reward': 0.5, 'patience': 2})
   state, found = run(hp, 'reward', [0.2, 0.6, 0.8, 0.34, 0.34, 0.36, 0.3, 0.3])
   assert [bool(x) for x in found] == [False] * 4 + [True] + [False] * 2 + [True]
-  assert state['best_reward'] == pytest.approx(0.7)
-  assert state['values']['reward'] == pytest.approx([0.3 / 0.7] * 2)
+  assert state.best_reward == pytest.approx(0.7)
+  assert state.values['reward'] == pytest.approx([0.3 / 0.7] * 2)
   assert (
     'its best mean, is below health.reward = 0.5 for 2 buffers, now 0.42'
-    in health.told(hp, state, 'reward')
+    in health.sentence(hp, state, 'reward')
   )
   assert not any(run(hp, 'reward', [-1.0, -1.0, -5.0, -5.0, -9.0])[1])
   assert not any(run(hp, 'reward', [0.0] * 6)[1])
-  # A rollback begins to count anew, against the best that it goes back to.
-  _, found = run(hp, 'reward', [0.3, 0.3], health.fresh(0.7))
+  _, found = run(hp, 'reward', [0.3, 0.3], health.State(best_reward=0.7))
   assert found == [[], ['reward']]
 
 
-def test_a_bound_that_is_changed_counts_at_once():
-  """What a resumed run is given: other bounds, less or more patience."""
+def test_a_changed_bound_counts_at_once():
+  """A resumed run may have other bounds, and less or more patience."""
   hp = health.Config(**{**OFF, 'empty': 0.5, 'patience': 3})
   state, found = run(hp, 'empty', [0.6] * 3)
   change = lambda **fields: health.broken(dataclasses.replace(hp, **fields), state)
@@ -141,8 +140,8 @@ def test_a_bound_that_is_changed_counts_at_once():
   assert change(empty=0.7) == change(patience=4) == change(action='none') == []
 
 
-def test_record():
-  """A line of JSON, also where a value is not finite."""
+def test_record_is_json():
+  """Also where a value is not finite."""
   hp = health.Config(**{**OFF, 'grad_norm': 2.0, 'patience': 2})
   state, _ = run(hp, 'grad_norm', [3.0, math.inf])
   assert json.dumps(health.record(hp, state, 7, 'grad_norm')) == (
@@ -157,30 +156,29 @@ def test_defaults_are_those_of_the_config():
 
 
 @pytest.mark.parametrize(
-  'changes, said',
+  'changes, sentence',
   [
-    ({'action': 'rolback'}, "health.action = 'rolback'.*mean 'rollback'"),
-    ({'patience': 0}, 'health.patience = 0 must be >= 1'),
-    ({'empty': 1.5}, r'health.empty = 1.5 must be in \[0, 1\]; 0 = off'),
-    ({'grad_norm': -1.0}, 'health.grad_norm = -1.0 must be >= 0'),
-    ({'lr_factor': 0.0}, r'health.lr_factor = 0.0 must be in \(0, 1\]'),
-    ({'kl': 1.0}, 'health.kl = 1.0 needs health.measure=True'),
+    ({'action': 'stopp'}, "health.action = 'stopp'.*mean 'stop'"),
+    ({'action': 'rollback'}, 'health.action.*none, warn, stop'),
+    ({'patience': 0}, 'health.patience.*>= 1'),
+    ({'empty': 1.5}, r'health.empty.*\[0, 1\]; 0 = off'),
+    ({'grad_norm': -1.0}, 'health.grad_norm.*>= 0'),
+    ({'kl': 1.0}, 'health.kl.*health.measure=True'),
   ],
 )
-def test_refused(changes, said):
-  """One sentence that names the field; only alpha = 0 has no log-probs."""
+def test_impossible_settings_are_refused(changes, sentence):
+  """The sentence names the field; only alpha = 0 has no log-probs."""
   c = base.get_config()
   c.objective.alpha, c.objective.antithetic = 0.0, False
   c.health.update(changes)
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=sentence):
     check.config(c, 1)
   if 'kl' in changes:
     c.health.measure = True
     check.config(c, 1)
 
 
-def test_no_effective_size(monkeypatch):
-  """health.ess with an objective that reports none."""
+def test_ess_needs_an_objective_that_reports_it(monkeypatch):
   plain = build.OBJECTIVES['dmpo']
   silent = plain._replace(weigh=lambda scored, hp: (scored.reward, scored.reward, {}))
   c = base.get_config()

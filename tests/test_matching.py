@@ -87,7 +87,7 @@ def train(reference, hp, iterations, flip=1.0, anchored=True, inner=4):
   Many small updates: at three times the rate it stays 0.2 away.
   """
   optimizer = optim.make_optimizer(
-    1e-3, 0, 0.9, 0.99, 1e-8, 0.0, 1.0, decay_steps=iterations * inner
+    optim.Config(1e-3, 0, decay_steps=iterations * inner)
   )
   state = step.init_state(jax.tree.map(jnp.copy, reference), optimizer)
   setup = step.Setup(CFG, dmpo.OBJECTIVE, hp, GROUP, inner, optimizer=optimizer)

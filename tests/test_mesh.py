@@ -59,7 +59,7 @@ def every_leaf():
     qk_norm=True,
   )
   params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-  optimizer = optim.make_optimizer(1e-3, 5, 0.9, 0.99, 1e-8, 0.1, 1.0)
+  optimizer = optim.make_optimizer(optim.Config(1e-3, 5, weight_decay=0.1))
   return jax.eval_shape(lambda p: step.init_state(p, optimizer), params)
 
 
@@ -204,7 +204,7 @@ def plain():
   """Returns (params, new state, metrics) of step.train_step on one device."""
   built = build.build(settings(MESHES[0]))
   c = built.config
-  optimizer = optim.make_optimizer(**c.optim)
+  optimizer = optim.make_optimizer(c.optim)
   params = jax.jit(lambda: model.init(built.model, rng.key_for(0, 'init')))()
   fn = jax.jit(
     functools.partial(

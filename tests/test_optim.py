@@ -1,5 +1,7 @@
 """The optimizer: warm-up, decay and clipping, by their effect on weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +17,12 @@ PARAMS = {
   },
   'embedding': jnp.array([[4.0]]),
 }
-PLAIN = dict(lr=0.1, warmup=0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip=0.0)
+PLAIN = optim.Config(lr=0.1, warmup=0, clip=0.0)
 
 
-def moves(grads, **changes):
-  """The updates that a sequence of gradients of PARAMS gives."""
-  optimizer = optim.make_optimizer(**{**PLAIN, **changes})
+def moves(grads, lr=None, **changes):
+  """Returns the updates for a sequence of gradients of PARAMS."""
+  optimizer = optim.make_optimizer(dataclasses.replace(PLAIN, **changes), lr)
   state, out = optimizer.init(PARAMS), []
   for grad in grads:
     update, state = optimizer.update(grad, state, PARAMS)
@@ -51,13 +53,13 @@ def test_warm_up_is_a_ramp_then_constant():
   'warmup, want', [(0, [0.1] * 3), (1, [0.1] * 3), (2, [0.05, 0.1, 0.1])]
 )
 def test_short_warm_ups(warmup, want):
-  """No warm-up is the full rate from the first update; none is lost."""
+  """Without warm-up the first update has the full rate."""
   got = [size(u) for u in moves([filled(0.5)] * 3, warmup=warmup)]
   np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 def test_decay_spares_norms_and_biases():
-  """With no gradient only the matrices shrink, by lr * decay * weight."""
+  """Without a gradient only the matrices shrink, by lr * decay * weight."""
   (update,) = moves([filled(0.0)], weight_decay=0.2)
   q = update['layers']['q']
   np.testing.assert_allclose(q['kernel'], [[-0.02, 0.04]], rtol=1e-5)
@@ -73,7 +75,7 @@ def test_decay_spares_norms_and_biases():
 
 
 def test_clip_is_by_the_global_norm():
-  """Beyond the norm gradients are scaled together, below it left alone."""
+  """Gradients above the norm are scaled together, others stay."""
   # A large eps makes Adam's first step nearly the gradient / eps.
   few = dict(lr=1e3, eps=1e3)
   large, small = filled(2.0), filled(0.01)
@@ -87,7 +89,7 @@ def test_clip_is_by_the_global_norm():
 
 
 def test_adamw_by_hand():
-  """Two updates of one weight against the formulas."""
+  """Two updates of one weight are those of the formulas."""
   grads, decay = [0.5, -0.2], 0.3
   got = moves([filled(g) for g in grads], b1=0.8, b2=0.95, eps=1e-3, weight_decay=decay)
   m = v = 0.0
@@ -100,7 +102,7 @@ def test_adamw_by_hand():
 
 
 def test_golden():
-  """The third update of a fixed run."""
+  """The third update of a fixed run is the one of the past."""
   got = moves(
     [filled(g) for g in (1.0, -0.5, 0.25)], warmup=2, clip=1.0, weight_decay=0.1
   )[2]
@@ -108,8 +110,9 @@ def test_golden():
 
 
 def test_decay_ends_at_zero():
-  """Half the rate half-way, nothing from decay_steps on."""
-  optimizer = optim.make_optimizer(1.0, 0, 0.0, 0.0, 1e-30, 0.0, 0.0, 10)
+  """The rate is halved half-way, and zero from decay_steps on."""
+  hp = optim.Config(1.0, 0, decay_steps=10, b1=0.0, b2=0.0, eps=1e-30, clip=0.0)
+  optimizer = optim.make_optimizer(hp)
   params = {'kernel': jnp.ones(1)}
   state, rates = optimizer.init(params), []
   for _ in range(12):
@@ -117,3 +120,16 @@ def test_decay_ends_at_zero():
     rates.append(-float(updates['kernel'][0]))
   np.testing.assert_allclose(rates[0:11:5], [1.0, 0.5, 0.0], atol=1e-6)
   assert rates[11] == 0.0
+
+
+def test_learning_rate_may_be_an_argument():
+  """A rate that is traced gives the update of a constant one; moments do not see it."""
+  grads = [filled(0.5), filled(-0.2)]
+  settings = dict(warmup=3, decay_steps=9, weight_decay=0.1)
+  traced = jax.jit(lambda lr: moves(grads, lr, **settings))
+  for lr in (0.1, 0.025):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+      traced(np.float32(lr)),
+      moves(grads, lr, **settings),
+    )

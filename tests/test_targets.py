@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train
-from test_train import INNER, fail_at, interrupt, letters, rows, run, same
+import tiny_run
+from tiny_run import INNER, fail_at, interrupt, letters, rows, run, run_sft, same
 
 from configs import base
 from dmpo_jax import (
@@ -17,7 +17,6 @@ from dmpo_jax import (
   hf,
   logprob,
   mesh,
-  metrics,
   model,
   optim,
   parts,
@@ -27,7 +26,6 @@ from dmpo_jax import (
   weights,
 )
 from dmpo_jax.objectives import dmpo
-from dmpo_jax.phases import sft
 from dmpo_jax.types import Sampled
 
 L, ROWS = 4, 4
@@ -82,7 +80,7 @@ def test_log_p_ref_is_the_weighted_sum_over_references(estimator, tiny, weights_
 @pytest.mark.parametrize('mix', [1.0, 0.25])
 def test_moving_reference_follows_every_second_update(mix):
   """It becomes the parameters, or a mean with them. A refused update moves nothing."""
-  optimizer = optim.make_optimizer(0.1, 0, 0.9, 0.99, 1e-8, 0.0, 0.0, hold=True)
+  optimizer = optim.make_optimizer(optim.Config(0.1, 0, clip=0.0), hold=True)
   state = step.init_state({'params': {'scale': jnp.ones(3)}}, optimizer)
   want = np.ones(3, np.float32)
 
@@ -107,7 +105,7 @@ def test_moving_reference_follows_every_second_update(mix):
 
 
 def moving():
-  c = test_train.tiny()
+  c = tiny_run.tiny()
   c.update_from_flattened_dict({
     'lora.rank': 2, 'reference.of': ('moving',), 'reference.every': 2,
     'train.iterations': 3, 'checkpoint.every': 1, 'optim.lr': 0.05,
@@ -123,9 +121,7 @@ def built():
 
 @pytest.fixture(scope='module')
 def base_params(built, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('base')
-  with metrics.Writer(workdir) as writer:
-    return sft.run(built, str(workdir), writer)[0]
+  return run_sft(built, tmp_path_factory.mktemp('base'))
 
 
 def test_a_run_with_adapters_moves_and_resumes(built, base_params, tmp_path):

@@ -1,0 +1,9 @@
+"""The phases of training, by name. A new one is a file and a line here."""
+
+from dmpo_jax.phases.phase import Phase, Session
+from dmpo_jax.phases.rl import RL
+from dmpo_jax.phases.sft import SFT
+
+PHASES: dict[str, type[Phase]] = {'sft': SFT, 'rl': RL}
+
+__all__ = ['PHASES', 'Phase', 'Session']

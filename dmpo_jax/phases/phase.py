@@ -1,0 +1,93 @@
+"""The seam between the loop (train.py) and the phases: a Session and a Phase."""
+
+import abc
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from dmpo_jax import build, metrics, resume
+from dmpo_jax.types import Params, TrainState
+
+
+def no_beat(phase: str, step: int) -> None:
+  """Stands for a watchdog's beat where there is no watchdog."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """What the phases of one run share."""
+
+  built: build.Built
+  workdir: str
+  writer: metrics.Writer
+  beat: Callable[[str, int], None] = no_beat  # guard.Watchdog.beat
+  lock: Callable[[], Any] = contextlib.nullcontext  # held while a phase trains
+
+
+class Phase(abc.ABC):
+  """A way to train: `iterations` buffers with `inner` updates on each.
+
+  A subclass sets the fields and overrides what differs; SFT is the smallest.
+  """
+
+  name: str  # its folder of checkpoints, its label in logs
+  rows: str  # the phase of its update rows in metrics.jsonl
+  lr_field: str  # the config field of its learning rate
+  overlap: bool = False  # whether the next buffer is sampled before the updates
+  validates: bool = False  # whether `validate` has something to do after the last one
+  iterations: int
+  inner: int
+
+  def __init__(self, session: Session):
+    self.session, self.built = session, session.built
+    self.config, self.writer = session.built.config, session.writer
+    self.clock = metrics.Clock(session.beat)
+    self.frozen: Params = {}  # parameters that do not train
+    self.shown: dict[str, float] = {}  # the newest numbers, for the progress line
+    self.refuse = resume.refuse(self.config)  # meta -> why it is not this run's
+
+  @property
+  def updates(self) -> int:
+    """Optimizer updates of the whole phase."""
+    return self.iterations * self.inner
+
+  @abc.abstractmethod
+  def start(self) -> TrainState:
+    """Returns the training state of a fresh run."""
+
+  def buffers(self, update: int) -> dict[str, int]:
+    """Returns the buffers of a checkpoint: 'batch' or 'ahead' -> their iteration."""
+    return {}
+
+  def shapes(self, update: int) -> dict[str, Any]:
+    """Returns the same buffers as trees of ShapeDtypeStructs."""
+    return {}
+
+  def prepare(self, update: int) -> int | None:
+    """Cuts the workdir's files back to `update`; returns the best update before."""
+    self.writer.rewind(self.rows, update)
+
+  def begin(self, state: TrainState, iteration: int, age: int) -> Any:
+    """Begins a buffer with a policy that is `age` updates old when it is used."""
+    return None
+
+  @abc.abstractmethod
+  def finish(self, begun: Any, place: resume.Place) -> tuple[Any, resume.Place]:
+    """Returns what `begin` has begun as a batch, and the place with its numbers."""
+
+  @abc.abstractmethod
+  def update(self, state: TrainState, batch: Any, inner: int) -> tuple[TrainState, Any]:
+    """Takes one optimizer update; returns (state, numbers on the device)."""
+
+  def judge(self, place: resume.Place, numbers: Any) -> tuple[resume.Place, bool]:
+    """Notes the numbers of a buffer's last update; returns whether training ends."""
+    return place, False
+
+  def stop_if_unhealthy(self, place: resume.Place) -> None:
+    """Ends the process if `judge` has said so at this place."""
+    return None
+
+  def validate(self, state: TrainState, update: int) -> bool:
+    """Validates if it is due after `update`; returns whether it is the best so far."""
+    return False

@@ -1,0 +1,152 @@
+"""Reinforcement learning: what Algorithm 1 of DMPO does with a buffer.
+
+A buffer is sampled and scored by `begin`, graded and weighed by `finish`. Both are in
+rollout.py; here are the files, the health rules and the validation around them.
+"""
+
+import dataclasses
+from typing import Any
+
+from absl import logging
+
+from dmpo_jax import build, check, data, evaluate, guard, health, optim, resume, rollout
+from dmpo_jax.phases.phase import Phase, Session
+from dmpo_jax.types import Params, TrainBatch, TrainState
+
+
+class RL(Phase):
+  """train.iterations buffers of completions, train.inner updates on each."""
+
+  name, rows, lr_field, validates = 'rl', 'update', 'optim.lr', True
+
+  def __init__(self, session: Session, base: Params):
+    super().__init__(session)
+    c = self.config
+    self.iterations, self.inner = c.train.iterations, c.train.inner
+    self.overlap = c.train.overlap
+    self.refuse = resume.refuse(c, check.FREE)
+    self.rules = check.settings(health.Config, c.health)
+    self.problems = build.problems(self.built, 'train')
+    self.held_out = build.problems(self.built, 'validation')
+    self.trainable, self.frozen = resume.policy_of(self.built, base)
+    self.collector = build.collector(self.built, self.frozen)
+    self.references: tuple = ()  # read by `prepare`
+    self.best: resume.Best | None = None
+
+  def start(self) -> TrainState:
+    return self.built.steps.start(self.trainable)
+
+  # --- checkpoints and files
+
+  def buffers(self, update: int) -> dict[str, int]:
+    it, inner = divmod(update, self.inner)
+    out = {'batch': it} if inner else {}
+    following = it + (inner > 0)
+    if self.overlap and update and following < self.iterations:
+      out['ahead' if inner else 'batch'] = following
+    return out
+
+  def shapes(self, update: int) -> dict[str, TrainBatch]:
+    c, out = self.config, {}
+    for name, it in self.buffers(update).items():
+      prompts = data.prompts_at(
+        self.problems, it, c.train.prompts, c.seed, c.data.bucket
+      )
+      out[name] = build.abstract_batch(self.built, prompts.tokens.shape[1])
+    return out
+
+  def prepare(self, update: int) -> int | None:
+    """Keeps the lines of the buffers that the checkpoint holds.
+
+    Drops the validation before an iteration that is not begun: it is done again.
+    """
+    (it, inner), workdir = divmod(update, self.inner), self.session.workdir
+    last = max(self.buffers(update).values(), default=it - 1)
+    self.writer.rewind('rl', last)
+    self.writer.rewind('eval', it - (inner == 0))
+    self.writer.rewind('update', update)
+    for name in ('samples.jsonl', 'failed_grades.jsonl'):
+      resume.rewind_lines(workdir, name, last)
+    resume.rewind_lines(workdir, 'health.jsonl', it - 1)
+    self.best = resume.best_validation(workdir, self.inner, update)
+    if bucket := self.config.data.bucket:  # fail now if the longest does not fit
+      build.compile_longest(self.built, data.bucketed(self.problems.valid, bucket))
+    self.references = self.built.steps.read_references()
+    return self.best and self.best.update
+
+  # --- a buffer
+
+  def begin(self, state: TrainState, iteration: int, age: int) -> rollout.Started:
+    """Samples a buffer with the current policy and queues its log-probs."""
+    references = [
+      optim.reference_of(state.opt_state) if tree is None else tree
+      for tree in self.references
+    ]
+    with self.clock('rollout'):
+      return self.collector.start(
+        state.trainable, tuple(references), iteration, age, self.clock
+      )
+
+  def finish(
+    self, begun: rollout.Started, place: resume.Place
+  ) -> tuple[TrainBatch, resume.Place]:
+    """Grades a buffer, weighs its completions and writes its lines."""
+    with self.clock('rollout'):
+      batch, numbers, samples = self.collector.finish(begun, self.clock)
+    resume.append(self.session.workdir, samples)
+    state = health.note(self.rules, place.health, numbers)
+    numbers['ill'] = len(health.broken(self.rules, state))
+    numbers |= {**build.compilations(), **self.clock.take()}
+    self.shown |= self.writer.write('rl', begun.iteration, numbers)
+    return batch, dataclasses.replace(place, health=state)
+
+  def update(
+    self, state: TrainState, batch: TrainBatch, inner: int
+  ) -> tuple[TrainState, Any]:
+    return self.built.steps.update(state, self.frozen, batch, inner)
+
+  # --- health and validation
+
+  def judge(
+    self, place: resume.Place, numbers: dict[str, float]
+  ) -> tuple[resume.Place, bool]:
+    """Notes the numbers; warns of a broken rule, once until it is satisfied again."""
+    state = health.note(self.rules, place.health, numbers)
+    broken = health.broken(self.rules, state)
+    place = dataclasses.replace(place, health=state)
+    if self.rules.action == 'warn':
+      for rule in broken:
+        if rule not in state.warned:
+          logging.warning('%s', self.report(place, rule))
+      state = dataclasses.replace(state, warned=broken)
+      place = dataclasses.replace(place, health=state)
+    return place, self.rules.action == 'stop' and bool(broken)
+
+  def stop_if_unhealthy(self, place: resume.Place) -> None:
+    broken = health.broken(self.rules, place.health)
+    if self.rules.action == 'stop' and broken:
+      guard.collapsed(
+        f'{self.report(place, broken[0])}; '
+        'see "When training goes wrong" in docs/running.md'
+      )
+
+  def report(self, place: resume.Place, rule: str) -> str:
+    """Writes a broken rule into health.jsonl; returns a sentence."""
+    it = place.update // self.inner - 1
+    line = health.record(self.rules, place.health, it, rule)
+    resume.append_once(self.session.workdir, 'health.jsonl', line)
+    return f'iteration {it}: {health.sentence(self.rules, place.health, rule)}'
+
+  def validate(self, state: TrainState, update: int) -> bool:
+    """Measures greedy accuracy, every eval.every iterations and at the end."""
+    it, every = update // self.inner, self.config.eval.every
+    if it != self.iterations and (not every or it % every):
+      return False
+    with self.clock('evaluate'):
+      params = {**self.frozen, **state.trainable}
+      numbers, _ = evaluate.accuracy(self.built, params, self.held_out, self.clock.beat)
+    self.writer.write('eval', it, numbers)
+    if self.best and numbers['accuracy'] <= self.best.accuracy:
+      return False
+    self.best = resume.Best(update, numbers['accuracy'])
+    return True
