@@ -1,10 +1,10 @@
-"""Tokens per second of the sampler, as one JSON line.
+"""Measures the sampler's tokens per second, and prints one JSON line.
 
 python -m benchmarks.sampler --size=tiny [--pick=threshold] [--cache=dual] ...
 
-Compile time and warm-up are apart; times are medians of --repeats with minimum
-and maximum. `share_of_rate` is the share of the matmul rate that was measured
-in the same process.
+Times are medians of --repeats, with minimum and maximum; compilation and warm-up
+are timed apart. `share_of_rate` compares with the matmul rate that the same
+process measures.
 """
 
 import argparse
