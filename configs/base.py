@@ -2,14 +2,14 @@
 
 Each section holds the fields of its dataclass at their defaults, with this page's
 changes. The dataclasses say what each field means: dmpo_jax/config.py, SampleConfig in
-dmpo_jax/sampler, LogprobConfig in dmpo_jax/logprob.py, Config in dmpo_jax/health.py and
-in the file of each objective. An experiment file calls `get_config()` and says only
+dmpo_jax/sampler, LogprobConfig in dmpo_jax/logprob.py, Config in dmpo_jax/health.py, in
+dmpo_jax/optim.py and in the file of each objective. An experiment file calls `get_config()` and says only
 what differs; the command line sets any field with --config.section.field=value.
 """
 
 import ml_collections
 
-from dmpo_jax import config, health, logprob
+from dmpo_jax import config, health, logprob, optim
 
 
 def get_config():
@@ -31,7 +31,7 @@ def get_config():
   c.reference = section(config.Reference)
   c.logprob = section(logprob.LogprobConfig)  # estimates of log p_ref and log p_old
   c.train = section(config.Train)
-  c.optim = section(config.Optim)
+  c.optim = section(optim.Config)
   c.eval = section(config.Eval)
   c.eval.sampler = section(config.Sampler, **size, rank='max')  # greedy
   c.checkpoint = section(config.Checkpoint)

@@ -155,7 +155,7 @@ def test_every_field_is_read(cls):
   for path in (ROOT / 'dmpo_jax').rglob('*.py'):
     if path.name not in ('config.py', 'check.py') or path.parent.name != 'dmpo_jax':
       reads.visit(ast.parse(path.read_text()))
-  passed_whole = cls is config.Optim  # as **c.optim
+  passed_whole = cls is optim.Config  # as **c.optim
   for field in dataclasses.fields(cls):
     built = f'_{field.name.rpartition("_")[2]}'  # as f'{split}_size'
     assert passed_whole or {field.name, built} & reads.names, field.name
