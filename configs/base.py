@@ -2,9 +2,10 @@
 
 Each section holds the fields of its dataclass at their defaults, with this page's
 changes. The dataclasses say what each field means: dmpo_jax/config.py, SampleConfig in
-dmpo_jax/sampler, LogprobConfig in dmpo_jax/logprob.py, Config in dmpo_jax/health.py, in
-dmpo_jax/optim.py and in the file of each objective. An experiment file calls `get_config()` and says only
-what differs; the command line sets any field with --config.section.field=value.
+dmpo_jax/sampler, LogprobConfig in dmpo_jax/logprob.py, and Config in health.py, in
+optim.py and in the file of each objective. An experiment file calls `get_config()` and
+says only what differs; the command line sets any field with
+--config.section.field=value.
 """
 
 import ml_collections
