@@ -171,7 +171,7 @@ def collector(built: Built, frozen: Params) -> Collector:
     seed=c.seed,
     bucket=c.data.bucket,
     protocol=c.data.protocol,
-    weights=c.reward.weights,
+    weights=dict(c.reward.weights),
     samples=c.log.samples,
   )
 

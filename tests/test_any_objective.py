@@ -34,6 +34,7 @@ from dmpo_jax.types import (
   Sampled,
   Scores,
   Text,
+  TrainBatch,
   TrainState,
   Views,
   Wants,
@@ -319,7 +320,7 @@ def test_guesses_are_graded():
 
   def pack(sampled, reward, scores):
     seen.append(scores.guess)
-    return None, {}
+    return TrainBatch(*[None] * 8), {}
 
   built = built_of('egspo')
   letters = lambda text, example, protocol: {'length': float(len(text))}
