@@ -192,11 +192,12 @@ def cluster() -> dict[str, Any] | None:
     )
   if auto:
     return dict(heartbeat=HEARTBEAT.value)
-  given = {'--coordinator': where or None, '--processes': count, '--process': which}
-  if missing := [name for name, value in given.items() if value is None]:
+  if not where or count is None or which is None:
+    given = {'--coordinator': where or None, '--processes': count, '--process': which}
+    missing = ', '.join(name for name, value in given.items() if value is None)
     raise ValueError(
-      f'{", ".join(missing)} missing: --coordinator=host:port, --processes=N and '
-      '--process=i belong together'
+      f'{missing} missing: --coordinator=host:port, --processes=N and --process=i '
+      'belong together'
     )
   host, _, port = where.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -243,7 +244,8 @@ def cache_programs(c: ConfigDict) -> None:
   """
   if not c.cache:
     return jax.config.update('jax_enable_compilation_cache', False)
-  if jax.config.jax_compilation_cache_dir or jax.default_backend() == 'cpu':
+  known = jax.config.jax_compilation_cache_dir  # pyright: ignore
+  if known or jax.default_backend() == 'cpu':
     return
   root = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   folder = os.path.join(root, 'dmpo_jax', 'programs')

@@ -345,7 +345,7 @@ def settings(cls: type, values: Any) -> Any:
 
 def part(c: ConfigDict, name: str) -> Any:
   """Returns a section of a config as its dataclass; name: such as 'eval.sampler'."""
-  values = c
+  values: Any = c
   for key in name.split('.'):
     values = values[key]
   return settings(SECTIONS[name], values)
