@@ -36,7 +36,6 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it warns without tor
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
 from dmpo_jax import (
   build,
@@ -235,7 +234,7 @@ def split_cpu(count: int) -> None:
     jax.config.update('jax_num_cpu_devices', count)
 
 
-def cache_programs(c: ConfigDict) -> None:
+def cache_programs(c: Any) -> None:
   """Keeps compiled programs in the user's own cache directory, except for CPUs.
 
   Never in a directory that others can write to: they could put code there that runs
@@ -267,14 +266,14 @@ def say(text: str) -> None:
 # --- the workdir
 
 
-def default_workdir(c: ConfigDict) -> str:
+def default_workdir(c: Any) -> str:
   """Returns runs/NAME-HASH; the fields that may differ later are not in the hash."""
   fields = {k: v for k, v in check.plain(c).items() if not k.startswith(check.JUDGING)}
   digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
   return os.path.join('runs', f'{c.name}-{digest.hexdigest()[:8]}')
 
 
-def settle(c: ConfigDict, workdir: str, begin: bool) -> str:
+def settle(c: Any, workdir: str, begin: bool) -> str:
   """Makes and returns the workdir. ValueError if it belongs to another config.
 
   begin: a run begins or resumes here, so config.json is written and only fields in
@@ -304,7 +303,7 @@ def settle(c: ConfigDict, workdir: str, begin: bool) -> str:
   return workdir
 
 
-def ready(c: ConfigDict) -> build.Built:
+def ready(c: Any) -> build.Built:
   """Returns build.build(c). ValueError if the model's weights are not here."""
   built = build.build(c)
   if built.tokenizer is None:
@@ -316,7 +315,7 @@ def ready(c: ConfigDict) -> build.Built:
 
 
 @contextlib.contextmanager
-def watched(c: ConfigDict) -> Iterator[tuple[guard.Preemption, guard.Watchdog]]:
+def watched(c: Any) -> Iterator[tuple[guard.Preemption, guard.Watchdog]]:
   """SIGTERM ends the process, and log.stuck_minutes without progress do."""
   with (
     guard.Preemption(at_once=True) as asked,
