@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from dmpo_jax import sampler
 from dmpo_jax.config import SECTIONS, compares_old, flatten, nearest, part, settings
@@ -21,7 +20,7 @@ from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import Scored, Wants
 
 
-def config(c: ConfigDict, count: int, platform: str = '') -> None:
+def config(c: Any, count: int, platform: str = '') -> None:
   """Raises one ValueError that lists everything impossible in a config.
 
   count: number of devices that the run will have; platform: theirs, such as 'tpu'
@@ -38,7 +37,7 @@ def config(c: ConfigDict, count: int, platform: str = '') -> None:
     raise ValueError('this config cannot run:\n  ' + '\n  '.join(found))
 
 
-def section_problems(c: ConfigDict) -> tuple[list[str], set[str]]:
+def section_problems(c: Any) -> tuple[list[str], set[str]]:
   """Returns the complaints about sections by themselves, and the sections they name."""
   found, wrong = [], set()
   for name in SECTIONS:
@@ -52,7 +51,7 @@ def section_problems(c: ConfigDict) -> tuple[list[str], set[str]]:
   return found + said, wrong | ({'objective'} if said else set())
 
 
-def objective_problems(c: ConfigDict) -> list[str]:
+def objective_problems(c: Any) -> list[str]:
   """Returns the complaints about the section of the objective."""
   name = c.objective.name
   if wrong := nearest('objective.name', name, OBJECTIVES):
@@ -67,7 +66,7 @@ def objective_problems(c: ConfigDict) -> list[str]:
     ]
 
 
-def training(c: ConfigDict) -> None:
+def training(c: Any) -> None:
   """Raises ValueError if updates would be lost by rounding; only training needs it."""
   if c.model.param_dtype != 'float32' and (c.sft.steps or not c.lora.rank):
     raise ValueError(
@@ -79,14 +78,14 @@ def training(c: ConfigDict) -> None:
 # --- rules between sections
 
 
-def wanted(c: ConfigDict) -> tuple[Any, Wants]:
+def wanted(c: Any) -> tuple[Any, Wants]:
   """Returns the objective's settings, and what it wants."""
   objective = OBJECTIVES[c.objective.name]
   hp = settings(objective.Config, c.objective)
   return hp, objective.wants(hp)
 
 
-def evaluation(c: ConfigDict) -> list[str]:
+def evaluation(c: Any) -> list[str]:
   """The evaluation's prompt template and samples make sense for this task."""
   styles = ('', *TASKS[c.data.task].styles)
   found = nearest('eval.style', c.eval.style, styles)
@@ -98,14 +97,14 @@ def evaluation(c: ConfigDict) -> list[str]:
   return found
 
 
-def quantization(c: ConfigDict) -> list[str]:
+def quantization(c: Any) -> list[str]:
   """A quantized base is frozen, so adapters must train."""
   if c.model.quantize == 'none' or c.lora.rank:
     return []
   return [f'model.quantize = {c.model.quantize} freezes the base: set lora.rank > 0']
 
 
-def head_chunk(c: ConfigDict) -> list[str]:
+def head_chunk(c: Any) -> list[str]:
   """The output head divides completions into equal chunks."""
   chunk, length = c.model.head_chunk, c.sampler.length
   if not chunk or length % chunk == 0:
@@ -113,7 +112,7 @@ def head_chunk(c: ConfigDict) -> list[str]:
   return [f'model.head_chunk = {chunk} must divide sampler.length = {length}']
 
 
-def pmap(c: ConfigDict) -> list[str]:
+def pmap(c: Any) -> list[str]:
   """pmap samples with replicated weights."""
   return [
     f'{prefix}sampler.parallel = pmap needs replicated weights: '
@@ -123,7 +122,7 @@ def pmap(c: ConfigDict) -> list[str]:
   ]
 
 
-def devices(c: ConfigDict, count: int) -> list[str]:
+def devices(c: Any, count: int) -> list[str]:
   """Devices form the mesh, and rows divide by them and by the microbatches."""
   split = c.mesh.fsdp * c.mesh.tensor
   if count % split or (c.mesh.data and c.mesh.data * split != count):
@@ -149,7 +148,7 @@ def devices(c: ConfigDict, count: int) -> list[str]:
   return found
 
 
-def attention(c: ConfigDict, platform: str) -> list[str]:
+def attention(c: Any, platform: str) -> list[str]:
   """The attention kernel runs on these devices, and with these samplers."""
   found, kind = [], c.model.attention
   need = {'cudnn': 'gpu', 'splash': 'tpu'}.get(kind, platform)
@@ -167,7 +166,7 @@ def attention(c: ConfigDict, platform: str) -> list[str]:
   return found
 
 
-def fuse(c: ConfigDict) -> list[str]:
+def fuse(c: Any) -> list[str]:
   """One pass for log p_old and log p_ref needs a shared base."""
   if not c.logprob.fuse:
     return []
@@ -184,7 +183,7 @@ def fuse(c: ConfigDict) -> list[str]:
   return found
 
 
-def trajectory(c: ConfigDict) -> list[str]:
+def trajectory(c: Any) -> list[str]:
   """Completions have a density along their recorded states."""
   found, s = [], c.sampler
   if c.logprob.estimator != 'trajectory':
@@ -217,7 +216,7 @@ def trajectory(c: ConfigDict) -> list[str]:
   return found
 
 
-def objective_sampler(c: ConfigDict) -> list[str]:
+def objective_sampler(c: Any) -> list[str]:
   """The sampler gives what the objective learns from."""
   s, objective = c.sampler, OBJECTIVES[c.objective.name]
   _, wants = wanted(c)
@@ -240,7 +239,7 @@ def objective_sampler(c: ConfigDict) -> list[str]:
   return [f'{text} (objective.name = {c.objective.name})' for text in found]
 
 
-def old_policy(c: ConfigDict) -> list[str]:
+def old_policy(c: Any) -> list[str]:
   """log p_old and log p_theta are comparable."""
   found, o, e = [], c.objective, c.logprob
   _, wants = wanted(c)
@@ -267,12 +266,12 @@ def old_policy(c: ConfigDict) -> list[str]:
   return found
 
 
-def plain_reference(c: ConfigDict) -> bool:
+def plain_reference(c: Any) -> bool:
   """Whether p_ref is the base model alone."""
   return part(c, 'reference').is_base()
 
 
-def reference(c: ConfigDict) -> list[str]:
+def reference(c: Any) -> list[str]:
   """p_ref can be computed, and the objective reads it."""
   found, r = [], c.reference
   averaged = 'moving' in r.of and r.mix < 1
@@ -297,7 +296,7 @@ def reference(c: ConfigDict) -> list[str]:
   return found
 
 
-def bounds(c: ConfigDict) -> list[str]:
+def bounds(c: Any) -> list[str]:
   """Health rules bound numbers that this objective has."""
   found, h = [], c.health
   hp, wants = wanted(c)
@@ -314,7 +313,7 @@ def bounds(c: ConfigDict) -> list[str]:
   return found
 
 
-def weigh_metrics(c: ConfigDict, hp: Any) -> Any:
+def weigh_metrics(c: Any, hp: Any) -> Any:
   """Returns the metrics of an objective's `weigh`, as shapes."""
   groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
   guess = jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
@@ -323,7 +322,7 @@ def weigh_metrics(c: ConfigDict, hp: Any) -> Any:
 
 
 # Each rule, with the sections that must be right themselves before it can be asked.
-RULES: dict[Callable[[ConfigDict], list[str]], tuple[str, ...]] = {
+RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   evaluation: ('data', 'eval', 'eval.sampler'),
   quantization: ('model', 'lora'),
   head_chunk: ('model', 'sampler'),
@@ -351,7 +350,7 @@ UNNAMED = (*FREE, 'eval.', 'data.test_size')
 JUDGING = (*UNNAMED, 'reward.', 'data.protocol', 'data.path')
 
 
-def plain(c: ConfigDict) -> dict[str, Any]:
+def plain(c: Any) -> dict[str, Any]:
   """Returns {'section.field': value} as JSON gives it back: tuples become lists."""
   return flatten(json.loads(c.to_json()))
 
@@ -365,7 +364,7 @@ def changes(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> 
   )
 
 
-def refuse(c: ConfigDict, free: tuple[str, ...] = JUDGING) -> Callable[[dict], str]:
+def refuse(c: Any, free: tuple[str, ...] = JUDGING) -> Callable[[dict], str]:
   """Returns meta -> why a checkpoint is not of this config, or ''."""
 
   def why(meta: dict) -> str:

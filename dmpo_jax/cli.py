@@ -36,7 +36,6 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it warns without tor
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
 from dmpo_jax import (
   build,
@@ -192,11 +191,12 @@ def cluster() -> dict[str, Any] | None:
     )
   if auto:
     return dict(heartbeat=HEARTBEAT.value)
-  given = {'--coordinator': where or None, '--processes': count, '--process': which}
-  if missing := [name for name, value in given.items() if value is None]:
+  if not where or count is None or which is None:
+    given = {'--coordinator': where or None, '--processes': count, '--process': which}
+    missing = ', '.join(name for name, value in given.items() if value is None)
     raise ValueError(
-      f'{", ".join(missing)} missing: --coordinator=host:port, --processes=N and '
-      '--process=i belong together'
+      f'{missing} missing: --coordinator=host:port, --processes=N and --process=i '
+      'belong together'
     )
   host, _, port = where.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -234,7 +234,7 @@ def split_cpu(count: int) -> None:
     jax.config.update('jax_num_cpu_devices', count)
 
 
-def cache_programs(c: ConfigDict) -> None:
+def cache_programs(c: Any) -> None:
   """Keeps compiled programs in the user's own cache directory, except for CPUs.
 
   Never in a directory that others can write to: they could put code there that runs
@@ -243,7 +243,8 @@ def cache_programs(c: ConfigDict) -> None:
   """
   if not c.cache:
     return jax.config.update('jax_enable_compilation_cache', False)
-  if jax.config.jax_compilation_cache_dir or jax.default_backend() == 'cpu':
+  known = jax.config.jax_compilation_cache_dir  # pyright: ignore
+  if known or jax.default_backend() == 'cpu':
     return
   root = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   folder = os.path.join(root, 'dmpo_jax', 'programs')
@@ -265,14 +266,14 @@ def say(text: str) -> None:
 # --- the workdir
 
 
-def default_workdir(c: ConfigDict) -> str:
+def default_workdir(c: Any) -> str:
   """Returns runs/NAME-HASH; fields that training does not read are not in the hash."""
   fields = {k: v for k, v in check.plain(c).items() if not k.startswith(check.UNNAMED)}
   digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
   return os.path.join('runs', f'{c.name}-{digest.hexdigest()[:8]}')
 
 
-def settle(c: ConfigDict, workdir: str, begin: bool) -> str:
+def settle(c: Any, workdir: str, begin: bool) -> str:
   """Makes and returns the workdir. ValueError if it belongs to another config.
 
   begin: a run begins or resumes here, so config.json is written and only fields in
@@ -302,7 +303,7 @@ def settle(c: ConfigDict, workdir: str, begin: bool) -> str:
   return workdir
 
 
-def ready(c: ConfigDict) -> build.Built:
+def ready(c: Any) -> build.Built:
   """Returns build.build(c). ValueError if the model's weights are not here."""
   built = build.build(c)
   if built.tokenizer is None:
@@ -314,7 +315,7 @@ def ready(c: ConfigDict) -> build.Built:
 
 
 @contextlib.contextmanager
-def watched(c: ConfigDict) -> Iterator[tuple[guard.Preemption, guard.Watchdog]]:
+def watched(c: Any) -> Iterator[tuple[guard.Preemption, guard.Watchdog]]:
   """SIGTERM ends the process, and log.stuck_minutes without progress do."""
   with (
     guard.Preemption(at_once=True) as asked,

@@ -320,9 +320,9 @@ def settings(cls: type, values: Any) -> Any:
   return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
-def part(c: ConfigDict, name: str) -> Any:
+def part(c: Any, name: str) -> Any:
   """Returns a section of a config as its dataclass; name: such as 'eval.sampler'."""
-  values = c
+  values: Any = c
   for key in name.split('.'):
     values = values[key]
   return settings(SECTIONS[name], values)
@@ -379,7 +379,7 @@ def d1(task: str) -> dict[str, Any]:
 RECIPES = {'diffu_grpo': d1}
 
 
-def choose_objective(c: ConfigDict, name: str) -> None:
+def choose_objective(c: Any, name: str) -> None:
   """Gives a config the objective `name` at its own defaults.
 
   Replaces the section `objective`, so that nothing set for another objective stays.
@@ -401,7 +401,7 @@ def choose_objective(c: ConfigDict, name: str) -> None:
     c.lora.dropout = 0.0
 
 
-def update(c: ConfigDict, fields: Mapping[str, Any]) -> None:
+def update(c: Any, fields: Mapping[str, Any]) -> None:
   """Sets {'section.field': value}; objective.name first, by `choose_objective`.
 
   ValueError if the config has no such field, with the nearest one that it has.
@@ -416,7 +416,7 @@ def update(c: ConfigDict, fields: Mapping[str, Any]) -> None:
   c.update_from_flattened_dict(fields)
 
 
-def unknown(name: str, c: ConfigDict) -> str:
+def unknown(name: str, c: Any) -> str:
   """Returns the sentence about a field that a config does not have."""
   head, _, leaf = name.rpartition('.')
   known = flatten(c)
@@ -437,7 +437,7 @@ def unknown(name: str, c: ConfigDict) -> str:
 # --- files and the command line
 
 
-def load(path: str) -> tuple[ModuleType, ConfigDict]:
+def load(path: str) -> tuple[ModuleType, Any]:
   """Returns a config file as a module, and its config; path: FILE or FILE:ARGUMENT.
 
   ValueError if there is no such file, or it refuses the argument.
@@ -477,7 +477,7 @@ def sweep_point(module: ModuleType, file: str, sweep: str) -> dict[str, Any]:
 
 
 def override(
-  c: ConfigDict, overrides: Sequence[str], point: Mapping[str, Any] | None = None
+  c: Any, overrides: Sequence[str], point: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
   """Sets '--config.section.field=value' flags and a sweep point; locks the config.
 

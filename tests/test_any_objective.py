@@ -17,6 +17,7 @@ from dmpo_jax import (
   build,
   check,
   checkpoint,
+  config,
   mesh,
   model,
   objectives,
@@ -65,19 +66,10 @@ VARIANTS = {
 }
 
 
-def choose(c, name):
-  """Gives a config an objective with its own defaults, and its paper's sampler."""
-  objective = OBJECTIVES[name]
-  c.objective.name = name
-  for fields in (check.objective_fields(), vars(objective.Config()), vars(Common())):
-    c.objective.update(fields)
-  c.sampler.update(objective.sampler)
-
-
 def tiny(name, **changes):
   """Returns the config of an objective, or of one of VARIANTS, at the smallest size."""
   c = base.get_config()
-  choose(c, name.split(',')[0])
+  config.choose_objective(c, name.split(',')[0])
   c.sampler.block = min(c.sampler.block, L)
   c.sampler.steps = max(2, L // c.sampler.block)
   c.update_from_flattened_dict({**SIZES, **VARIANTS.get(name, {}), **changes})

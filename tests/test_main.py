@@ -203,7 +203,7 @@ IMPOSSIBLE = [
   ({'lora.dropout': 0.1}, 'lora.dropout.*lora.rank > 0'),
   ({'model.quantize': 'int8'}, 'model.quantize = int8.*lora.rank > 0'),
   ({'checkpoint.every': 0}, 'checkpoint.every = 0 must be >= 1'),
-  ({'reference.weights': ()}, 'reference.weights = .*one weight for each'),
+  ({'reference.weights': ()}, 'reference.weights = .*a weight for each'),
   ({'reference.mix': 0.0}, 'reference.mix = 0.0 must be in'),
   ({'eval.samples': 2}, 'eval.samples = 2.*eval.sampler.temperature > 0'),
   ({'seed': -1}, 'seed = -1 must be in 0'),
