@@ -7,11 +7,11 @@ judges as if it had not been interrupted.
 
 import dataclasses
 import difflib
-import math
 from typing import Any
 
 import numpy as np
 
+from dmpo_jax import files
 from dmpo_jax.types import BoolRL, FloatBG, IntRL
 
 ACTIONS = ('none', 'warn', 'stop')
@@ -182,10 +182,5 @@ def record(hp: Config, state: State, iteration: int, rule: str) -> dict[str, Any
     'rule': rule,
     'threshold': getattr(hp, rule),
     'action': hp.action,
-    'values': [as_json(x) for x in state.values[rule]],
+    'values': [files.number(x) for x in state.values[rule]],
   }
-
-
-def as_json(value: float) -> float | str:
-  """Returns a number for JSON, which has no nan and no inf, as itself or as text."""
-  return value if math.isfinite(value) else str(value)

@@ -83,7 +83,6 @@ METRICS = {
   'place_log_abs': 'mapg: the same for the choice of positions; nats',
   # --- the program (rl)
   'ill': 'health rules that are broken; count',
-  'lr_scale': 'factor of the learning rate after rollbacks; 1 = none',
   'compilations': 'programs compiled since the row before; count',
   'seconds/': 'host time of one part since the row before; seconds',
 }

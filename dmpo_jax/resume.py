@@ -5,7 +5,6 @@ to the same bits.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -111,29 +110,16 @@ def append(workdir: str, lines: dict[str, list[dict]]) -> None:
   """Appends to JSON-lines files, {name: rows}; creates none for no rows."""
   for name, rows in lines.items():
     if rows and jax.process_index() == 0:
-      with open(os.path.join(workdir, name), 'a') as f:
-        f.writelines(json.dumps(row) + '\n' for row in rows)
+      files.append(os.path.join(workdir, name), rows)
 
 
 def append_once(workdir: str, name: str, row: dict) -> None:
   """Appends a line to a JSON-lines file, unless the file has it."""
-  path = os.path.join(workdir, name)
-  if jax.process_index() == 0 and os.path.exists(path):
-    with open(path) as f:
-      if json.dumps(row) + '\n' in f:
-        return
-  append(workdir, {name: [row]})
+  if jax.process_index() == 0 and row not in files.read(os.path.join(workdir, name)):
+    append(workdir, {name: [row]})
 
 
 def rewind_lines(workdir: str, name: str, last: int) -> None:
   """Drops lines of iterations after `last`, and an incomplete last line."""
-  path = os.path.join(workdir, name)
-  if jax.process_index() or not os.path.exists(path):
-    return
-  with open(path) as f:
-    lines = [
-      line
-      for line in f
-      if line.endswith('\n') and json.loads(line)['iteration'] <= last
-    ]
-  files.replace(path, ''.join(lines))
+  if jax.process_index() == 0:
+    files.rewind(os.path.join(workdir, name), last)

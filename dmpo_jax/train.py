@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dmpo_jax import checkpoint, guard, health, mesh, metrics, resume
+from dmpo_jax import checkpoint, files, guard, mesh, metrics, resume
 from dmpo_jax.phases import PHASES, Phase, Session
 from dmpo_jax.resume import Place
 from dmpo_jax.types import Params, TrainBatch, TrainState
@@ -206,7 +206,7 @@ def stop_if_not_finite(phase: Phase, numbers: dict | None, batch: Any) -> None:
   line = {
     'iteration': (step - 1) // phase.inner,
     'rule': 'finite',
-    'values': [health.as_json(numbers[name]) for name in ('loss', 'grad_norm')],
+    'values': [files.number(numbers[name]) for name in ('loss', 'grad_norm')],
     'action': 'stop',
   }
   resume.append_once(workdir, 'health.jsonl', line)
