@@ -22,8 +22,6 @@ from absl import logging
 
 from dmpo_jax import files
 
-replace = files.replace
-
 FILE = 'metrics.jsonl'
 RESERVED = ('phase', 'step', 'time')
 SHOWN = ('reward', 'accuracy', 'ess', 'loss', 'grad_norm')
