@@ -506,8 +506,8 @@ LOOPS = {
 # data.overlong is in test_data; what comes from files, and what only a
 # checkpoint's base shows, in test_weights and test_export; what --mode=eval
 # reads, and the weights of other tasks' terms, in test_evaluate; what main
-# alone reads, in test_main; rules that the stub cannot break, and what p_ref is made of, in
-# test_targets.
+# alone reads, in test_main; rules that the stub cannot break, in test_health; what
+# p_ref is made of, in test_targets.
 ELSEWHERE = {
   'name',
   'objective.name',
