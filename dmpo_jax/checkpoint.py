@@ -43,7 +43,8 @@ class Preserved:
   """
 
   def __init__(self, count: int):
-    self.count, self.best = count, None
+    self.count = count
+    self.best: int | None = None
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
     steps = [info.step for info in checkpoints]
