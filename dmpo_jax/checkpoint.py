@@ -23,7 +23,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dmpo_jax import mesh
-from dmpo_jax.types import IntScalar
 
 UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 
@@ -247,7 +246,7 @@ def set_aside(manager: Manager, step: int) -> None:
   manager.reload()
 
 
-def digest(tree: Any) -> IntScalar:
+def digest(tree: Any) -> jax.Array:
   """Returns a uint32 of all bits of a tree; a change of one element changes it.
 
   It is a sum of bits * (2 * position + 1) modulo 2**32. The order of a sum does not
