@@ -1,12 +1,12 @@
-"""A run killed at random moments ends as the one that nothing stopped.
+"""A run killed at random moments ends as a run that nothing interrupts.
 
 python -m benchmarks.kills --kills=20 [--config.optim.lr=1e-3 ...]
 
 Runs `python main.py --config=configs/quickstart.py`, made small, first in
 peace and then with kill -9 at seeded random moments of each phase, started
-again by the same command each time. All that is left must be the same to the
-bit: every array of every checkpoint, metrics but for times, samples, answers
-and results. The last line is JSON; the exit code is 1 if anything differs.
+again by the same command each time. The results must be equal to the bit: every
+array of every checkpoint, metrics but for times, samples, answers and results.
+The last line is JSON; the exit code is 1 if anything differs.
 """
 
 import argparse
@@ -71,8 +71,9 @@ class Seen(NamedTuple):
 
 
 def launch(workdir, arguments, folder):
-  """main.py in a process of its own: (process, its log, which begins with the
-  command). What one compiles the others with this folder load."""
+  """Starts main.py; returns (process, its log, which begins with the command).
+
+  Processes with this folder share a compilation cache."""
   log = workdir.with_name(workdir.name + '.log')
   command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}', *arguments]
   cache = {
@@ -94,7 +95,7 @@ def begin(workdir, arguments):
 
 
 def unfinished(workdir):
-  """Checkpoints under way, or left half-written: {(name, inode)}."""
+  """Returns {(name, inode)} of checkpoints that are not whole."""
   found = set()
   for folder in ('rl', 'sft'):
     if (workdir / folder).is_dir():
@@ -107,7 +108,7 @@ def unfinished(workdir):
 
 
 def last_row(workdir):
-  """The newest whole line of the metrics, {} before there is one."""
+  """Returns the newest whole row of the metrics, {} before there is one."""
   path = workdir / metrics.FILE
   if not path.exists():
     return {}
@@ -118,7 +119,7 @@ def last_row(workdir):
 
 
 def look(session):
-  """Where a run is: after a kill, where it was."""
+  """Returns where a run is; after a kill, where it was."""
   row = last_row(session.workdir)
   fresh = row.get('time', 0) > session.begun
   if not row:
@@ -144,7 +145,7 @@ def look(session):
 
 
 def seen(session):
-  """Yields a Seen every few milliseconds, until the process ends."""
+  """Yields a Seen every few milliseconds until the process ends."""
   while session.process.poll() is None:
     yield look(session)
     time.sleep(0.003)
@@ -166,7 +167,7 @@ def in_peace(workdir, arguments):
 
 
 def plan(kills, updates, draw):
-  """[(phase to be hit, update from which on)], in the order of updates."""
+  """Returns [(phase to kill in, first update)], in the order of updates."""
   laps = [draw.sample([SAMPLE, UPDATE, SAVE, EVALUATE, START], 5) for _ in range(kills)]
   middle = [phase for lap in laps for phase in lap][: max(0, kills - 2)]
   places = sorted(draw.randrange(updates) for _ in middle)
@@ -208,12 +209,13 @@ def killed(workdir, arguments, moments, takes, draw):
 
 
 def checkpoints(workdir):
-  """{step/tree/path: array or value} of all that was saved whole."""
+  """Returns {step/tree/path: array or value} of the whole checkpoints."""
   found = {}
   for folder in sorted((workdir / 'rl').glob('*[0-9]')):
     meta = json.loads((folder / 'meta' / 'metadata').read_text())
     found[f'{folder.name}/meta'] = {k: v for k, v in meta.items() if k != 'seconds'}
-    for name in ('state', 'batch'):
+    saved = {path.name for path in folder.iterdir()}
+    for name in sorted(saved & {'state', 'batch', 'ahead'}):
       with ocp.StandardCheckpointer() as about, ocp.PyTreeCheckpointer() as io:
         shapes = about.metadata(folder / name).item_metadata.tree
         as_numpy = jax.tree.map(
@@ -226,7 +228,7 @@ def checkpoints(workdir):
 
 
 def lines(workdir):
-  """{file/line: content}, without what clocks and the compiler say."""
+  """Returns {file/line: content} without times and compilations."""
   found = {}
   for i, row in enumerate(metrics.read(workdir)):
     found[f'{metrics.FILE}/{i + 1}'] = {
@@ -245,7 +247,7 @@ def lines(workdir):
 
 
 def differences(one, two):
-  """What two finished runs do not share, as sentences; nan equals nan."""
+  """Returns sentences on how two finished runs differ; nan equals nan."""
   said = []
   for read in (checkpoints, lines):
     a, b = read(one), read(two)

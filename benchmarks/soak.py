@@ -1,15 +1,14 @@
-"""Runs one after the other, with kills: memory stays flat, nothing is lost.
+"""Runs the quickstart again and again, with kills: memory stays flat, nothing is lost.
 
 python -m benchmarks.soak --minutes=60 [--config.train.iterations=50 ...]
 
-Loops `python main.py --config=configs/quickstart.py`, a seed after the other,
-with kill -9 after random (exponential) times and the same command again.
-Resident memory is read every second, into memory.csv. It rises and falls within
-an iteration; the slope is that of its floor, the least of every WINDOW
-readings, of all sessions in one least-squares fit, each with a level of its own
-and without its warm-up. The standard error takes those as independent, which
-they are not: the slopes of single sessions say how far to trust it. The last
-line is JSON; the exit code is 1 if anything is lost.
+It loops `python main.py --config=configs/quickstart.py` with a new seed a run, kills
+it with -9 after random (exponential) times, and repeats the command. It reads resident
+memory every second into memory.csv. Memory rises and falls within an iteration, so the
+slope is fitted to its floor: the least of every WINDOW readings. One least-squares fit
+covers all sessions, each with its own level and without its warm-up. The standard error
+assumes independent points, which they are not; the slopes of single sessions show how
+far to trust it. The last line is JSON; the exit code is 1 if anything is lost.
 """
 
 import argparse
@@ -30,7 +29,7 @@ WINDOW = 15  # readings, several iterations, whose least is one point of the fit
 
 
 def resident(process):
-  """MiB of a process in memory; nan once it has ended."""
+  """Returns the resident MiB of a process; nan once it has ended."""
   try:
     text = pathlib.Path(f'/proc/{process.pid}/status').read_text()
     return int(text.split('VmRSS:')[1].split()[0]) / 1024
@@ -39,9 +38,9 @@ def resident(process):
 
 
 def live(session, life, warm, until):
-  """[(seconds, MiB)] from `warm` updates of the session's own on.
+  """Returns [(seconds, MiB)] of a session after its first `warm` updates.
 
-  Killed `life` seconds after these, or at time.time() = until.
+  Kills it `life` seconds after these, or at time.time() = until.
   """
   readings, start, warmed = [], None, None
   while session.process.poll() is None:
@@ -64,13 +63,13 @@ def live(session, life, warm, until):
 
 
 def floor(readings):
-  """(n, 2) of (seconds, MiB): the middle and the least of every WINDOW."""
+  """Returns (n, 2) of (seconds, MiB): the mean and the least of every WINDOW."""
   x = readings[: len(readings) // WINDOW * WINDOW].reshape(-1, WINDOW, 2)
   return np.stack([x[..., 0].mean(1), x[..., 1].min(1)], axis=1)
 
 
 def slope(sessions):
-  """(MiB/hour, its standard error, readings, [MiB/hour of each session]).
+  """Returns (MiB/hour, its standard error, readings, [MiB/hour of each session]).
 
   sessions: lists of (seconds, MiB).
   """
@@ -91,7 +90,7 @@ def slope(sessions):
 
 
 def lost(workdir):
-  """What is missing, double or left over in a workdir, as sentences."""
+  """Returns sentences on what is missing, double or left over in a workdir."""
   done = (workdir / 'results.json').exists()
   config = workdir / 'config.json'
   if not config.exists():

@@ -23,7 +23,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dmpo_jax import mesh
-from dmpo_jax.types import IntScalar
 
 UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an element
 
@@ -43,7 +42,8 @@ class Preserved:
   """
 
   def __init__(self, count: int):
-    self.count, self.best = count, None
+    self.count = count
+    self.best: int | None = None
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
     steps = [info.step for info in checkpoints]
@@ -246,7 +246,7 @@ def set_aside(manager: Manager, step: int) -> None:
   manager.reload()
 
 
-def digest(tree: Any) -> IntScalar:
+def digest(tree: Any) -> jax.Array:
   """Returns a uint32 of all bits of a tree; a change of one element changes it.
 
   It is a sum of bits * (2 * position + 1) modulo 2**32. The order of a sum does not

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dmpo_jax import files
-from dmpo_jax.types import BoolRL, FloatBG, IntRL
+from dmpo_jax.types import BoolRL, FloatBG, IntBG, IntRL
 
 ACTIONS = ('none', 'warn', 'stop')
 
@@ -79,8 +79,8 @@ def buffer_metrics(
   tokens_RxL: IntRL,
   completion_RxL: BoolRL,
   eos_id: int,
-  reward_BxG: FloatBG,
-  grade_BxG: FloatBG,
+  reward_BxG: FloatBG | IntBG,
+  grade_BxG: FloatBG | IntBG,
 ) -> dict[str, float]:
   """Returns numbers that show a policy without content or without variety.
 

@@ -56,14 +56,14 @@ def policy_of(built: build.Built, base: Params) -> tuple[Params, Params]:
   return built.steps.init_lora() or base, base
 
 
-def is_saved(workdir: str) -> bool:
+def is_saved(workdir: str | os.PathLike) -> bool:
   """Returns whether there is a checkpoint in workdir/rl."""
   folder = os.path.join(workdir, 'rl')
   return os.path.isdir(folder) and any(map(str.isdigit, os.listdir(folder)))
 
 
 def latest(
-  built: build.Built, workdir: str, base: Params, best: bool = False
+  built: build.Built, workdir: str | os.PathLike, base: Params, best: bool = False
 ) -> Params:
   """Returns the parameters of the newest checkpoint, else those training starts from.
 
@@ -94,7 +94,7 @@ def latest(
   return {**frozen, **(found.trees['state'].trainable if found else trainable)}
 
 
-def best_validation(workdir: str, inner: int, last: int) -> Best | None:
+def best_validation(workdir: str | os.PathLike, inner: int, last: int) -> Best | None:
   """Returns the best validation in metrics.jsonl up to the update `last`.
 
   inner: updates of an iteration. Of equal accuracies the first counts. None if there

@@ -55,10 +55,10 @@ def enter(
   phase: Phase, manager: checkpoint.Manager
 ) -> tuple[TrainState, dict[str, Any], Place]:
   """Reads the latest checkpoint, or makes a fresh start: (state, buffers, place)."""
-  state = phase.start()
+  state: Any = phase.start()
   shapes = checkpoint.abstract(state)
   if manager.all_steps():
-    del state  # two states at a time might not fit
+    state = None  # two states at a time might not fit
   found = checkpoint.restore(
     manager, lambda step: {'state': shapes, **phase.shapes(step)}, phase.refuse
   )

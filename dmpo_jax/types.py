@@ -93,7 +93,11 @@ def to_groups(x_R, group):
   return x_R.reshape((-1, group) + x_R.shape[1:])
 
 
-def _asked_for(self, name):
+# Default of a field that is there only if it was asked for; reading it is an error.
+NOT_ASKED: Any = None
+
+
+def _asked_for(self: tuple, name: str) -> Any:
   """Reads a field; AttributeError where it was not asked for (None)."""
   value = tuple.__getattribute__(self, name)
   if value is None and not name.startswith('_'):
@@ -150,7 +154,9 @@ class Text(NamedTuple):
   words: BoolRL  # True where the token is not EOS
   prompt: BoolRP  # True on real prompt tokens
   block: int  # the sampler's block length
-  record: Record | None  # None unless Wants.records is set
+  record: Record = NOT_ASKED  # only if Wants.records is set
+
+  __getattribute__ = _asked_for
 
 
 class Masks(NamedTuple):
@@ -158,9 +164,9 @@ class Masks(NamedTuple):
 
   masked: BoolRKL  # True where the mask token stands
   weight: WeightRKL  # factor that makes a masked sum an ELBO
-  counted: BoolRKL | None = None  # tokens in the loss; None: all that are masked
+  counted: BoolRKL = NOT_ASKED  # tokens in the loss, for losses over tokens
   prompt: BoolRKP | None = None  # prompt tokens that are masked; None: none
-  open: BoolRKL | None = None  # positions eligible for unmasking at that step
+  open: BoolRKL = NOT_ASKED  # positions eligible for unmasking at that step
 
 
 class ViewLogp(NamedTuple):
@@ -177,9 +183,9 @@ class Views(NamedTuple):
   raises AttributeError.
   """
 
-  elbo: InnerR | None = None
-  logp: InnerRKL | None = None
-  reads: dict[str, Array] | None = None
+  elbo: InnerR = NOT_ASKED
+  logp: InnerRKL = NOT_ASKED
+  reads: dict[str, Array] = NOT_ASKED
 
   __getattribute__ = _asked_for
 
@@ -207,10 +213,10 @@ class Scored(NamedTuple):
 
   reward: FloatBG
   length: IntBG  # tokens up to and including the first EOS
-  logp_old: FloatBG | None = None  # nats
-  logp_ref: FloatBG | None = None  # nats
-  guess: FloatBGK | None = None  # rewards of guesses; nan: no copy
-  live: BoolB | None = None  # groups that count (skip_equal)
+  logp_old: FloatBG = NOT_ASKED  # nats
+  logp_ref: FloatBG = NOT_ASKED  # nats
+  guess: FloatBGK = NOT_ASKED  # rewards of guesses; nan: no copy
+  live: BoolB = NOT_ASKED  # groups that count (skip_equal)
 
   __getattribute__ = _asked_for
 
@@ -230,7 +236,7 @@ class TrainBatch(NamedTuple):
   own: dict[str, Array]  # (R,) each: what else the objective's `weigh` returned
   norm: Scalar  # groups in the whole batch: divides every loss
   total: Scalar  # rows in the whole batch
-  record: Record | None = None  # None unless Wants.records is set
+  record: Record = NOT_ASKED  # only if Wants.records is set
   old: Views = Views()
   ref: Views = Views()
 

@@ -1,6 +1,6 @@
-"""kill -9 and the same command: nothing is lost, nothing differs.
+"""After kill -9 the same command ends with the same bits.
 
-The short form of benchmarks/kills.py: processes of their own, the real command.
+This is the short form of benchmarks/kills.py: it runs the real command.
 """
 
 import json
@@ -39,24 +39,24 @@ TINY = {
 
 @pytest.fixture
 def one_device(monkeypatch):
-  """What is compiled for one device is there sooner than for eight."""
+  """Compiles for one device, which takes less time than for eight."""
   monkeypatch.setenv(
     'XLA_FLAGS', os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1')
   )
 
 
 @pytest.fixture
-def nobody_else():
-  """Files are the user's alone."""
+def private_files():
+  """Sets a umask that keeps new files from other users."""
   before = os.umask(0o077)
   yield
   os.umask(before)
 
 
-def test_killed_runs_end_as_the_whole_one(one_device, nobody_else, tmp_path):
-  """All there is, bit by bit; and no file that others may read."""
+def test_killed_run_ends_as_the_whole_one(one_device, private_files, tmp_path):
+  """Every file is equal to the bit, and none is readable by others."""
   folder = tmp_path / 'kills'
-  told = kills.main(
+  result = kills.main(
     [
       f'--folder={folder}',
       '--kills=3',
@@ -64,8 +64,8 @@ def test_killed_runs_end_as_the_whole_one(one_device, nobody_else, tmp_path):
       *(f'--config.{name}={value}' for name, value in TINY.items()),
     ]
   )
-  assert told['kills'] == sum(told['phases'].values()) == 3
-  assert told['identical'] and not told['differences']
+  assert result['kills'] == sum(result['phases'].values()) == 3
+  assert result['identical'] and not result['differences']
   files = [path for path in folder.rglob('*') if not path.is_symlink()]
   assert len(files) > 100
   assert [
@@ -76,7 +76,7 @@ def test_killed_runs_end_as_the_whole_one(one_device, nobody_else, tmp_path):
 
 
 def controls(whole, killed):
-  """The comparisons see a bit, a line, a number and what lies about."""
+  """The comparisons see a number, a line and a file that is left over."""
   path = killed / 'metrics.jsonl'
   text = path.read_text()
   row = text.splitlines()[-1]
@@ -84,15 +84,15 @@ def controls(whole, killed):
   (killed / 'rl' / '13.orbax-checkpoint-tmp').mkdir()
   with open(killed / 'samples.jsonl', 'a') as f:
     f.write('{"iteration": 5}\n')
-  said = kills.differences(whole, killed)
-  assert len(said) == 4 and '13.orbax' in said[-1], said
-  said = soak.lost(killed)
-  assert len(said) == 3 and 'eval are [0, 2, 4, 7]' in said[0], said
-  assert '3 samples of iteration 5' in said[1] and '13.orbax' in said[2]
+  found = kills.differences(whole, killed)
+  assert len(found) == 4 and '13.orbax' in found[-1], found
+  found = soak.lost(killed)
+  assert len(found) == 3 and 'eval are [0, 2, 4, 7]' in found[0], found
+  assert '3 samples of iteration 5' in found[1] and '13.orbax' in found[2]
 
 
-def test_moments_of_kills():
-  """Every phase in each lap, later and later, supervised first and end last."""
+def test_kills_are_planned_over_all_phases():
+  """Supervised training comes first, the end last, every phase in between."""
   for seed in range(5):
     moments = kills.plan(20, 48, random.Random(seed))
     phases, places = zip(*moments, strict=True)
@@ -103,8 +103,8 @@ def test_moments_of_kills():
   assert [p for p, _ in kills.plan(2, 48, random.Random(0))] == [kills.SFT, kills.END]
 
 
-def test_where_a_run_is(tmp_path):
-  """By the last line it has written, whole, and by its checkpoints."""
+def test_phase_of_a_run_is_seen_from_its_files(tmp_path):
+  """The last whole line of the metrics and the checkpoints tell it."""
   (tmp_path / 'config.json').write_text(
     json.dumps(
       {
@@ -144,8 +144,8 @@ def test_where_a_run_is(tmp_path):
 
 
 def test_slope_of_memory():
-  """That of the floor: what rises and falls within WINDOW does not count, nor
-  do levels of sessions or short ones; the error is least squares'."""
+  """It is the slope of the floor: neither the rise within WINDOW nor the levels of
+  sessions nor short sessions count; the error is that of least squares."""
   draw = np.random.default_rng(0)
   t = np.arange(150.0)
   saw = 130.0 * (np.arange(150) % 5 > 1)

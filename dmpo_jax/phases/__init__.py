@@ -1,9 +1,11 @@
 """The phases of training, by name. A new one is a file and a line here."""
 
+from collections.abc import Callable
+
 from dmpo_jax.phases.phase import Phase, Session
 from dmpo_jax.phases.rl import RL
 from dmpo_jax.phases.sft import SFT
 
-PHASES: dict[str, type[Phase]] = {'sft': SFT, 'rl': RL}
+PHASES: dict[str, Callable[..., Phase]] = {'sft': SFT, 'rl': RL}
 
 __all__ = ['PHASES', 'Phase', 'Session']

@@ -108,7 +108,7 @@ class RL(Phase):
   # --- health and validation
 
   def judge(
-    self, place: resume.Place, numbers: dict[str, float]
+    self, place: resume.Place, numbers: dict[str, Any]
   ) -> tuple[resume.Place, bool]:
     """Notes the numbers; warns of a broken rule, once until it is satisfied again."""
     state = health.note(self.rules, place.health, numbers)
