@@ -46,7 +46,8 @@ def _note_compilation(event: str, seconds: float, **_) -> None:
     _compiled[:] = _compiled[0] + 1, _compiled[1] + seconds
 
 
-jax.monitoring.register_event_duration_secs_listener(_note_compilation)
+_listener: Any = _note_compilation
+jax.monitoring.register_event_duration_secs_listener(_listener)
 
 
 def compilations() -> dict[str, float]:
@@ -74,11 +75,12 @@ class Compiled:
     self.jitted = jax.jit(fn, **options)
 
   def __call__(self, *args: Any) -> Any:
-    rows = mesh.rows(self.grid)
-    args = [mesh.put(x, rows) if i in self.by_row else x for i, x in enumerate(args)]
-    args = [np.int32(x) if isinstance(x, int) else x for x in args]
+    rows, placed = mesh.rows(self.grid), []
+    for i, x in enumerate(args):
+      x = mesh.put(x, rows) if i in self.by_row else x
+      placed.append(np.int32(x) if isinstance(x, int) else x)
     with jax.set_mesh(self.grid):
-      return self.jitted(*args, *self.last)
+      return self.jitted(*placed, *self.last)
 
   def trace(self, *args: Any) -> Any:
     """Traces with ShapeDtypeStructs; compiles nothing."""
@@ -205,7 +207,9 @@ def make_quantize(c: Any, grid: Any) -> Callable[[Params], Params]:
   return quantize
 
 
-def make_starts(c: Any, cfg: model.ModelConfig, grid: Any) -> tuple:
+def make_starts(
+  c: Any, cfg: model.ModelConfig, grid: Any
+) -> tuple[Callable, Callable, Callable, Callable]:
   """Returns init, init_lora, start, start_sft: sharded from birth, never copied.
 
   With a checkpoint init reads it, with lora.path init_lora reads the adapter.
@@ -268,9 +272,9 @@ def make_sample(
     return pmap_rows(lambda *args: sample(*args, seed), grid)
   by_row = mesh.rows(grid)
   # Shardings are given, not left to the compiler: each process reads its own rows.
-  rollouts = Rollouts(*[by_row] * len(Rollouts._fields))
+  rollouts = Rollouts._make([by_row] * len(Rollouts._fields))
   rollouts = rollouts._replace(forwards=mesh.replicated(grid))
-  out = Sampled(rollouts, by_row, by_row)
+  out = Sampled._make([rollouts, by_row, by_row])
   return Compiled(grid, sample, last=(seed,), by_row=(1, 2, 3), out_shardings=out)
 
 
@@ -320,7 +324,9 @@ def pmap_rows(sample: Callable, grid: Any) -> Callable:
 # --- training
 
 
-def make_training(c: Any, grid: Any, setup: step.Setup) -> tuple:
+def make_training(
+  c: Any, grid: Any, setup: step.Setup
+) -> tuple[Compiled, Compiled, Compiled, Compiled]:
   """Returns score, pack, update, sft."""
   seed = np.uint32(c.seed)
 
@@ -474,7 +480,8 @@ def compile_longest(built: Built, prompt: int) -> None:
 
   A program that does not fit fails here, not at the long prompt hours later.
   """
-  if not jax.config.jax_compilation_cache_dir:
+  settings: Any = jax.config
+  if not settings.jax_compilation_cache_dir:
     return
   for name, program, args in programs(built, prompt):
     if not hasattr(program, 'trace'):  # pmap compiles when it is called

@@ -75,7 +75,8 @@ class Manager(ocp.CheckpointManager):
   """
 
   def __init__(self, directory: str, keep: int, digest: Callable | None = None):
-    self.preserved, self.digest = Preserved(keep), digest
+    self.preserved: Preserved = Preserved(keep)
+    self.digest = digest
     write_arrays_whole()
     super().__init__(
       os.path.abspath(directory),
@@ -163,7 +164,7 @@ def restore(
   faults = {}
   steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
   for step in steps:
-    found = None  # two states at a time might not fit
+    found: Any = None  # two states at a time might not fit
     try:
       with independent_reader(manager) as reader:
         found = read(reader, step, shapes(step))
@@ -210,7 +211,7 @@ def read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> F
   items = {
     name: ocp.args.StandardRestore(tree._asdict()) for name, tree in shapes.items()
   }
-  got = manager.restore(
+  got: Any = manager.restore(
     step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore())
   )
   trees = {name: type(tree)(**got[name]) for name, tree in shapes.items()}

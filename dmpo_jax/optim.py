@@ -59,10 +59,10 @@ def make_optimizer(
   keep a moving reference, which `follow` moves. Norms and biases are spared from
   weight decay, as the Hugging Face trainer does.
   """
-  lr = hp.lr if lr is None else lr
+  peak: Any = hp.lr if lr is None else lr
 
   def schedule(count):
-    rate = lr * jnp.minimum(1.0, (count + 1) / max(hp.warmup, 1))
+    rate = peak * jnp.minimum(1.0, (count + 1) / max(hp.warmup, 1))
     if hp.decay_steps:
       rate *= jnp.maximum(0.0, 1 - count / hp.decay_steps)
     return rate

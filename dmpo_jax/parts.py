@@ -58,7 +58,7 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
     lora_rank=c.lora.rank,
     lora_alpha=c.lora.alpha,
     lora_dropout=c.lora.dropout,
-    lora_targets=model.LORA_TARGETS.get(c.lora.targets, c.lora.targets),
+    lora_targets=model.LORA_TARGETS.get(c.lora.targets) or c.lora.targets,
   )
   check_targets(cfg)
   if not cfg.head_dim and cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:

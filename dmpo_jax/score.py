@@ -32,8 +32,8 @@ from dmpo_jax.types import (
 )
 
 
-def record_of(sampled: Sampled, wants: Wants) -> Record | None:
-  """Returns the sampler's steps as far as the objective wants them."""
+def record_of(sampled: Sampled, wants: Wants) -> Any:
+  """Returns the Record of the sampler's steps; None unless the objective wants one."""
   if wants.records is None:
     return None
   r = sampled.rollouts
@@ -135,13 +135,13 @@ def along_trajectory(
   params: Params, sampled: Sampled, key: AnyKey, setup: Setup
 ) -> tuple[FloatR, FloatR]:
   """Returns log-probs along the recorded steps: under `params`, and as recorded."""
-  states = setup.logprob.states
+  states, law = setup.logprob.states, setup.law
+  if law is None:
+    raise ValueError('logprob.estimator = trajectory needs the sampling law: Setup.law')
 
   def fn(part):
     u_R = rng.per_row(key, part.row, jax.random.uniform) if states else None
-    return logprob.trajectory_logp(
-      setup.cfg, params, part.rollouts, setup.law, states, u_R
-    )
+    return logprob.trajectory_logp(setup.cfg, params, part.rollouts, law, states, u_R)
 
   return over_rows(fn, sampled, setup)
 
@@ -238,7 +238,7 @@ def pack(
   groups, group = reward_BxG.shape
   grouped = lambda x: None if x is None else to_groups(x, group)
   skip = setup.common.skip_equal
-  live_B = None
+  live_B: Any = None
   if skip:
     live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
   scored = Scored(

@@ -107,15 +107,12 @@ def in_microbatches(fn: Callable, rows: Any, microbatches: int) -> Any:
 
 def split_batch(batch: TrainBatch, microbatches: int) -> TrainBatch:
   """Cuts a batch into microbatches on a new leading axis; each keeps the scalars."""
-  split = lambda x: split_rows(x, microbatches)
-  return TrainBatch(
-    **{
-      name: jnp.broadcast_to(x, (microbatches,))
-      if name in SCALARS
-      else jax.tree.map(split, x)
-      for name, x in batch._asdict().items()
-    }
-  )
+  scalars = {
+    name: jnp.broadcast_to(getattr(batch, name), (microbatches,)) for name in SCALARS
+  }
+  return jax.tree.map(
+    lambda x: split_rows(x, microbatches) if x.ndim else x, batch
+  )._replace(**scalars)
 
 
 # --- one pass under the loss's masks
@@ -184,9 +181,8 @@ def reweighed(setup: Setup, params: Params, batch: TrainBatch, key: AnyKey):
     return logprob.seq_elbo(now.logp, masks.weight)
 
   elbo_R = join_rows(jax.lax.map(elbo, split_batch(batch, setup.microbatches)))
-  return batch._replace(
-    weight=setup.objective.reweigh(elbo_R, batch, setup.group, setup.hp)
-  )
+  reweigh: Any = setup.objective.reweigh
+  return batch._replace(weight=reweigh(elbo_R, batch, setup.group, setup.hp))
 
 
 def train_step(
@@ -246,9 +242,8 @@ def update(
   (loss, metrics, grad), _ = jax.lax.scan(add, zeros, parts)
   norm = optax.tree.norm(grad)
   updates, opt_state = optimizer.update(grad, state.opt_state, state.trainable)
-  new = TrainState(
-    state.step + 1, optax.apply_updates(state.trainable, updates), opt_state
-  )
+  trainable: Any = optax.apply_updates(state.trainable, updates)
+  new = TrainState(state.step + 1, trainable, opt_state)
   finite = jnp.isfinite(loss + norm + optax.tree.norm(updates))
   new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
   numbers = {'loss': loss, 'grad_norm': norm, 'finite': finite.astype(jnp.float32)}

@@ -33,7 +33,8 @@ def run(
   FloatingPointError if a loss or gradient is not finite. Exits after SIGTERM with
   everything saved (code 75), or if the run is unhealthy and health.action = stop (77).
   """
-  phase = PHASES[name](session, base)
+  make: Any = PHASES[name]
+  phase = make(session, base)
   if not phase.updates and not phase.validates:
     return session.built.steps.init(), 0.0
   folder = os.path.join(session.workdir, name)

@@ -54,7 +54,7 @@ def save_hf(
   os.makedirs(folder, exist_ok=True)
   family = family_for(cfg, source)
   if source:
-    copy_small(source, folder)
+    copy_small(source, str(folder))
   else:
     write_json(folder, 'config.json', config_of(cfg, family))
   if tokenizer is not None and jax.process_index() == 0:

@@ -7,6 +7,7 @@ see a key; None means everywhere.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +173,8 @@ def splash_local(
     interpret=interpret,
   )
   seen = splash.SegmentIds(jnp.ones((len(q), q.shape[2]), jnp.int32), real)
-  return jax.vmap(kernel)(q, k, v, seen)[:, :, :length]
+  out: Any = jax.vmap(kernel)(q, k, v, seen)
+  return out[:, :, :length]
 
 
 ATTENTION = {'xla': attend, 'cudnn': attend_cudnn, 'splash': attend_splash}
