@@ -41,16 +41,21 @@ BoolRKL, BoolRKP = Bool[Array, 'R K L'], Bool[Array, 'R K P']
 FloatRSD, FloatRLD = Float[Array, 'R S D'], Float[Array, 'R L D']
 FloatRSV, FloatRWV = Float[Array, 'R S V'], Float[Array, 'R W V']
 # In the model: T queries, S keys, J key and value heads, X anything.
-KeyScalar, IntRT, FloatRTD = Key[Array, ''], Int[Array, 'R T'], Float[Array, 'R T D']
-FloatRHTC, FloatRJSC = Float[Array, 'R H T C'], Float[Array, 'R J S C']
-FloatNRJSC, FloatNDF = Float[Array, 'N R J S C'], Float[Array, 'N D F']
-BoolR1TS, FloatR1TX = Bool[Array, 'R 1 #T S'], Float[Array, 'R 1 T X']
-IntX, FloatX, FloatXV = Int[Array, '*X'], Float[Array, '*X'], Float[Array, '*X V']
-FloatXD, FloatDF, FloatXF = (
-  Float[Array, '*X D'],
-  Float[Array, 'D F'],
-  Float[Array, '*X F'],
-)
+KeyScalar = Key[Array, '']
+IntRT = Int[Array, 'R T']
+FloatRTD = Float[Array, 'R T D']
+FloatRHTC = Float[Array, 'R H T C']
+FloatRJSC = Float[Array, 'R J S C']
+FloatNRJSC = Float[Array, 'N R J S C']
+FloatNDF = Float[Array, 'N D F']
+BoolR1TS = Bool[Array, 'R 1 #T S']
+FloatR1TX = Float[Array, 'R 1 T X']
+IntX = Int[Array, '*X']
+FloatX = Float[Array, '*X']
+FloatXV = Float[Array, '*X V']
+FloatXD = Float[Array, '*X D']
+FloatDF = Float[Array, 'D F']
+FloatXF = Float[Array, '*X F']
 
 
 def to_rows(x_BxG):

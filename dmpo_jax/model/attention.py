@@ -172,7 +172,8 @@ def splash_local(
     interpret=interpret,
   )
   seen = splash.SegmentIds(jnp.ones((len(q), q.shape[2]), jnp.int32), real)
-  return jax.vmap(kernel)(q, k, v, seen)[:, :, :length]
+  out: t.Array = jax.vmap(kernel)(q, k, v, seen)
+  return out[:, :, :length]
 
 
 ATTENTION = {'xla': attend, 'cudnn': attend_cudnn, 'splash': attend_splash}

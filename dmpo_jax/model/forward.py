@@ -5,6 +5,8 @@
 which is the reference policy and costs no second copy.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +22,7 @@ def init(cfg: ModelConfig, key: t.KeyScalar) -> t.Params:
   token = jnp.zeros((1, 1), jnp.int32)
   key_params, key_lora = jax.random.split(key)
   keys = {'params': key_params, 'lora': key_lora}
-  return Transformer(cfg).init(keys, Inputs(token, token))
+  return dict(Transformer(cfg).init(keys, Inputs(token, token)))
 
 
 def states(
@@ -30,7 +32,8 @@ def states(
 
   A family that shifts is not undone here. keep=False returns no cache.
   """
-  return Transformer(cfg, keep).apply(params, inputs, method=Transformer.hidden)
+  out: Any = Transformer(cfg, keep).apply(params, inputs, method=Transformer.hidden)
+  return out
 
 
 def hidden(
