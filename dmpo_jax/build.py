@@ -269,7 +269,7 @@ def make_sample(
 
   seed = np.uint32(c.seed)
   if section.parallel == 'pmap':
-    return pmap_rows(lambda *args: sample(*args, seed), grid)
+    return pmap_rows(lambda params, *rows: sample(params, *rows, seed), grid)
   by_row = mesh.rows(grid)
   # Shardings are given, not left to the compiler: each process reads its own rows.
   rollouts = Rollouts._make([by_row] * len(Rollouts._fields))

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from dmpo_jax import mesh
 
 PREEMPTED, STUCK, COLLAPSED = 75, 76, 77
+STDERR: Any = sys.__stderr__  # the process's own, whatever stands for sys.stderr
 _asked = itertools.count()  # JAX wants a count that never falls, over all phases
 
 
@@ -51,7 +52,7 @@ def join(
         s.bind(('', int(coordinator.rpartition(':')[2])))
       except OSError as error:  # JAX' coordinator would crash
         raise ValueError(f'{where}: no port for process 0: {error}') from None
-  explicit = dict(
+  explicit: dict[str, Any] = dict(
     coordinator_address=coordinator,
     num_processes=processes,
     process_id=process,
@@ -78,11 +79,11 @@ def join(
 
 
 def _give_up(where: str, patience: int) -> NoReturn:
-  sys.__stderr__.write(
+  STDERR.write(
     f'error: {where}: the processes have not met within {patience} seconds: '
     'is each of them running, and is that port of process 0 open to them?\n'
   )
-  sys.__stderr__.flush()
+  STDERR.flush()
   os._exit(1)  # connecting cannot be interrupted
 
 
@@ -191,7 +192,7 @@ class Watchdog:
 
   def _watch(self) -> None:
     while not self._over.is_set():
-      faulthandler.dump_traceback_later(2 * self._limit, exit=True, file=sys.__stderr__)
+      faulthandler.dump_traceback_later(2 * self._limit, exit=True, file=STDERR)
       self._over.wait(min(10, self._limit / 10))
       last, phase, step = self._last
       if not self._over.is_set() and time.monotonic() - last > self._limit:
@@ -202,7 +203,7 @@ class Watchdog:
       f'error: no progress for {self._limit:g} seconds in {phase!r} at update {step}; '
       'the same command resumes from the last checkpoint. The stacks of all threads:\n'
     )
-    for path in (sys.__stderr__.fileno(), self.path):
+    for path in (STDERR.fileno(), self.path):
       with (
         contextlib.suppress(OSError),
         open(path, 'a', closefd=path == self.path) as f,

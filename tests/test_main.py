@@ -20,8 +20,8 @@ from dmpo_jax import (
   config,
   data,
   evaluate,
-  export,
   guard,
+  hf,
   metrics,
   parts,
   train,
@@ -715,7 +715,7 @@ def test_a_published_adapter_is_where_training_starts(
   )
   cfg, _ = weights.load_hf(str(tiny_checkpoint), lora_rank=2)
   lora = weights_of(cfg)['lora']
-  export.save_adapter(
+  hf.save_adapter(
     str(tmp_path / 'adapter'),
     dataclasses.replace(cfg, lora_alpha=c.lora.alpha),
     {'lora': lora},
@@ -736,7 +736,7 @@ def tiny_checkpoint(request, weights_of, tmp_path):
     pad_id=ids.pad_token_id,
   )
   folder = tmp_path / 'llada'
-  export.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
+  hf.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
   assert (folder / weights.INDEX).exists()
   return folder
 

@@ -158,7 +158,7 @@ class Entry(NamedTuple):
   """One of our leaves, and where it lies in the files."""
 
   path: str  # such as params/layers/q/kernel
-  leaf: Any  # array or ShapeDtypeStruct
+  leaf: Any  # its ShapeDtypeStruct, or the array itself
   names: tuple[str, ...]  # the tensor's name, or that of each layer
   stacked: bool  # the leaf has a leading axis of layers
   transposed: bool  # torch writes linears as (out, in)

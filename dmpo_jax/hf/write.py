@@ -128,7 +128,7 @@ def config_of(cfg: model.ModelConfig, family: Family) -> dict[str, Any]:
   )
 
 
-def copy_small(source: str, folder: str) -> None:
+def copy_small(source: str, folder: str | os.PathLike) -> None:
   """Copies everything of the source but its weights.
 
   ValueError on a link out of the source: an export is made to be given away.

@@ -7,7 +7,6 @@ see a key; None means everywhere.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +172,7 @@ def splash_local(
     interpret=interpret,
   )
   seen = splash.SegmentIds(jnp.ones((len(q), q.shape[2]), jnp.int32), real)
-  out: Any = jax.vmap(kernel)(q, k, v, seen)
+  out: t.Array = jax.vmap(kernel)(q, k, v, seen)
   return out[:, :, :length]
 
 

@@ -22,8 +22,7 @@ def init(cfg: ModelConfig, key: t.KeyScalar) -> t.Params:
   token = jnp.zeros((1, 1), jnp.int32)
   key_params, key_lora = jax.random.split(key)
   keys = {'params': key_params, 'lora': key_lora}
-  tree: Any = Transformer(cfg).init(keys, Inputs(token, token))
-  return tree
+  return dict(Transformer(cfg).init(keys, Inputs(token, token)))
 
 
 def states(

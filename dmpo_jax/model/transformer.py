@@ -55,18 +55,17 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: t.FloatRTD, keys: t.KeyR | None = None) -> t.FloatX:
-    cfg, shape = self.cfg, (x.shape[-1], self.features)
+    cfg, shape, name = self.cfg, (x.shape[-1], self.features), str(self.name)
     dtype = jnp.dtype(cfg.dtype)
     init = nn.initializers.variance_scaling(self.gain, 'fan_in', 'truncated_normal')
     kernel = self.param('kernel', init, shape, cfg.param_dtype)
     # A base under adapters takes no gradient of its kernels.
-    product = jnp.matmul if cfg.lora_rank else matmul
-    y: Any = product(x, dense(kernel).astype(dtype))
+    product: Any = jnp.matmul if cfg.lora_rank else matmul
+    y = product(x, dense(kernel).astype(dtype))
     if self.bias:
       zeros = nn.initializers.zeros
       bias = self.param('bias', zeros, shape[1:], cfg.param_dtype)
       y += jnp.broadcast_to(bias, y.shape).astype(dtype)
-    name = str(self.name)
     adapted = cfg.lora_rank and re.search(cfg.lora_targets, name)
     if adapted and (self.is_initializing() or self.has_variable('lora', 'a')):
       if keys is not None and cfg.lora_dropout:
@@ -154,12 +153,12 @@ class Transformer(nn.Module):
     block = Block
     if cfg.remat != 'none':
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
-    scan: Any = nn.scan
-    self.layers = scan(
+    axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+    self.layers = nn.scan(
       block,
       variable_axes={'params': 0, 'lora': 0},
       split_rngs={'params': True, 'lora': True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=axes,
       length=cfg.layers,
     )(cfg, self.keep)
     self.final_norm = Norm(cfg)

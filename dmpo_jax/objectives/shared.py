@@ -148,9 +148,10 @@ def per_row(scored: Scored) -> FloatBG:
 
 def per_token(scored: Scored) -> FloatBG:
   """Returns the scales by which a loss is a mean over the batch's tokens."""
-  length, live = scored.length, jnp.ones(scored.reward.shape[:1], bool)
-  if scored.live_of() is not None:
-    live = scored.live_of()
+  length, live = scored.length, scored.live_of()
+  if live is None:
+    live = jnp.ones(scored.reward.shape[:1], bool)
+  else:
     length = length * live[:, None]
   scale = jnp.sum(live) / jnp.maximum(jnp.sum(length), 1)
   return jnp.broadcast_to(scale, scored.reward.shape)
