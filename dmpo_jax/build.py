@@ -5,6 +5,7 @@ functions. Shapes for restoring and planning come from tracing the same function
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -269,7 +270,7 @@ def make_sample(
 
   seed = np.uint32(c.seed)
   if section.parallel == 'pmap':
-    return pmap_rows(lambda params, *rows: sample(params, *rows, seed), grid)
+    return pmap_rows(functools.partial(sample, seed=seed), grid)
   by_row = mesh.rows(grid)
   # Shardings are given, not left to the compiler: each process reads its own rows.
   rollouts = Rollouts._make([by_row] * len(Rollouts._fields))
