@@ -17,7 +17,9 @@ AnyKey = Key[Any, '']
 
 STREAMS = dict(init=0, lora=1, sample=2, score=3, mask=4, sft=5, evaluate=6)
 # Uses inside one stream and step, beside its rows.
-SUBSTREAMS = dict(dropout=1 << 20, anchor=(1 << 20) + 1, fresh=(1 << 20) + 2, prompt=1)
+SUBSTREAMS = dict(dropout=0, anchor=1, fresh=2, prompt=3)
+# Rows are counted from 0 over the whole run; none reaches the largest int32.
+NO_ROW = 2**31 - 1
 
 
 def key_for(seed: Any, stream: str, step: Any = 0) -> AnyKey:
@@ -27,8 +29,11 @@ def key_for(seed: Any, stream: str, step: Any = 0) -> AnyKey:
 
 
 def substream(key: AnyKey, name: str) -> AnyKey:
-  """Returns the key of a use (a name in SUBSTREAMS) within a stream."""
-  return jax.random.fold_in(key, SUBSTREAMS[name])
+  """Returns the key of a use (a name in SUBSTREAMS) within a stream.
+
+  It is a child of a key that no row has, so it is no row's key either.
+  """
+  return jax.random.fold_in(jax.random.fold_in(key, NO_ROW), SUBSTREAMS[name])
 
 
 def row_keys(key: AnyKey, row_R: IntR) -> KeyR:
