@@ -146,7 +146,7 @@ class Reads(ast.NodeVisitor):
 
 @pytest.mark.parametrize(
   'cls',
-  [*CLASSES, Common, *{objective.Config for objective in OBJECTIVES.values()}],
+  [*CLASSES, Common, *(objective.Config for objective in OBJECTIVES.values())],
   ids=lambda cls: f'{cls.__module__}.{cls.__qualname__}',
 )
 def test_every_field_is_read(cls):
