@@ -25,7 +25,9 @@ FILES = sorted(
 TRAINS = [stem for stem in FILES if stem not in ('baselines', 'compare')]
 PUBLISHED = [stem for stem in TRAINS if stem.startswith(('llada', 'dream'))]
 NAMED = ('quickstart', 'llada_math')  # where each objective is named in turn
-CLASSES = sorted({*config.SECTIONS.values()}, key=lambda cls: cls.__qualname__)
+CLASSES = sorted(
+  {*config.SECTIONS.values()}, key=lambda cls: (cls.__module__, cls.__qualname__)
+)
 
 
 def file_of(stem):
