@@ -444,12 +444,14 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
     built.setup.wants.records or (),
   )
   sampled = jit.shapes({**frozen, **state.trainable}, *prompts)
-  scores = built.steps.score.shapes(state.trainable, frozen, refs, sampled)
+  # Functions of their own: those in built.steps may be wrapped.
+  score, pack, *_ = make_training(c, built.mesh, built.setup)
+  scores = score.shapes(state.trainable, frozen, refs, sampled)
   if scores.guess is not None:  # the host hands in their rewards
     guess = jax.ShapeDtypeStruct(scores.guess.shape[:2], np.float32, sharding=by_row)
     scores = scores._replace(guess=guess)
   reward = jax.ShapeDtypeStruct((c.train.prompts, c.train.group), np.float32)
-  batch, _ = built.steps.pack.shapes(sampled, reward, scores)
+  batch, _ = pack.shapes(sampled, reward, scores)
   return Abstract(frozen, state, refs, prompts, sampled, batch)
 
 

@@ -273,13 +273,31 @@ def default_workdir(c: Any) -> str:
   return os.path.join('runs', f'{c.name}-{digest.hexdigest()[:8]}')
 
 
+def find_run(c: Any) -> str:
+  """Returns the workdir of the run that a config may evaluate, else the default one.
+
+  The run may differ in the fields of check.JUDGING. ValueError if several fit.
+  """
+  default, fits = default_workdir(c), []
+  if os.path.isdir(default):
+    return default
+  for path in sorted(glob.glob(os.path.join('runs', f'{c.name}-*', 'config.json'))):
+    with open(path) as f, contextlib.suppress(ValueError):
+      old = check.flatten(json.load(f))
+      if not check.changes(old, check.plain(c), check.JUDGING):
+        fits.append(os.path.dirname(path))
+  if len(fits) > 1:
+    raise ValueError(f'{", ".join(fits)} fit this config: name one by --workdir')
+  return fits[0] if fits else default
+
+
 def settle(c: Any, workdir: str, begin: bool) -> str:
   """Makes and returns the workdir. ValueError if it belongs to another config.
 
   begin: a run begins or resumes here, so config.json is written and only fields in
   check.FREE may differ from it. Otherwise those in check.JUDGING may.
   """
-  workdir = workdir or default_workdir(c)
+  workdir = workdir or (default_workdir(c) if begin else find_run(c))
   path, free = os.path.join(workdir, 'config.json'), check.FREE
   if not begin:
     free = check.JUDGING
@@ -535,7 +553,7 @@ def report_mode(command: Command) -> None:
     return print(*report.compare(paths, BY.value, OUT.value), sep='\n')
   if not WORKDIR.value and command.config is None:
     raise ValueError('--mode=report needs --workdir=DIR, --config, --runs or --cards')
-  workdir = WORKDIR.value or default_workdir(command.config)
+  workdir = WORKDIR.value or find_run(command.config)
   if not os.path.exists(os.path.join(workdir, 'config.json')):
     raise ValueError(f'no run in {workdir}: there is no config.json')
   with contextlib.suppress(report.NoData):  # the run has hardly begun

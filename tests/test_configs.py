@@ -184,7 +184,8 @@ def test_every_optimizer_field_changes_the_update(name):
     return text_of(run, params), jax.tree.leaves(run(params))
 
   value = vars(optim.Config(decay_steps=50))[name]
-  (text, numbers), (other_text, other) = step(), step(**{name: value * 0.5 or 0.3})
+  changed = value * 2 if isinstance(value, int) else value * 0.5 or 0.3
+  (text, numbers), (other_text, other) = step(), step(**{name: changed})
   same = all(np.array_equal(x, y) for x, y in zip(numbers, other, strict=True))
   assert text != other_text or not same
 

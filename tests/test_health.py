@@ -163,7 +163,7 @@ def test_defaults_are_those_of_the_config():
     ({'patience': 0}, 'health.patience.*>= 1'),
     ({'empty': 1.5}, r'health.empty.*\[0, 1\]; 0 = off'),
     ({'grad_norm': -1.0}, 'health.grad_norm.*>= 0'),
-    ({'kl': 1.0}, 'health.kl.*health.measure=True'),
+    ({'kl': 1.0}, 'health.kl.*health.measure = True'),
   ],
 )
 def test_impossible_settings_are_refused(changes, sentence):

@@ -274,14 +274,14 @@ FAULTS = {
   'self': ('mesh.py', 'from dmpo_jax.mesh import f\n', 'imports mesh'),
   'across_plugins': (
     'tasks/sudoku.py', 'from dmpo_jax import objectives\n',
-    'tasks (floor 1) imports objectives (floor 3)',
+    'tasks (floor 2) imports objectives (floor 5)',
   ),
   'relative_up': (
     'tasks/sudoku.py', 'from ..train import f\n', 'imports train',
   ),
   'lazy': (
     'rng.py', 'def f():\n  from dmpo_jax.step import g\n  return g\n',
-    'rng.py:2: rng (floor 0) imports step (floor 4)',
+    'rng.py:2: rng (floor 1) imports step (floor 6)',
   ),
   'unknown': ('extra.py', 'import os\n', 'extra: give it a floor'),
   'unknown_folder': ('extra/a.py', '', 'extra: give it a floor'),

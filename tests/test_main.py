@@ -374,7 +374,7 @@ def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
   assert first.startswith('runs/base-')
   others = [
     main.default_workdir(tiny(**change))
-    for change in ({'seed': 1}, {'optim.lr': 1.0}, {'name': 'x'})
+    for change in ({'seed': 1}, {'data.protocol': 'paper'}, {'name': 'x'})
   ]
   assert len({first, *others}) == 4
   for change in (
@@ -385,7 +385,6 @@ def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
     {'checkpoint.every': 3},
     {'eval.lengths': (32,)},
     {'reward.deadline': 1.0},
-    {'data.protocol': 'paper'},
   ):
     assert main.default_workdir(tiny(**change)) == first
   written = json.loads((tmp_path / first / 'config.json').read_text())
@@ -610,7 +609,7 @@ def updates(monkeypatch, tmp_path):
   return found
 
 
-def test_programs_are_cached_per_user(updates, monkeypatch, tmp_path):
+def test_programs_are_cached_per_user(no_program_cache, updates, monkeypatch, tmp_path):
   """In a directory that nobody else may enter; not for CPUs."""
   main.cache_programs(tiny())
   folder = tmp_path / 'mine' / 'dmpo_jax' / 'programs'
@@ -943,6 +942,9 @@ def test_evaluation_finds_its_run(command, phases, monkeypatch, tmp_path, capsys
   command('--mode=eval')  # was never trained
   assert found.pop() != found[0]
   assert 'no run in runs/mine-' in capsys.readouterr().out
+  command(*trained, '--config.reward.weights.sudoku=2.0')  # a second run that fits
+  with pytest.raises(SystemExit, match='name one by --workdir'):
+    command(*trained, '--mode=eval', '--config.data.protocol=paper')
   config_json = json.loads((tmp_path / found[0] / 'config.json').read_text())
   assert config_json['eval']['lengths'] == []
 

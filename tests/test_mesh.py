@@ -1,5 +1,6 @@
 """Sharding rules; no mesh changes the result of an update."""
 
+import dataclasses
 import functools
 
 import jax
@@ -187,8 +188,7 @@ def random_batch():
     np.ones((R, L), bool),
     np.arange(R, dtype=np.int32),
     weight,
-    weight,
-    np.zeros((R, 2), np.float32),
+    {'target': weight},
     np.float32(2),
     np.float32(R),
   )
@@ -203,19 +203,10 @@ def placed(tree, shape):
 def plain():
   """Returns (params, new state, metrics) of step.train_step on one device."""
   built = build.build(settings(MESHES[0]))
-  c = built.config
-  optimizer = optim.make_optimizer(c.optim)
+  optimizer = optim.make_optimizer(built.config.optim)
   params = jax.jit(lambda: model.init(built.model, rng.key_for(0, 'init')))()
-  fn = jax.jit(
-    functools.partial(
-      step.train_step,
-      cfg=built.model,
-      objective=built.objective,
-      hp=built.hp,
-      optimizer=optimizer,
-      group=c.train.group,
-    )
-  )
+  setup = dataclasses.replace(built.setup, optimizer=optimizer)
+  fn = jax.jit(functools.partial(step.train_step, setup=setup))
   state, metrics = fn(
     step.init_state(params, optimizer), {}, random_batch(), rng.key_for(0, 'mask'), 1
   )

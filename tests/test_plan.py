@@ -166,7 +166,7 @@ def held(tree):
 def test_bytes_are_what_a_run_allocates(rank):
   """Parameters and optimizer have the bytes of a real run, within 1 %."""
   built = build.build(small(**{'lora.rank': rank}))
-  frozen, state = plan.states(built)
+  frozen, state = build.abstract_states(built)
   base_params, lora = built.steps.init(), built.steps.init_lora()
   real = built.steps.start(lora or base_params)
   for planned, allocated in (

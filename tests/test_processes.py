@@ -488,7 +488,7 @@ for parallel in ('jit', 'pmap'):
       'eval.batch': 4})
   built = build.build(c)
   prompt = np.full((8, 4), 20, np.int32)
-  rollouts, mask = built.steps.sample(
+  rollouts, mask, _ = built.steps.sample(
       built.steps.init(), prompt, prompt > 0, np.arange(8, dtype=np.int32))
   assert int(mesh.fetch(rollouts.forwards)) == 2
   tokens.append(mesh.fetch((rollouts.tokens, rollouts.confidence, mask)))
@@ -504,7 +504,7 @@ def state(step):
       np.arange(4096.0, dtype=np.float32) + step, split)}, {})
 
 
-digest = build.compiled(grid, checkpoint.digest)
+digest = build.Compiled(grid, checkpoint.digest)
 with checkpoint.open_manager(folder, 4, digest) as manager:
   for step in (1, 2, 3):
     checkpoint.save(manager, step, {'state': state(step)}, {})

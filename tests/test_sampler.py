@@ -578,7 +578,12 @@ def test_some_states_stand_for_all(states, tiny, sharp, run):
   rows = Rollouts(*(np.repeat(x[:1], copies, 0) for x in out[:4]), np.int32(0), None)
   found = jax.jit(
     lambda rows: logprob.trajectory_logp(
-      tiny, sharp, rows, BASE.law(), states, KEY, jnp.arange(copies)
+      tiny,
+      sharp,
+      rows,
+      BASE.law(),
+      states,
+      rng.per_row(KEY, jnp.arange(copies), jax.random.uniform),
     )
   )(rows)
   by_step = out.logp[0][np.argsort(out.order[0])]
@@ -661,7 +666,7 @@ def test_a_sampler_may_have_its_own_loop_and_record(tiny, prompts):
     return loop._replace(tokens=tokens, more=more)
 
   entry = sampler.Sampler(unmask=loop_of_threes, records=False)
-  twos = sampler.Record(jnp.int32, None)
+  twos = sampler.Recorder(jnp.int32, None)
   assert len(hp.problems()) == 1
   with (
     mock.patch.dict(sampler.SAMPLERS, constant=entry),

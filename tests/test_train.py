@@ -23,6 +23,7 @@ from tiny_run import (
 
 from dmpo_jax import build, checkpoint, data, evaluate, mesh, metrics, rollout
 from dmpo_jax.tasks import TASKS
+from dmpo_jax.types import Scores
 
 pytest_plugins = ('tiny_run',)
 pytestmark = pytest.mark.usefixtures('plain_saves')
@@ -152,26 +153,26 @@ def test_buffer_ahead_is_sampled_before_the_updates(
   same(params, ahead[1])
   problems = build.problems(built, 'train')
   state, scores = built.steps.start(base_params), []
-  for it, (rollouts, completion, row, _, got) in enumerate(packed):
+  for it, (sampled, _, got) in enumerate(packed):
     prompts = data.prompts_at(problems, it, 2, 0)
-    out, mask = built.steps.sample(
+    again = built.steps.sample(
       state.trainable,
       np.repeat(prompts.tokens, 4, 0),
       np.repeat(prompts.valid, 4, 0),
-      row,
+      mesh.fetch(sampled.row),
     )
     scores.append(
-      mesh.fetch(built.steps.score(state.trainable, base_params, out, row, mask))
+      mesh.fetch(built.steps.score(state.trainable, base_params, (), again))
     )
-    same(mesh.fetch((out, mask)), mesh.fetch((rollouts, completion)))
+    same(mesh.fetch(again), mesh.fetch(sampled))
     same(scores[it], mesh.fetch(got))
     for inner in range(INNER) if it else ():  # buffer 1 was before any update
       state, _ = built.steps.update(
         state, base_params, batches[(it - 1) * INNER], inner
       )
   # The control: a buffer later its log-probs are others.
-  now = mesh.fetch(built.steps.score(state.trainable, base_params, out, row, mask))
-  assert not np.array_equal(now['old'], scores[-1]['old'])
+  now = mesh.fetch(built.steps.score(state.trainable, base_params, (), again))
+  assert not np.array_equal(now.logp_old, scores[-1].logp_old)
   for inner in range(INNER):
     state, _ = built.steps.update(state, base_params, batches[-1], inner)
   same(mesh.fetch(state.trainable), params)
@@ -266,29 +267,26 @@ def test_cut_counts_completions_without_eos():
   mask = np.ones((4, 5), bool)
   task = TASKS['sudoku']._replace(reward=letters, grade=lambda *_: 0.0)
   steps = types.SimpleNamespace(pack=lambda *_: (None, {}))
-  started = rollout.Started(
-    0,
-    0,
-    np.zeros(2, np.int32),
-    np.arange(4),
-    None,
-    mask,
-    {},
-    (tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5))),
-    np.arange(4),
+  host = rollout.Fetched(
+    tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5)), None
   )
-  problems = data.Problems([{'puzzle': '1'}], tokens[:1, :3], None)
-  _, numbers, _ = rollout.finish(
+  index, mine = np.zeros(2, np.int32), np.arange(4)
+  started = rollout.Started(0, 0, index, None, Scores(), host, mine)
+  collector = rollout.Collector(
     steps,
     task,
     tokenizer,
-    problems,
-    started,
+    data.Problems([{'puzzle': '1'}], tokens[:1, :3], None),
+    {},
+    prompts=2,
     group=2,
+    seed=0,
+    bucket=0,
     protocol='strict',
-    samples=1,
     weights={},
+    samples=1,
   )
+  _, numbers, _ = collector.finish(started)
   assert numbers['cut'] == 0.25
 
 

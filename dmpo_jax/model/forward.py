@@ -188,7 +188,7 @@ def shadow_logits(
 
 def shadow_mask(
   mask: t.BoolR1TS, start_R: t.IntR, width: int, size: int, shift: int
-) -> t.BoolR1TS:
+) -> t.Array:
   """Extends (R, 1, 1 or S + W, S) to (R, 1, S + W, S + W): see `shadow_logits`."""
   rows, total = len(start_R), size + width
   window = start_R[:, None] + jnp.arange(width)[None]

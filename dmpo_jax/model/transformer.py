@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
   positions: t.IntRT
   mask: t.BoolR1TS | None = None  # which keys a token sees; None = all
   cache: Cache | None = None  # where given, the tokens replace their part of it
-  start: t.IntScalar | None = None  # first column of the cache that they replace
+  start: t.IntScalar | int | None = None  # first column of the cache that they replace
   dropout: t.KeyR | None = None  # keys for lora_dropout; None = no dropout
 
 
@@ -102,7 +102,7 @@ class Block(nn.Module):
     per_layer: tuple[Cache | None, t.KeyR | None],
     rope: Rope,
     mask: t.BoolR1TS | None,
-    start: t.IntScalar | None,
+    start: t.IntScalar | int | None,
   ) -> tuple[t.FloatRTD, Cache | None]:
     """Runs the layer. With a cache the new keys and values replace the cached
     ones from position `start` on."""
