@@ -247,7 +247,8 @@ def parameters():
   return lambda workdir: mesh.fetch(resume.latest(built, workdir, start))
 
 
-def close(a, b, rtol=1e-4, atol=1e-6):
+def close(a, b, rtol=1e-4, atol=2e-5):
+  """Metrics are differences of log-probs of some twenty nats, in float32."""
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b
   )

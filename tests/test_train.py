@@ -23,7 +23,7 @@ from tiny_run import (
 
 from dmpo_jax import build, checkpoint, data, evaluate, mesh, metrics, rollout
 from dmpo_jax.tasks import TASKS
-from dmpo_jax.types import Scores
+from dmpo_jax.types import Scores, TrainBatch
 
 pytest_plugins = ('tiny_run',)
 pytestmark = pytest.mark.usefixtures('plain_saves')
@@ -266,7 +266,8 @@ def test_cut_counts_completions_without_eos():
   tokens[0, 2] = tokens[1, 7] = tokens[2, 5] = tokens[3, 3] = eos
   mask = np.ones((4, 5), bool)
   task = TASKS['sudoku']._replace(reward=letters, grade=lambda *_: 0.0)
-  steps = types.SimpleNamespace(pack=lambda *_: (None, {}))
+  batch = TrainBatch._make([None] * len(TrainBatch._fields))
+  steps = types.SimpleNamespace(pack=lambda *_: (batch, {}))
   host = rollout.Fetched(
     tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5)), None
   )

@@ -717,5 +717,5 @@ def test_wrong_tokenizers_are_refused(tmp_path):
   path = tmp_path / 'tokenizer_config.json'
   for name in ('../tokenizer.4.0.json', '/x/tokenizer.4.0.json'):
     path.write_text(json.dumps({'fast_tokenizer_files': [name]}))
-    with pytest.raises(ValueError, match=f"names '{name}', outside"):
+    with pytest.raises(ValueError, match=f"names .*'{name}'.* outside"):
       data.load_tokenizer(str(tmp_path))
