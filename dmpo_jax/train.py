@@ -121,10 +121,9 @@ def loop(
     numbers = phase.writer.flush() if due or last else None
     stop_if_not_finite(phase, numbers, batch)
     place = dataclasses.replace(place, update=update + 1, seconds=time.time() - begun)
-    unhealthy = False
     if last:
       batch, ahead = ahead, None
-      place, unhealthy = phase.judge(place, numbers)
+    place, unhealthy = phase.judge(place, numbers) if last else (place, False)
     if last and not stop and not unhealthy and phase.validate(state, update + 1):
       manager.preserved.best, due = update + 1, True
     # 6. Save when it is due, when the policy is the best, and before the run ends.

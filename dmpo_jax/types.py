@@ -83,13 +83,13 @@ FloatDF = Float[Array, 'D F']
 FloatXF = Float[Array, '*X F']
 
 
-def to_rows(x_BxG):
-  """(B, G, ...) -> (B*G, ...), prompt-major."""
+def to_rows(x_BxG: Array) -> Array:
+  """Returns (B * G, ...) of (B, G, ...), prompt-major."""
   return x_BxG.reshape((-1,) + x_BxG.shape[2:])
 
 
-def to_groups(x_R, group):
-  """(R, ...) -> (R/G, G, ...); the inverse of `to_rows`."""
+def to_groups(x_R: Array, group: int) -> Array:
+  """Returns (R / G, G, ...) of (R, ...); inverts `to_rows`."""
   return x_R.reshape((-1, group) + x_R.shape[1:])
 
 
