@@ -166,12 +166,16 @@ class Source:
       )
     return [e for e in chosen if self.key(e) not in test_keys]
 
+  def read_split(self, folder: str, name: str) -> Iterable[dict]:
+    """Reads the file of a folder whose name begins with `name`: train or test."""
+    return self.read(file_of(folder, name))
+
   def _examples(self, name: str, path: str) -> list[dict]:
     if path == 'tfds':
       from dmpo_jax.tasks import prepared  # slow to import
 
       return list(filter(self.keep, prepared.records(self, name)))
-    return list(filter(self.keep, self.read(file_of(path, name))))
+    return list(filter(self.keep, self.read_split(path, name)))
 
 
 def word_problems(

@@ -14,15 +14,13 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 from tensorflow_datasets.text.gsm8k import Gsm8k  # registers the builder
 
-from dmpo_jax.tasks import datasets
-
 
 class DmpoProblems(tfds.core.GeneratorBasedBuilder):
   """Stores a task's train and test files, each problem as one JSON text."""
 
   VERSION = tfds.core.Version('1.0.0')
   MANUAL_DOWNLOAD_INSTRUCTIONS = 'train and test files: see Source.origin of the task'
-  source: datasets.Source  # set by `records`
+  source: Any  # a datasets.Source, set by `records`
 
   def _info(self):
     return self.dataset_info_from_configs(
@@ -32,19 +30,19 @@ class DmpoProblems(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager):
     folder = os.path.join(dl_manager.manual_dir, self.source.task)
     return {
-      split: self._generate_examples(datasets.file_of(folder, split))
-      for split in ('train', 'test')
+      split: self._generate_examples(folder, split) for split in ('train', 'test')
     }
 
-  def _generate_examples(self, path):
-    for i, example in enumerate(self.source.read(path)):
+  def _generate_examples(self, folder, split):
+    for i, example in enumerate(self.source.read_split(folder, split)):
       yield i, {'example': json.dumps(example)}
 
 
-def records(source: datasets.Source, split: str) -> Iterator[dict]:
-  """Yields the examples of the train or test file; prepares them at first use.
+def records(source: Any, split: str) -> Iterator[dict]:
+  """Yields the examples of a datasets.Source's train or test file.
 
-  Raises ValueError that names the missing files, their folder and their origin.
+  They are prepared at first use. Raises ValueError that names the missing files,
+  their folder and their origin.
   """
   if source.task == 'gsm8k':
     builder = Gsm8k(file_format='array_record')
