@@ -29,19 +29,21 @@ from dmpo_jax.objectives import dmpo
 from dmpo_jax.tools import plan
 
 BEGUN = time.time()
-
 GIB = 2**30
 
 
 class Check:
+  """The measurements, and where their lines go."""
+
   def __init__(self, args):
-    self.args, self.rate, self.last = args, None, 0.0
+    self.args, self.rate = args, None
     self.cpu = jax.default_backend() == 'cpu'
     self.gpu = not self.cpu
     self.big = args.size.endswith('b')
     self.dtype = 'bfloat16' if self.gpu else 'float32'
 
   def say(self, name, **figures):
+    """Writes one line of figures."""
     line = {
       'name': name,
       'part': self.args.part,
@@ -53,10 +55,11 @@ class Check:
     print(json.dumps(line), flush=True)
 
   def left(self):
+    """Returns the seconds left."""
     return self.args.seconds - (time.time() - BEGUN)
 
   def run(self, name, need, fn, *a, **k):
-    """fn's figures as a line; an error or a lack of time is one, too."""
+    """Writes the figures that fn returns; an error or a lack of time is a line, too."""
     if self.args.only and name not in (*self.args.only.split(','), 'matmul', 'model'):
       return None
     if self.left() < need:
