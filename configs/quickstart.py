@@ -7,14 +7,15 @@ minute, too short to learn the rules. RL then improves it on puzzles of the trai
 grids. No validation or test puzzle has a solution grid of the training set.
 
 `--config=configs/quickstart.py:espo` trains with another objective, at its own defaults
-and with its paper's sampler; --config.objective.name=espo is the same. `:dmpo` is the
-paper's DMPO, without the strength, best and draws below. With one update per buffer the
-importance ratios of a rival are all 1: set --config.train.inner=2 to make them matter.
-Learning rates are not tuned for rivals; docs/comparison.md searches them.
+and with the sampler fields that it needs; --config.objective.name=espo is the same.
+`:dmpo` resets the objective to the paper's values; sampler and log-probs stay those
+below. With one update per buffer all importance ratios are 1: set
+--config.train.inner=2 to make them matter. Learning rates are not tuned for other
+objectives; docs/comparison.md searches them.
 
 Why these settings (docs/quickstart.md has the numbers):
 * Many puzzles: 64 per buffer, one update on each buffer, two mask draws a completion.
-* The sampler `entropy` unmasks certain tokens at once. It depends on the state alone,
+* The pick rule `entropy` unmasks certain tokens at once. It depends on the state alone,
   so log p_ref - log p_old is exact along the recorded trajectory; two states estimate
   it.
 * `best = 1` scales down a group without a right answer: it has little of the target's

@@ -449,7 +449,7 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
   scores = score.shapes(state.trainable, frozen, refs, sampled)
   if scores.guess is not None:  # the host hands in their rewards
     guess = jax.ShapeDtypeStruct(scores.guess.shape[:2], np.float32, sharding=by_row)
-    scores = scores._replace(guess=guess)
+    scores = scores._replace(guess=None, guess_reward=guess)
   reward = jax.ShapeDtypeStruct((c.train.prompts, c.train.group), np.float32)
   batch, _ = pack.shapes(sampled, reward, scores)
   return Abstract(frozen, state, refs, prompts, sampled, batch)

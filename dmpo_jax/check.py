@@ -254,11 +254,11 @@ def old_policy(c: Any) -> list[str]:
   found += [
     f'logprob.{field} = {e[field]} must be objective.{field} = {o[field]}: {why}'
     for field in ('low', 'high', 'antithetic')
-    if e[field] != o[field]
+    if field in o and e[field] != o[field]
   ]
   if e.elbo != 'paper':
     found.append(f'logprob.elbo = {e.elbo} must be paper: {why}')
-  if not o.loss_tail:
+  if 'loss_tail' in o and not o.loss_tail:
     found.append(
       f'objective.loss_tail = False: {why}, and log p_old has the tail: set True, or '
       '(baseline model) objective.common_masks = True'

@@ -1,9 +1,9 @@
 """The settings of a run: every field once, with its default and its own rules.
 
 A part with a module of its own keeps its dataclass there: sampler.SampleConfig,
-logprob.LogprobConfig, health.Config, and the `Config` of each objective. The other
-sections are the dataclasses below. `section` makes a section of a ConfigDict from
-one of them; configs/base.py puts the sections together. `problems()` of a class
+logprob.LogprobConfig, health.Config, optim.Config, and the `Config` of each objective.
+The other sections are the dataclasses below. `section` makes a section of a ConfigDict
+from one of them; configs/base.py puts the sections together. `problems()` of a class
 lists the values that are out of range, each as a sentence that begins with
 'section.field'. Rules between sections are in check.py.
 """
@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dmpo_jax import health, logprob, model, optim, sampler
+from dmpo_jax.data import PromptOptions
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.tasks import TASKS
@@ -132,8 +133,8 @@ class Lora(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class Data(Section, TaskOptions):
-  """The problems, and how they are written as prompts. Extends types.TaskOptions."""
+class Data(Section, TaskOptions, PromptOptions):
+  """The problems, their prompts, and their grading; extends two dataclasses."""
 
   CHOICES = {
     'task': TASKS,
@@ -143,13 +144,8 @@ class Data(Section, TaskOptions):
 
   task: str = 'sudoku'  # a name in tasks.TASKS
   tokenizer: str = ''  # char | a directory; '' = the checkpoint's, else char
-  style: str = 'bare'  # prompt template by name; see types.Task
-  template: str = ''  # file with a prompt template, {field}s filled in; '' = style
   protocol: str = 'strict'  # grading rules; strict (correct) | paper (as published)
-  prompt_length: int = 0  # prompt length P in tokens; 0 = the longest prompt's
-  overlong: str = 'error'  # for prompts longer than that; error | drop | cut (left)
   bucket: int = 0  # pads a buffer's prompts to a multiple of so many tokens; 0 = to P
-  attend_padding: bool = False  # True: padding is attended to, as in the papers' code
 
   def problems(self) -> list[str]:
     found = super().problems() + missing_file('data.template', self.template)

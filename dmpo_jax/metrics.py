@@ -73,7 +73,7 @@ METRICS = {
   'loss': 'training loss; its scale depends on the objective',
   'grad_norm': 'norm of the gradient before clipping; norm',
   'finite': 'whether loss, gradient and update are finite; 1 or 0',
-  'nll': 'mean negative log-prob of the masked tokens of a copy; nats',
+  'nll': "negative log-prob of a copy's masked tokens, summed; mean over copies, nats",
   'elbo': 'mean lower bound of the log-prob of a completion; nats',
   'eubo': 'spg: mean upper bound of the log-prob of a completion; nats',
   'elbo_drift': 'mean ELBO of the policy less that of p_old; nats',

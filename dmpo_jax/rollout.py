@@ -137,7 +137,8 @@ class Collector:
       scores, failed = started.scores, graded.failed
       if started.host.guess is not None:
         rewards, lost = self.judge_guesses(started, examples)
-        scores, failed = scores._replace(guess=rewards), failed + lost
+        scores = scores._replace(guess=None, guess_reward=rewards)
+        failed = failed + lost
     reward_BxG = to_groups(graded.reward, self.group)
     batch, weighed = self.steps.pack(started.sampled, reward_BxG, scores)
     metrics = reward_metrics(graded, started.host) | health.buffer_metrics(

@@ -105,7 +105,7 @@ def sequence_scores(
   how = setup.logprob
   wanted = ('old', 'ref') if setup.measure else setup.wants.sequence
   if how.estimator == 'trajectory':
-    if 'ref' not in wanted:
+    if not wanted:
       return Scores()
     refs, olds = zip(
       *(along_trajectory(params, sampled, key, setup) for params in who.refs),
@@ -246,7 +246,7 @@ def pack(
     to_groups(jnp.sum(sampled.completion, axis=1), group),
     grouped(scores.logp_old),
     grouped(scores.logp_ref),
-    grouped(scores.guess),
+    grouped(scores.guess_reward),
     live_B,
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)

@@ -2,9 +2,9 @@
 
 Dims, as they appear in array names (`logp_RxKxL`):
 
-  B prompts per step    G completions per prompt    R = B*G rows
+  B prompts per buffer  G completions per prompt    R = B*G rows
   P prompt length       L completion length         S = P + L
-  W block (window)      K mask draws per row        I inner steps
+  W block (window)      K masked copies per row     I inner updates
   M microbatches        V vocabulary                D width
   N layers              H heads                     C head dim
   F mlp width           A adapter rank
@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int, Key
 Array = Any  # jax.Array or numpy.ndarray; tasks import this file without jax
 Params = dict  # {'params': ..., 'lora': ...}: nested dicts of arrays
 
-# Shapes at the seams: the element type, then the dims. They cost nothing at run
-# time; the tests check them (tests/conftest.py installs jaxtyping's import hook).
+# Array types of the public functions: the element type, then the dims. They cost
+# nothing at run time; the tests check them by jaxtyping's import hook.
 Scalar = Float[Array, '']
 IntScalar = Int[Array, '']
 IntR = Int[Array, 'R']
@@ -35,7 +35,6 @@ FloatB = Float[Array, 'B']
 BoolB = Bool[Array, 'B']
 IntBG = Int[Array, 'B G']
 FloatBG = Float[Array, 'B G']
-BoolBG = Bool[Array, 'B G']
 IntBP = Int[Array, 'B P']
 BoolBP = Bool[Array, 'B P']
 IntRP = Int[Array, 'R P']
@@ -48,15 +47,12 @@ BoolRL = Bool[Array, 'R L']
 IntRW = Int[Array, 'R W']
 FloatRW = Float[Array, 'R W']
 BoolRW = Bool[Array, 'R W']
-IntRK = Int[Array, 'R K']
-FloatRK = Float[Array, 'R K']
-BoolRK = Bool[Array, 'R K']
 IntRKL = Int[Array, 'R K L']
+FloatRK = Float[Array, 'R K']
 FloatRKL = Float[Array, 'R K L']
 BoolRKL = Bool[Array, 'R K L']
 BoolRKP = Bool[Array, 'R K P']
 FloatRSD = Float[Array, 'R S D']
-FloatRLD = Float[Array, 'R L D']
 FloatRSV = Float[Array, 'R S V']
 FloatRWV = Float[Array, 'R W V']
 FloatBGK = Float[Array, 'B G K']
@@ -93,7 +89,8 @@ def to_groups(x_R: Array, group: int) -> Array:
   return x_R.reshape((-1, group) + x_R.shape[1:])
 
 
-# Default of a field that is there only if it was asked for; reading it is an error.
+# Default of a field that is there only if it was asked for. Text, Views and Scored
+# raise when it is read.
 NOT_ASKED: Any = None
 
 
@@ -163,7 +160,7 @@ class Masks(NamedTuple):
   """K masked copies of each completion: a function of (key, row), never stored."""
 
   masked: BoolRKL  # True where the mask token stands
-  weight: WeightRKL  # factor that makes a masked sum an ELBO
+  weight: WeightRKL  # factor of a copy; for an ELBO's draws it makes the sum an ELBO
   counted: BoolRKL = NOT_ASKED  # tokens in the loss, for losses over tokens
   prompt: BoolRKP | None = None  # prompt tokens that are masked; None: none
   open: BoolRKL = NOT_ASKED  # positions eligible for unmasking at that step
@@ -202,6 +199,7 @@ class Scores(NamedTuple):
   old: Views = Views()
   ref: Views = Views()
   guess: IntRKL | None = None  # the loss's copies, completed in one step
+  guess_reward: FloatRK | None = None  # their rewards, from the host; nan: no copy
 
 
 class Scored(NamedTuple):
@@ -254,8 +252,8 @@ POLICIES = ('old', 'ref')
 class Wants:
   """What an objective asks for. Quantities that are not named are not computed.
 
-  ValueError at once if a policy is unknown; `objectives` checks the names of reads
-  and records when it is imported.
+  ValueError at once if a policy is unknown. When `objectives` is imported it checks the
+  names of reads and records that a default Config wants.
   """
 
   sequence: tuple[str, ...] = ()  # of POLICIES: Scored.logp_*, by config.logprob

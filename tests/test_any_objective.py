@@ -94,7 +94,8 @@ def buffer(built, params):
   who = score.policies(params, params)
   scores = score.score(who, sampled, jax.random.key(3), jax.random.key(4), setup)
   if scores.guess is not None:  # the host grades them
-    scores = scores._replace(guess=jnp.mean(scores.guess % 3, axis=-1))
+    rewards = jnp.mean(scores.guess % 3, axis=-1)
+    scores = scores._replace(guess=None, guess_reward=rewards)
   reward = jax.random.uniform(jax.random.key(5), (2, 4)).at[1].set(0.5)
   return score.pack(sampled, reward, scores, setup)[0]
 
@@ -311,7 +312,7 @@ def test_guesses_are_graded():
   seen = []
 
   def pack(sampled, reward, scores):
-    seen.append(scores.guess)
+    seen.append(scores.guess_reward)
     return TrainBatch(*[None] * 8), {}
 
   built = built_of('egspo')

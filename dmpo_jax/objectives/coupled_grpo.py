@@ -35,7 +35,7 @@ from dmpo_jax.types import (
 class Config(shared.PenalisedGradient):
   OWN = {'variant': shared.one_of('released', 'unit', 'elbo')}
   advantage: str = 'loo'  # reward less: mean | loo (mean of the others) | zscore
-  clip: float = 0.5  # ratios count down to 1 - clip
+  clip: float = 0.5  # ratios are clipped below at 1 - clip
   beta: float = 0.01  # factor of the KL to the reference; 0 = off
   variant: str = 'released'  # weights of the masks: released | unit | elbo
   low: float = 0.2  # mask ratio ~ U(low, high)

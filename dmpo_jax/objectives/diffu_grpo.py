@@ -24,7 +24,7 @@ from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, W
 
 @dataclasses.dataclass(frozen=True)
 class Config(shared.PenalisedGradient):
-  clip: float = 0.5  # ratios count down to 1 - clip
+  clip: float = 0.5  # ratios are clipped below at 1 - clip
   beta: float = 0.04  # factor of the KL to the reference; 0 = off
   mask_prompt: float = 0.15  # chance of a prompt token to be masked; 0 = none
 

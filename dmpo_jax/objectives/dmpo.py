@@ -70,7 +70,7 @@ class Config(shared.Settings):
     'ess': shared.chance,
   }
   alpha: float = 0.04  # temperature of the target; 0 = weigh by the reward alone
-  coef: float = 1.0  # proximal coefficient c in (0, 1]
+  coef: float = 1.0  # proximal coefficient c in (0, 1]; > 0 where alpha = 0
   ess: float = 0.0  # c per group for this effective size in (0, 1); 0 = coef as given
   baseline: str = 'individual'  # wdce subtracts: none | group | individual | model
   strength: float = 1.0  # factor of the baseline
@@ -219,9 +219,10 @@ def reweigh(elbo_R: FloatR, batch: TrainBatch, group: int, hp: Config) -> FloatR
 def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
   """Draws the K masked copies of each completion.
 
-  Both halves are draws of one law, mask ratio ~ U(low, high) or 1 - ratio, so the loss
-  keeps its expectation. On (0, 1) all counts 0..L are equally likely, and the
-  expectation of 1/m times the masked sum is the ELBO over L + 1.
+  The mask ratio is U(low, high); with `antithetic` that of the second half is one minus
+  it. `spread` keeps the law of each copy, and so the expectation of the loss. On (0, 1)
+  all counts 0..L are equally likely, and the expectation of 1/m times the masked sum is
+  the ELBO over L + 1.
   """
   kind = masking.draw_even if hp.spread else masking.draw_bernoulli
   length, rates = text.completion.shape[1], (hp.low, hp.high)

@@ -36,8 +36,8 @@ from dmpo_jax.types import (
 class Config(shared.Settings):
   OWN = {'step_coef': shared.least(0)}
   choose: ClassVar[str] = 'top'
-  clip: float = 0.2  # ratios count down to 1 - clip
-  clip_high: float = 0.5  # ratios count up to 1 + clip_high; 0 = as clip
+  clip: float = 0.2  # ratios are clipped below at 1 - clip
+  clip_high: float = 0.5  # ratios are clipped above at 1 + clip_high; 0 = as clip
   draws: int = 8  # steps of a row per update
   step_coef: float = 0.5  # lambda, weight of the step's own advantage
 

@@ -59,7 +59,7 @@ def pairs(x: int) -> str:
   )
 
 
-# A field of one name has one meaning in all objectives, and so one rule.
+# The rule of a field's name, unless a Config's OWN replaces it.
 RULES = {
   'advantage': one_of(*ADVANTAGES),
   'clip': chance,
@@ -107,8 +107,8 @@ class PolicyGradient(Settings):
   """Settings of objectives with clipped ratios."""
 
   advantage: str = 'mean'  # reward less: mean | loo (mean of the others) | zscore
-  clip: float = 0.2  # ratios count down to 1 - clip
-  clip_high: float = 0.0  # ratios count up to 1 + clip_high; 0 = as clip
+  clip: float = 0.2  # ratios are clipped below at 1 - clip
+  clip_high: float = 0.0  # ratios are clipped above at 1 + clip_high; 0 = as clip
 
   @property
   def bounds(self) -> tuple[float, float]:
