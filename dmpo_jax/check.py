@@ -356,12 +356,18 @@ def plain(c: Any) -> dict[str, Any]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> str:
-  """Returns what differs between two of `plain`, but in fields that begin as `free`."""
-  return '; '.join(
+  """Returns the differences of two of `plain`, but in fields that begin as `free`.
+
+  Only the first ones are listed; a workdir of another version has many.
+  """
+  found = [
     f'{k}: {old.get(k)!r} there, {new.get(k)!r} here'
     for k in sorted(old.keys() | new.keys())
     if old.get(k) != new.get(k) and not k.startswith(free)
-  )
+  ]
+  more = len(found) - 8
+  tail = [f'and {more} more, as a workdir of another version has'] if more > 0 else []
+  return '; '.join(found[:8] + tail)
 
 
 def refuse(c: Any, free: tuple[str, ...] = JUDGING) -> Callable[[dict], str]:
