@@ -153,7 +153,7 @@ def start(argv: Sequence[str]) -> None:
   """Runs `main`; bad input and Ctrl-C end it with one sentence, not a traceback."""
   try:
     main(argv)
-  except (ValueError, FloatingPointError, FileNotFoundError) as error:
+  except (ValueError, FloatingPointError, OSError) as error:
     if os.environ.get('DMPO_TRACEBACK'):
       raise
     sys.exit(f'error: {error}')
@@ -510,6 +510,11 @@ def score_mode(command: Command) -> None:
   if not GENERATIONS.value:
     raise ValueError('--mode=score needs --generations=FILE.json')
   if (c := command.config) is not None:
+    if TASK.present or PROTOCOL.present:
+      raise ValueError(
+        '--task and --protocol are for --mode=score without --config: set '
+        '--config.data.task and --config.data.protocol'
+      )
     if wrong := [x for s in ('data', 'reward') for x in config.part(c, s).problems()]:
       raise ValueError('; '.join(wrong))
     symbolic.configure(c.reward.workers, c.reward.deadline)

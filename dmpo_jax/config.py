@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
@@ -66,8 +67,8 @@ class Section:
       found += nearest(f'{prefix}.{name}', getattr(self, name), allowed)
     for name, value in vars(self).items():
       low = self.LEAST.get(name, 0)
-      if isinstance(value, int | float) and not value >= low:  # nan is not, either
-        found.append(f'{prefix}.{name} = {value} must be >= {low}')
+      if isinstance(value, int | float) and not low <= value < math.inf:  # no nan
+        found.append(f'{prefix}.{name} = {value} must be >= {low} and finite')
     return found
 
 
@@ -444,7 +445,10 @@ def load(path: str) -> tuple[ModuleType, Any]:
     there = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
     close = difflib.get_close_matches(os.path.basename(file), there, 1, 0.6)
     hint = f'; did you mean {os.path.join(folder, close[0])}?' if close else ''
-    raise ValueError(f'--config={path}: no such file{hint}')
+    what = (
+      'a folder, name a file in it' if os.path.isdir(file) else f'no such file{hint}'
+    )
+    raise ValueError(f'--config={path}: {what}')
   spec = importlib.util.spec_from_file_location('config_file', file)
   if spec is None or spec.loader is None:
     raise ValueError(f'--config={path}: {file} is no Python file')

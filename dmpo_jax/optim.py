@@ -6,6 +6,7 @@ restored like the rest.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +33,9 @@ class Config:
     """Returns a sentence for each impossible setting."""
     least = {'lr': 0, 'warmup': 0, 'decay_steps': 0, 'weight_decay': 0, 'clip': 0}
     found = [
-      f'optim.{name} = {getattr(self, name)} must be >= {low}'
+      f'optim.{name} = {getattr(self, name)} must be >= {low} and finite'
       for name, low in least.items()
-      if not getattr(self, name) >= low
+      if not low <= getattr(self, name) < math.inf
     ]
     for name in ('b1', 'b2'):
       if not 0 <= getattr(self, name) < 1:

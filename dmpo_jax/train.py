@@ -65,8 +65,9 @@ def enter(
   )
   if found:
     place = Place.from_meta(found.meta)
-    it, inner = divmod(place.update, phase.inner)
-    logging.info('%s: resuming at iteration %d, inner step %d', phase.name, it, inner)
+    if place.update < phase.updates:
+      it, inner = divmod(place.update, phase.inner)
+      logging.info('%s: resuming at iteration %d, update %d', phase.name, it, inner)
     return found.trees.pop('state'), found.trees, place
   if lost := phase.writer.count(phase.rows):
     logging.warning(
@@ -197,7 +198,7 @@ def stop_if_not_finite(phase: Phase, numbers: dict | None, batch: Any) -> None:
       np.savez(path, **{mesh.path_of(where): leaf for where, leaf in leaves})
     saved = f'its batch is in {path}, '
   sentence = (
-    f'loss or gradient is not finite at {phase.name} update {step}: loss '
+    f'loss, gradient or update is not finite at {phase.name} update {step}: loss '
     f'{numbers["loss"]}, gradient norm {numbers["grad_norm"]}; {saved}the last '
     f'checkpoint is intact. Try a smaller {phase.lr_field}'
   )

@@ -379,6 +379,9 @@ def compare_cards(
   that holds the cards.
   """
   cards = read_cards(paths)
+  for path, card in zip(paths, cards, strict=True):
+    if not {'length', 'accuracy', 'interval', 'model'} <= card.keys():
+      raise ValueError(f'{path} is no results card: name the *.card.json files')
   out = _out_path(out, [pathlib.Path(path) for path in paths], 'cards.png')
   figure = Figure(figsize=(6.4, 4.0), layout='constrained')
   ax = figure.subplots()
