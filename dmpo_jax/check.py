@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import sampler
-from dmpo_jax.config import SECTIONS, compares_old, flatten, nearest, part, settings
+from dmpo_jax.config import SECTIONS, compares_old, flatten, part, settings
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
+from dmpo_jax.rules import nearest
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import Scored, Wants
 

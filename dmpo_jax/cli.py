@@ -298,9 +298,8 @@ def settle(c: Any, workdir: str, begin: bool) -> str:
   check.FREE may differ from it. Otherwise those in check.JUDGING may.
   """
   workdir = workdir or (default_workdir(c) if begin else find_run(c))
-  path, free = os.path.join(workdir, 'config.json'), check.FREE
-  if not begin:
-    free = check.JUDGING
+  path = os.path.join(workdir, 'config.json')
+  free = check.FREE if begin else check.JUDGING
   if os.path.exists(path):
     with open(path) as f:
       try:

@@ -4,19 +4,18 @@ A part with a module of its own keeps its dataclass there: sampler.SampleConfig,
 logprob.LogprobConfig, health.Config, optim.Config, and the `Config` of each objective.
 The other sections are the dataclasses below. `section` makes a section of a ConfigDict
 from one of them; configs/base.py puts the sections together. `problems()` of a class
-lists the values that are out of range, each as a sentence that begins with
-'section.field'. Rules between sections are in check.py.
+lists the values that are out of range, by rules.py. Rules between sections are in
+check.py.
 """
 
 import dataclasses
 import difflib
 import importlib.util
 import inspect
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -25,6 +24,7 @@ from dmpo_jax import health, logprob, model, optim, sampler
 from dmpo_jax.data import PromptOptions
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
+from dmpo_jax.rules import Section, finite, nearest, one_of
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import TaskOptions, Wants
 
@@ -32,16 +32,6 @@ SIZES = ('width', 'layers', 'heads', 'kv_heads', 'mlp')  # fields of Model
 
 
 # --- complaints
-
-
-def nearest(field: str, value: Any, allowed: Iterable) -> list[str]:
-  """Returns the complaint about a value that is not allowed, with the nearest one."""
-  allowed = [str(x) for x in allowed]
-  if str(value) in allowed:
-    return []
-  close = difflib.get_close_matches(str(value), allowed, 1, 0.4)
-  hint = f'; did you mean {close[0]!r}?' if close else ''
-  return [f'{field} = {value!r} must be one of {", ".join(allowed)}{hint}']
 
 
 def missing_file(field: str, path: str) -> list[str]:
@@ -54,35 +44,17 @@ def missing_file(field: str, path: str) -> list[str]:
 # --- sections
 
 
-class Section:
-  """A section whose numbers must be >= 0, or >= LEAST; CHOICES are allowed values."""
-
-  LEAST: ClassVar[Mapping[str, float]] = {}
-  CHOICES: ClassVar[Mapping[str, Iterable[str]]] = {}
-
-  def problems(self) -> list[str]:
-    """Returns a sentence for each value that is out of range."""
-    prefix, found = type(self).__name__.lower(), []
-    for name, allowed in self.CHOICES.items():
-      found += nearest(f'{prefix}.{name}', getattr(self, name), allowed)
-    for name, value in vars(self).items():
-      low = self.LEAST.get(name, 0)
-      if isinstance(value, int | float) and not low <= value < math.inf:  # no nan
-        found.append(f'{prefix}.{name} = {value} must be >= {low} and finite')
-    return found
-
-
 @dataclasses.dataclass(frozen=True)
 class Model(Section):
   """Which network is trained, and how it is computed."""
 
-  CHOICES = {
-    'preset': model.PRESETS,
-    'quantize': ('none', *model.QUANT),
-    'remat': model.REMAT,
-    'attention': model.ATTENTION,
-    'dtype': ('float32', 'bfloat16'),
-    'param_dtype': ('float32', 'bfloat16'),
+  OWN = {
+    'preset': one_of(*model.PRESETS),
+    'quantize': one_of('none', *model.QUANT),
+    'remat': one_of(*model.REMAT),
+    'attention': one_of(*model.ATTENTION),
+    'dtype': one_of('float32', 'bfloat16'),
+    'param_dtype': one_of('float32', 'bfloat16'),
   }
 
   checkpoint: str = ''  # Hugging Face directory or hub name; '' = random weights
@@ -137,10 +109,10 @@ class Lora(Section):
 class Data(Section, TaskOptions, PromptOptions):
   """The problems, their prompts, and their grading; extends two dataclasses."""
 
-  CHOICES = {
-    'task': TASKS,
-    'protocol': ('strict', 'paper'),
-    'overlong': ('error', 'drop', 'cut'),
+  OWN = {
+    'task': one_of(*TASKS),
+    'protocol': one_of('strict', 'paper'),
+    'overlong': one_of('error', 'drop', 'cut'),
   }
 
   task: str = 'sudoku'  # a name in tasks.TASKS
@@ -181,7 +153,7 @@ class Reward(Section):
 class Sft(Section):
   """Supervised fine-tuning on the tasks' solutions, before RL."""
 
-  LEAST = {'batch': 1}
+  OWN = {'batch': finite(1)}
 
   steps: int = 0  # supervised updates; 0 = none
   batch: int = 128  # rows per update
@@ -195,18 +167,16 @@ class Sft(Section):
 class Sampler(sampler.SampleConfig):
   """How completions are sampled (sampler.SampleConfig), and on which program."""
 
-  parallel: str = 'jit'  # jit | pmap (small models, replicated on every device)
+  OWN = {**sampler.SampleConfig.OWN, 'parallel': one_of('jit', 'pmap')}
 
-  def problems(self) -> list[str]:
-    found = nearest('sampler.parallel', self.parallel, ('jit', 'pmap'))
-    return super().problems() + found
+  parallel: str = 'jit'  # jit | pmap (small models, replicated on every device)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference(Section):
   """The reference policy p_ref: a product of p_k ** weight_k."""
 
-  LEAST = {'every': 1}
+  OWN = {'every': finite(1)}
 
   of: tuple = ('base',)  # each is base | moving (average of the policy) | a directory
   weights: tuple = (1.0,)  # exponent of each
@@ -235,7 +205,10 @@ class Reference(Section):
 class Train(Section):
   """The RL loop."""
 
-  LEAST = {'prompts': 1, 'group': 2, 'inner': 1, 'microbatches': 1}
+  OWN = {
+    **dict.fromkeys(('prompts', 'inner', 'microbatches'), finite(1)),
+    'group': finite(2),
+  }
 
   iterations: int = 100  # rollout buffers; 0 = no RL
   prompts: int = 8  # prompts B in a buffer
@@ -249,7 +222,7 @@ class Train(Section):
 class Eval(Section):
   """Validation during training, and --mode=eval. Its sampler is a section inside."""
 
-  LEAST = {'batch': 1, 'samples': 1}
+  OWN = dict.fromkeys(('batch', 'samples'), finite(1))
 
   every: int = 10  # buffers between validations; 0 = only at the end
   batch: int = 128  # rows per call
@@ -271,7 +244,7 @@ class Eval(Section):
 class Checkpoint(Section):
   """When the training state is saved."""
 
-  LEAST = {'every': 1, 'keep': 1}
+  OWN = dict.fromkeys(('every', 'keep'), finite(1))
 
   every: int = 20  # updates between checkpoints
   every_minutes: float = 0.0  # minutes after which the next update saves; 0 = off
@@ -282,7 +255,7 @@ class Checkpoint(Section):
 class Mesh(Section):
   """How devices share the work."""
 
-  LEAST = {'fsdp': 1, 'tensor': 1, 'cpu': 1}
+  OWN = dict.fromkeys(('fsdp', 'tensor', 'cpu'), finite(1))
 
   data: int = 0  # devices that replicate weights; 0 = what the others leave
   fsdp: int = 1  # devices that split weights

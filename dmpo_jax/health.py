@@ -6,12 +6,11 @@ judges as if it had not been interrupted.
 """
 
 import dataclasses
-import difflib
 from typing import Any
 
 import numpy as np
 
-from dmpo_jax import files
+from dmpo_jax import files, rules
 from dmpo_jax.types import BoolRL, FloatBG, IntBG, IntRL
 
 ACTIONS = ('none', 'warn', 'stop')
@@ -27,12 +26,22 @@ RULES = {
   'kl': ('kl_ref', 'above'),
   'grad_norm': ('grad_norm', 'above'),
 }
-UNBOUNDED = ('kl', 'grad_norm')  # the others are shares, in [0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  """Bounds of the rules, and what follows when one is broken for long."""
+class Config(rules.Section):
+  """Bounds of the rules, and what follows when one is broken for long.
+
+  Bounds are shares, but for kl and grad_norm.
+  """
+
+  NAME = 'health'
+  OWN = {
+    'action': rules.one_of(*ACTIONS),
+    'patience': rules.least(1),
+    'kl': rules.or_off(rules.least(0)),
+    'grad_norm': rules.or_off(rules.least(0)),
+  }
 
   action: str = 'warn'  # on a broken rule: none | warn | stop (exit code 77)
   patience: int = 5  # buffers in a row that must break a rule
@@ -46,23 +55,8 @@ class Config:
   grad_norm: float = 0.0  # largest gradient norm before clipping; 0 = off
   measure: bool = False  # compute KL and ELBO drift for every objective
 
-  def problems(self) -> list[str]:
-    """Returns complaints about fields that are out of range."""
-    out = []
-    if self.action not in ACTIONS:
-      near = difflib.get_close_matches(str(self.action), ACTIONS, 1, 0.4)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
-      out.append(
-        f'health.action = {self.action!r} must be one of {", ".join(ACTIONS)}{hint}'
-      )
-    if self.patience < 1:
-      out.append(f'health.patience = {self.patience} must be >= 1')
-    for rule in RULES:
-      bound = getattr(self, rule)
-      if bound < 0 or (bound > 1 and rule not in UNBOUNDED):
-        allowed = '>= 0' if rule in UNBOUNDED else 'in [0, 1]'
-        out.append(f'health.{rule} = {bound} must be {allowed}; 0 = off')
-    return out
+  def number(self, x: float) -> str:
+    return rules.or_off(rules.share)(x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import layout, masking, model
+from dmpo_jax import layout, masking, model, rules
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.sampler import Law
@@ -33,8 +33,16 @@ from dmpo_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class LogprobConfig:
+class LogprobConfig(rules.Section):
   """How log p_ref and log p_old of a completion are estimated."""
+
+  NAME = 'logprob'
+  OWN = {
+    'estimator': rules.one_of('elbo', 'trajectory'),
+    'elbo': rules.one_of('paper', 'stratified'),
+    'draws': rules.least(1),
+    'states': rules.least(0),
+  }
 
   estimator: str = 'elbo'  # elbo | trajectory (along the recorded unmasking steps)
   elbo: str = 'paper'  # masks of the ELBO: paper (Bernoulli, L/m) | stratified
@@ -48,21 +56,7 @@ class LogprobConfig:
 
   def problems(self) -> list[str]:
     """Returns a sentence for each impossible setting."""
-    bad = []
-    for name, allowed in (
-      ('estimator', ('elbo', 'trajectory')),
-      ('elbo', ('paper', 'stratified')),
-    ):
-      if getattr(self, name) not in allowed:
-        bad.append(
-          f'logprob.{name} = {getattr(self, name)!r} must be one of '
-          f'{", ".join(allowed)}'
-        )
-    if self.draws < 1 or self.states < 0:
-      bad.append(
-        f'logprob.draws = {self.draws} must be >= 1 and logprob.states = '
-        f'{self.states} must be >= 0'
-      )
+    bad = super().problems()
     if self.draws % 2 and (self.antithetic or self.elbo == 'stratified'):
       bad.append(
         f'logprob.draws = {self.draws} must be even with logprob.antithetic=True or '

@@ -6,19 +6,22 @@ restored like the rest.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from dmpo_jax import rules
 from dmpo_jax.types import Params, Scalar, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(rules.Section):
   """Settings of AdamW."""
+
+  NAME = 'optim'
+  OWN = {'b1': rules.chance, 'b2': rules.chance, 'eps': rules.above(0)}
 
   lr: float = 1e-4  # learning rate after warm-up
   warmup: int = 10  # updates of linear warm-up; 0 = none
@@ -28,21 +31,6 @@ class Config:
   eps: float = 1e-8  # added to the root of the second moment
   weight_decay: float = 0.0  # decoupled, of matrices alone; 0 = none
   clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
-
-  def problems(self) -> list[str]:
-    """Returns a sentence for each impossible setting."""
-    least = {'lr': 0, 'warmup': 0, 'decay_steps': 0, 'weight_decay': 0, 'clip': 0}
-    found = [
-      f'optim.{name} = {getattr(self, name)} must be >= {low} and finite'
-      for name, low in least.items()
-      if not low <= getattr(self, name) < math.inf
-    ]
-    for name in ('b1', 'b2'):
-      if not 0 <= getattr(self, name) < 1:
-        found.append(f'optim.{name} = {getattr(self, name)} must be in [0, 1)')
-    if not self.eps > 0:
-      found.append(f'optim.eps = {self.eps} must be > 0')
-    return found
 
 
 class Held(NamedTuple):

@@ -7,13 +7,15 @@ penalties are multiplied.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dmpo_jax import logprob, masking, rng
 from dmpo_jax.rng import AnyKey
+from dmpo_jax.rules import Rule, Section, chance, least, one_of, pairs
+from dmpo_jax.rules import above as above  # for the objectives
 from dmpo_jax.types import (
   Array,
   BoolRL,
@@ -35,30 +37,6 @@ KLS = ('k1', 'k2', 'k3', 'k3_ratio')
 CHOICES = ('each', 'uniform', 'entropy', 'top')
 
 
-def one_of(*values: str) -> Callable[[Any], str]:
-  return lambda x: '' if x in values else f'must be one of {", ".join(values)}'
-
-
-def least(low: float) -> Callable[[Any], str]:
-  return lambda x: '' if x >= low else f'must be >= {low}'
-
-
-def above(low: float) -> Callable[[Any], str]:
-  return lambda x: '' if x > low else f'must be > {low}'
-
-
-def chance(x: float) -> str:
-  return '' if 0 <= x < 1 else 'must be in [0, 1)'
-
-
-def pairs(x: int) -> str:
-  return (
-    ''
-    if x >= 2 and x % 2 == 0
-    else 'must be even and >= 2: masks come with their complements'
-  )
-
-
 # The rule of a field's name, unless a Config's OWN replaces it.
 RULES = {
   'advantage': one_of(*ADVANTAGES),
@@ -74,23 +52,13 @@ RULES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Section):
   """Base of every objective's Config: its fields are checked by RULES and its own."""
 
-  OWN: ClassVar[dict[str, Callable[[Any], str]]] = {}  # field -> rule
+  NAME = 'objective'
 
-  def rules(self) -> dict[str, Callable[[Any], str]]:
-    """Returns the rule of each field that has one."""
-    return RULES | self.OWN
-
-  def problems(self) -> list[str]:
-    """Returns a sentence for each impossible setting."""
-    rules = self.rules()
-    return [
-      f'objective.{field.name} = {getattr(self, field.name)!r} {wrong}'
-      for field in dataclasses.fields(self)
-      if field.name in rules and (wrong := rules[field.name](getattr(self, field.name)))
-    ]
+  def rules(self) -> dict[str, Rule]:
+    return {**RULES, **self.OWN}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,14 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from dmpo_jax import rules
+
 CACHES = ('none', 'prefix', 'dual')
-CHOICES = {
-  'rank': ('token', 'max'),
-  'cache': CACHES,
-  'fallback': ('best', 'leftmost'),
-  'schedule': ('even', 'dream'),
-  'rank_law': ('model', 'sampling'),
-}
 
 
 class Law(NamedTuple):
@@ -47,8 +42,20 @@ SAMPLERS: dict[str, Sampler] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(rules.Section):
   """How completions are sampled: the config sections sampler and eval.sampler."""
+
+  NAME = 'sampler'
+  OWN = {
+    'rank': rules.one_of('token', 'max'),
+    'threshold': rules.share,
+    'cache': rules.one_of(*CACHES),
+    'fallback': rules.one_of('best', 'leftmost'),
+    'schedule': rules.one_of('even', 'dream'),
+    'rank_law': rules.one_of('model', 'sampling'),
+    'top_p': rules.positive_share,
+    'verify': rules.share,
+  }
 
   length: int  # L, tokens of a completion
   block: int  # W, tokens of a block; blocks are unmasked from left to right
@@ -77,6 +84,12 @@ class SampleConfig:
   top_p: float = 1.0  # nucleus that tokens are drawn from, in (0, 1]; 1 = all
   top_k: int = 0  # most probable tokens that are drawn from; 0 = all
   verify: float = 0.9  # pick wino: masks less probable tokens again, in [0, 1]
+
+  def number(self, x: float) -> str:
+    return rules.least(0)(x)
+
+  def rules(self) -> dict:
+    return super().rules() | {'pick': rules.one_of(*SAMPLERS)}
 
   def law(self) -> Law:
     """Returns what scoring along a trajectory must know."""
@@ -110,7 +123,7 @@ class SampleConfig:
     """Returns one sentence for each setting that is impossible or has no effect."""
     return (
       self._problems_of_steps()
-      + self._problems_of_values()
+      + super().problems()
       + self._problems_of_pick()
       + self._sampler.problems(self)
     )
@@ -131,23 +144,6 @@ class SampleConfig:
       f'sampler.steps = {steps} must be a multiple of the {blocks} blocks and at '
       f'most sampler.length = {length}'
     ]
-
-  def _problems_of_values(self) -> list[str]:
-    found = []
-    for field in (field.name for field in dataclasses.fields(SampleConfig)):
-      value = getattr(self, field)
-      allowed = tuple(SAMPLERS) if field == 'pick' else CHOICES.get(field)
-      if allowed:
-        fits, remedy = value in allowed, f'one of {", ".join(allowed)}'
-      elif field in ('threshold', 'verify'):
-        fits, remedy = 0 <= value <= 1, 'in [0, 1]'
-      elif field == 'top_p':
-        fits, remedy = 0 < value <= 1, 'in (0, 1]'
-      else:
-        fits, remedy = value >= 0, '>= 0'
-      if not fits:
-        found.append(f'sampler.{field} = {value!r} must be {remedy}')
-    return found
 
   def _problems_of_pick(self) -> list[str]:
     """Returns settings that are possible, but have no effect beside the others."""

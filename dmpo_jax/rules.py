@@ -1,0 +1,89 @@
+"""Rules of the values that a setting may have, and the base of every section.
+
+A rule takes a value and returns '' if it is allowed, else what it must be.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+Rule = Callable[[Any], str]
+
+
+def one_of(*values: str) -> Rule:
+  """Returns the rule of a name in `values`; its sentence has the nearest one."""
+
+  def rule(x):
+    if x in values:
+      return ''
+    close = difflib.get_close_matches(str(x), values, 1, 0.4)
+    hint = f'; did you mean {close[0]!r}?' if close else ''
+    return f'must be one of {", ".join(values)}{hint}'
+
+  return rule
+
+
+def least(low: float) -> Rule:
+  return lambda x: '' if x >= low else f'must be >= {low}'
+
+
+def finite(low: float) -> Rule:
+  return lambda x: '' if low <= x < math.inf else f'must be >= {low} and finite'
+
+
+def above(low: float) -> Rule:
+  return lambda x: '' if x > low else f'must be > {low}'
+
+
+def chance(x: float) -> str:
+  return '' if 0 <= x < 1 else 'must be in [0, 1)'
+
+
+def share(x: float) -> str:
+  return '' if 0 <= x <= 1 else 'must be in [0, 1]'
+
+
+def positive_share(x: float) -> str:
+  return '' if 0 < x <= 1 else 'must be in (0, 1]'
+
+
+def pairs(x: int) -> str:
+  good = x >= 2 and x % 2 == 0
+  return '' if good else 'must be even and >= 2: masks come with their complements'
+
+
+def or_off(rule: Rule) -> Rule:
+  """Returns a rule whose sentence says that 0 switches the setting off."""
+  return lambda x: f'{wrong}; 0 = off' if (wrong := rule(x)) else ''
+
+
+def nearest(field: str, value: Any, allowed: Iterable[str]) -> list[str]:
+  """Returns the complaint about a value that is not allowed, with the nearest one."""
+  wrong = one_of(*allowed)(value)
+  return [f'{field} = {value!r} {wrong}'] if wrong else []
+
+
+class Section:
+  """A section of a config; its frozen dataclass checks its values by rules."""
+
+  NAME: ClassVar[str] = ''  # in sentences; '' = the class's, in small letters
+  OWN: ClassVar[Mapping[str, Rule]] = {}  # field -> rule
+
+  def number(self, x: float) -> str:
+    """The rule of numbers that have none of their own."""
+    return finite(0)(x)
+
+  def rules(self) -> dict[str, Rule]:
+    """Returns the rule of each field that has one."""
+    numbers = [name for name, x in vars(self).items() if isinstance(x, int | float)]
+    return {**dict.fromkeys(numbers, self.number), **self.OWN}
+
+  def problems(self) -> list[str]:
+    """Returns a sentence for each impossible setting, led by 'section.field'."""
+    rules, section = self.rules(), self.NAME or type(self).__name__.lower()
+    return [
+      f'{section}.{name} = {value!r} {wrong}'
+      for name, value in vars(self).items()
+      if name in rules and (wrong := rules[name](value))
+    ]
