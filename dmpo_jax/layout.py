@@ -5,6 +5,7 @@ says where the predictions stand. Nothing above `logprob` knows the family. A ne
 family is a function here and a line in LAYOUTS.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -62,10 +63,10 @@ def bidirectional(
   return Inputs(noisy.reshape(rows * draws, -1), valid, targets, keys)
 
 
-LAYOUTS = {'bidirectional': bidirectional}
+LAYOUTS: dict[str, Callable[..., Inputs]] = {'bidirectional': bidirectional}
 
 
-def layout_of(cfg: ModelConfig):
+def layout_of(cfg: ModelConfig) -> Callable[..., Inputs]:
   """Returns the layout of a model's family; ValueError if there is none."""
   family = 'block_causal' if cfg.block_causal else 'bidirectional'
   if family not in LAYOUTS:

@@ -73,13 +73,17 @@ class LogprobConfig(rules.Section):
 # --- what is read off the logits
 
 
-def read_centred(cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array):
+def read_centred(
+  cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array
+) -> Array:
   """Returns the token's logit less the mean of all logits."""
   own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
   return own - jnp.mean(logits, axis=-1)
 
 
-def read_score(cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array):
+def read_score(
+  cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array
+) -> Array:
   """Returns the score by which pick plackett_luce ranks a position.
 
   It is the largest log-prob divided by law.rank_temperature. ValueError without a law.
@@ -91,7 +95,9 @@ def read_score(cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array):
   return best / law.rank_temperature
 
 
-def read_guess(cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array):
+def read_guess(
+  cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array
+) -> Array:
   """Returns the most probable token."""
   return jnp.argmax(model.without_mask(cfg, logits), axis=-1)
 
@@ -105,7 +111,9 @@ READS: dict[str, Callable] = {
 }
 
 
-def reader(cfg: ModelConfig, law: Law | None = None, reads: tuple[str, ...] = ()):
+def reader(
+  cfg: ModelConfig, law: Law | None = None, reads: tuple[str, ...] = ()
+) -> Callable:
   """Returns (logits, tokens) -> {'logp': log-probs, name: READS[name], ...}.
 
   law: log-probs are the sampling law's; None: the model's at temperature 1.

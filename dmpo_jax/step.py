@@ -169,7 +169,9 @@ def anchor(setup: Setup, params: Params, batch: TrainBatch, key: AnyKey) -> Arra
   return -common.elbo_coef * jnp.sum(elbo) / batch.total
 
 
-def reweighed(setup: Setup, params: Params, batch: TrainBatch, key: AnyKey):
+def reweighed(
+  setup: Setup, params: Params, batch: TrainBatch, key: AnyKey
+) -> TrainBatch:
   """Returns the batch with weights that depend on the current policy.
 
   A pass without gradient over all rows comes first, so that the softmax over a group
