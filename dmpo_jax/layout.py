@@ -1,7 +1,7 @@
 """How a family of models reads a text: the seam between objectives and networks.
 
-A layout turns completions and their K masked copies into the network's inputs and
-says where the predictions stand. Nothing above `logprob` knows the family. A new
+A layout runs the network on K masked copies of completions and returns the hidden
+states that predict their tokens. Nothing above `logprob` knows the family. A new
 family is a function here and a line in LAYOUTS.
 """
 
@@ -10,19 +10,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dmpo_jax import model
 from dmpo_jax.model import ModelConfig
-from dmpo_jax.types import Array, BoolRKL, BoolRKP, BoolRS, IntRS, KeyR
+from dmpo_jax.types import Array, BoolRKL, BoolRKP, BoolRS, IntRS, KeyR, Masks, Params
 
 
-class Inputs(NamedTuple):
-  """Network inputs; the leading axis N is rows times masked copies."""
+class Predictions(NamedTuple):
+  """The tokens to predict, and the states that predict them.
 
-  tokens: Array  # (N, S) int32
-  valid: Array | None  # (N, S) bool; None: all tokens are real
-  targets: Array  # (N, L) int32, the true tokens
-  keys: Array | None  # (N,) keys of the adapters' dropout
-  # The predictions of the L targets stand in the last L places of the hidden states.
+  The axes N and T are R * K and L, or R and K * L: both are (R, K, L) when reshaped.
+  """
+
+  hidden: Array  # (N, T, D)
+  targets: Array  # (N, T) int32, the true tokens
 
 
 def apply_masks(
@@ -46,32 +48,78 @@ def apply_masks(
 
 def bidirectional(
   cfg: ModelConfig,
+  params: Params,
   tokens_RxS: IntRS,
-  masked_RxKxL: BoolRKL,
+  masks: Masks,
   valid_RxS: BoolRS | None,
-  prompt_RxKxP: BoolRKP | None,
   keys_R: KeyR | None,
-) -> Inputs:
-  """Lays out each masked copy as a row of its own: [prompt | noisy completion]."""
-  rows, draws, length = masked_RxKxL.shape
-  noisy = apply_masks(tokens_RxS, masked_RxKxL, cfg.mask_id, prompt_RxKxP)
+) -> Predictions:
+  """Reads each masked copy in a row of its own: [prompt | noisy completion]."""
+  rows, draws, length = masks.masked.shape
+  noisy = apply_masks(tokens_RxS, masks.masked, cfg.mask_id, masks.prompt)
   valid = None if valid_RxS is None else jnp.repeat(valid_RxS, draws, axis=0)
   keys = keys_R
   if keys is not None:  # each copy has a key of its own
     keys = jax.vmap(lambda key: jax.random.split(key, draws))(keys).ravel()
   targets = jnp.repeat(tokens_RxS[:, -length:], draws, axis=0)
-  return Inputs(noisy.reshape(rows * draws, -1), valid, targets, keys)
+  noisy = noisy.reshape(rows * draws, -1)
+  h, _ = model.hidden(cfg, params, noisy, valid, dropout_R=keys)
+  return Predictions(h[:, -length:], targets)
 
 
-LAYOUTS: dict[str, Callable[..., Inputs]] = {'bidirectional': bidirectional}
+def block_causal(
+  cfg: ModelConfig,
+  params: Params,
+  tokens_RxS: IntRS,
+  masks: Masks,
+  valid_RxS: BoolRS | None,
+  keys_R: KeyR | None,
+) -> Predictions:
+  """Reads all copies in one row: [prompt + completion | noisy copy 1 | ... | copy K].
 
-
-def layout_of(cfg: ModelConfig) -> Callable[..., Inputs]:
-  """Returns the layout of a model's family; ValueError if there is none."""
-  family = 'block_causal' if cfg.block_causal else 'bidirectional'
-  if family not in LAYOUTS:
+  It is exact for every block at once, with masks of its own: a noisy block sees the
+  true text before it, and the gradient flows through that text. The completion must
+  begin an attention block (`sampler.align`), and L be a multiple of it. A family that
+  shifts reads the first token of a block off the true token before it (Fast-dLLM v2).
+  ValueError if prompt tokens are masked: the copies share the prompt.
+  """
+  _, draws, length = masks.masked.shape
+  size, block = tokens_RxS.shape[1], cfg.block_causal
+  if masks.prompt is not None:
+    raise ValueError('a block-causal model cannot mask prompt tokens in its copies')
+  if length % block:
     raise ValueError(
-      f'a {family} model (attention in blocks of {cfg.block_causal}) has no layout for '
-      f'log-probs of masked copies; there is one for {", ".join(LAYOUTS)}'
+      f'a completion of {length} tokens is no multiple of the attention block, {block}'
     )
-  return LAYOUTS[family]
+  # The column of the text that each column of the row repeats, and its copy.
+  index = np.concatenate(
+    [np.arange(size), np.tile(np.arange(size - length, size), draws)]
+  )
+  copies = np.concatenate(
+    [np.zeros(size, int), np.repeat(np.arange(draws) + 1, length)]
+  )
+  valid = jnp.ones(tokens_RxS.shape, bool) if valid_RxS is None else valid_RxS
+  positions = model.positions_of(valid)
+  blocks = model.blocks_of(cfg, valid, positions)
+  mask = model.packed_mask(blocks[:, index], jnp.asarray(copies), valid[:, index])
+  noisy = apply_masks(tokens_RxS, masks.masked, cfg.mask_id)[..., -length:]
+  tokens = jnp.concatenate([tokens_RxS, noisy.reshape(len(noisy), -1)], axis=1)
+  inputs = model.Inputs(tokens, positions[:, index], mask, dropout=keys_R)
+  h, _ = model.states(cfg, params, inputs)
+  where = np.arange(size, len(index))
+  if cfg.shift:
+    first = index[size:] % block == (size - length) % block
+    where = np.maximum(np.where(first, index[size:], where) - 1, 0)
+  targets = jnp.tile(tokens_RxS[:, -length:], (1, draws))
+  return Predictions(h[:, where], targets)
+
+
+LAYOUTS: dict[str, Callable[..., Predictions]] = {
+  'bidirectional': bidirectional,
+  'block_causal': block_causal,
+}
+
+
+def layout_of(cfg: ModelConfig) -> Callable[..., Predictions]:
+  """Returns the layout of a model's family."""
+  return LAYOUTS['block_causal' if cfg.block_causal else 'bidirectional']

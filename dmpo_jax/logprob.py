@@ -23,6 +23,7 @@ from dmpo_jax.types import (
   FloatR,
   FloatRKL,
   IntR,
+  IntRL,
   IntRS,
   KeyR,
   Masks,
@@ -162,15 +163,11 @@ def view_logp(
   """Returns what the policy says of the masked copies of completions.
 
   dropout_R: keys of the adapters' dropout, one a row; None: no dropout. read: a
-  `reader`; None: log-probs at temperature 1. ValueError if the model's family has no
-  layout.
+  `reader`; None: log-probs at temperature 1.
   """
-  inputs = layout.layout_of(cfg)(
-    cfg, tokens_RxS, masks.masked, valid_RxS, masks.prompt, dropout_R
-  )
-  h, _ = model.hidden(cfg, params, inputs.tokens, inputs.valid, dropout_R=inputs.keys)
-  length = masks.masked.shape[-1]
-  numbers = chosen_logp(cfg, params, h[:, -length:], inputs.targets, read)
+  predict = layout.layout_of(cfg)
+  h, targets = predict(cfg, params, tokens_RxS, masks, valid_RxS, dropout_R)
+  numbers = chosen_logp(cfg, params, h, targets, read)
   numbers = jax.tree.map(
     lambda x: jnp.where(masks.masked, x.reshape(masks.masked.shape), 0.0), numbers
   )
@@ -292,6 +289,49 @@ def state_logp(
   return jnp.stack([now, jnp.sum(rollouts.logp * shown, axis=1)])
 
 
+def rounds_of(order_RxL: IntRL, block: int) -> IntRL:
+  """Returns each token's unmasking round within its block, from 0; -1 where order < 0.
+
+  A block's round j is the j-th of the row's steps that unmasked a token of it.
+  """
+  order = order_RxL.reshape(len(order_RxL), -1, block)
+  place = jnp.arange(block)
+  same = order[..., :, None] == order[..., None, :]
+  earlier = place[:, None] > place[None]
+  first = (order >= 0) & ~jnp.any(same & earlier[None, None], axis=-1)
+  before = first[..., None, :] & (order[..., None, :] < order[..., :, None])
+  rounds = jnp.where(order >= 0, jnp.sum(before, axis=-1), -1)
+  return rounds.reshape(order_RxL.shape)
+
+
+def packed_trajectory(
+  cfg: ModelConfig,
+  params: Params,
+  rollouts: Rollouts,
+  law: Law,
+  states: int = 0,
+  u_R: FloatR | None = None,
+) -> tuple[FloatR, FloatR]:
+  """Computes `trajectory_logp` of a block-causal model in one packed pass.
+
+  Copy j holds the states of the j-th rounds of all blocks, W copies at most. states =
+  n > 0 visits n of them, one from each of n even strata.
+  """
+  block, scale = cfg.block_causal, 1.0
+  rounds_RxL = rounds_of(rollouts.order, block)
+  copies = jnp.broadcast_to(jnp.arange(block), (len(rounds_RxL), block))
+  if u_R is not None and 0 < states < block:
+    copies = jnp.int32((jnp.arange(states)[None] + u_R[:, None]) / states * block)
+    copies, scale = jnp.minimum(copies, block - 1), block / states
+  rounds_RxKxL, copies = rounds_RxL[:, None], copies[:, :, None]
+  masks = Masks(rounds_RxKxL >= copies, jnp.ones(copies.shape))
+  now = rounds_RxKxL == copies
+  read = reader(cfg, law)
+  found = view_logp(cfg, params, rollouts.tokens, masks, rollouts.valid, read=read)
+  add = lambda logp: scale * jnp.sum(jnp.where(now, logp, 0.0), axis=(1, 2))
+  return add(found.logp), add(rollouts.logp[:, None])
+
+
 def trajectory_logp(
   cfg: ModelConfig,
   params: Params,
@@ -309,6 +349,8 @@ def trajectory_logp(
   for both log-probs and for their difference. u_R: U(0, 1), the rows' places within
   the strata.
   """
+  if cfg.block_causal:
+    return packed_trajectory(cfg, params, rollouts, law, states, u_R)
   count_R = jnp.max(rollouts.order, axis=1) + 1
   if not states:
 

@@ -64,6 +64,7 @@ InnerRKL = Float[Array, 'R *I K L']
 # In the model: T queries, S keys, J key and value heads, X anything.
 KeyScalar = Key[Array, '']
 IntRT = Int[Array, 'R T']
+BoolRT = Bool[Array, 'R T']
 FloatRTD = Float[Array, 'R T D']
 FloatRHTC = Float[Array, 'R H T C']
 FloatRJSC = Float[Array, 'R J S C']

@@ -20,6 +20,8 @@ from dmpo_jax.model.attention import (
   attend_cudnn,
   attend_splash,
   attention_mask,
+  blocks_of,
+  packed_mask,
   positions_of,
 )
 from dmpo_jax.model.forward import (

@@ -23,30 +23,53 @@ def positions_of(valid_RxS: t.BoolRS) -> t.IntRS:
   return jnp.maximum(jnp.cumsum(valid_RxS, axis=1) - 1, 0)
 
 
+def blocks_of(
+  cfg: ModelConfig, valid_RxS: t.BoolRS | None, positions_RxT: t.IntRT
+) -> t.IntRT:
+  """Returns the attention block of each token of a block-causal model.
+
+  Blocks are counted from the first token of the text, as the releases sample. With
+  cfg.block_grid = prompt they are counted back from the text's end, so that a
+  completion of whole blocks begins a block; the first block may be short (the sampler
+  of dllm's bd3lm). Without valid_RxS both count from the start.
+  """
+  short: t.Array = 0
+  if cfg.block_grid == 'prompt' and valid_RxS is not None:
+    short = -jnp.sum(valid_RxS, axis=1, keepdims=True) % cfg.block_causal
+  return (positions_RxT + short) // cfg.block_causal
+
+
 def attention_mask(
   cfg: ModelConfig,
   valid_RxS: t.BoolRS | None,
   positions_RxS: t.IntRS,
   queries_RxT: t.IntRT,
 ) -> t.BoolR1TS | None:
-  """Returns which keys each query sees: no padding, and no later block.
-
-  Without valid_RxS blocks are counted from the start of the text. With it they
-  are counted back from its end: the blocks of a completion whose length is a
-  multiple of theirs are whole, and the first block of the prompt may be short.
-  """
+  """Returns which keys each query sees: no padding, and no later block."""
   mask = None if valid_RxS is None else valid_RxS[:, None, None, :]
   if cfg.block_causal:
-    size = cfg.block_causal
-    short = (
-      0 if valid_RxS is None else -jnp.sum(valid_RxS, axis=1, keepdims=True) % size
-    )
-    block = lambda x: (x + short) // size
-    past = (
-      block(positions_RxS)[:, None, None, :] <= block(queries_RxT)[:, None, :, None]
-    )
+    keys, queries = (blocks_of(cfg, valid_RxS, x) for x in (positions_RxS, queries_RxT))
+    past = keys[:, None, None, :] <= queries[:, None, :, None]
     mask = past if mask is None else mask & past
   return mask
+
+
+def packed_mask(
+  blocks_RxT: t.IntRT, copies_T: t.Array, real_RxT: t.BoolRT
+) -> t.BoolR1TS:
+  """Returns which columns see which in a row [text | noisy copy 1 | ... | copy K].
+
+  copies_T: 0 for the text, k for its noisy copy k. The text sees itself up to its own
+  block. A noisy token sees the text before its block, and its block in its own copy.
+  So its state is that of a forward of [text before the block | noisy block].
+  """
+  query, key = blocks_RxT[:, :, None], blocks_RxT[:, None, :]
+  noisy = copies_T > 0
+  last = query - noisy[None, :, None]  # the last block of the text that a token sees
+  past = ~noisy[None, None, :] & (key <= last)
+  copy = noisy[:, None] & (copies_T[:, None] == copies_T[None])
+  see = past | (copy[None] & (key == query))
+  return (see & real_RxT[:, None, :])[:, None]
 
 
 def rope_table(cfg: ModelConfig, positions_RxT: t.IntRT) -> Rope:

@@ -35,6 +35,8 @@ class ModelConfig:
   shift: bool = False  # output i - 1 predicts token i (Dream)
   block_causal: int = 0  # attention ends with a token's own block (SDAR); tokens;
   # 0 = attention over the whole text
+  block_grid: str = 'text'  # attention blocks start at: text (its first token) |
+  # prompt (the end of the prompt)
   lora_rank: int = 0  # rank of the adapters; 0 = no adapters
   lora_alpha: float = 64.0  # adapters are scaled by lora_alpha / lora_rank
   lora_dropout: float = 0.0  # of an adapter's input, in updates; 0 = none
