@@ -263,7 +263,7 @@ def state_logp(
   length = rollouts.order.shape[1]
   prompt = rollouts.tokens.shape[1] - length
   hidden_yet = rollouts.order >= step_R[:, None]
-  hidden_yet |= rollouts.order < 0  # the tail that eos_stop left masked
+  hidden_yet |= rollouts.order == -1  # the tail that eos_stop left masked
   shown = rollouts.order == step_R[:, None]
   state = layout.apply_masks(rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]
   start_R = jnp.argmax(shown, axis=1) // law.block * law.block

@@ -32,7 +32,7 @@ def case(weights):
 
 
 def block_by_block(cfg, params, tokens, valid, masked):
-  """log p of every masked token, one forward of [past | noisy block] a block and copy."""
+  """log p of the masked tokens, by a forward of [past | noisy block] each."""
   start = tokens.shape[1] - L
   rows = []
   for k in range(K):
@@ -94,28 +94,70 @@ def test_padding_and_neighbours_change_no_log_prob(case):
   np.testing.assert_allclose(alone[0], want[1], atol=1e-5)
 
 
-@pytest.mark.parametrize('pick, rank', [('confidence', 'max'), ('threshold', 'max'),
-                                        ('random', 'token')])  # fmt: skip
-@pytest.mark.parametrize('cache', ['none', 'prefix', 'dual'])
-def test_the_trajectory_is_one_packed_pass(case, pick, rank, cache):
-  """Recorded = packed = step by step, for laws that are exact."""
-  params, tokens, valid, _ = case
-  hp = sampler.SampleConfig(
-    length=L, block=W, steps=L, temperature=1.0, pick=pick, rank=rank, threshold=0.3,
-    cache=cache,
-  )  # fmt: skip
-  out = sampler.generate(
-    CFG, params, tokens[:, :8], jax.random.key(1), hp, valid[:, :8]
-  )
-  new, old = logprob.trajectory_logp(CFG, params, out, hp.law())
-  np.testing.assert_allclose(old, np.sum(out.logp, 1), rtol=1e-6)
+LAWS = {
+  'best': dict(pick='confidence', rank='max', steps=L),
+  'two a step': dict(pick='confidence', rank='max', steps=L // 2),
+  'threshold': dict(pick='threshold', rank='max', threshold=0.3),
+  'random': dict(pick='random', block=2),
+}
+
+
+def settings(**fields):
+  fields = dict(length=L, block=W, steps=L, temperature=1.0) | fields
+  return sampler.SampleConfig(**fields)
+
+
+@pytest.mark.parametrize('law', LAWS)
+@pytest.mark.parametrize('shift', [False, True])
+def test_the_trajectory_is_one_packed_pass(case, law, shift):
+  """Recorded = packed = step by step, for prompts of every length modulo W."""
+  params, tokens, _, _ = case
+  cfg, tokens = family(shift=shift), jnp.concatenate([tokens[:, :9]] * 2)[:5]
+  valid = jnp.arange(9)[None] >= jnp.asarray([0, 1, 2, 3, 6])[:, None]
+  out = {
+    cache: sampler.generate(
+      cfg, params, tokens, jax.random.key(1), settings(cache=cache, **LAWS[law]), valid
+    )
+    for cache in ('none', 'block')
+  }
+  none, cached = out['none'], out['block']
+  for name in ('tokens', 'order', 'valid'):
+    np.testing.assert_array_equal(getattr(cached, name), getattr(none, name), name)
+  np.testing.assert_allclose(cached.logp, none.logp, atol=3e-5)
+  hp = settings(**LAWS[law])
+  new, old = logprob.trajectory_logp(cfg, params, none, hp.law())
+  np.testing.assert_allclose(old, np.sum(none.logp, 1), rtol=1e-6)
   np.testing.assert_allclose(new, old, atol=1e-4)
-  steps = range(int(out.order.max()) + 1)
+  steps = range(int(none.order.max()) + 1)
   each = [
-    logprob.state_logp(CFG, params, out, jnp.full((3,), step), hp.law())[0]
+    logprob.state_logp(cfg, params, none, jnp.full((5,), step), hp.law())[0]
     for step in steps
   ]
   np.testing.assert_allclose(new, sum(each), atol=1e-4)
+
+
+def test_a_prompt_shares_its_last_block_with_the_completion(case):
+  """The first step's log-probs are those of the text without padding."""
+  params, tokens, _, _ = case
+  for count in range(1, 10):
+    prompt = tokens[:1, :count]
+    wide = jnp.pad(prompt, ((0, 0), (3, 0)), constant_values=5)
+    valid = jnp.arange(count + 3)[None] >= 3
+    one, other = (
+      sampler.align(CFG, *args, L)
+      for args in ((prompt, jnp.ones((1, count), bool)), (wide, valid))
+    )
+    np.testing.assert_array_equal(one.tokens[:, -L:], other.tokens[:, -L:])
+    head, rest = count // W * W, count % W
+    assert int(jnp.sum(one.valid)) == head + L
+    assert one.given[0].tolist() == [i < rest for i in range(L)]
+    np.testing.assert_array_equal(one.tokens[0, -L : -L + rest or None][:rest],
+                                  prompt[0, head:])  # fmt: skip
+    text = jnp.concatenate([prompt, jnp.full((1, L - rest), CFG.mask_id)], 1)
+    plain = model.full_logits(CFG, params, text)[:, -L + rest :]
+    for canvas in (one, other):
+      got = model.full_logits(CFG, params, canvas.tokens, canvas.valid)[:, -L + rest :]
+      np.testing.assert_allclose(got, plain, atol=2e-5)
 
 
 def test_rounds_are_counted_within_blocks():

@@ -25,6 +25,7 @@ from dmpo_jax.model.attention import (
   positions_of,
 )
 from dmpo_jax.model.forward import (
+  beside_cache,
   count_params,
   full_logits,
   head,
@@ -33,6 +34,7 @@ from dmpo_jax.model.forward import (
   shadow_logits,
   states,
   window_logits,
+  windows,
 )
 from dmpo_jax.model.law import logp_of, sampling_logits, without_mask
 from dmpo_jax.model.lora import matmul, matmul_frozen

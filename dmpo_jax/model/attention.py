@@ -6,7 +6,7 @@ of keys and values. The mask is bool, (R, 1, 1 or T, S), True where a query may
 see a key; None means everywhere.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -102,19 +102,39 @@ def attend(
   batched matrices as they lie in memory. The mask is added. The sum divides the
   result, which is smaller than the weights.
   """
+  return attend_parts(q_RxHxTxC, ((k_RxJxSxC, v_RxJxSxC, mask),))
+
+
+def attend_parts(
+  q_RxHxTxC: t.FloatRHTC, parts: tuple[tuple[t.Array, t.Array, t.Array | None], ...]
+) -> t.FloatRHTC:
+  """Computes `attend` over keys, values and masks in several arrays, of any S each.
+
+  So that a cache and new tokens are never copied into one array.
+  """
   rows, count, _, dim = q_RxHxTxC.shape
-  heads = k_RxJxSxC.shape[1]
+  k, v, _ = parts[0]
+  q = q_RxHxTxC.reshape(rows, k.shape[1], -1, dim)
   product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-  q = q_RxHxTxC.reshape(rows, heads, -1, dim)
-  w = product('rjqc,rjsc->rjqs', q, k_RxJxSxC)
-  if mask is not None:
-    if mask.shape[2] > 1:
-      mask = jnp.tile(mask, (1, 1, count // heads, 1))
-    w += jnp.where(mask, 0.0, -1e30)
-  w = jnp.exp(w - jax.lax.stop_gradient(jnp.max(w, -1, keepdims=True)))
-  y = product('rjqs,rjsc->rjqc', w.astype(v_RxJxSxC.dtype), v_RxJxSxC)
-  y /= jnp.sum(w, axis=-1, keepdims=True)
-  return y.reshape(q_RxHxTxC.shape).astype(v_RxJxSxC.dtype)
+
+  def scores(k: t.Array, mask: t.Array | None) -> t.Array:
+    w = product('rjqc,rjsc->rjqs', q, k)
+    if mask is not None:
+      if mask.shape[2] > 1:
+        mask = jnp.tile(mask, (1, 1, count // k.shape[1], 1))
+      w += jnp.where(mask, 0.0, -1e30)
+    return w
+
+  weights = [scores(k, mask) for k, _, mask in parts]
+  top = reduce(jnp.maximum, [jnp.max(w, -1, keepdims=True) for w in weights])
+  weights = [jnp.exp(w - jax.lax.stop_gradient(top)) for w in weights]
+  values = [
+    product('rjqs,rjsc->rjqc', w.astype(v.dtype), v)
+    for w, (_, v, _) in zip(weights, parts, strict=True)
+  ]
+  y = reduce(jnp.add, values)
+  y /= reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
+  return y.reshape(q_RxHxTxC.shape).astype(v.dtype)
 
 
 def attend_cudnn(

@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import types as t
-from dmpo_jax.model.attention import attention_mask, positions_of
+from dmpo_jax.model.attention import (
+  attention_mask,
+  blocks_of,
+  packed_mask,
+  positions_of,
+)
 from dmpo_jax.model.law import without_mask
 from dmpo_jax.model.presets import ModelConfig
 from dmpo_jax.model.transformer import Cache, Inputs, Transformer
@@ -128,6 +133,34 @@ def window_logits(
     cond, blind = jnp.moveaxis(logits.reshape(-1, 2, *logits.shape[1:]), 1, 0)
     logits = blind + (guidance + 1) * (cond - blind)
   return without_mask(cfg, logits), cache
+
+
+def beside_cache(
+  cfg: ModelConfig,
+  params: t.Params,
+  tokens_RxS: t.IntRS,
+  valid_RxS: t.BoolRS,
+  start_R: t.IntR,
+  width: int,
+  cache: Cache,
+) -> tuple[t.FloatRTD, Cache]:
+  """Returns states of each row's window [start, start + width), and its new cache.
+
+  The cache that it returns has the window's columns alone. The window sees the cache
+  before `start`, and itself up to each token's own attention block. A family that
+  shifts is not undone.
+  """
+  positions = positions_of(valid_RxS)
+  cut = lambda x: windows(x, start_R, width)
+  queries, real = cut(positions), cut(valid_RxS)
+  blocks = blocks_of(cfg, valid_RxS, positions)
+  mask = packed_mask(cut(blocks), jnp.zeros(width, jnp.int32), real)
+  column = jnp.arange(tokens_RxS.shape[1])
+  past = (valid_RxS & (column[None] < start_R[:, None]))[:, None, None]
+  inputs = Inputs(cut(tokens_RxS), queries, mask, cache, past=past)
+  h, new = states(cfg, params, inputs, keep=True)
+  assert new is not None
+  return h, new
 
 
 def with_blind_rows(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dmpo_jax import types as t
-from dmpo_jax.model.attention import ATTENTION, Rope, rope_table, rotate
+from dmpo_jax.model.attention import ATTENTION, Rope, attend_parts, rope_table, rotate
 from dmpo_jax.model.lora import adapter, dropout, matmul, matmul_frozen
 from dmpo_jax.model.presets import ModelConfig
 from dmpo_jax.model.quantize import dense
@@ -40,8 +40,10 @@ class Inputs(NamedTuple):
   tokens: t.IntRT
   positions: t.IntRT
   mask: t.BoolR1TS | None = None  # which keys a token sees; None = all
-  cache: Cache | None = None  # where given, the tokens replace their part of it
-  start: t.IntScalar | int | None = None  # first column of the cache that they replace
+  cache: Cache | None = None  # keys and values of other tokens
+  # First column of the cache that the tokens replace; None: they stand beside it.
+  start: t.IntScalar | int | None = None
+  past: t.BoolR1TS | None = None  # which of the cache a token sees that stands beside
   dropout: t.KeyR | None = None  # keys for lora_dropout; None = no dropout
 
 
@@ -101,21 +103,22 @@ class Block(nn.Module):
     x: t.FloatRTD,
     per_layer: tuple[Cache | None, t.KeyR | None],
     rope: Rope,
-    mask: t.BoolR1TS | None,
-    start: t.IntScalar | int | None,
+    inputs: Inputs,
   ) -> tuple[t.FloatRTD, Cache | None]:
-    """Runs the layer. With a cache the new keys and values replace the cached
-    ones from position `start` on."""
+    """Runs the layer on x; `inputs` says where the tokens stand beside the cache."""
     cfg, (cache, keys) = self.cfg, per_layer
     out_gain = 0.5 / cfg.layers  # keeps the residual stream's scale at depth
     y = Norm(cfg, name='attn_norm')(x)
     q, k, v = self.project(y, keys)
     q, k = rotate(q, rope, q.shape[-1] ** -0.5), rotate(k, rope)
-    if cache is not None:
-      at: Any = (0, 0, start, 0)
-      k = jax.lax.dynamic_update_slice(cache.keys, k, at)
-      v = jax.lax.dynamic_update_slice(cache.values, v, at)
-    y = ATTENTION[cfg.attention](q, k, v, mask)
+    if cache is not None and inputs.start is None:
+      y = attend_parts(q, ((*cache, inputs.past), (k, v, inputs.mask)))
+    else:
+      if cache is not None:
+        at: Any = (0, 0, inputs.start, 0)
+        k = jax.lax.dynamic_update_slice(cache.keys, k, at)
+        v = jax.lax.dynamic_update_slice(cache.values, v, at)
+      y = ATTENTION[cfg.attention](q, k, v, inputs.mask)
     y = jnp.swapaxes(y, 1, 2).reshape(x.shape[:2] + (-1,))
     x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y, keys)
     y = Norm(cfg, name='mlp_norm')(x)
@@ -153,7 +156,7 @@ class Transformer(nn.Module):
     block = Block
     if cfg.remat != 'none':
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
-    axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+    axes: Any = (0, nn.broadcast, nn.broadcast)
     self.layers = nn.scan(
       block,
       variable_axes={'params': 0, 'lora': 0},
@@ -173,7 +176,9 @@ class Transformer(nn.Module):
       layer = jnp.arange(self.cfg.layers)
       fold = jax.vmap(jax.random.fold_in, (0, None))
       keys = jax.vmap(fold, (None, 0))(keys, layer)
-    x, cache = self.layers(x, (inputs.cache, keys), rope, inputs.mask, inputs.start)
+    per_layer = inputs.cache, keys
+    inputs = inputs._replace(cache=None, dropout=None)
+    x, cache = self.layers(x, per_layer, rope, inputs)
     return self.final_norm(x), cache
 
   def logits(self, hidden: t.FloatXD) -> t.FloatXV:

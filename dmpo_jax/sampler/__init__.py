@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from dmpo_jax import model, rng
-from dmpo_jax.sampler import picks, records, unmask, wino
+from dmpo_jax.sampler import blocks, picks, records, unmask, wino
+from dmpo_jax.sampler.blocks import align
 from dmpo_jax.sampler.config import CACHES, SAMPLERS, Law, SampleConfig, Sampler
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
@@ -19,13 +20,14 @@ from dmpo_jax.types import Array, BoolRP, IntRP, KeyR, Params, Rollouts
 
 __all__ = [
   'CACHES', 'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Law', 'Recorder',
-  'SampleConfig', 'Sampler', 'generate', 'picks', 'sample', 'unmask',
+  'SampleConfig', 'Sampler', 'align', 'generate', 'picks', 'sample', 'unmask',
 ]  # fmt: skip
 
 SAMPLERS.update(
   PICKS,
   wino=Sampler(unmask=wino.draft_and_verify, judged=True, records=False, plain=False),
 )
+GIVEN = -2  # Rollouts.order of a token of the prompt within the completion's L
 NAMES = tuple(SAMPLERS)  # the values of sampler.pick
 # What Rollouts.more can hold of every token.
 RECORDS = {
@@ -76,13 +78,22 @@ def sample(
       f'sampler.length = {hp.length} after a prompt of {prompt} tokens '
       f"exceeds the model's {cfg.positions} positions"
     )
-  # 1. The canvas: the prompt, then L masks.
+  check_blocks(cfg, hp)
+  # 1. The canvas: the prompt, then L masks (and before them what the prompt leaves of
+  # an attention block).
   prompts_RxP = jnp.asarray(prompts_RxP, jnp.int32)
   blank = jnp.full((rows, hp.length), cfg.mask_id, jnp.int32)
+  given = jnp.zeros(blank.shape, bool)
+  if cfg.block_causal:
+    canvas, valid, given = align(cfg, prompts_RxP, valid_RxP, hp.length)
+    prompt = canvas.shape[1] - hp.length
+  else:
+    canvas = jnp.concatenate([prompts_RxP, blank], axis=1)
+    valid = jnp.concatenate([valid_RxP, jnp.ones_like(blank, bool)], axis=1)
   zeros_R, zeros = jnp.zeros_like(blank[:, 0]), jnp.zeros(blank.shape)
   loop = unmask.Loop(
-    tokens=jnp.concatenate([prompts_RxP, blank], axis=1),
-    order=jnp.zeros_like(blank),
+    tokens=canvas,
+    order=jnp.where(given, GIVEN, 0),
     logp=zeros,
     confidence=zeros,
     count=zeros_R,
@@ -91,17 +102,17 @@ def sample(
     more={name: jnp.zeros(blank.shape, RECORDS[name].dtype) for name in records},
   )
   # 2. Steps until every mask that must go is gone.
-  valid = jnp.concatenate([valid_RxP, jnp.ones_like(blank, bool)], axis=1)
   setting = unmask.Setting(
     cfg, params, hp, valid, prompt, keys_R, {name: RECORDS[name] for name in records}
   )
-  loop = (SAMPLERS[hp.pick].unmask or unmask.by_rule)(setting, loop)
+  rule = blocks.by_block if hp.cache == 'block' else unmask.by_rule
+  loop = (SAMPLERS[hp.pick].unmask or rule)(setting, loop)
   # 3. Where eos_stop has left a mask stands EOS, which belongs to no step.
   completion = loop.tokens[:, prompt:]
   left = completion == cfg.mask_id
   completion = jnp.where(left, cfg.eos_id, completion)
   return Rollouts(
-    tokens=jnp.concatenate([prompts_RxP, completion], axis=1),
+    tokens=jnp.concatenate([loop.tokens[:, :prompt], completion], axis=1),
     valid=valid,
     order=jnp.where(left, -1, loop.order),
     logp=loop.logp,
@@ -109,3 +120,23 @@ def sample(
     confidence=loop.confidence,
     more=loop.more or None,
   )
+
+
+def check_blocks(cfg: model.ModelConfig, hp: SampleConfig) -> None:
+  """ValueError if the sampler's blocks or cache do not fit the model's attention."""
+  size = cfg.block_causal
+  if not size and hp.cache == 'block':
+    raise ValueError(
+      'sampler.cache = block needs a model that attends block by block; this one sees '
+      'the whole text: set none, prefix or dual'
+    )
+  if size and (size % hp.block or hp.length % size):
+    raise ValueError(
+      f'sampler.block = {hp.block}, sampler.length = {hp.length}: this model attends '
+      f'in blocks of {size}; set a block that divides it, and a length that it divides'
+    )
+  if size and hp.cache in ('prefix', 'dual'):
+    raise ValueError(
+      f'sampler.cache = {hp.cache} is for models that see the whole text. This one '
+      f'attends in blocks of {size}: set block, which is exact, or none'
+    )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dmpo_jax import rules
 
-CACHES = ('none', 'prefix', 'dual')
+CACHES = ('none', 'prefix', 'dual', 'block')
 
 
 class Law(NamedTuple):
@@ -70,7 +70,8 @@ class SampleConfig(rules.Section):
   entropy_bound: float = 0.1  # pick entropy: nats of a step, less the largest
   guidance: float = 0.0  # scale of classifier-free guidance; 0 = off
   # Keys and values that the steps of a block reuse: none | prefix (of what is
-  # before the block) | dual (of all but the block).
+  # before the block) | dual (of all but the block) | block (block-causal models: of
+  # the finished blocks, exact).
   cache: str = 'none'
   refresh: int = 0  # steps between full forwards with a cache; 0 = once a block
   eos_stop: bool = False  # end a row when all before its first EOS is revealed

@@ -187,8 +187,22 @@ def reveal(
   """Proposes a token at every mask of the windows, and keeps what the rule picks."""
   proposal = propose(setting, loop, logits, start_R, live_R)
   rule = picks.PICKS[setting.hp.pick].rule
-  take = rule(proposal.look, setting.hp) & live_R[:, None]
+  take = rule(proposal.look, setting.hp)
+  if setting.cfg.block_causal and setting.cfg.shift:
+    take = first_alone(setting, proposal, take)
+  take &= live_R[:, None]
   return record(setting, loop, proposal, take, jnp.zeros_like(take))
+
+
+def first_alone(setting: Setting, proposal: Proposal, take: t.BoolRW) -> t.BoolRW:
+  """Takes the first token of an attention block alone, as the next token of the text.
+
+  A block-causal family that shifts predicts it from the block before (Fast-dLLM v2).
+  """
+  begins_R = (proposal.start - setting.prompt) % setting.cfg.block_causal == 0
+  begins_R &= proposal.look.masked[:, 0]
+  first = jnp.arange(take.shape[1])[None] == 0
+  return jnp.where(begins_R[:, None], first, take)
 
 
 def propose(

@@ -1,0 +1,121 @@
+"""Block-causal models: where a completion begins, and the exact cache of its blocks.
+
+The keys and values of a finished attention block depend on nothing behind it. So they
+are computed once, and the steps of a block cost the tokens of that block alone. Rows
+work on blocks of their own: none waits for another.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dmpo_jax import model
+from dmpo_jax import types as t
+from dmpo_jax.sampler import unmask
+from dmpo_jax.sampler.unmask import Loop, Setting
+
+
+class Canvas(NamedTuple):
+  """Texts whose completions begin an attention block, P' + L columns."""
+
+  tokens: t.Array  # (R, P' + L) int32: prompts, then given tokens and masks
+  valid: t.Array  # (R, P' + L) bool: False on padding
+  given: t.Array  # (R, L) bool: tokens of the prompt that share a block with masks
+
+
+def align(
+  cfg: model.ModelConfig, tokens_RxP: t.IntRP, valid_RxP: t.BoolRP, length: int
+) -> Canvas:
+  """Lays left-padded prompts out so that every completion begins an attention block.
+
+  Blocks are counted from the text's first token, so the end of a prompt may share a
+  block with the completion. It becomes the head of the canvas, as given tokens.
+  """
+  size, block = tokens_RxP.shape[1], cfg.block_causal
+  prompt = max(1, size // block) * block
+  count_R = jnp.sum(valid_RxP, axis=1, keepdims=True)
+  rest_R = count_R % block if cfg.block_grid == 'text' else 0 * count_R
+  if cfg.block_grid == 'prompt':
+    prompt = -(-max(1, size) // block) * block
+  # The place in the prompt of each column; outside of [0, count) there is none.
+  place = jnp.arange(prompt + length)[None] - prompt + count_R - rest_R
+  real = (place >= 0) & (place < count_R)
+  column = jnp.clip(place + size - count_R, 0, size - 1)
+  text = jnp.take_along_axis(tokens_RxP, column, axis=1)
+  free = jnp.arange(prompt + length)[None] >= prompt
+  tokens = jnp.where(real, text, jnp.where(free, cfg.mask_id, cfg.pad_id))
+  return Canvas(tokens.astype(jnp.int32), real | free, (real & free)[:, prompt:])
+
+
+class State(NamedTuple):
+  """The rows' loop, and what is kept of their finished blocks."""
+
+  loop: Loop
+  cache: model.Cache
+  done: t.IntR  # columns of each row whose keys and values are in the cache
+
+
+def by_block(setting: Setting, loop: Loop) -> Loop:
+  """Reveals block by block with the exact cache, until no mask is left."""
+  tokens, valid = (x[:, : setting.prompt] for x in (loop.tokens, setting.valid))
+  _, cache = model.hidden(setting.cfg, setting.params, tokens, valid, keep=True)
+  assert cache is not None
+  pad = [(0, 0)] * 3 + [(0, setting.hp.length), (0, 0)]
+  cache = model.Cache(*(jnp.pad(x, pad) for x in cache))
+  # A family that shifts reads a block's first token off the block before it.
+  done = setting.prompt - setting.cfg.block_causal * setting.cfg.shift
+  state = State(
+    loop._replace(forwards=loop.forwards + 1),
+    cache,
+    jnp.full((len(tokens),), done, jnp.int32),
+  )
+  more = lambda state: unmask.masks_remain(setting, state.loop)
+  return jax.lax.while_loop(more, partial(step, setting), state).loop
+
+
+def step(setting: Setting, state: State) -> State:
+  """Takes one step of every row; computes finished blocks that are not in the cache."""
+  size = setting.cfg.block_causal
+  at_R, live_R = unmask.own_blocks(setting, state.loop)
+  start_R = setting.prompt + (at_R - setting.prompt) // size * size
+  run = partial(window, setting, state, start_R)
+  behind = jnp.any(live_R & (state.done < start_R))
+  h, cache = jax.lax.cond(behind, partial(run, 2 * size), partial(run, size))
+  h = model.windows(h, at_R - start_R, setting.hp.block)
+  logits = model.head(setting.cfg, setting.params, h)
+  logits = model.without_mask(setting.cfg, logits)
+  loop = unmask.reveal(setting, state.loop, logits, at_R, live_R)
+  return State(loop, cache, jnp.where(behind, start_R, state.done))
+
+
+def window(
+  setting: Setting, state: State, start_R: t.IntR, width: int
+) -> tuple[t.Array, model.Cache]:
+  """Computes the attention blocks at `start`, with width = 2 W also those before.
+
+  Returns the states that predict the blocks' tokens, (R, W, D), and the cache.
+  """
+  cfg, size = setting.cfg, setting.cfg.block_causal
+  first_R = start_R + size - width
+  args = state.loop.tokens, setting.valid, first_R, width, state.cache
+  h, new = model.beside_cache(cfg, setting.params, *args)
+  if width == size:
+    return shifted(cfg, h), state.cache
+
+  def put(x: t.Array, part: t.Array, at: t.Array) -> t.Array:  # one row
+    return jax.lax.dynamic_update_slice(x, part, (0, 0, at, 0))
+
+  put = jax.vmap(put, (1, 1, 0), 1)
+  cache = (
+    put(x, y[..., :size, :], first_R) for x, y in zip(state.cache, new, strict=True)
+  )
+  return shifted(cfg, h)[:, size:], model.Cache(*cache)
+
+
+def shifted(cfg: model.ModelConfig, h_RxTxD: t.FloatRTD) -> t.FloatRTD:
+  """Moves states one place right in a family that shifts; the first stays."""
+  if not cfg.shift:
+    return h_RxTxD
+  return jnp.concatenate([h_RxTxD[:, :1], h_RxTxD[:, :-1]], axis=1)
