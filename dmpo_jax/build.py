@@ -143,6 +143,8 @@ def build(c: Any, devices: Any = None) -> Built:
   tokenizer = parts.tokenizer_of(c, folder)
   cfg = parts.model_config(c, tokenizer, folder)
   parts.check_blocks(c, cfg)
+  if c.lora.path:
+    weights.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)

@@ -375,7 +375,33 @@ def without(c, *names):
 @pytest.mark.parametrize(
   'c, message',
   [
-    ({**LLADA, 'model_type': 'lada'}, "model_type = 'lada' .*'llada'"),
+    ({**LLADA, 'model_type': 'LLaDA'}, "model_type = 'LLaDA' must be written 'llada'"),
+    ({**LLADA, 'model_type': ['llada']}, r"model_type = \['llada'\] .*known are"),
+    ({**LLADA, 'n_layers': '2'}, "n_layers = '2' must be a whole number"),
+    ({**LLADA, 'n_heads': True}, 'n_heads = True must be a whole number'),
+    ({**LLADA, 'd_model': [D]}, r'd_model = \[16\] must be a whole number'),
+    ({**LLADA, 'embedding_size': 0}, 'embedding_size = 0 must be'),
+    ({**LLADA, 'rope_theta': '5e5'}, "rope_theta = '5e5' must be a number"),
+    ({**LLADA, 'rms_norm_eps': float('nan')}, 'rms_norm_eps = nan must be a number'),
+    ({**LLADA, 'weight_tying': 'no'}, "weight_tying = 'no' must be true or false"),
+    ({**LLADA, 'eos_token_id': [None]}, 'eos_token_id = None must be a whole'),
+    ({**LLADA, 'mask_token_id': '33'}, "mask_token_id = '33' must be a whole"),
+    ({**CONFIGS['sdar'], 'block_size': '4'}, "block_size = '4' must be a whole"),
+    ({**DREAM, 'rope_scaling': 'default'}, "rope_scaling = 'default'"),
+    (
+      {**DREAM, 'rope_parameters': {'full_attention': {'rope_theta': 1e6}}},
+      'rope_scaling = .*full_attention',
+    ),
+    (
+      {
+        **DREAM,
+        'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5},
+      },
+      'partial_rotary_factor',
+    ),
+    ({**DREAM, 'layer_types': 'full_attention'}, 'layer_types'),
+    ({**DREAM, 'is_encoder_decoder': True}, 'is_encoder_decoder = True'),
+    ({**DREAM, 'pruned_heads': {'0': [1]}}, 'pruned_heads'),
     ({**LLADA, 'experts': 8}, 'experts = 8'),
     ({**LLADA, 'alibi': True}, 'alibi = True: only False'),
     (without(LLADA, 'n_layers', 'd_model'), 'd_model is missing.*n_layers is missing'),
@@ -386,7 +412,7 @@ def without(c, *names):
     ({**LLADA, 'rope': None}, 'rope = None: only True'),
     ({**DREAM, 'bd_size': 32}, 'bd_size = 32'),
     ({**DREAM, 'head_scale': 0.0}, 'head_scale = 0.0'),
-    ({**DREAM, 'experts_of': []}, 'experts_of'),
+    ({**DREAM, 'experts_of': [1]}, 'experts_of'),
     ({**DREAM, 'layer_types': ['sliding_attention'] * N}, 'layer_types'),
     ({**LLADA, 'quantization_config': {'bits': 4}}, 'quantization_config'),
   ],
@@ -399,16 +425,91 @@ def test_wrong_configs_are_refused(c, message, tmp_path):
   assert 'config.json' in str(info.value)
 
 
+# Fields of real config.json files that change nothing: transformers 4.47 to 4.51 write
+# the first, older ones wrote the generation fields there.
+NEEDLESS = {
+  '_attn_implementation_autoset': True,
+  '_attn_implementation_internal': 'sdpa',
+  'tokenizer_class': 'Qwen2Tokenizer',
+  'problem_type': None,
+  'torchscript': False,
+  'is_decoder': False,
+  'pruned_heads': {},
+  'temperature': 0.2,
+  'top_k': 50,
+  'num_beams': 1,
+  'max_length': 20,
+  'repetition_penalty': 1.0,
+  'do_sample': True,
+  'task_specific_params': None,
+  'chunk_size_feed_forward': 0,
+  'gradient_checkpointing': True,
+  'rope_scaling': {'type': 'default'},
+}
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    NEEDLESS,
+    {'rope_scaling': {'rope_type': 'default', 'factor': 1.0}},
+    {'rope_scaling': {}},
+    {
+      'rope_scaling': None,
+      'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
+    },
+    {'layer_types': ['full_attention'] * N, 'use_sliding_window': None},
+    {'pad_token_id': -1},
+  ],
+)
+def test_fields_without_effect_change_no_setting(change, tmp_path):
+  """ModelConfig is that of the file without them."""
+  plain, more = ({**DREAM, **extra} for extra in ({}, change))
+  folders = [write(tmp_path / n, c, tensors={}) for n, c in (('a', plain), ('b', more))]
+  one, two = (weights.read_config(str(folder)) for folder in folders)
+  assert one == two
+
+
+@pytest.mark.parametrize(
+  'kind, fields, reason',
+  [
+    ('lada', {}, ''),
+    ('gpt2', {}, ''),
+    ('qwen', {}, ''),
+    ('llada2_moe', {'num_experts': 256, 'moe_intermediate_size': 512}, 'experts'),
+    ('sdar_moe', {'num_experts': 128, 'num_experts_per_tok': 8}, 'experts'),
+    ('Fast_dLLM_Qwen', {'bd_size': 32}, 'block by block'),
+    (None, {}, ''),
+  ],
+)
+def test_another_family_is_no_misspelling(kind, fields, reason, tmp_path):
+  """It is not implemented, for a reason where there is one to see."""
+  folder = write(tmp_path / 'x', {**DREAM, **fields, 'model_type': kind}, tensors={})
+  with pytest.raises(ValueError, match='model_type = .* not implemented') as info:
+    weights.read_config(str(folder))
+  assert reason in str(info.value)
+  assert 'mean' not in str(info.value) and 'written' not in str(info.value)
+
+
 def test_one_warning_names_ignored_fields(tmp_path, caplog):
-  """Unknown fields that are null or false, serving switches, and SDAR's missing
-  block size are named in one warning; fields of the files are not."""
-  c = {**CONFIGS['sdar'], 'new_switch': False, 'new_table': None}
+  """Unknown fields that are null, false or empty, serving switches, generation
+  fields and SDAR's missing block size are named in one warning; fields of the files
+  are not."""
+  c = {**CONFIGS['sdar'], **NEEDLESS, 'new_switch': False, 'new_table': None}
   del c['block_size']
   folder = write(tmp_path / 'x', c)
   for _ in range(2):
     assert weights.load_hf(str(folder))[0].block_causal == 4
   (warning,) = (record.getMessage() for record in caplog.records)
-  for name in ('new_switch', 'new_table', 'fuse_cross_entropy', 'block_size'):
+  for name in (
+    'new_switch',
+    'new_table',
+    'fuse_cross_entropy',
+    'block_size',
+    'temperature',
+    'repetition_penalty',
+    'pruned_heads',
+  ):
     assert name in warning
   for name in ('torch_dtype', 'hidden_size', 'max_window_layers', 'rope_scaling'):
     assert name not in warning
@@ -427,8 +528,8 @@ def test_one_error_lists_all_wrong_tensors(tmp_path, monkeypatch):
     weights.load_hf(str(folder))
   for part in (
     f'{q} is ({D}, {D + 1})',
-    'ln_f.weight is missing',
-    'model.visual.weight is unexpected',
+    'missing: model.transformer.ln_f.weight',
+    'unexpected: model.visual.weight',
   ):
     assert part in str(info.value)
 
