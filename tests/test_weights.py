@@ -607,6 +607,142 @@ def test_index_names_only_files_beside_it(name, tmp_path):
     weights.load_hf(str(tmp_path / 'x'))
 
 
+def llada_tensors(dtype=np.float32):
+  return {name: np.ones(shape, dtype) for name, shape in shapes(LLADA).items()}
+
+
+@pytest.mark.parametrize(
+  'stray', ['adapter_model', 'optimizer', 'consolidated', 'model_ema']
+)
+def test_model_safetensors_is_read_alone(stray, tmp_path, caplog):
+  """Another file beside it is named in a warning, whatever it holds."""
+  folder = write(tmp_path / 'x', LLADA)
+  _, alone = weights.load_hf(str(folder))
+  other = {n: np.zeros_like(x) for n, x in llada_tensors().items()}
+  save_file({**other, 'step': np.zeros(1)}, folder / f'{stray}.safetensors')
+  _, params = weights.load_hf(str(folder))
+  jax.tree.map(np.testing.assert_array_equal, params, alone)
+  assert f'{stray}.safetensors not read' in caplog.text
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+  """Which one is meant is not guessed: a whole file beside shards, two sets of
+  shards, two files of other names, or a tensor twice in the files of an index."""
+  folder = write(tmp_path / 'x', LLADA)
+  write(folder, LLADA, shards=2)
+  with pytest.raises(ValueError, match='two copies .*model.safetensors.*index'):
+    weights.load_hf(str(folder))
+  index = folder / weights.INDEX
+  told = index.read_text()
+  index.unlink()
+  with pytest.raises(ValueError, match='two copies .*model.safetensors.*00001-of'):
+    weights.load_hf(str(folder))
+  whole = folder / 'model.safetensors'
+  whole.rename(folder / 'model-00001-of-00001.safetensors')
+  with pytest.raises(ValueError, match='00001-of-00001.* both hold model'):
+    weights.load_hf(str(folder))
+  (folder / 'model-00001-of-00001.safetensors').unlink()
+  weights.load_hf(str(folder))  # shards without an index, each tensor once
+  index.write_text(told)
+  save_file(llada_tensors(), folder / 'model-00002-of-00002.safetensors')
+  with pytest.raises(ValueError, match='00001-of-00002.*00002-of-00002.* both hold'):
+    weights.load_hf(str(folder))
+  for path in folder.glob('*.safetensors*'):
+    path.unlink()
+  for name in ('a', 'b'):
+    save_file(llada_tensors(), folder / f'{name}.safetensors')
+  with pytest.raises(ValueError, match='a.safetensors and b.safetensors both hold'):
+    weights.load_hf(str(folder))
+
+
+@pytest.mark.parametrize(
+  'dtype, name',
+  [
+    (ml_dtypes.float8_e4m3fn, 'F8_E4M3'),
+    (ml_dtypes.float8_e5m2, 'F8_E5M2'),
+    (np.int8, 'I8'),
+    (np.uint8, 'U8'),
+    (np.int32, 'I32'),
+  ],
+)
+def test_types_other_than_floats_are_refused(dtype, name, tmp_path):
+  """The weights of an int8 or fp8 dump mean nothing without their scales."""
+  tensors = llada_tensors()
+  odd = 'model.transformer.blocks.1.q_proj.weight'
+  tensors[odd] = tensors[odd].astype(dtype)
+  folder = write(tmp_path / 'x', LLADA, tensors=tensors)
+  with pytest.raises(ValueError, match=f'{odd} is of type {name}.*F32.*dequantize'):
+    weights.load_hf(str(folder))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('at', ['blocks.1.q_proj', 'ln_f', 'wte'])
+def test_values_that_are_not_finite_are_refused(value, dtype, at, tmp_path):
+  """The error names the directory and the tensor; float16 may hold them too."""
+  tensors = llada_tensors(np.float16)
+  name = f'model.transformer.{at}.weight'
+  tensors[name].flat[-1] = value
+  folder = write(tmp_path / 'x', LLADA, tensors=tensors)
+  with pytest.raises(ValueError, match=f'{folder}.*{name} holds NaN or infinity'):
+    weights.load_hf(str(folder), dtype, mesh.make_mesh(fsdp=4, tensor=2))
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'base_model.model.'])
+def test_a_prefix_is_suggested(prefix, tmp_path):
+  """What is missing, what was found, and the prefix that turns one into the other."""
+  tensors = {f'{prefix}{n}': x for n, x in llada_tensors().items()}
+  folder = write(tmp_path / 'x', LLADA, tensors=tensors)
+  with pytest.raises(ValueError, match=f'remove {prefix!r}') as info:
+    weights.load_hf(str(folder))
+  for part in ('missing: model.', f'unexpected: {prefix}'):
+    assert part in str(info.value)
+  tensors = {n.removeprefix('model.'): x for n, x in llada_tensors().items()}
+  folder = write(tmp_path / 'y', LLADA, tensors=tensors)
+  with pytest.raises(ValueError, match="unexpected: transformer.*add 'model.'"):
+    weights.load_hf(str(folder))
+  # Nothing fits: no suggestion.
+  folder = write(tmp_path / 'z', LLADA, tensors={'a.b': np.zeros(1, np.float32)})
+  with pytest.raises(ValueError, match='unexpected: a.b$'):
+    weights.load_hf(str(folder))
+
+
+POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
+
+
+@pytest.mark.parametrize(
+  'name, text, message',
+  [
+    ('model.safetensors', POINTER, 'git lfs pull'),
+    ('model.safetensors', '', 'damaged or truncated'),
+    ('config.json', POINTER, 'git lfs pull'),
+    ('config.json', '[1]', 'must hold a JSON object, not list'),
+    ('config.json', 'null', 'must hold a JSON object'),
+    ('config.json', '[' * 100_000, 'no valid JSON'),
+    ('config.json', '{"a": "\udc80"}', 'no valid JSON'),
+    ('tokenizer.json', '{"added_tokens": [', 'no valid JSON'),
+    ('tokenizer.json', '{"added_tokens": [1]}', 'added tokens'),
+    ('tokenizer.json', '{"added_tokens": [{"content": [], "id": 1}]}', 'added tokens'),
+    ('tokenizer_config.json', '{"mask_token": ', 'no valid JSON'),
+    ('tokenizer_config.json', '{"added_tokens_decoder": [1]}', 'added tokens'),
+    (
+      'tokenizer_config.json',
+      '{"added_tokens_decoder": {"x": {"content": "a"}}}',
+      'added tokens',
+    ),
+    (weights.INDEX, '{"weight_map": {"a": ', 'no valid JSON'),
+    (weights.INDEX, '{"weight_map": ["a"]}', 'weight_map must be'),
+  ],
+)
+def test_damaged_files_are_named(name, text, message, tmp_path):
+  """One sentence says which file, and what is wrong with it."""
+  folder = write(tmp_path / 'x', LLADA, tensors=llada_tensors())
+  (folder / name).write_text(text, errors='surrogateescape')
+  with pytest.raises(ValueError, match=message) as info:
+    weights.load_hf(str(folder))
+  assert name in str(info.value)
+
+
 # --- memory
 
 MEASURE = """

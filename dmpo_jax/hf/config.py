@@ -172,12 +172,12 @@ def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
 
 def added_tokens(folder: str, told: dict[str, Any]) -> dict[str, int]:
   """Returns {token: id} of the tokens that a tokenizer's files list as added."""
+  listed = files.read_object(os.path.join(folder, 'tokenizer.json'))
   try:
-    listed = files.read_object(os.path.join(folder, 'tokenizer.json'))
     added = {t['content']: int(t['id']) for t in listed.get('added_tokens') or []}
     decoder = told.get('added_tokens_decoder') or {}
     return added | {t['content']: int(i) for i, t in decoder.items()}
-  except (TypeError, KeyError, AttributeError) as error:
+  except (TypeError, KeyError, AttributeError, ValueError) as error:
     raise ValueError(
       f'{folder}: the added tokens of tokenizer.json or tokenizer_config.json are '
       f'not as transformers writes them ({type(error).__name__}: {error})'
