@@ -171,7 +171,8 @@ def read_tokenizer(folder: str) -> Tokenizer:
   has = lambda name: os.path.exists(os.path.join(folder, name))
   # Their errors name no file.
   read = {n: files.read_object(os.path.join(folder, n)) for n in TOKENIZER_FILES}
-  named = map(str, read['tokenizer_config.json'].get('fast_tokenizer_files') or [])
+  named = read['tokenizer_config.json'].get('fast_tokenizer_files') or []
+  named = map(str, named if isinstance(named, list) else [named])
   if wrong := [name for name in named if os.path.basename(name) != name]:
     raise ValueError(
       f'{folder}/tokenizer_config.json names the file {wrong[0]!r}, which is outside '

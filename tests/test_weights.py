@@ -365,6 +365,21 @@ def test_special_ids(tmp_path):
     weights.load_hf(str(folder))
 
 
+def test_eos_is_the_same_in_both_files(tmp_path):
+  """Of several in config.json the tokenizer's counts. Another one is refused; for
+  padding, which is never read, config.json's counts."""
+  folder = write(tmp_path / 'x', {**LLADA, 'eos_token_id': [EOS, 31]}, tensors={})
+  decoder = {str(i): {'content': f'<{i}>'} for i in (29, 31)}
+  told = {'added_tokens_decoder': decoder, 'eos_token': '<31>', 'pad_token': '<29>'}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(told))
+  ids = weights.read_config(str(folder))
+  assert (ids['eos_id'], ids['pad_id']) == (31, LLADA['pad_token_id'])
+  told['eos_token'] = '<29>'
+  (folder / 'tokenizer_config.json').write_text(json.dumps(told))
+  with pytest.raises(ValueError, match="eos_token_id = .*30, 31.* '<29>' = 29"):
+    weights.read_config(str(folder))
+
+
 # --- bad input
 
 
@@ -675,9 +690,14 @@ def test_types_other_than_floats_are_refused(dtype, name, tmp_path):
     weights.load_hf(str(folder))
 
 
-@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('at', ['blocks.1.q_proj', 'ln_f', 'wte'])
+@pytest.mark.parametrize(
+  'value, dtype, at',
+  [
+    (np.nan, 'float32', 'blocks.1.q_proj'),
+    (np.inf, 'bfloat16', 'ln_f'),
+    (-np.inf, 'float32', 'wte'),
+  ],
+)
 def test_values_that_are_not_finite_are_refused(value, dtype, at, tmp_path):
   """The error names the directory and the tensor; float16 may hold them too."""
   tensors = llada_tensors(np.float16)
@@ -956,3 +976,82 @@ def test_wrong_tokenizers_are_refused(tmp_path):
     path.write_text(json.dumps({'fast_tokenizer_files': [name]}))
     with pytest.raises(ValueError, match=f"names .*'{name}'.* outside"):
       data.load_tokenizer(str(tmp_path))
+
+
+def saved_tokenizer(folder, **changes):
+  """Writes the character tokenizer with changes to tokenizer_config.json."""
+  data.char_tokenizer().save_pretrained(folder)
+  path = folder / 'tokenizer_config.json'
+  told = json.loads(path.read_text()) | changes
+  told = {name: value for name, value in told.items() if value is not None}
+  path.write_text(json.dumps(told))
+  return str(folder)
+
+
+# The character tokenizer has pad 0, mask 1, EOS 2.
+@pytest.mark.parametrize(
+  'changes, ids, message',
+  [
+    ({}, (2, 0, 1), 'mask_token_id = 1, .*is 2; eos_token_id = 2, .*is 0'),
+    ({}, (1, 3, 0), "eos_token_id = 2, but the model's is 3"),
+    ({}, (4, 2, 0), "mask_token_id = 1, but the model's is 4"),
+    ({'eos_token': None}, (1, 999, 0), 'no token 999.*eos_token_id'),
+    ({'mask_token': None}, (), 'no mask_token.*tokenizer_config.json'),
+    ({'eos_token': None}, (), 'no eos_token.*tokenizer_config.json'),
+    ({'chat_template': '{% for'}, (), 'chat template of .* is broken: Template'),
+    ({'chat_template': '{{ nothing.at.all }}'}, (), 'chat template of .* is broken'),
+    ({'chat_template': '{{ 1 // 0 }}'}, (), 'is broken: ZeroDivisionError'),
+    ({'chat_template': '<|user|>'}, (), 'template .*leaves out what the user says'),
+    ({'chat_template': 7}, (), 'chat template of .* is broken'),
+    ({'fast_tokenizer_files': '../x.json'}, (), 'outside'),
+    ({'mask_token': [1]}, (), 'tokenizer'),
+  ],
+)
+def test_tokenizers_that_do_not_fit_are_refused(changes, ids, message, tmp_path):
+  """Its ids are other than the model's, it has none, or its template fails."""
+  folder = saved_tokenizer(tmp_path, **changes)
+  (tmp_path / 'chat_template.jinja').unlink(missing_ok=True)
+  if not ids and 'chat_template' not in changes:
+    (tmp_path / 'chat_template.jinja').write_text(data.CHAT)
+  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids))
+  with pytest.raises(ValueError, match=message) as info:
+    data.load_tokenizer(folder, named)
+  assert str(tmp_path) in str(info.value)
+
+
+@pytest.mark.parametrize('ids', [(1, 2, 2), (1, 2, 1), (1, 2, 0)])
+def test_padding_is_the_models(ids, tmp_path, caplog):
+  """Nothing reads padding, so another one is replaced, with a warning."""
+  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids))
+  got = data.load_tokenizer(saved_tokenizer(tmp_path), named)
+  assert (got.mask_token_id, got.eos_token_id, got.pad_token_id) == ids
+  assert ('padding 0 by' in caplog.text) == (ids[2] != 0)
+
+
+def test_a_tokenizer_without_padding_pads_with_eos(tmp_path):
+  got = data.load_tokenizer(saved_tokenizer(tmp_path, pad_token=None))
+  assert got.pad_token_id == got.eos_token_id == 2
+
+
+def test_a_mask_may_be_an_unused_row(tmp_path):
+  """A causal model has no mask token; an id beyond the tokenizer's serves as one."""
+  ids = {'mask_id': 120, 'eos_id': 2, 'pad_id': 0}
+  got = data.load_tokenizer(saved_tokenizer(tmp_path, mask_token=None), ids)
+  assert got.eos_token_id == 2 and data.encode_chat(got, 'hi')
+
+
+@pytest.mark.parametrize(
+  'name', ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json']
+)
+@pytest.mark.parametrize('text', ['{"a": {', '', POINTER, '[]'])
+def test_damaged_tokenizers_are_named(name, text, tmp_path):
+  """A download that was cut short names its file."""
+  folder = saved_tokenizer(tmp_path)
+  (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=name):
+    data.load_tokenizer(folder)
+  (tmp_path / name).unlink()
+  saved_tokenizer(tmp_path)
+  (tmp_path / 'tokenizer.json').write_text('{"model": {"type": "WordLevel"}}')
+  with pytest.raises(ValueError, match='files of its tokenizer are damaged'):
+    data.load_tokenizer(folder)
