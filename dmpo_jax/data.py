@@ -110,13 +110,11 @@ def load_tokenizer(name: str, ids: Mapping[str, int] | None = None) -> Tokenizer
   files leave out. Raises ValueError if a file or the chat template is missing or
   broken, if there is no mask or EOS, or if they have other ids than the model's.
   """
-  if name == 'char':
-    return char_tokenizer()
-  if not os.path.isdir(name):
+  if name != 'char' and not os.path.isdir(name):
     raise ValueError(
       f"data.tokenizer = {name!r} must be 'char' or a directory with tokenizer.json"
     )
-  tokenizer = read_tokenizer(name)
+  tokenizer = char_tokenizer() if name == 'char' else read_tokenizer(name)
   set_special_tokens(tokenizer, name, ids or {})
   vocab = tokenizer.get_vocab()
   if not tokenizer.chat_template:

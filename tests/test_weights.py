@@ -1019,6 +1019,13 @@ def test_tokenizers_that_do_not_fit_are_refused(changes, ids, message, tmp_path)
   assert str(tmp_path) in str(info.value)
 
 
+def test_the_character_tokenizer_is_checked_too():
+  with pytest.raises(
+    ValueError, match="char .*mask_token_id = 1, but the model's is 9"
+  ):
+    data.load_tokenizer('char', {'mask_id': 9, 'eos_id': 2, 'pad_id': 0})
+
+
 @pytest.mark.parametrize('ids', [(1, 2, 2), (1, 2, 1), (1, 2, 0)])
 def test_padding_is_the_models(ids, tmp_path, caplog):
   """Nothing reads padding, so another one is replaced, with a warning."""
