@@ -236,7 +236,12 @@ def make_starts(
     return call
 
   def read():
-    return weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
+    params = weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
+    for path in (c.lora.path, *c.reference.of):
+      if path and is_adapter(path):
+        digest = int(Compiled(grid, checkpoint.digest)(params))
+        weights.warn_of_base(path, f'{cfg.param_dtype} {digest}')
+    return params
 
   def read_adapter():
     folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)

@@ -9,4 +9,5 @@ from dmpo_jax.hf import (
   read_adapter,
   read_config,
   read_params,
+  warn_of_base,
 )

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import base
-from dmpo_jax import build, data, hf, mesh, model, weights
+from dmpo_jax import build, checkpoint, data, hf, mesh, model, weights
 from dmpo_jax.hf import write
 
 KINDS = {
@@ -255,6 +255,7 @@ def fake_run(cfg):
     config=base.get_config(),
     tokenizer=data.char_tokenizer(),
     mesh=mesh.make_mesh(),
+    steps=types.SimpleNamespace(digest=jax.jit(checkpoint.digest)),
   )
 
 

@@ -341,6 +341,21 @@ def check_adapter(
   return tree, wanted
 
 
+def warn_of_base(path: str, digest: str) -> None:
+  """Warns if an adapter that was exported here says that it had another base.
+
+  digest: of the base that it is laid on, with its dtype, as write.save_adapter has it.
+  """
+  with safe_open(os.path.join(path, ADAPTER), 'numpy') as reader:
+    made_on = (reader.metadata() or {}).get('base', '')
+  same_dtype = made_on.split()[:1] == digest.split()[:1]
+  if same_dtype and made_on != digest:
+    mesh.warn_once(
+      f'{path} was trained on other weights than those of model.checkpoint: it makes '
+      'another model there'
+    )
+
+
 def adapter_problems(told: dict[str, Any], cfg: model.ModelConfig) -> list[str]:
   """Lists where adapter_config.json differs from cfg and what is implemented."""
   problems = []
