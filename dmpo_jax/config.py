@@ -24,7 +24,7 @@ from dmpo_jax import health, logprob, model, optim, sampler
 from dmpo_jax.data import PromptOptions
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
-from dmpo_jax.rules import Section, finite, nearest, one_of
+from dmpo_jax.rules import Section, finite, least, nearest, one_of
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import TaskOptions, Wants
 
@@ -53,6 +53,8 @@ class Model(Section):
     'quantize': one_of('none', *model.QUANT),
     'remat': one_of(*model.REMAT),
     'attention': one_of(*model.ATTENTION),
+    'attention_block': least(-1),
+    'attention_grid': one_of('text', 'prompt'),
     'dtype': one_of('float32', 'bfloat16'),
     'param_dtype': one_of('float32', 'bfloat16'),
   }
@@ -69,6 +71,12 @@ class Model(Section):
   quantize: str = 'none'  # the frozen base under adapters; none | int8 | nf4
   remat: str = 'none'  # recomputed in the backward pass; none | dots | full
   attention: str = 'xla'  # kernel; xla | cudnn (GPU, bfloat16) | splash (TPU)
+  # Tokens of an attention block (SDAR, A2D's bd3lm); 0 = attention over the whole
+  # text; -1 = the checkpoint's own, else 0.
+  attention_block: int = -1
+  # Where attention blocks begin: text (its first token) | prompt (its end: dllm's
+  # sampler for bd3lm).
+  attention_grid: str = 'text'
   head_chunk: int = 0  # completion positions per call of the output head; 0 = all
 
   def problems(self) -> list[str]:

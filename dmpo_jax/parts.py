@@ -24,11 +24,16 @@ def tokenizer_of(c: Any, folder: str) -> Any:
   """
   ids = {}
   if folder:
-    fields = weights.read_config(folder)
+    fields = weights.read_config(folder, attention_block(c))
     ids = {name: fields[name] for name in ('mask_id', 'eos_id', 'pad_id')}
   elif not c.data.tokenizer and 'vocab' in model.PRESETS[c.model.preset]:
     return None
   return data.load_tokenizer(c.data.tokenizer or folder or 'char', ids)
+
+
+def attention_block(c: Any) -> int | None:
+  """Returns the attention block that the config names; None: the checkpoint's own."""
+  return None if c.model.attention_block < 0 else c.model.attention_block
 
 
 def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
@@ -36,11 +41,12 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
 
   ValueError if heads, adapters, tokenizer and mesh do not fit together.
   """
+  block = attention_block(c)
   if folder:
-    fields = weights.read_config(folder)
+    fields = weights.read_config(folder, block)
   else:
     changed = {name: c.model[name] for name in config.SIZES if c.model[name]}
-    fields = {**model.PRESETS[c.model.preset], **changed}
+    fields = {**model.PRESETS[c.model.preset], **changed, 'block_causal': block or 0}
     if tokenizer is not None:
       fields |= dict(
         vocab=max(len(tokenizer), fields.get('vocab', 0)),
@@ -55,6 +61,7 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
     remat=c.model.remat,
     head_chunk=c.model.head_chunk,
     attention=c.model.attention,
+    block_grid=c.model.attention_grid,
     lora_rank=c.lora.rank,
     lora_alpha=c.lora.alpha,
     lora_dropout=c.lora.dropout,

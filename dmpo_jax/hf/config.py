@@ -17,7 +17,9 @@ from dmpo_jax.hf.families import FAMILIES, Family
 KINDS = {field.name: field.type for field in dataclasses.fields(model.ModelConfig)}
 SIZES = ('width', 'layers', 'heads', 'mlp', 'vocab')  # no default stands for them
 # Usual names, where neither config.json nor tokenizer_config.json has the token.
-MASK_TOKENS = ('<|mdm_mask|>', '<|mask|>', '<|MASK|>', '[MASK]', '<mask>')
+MASK_TOKENS = (
+  '<|mdm_mask|>', '<|mask|>', '<|MASK|>', '<MASK>', '|<MASK>|', '[MASK]', '<mask>',
+)  # fmt: skip
 
 
 def complain(where: str, problems: list[str]) -> None:
@@ -54,17 +56,16 @@ def family_of(folder: str) -> tuple[Family, dict[str, Any], dict[str, Any]]:
     why = f'must be written {same[0]!r}'
   elif any('expert' in name for name in raw):
     why += ': it is a mixture of experts'
-  elif 'bd_size' in raw:
-    why += ': it generates block by block, in a layout of its own'
   raise ValueError(
     f'{folder}/config.json: model_type = {kind!r} {why} (known are '
     f'{", ".join(FAMILIES)})'
   )
 
 
-def read_config(folder: str) -> dict[str, Any]:
+def read_config(folder: str, block: int | None = None) -> dict[str, Any]:
   """Returns ModelConfig fields from config.json and the tokenizer's files.
 
+  block: tokens of an attention block, if it is not config.json's; 0 = the whole text.
   ValueError lists every field that is missing, of a wrong type, has a value that is
   not implemented, or is unknown and may change the law. A warning names the unknown
   fields that cannot.
@@ -78,12 +79,8 @@ def read_config(folder: str) -> dict[str, Any]:
   }
   if raw.get('vocab_size') is not None:
     found.setdefault('vocab', ('vocab_size', raw['vocab_size']))
-  ignored = []
-  if raw['model_type'] == 'sdar':
-    if raw.get('block_size') is None:
-      ignored.append('block_size is missing, so 4 is assumed')
-    found['block_causal'] = ('block_size', raw.pop('block_size', None) or 4)
-  problems = [
+  size, wrong = block_of(raw, block)
+  problems = wrong + [
     f'{theirs} is missing'
     for theirs, ours in family.fields.items()
     if ours in SIZES and ours not in found
@@ -96,13 +93,33 @@ def read_config(folder: str) -> dict[str, Any]:
   vocab = fields.get('vocab', '')
   ids, wrong = special_ids(folder, raw, 0 if wrong_type(vocab, int) else vocab)
   complain(f'{folder}/config.json', problems + unknown + wrong)
-  if ignored := ignored + harmless:
-    mesh.warn_once(f'{folder}/config.json: ' + '; '.join(ignored))
+  if harmless:
+    mesh.warn_once(f'{folder}/config.json: ' + '; '.join(harmless))
   fields |= {
     name: float(fields[name]) for name in ('rope_theta', 'eps') if name in fields
   }
   fields.setdefault('kv_heads', fields['heads'])
-  return {**fields, **ids}
+  return {**fields, **ids, 'block_causal': size}
+
+
+def block_of(raw: dict[str, Any], told: int | None) -> tuple[int, list[str]]:
+  """Returns the attention block, in tokens, and what is wrong with it.
+
+  Takes its field out of config.json's fields. The block is `told`, else the field's,
+  else the family's. A family whose directories differ is never guessed.
+  """
+  field, default = families.BLOCKS.get(raw['model_type'], ('', 0))
+  value = raw.pop(field, None)
+  if type(value) is not int and value is not None or (value or 0) < 0:
+    return 0, [f'{field} = {shown(value)} must be a whole number >= 0']
+  for size in (told, value, default):
+    if size is not None:
+      return size, []
+  return 0, [
+    f'{field} is missing: set model.attention_block to the tokens of an attention '
+    'block that it was trained with (SDAR: 4, or 8 to 64 as its name ends; bd3lm: its '
+    'block; mdlm, which sees the whole text: 0)'
+  ]
 
 
 def wrong_type(value: Any, kind: Any) -> str:
@@ -173,9 +190,11 @@ def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
 def added_tokens(folder: str, told: dict[str, Any]) -> dict[str, int]:
   """Returns {token: id} of the tokens that a tokenizer's files list as added."""
   listed = files.read_object(os.path.join(folder, 'tokenizer.json'))
+  own = files.read_object(os.path.join(folder, 'added_tokens.json'))
   try:
     added = {t['content']: int(t['id']) for t in listed.get('added_tokens') or []}
     decoder = told.get('added_tokens_decoder') or {}
+    added |= {content: int(i) for content, i in own.items()}
     return added | {t['content']: int(i) for i, t in decoder.items()}
   except (TypeError, KeyError, AttributeError, ValueError) as error:
     raise ValueError(

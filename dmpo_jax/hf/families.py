@@ -119,12 +119,20 @@ FAMILIES = {
   'Dream': (QWEN, DREAM, 'DreamModel'),
   'dream': (QWEN, DREAM, 'DreamModel'),
   'sdar': (QWEN, QWEN3, 'SDARForCausalLM'),
+  'Fast_dLLM_Qwen': (QWEN, DREAM, 'Fast_dLLM_QwenForCausalLM'),
   'qwen2': (QWEN, QWEN2, 'Qwen2ForCausalLM'),
   'a2d-qwen2': (QWEN, QWEN2, 'A2DQwen2LMHeadModel'),
   'qwen3': (QWEN, QWEN3, 'Qwen3ForCausalLM'),
   'a2d-qwen3': (QWEN, QWEN3, 'A2DQwen3LMHeadModel'),
   'llama': (QWEN, LLAMA, 'LlamaForCausalLM'),
   'a2d-llama': (QWEN, LLAMA, 'A2DLlamaLMHeadModel'),
+}
+# model_type -> config.json's field of the attention block, and the block where that
+# field is missing. None: such directories differ, so the user must say it.
+BLOCKS = {
+  'sdar': ('block_size', None),
+  'Fast_dLLM_Qwen': ('bd_size', 32),
+  **dict.fromkeys(('a2d-qwen2', 'a2d-qwen3', 'a2d-llama'), ('block_size', None)),
 }
 # Fields of any family that describe the files or the training of the model, or
 # have no effect beside the fields above.
@@ -142,14 +150,14 @@ SERVING = re.compile(
   r'fl(ash|ex)_\w+|use_(flash|fused|liger)\w*|fused?_\w+|debug|ep_size|'
   r'micro_forward|skip_checkpoint|use_deepep|gradient_checkpointing\w*|torchscript|'
   r'torch_compile|use_bfloat16|chunk_size_feed_forward|tf_legacy_loss|unsloth_\w+|'
-  r'transformers\.js_config|\w+_loss_coef'
+  r'transformers\.js_config|\w+_loss_coef|conplemenrary_mask'
 )
 
 
 def kind_of(cfg: model.ModelConfig) -> str:
   """Returns the model_type as which a model that was made here is written."""
   if cfg.shift:
-    return 'Dream'
+    return 'Fast_dLLM_Qwen' if cfg.block_causal else 'Dream'
   if cfg.block_causal:
     return 'sdar'
   if cfg.qk_norm:

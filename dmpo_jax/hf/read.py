@@ -44,7 +44,8 @@ def load_hf(
   everything missing, unexpected, of another shape or unknown.
   """
   folder = locate(path)
-  fields = {'dtype': dtype, **read_config(folder), **settings, 'param_dtype': dtype}
+  found = read_config(folder, settings.get('block_causal'))
+  fields = {'dtype': dtype, **found, **settings, 'param_dtype': dtype}
   cfg = model.ModelConfig(**fields)
   return cfg, read_params(folder, cfg, mesh)
 

@@ -65,7 +65,7 @@ class SampleConfig(rules.Section):
   # Whose probability is a position's confidence: token (the sampled token, as
   # in LLaDA) | max (the most probable token).
   rank: str = 'token'
-  threshold: float = 0.9  # picks threshold, wino: least confidence, in [0, 1]
+  threshold: float = 0.9  # picks threshold, dynamic, wino: least confidence, in [0, 1]
   factor: float = 1.0  # pick factor: larger reveals more tokens a step
   entropy_bound: float = 0.1  # pick entropy: nats of a step, less the largest
   guidance: float = 0.0  # scale of classifier-free guidance; 0 = off

@@ -188,6 +188,21 @@ def pick_threshold(look: Look, hp: SampleConfig) -> BoolRW:
   return jnp.where(jnp.any(over, axis=1, keepdims=True), over, first)
 
 
+def pick_dynamic(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes all with confidence >= hp.threshold if the quota is reached, else the best.
+
+  SDAR's low_confidence_dynamic (generate.py:150-176).
+  """
+  over = look.masked & (look.confidence >= hp.threshold)
+  enough = jnp.sum(over, axis=1) >= look.quota
+  return jnp.where(enough[:, None], over, by_rank(look, look.confidence))
+
+
+def pick_sequential(look: Look, hp: SampleConfig) -> BoolRW:
+  """Takes the quota's first from the left: SDAR's sequential."""
+  return by_rank(look, jnp.zeros_like(look.confidence))  # ties: the lower position
+
+
 def longest_prefix(
   look: Look, score_RxW: FloatRW, accept: Callable[[FloatRW, IntRW], BoolRW]
 ) -> BoolRW:
@@ -226,6 +241,8 @@ PICKS: dict[str, Pick] = {
   'random': Pick(pick_random, scheduled=True, drawn=True),
   'random_order': Pick(pick_random_order, drawn=True),
   'threshold': Pick(pick_threshold, judged=True, fallback=True),
+  'dynamic': Pick(pick_dynamic, scheduled=True, judged=True),
+  'sequential': Pick(pick_sequential, scheduled=True),
   'factor': Pick(pick_factor, judged=True),
   'margin': Pick(pick_margin, scheduled=True, scored=True),
   'entropy': Pick(pick_entropy),
