@@ -64,7 +64,7 @@ def closing(style: str) -> str:
 
 
 def without_specials(text: str) -> str:
-  """Returns a saved text up to its first end token, and no special tokens at its end."""
+  """Returns a saved text up to its first end token, less special tokens at its end."""
   text = ENDS.split(text, maxsplit=1)[0]
   while found := SPECIAL.search(text[-64:]):
     text = text[: -len(found[0])]

@@ -181,11 +181,15 @@ def _problem(record: dict, where: str) -> dict:
 
 
 def _whole(value: object, where: str) -> int:
-  """Returns an int of at most MAX_DIGITS digits; ValueError for anything else."""
-  written = str(value).strip() if type(value) in (int, str) else ''
-  if not re.fullmatch(f'-?[0-9]{{1,{arithmetic.MAX_DIGITS}}}', written):
+  """Returns an int of at most MAX_DIGITS digits; ValueError for anything else.
+
+  6.0 is one too: tables with a missing value store all their numbers so.
+  """
+  written = str(value).strip() if type(value) in (int, float, str) else ''
+  found = re.fullmatch(rf'(-?[0-9]{{1,{arithmetic.MAX_DIGITS}}})(?:\.0*)?', written)
+  if not found:
     raise ValueError(f'{where}: {value!r} is not a whole number')
-  return int(written)
+  return int(found[1])
 
 
 # ---- the solver tries all trees over all partitions of the numbers. A value is a

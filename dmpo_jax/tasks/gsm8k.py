@@ -110,7 +110,7 @@ SPOILS = re.compile(
   r'twice|powers?|root|sqrt|log|factorial)\b',
   re.IGNORECASE,
 )
-DENIED = re.compile(rf'(?:{SPOILS.pattern})[\s:$(\[\\]*\Z', re.IGNORECASE)
+DENIED = re.compile(rf'(?:{SPOILS.pattern})[\s$(\[\\]*\Z', re.IGNORECASE)
 
 
 def _read(path: str) -> Iterator[dict]:

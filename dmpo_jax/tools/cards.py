@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmpo_jax import build, check, data, evaluate, files, mesh, metrics
+from dmpo_jax import build, check, data, evaluate, files, grader, mesh, metrics
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.tools import provenance
 from dmpo_jax.types import Params, Task
@@ -73,7 +73,8 @@ def run(
 
 def run_length(evaluation: Evaluation, section: Any, folder: str) -> dict:
   """Evaluates with one sampler section; writes its files and returns its card."""
-  c, task = evaluation.built.config, evaluation.built.task
+  c = evaluation.built.config
+  task = grader.prefilled(evaluation.built.task, evaluation.problems.prefill)
   stem = os.path.join(
     folder, f'{c.data.task}_{evaluation.what}_{section.length}_{section.steps}'
   )
