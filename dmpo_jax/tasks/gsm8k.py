@@ -70,7 +70,7 @@ EXACT = re.compile(rf'-?(?:(?:{WHOLE})(?:\.[0-9]+)?|\.[0-9]+)')
 MAX_ANSWER = 300  # characters of an answer that is read
 SPELLINGS = (  # (pattern, replacement), in this order; none changes the value
   (r'\\(?=[$%])|\\[!()\[\]]|\^\{?\\circ\}?|\*\*', ''),
-  (r'\\(?:left|right|displaystyle)(?![a-z])', ''),
+  (r'\\(?:left|right|displaystyle)(?![a-z])|\s*</answer\Z', ''),
   (r'\\?(?:text\w*|math\w+|mbox|emph|underline|boxed)\{([^{}\\]*)\}', r' \1'),
   (r'\\approx(?![a-z])', '\u2248'),
   (r"(?<=[0-9])(?:\{,\}|\\[ ,;:]|[ ~'\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", ','),
