@@ -80,8 +80,8 @@ def training(c: Any) -> None:
   style, unpaid = c.data.style, TASKS[c.data.task].unpaid
   if c.data.protocol == 'paper' and style in unpaid and not c.data.template:
     raise ValueError(
-      f'data.style = {style} with data.protocol = paper: the reward of the paper does '
-      f'not pay for the answer that this prompt of data.task = {c.data.task} asks for: '
+      f'data.style = {style} with data.protocol = paper: these rules do not pay, or do '
+      f'not grade as right, what this prompt of data.task = {c.data.task} asks for: '
       'set data.style = chat (eval.style is free), or data.protocol = strict'
     )
 
