@@ -4,7 +4,7 @@ python main.py --config=configs/llada_countdown.py \
     --config.model.checkpoint=GSAI-ML/LLaDA-8B-Instruct
 
 The checkpoint is a directory or a hub name. Problems are generated, each with a
-solution. --config.data.path=FILE reads a JSONL file instead (fields `nums`, `target` or
+solution. --config.data.path=FILE reads a file instead (fields `nums`, `target` or
 `input`, `output`); --config.data.numbers=3 keeps its problems with three numbers, which
 published models train on. Plan a run before you pay for it: --mode=plan needs no
 checkpoint, and without TPUs at hand --topology=v5e:4x4 --config.mesh.fsdp=16 plans for

@@ -20,6 +20,7 @@ from dmpo_jax.types import TaskOptions
 
 SPLITS = ('train', 'validation', 'test')
 HALF = re.compile('[\ud800-\udfff]')  # a surrogate without the other one
+SHARD = re.compile(r'^(.*)-([0-9]+)-of-([0-9]+)(\..*)$')
 STAND_INS = {
   b'version https://git-lfs': 'a git-lfs pointer, not the data: run git lfs pull',
   b'<!DOCTYPE': 'a web page, not the data: download the raw file',
@@ -134,11 +135,12 @@ def files_of(folder: str, name: str) -> list[str]:
     for file in sorted(os.listdir(folder) if os.path.isdir(folder) else ())
     if re.match(rf'{name}\b.*\.(jsonl|json|parquet|csv)$', file)
   ]
-  parts = [re.fullmatch(r'(.*)-([0-9]+)-of-([0-9]+)(\..*)', file) for file in files]
-  if parts and all(parts):
-    count = int(parts[0][3])
-    one = len({part.group(1, 3, 4) for part in parts}) == 1
-    if one and [int(part[2]) for part in parts] == list(range(count)):
+  parts = [SHARD.findall(file) for file in files]  # [(name, number, count, ending)]
+  if all(parts) and files:
+    _, _, count, _ = parts[0][0]
+    kinds = {(name, of, ending) for ((name, _, of, ending),) in parts}
+    numbers = [int(number) for ((_, number, _, _),) in parts]
+    if len(kinds) == 1 and numbers == list(range(int(count))):
       return [os.path.join(folder, file) for file in files]
   if len(files) != 1 or parts[0]:
     raise ValueError(

@@ -68,7 +68,7 @@ MAX_DIGITS = 100  # of a number that is compared exactly
 WHOLE = r'[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+'
 EXACT = re.compile(rf'-?(?:(?:{WHOLE})(?:\.[0-9]+)?|\.[0-9]+)')
 MAX_ANSWER = 300  # characters of an answer that is read
-SPELLINGS = (  # (pattern, replacement), in this order; none changes the value
+_SPELLINGS = (  # (pattern, replacement), in this order; none changes the value
   (r'\\(?=[$%])|\\[!()\[\]]|\^\{?\\circ\}?|\*\*', ''),
   (r'\\(?:left|right|displaystyle)(?![a-z])|\s*</answer\Z', ''),
   (r'\\?(?:text\w*|math\w+|mbox|emph|underline|boxed)\{([^{}\\]*)\}', r' \1'),
@@ -82,7 +82,7 @@ SPELLINGS = (  # (pattern, replacement), in this order; none changes the value
   (r'-\s*([$\u00a3\u20ac])', r'\1-'),
   ('[{}]', ''),
 )
-SPELLINGS = tuple((re.compile(old), new) for old, new in SPELLINGS)
+SPELLINGS = [(re.compile(old), new) for old, new in _SPELLINGS]
 # What may stand before the number: a currency, or words that end in one of these.
 LEAD = re.compile(
   r"(?:(?:[^\W\d][\w\s,.'()]*)?(?:[:=\u2248~]|\s\u2013|\b(?:is|are|was|were|be|equals?|"
