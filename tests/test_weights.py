@@ -1017,7 +1017,7 @@ def test_tokenizers_that_do_not_fit_are_refused(changes, ids, message, tmp_path)
   (tmp_path / 'chat_template.jinja').unlink(missing_ok=True)
   if not ids and 'chat_template' not in changes:
     (tmp_path / 'chat_template.jinja').write_text(data.CHAT)
-  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids))
+  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids, strict=False))
   with pytest.raises(ValueError, match=message) as info:
     data.load_tokenizer(folder, named)
   assert str(tmp_path) in str(info.value)
@@ -1033,7 +1033,7 @@ def test_the_character_tokenizer_is_checked_too():
 @pytest.mark.parametrize('ids', [(1, 2, 2), (1, 2, 1), (1, 2, 0)])
 def test_padding_is_the_models(ids, tmp_path, caplog):
   """Nothing reads padding, so another one is replaced, with a warning."""
-  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids))
+  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids, strict=False))
   got = data.load_tokenizer(saved_tokenizer(tmp_path), named)
   assert (got.mask_token_id, got.eos_token_id, got.pad_token_id) == ids
   assert ('padding 0 by' in caplog.text) == (ids[2] != 0)

@@ -214,7 +214,7 @@ def special_ids(
   added, ids, problems = added_tokens(folder, told), {}, []
   for name in ('mask', 'eos', 'pad'):
     field, value = f'{name}_token_id', raw.get(f'{name}_token_id')
-    several = value if isinstance(value, list) else [value] * (value is not None)
+    several = [] if value is None else value if isinstance(value, list) else [value]
     if wrong := [x for x in several if type(x) is not int]:
       problems.append(f'{field} = {shown(wrong[0])} must be a whole number')
       several = []
