@@ -143,6 +143,8 @@ def build(c: Any, devices: Any = None) -> Built:
   tokenizer = parts.tokenizer_of(c, folder)
   cfg = parts.model_config(c, tokenizer, folder)
   parts.check_blocks(c, cfg)
+  if c.lora.path:
+    weights.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
@@ -234,7 +236,12 @@ def make_starts(
     return call
 
   def read():
-    return weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
+    params = weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
+    for path in (c.lora.path, *c.reference.of):
+      if path and is_adapter(path):
+        digest = int(Compiled(grid, checkpoint.digest)(params))
+        weights.warn_of_base(path, f'{cfg.param_dtype} {digest}')
+    return params
 
   def read_adapter():
     folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)

@@ -6,7 +6,6 @@ resumed run skips nothing.
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from dmpo_jax import files
 from dmpo_jax.tasks.answers import PREFILL, TAGS
 from dmpo_jax.types import (
   BoolBP,
@@ -34,6 +34,10 @@ CHAT = (
   '{% if add_generation_prompt %}<|assistant|>{% endif %}'
 )
 SPECIAL = ('<|pad|>', '<|mask|>', '<|eos|>', '<|unk|>', '<|user|>', '<|assistant|>')
+TOKENIZER_FILES = (
+  'tokenizer_config.json', 'tokenizer.json', 'special_tokens_map.json',
+  'added_tokens.json', 'vocab.json',
+)  # fmt: skip
 # A token that tells the model family -> its chat template, if the files have none.
 TEMPLATES = {
   '<|start_header_id|>': (
@@ -103,20 +107,16 @@ def char_tokenizer() -> Tokenizer:
 def load_tokenizer(name: str, ids: Mapping[str, int] | None = None) -> Tokenizer:
   """Returns the 'char' tokenizer, or that of a directory; never runs remote code.
 
-  ids: mask_id, eos_id and pad_id name the special tokens that the files leave out.
-  Raises ValueError if a file or the chat template is missing.
+  ids: mask_id, eos_id and pad_id of the model; they name the special tokens that the
+  files leave out. Raises ValueError if a file or the chat template is missing or
+  broken, if there is no mask or EOS, or if they have other ids than the model's.
   """
-  if name == 'char':
-    return char_tokenizer()
-  if not os.path.isdir(name):
+  if name != 'char' and not os.path.isdir(name):
     raise ValueError(
       f"data.tokenizer = {name!r} must be 'char' or a directory with tokenizer.json"
     )
-  tokenizer = read_tokenizer(name)
-  for token, value in (ids or {}).items():
-    field = token.replace('_id', '_token')
-    if getattr(tokenizer, field) is None:
-      setattr(tokenizer, field, tokenizer.convert_ids_to_tokens(value))
+  tokenizer = char_tokenizer() if name == 'char' else read_tokenizer(name)
+  set_special_tokens(tokenizer, name, ids or {})
   vocab = tokenizer.get_vocab()
   if not tokenizer.chat_template:
     templates = [t for mark, t in TEMPLATES.items() if mark in vocab]
@@ -127,7 +127,40 @@ def load_tokenizer(name: str, ids: Mapping[str, int] | None = None) -> Tokenizer
         'chat_template to tokenizer_config.json'
       )
     tokenizer.chat_template = templates[0]
+  if 'probe' not in apply_chat(tokenizer, 'probe', tokenize=False):
+    raise ValueError(f'the chat template of {name} leaves out what the user says')
   return tokenizer
+
+
+def set_special_tokens(tokenizer: Tokenizer, name: str, ids: Mapping[str, int]) -> None:
+  """Gives a tokenizer the model's mask, EOS and padding where it has none.
+
+  Padding is never read, so there the model's replaces another one. ValueError if
+  mask or EOS differ from the model's, or if there is none. A mask of the model may
+  be a row of the embedding beyond the tokenizer's tokens.
+  """
+  problems, replaced = [], []
+  for kind in ('mask', 'eos', 'pad'):
+    field, wanted = f'{kind}_token', ids.get(f'{kind}_id')
+    if kind == 'pad' and wanted is None and tokenizer.pad_token is None:
+      wanted = tokenizer.eos_token_id
+    own = getattr(tokenizer, f'{field}_id')
+    if wanted is None and own is None:
+      problems.append(f'it has no {field}: name one in tokenizer_config.json')
+    if wanted in (None, own):
+      continue
+    if kind != 'pad' and own is not None:
+      problems.append(f"{field}_id = {own}, but the model's is {wanted}")
+      continue
+    replaced += [f'{own} by {wanted}'] * (own is not None)
+    token = tokenizer.convert_ids_to_tokens(wanted)
+    if token is None and kind != 'mask':
+      problems.append(f"it has no token {wanted}, the model's {field}_id")
+    setattr(tokenizer, field, token)
+  if problems:
+    raise ValueError(f'data.tokenizer: {name} does not fit: ' + '; '.join(problems))
+  if replaced:
+    logging.warning("%s: padding %s, the model's", name, replaced[0])
 
 
 def read_tokenizer(folder: str) -> Tokenizer:
@@ -135,14 +168,15 @@ def read_tokenizer(folder: str) -> Tokenizer:
   import transformers
 
   has = lambda name: os.path.exists(os.path.join(folder, name))
-  if has('tokenizer_config.json'):
-    with open(os.path.join(folder, 'tokenizer_config.json')) as f:
-      named = json.load(f).get('fast_tokenizer_files', [])
-    if wrong := [name for name in named if os.path.basename(name) != name]:
-      raise ValueError(
-        f'{folder}/tokenizer_config.json names the file {wrong[0]!r}, which is outside '
-        'of its directory'
-      )
+  # Their errors name no file.
+  read = {n: files.read_object(os.path.join(folder, n)) for n in TOKENIZER_FILES}
+  named = read['tokenizer_config.json'].get('fast_tokenizer_files') or []
+  named = map(str, named if isinstance(named, list) else [named])
+  if wrong := [name for name in named if os.path.basename(name) != name]:
+    raise ValueError(
+      f'{folder}/tokenizer_config.json names the file {wrong[0]!r}, which is outside '
+      'of its directory'
+    )
   if has('tokenizer.json'):
     kind = transformers.PreTrainedTokenizerFast
   elif has('vocab.json') and has('merges.txt'):
@@ -152,7 +186,12 @@ def read_tokenizer(folder: str) -> Tokenizer:
       f'{folder} has neither tokenizer.json nor vocab.json with merges.txt: '
       'set data.tokenizer to a directory that has them'
     )
-  return kind.from_pretrained(folder)
+  try:
+    return kind.from_pretrained(folder)
+  except Exception as error:  # many kinds, some of the Rust library
+    raise ValueError(
+      f'{folder}: the files of its tokenizer are damaged: {str(error).splitlines()[0]}'
+    ) from error
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -208,15 +247,29 @@ def encode_chat(tokenizer: Tokenizer, text: str, prefill: str = '') -> list[int]
 
   prefill: the beginning of the assistant's answer, which is added.
   """
-  ids = tokenizer.apply_chat_template(
-    [{'role': 'user', 'content': text}],
-    add_generation_prompt=True,
-    tokenize=True,
-    return_dict=False,
-  )
+  ids = apply_chat(tokenizer, text, tokenize=True)
   if prefill:
     ids = ids + tokenizer(prefill, add_special_tokens=False)['input_ids']
   return ids
+
+
+def apply_chat(tokenizer: Tokenizer, text: str, tokenize: bool) -> Any:
+  """Returns the ids or the text of a user's message in the chat template.
+
+  ValueError if the template fails: it is a program, so it may raise anything.
+  """
+  try:
+    return tokenizer.apply_chat_template(
+      [{'role': 'user', 'content': text}],
+      add_generation_prompt=True,
+      tokenize=tokenize,
+      return_dict=False,
+    )
+  except Exception as error:
+    raise ValueError(
+      f'the chat template of {tokenizer.name_or_path or "this tokenizer"} is broken: '
+      f'{type(error).__name__}: {error}'
+    ) from error
 
 
 def left_pad(

@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 Path = str | os.PathLike
 
@@ -22,6 +23,29 @@ def replace(path: Path, content: str | bytes) -> None:
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+  """Returns the object of a JSON file; {} if there is no file.
+
+  Raises ValueError, which names the file, if it holds anything else.
+  """
+  if not os.path.exists(path):
+    return {}
+  try:
+    value = json.loads(pathlib.Path(path).read_text(encoding='utf-8-sig'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is no valid JSON: {lfs_hint(path) or error}') from None
+  if not isinstance(value, dict):
+    raise ValueError(f'{path} must hold a JSON object, not {type(value).__name__}')
+  return value
+
+
+def lfs_hint(path: Path) -> str:
+  """Returns what to do if a file is a git-lfs pointer to its content, else ''."""
+  with open(path, 'rb') as f:
+    pointer = f.read(40).startswith(b'version https://git-lfs')
+  return "it is a git-lfs pointer, fetch the file with 'git lfs pull'" * pointer
 
 
 def number(value: float | int) -> float | int | str:

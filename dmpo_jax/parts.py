@@ -198,6 +198,7 @@ def references(
           f'reference.of: {path} is an adapter: set lora.rank, lora.alpha and '
           "lora.targets to the adapter's"
         )
+      weights.check_adapter(path, cfg, folder, c.model.checkpoint)
       return lambda: weights.read_adapter(path, cfg, folder, grid)
     found = weights.locate(path, False)
     check_reference(found, cfg)

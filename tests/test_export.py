@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import base
-from dmpo_jax import build, data, hf, mesh, model, weights
+from dmpo_jax import build, checkpoint, data, hf, mesh, model, weights
 from dmpo_jax.hf import write
 
 KINDS = {
@@ -144,6 +144,68 @@ def test_adapter_reads_back_to_the_bit(tiny, weights_of, tmp_path):
   assert len(stems) == 7 * cfg.layers and all(map(matches, stems))
 
 
+# What PEFT 0.18 writes beside the fields of save_adapter, and what unsloth adds.
+PEFT_DEFAULTS = {
+  'init_lora_weights': 'gaussian',
+  'alora_invocation_tokens': None,
+  'alpha_pattern': {},
+  'arrow_config': None,
+  'auto_mapping': None,
+  'corda_config': None,
+  'ensure_weight_tying': False,
+  'eva_config': None,
+  'exclude_modules': None,
+  'layer_replication': None,
+  'layers_pattern': None,
+  'layers_to_transform': None,
+  'loftq_config': {},
+  'lora_bias': False,
+  'megatron_config': None,
+  'megatron_core': 'megatron.core',
+  'peft_version': '0.18.0',
+  'qalora_group_size': 16,
+  'rank_pattern': {},
+  'revision': 'main',
+  'target_parameters': [],
+  'trainable_token_indices': None,
+  'unsloth_fixed': True,
+  'use_qalora': False,
+}
+
+
+@pytest.mark.parametrize(
+  'there', [(), ('adapter_model.bin',), ('adapter_model-00001-of-00002.safetensors',)]
+)
+def test_an_adapter_without_its_file_is_not_called_damaged(
+  there, tiny, weights_of, tmp_path
+):
+  """The file is missing; what is there instead is named."""
+  cfg = dataclasses.replace(tiny, lora_rank=3)
+  hf.save_adapter(tmp_path, cfg, weights_of(cfg))
+  (tmp_path / 'adapter_model.safetensors').unlink()
+  for name in there:
+    (tmp_path / name).write_bytes(b'x')
+  with pytest.raises(ValueError, match='has no adapter_model.safetensors') as info:
+    weights.check_adapter(str(tmp_path), cfg)
+  said = str(info.value)
+  assert 'damaged' not in said and all(name in said for name in there)
+
+
+def test_an_adapter_on_another_base_warns(tiny, weights_of, tmp_path, caplog):
+  """A name is compared without its folders; only a name that differs warns."""
+  cfg = dataclasses.replace(tiny, lora_rank=3)
+  hf.save_adapter(tmp_path, cfg, weights_of(cfg), 'GSAI-ML/LLaDA-8B-Instruct')
+  check = lambda base: weights.check_adapter(str(tmp_path), cfg, '', base)
+  for same in ('GSAI-ML/LLaDA-8B-Instruct', '/models/LLaDA-8B-Instruct/'):
+    check(same)
+  assert not caplog.records
+  for other in ('GSAI-ML/LLaDA-1.5', ''):
+    check(other)
+    assert (
+      f"'GSAI-ML/LLaDA-8B-Instruct', but model.checkpoint = '{other}'" in caplog.text
+    )
+
+
 def test_wrong_adapters_are_refused(tiny, weights_of, tmp_path):
   """An adapter has another rank, scale, kind, target or base."""
   cfg = dataclasses.replace(tiny, lora_rank=3)
@@ -154,7 +216,7 @@ def test_wrong_adapters_are_refused(tiny, weights_of, tmp_path):
     (change(lora_alpha=1.0), 'lora_alpha = 64.0, but lora.alpha = 1.0'),
     (change(lora_targets='^q$'), 'unexpected.*owner/base'),
     (change(mlp=8), r'is \(3, 24\), but config.json means \(3, 8\)'),
-    (change(layers=3), 'blocks.2.* is missing'),
+    (change(layers=3), 'missing: .*blocks.2.*'),
   ):
     with pytest.raises(ValueError, match=message):
       weights.read_adapter(str(tmp_path), other)
@@ -162,13 +224,25 @@ def test_wrong_adapters_are_refused(tiny, weights_of, tmp_path):
   written = json.loads(path.read_text())
   for name, value, message in (
     ('use_dora', True, 'use_dora = True'),
+    ('peft_type', 'LOHA', "peft_type = 'LOHA'"),
+    ('alora_invocation_tokens', [1, 2], r'alora_invocation_tokens = \[1, 2\]'),
+    ('use_qalora', True, 'use_qalora = True'),
+    ('layer_replication', [[0, 1], [0, 1]], 'layer_replication'),
+    ('target_parameters', ['mlp.experts.gate_up_proj'], 'target_parameters'),
+    ('arrow_config', {'top_k': 2}, 'arrow_config'),
+    ('trainable_token_indices', [1], 'trainable_token_indices'),
+    ('lora_bias', True, 'lora_bias = True'),
+    ('corda_config', {'corda_method': 'kpm'}, 'corda_config'),
+    ('a_field_of_2027', 0.5, 'a_field_of_2027 = 0.5'),
+    ('rank_pattern', {'q_proj': 8}, 'rank_pattern'),
+    ('r', '3', "r = '3', but lora.rank = 3"),
     ('init_lora_weights', 'pissa_niter_4', "init_lora_weights = 'pissa_niter_4'"),
     ('init_lora_weights', 'olora', "init_lora_weights = 'olora'"),
   ):
     path.write_text(json.dumps(written | {name: value}))
     with pytest.raises(ValueError, match=message):
       weights.read_adapter(str(tmp_path), cfg)
-  path.write_text(json.dumps(written | {'init_lora_weights': 'gaussian'}))
+  path.write_text(json.dumps(written | PEFT_DEFAULTS))
   weights.read_adapter(str(tmp_path), cfg)
   with pytest.raises(ValueError, match='lora.path = .*adapter_config.json'):
     weights.read_adapter(str(tmp_path / 'nowhere'), cfg)
@@ -181,6 +255,7 @@ def fake_run(cfg):
     config=base.get_config(),
     tokenizer=data.char_tokenizer(),
     mesh=mesh.make_mesh(),
+    steps=types.SimpleNamespace(digest=jax.jit(checkpoint.digest)),
   )
 
 

@@ -721,6 +721,29 @@ def test_a_published_adapter_is_where_training_starts(
   )
   read = build.build(c).steps.init_lora()['lora']
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), read, lora)
+  c.lora.rank = 3
+  with pytest.raises(ValueError, match='adapter_config.json: r = 2, but lora.rank = 3'):
+    build.build(c)  # before the base is read
+
+
+def test_an_adapter_knows_its_base(tiny_checkpoint, weights_of, tmp_path, caplog):
+  """Other weights under the base's name are told by the digest in the adapter."""
+  c = quickstart.get_config()
+  c.update_from_flattened_dict(
+    {'model.checkpoint': str(tiny_checkpoint), 'lora.rank': 2, 'sft.steps': 0}
+  )
+  built = build.build(c)
+  base = built.steps.init()
+  trained = {**base, 'lora': weights_of(built.model)['lora']}
+  folder = str(tmp_path / 'out')
+  hf.export(built, trained, base, folder, 'adapter')
+  c.lora.path = folder
+  build.build(c).steps.init()
+  assert 'other weights' not in caplog.text
+  other = jax.tree.map(lambda x: x + 0.1, base)
+  hf.save_hf(tiny_checkpoint, built.model, other, shard_bytes=20_000)
+  build.build(c).steps.init()
+  assert f'{folder} was trained on other weights' in caplog.text
 
 
 @pytest.fixture

@@ -365,6 +365,21 @@ def test_special_ids(tmp_path):
     weights.load_hf(str(folder))
 
 
+def test_eos_is_the_same_in_both_files(tmp_path):
+  """Of several in config.json the tokenizer's counts. Another one is refused; for
+  padding, which is never read, config.json's counts."""
+  folder = write(tmp_path / 'x', {**LLADA, 'eos_token_id': [EOS, 31]}, tensors={})
+  decoder = {str(i): {'content': f'<{i}>'} for i in (29, 31)}
+  told = {'added_tokens_decoder': decoder, 'eos_token': '<31>', 'pad_token': '<29>'}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(told))
+  ids = weights.read_config(str(folder))
+  assert (ids['eos_id'], ids['pad_id']) == (31, LLADA['pad_token_id'])
+  told['eos_token'] = '<29>'
+  (folder / 'tokenizer_config.json').write_text(json.dumps(told))
+  with pytest.raises(ValueError, match="eos_token_id = .*30, 31.* '<29>' = 29"):
+    weights.read_config(str(folder))
+
+
 # --- bad input
 
 
@@ -375,7 +390,37 @@ def without(c, *names):
 @pytest.mark.parametrize(
   'c, message',
   [
-    ({**LLADA, 'model_type': 'lada'}, "model_type = 'lada' .*'llada'"),
+    ({**LLADA, 'model_type': 'LLaDA'}, "model_type = 'LLaDA' must be written 'llada'"),
+    ({**LLADA, 'model_type': ['llada']}, r"model_type = \['llada'\] .*known are"),
+    ({**LLADA, 'n_layers': '2'}, "n_layers = '2' must be a whole number"),
+    ({**LLADA, 'n_heads': True}, 'n_heads = True must be a whole number'),
+    ({**LLADA, 'd_model': [D]}, r'd_model = \[16\] must be a whole number'),
+    ({**LLADA, 'n_kv_heads': 3}, '4 heads cannot share 3 key and value heads'),
+    ({**LLADA, 'd_model': 17}, '4 heads cannot share a width of 17'),
+    ({**LLADA, 'embedding_size': 0}, 'embedding_size = 0 must be'),
+    ({**LLADA, 'rope_theta': '5e5'}, "rope_theta = '5e5' must be a number"),
+    ({**LLADA, 'rms_norm_eps': float('nan')}, 'rms_norm_eps = nan must be a number'),
+    ({**LLADA, 'weight_tying': 'no'}, "weight_tying = 'no' must be true or false"),
+    ({**LLADA, 'eos_token_id': [None]}, 'eos_token_id = None must be a whole'),
+    ({**LLADA, 'mask_token_id': '33'}, "mask_token_id = '33' must be a whole"),
+    ({**CONFIGS['sdar'], 'block_size': '4'}, "block_size = '4' must be a whole"),
+    ({**CONFIGS['sdar'], 'block_size': 0}, 'block_size = 0 must be a whole'),
+    ({**DREAM, 'rope_scaling': {'factor': 2.0}}, 'rope_scaling = .*factor'),
+    ({**DREAM, 'rope_scaling': 'default'}, "rope_scaling = 'default'"),
+    (
+      {**DREAM, 'rope_parameters': {'full_attention': {'rope_theta': 1e6}}},
+      'rope_scaling = .*full_attention',
+    ),
+    (
+      {
+        **DREAM,
+        'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5},
+      },
+      'partial_rotary_factor',
+    ),
+    ({**DREAM, 'layer_types': 'full_attention'}, 'layer_types'),
+    ({**DREAM, 'is_encoder_decoder': True}, 'is_encoder_decoder = True'),
+    ({**DREAM, 'pruned_heads': {'0': [1]}}, 'pruned_heads'),
     ({**LLADA, 'experts': 8}, 'experts = 8'),
     ({**LLADA, 'alibi': True}, 'alibi = True: only False'),
     (without(LLADA, 'n_layers', 'd_model'), 'd_model is missing.*n_layers is missing'),
@@ -386,7 +431,7 @@ def without(c, *names):
     ({**LLADA, 'rope': None}, 'rope = None: only True'),
     ({**DREAM, 'bd_size': 32}, 'bd_size = 32'),
     ({**DREAM, 'head_scale': 0.0}, 'head_scale = 0.0'),
-    ({**DREAM, 'experts_of': []}, 'experts_of'),
+    ({**DREAM, 'experts_of': [1]}, 'experts_of'),
     ({**DREAM, 'layer_types': ['sliding_attention'] * N}, 'layer_types'),
     ({**LLADA, 'quantization_config': {'bits': 4}}, 'quantization_config'),
   ],
@@ -399,16 +444,91 @@ def test_wrong_configs_are_refused(c, message, tmp_path):
   assert 'config.json' in str(info.value)
 
 
+# Fields of real config.json files that change nothing: transformers 4.47 to 4.51 write
+# the first, older ones wrote the generation fields there.
+NEEDLESS = {
+  '_attn_implementation_autoset': True,
+  '_attn_implementation_internal': 'sdpa',
+  'tokenizer_class': 'Qwen2Tokenizer',
+  'problem_type': None,
+  'torchscript': False,
+  'is_decoder': False,
+  'pruned_heads': {},
+  'temperature': 0.2,
+  'top_k': 50,
+  'num_beams': 1,
+  'max_length': 20,
+  'repetition_penalty': 1.0,
+  'do_sample': True,
+  'task_specific_params': None,
+  'chunk_size_feed_forward': 0,
+  'gradient_checkpointing': True,
+  'rope_scaling': {'type': 'default'},
+}
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    NEEDLESS,
+    {'rope_scaling': {'rope_type': 'default', 'factor': 1.0}},
+    {'rope_scaling': {}},
+    {
+      'rope_scaling': None,
+      'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
+    },
+    {'layer_types': ['full_attention'] * N, 'use_sliding_window': None},
+    {'pad_token_id': -1},
+  ],
+)
+def test_fields_without_effect_change_no_setting(change, tmp_path):
+  """ModelConfig is that of the file without them."""
+  plain, more = ({**DREAM, **extra} for extra in ({}, change))
+  folders = [write(tmp_path / n, c, tensors={}) for n, c in (('a', plain), ('b', more))]
+  one, two = (weights.read_config(str(folder)) for folder in folders)
+  assert one == two
+
+
+@pytest.mark.parametrize(
+  'kind, fields, reason',
+  [
+    ('lada', {}, ''),
+    ('gpt2', {}, ''),
+    ('qwen', {}, ''),
+    ('llada2_moe', {'num_experts': 256, 'moe_intermediate_size': 512}, 'experts'),
+    ('sdar_moe', {'num_experts': 128, 'num_experts_per_tok': 8}, 'experts'),
+    ('Fast_dLLM_Qwen', {'bd_size': 32}, 'block by block'),
+    (None, {}, ''),
+  ],
+)
+def test_another_family_is_no_misspelling(kind, fields, reason, tmp_path):
+  """It is not implemented, for a reason where there is one to see."""
+  folder = write(tmp_path / 'x', {**DREAM, **fields, 'model_type': kind}, tensors={})
+  with pytest.raises(ValueError, match='model_type = .* not implemented') as info:
+    weights.read_config(str(folder))
+  assert reason in str(info.value)
+  assert 'mean' not in str(info.value) and 'written' not in str(info.value)
+
+
 def test_one_warning_names_ignored_fields(tmp_path, caplog):
-  """Unknown fields that are null or false, serving switches, and SDAR's missing
-  block size are named in one warning; fields of the files are not."""
-  c = {**CONFIGS['sdar'], 'new_switch': False, 'new_table': None}
+  """Unknown fields that are null, false or empty, serving switches, generation
+  fields and SDAR's missing block size are named in one warning; fields of the files
+  are not."""
+  c = {**CONFIGS['sdar'], **NEEDLESS, 'new_switch': False, 'new_table': None}
   del c['block_size']
   folder = write(tmp_path / 'x', c)
   for _ in range(2):
     assert weights.load_hf(str(folder))[0].block_causal == 4
   (warning,) = (record.getMessage() for record in caplog.records)
-  for name in ('new_switch', 'new_table', 'fuse_cross_entropy', 'block_size'):
+  for name in (
+    'new_switch',
+    'new_table',
+    'fuse_cross_entropy',
+    'block_size',
+    'temperature',
+    'repetition_penalty',
+    'pruned_heads',
+  ):
     assert name in warning
   for name in ('torch_dtype', 'hidden_size', 'max_window_layers', 'rope_scaling'):
     assert name not in warning
@@ -427,8 +547,8 @@ def test_one_error_lists_all_wrong_tensors(tmp_path, monkeypatch):
     weights.load_hf(str(folder))
   for part in (
     f'{q} is ({D}, {D + 1})',
-    'ln_f.weight is missing',
-    'model.visual.weight is unexpected',
+    'missing: model.transformer.ln_f.weight',
+    'unexpected: model.visual.weight',
   ):
     assert part in str(info.value)
 
@@ -504,6 +624,147 @@ def test_index_names_only_files_beside_it(name, tmp_path):
     ValueError, match=r'index.json: .* is no \*.safetensors file of this directory'
   ):
     weights.load_hf(str(tmp_path / 'x'))
+
+
+def llada_tensors(dtype=np.float32):
+  return {name: np.ones(shape, dtype) for name, shape in shapes(LLADA).items()}
+
+
+@pytest.mark.parametrize(
+  'stray', ['adapter_model', 'optimizer', 'consolidated', 'model_ema']
+)
+def test_model_safetensors_is_read_alone(stray, tmp_path, caplog):
+  """Another file beside it is named in a warning, whatever it holds."""
+  folder = write(tmp_path / 'x', LLADA)
+  _, alone = weights.load_hf(str(folder))
+  other = {n: np.zeros_like(x) for n, x in llada_tensors().items()}
+  save_file({**other, 'step': np.zeros(1)}, folder / f'{stray}.safetensors')
+  _, params = weights.load_hf(str(folder))
+  jax.tree.map(np.testing.assert_array_equal, params, alone)
+  assert f'{stray}.safetensors not read' in caplog.text
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+  """Which one is meant is not guessed: a whole file beside shards, two sets of
+  shards, two files of other names, or a tensor twice in the files of an index."""
+  folder = write(tmp_path / 'x', LLADA)
+  write(folder, LLADA, shards=2)
+  with pytest.raises(ValueError, match='two copies .*model.safetensors.*index'):
+    weights.load_hf(str(folder))
+  index = folder / weights.INDEX
+  told = index.read_text()
+  index.unlink()
+  with pytest.raises(ValueError, match='two copies .*model.safetensors.*00001-of'):
+    weights.load_hf(str(folder))
+  whole = folder / 'model.safetensors'
+  whole.rename(folder / 'model-00001-of-00001.safetensors')
+  with pytest.raises(ValueError, match='00001-of-00001.* both hold model'):
+    weights.load_hf(str(folder))
+  (folder / 'model-00001-of-00001.safetensors').unlink()
+  weights.load_hf(str(folder))  # shards without an index, each tensor once
+  index.write_text(told)
+  save_file(llada_tensors(), folder / 'model-00002-of-00002.safetensors')
+  with pytest.raises(ValueError, match='00001-of-00002.*00002-of-00002.* both hold'):
+    weights.load_hf(str(folder))
+  for path in folder.glob('*.safetensors*'):
+    path.unlink()
+  for name in ('a', 'b'):
+    save_file(llada_tensors(), folder / f'{name}.safetensors')
+  with pytest.raises(ValueError, match='a.safetensors and b.safetensors both hold'):
+    weights.load_hf(str(folder))
+
+
+@pytest.mark.parametrize(
+  'dtype, name',
+  [
+    (ml_dtypes.float8_e4m3fn, 'F8_E4M3'),
+    (ml_dtypes.float8_e5m2, 'F8_E5M2'),
+    (np.int8, 'I8'),
+    (np.uint8, 'U8'),
+    (np.int32, 'I32'),
+  ],
+)
+def test_types_other_than_floats_are_refused(dtype, name, tmp_path):
+  """The weights of an int8 or fp8 dump mean nothing without their scales."""
+  tensors = llada_tensors()
+  odd = 'model.transformer.blocks.1.q_proj.weight'
+  tensors[odd] = tensors[odd].astype(dtype)
+  folder = write(tmp_path / 'x', LLADA, tensors=tensors)
+  with pytest.raises(ValueError, match=f'{odd} is of type {name}.*F32.*dequantize'):
+    weights.load_hf(str(folder))
+
+
+@pytest.mark.parametrize(
+  'value, dtype, at',
+  [
+    (np.nan, 'float32', 'blocks.1.q_proj'),
+    (np.inf, 'bfloat16', 'ln_f'),
+    (-np.inf, 'float32', 'wte'),
+  ],
+)
+def test_values_that_are_not_finite_are_refused(value, dtype, at, tmp_path):
+  """The error names the directory and the tensor; float16 may hold them too."""
+  tensors = llada_tensors(np.float16)
+  name = f'model.transformer.{at}.weight'
+  tensors[name].flat[-1] = value
+  folder = write(tmp_path / 'x', LLADA, tensors=tensors)
+  with pytest.raises(ValueError, match=f'{folder}.*{name} holds NaN or infinity'):
+    weights.load_hf(str(folder), dtype, mesh.make_mesh(fsdp=4, tensor=2))
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'base_model.model.'])
+def test_a_prefix_is_suggested(prefix, tmp_path):
+  """What is missing, what was found, and the prefix that turns one into the other."""
+  tensors = {f'{prefix}{n}': x for n, x in llada_tensors().items()}
+  folder = write(tmp_path / 'x', LLADA, tensors=tensors)
+  with pytest.raises(ValueError, match=f'remove {prefix!r}') as info:
+    weights.load_hf(str(folder))
+  for part in ('missing: model.', f'unexpected: {prefix}'):
+    assert part in str(info.value)
+  tensors = {n.removeprefix('model.'): x for n, x in llada_tensors().items()}
+  folder = write(tmp_path / 'y', LLADA, tensors=tensors)
+  with pytest.raises(ValueError, match="unexpected: transformer.*add 'model.'"):
+    weights.load_hf(str(folder))
+  # Nothing fits: no suggestion.
+  folder = write(tmp_path / 'z', LLADA, tensors={'a.b': np.zeros(1, np.float32)})
+  with pytest.raises(ValueError, match='unexpected: a.b$'):
+    weights.load_hf(str(folder))
+
+
+POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
+
+
+@pytest.mark.parametrize(
+  'name, text, message',
+  [
+    ('model.safetensors', POINTER, 'git lfs pull'),
+    ('model.safetensors', '', 'damaged or truncated'),
+    ('config.json', POINTER, 'git lfs pull'),
+    ('config.json', '[1]', 'must hold a JSON object, not list'),
+    ('config.json', 'null', 'must hold a JSON object'),
+    ('config.json', '[' * 100_000, 'no valid JSON'),
+    ('config.json', '{"a": "\udc80"}', 'no valid JSON'),
+    ('tokenizer.json', '{"added_tokens": [', 'no valid JSON'),
+    ('tokenizer.json', '{"added_tokens": [1]}', 'added tokens'),
+    ('tokenizer.json', '{"added_tokens": [{"content": [], "id": 1}]}', 'added tokens'),
+    ('tokenizer_config.json', '{"mask_token": ', 'no valid JSON'),
+    ('tokenizer_config.json', '{"added_tokens_decoder": [1]}', 'added tokens'),
+    (
+      'tokenizer_config.json',
+      '{"added_tokens_decoder": {"x": {"content": "a"}}}',
+      'added tokens',
+    ),
+    (weights.INDEX, '{"weight_map": {"a": ', 'no valid JSON'),
+    (weights.INDEX, '{"weight_map": ["a"]}', 'weight_map must be'),
+  ],
+)
+def test_damaged_files_are_named(name, text, message, tmp_path):
+  """One sentence says which file, and what is wrong with it."""
+  folder = write(tmp_path / 'x', LLADA, tensors=llada_tensors())
+  (folder / name).write_text(text, errors='surrogateescape')
+  with pytest.raises(ValueError, match=message) as info:
+    weights.load_hf(str(folder))
+  assert name in str(info.value)
 
 
 # --- memory
@@ -719,3 +980,89 @@ def test_wrong_tokenizers_are_refused(tmp_path):
     path.write_text(json.dumps({'fast_tokenizer_files': [name]}))
     with pytest.raises(ValueError, match=f"names .*'{name}'.* outside"):
       data.load_tokenizer(str(tmp_path))
+
+
+def saved_tokenizer(folder, **changes):
+  """Writes the character tokenizer with changes to tokenizer_config.json."""
+  data.char_tokenizer().save_pretrained(folder)
+  path = folder / 'tokenizer_config.json'
+  told = json.loads(path.read_text()) | changes
+  told = {name: value for name, value in told.items() if value is not None}
+  path.write_text(json.dumps(told))
+  return str(folder)
+
+
+# The character tokenizer has pad 0, mask 1, EOS 2.
+@pytest.mark.parametrize(
+  'changes, ids, message',
+  [
+    ({}, (2, 0, 1), 'mask_token_id = 1, .*is 2; eos_token_id = 2, .*is 0'),
+    ({}, (1, 3, 0), "eos_token_id = 2, but the model's is 3"),
+    ({}, (4, 2, 0), "mask_token_id = 1, but the model's is 4"),
+    ({'eos_token': None}, (1, 999, 0), 'no token 999.*eos_token_id'),
+    ({'mask_token': None}, (), 'no mask_token.*tokenizer_config.json'),
+    ({'eos_token': None}, (), 'no eos_token.*tokenizer_config.json'),
+    ({'chat_template': '{% for'}, (), 'chat template of .* is broken: Template'),
+    ({'chat_template': '{{ nothing.at.all }}'}, (), 'chat template of .* is broken'),
+    ({'chat_template': '{{ 1 // 0 }}'}, (), 'is broken: ZeroDivisionError'),
+    ({'chat_template': '<|user|>'}, (), 'template .*leaves out what the user says'),
+    ({'chat_template': 7}, (), 'chat template of .* is broken'),
+    ({'fast_tokenizer_files': '../x.json'}, (), 'outside'),
+    ({'mask_token': [1]}, (), 'tokenizer'),
+  ],
+)
+def test_tokenizers_that_do_not_fit_are_refused(changes, ids, message, tmp_path):
+  """Its ids are other than the model's, it has none, or its template fails."""
+  folder = saved_tokenizer(tmp_path, **changes)
+  (tmp_path / 'chat_template.jinja').unlink(missing_ok=True)
+  if not ids and 'chat_template' not in changes:
+    (tmp_path / 'chat_template.jinja').write_text(data.CHAT)
+  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids, strict=False))
+  with pytest.raises(ValueError, match=message) as info:
+    data.load_tokenizer(folder, named)
+  assert str(tmp_path) in str(info.value)
+
+
+def test_the_character_tokenizer_is_checked_too():
+  with pytest.raises(
+    ValueError, match="char .*mask_token_id = 1, but the model's is 9"
+  ):
+    data.load_tokenizer('char', {'mask_id': 9, 'eos_id': 2, 'pad_id': 0})
+
+
+@pytest.mark.parametrize('ids', [(1, 2, 2), (1, 2, 1), (1, 2, 0)])
+def test_padding_is_the_models(ids, tmp_path, caplog):
+  """Nothing reads padding, so another one is replaced, with a warning."""
+  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids, strict=False))
+  got = data.load_tokenizer(saved_tokenizer(tmp_path), named)
+  assert (got.mask_token_id, got.eos_token_id, got.pad_token_id) == ids
+  assert ('padding 0 by' in caplog.text) == (ids[2] != 0)
+
+
+def test_a_tokenizer_without_padding_pads_with_eos(tmp_path):
+  got = data.load_tokenizer(saved_tokenizer(tmp_path, pad_token=None))
+  assert got.pad_token_id == got.eos_token_id == 2
+
+
+def test_a_mask_may_be_an_unused_row(tmp_path):
+  """A causal model has no mask token; an id beyond the tokenizer's serves as one."""
+  ids = {'mask_id': 120, 'eos_id': 2, 'pad_id': 0}
+  got = data.load_tokenizer(saved_tokenizer(tmp_path, mask_token=None), ids)
+  assert got.eos_token_id == 2 and data.encode_chat(got, 'hi')
+
+
+@pytest.mark.parametrize(
+  'name', ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json']
+)
+@pytest.mark.parametrize('text', ['{"a": {', '', POINTER, '[]'])
+def test_damaged_tokenizers_are_named(name, text, tmp_path):
+  """A download that was cut short names its file."""
+  folder = saved_tokenizer(tmp_path)
+  (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=name):
+    data.load_tokenizer(folder)
+  (tmp_path / name).unlink()
+  saved_tokenizer(tmp_path)
+  (tmp_path / 'tokenizer.json').write_text('{"model": {"type": "WordLevel"}}')
+  with pytest.raises(ValueError, match='files of its tokenizer are damaged'):
+    data.load_tokenizer(folder)

@@ -85,7 +85,7 @@ QWEN = Family(
   ),
   fixed=dict(
     hidden_act=('silu',),
-    pretraining_tp=(1,),
+    pretraining_tp=(1, None),
     rope_scaling=(None,),
     **dict.fromkeys(('attention_bias', 'mlp_bias'), OFF),
     **dict.fromkeys(('use_sliding_window', 'use_mrope'), OFF),
@@ -111,8 +111,9 @@ QWEN = Family(
   ),
 )
 # model_type -> its table, what the type implies, and the class that reads it
-DREAM, QWEN2 = dict(qkv_bias=True, shift=True), dict(qkv_bias=True)
-QWEN3 = dict(qk_norm=True)
+LLAMA = dict(eps=1e-6)  # transformers' default; LLaDA's is ModelConfig's
+QWEN2, QWEN3 = LLAMA | dict(qkv_bias=True), LLAMA | dict(qk_norm=True)
+DREAM = QWEN2 | dict(shift=True)
 FAMILIES = {
   'llada': (LLADA, {}, 'LLaDAModelLM'),
   'Dream': (QWEN, DREAM, 'DreamModel'),
@@ -122,22 +123,26 @@ FAMILIES = {
   'a2d-qwen2': (QWEN, QWEN2, 'A2DQwen2LMHeadModel'),
   'qwen3': (QWEN, QWEN3, 'Qwen3ForCausalLM'),
   'a2d-qwen3': (QWEN, QWEN3, 'A2DQwen3LMHeadModel'),
-  'llama': (QWEN, {}, 'LlamaForCausalLM'),
-  'a2d-llama': (QWEN, {}, 'A2DLlamaLMHeadModel'),
+  'llama': (QWEN, LLAMA, 'LlamaForCausalLM'),
+  'a2d-llama': (QWEN, LLAMA, 'A2DLlamaLMHeadModel'),
 }
 # Fields of any family that describe the files or the training of the model, or
-# have no effect beside the fields above. Any other field may change the law.
+# have no effect beside the fields above.
 HARMLESS = re.compile(
-  r'_name_or_path|architectures|auto_map|model_type|(torch_)?dtype|\w*_version|'
-  r'\w+_token_id|_?attn_implementation|use_cache|return_dict|output_\w+|'
-  r'id2label|label2id|init(ializer)?_\w+|emb_init_std|\w+_dropout|precision|'
+  r'_?name_or_path|architectures|auto_map|model_type|(torch_)?dtype|\w*_version|'
+  r'\w+_token_id|use_cache|return_dict|output_\w+|id2label|label2id|num_labels|'
+  r'init(ializer)?_\w+|emb_init_std|\w+_dropout|precision|_commit_hash|'
+  r'tokenizer_class|problem_type|finetuning_task|task_specific_params|prefix|'
   r'alibi_bias_max|attention_layer_norm_with_affine|block_group_size|mlp_ratio|'
   r'rope_full_precision|vocab_size|sliding_window|max_window_layers|'
-  r'full_attn_mask|is_causal'
+  r'full_attn_mask|is_causal|_?\w*(attn|experts)_implementation\w*'
 )
 # Switches of a training or serving stack, whatever their value.
 SERVING = re.compile(
-  r'fl(ash|ex)_\w+|fuse_\w+|debug|ep_size|micro_forward|skip_checkpoint|use_deepep'
+  r'fl(ash|ex)_\w+|use_(flash|fused|liger)\w*|fused?_\w+|debug|ep_size|'
+  r'micro_forward|skip_checkpoint|use_deepep|gradient_checkpointing\w*|torchscript|'
+  r'torch_compile|use_bfloat16|chunk_size_feed_forward|tf_legacy_loss|unsloth_\w+|'
+  r'transformers\.js_config|\w+_loss_coef'
 )
 
 

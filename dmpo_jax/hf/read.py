@@ -6,11 +6,11 @@ no host and no device ever holds the whole model.
 """
 
 import contextlib
-import difflib
 import glob
-import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,14 +19,19 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from safetensors import SafetensorError, safe_open
 
-from dmpo_jax import mesh, model
+from dmpo_jax import files, mesh, model
 from dmpo_jax.hf import families
-from dmpo_jax.hf.families import FAMILIES, INDEX, Entry, Family
+from dmpo_jax.hf.config import complain, family_of, is_empty, read_config, shown
+from dmpo_jax.hf.families import FAMILIES, INDEX, Entry
 from dmpo_jax.types import Params
 
 SMALL = ('*.json', '*.jinja', '*.txt', '*.model', '*.py')  # all but the weights
-# Usual names, where neither config.json nor tokenizer_config.json has the token.
-MASK_TOKENS = ('<|mdm_mask|>', '<|mask|>', '<|MASK|>', '[MASK]', '<mask>')
+WHOLE, SHARD = 'model.safetensors', re.compile(r'model-\d+-of-\d+\.safetensors')
+FLOATS = ('F64', 'F32', 'F16', 'BF16')  # element types that are read
+# Tied checkpoints may hold the head all the same; buffers are no weights.
+SPARE = re.compile(
+  r'lm_head\.weight|model\.transformer\.ff_out\.weight|.*rotary_emb\.inv_freq'
+)
 
 
 def load_hf(
@@ -68,188 +73,72 @@ def locate(path: str, weights: bool = True) -> str:
     ) from error
 
 
-def complain(where: str, problems: list[str]) -> None:
-  """Raises one ValueError for all problems, if there are any."""
-  if len(problems) > 12:
-    problems = [*problems[:12], f'and {len(problems) - 12} more']
-  if problems:
-    raise ValueError(f'{where}: ' + '; '.join(problems))
-
-
-# --- config.json
-
-
-def read_json(folder: str, name: str) -> dict[str, Any]:
-  """Reads a JSON file of the directory; {} if there is none."""
-  path = os.path.join(folder, name)
-  if not os.path.exists(path):
-    return {}
-  with open(path) as f:
-    try:
-      return json.load(f)
-    except ValueError as error:
-      raise ValueError(f'{path} is no valid JSON: {error}') from None
-
-
-def family_of(folder: str) -> tuple[Family, dict[str, Any], dict[str, Any]]:
-  """Returns a directory's Family, the fields that its type implies, config.json."""
-  raw = read_json(folder, 'config.json')
-  if not raw:
-    raise ValueError(f'{folder} has no config.json: it is no Hugging Face checkpoint')
-  kind = raw.get('model_type')
-  if kind not in FAMILIES:
-    close = difflib.get_close_matches(str(kind), list(FAMILIES), 1)
-    raise ValueError(
-      f'{folder}/config.json: model_type = {kind!r} is none of '
-      f'{", ".join(FAMILIES)}' + (f'; did you mean {close[0]!r}?' if close else '')
-    )
-  return *FAMILIES[kind][:2], raw
-
-
-def read_config(folder: str) -> dict[str, Any]:
-  """Returns ModelConfig fields from config.json and the tokenizer's files.
-
-  ValueError lists every field that is missing, has a value that is not
-  implemented, or is unknown and may change the law. A warning names unknown
-  fields that cannot: those that are null or false, and SERVING switches.
-  """
-  family, implied, raw = family_of(folder)
-  raw = without_nesting(raw)
-  fields = {
-    ours: raw[theirs]
-    for theirs, ours in family.fields.items()
-    if raw.get(theirs) is not None
-  }
-  if 'vocab' not in fields and raw.get('vocab_size'):
-    fields['vocab'] = raw['vocab_size']
-  fields |= implied | {
-    n: float(fields[n]) for n in ('rope_theta', 'eps') if n in fields
-  }
-  fields.setdefault('kv_heads', fields.get('heads'))
-  ignored = []
-  if raw['model_type'] == 'sdar':
-    if 'block_size' not in raw:
-      ignored.append('block_size is missing, so 4 is assumed')
-    fields['block_causal'] = raw.pop('block_size', 4)
-  problems = [
-    f'{theirs} is missing'
-    for theirs, ours in family.fields.items()
-    if ours in ('width', 'layers', 'heads', 'mlp', 'vocab') and ours not in fields
-  ]
-  for name, value in raw.items():
-    if name in family.fixed:
-      if value not in family.fixed[name]:
-        problems.append(
-          f'{name} = {value!r}: only {family.fixed[name][0]!r} is implemented'
-        )
-    elif name not in family.fields and not families.HARMLESS.fullmatch(name):
-      off = value is None or value is False or families.SERVING.fullmatch(name)
-      where, what = (ignored, 'ignored') if off else (problems, 'an unknown field')
-      where.append(f'{name} = {value!r} is {what}')
-  ids, wrong = special_ids(folder, raw, fields.get('vocab') or 0)
-  complain(f'{folder}/config.json', problems + wrong)
-  if ignored:
-    mesh.warn_once(f'{folder}/config.json: ' + '; '.join(ignored))
-  return {**fields, **ids}
-
-
-def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
-  """Moves transformers 5's nested fields of config.json to the top."""
-  raw = dict(raw)
-  rope = raw.pop('rope_parameters', None) or {}
-  if rope.get('rope_type', 'default') != 'default':
-    raw['rope_scaling'] = rope
-  if 'rope_theta' in rope:
-    raw['rope_theta'] = rope['rope_theta']
-  if set(raw.get('layer_types') or []) <= {'full_attention'}:
-    raw.pop('layer_types', None)
-  if (raw.get('rope_scaling') or {}).get('rope_type') == 'default':
-    raw['rope_scaling'] = None
-  return raw
-
-
-def special_ids(
-  folder: str, raw: dict[str, Any], vocab: int
-) -> tuple[dict[str, int | None], list[str]]:
-  """Returns {mask_id, eos_id, pad_id} and what is wrong with them.
-
-  An id comes from config.json, else from the token that tokenizer_config.json
-  names, else (the mask) from the usual names among the added tokens.
-  """
-  told = read_json(folder, 'tokenizer_config.json')
-  listed = read_json(folder, 'tokenizer.json').get('added_tokens', [])
-  added = {t['content']: t['id'] for t in listed}
-  added |= {
-    t['content']: int(i) for i, t in told.get('added_tokens_decoder', {}).items()
-  }
-  ids, problems = {}, []
-  for name in ('mask', 'eos', 'pad'):
-    value = raw.get(f'{name}_token_id')
-    value = value[0] if isinstance(value, list) else value
-    token = told.get(f'{name}_token')
-    token = token['content'] if isinstance(token, dict) else token
-    named = added.get(token)
-    if name == 'mask' and None not in (value, named) and value != named:
-      problems.append(
-        f'mask_token_id = {value}, but tokenizer_config.json says {token!r} = {named}'
-      )
-    ids[f'{name}_id'] = named if value is None else value
-  if ids['mask_id'] is None:
-    ids['mask_id'] = next((added[t] for t in MASK_TOKENS if t in added), None)
-  if ids['pad_id'] is None:
-    ids['pad_id'] = ids['eos_id']
-  for name, value in ids.items():
-    field = f'{name[:-3]}_token_id'
-    if value is None:
-      problems.append(f"{field} is missing, here and in the tokenizer's files")
-    elif not 0 <= value < vocab:
-      problems.append(f'{field} = {value} is outside the vocabulary of {vocab}')
-  if ids['mask_id'] is not None and ids['mask_id'] == ids['eos_id']:
-    problems.append(f'mask_token_id = eos_token_id = {ids["mask_id"]}')
-  return ids, problems
-
-
 # --- tensors
 
 
 def file_names(folder: str) -> list[str]:
   """Returns the names of a checkpoint's safetensors files.
 
-  ValueError if there is none, or if the index names anything but files of this
-  directory.
+  As in transformers these are those of the index, or else model.safetensors alone;
+  a warning names the others. ValueError if there is none, if two copies of the
+  model lie there, or if the index names anything but files of this directory.
   """
-  files = glob.glob(os.path.join(glob.escape(folder), '*.safetensors'))
-  names = sorted(os.path.basename(path) for path in files)
-  index = read_json(folder, INDEX).get('weight_map')
+  paths = glob.glob(os.path.join(glob.escape(folder), '*.safetensors'))
+  names = sorted(os.path.basename(path) for path in paths)
+  index = files.read_object(os.path.join(folder, INDEX)).get('weight_map')
+  shards = [name for name in names if SHARD.fullmatch(name)]
   if index:
+    if not isinstance(index, dict):
+      raise ValueError(f'{folder}/{INDEX}: weight_map must be an object')
     listed = sorted(set(map(str, index.values())))
     what = 'is no *.safetensors file of this directory'
     complain(folder, [f'{INDEX}: {f!r} {what}' for f in listed if f not in names])
-    return listed
-  if not names:
+  else:
+    listed = [WHOLE] if WHOLE in names else shards or names
+  if not listed:
     raise ValueError(
       f"{folder} has no *.safetensors file (convert weights in torch's .bin "
       'format first)'
     )
-  return names
+  if WHOLE in names and (WHOLE not in listed if index else shards):
+    other = INDEX if index else few(shards)
+    raise ValueError(
+      f'{folder} has two copies of the model, {WHOLE} and {other}: remove one'
+    )
+  if unread := sorted(set(names) - set(listed)):
+    mesh.warn_once(f'{folder}: {few(unread)} not read, only {few(listed)}')
+  return listed
+
+
+def few(names: Iterable[str]) -> str:
+  """Returns the first names for a sentence, with the number of the others."""
+  names = list(names)
+  more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+  return ', '.join(names[:3]) + more
 
 
 @contextlib.contextmanager
 def opened(folder: str, names: list[str]) -> Iterator[dict[str, Any]]:
   """Opens safetensors files: {tensor: reader of its file}.
 
-  ValueError if one is damaged or truncated.
+  ValueError if one is damaged or truncated, or if two hold the same tensor.
   """
   with contextlib.ExitStack() as stack:
-    files = {}
+    readers, owner, problems = {}, {}, []
     for name in names:
       path = os.path.join(folder, name)
       try:
         reader = stack.enter_context(safe_open(path, 'numpy'))
       except (SafetensorError, OSError) as error:
-        raise ValueError(f'{path} is damaged or truncated: {error}') from None
-      files |= dict.fromkeys(reader.keys(), reader)
-    yield files
+        why = files.lfs_hint(path) or error
+        raise ValueError(f'{path} is damaged or truncated: {why}') from None
+      twice = [key for key in reader.keys() if key in owner]
+      if twice:
+        problems.append(f'{owner[twice[0]]} and {name} both hold {few(twice)}')
+      readers |= dict.fromkeys(reader.keys(), reader)
+      owner |= dict.fromkeys(reader.keys(), name)
+    complain(folder, problems)
+    yield readers
 
 
 def read_params(
@@ -265,34 +154,68 @@ def read_tree(
   folder: str, names: list[str], tree: dict, wanted: list[Entry], grid: Mesh | None
 ) -> Params:
   """Reads the leaves of a tree from the named files, after a check of all of them."""
-  with opened(folder, names) as files:
-    complain(folder, tensor_problems(wanted, files))
-    get_slice = lambda name: files[name].get_slice(name)
-    leaves = [read_leaf(entry, get_slice, sharding_of(entry, grid)) for entry in wanted]
+  with opened(folder, names) as readers:
+    complain(folder, tensor_problems(wanted, readers))
+    get_slice = lambda name: readers[name].get_slice(name)
+    try:
+      leaves = [read_leaf(e, get_slice, sharding_of(e, grid)) for e in wanted]
+    except FloatingPointError as error:
+      raise ValueError(f'{folder}: {error}') from None
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def tensor_problems(wanted: list[Entry], files: dict[str, Any]) -> list[str]:
-  """Lists all tensors that are missing, unexpected or of another shape."""
-  problems, known = [], set()
+def tensor_problems(wanted: list[Entry], readers: dict[str, Any]) -> list[str]:
+  """Lists what is wrong with the tensors of some files, without reading one.
+
+  They are of another shape or type, missing, or unexpected. If a prefix would make
+  the unexpected ones those that are missing, the last sentence says so.
+  """
+  problems, missing, known = [], [], set()
   for entry in wanted:
     shape = entry.leaf.shape[entry.stacked :]
     shape = shape[::-1] if entry.transposed else shape
     known.update(entry.names)
     for name in entry.names:
-      if name not in files:
-        problems.append(f'{name} is missing')
+      if name not in readers:
+        missing.append(name)
         continue
-      found = tuple(files[name].get_slice(name).get_shape())
-      if found != shape:
-        problems.append(f'{name} is {found}, but config.json means {shape}')
-  # Tied checkpoints may hold the head all the same; buffers are no weights.
-  spare = ('lm_head.weight', 'model.transformer.ff_out.weight')
-  return problems + [
-    f'{name} is unexpected'
-    for name in sorted(set(files) - known)
-    if name not in spare and not name.endswith('rotary_emb.inv_freq')
-  ]
+      found = readers[name].get_slice(name)
+      if tuple(found.get_shape()) != shape:
+        problems.append(
+          f'{name} is {tuple(found.get_shape())}, but config.json means {shape}'
+        )
+      elif found.get_dtype() not in FLOATS:
+        problems.append(
+          f'{name} is of type {found.get_dtype()}, but only {", ".join(FLOATS)} are '
+          'read: dequantize the weights first'
+        )
+  if len(problems) > 3:
+    problems = [*problems[:3], f'{len(problems) - 3} more like these']
+  unexpected = [n for n in sorted(set(readers) - known) if not SPARE.fullmatch(n)]
+  sorts = (('missing', missing), ('unexpected', unexpected))
+  problems += [f'{what}: {few(names)}' for what, names in sorts if names]
+  return problems + prefix_hint(missing, unexpected)
+
+
+def prefix_hint(missing: list[str], unexpected: list[str]) -> list[str]:
+  """Says which prefix the unexpected names have too many, or lack."""
+
+  def prefixes(longer, shorter):
+    ends = set(shorter)
+    for name in longer:
+      parts = name.split('.')
+      cuts = [i for i in range(1, len(parts)) if '.'.join(parts[i:]) in ends]
+      yield from ['.'.join(parts[: cuts[0]]) + '.'] if cuts else []
+
+  hints = []
+  for verb, longer, shorter in (
+    ("remove {!r} from the tensors' names", unexpected, missing),
+    ("add {!r} before the tensors' names", missing, unexpected),
+  ):
+    for prefix, count in Counter(prefixes(longer, shorter)).most_common(1):
+      if 2 * count > len(missing):
+        hints.append(verb.format(prefix) + f' ({count} then fit)')
+  return hints
 
 
 def sharding_of(entry: Entry, grid: Mesh | None) -> Sharding:
@@ -323,7 +246,10 @@ def read_leaf(
 def read_part(
   entry: Entry, get_slice: Callable[[str], Any], at: tuple[slice, ...]
 ) -> np.ndarray:
-  """Reads one device's slice of a leaf, as a host array of the leaf's dtype."""
+  """Reads one device's slice of a leaf, as a host array of the leaf's dtype.
+
+  FloatingPointError names a tensor with a value that is not finite.
+  """
   bounds = [s.indices(n)[:2] for s, n in zip(at, entry.leaf.shape, strict=True)]
   inner = tuple(slice(*b) for b in bounds[entry.stacked :])
   inner = inner[::-1] if entry.transposed else inner
@@ -332,11 +258,16 @@ def read_part(
   for name, part in zip(names, out if entry.stacked else [out], strict=True):
     x = get_slice(name)[inner]
     part[...] = x.T if entry.transposed else x
+    if not np.isfinite(part).all():
+      raise FloatingPointError(
+        f'{name} holds NaN or infinity: convert or download the checkpoint again'
+      )
   return out
 
 
 # --- PEFT adapters
 
+ADAPTER = 'adapter_model.safetensors'
 # Fields of adapter_config.json, with the only value that is implemented.
 PEFT_FIXED = dict(
   peft_type='LORA',
@@ -350,6 +281,13 @@ PEFT_FIXED = dict(
 )
 # Values of init_lora_weights that leave the base alone.
 PEFT_INIT = (True, False, None, 'gaussian', 'orthogonal', 'eva')
+# Fields without effect on a trained adapter, or seen in its rank, scale and tensors.
+PEFT_HARMLESS = re.compile(
+  r'r|lora_alpha|lora_dropout|init_lora_weights|eva_config|task_type|auto_mapping|'
+  r'base_model_name_or_path|revision|peft_version|inference_mode|target_modules|'
+  r'exclude_modules|layers_(to_transform|pattern)|megatron_core|qalora_group_size|'
+  r'runtime_config|unsloth_\w+'
+)
 
 
 def read_adapter(
@@ -359,32 +297,76 @@ def read_adapter(
 
   ValueError if its kind, rank, scale, targets or base differ from cfg.
   """
-  told = read_json(path, 'adapter_config.json')
+  tree, wanted = check_adapter(path, cfg, folder)
+  return read_tree(path, [ADAPTER], tree, wanted, grid)
+
+
+def check_adapter(
+  path: str, cfg: model.ModelConfig, folder: str = '', base: str | None = None
+) -> tuple[dict[str, Any], list[Entry]]:
+  """Returns the shapes and entries of a PEFT directory, which is checked for cfg.
+
+  No weight is read. base: name of the model that it is laid on; a warning says if
+  the adapter was made for another one.
+  """
+  told = files.read_object(os.path.join(path, 'adapter_config.json'))
   if not told:
     raise ValueError(
       f'lora.path = {path!r} has no adapter_config.json: it is no PEFT adapter'
     )
   complain(f'{path}/adapter_config.json', adapter_problems(told, cfg))
+  if not os.path.exists(os.path.join(path, ADAPTER)):
+    others = sorted(name for name in os.listdir(path) if name.startswith('adapter_m'))
+    raise ValueError(
+      f'{path} has no {ADAPTER}, but {few(others) or "no weights at all"}: save the '
+      'adapter with PEFT as one safetensors file'
+    )
   family = family_of(folder)[0] if folder else FAMILIES[families.kind_of(cfg)][0]
   tree = {'lora': families.shapes(cfg)['lora']}
   wanted = list(families.entries(tree, family, cfg.layers))
-  try:
-    return read_tree(path, ['adapter_model.safetensors'], tree, wanted, grid)
-  except ValueError as error:
-    raise ValueError(
-      f'{error} (lora.targets = {cfg.lora_targets!r}; the adapter was made for '
-      f'{told.get("base_model_name_or_path")!r}, targets '
-      f'{told.get("target_modules")!r})'
-    ) from None
+  made_for = told.get('base_model_name_or_path') or ''
+  with opened(path, [ADAPTER]) as readers:
+    if problems := tensor_problems(wanted, readers):
+      problems.append(
+        f'lora.targets = {cfg.lora_targets!r}, the adapter was made for {made_for!r}, '
+        f'targets {shown(told.get("target_modules"))}'
+      )
+    complain(path, problems)
+  plain = lambda name: os.path.basename(str(name).rstrip('/')).lower()
+  if base is not None and made_for and plain(made_for) != plain(base):
+    mesh.warn_once(
+      f'{path} was made for {made_for!r}, but model.checkpoint = {base!r}: another '
+      'base makes another model'
+    )
+  return tree, wanted
+
+
+def warn_of_base(path: str, digest: str) -> None:
+  """Warns if an adapter that was exported here says that it had another base.
+
+  digest: of the base that it is laid on, with its dtype, as write.save_adapter has it.
+  """
+  with safe_open(os.path.join(path, ADAPTER), 'numpy') as reader:
+    made_on = (reader.metadata() or {}).get('base', '')
+  same_dtype = made_on.split()[:1] == digest.split()[:1]
+  if same_dtype and made_on != digest:
+    mesh.warn_once(
+      f'{path} was trained on other weights than those of model.checkpoint: it makes '
+      'another model there'
+    )
 
 
 def adapter_problems(told: dict[str, Any], cfg: model.ModelConfig) -> list[str]:
   """Lists where adapter_config.json differs from cfg and what is implemented."""
-  problems = [
-    f'{name} = {told[name]!r}: only {plain!r} is implemented'
-    for name, plain in PEFT_FIXED.items()
-    if told.get(name, plain) not in (plain, None, {}, [])
-  ]
+  problems = []
+  for name, value in told.items():
+    if name in PEFT_FIXED:
+      if value != PEFT_FIXED[name] and not is_empty(value):
+        problems.append(
+          f'{name} = {shown(value)}: only {PEFT_FIXED[name]!r} is implemented'
+        )
+    elif not PEFT_HARMLESS.fullmatch(name) and not is_empty(value):
+      problems.append(f'{name} = {shown(value)} is an unknown field')
   start = told.get('init_lora_weights')
   if start not in PEFT_INIT:
     problems.append(
@@ -396,5 +378,5 @@ def adapter_problems(told: dict[str, Any], cfg: model.ModelConfig) -> list[str]:
     ('alpha', 'lora_alpha', cfg.lora_alpha),
   ):
     if told.get(name) != value:
-      problems.append(f'{name} = {told.get(name)}, but lora.{field} = {value}')
+      problems.append(f'{name} = {told.get(name)!r}, but lora.{field} = {value}')
   return problems

@@ -158,11 +158,14 @@ def write_json(folder: str | os.PathLike, name: str, value: dict[str, Any]) -> N
 
 
 def write_tensors(
-  folder: str | os.PathLike, name: str, tensors: dict[str, np.ndarray]
+  folder: str | os.PathLike,
+  name: str,
+  tensors: dict[str, np.ndarray],
+  notes: dict[str, str] | None = None,
 ) -> None:
-  """Writes a safetensors file, from the first process."""
+  """Writes a safetensors file, from the first process; notes: into its header."""
   if jax.process_index() == 0:
-    save_file(tensors, os.path.join(folder, name), {'format': 'pt'})
+    save_file(tensors, os.path.join(folder, name), {'format': 'pt', **(notes or {})})
 
 
 def save_adapter(
@@ -171,10 +174,12 @@ def save_adapter(
   params: Params,
   base: str = '',
   source: str = '',
+  digest: str = '',
 ) -> None:
   """Writes a PEFT adapter: adapter_config.json and adapter_model.safetensors.
 
   base: name of the base model, written for the reader. source: its directory.
+  digest: of its weights, by which read.warn_of_base knows another base.
   target_modules is a regular expression on whole paths, because LLaDA's head has
   the name of a linear.
   """
@@ -212,7 +217,7 @@ def save_adapter(
       use_rslora=False,
     ),
   )
-  write_tensors(folder, 'adapter_model.safetensors', tensors)
+  write_tensors(folder, read.ADAPTER, tensors, {'base': digest})
 
 
 # --- the export of a run
@@ -242,7 +247,8 @@ def export(
     )
   # mesh.agree: all is written before any process reads it.
   if kind == 'adapter':
-    save_adapter(folder, cfg, params, c.model.checkpoint, source)
+    digest = f'{cfg.param_dtype} {int(built.steps.digest(base))}'
+    save_adapter(folder, cfg, params, c.model.checkpoint, source, digest)
     mesh.agree(False)
     lora = read.read_adapter(folder, cfg, source, built.mesh)
     cfg_again, again = cfg, {**base, **lora}

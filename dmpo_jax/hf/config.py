@@ -1,0 +1,246 @@
+"""Reads config.json and the special ids of a checkpoint, without its weights.
+
+A field that the family does not know is an error only if it may change the law of
+the model. One warning names the others. A value of another JSON type than the
+field's is an error.
+"""
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+from dmpo_jax import files, mesh, model
+from dmpo_jax.hf import families
+from dmpo_jax.hf.families import FAMILIES, Family
+
+KINDS = {field.name: field.type for field in dataclasses.fields(model.ModelConfig)}
+SIZES = ('width', 'layers', 'heads', 'mlp', 'vocab')  # no default stands for them
+# Usual names, where neither config.json nor tokenizer_config.json has the token.
+MASK_TOKENS = ('<|mdm_mask|>', '<|mask|>', '<|MASK|>', '[MASK]', '<mask>')
+
+
+def complain(where: str, problems: list[str]) -> None:
+  """Raises one ValueError for all problems, if there are any."""
+  if len(problems) > 12:
+    problems = [*problems[:12], f'and {len(problems) - 12} more']
+  if problems:
+    raise ValueError(f'{where}: ' + '; '.join(problems))
+
+
+def is_empty(value: Any) -> bool:
+  """Returns whether a field of a JSON file switches nothing on."""
+  return value is None or value is False or value in ([], {}, '')
+
+
+def shown(value: Any) -> str:
+  """Returns a value for a sentence, cut to a length that can be read."""
+  text = repr(value)
+  return text if len(text) <= 80 else text[:77] + '...'
+
+
+def family_of(folder: str) -> tuple[Family, dict[str, Any], dict[str, Any]]:
+  """Returns a directory's Family, the fields that its type implies, config.json."""
+  raw = files.read_object(os.path.join(folder, 'config.json'))
+  if not raw:
+    raise ValueError(f'{folder} has no config.json: it is no Hugging Face checkpoint')
+  kind = raw.get('model_type')
+  if isinstance(kind, str) and kind in FAMILIES:
+    return *FAMILIES[kind][:2], raw
+  plain = lambda name: re.sub('[^a-z0-9]', '', str(name).lower())
+  same = [name for name in FAMILIES if plain(name) == plain(kind)]
+  why = 'is not implemented'
+  if same:
+    why = f'must be written {same[0]!r}'
+  elif any('expert' in name for name in raw):
+    why += ': it is a mixture of experts'
+  elif 'bd_size' in raw:
+    why += ': it generates block by block, in a layout of its own'
+  raise ValueError(
+    f'{folder}/config.json: model_type = {kind!r} {why} (known are '
+    f'{", ".join(FAMILIES)})'
+  )
+
+
+def read_config(folder: str) -> dict[str, Any]:
+  """Returns ModelConfig fields from config.json and the tokenizer's files.
+
+  ValueError lists every field that is missing, of a wrong type, has a value that is
+  not implemented, or is unknown and may change the law. A warning names the unknown
+  fields that cannot.
+  """
+  family, implied, raw = family_of(folder)
+  raw = without_nesting(raw)
+  found = {
+    ours: (theirs, raw[theirs])
+    for theirs, ours in family.fields.items()
+    if raw.get(theirs) is not None
+  }
+  if raw.get('vocab_size') is not None:
+    found.setdefault('vocab', ('vocab_size', raw['vocab_size']))
+  ignored = []
+  if raw['model_type'] == 'sdar':
+    size = raw.pop('block_size', None)
+    if size is None:
+      ignored.append('block_size is missing, so 4 is assumed')
+    found['block_causal'] = ('block_size', 4 if size is None else size)
+  problems = [
+    f'{theirs} is missing'
+    for theirs, ours in family.fields.items()
+    if ours in SIZES and ours not in found
+  ]
+  for ours, (theirs, value) in found.items():
+    if wrong := wrong_type(value, KINDS[ours]):
+      problems.append(f'{theirs} = {shown(value)} must be {wrong}')
+  fields = implied | {ours: value for ours, (_, value) in found.items()}
+  if not problems:
+    problems += head_problems(fields)
+  unknown, harmless = sort_fields(family, raw)
+  vocab = fields.get('vocab', '')
+  ids, wrong = special_ids(folder, raw, 0 if wrong_type(vocab, int) else vocab)
+  complain(f'{folder}/config.json', problems + unknown + wrong)
+  if ignored := ignored + harmless:
+    mesh.warn_once(f'{folder}/config.json: ' + '; '.join(ignored))
+  fields |= {
+    name: float(fields[name]) for name in ('rope_theta', 'eps') if name in fields
+  }
+  fields.setdefault('kv_heads', fields['heads'])
+  return {**fields, **ids}
+
+
+def head_problems(fields: dict[str, Any]) -> list[str]:
+  """Says where the heads do not share the width or the keys evenly."""
+  width, heads = fields['width'], fields['heads']
+  key_heads, size = fields.get('kv_heads', heads), fields.get('head_dim')
+  problems = []
+  if heads % key_heads:
+    problems.append(f'{heads} heads cannot share {key_heads} key and value heads')
+  if not size and width % heads:
+    problems.append(f'{heads} heads cannot share a width of {width} evenly')
+  return problems
+
+
+def wrong_type(value: Any, kind: Any) -> str:
+  """Returns what a field of this kind must be, or '' if the value is that."""
+  if kind is bool:
+    return '' if isinstance(value, bool) else 'true or false'
+  if kind is int:
+    good = type(value) is int and 0 < value < 2**31
+    return '' if good else 'a whole number >= 1'
+  good = type(value) in (int, float) and 0 < value < 1e30
+  return '' if good else 'a number > 0'
+
+
+def sort_fields(family: Family, raw: dict[str, Any]) -> tuple[list[str], list[str]]:
+  """Returns what may change the law and is not implemented, and what is ignored."""
+  problems, ignored = [], []
+  for name, value in raw.items():
+    if name in family.fixed:
+      if value not in family.fixed[name]:
+        problems.append(
+          f'{name} = {shown(value)}: only {family.fixed[name][0]!r} is implemented'
+        )
+    elif name in family.fields or families.HARMLESS.fullmatch(name):
+      continue
+    elif is_empty(value) or families.SERVING.fullmatch(name) or generates(name):
+      ignored.append(f'{name} = {shown(value)} is ignored')
+    else:
+      problems.append(f'{name} = {shown(value)} is an unknown field')
+  return problems, ignored
+
+
+def generates(name: str) -> bool:
+  """Returns whether a field is one of generation_config.json: it is no law's."""
+  import transformers
+
+  return name in vars(transformers.GenerationConfig())
+
+
+def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
+  """Moves transformers 5's nested fields to the top, and drops what has no effect.
+
+  What changes rotary positions beside their base stays in rope_scaling.
+  """
+  raw = dict(raw)
+  ropes = [raw.pop(name, None) for name in ('rope_scaling', 'rope_parameters')]
+  ropes = [{} if is_empty(rope) else rope for rope in ropes]
+  if odd := [rope for rope in ropes if not isinstance(rope, dict)]:
+    raw['rope_scaling'] = odd[0]
+    return raw
+  rope = {**ropes[0], **ropes[1]}
+  if rope.get('rope_theta') is not None:
+    raw['rope_theta'] = rope.pop('rope_theta')
+  if rope.get('partial_rotary_factor') in (1, None):
+    rope.pop('partial_rotary_factor', None)
+  if rope.get('rope_type', rope.get('type')) == 'default':
+    acts = lambda name, x: name == 'partial_rotary_factor' or isinstance(x, dict | list)
+    rope = {name: x for name, x in rope.items() if acts(name, x) and not is_empty(x)}
+  if rope:
+    raw['rope_scaling'] = rope
+  layers = raw.get('layer_types')
+  if isinstance(layers, list) and all(kind == 'full_attention' for kind in layers):
+    del raw['layer_types']
+  return raw
+
+
+# --- special ids
+
+
+def added_tokens(folder: str, told: dict[str, Any]) -> dict[str, int]:
+  """Returns {token: id} of the tokens that a tokenizer's files list as added."""
+  listed = files.read_object(os.path.join(folder, 'tokenizer.json'))
+  try:
+    added = {t['content']: int(t['id']) for t in listed.get('added_tokens') or []}
+    decoder = told.get('added_tokens_decoder') or {}
+    return added | {t['content']: int(i) for i, t in decoder.items()}
+  except (TypeError, KeyError, AttributeError, ValueError) as error:
+    raise ValueError(
+      f'{folder}: the added tokens of tokenizer.json or tokenizer_config.json are '
+      f'not as transformers writes them ({type(error).__name__}: {error})'
+    ) from None
+
+
+def special_ids(
+  folder: str, raw: dict[str, Any], vocab: int
+) -> tuple[dict[str, int | None], list[str]]:
+  """Returns {mask_id, eos_id, pad_id} and what is wrong with them.
+
+  An id comes from config.json, else from the token that tokenizer_config.json
+  names, else (the mask) from the usual names among the added tokens. Where
+  config.json lists several, the tokenizer's is taken. Mask and EOS must be the
+  same in both files. Padding is never read, so there config.json's is taken.
+  """
+  told = files.read_object(os.path.join(folder, 'tokenizer_config.json'))
+  added, ids, problems = added_tokens(folder, told), {}, []
+  for name in ('mask', 'eos', 'pad'):
+    field, value = f'{name}_token_id', raw.get(f'{name}_token_id')
+    several = [] if value is None else value if isinstance(value, list) else [value]
+    if wrong := [x for x in several if type(x) is not int]:
+      problems.append(f'{field} = {shown(wrong[0])} must be a whole number')
+      several = []
+    if name == 'pad':  # old LLaMAs say -1 where there is none
+      several = [x for x in several if x >= 0]
+    token = told.get(f'{name}_token')
+    token = token.get('content') if isinstance(token, dict) else token
+    named = added.get(token) if isinstance(token, str) else None
+    if name != 'pad' and named is not None and several and named not in several:
+      problems.append(
+        f'{field} = {value}, but tokenizer_config.json says {token!r} = {named}: '
+        'which is right? Change the other'
+      )
+    ids[f'{name}_id'] = named if named in several or not several else several[0]
+  if ids['mask_id'] is None:
+    ids['mask_id'] = next((added[t] for t in MASK_TOKENS if t in added), None)
+  if ids['pad_id'] is None:
+    ids['pad_id'] = ids['eos_id']
+  for name, value in ids.items():
+    field = f'{name[:-3]}_token_id'
+    if value is None and not any(field in problem for problem in problems):
+      problems.append(
+        f"{field} is missing, here and in the tokenizer's files: add the token's id"
+      )
+    elif value is not None and vocab and not 0 <= value < vocab:
+      problems.append(f'{field} = {shown(value)} is outside the vocabulary of {vocab}')
+  if ids['mask_id'] is not None and ids['mask_id'] == ids['eos_id']:
+    problems.append(f'mask_token_id = eos_token_id = {ids["mask_id"]}')
+  return ids, problems
