@@ -4,7 +4,7 @@ python main.py --config=configs/llada_countdown.py \
     --config.model.checkpoint=GSAI-ML/LLaDA-8B-Instruct
 
 The checkpoint is a directory or a hub name. Problems are generated, each with a
-solution. --config.data.path=FILE reads a JSONL file instead (fields `nums`, `target` or
+solution. --config.data.path=FILE reads a file instead (fields `nums`, `target` or
 `input`, `output`); --config.data.numbers=3 keeps its problems with three numbers, which
 published models train on. Plan a run before you pay for it: --mode=plan needs no
 checkpoint, and without TPUs at hand --topology=v5e:4x4 --config.mesh.fsdp=16 plans for
@@ -14,7 +14,8 @@ The settings are those of DMPO's release: adapters on q, k, v, up; 16 completion
 prompt, 8 updates per buffer, alpha 0.04, baseline `individual`, 256 tokens at two
 tokens a step, 16-bit weights. Two fields differ, because at laptop size they learn
 faster and forgive a larger learning rate (docs/comparison.md): the baseline has a third
-of its strength, and groups without a right answer count less.
+of its strength, and groups without a right answer count less (where the task's reward
+says what is right: Task.best).
 
 After the file name may stand
   :paper        the release's own settings
@@ -34,6 +35,7 @@ a step. The default here is one token a step and the prompts of training.
 
 from configs import base
 from dmpo_jax import config
+from dmpo_jax.tasks import TASKS
 
 
 def llada():
@@ -72,14 +74,11 @@ def llada():
   return c
 
 
-def choose(c, recipe, best=1.0):
-  """Applies what stands after the colon: ours, paper or the name of an objective.
-
-  best: the task's largest reward; 0 where no value of the reward means right.
-  """
+def choose(c, recipe):
+  """Applies what stands after the colon: ours, paper or the name of an objective."""
   if recipe == 'ours':
     c.objective.strength = 0.3
-    c.objective.best = best
+    c.objective.best = TASKS[c.data.task].best
   elif recipe != 'paper':
     names = ('ours', 'paper', *config.OBJECTIVES)
     if wrong := config.nearest('the recipe after the colon', recipe, names):

@@ -68,11 +68,21 @@ def objective_problems(c: Any) -> list[str]:
 
 
 def training(c: Any) -> None:
-  """Raises ValueError if updates would be lost by rounding; only training needs it."""
+  """Raises ValueError for what only training needs.
+
+  Updates must not be lost by rounding, and a right answer must be paid.
+  """
   if c.model.param_dtype != 'float32' and (c.sft.steps or not c.lora.rank):
     raise ValueError(
       f'model.param_dtype = {c.model.param_dtype} rounds away a change of less than a '
       '500th of a weight: set float32, or train adapters (lora.rank > 0, sft.steps = 0)'
+    )
+  style, unpaid = c.data.style, TASKS[c.data.task].unpaid
+  if c.data.protocol == 'paper' and style in unpaid and not c.data.template:
+    raise ValueError(
+      f'data.style = {style} with data.protocol = paper: these rules do not pay, or do '
+      f'not grade as right, what this prompt of data.task = {c.data.task} asks for: '
+      'set data.style = chat (eval.style is free), or data.protocol = strict'
     )
 
 

@@ -63,7 +63,9 @@ SWEEP = _text('sweep', '', "NAME:i, point i of the config file's sweep(NAME)")
 OF = _choice('of', 'latest', ('latest', 'best', 'base'), 'which parameters of the run')
 OUT = _text('out', '', 'export, eval: folder; report --runs, --cards: PNG')
 FORMAT = _choice('format', 'merged', ('merged', 'adapter'), 'export: what is written')
-GENERATIONS = _text('generations', '', 'score: JSON file of saved generations')
+GENERATIONS = _text(
+  'generations', '', 'score: JSON file of saved generations, or a pattern'
+)
 TASK = _choice('task', None, tuple(TASKS), 'score without --config: the task')
 PROTOCOL = _choice('protocol', 'strict', ('strict', 'paper'), 'score without --config')
 PROBLEM = _int('problem', 0, 'sample: number of the test problem')
@@ -505,7 +507,7 @@ def shown_prompt(built: build.Built) -> tuple[data.Problems, str]:
 
 
 def score_mode(command: Command) -> None:
-  """Grades saved generations: a card as --config says, else JSON for --task."""
+  """Grades saved generations as --config or --task say; the last line is JSON."""
   if not GENERATIONS.value:
     raise ValueError('--mode=score needs --generations=FILE.json')
   if (c := command.config) is not None:
@@ -520,11 +522,11 @@ def score_mode(command: Command) -> None:
     card = cards.score_file(
       c.data.task, c.data.protocol, GENERATIONS.value, c.reward.weights
     )
-    return say(cards.as_text(card))
+    return say(f'{cards.as_text(card)}\n{json.dumps(card)}')
   if TASK.value is None:
     raise ValueError(f'--mode=score needs --config=FILE or --task={"|".join(TASKS)}')
   card = cards.score_file(TASK.value, PROTOCOL.value, GENERATIONS.value)
-  say(json.dumps(card, indent=2))
+  say(json.dumps(card))
 
 
 def export_mode(command: Command) -> None:

@@ -73,6 +73,7 @@ class Problems(NamedTuple):
   tokens: IntBP  # (n, P) int32, prompts left-padded
   valid: BoolBP  # (n, P) False on padding
   changed: int = 0  # number of over-long prompts that were dropped or cut
+  prefill: str = ''  # how every answer begins, at the end of its prompt
 
 
 def char_tokenizer() -> Tokenizer:
@@ -324,7 +325,7 @@ def encode_problems(
   tokens, valid = left_pad(
     [row[-length:] for row in ids], length, tokenizer.pad_token_id
   )
-  return Problems(examples, tokens, valid | how.attend_padding, overlong)
+  return Problems(examples, tokens, valid | how.attend_padding, overlong, prefill)
 
 
 def check_positions(

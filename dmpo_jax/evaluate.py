@@ -27,7 +27,7 @@ def accuracy(
   Samples with eval.sampler in batches of eval.batch. beat() is called after each
   completion.
   """
-  total, task = len(problems.examples), built.task
+  total, task = len(problems.examples), grader.prefilled(built.task, problems.prefill)
   rows = []
   for row in generate(built, params, problems, built.steps.sample_eval, total, 0):
     rows.append(row)

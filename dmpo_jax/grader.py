@@ -27,6 +27,16 @@ class Graded(NamedTuple):
   texts: list[str]  # the completions
 
 
+def prefilled(task: Task, prefill: str) -> Task:
+  """Returns the task with rewards of `prefill` and the completion together.
+
+  The prompt ends with the prefill, so the model does not write it, but the formats have
+  it. Grades are of the completion, as the evaluations of d1 and DMPO read it.
+  """
+  reward = lambda text, *how: task.reward(prefill + text, *how)
+  return task._replace(reward=reward) if prefill else task
+
+
 def judge(
   task: Task,
   protocol: str,

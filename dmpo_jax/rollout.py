@@ -165,7 +165,8 @@ class Collector:
   def judge(self, texts: list, examples: list, rows: Array) -> grader.Graded:
     """Grades the texts of `rows`; the other processes grade the others."""
     own = [examples[i] for i in rows]
-    return grader.judge(self.task, self.protocol, texts, own, self.weights, rows)
+    task = grader.prefilled(self.task, self.problems.prefill)
+    return grader.judge(task, self.protocol, texts, own, self.weights, rows)
 
   def judge_guesses(self, started: Started, examples: list) -> tuple[Any, list]:
     """Grades states that were completed in one step.

@@ -338,4 +338,8 @@ class Task(NamedTuple):
   # (example, protocol) -> how much a problem counts in an accuracy
   counts: Callable = lambda example, protocol: 1
   styles: tuple = ('bare', 'chat')  # names that `prompt` knows
+  # styles whose right answers 'paper' does not pay in full, or does not grade as right
+  unpaid: tuple = ()
+  # what a right answer is paid, if others are paid next to nothing; 0: if they are
+  best: float = 0.0
   threads: bool = False  # judging waits for other processes: do many at once

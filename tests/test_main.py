@@ -905,7 +905,7 @@ def test_generations_of_a_wrong_form_are_refused(command, tmp_path):
     ('{"generations": ["x"]}', 'generation 0 is no object with fields'),
     (
       json.dumps({'generations': [{**good, 'ground_truth': None}]}),
-      'generation 0 has no ground_truth',
+      'every ground_truth is null',
     ),
     (
       json.dumps({'generations': [{**good, 'question': 'x'}]}),
@@ -930,9 +930,15 @@ def test_score_without_a_config(command, tmp_path, capsys):
   path.write_text(json.dumps({'generations': items}))
   score = ('--mode=score', '--generations=x.json')
   command(*score, '--task=gsm8k', '--protocol=paper', config=())
-  card = json.loads(capsys.readouterr().out)
+  card = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert (card['task'], card['protocol'], card['problems']) == ('gsm8k', 'paper', 2)
   assert card['accuracy'] == 0.5
+  (tmp_path / 'y.json').write_text('\ufeff' + path.read_text(), encoding='utf-8')
+  command(score[0], '--generations=?.json', '--config.data.task=gsm8k')
+  *_, last = capsys.readouterr().out.splitlines()
+  assert (json.loads(last)['accuracy'], json.loads(last)['problems']) == (0.5, 4)
+  with pytest.raises(SystemExit, match='is a directory'):
+    command(score[0], '--generations=.', '--task=gsm8k', config=())
   with pytest.raises(SystemExit, match='--config=FILE or --task='):
     command(*score, config=())
 

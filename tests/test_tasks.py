@@ -20,7 +20,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dmpo_jax import types
+from configs import base
+from dmpo_jax import check, types
 from dmpo_jax.tasks import TASKS, answers, arithmetic, countdown, datasets, sudoku
 
 GENERATED = ('countdown', 'sudoku')  # test_reasoning.py has the others
@@ -590,6 +591,16 @@ def test_sudoku_grade_finds_what_the_five_patterns_find():
     (A(''), 0.1, 0, 0),
     ('<answer>7+3*5', 0, 0, 0),
     ('', 0, 0, 0),
+    # In the box that the prompt of style eval asks for, also as LaTeX.
+    (A(r'\boxed{7+3*5}'), 0.1, 1, 1),
+    (r'so \boxed{7+3*5}', 0, 1, 1),
+    (A(r'\boxed{7 + 3 \times 5 = 22}'), 0.1, 1, 1),
+    (A(r'\boxed{\left(7\right) + 3 \cdot 5}'), 0.1, 1, 1),
+    (A(r'\boxed{7 + \frac{3}{5}}'), 0.1, 0.1, 1),
+    (A(r'\boxed{7+3*5=23}'), 0.1, 0, 0),
+    (A(r'\boxed{7+3**5}'), 0.1, 0, 0),
+    (A(r'\boxed{7+3*5'), 0.1, 0, 0),
+    (A(r'\boxed{7+3+5}'), 0.1, 0.1, 1),
   ],
 )
 def test_countdown_reward(text, paper, strict, formed):
@@ -800,6 +811,7 @@ def test_countdown_jsonl(tmp_path):
     {'nums': [7, 3, 5], 'target': 22},
     {'numbers': '1, 1', 'target': 5},
     {'nums': [9], 'target': 9},
+    {'nums': [2.0, '4.0'], 'target': 6.0},
     {'nums': [1, 2, 3, 4, 5, 6, 7], 'target': 9},
     {'nums': [3, 5, 7], 'target': '15'},
   ]
@@ -811,6 +823,7 @@ def test_countdown_jsonl(tmp_path):
     loaded += part
   assert sorted((e['numbers'], e['target']) for e in loaded) == [
     ([1, 1], 5),
+    ([2, 4], 6),
     ([3, 5, 7], 15),
     ([7, 3, 5], 22),
     ([30, 100, 93], 23),
@@ -862,7 +875,8 @@ def test_countdown_files_keep_only_the_wanted_count(tmp_path, count, found):
     ('{"nums": [1, 2.5], "target": 4}', 'whole'),
     ('{"nums": [1, true], "target": 4}', 'whole'),
     ('{"nums": "1,x", "target": 4}', 'whole'),
-    ('{"nums": [1, 2], "target": "4.0"}', 'whole'),
+    ('{"nums": [1, 2], "target": "4.5"}', 'whole'),
+    ('{"nums": [1, 2], "target": 1e10}', 'whole'),
     ('{"nums": [0, 2], "target": 4}', 'positive'),
     ('"\udcff"', 'UTF-8'),
   ],
@@ -883,8 +897,118 @@ def test_an_empty_jsonl_is_refused(tmp_path):
 
 
 def test_countdown_reads_parquet(tmp_path):
-  """Its numbers are lists of integers, as on the hub."""
-  path = tmp_path / 'problems.parquet'
-  records = [{'nums': [7, 3, 5], 'target': 22}, {'nums': [30, 100, 93], 'target': 23}]
+  """As on the hub: the target first, numbers as lists; a missing value makes floats."""
+  path = tmp_path / 'train-00000-of-00001.parquet'
+  records = [{'target': 22, 'nums': [7, 3, 5]}, {'target': 23, 'nums': [30, 100, 93]}]
   parquet.write_table(pyarrow.Table.from_pylist(records), path)
   assert len(countdown.load('train', options(path))) == 2
+  table = pyarrow.table({'target': [22.0, 23.0], 'nums': [r['nums'] for r in records]})
+  parquet.write_table(table, path)
+  assert len(countdown.load('train', options(path))) == 2
+
+
+# ---- data files that are not what they seem; the same for every task and split
+
+
+def write_texts(path, count, first=0, end=''):
+  rows = [
+    {'question': f'Problem {i}?{end}', 'answer': '#### 5'}
+    for i in range(first, first + count)
+  ]
+  if path.suffix == '.parquet':
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=10)
+  else:
+    path.write_text('\n'.join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_half_a_character_is_named_with_its_line(tmp_path, split):
+  """JSON can hold half an emoji, cut by a writer; no tokenizer reads it."""
+  bad = '{"question": "bad \\ud83d end", "answer": "#### 5"}'
+  for name, first in (('train', 0), ('test', 500)):
+    write_texts(tmp_path / f'{name}.jsonl', 60, first)
+  name = 'test' if split == 'test' else 'train'
+  with open(tmp_path / f'{name}.jsonl', 'a') as f:
+    f.write('\n' + bad)
+  for path in (tmp_path, tmp_path / f'{name}.jsonl'):
+    with pytest.raises(ValueError, match=f'{name}.jsonl:61: column question .*d83d'):
+      TASKS['gsm8k'].load(split, options(path))
+  (tmp_path / f'{name}.jsonl').write_text(bad.replace('ud83d', 'ud83d\\ude00'))
+  TASKS['gsm8k'].load('test', options(tmp_path))  # both halves
+
+
+@pytest.mark.parametrize(
+  'content, message',
+  [
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'git-lfs pointer'),
+    (b'<!DOCTYPE html>', 'a web page'),
+    (b'\x1f\x8b\x08', 'gzip'),
+  ],
+)
+@pytest.mark.parametrize('ending', ['jsonl', 'csv', 'parquet'])
+@pytest.mark.parametrize('name', TASKS)
+def test_stand_ins_are_named(tmp_path, name, ending, content, message):
+  path = tmp_path / f'train.{ending}'
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=f'train.{ending} is .*{message}'):
+    TASKS[name].load('train', options(path))
+
+
+def test_damaged_parquet_is_named(tmp_path):
+  """Wherever it is damaged: at its end, or in pages behind a good header."""
+  path = tmp_path / 'x.parquet'
+  write_texts(path, 60, end='?' * 500)
+  whole, refused = path.read_bytes(), 0
+  places = range(8, len(whole) - 9, len(whole) // 40)
+  damaged = [whole[:at] + bytes([255] * 8) + whole[at + 8 :] for at in places]
+  for content in [b'', whole[:100], *damaged]:
+    path.write_bytes(content)
+    try:
+      TASKS['gsm8k'].load('train', options(path))
+    except ValueError as error:
+      assert 'x.parquet' in str(error)
+      refused += 1
+  assert 6 < refused < len(damaged)
+
+
+@pytest.mark.parametrize('ending', ['jsonl', 'parquet'])
+def test_shards_are_read_together(tmp_path, ending):
+  """All of them, in order; a missing one is refused."""
+  load = lambda split: [
+    e['question'] for e in TASKS['gsm8k'].load(split, options(tmp_path, test_size=0))
+  ]
+  write_texts(tmp_path / f'train.{ending}', 40)
+  for i in range(3):
+    write_texts(tmp_path / f'test-0000{i}-of-00003.{ending}', 5, 100 + 5 * i)
+  assert load('test') == [f'Problem {i}?' for i in range(100, 115)]
+  assert len(load('train') + load('validation')) == 40
+  (tmp_path / f'test-00001-of-00003.{ending}').unlink()
+  with pytest.raises(ValueError, match='all shards of one .*it holds: test-00000'):
+    load('test')
+  (tmp_path / f'test-00002-of-00003.{ending}').unlink()
+  with pytest.raises(ValueError, match='it holds: test-00000-of-00003'):
+    load('test')
+
+
+def test_white_space_does_not_move_a_problem_to_another_split(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  rows = [
+    {'question': text, 'answer': '#### 5'}
+    for i in range(60)
+    for text in (f'Problem {i} of  all?', f' Problem {i}\nof all?')
+  ]
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  found = {
+    split: {' '.join(e['question'].split()) for e in TASKS['gsm8k'].load(split, o)}
+    for split in SPLITS
+    for o in [options(path)]
+  }
+  assert sum(map(len, found.values())) == 60
+
+
+@pytest.mark.parametrize('field', ['seed', 'train_size', 'test_size', 'numbers'])
+def test_negative_options_are_refused(field):
+  c = base.get_config()
+  c.data[field] = -1
+  with pytest.raises(ValueError, match=f'data.{field} = -1 must be >= 0'):
+    check.config(c, 1)

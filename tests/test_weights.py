@@ -395,6 +395,8 @@ def without(c, *names):
     ({**LLADA, 'n_layers': '2'}, "n_layers = '2' must be a whole number"),
     ({**LLADA, 'n_heads': True}, 'n_heads = True must be a whole number'),
     ({**LLADA, 'd_model': [D]}, r'd_model = \[16\] must be a whole number'),
+    ({**LLADA, 'n_kv_heads': 3}, '4 heads cannot share 3 key and value heads'),
+    ({**LLADA, 'd_model': 17}, '4 heads cannot share a width of 17'),
     ({**LLADA, 'embedding_size': 0}, 'embedding_size = 0 must be'),
     ({**LLADA, 'rope_theta': '5e5'}, "rope_theta = '5e5' must be a number"),
     ({**LLADA, 'rms_norm_eps': float('nan')}, 'rms_norm_eps = nan must be a number'),
@@ -402,6 +404,8 @@ def without(c, *names):
     ({**LLADA, 'eos_token_id': [None]}, 'eos_token_id = None must be a whole'),
     ({**LLADA, 'mask_token_id': '33'}, "mask_token_id = '33' must be a whole"),
     ({**CONFIGS['sdar'], 'block_size': '4'}, "block_size = '4' must be a whole"),
+    ({**CONFIGS['sdar'], 'block_size': 0}, 'block_size = 0 must be a whole'),
+    ({**DREAM, 'rope_scaling': {'factor': 2.0}}, 'rope_scaling = .*factor'),
     ({**DREAM, 'rope_scaling': 'default'}, "rope_scaling = 'default'"),
     (
       {**DREAM, 'rope_parameters': {'full_attention': {'rope_theta': 1e6}}},
@@ -1013,7 +1017,7 @@ def test_tokenizers_that_do_not_fit_are_refused(changes, ids, message, tmp_path)
   (tmp_path / 'chat_template.jinja').unlink(missing_ok=True)
   if not ids and 'chat_template' not in changes:
     (tmp_path / 'chat_template.jinja').write_text(data.CHAT)
-  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids))
+  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids, strict=False))
   with pytest.raises(ValueError, match=message) as info:
     data.load_tokenizer(folder, named)
   assert str(tmp_path) in str(info.value)
@@ -1029,7 +1033,7 @@ def test_the_character_tokenizer_is_checked_too():
 @pytest.mark.parametrize('ids', [(1, 2, 2), (1, 2, 1), (1, 2, 0)])
 def test_padding_is_the_models(ids, tmp_path, caplog):
   """Nothing reads padding, so another one is replaced, with a warning."""
-  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids))
+  named = dict(zip(('mask_id', 'eos_id', 'pad_id'), ids, strict=False))
   got = data.load_tokenizer(saved_tokenizer(tmp_path), named)
   assert (got.mask_token_id, got.eos_token_id, got.pad_token_id) == ids
   assert ('padding 0 by' in caplog.text) == (ids[2] != 0)

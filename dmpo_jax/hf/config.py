@@ -88,8 +88,10 @@ def read_config(folder: str, block: int | None = None) -> dict[str, Any]:
   for ours, (theirs, value) in found.items():
     if wrong := wrong_type(value, KINDS[ours]):
       problems.append(f'{theirs} = {shown(value)} must be {wrong}')
-  unknown, harmless = sort_fields(family, raw)
   fields = implied | {ours: value for ours, (_, value) in found.items()}
+  if not problems:
+    problems += head_problems(fields)
+  unknown, harmless = sort_fields(family, raw)
   vocab = fields.get('vocab', '')
   ids, wrong = special_ids(folder, raw, 0 if wrong_type(vocab, int) else vocab)
   complain(f'{folder}/config.json', problems + unknown + wrong)
@@ -120,6 +122,18 @@ def block_of(raw: dict[str, Any], told: int | None) -> tuple[int, list[str]]:
     'block that it was trained with (SDAR: 4, or 8 to 64 as its name ends; bd3lm: its '
     'block; mdlm, which sees the whole text: 0)'
   ]
+
+
+def head_problems(fields: dict[str, Any]) -> list[str]:
+  """Says where the heads do not share the width or the keys evenly."""
+  width, heads = fields['width'], fields['heads']
+  key_heads, size = fields.get('kv_heads', heads), fields.get('head_dim')
+  problems = []
+  if heads % key_heads:
+    problems.append(f'{heads} heads cannot share {key_heads} key and value heads')
+  if not size and width % heads:
+    problems.append(f'{heads} heads cannot share a width of {width} evenly')
+  return problems
 
 
 def wrong_type(value: Any, kind: Any) -> str:
@@ -164,7 +178,8 @@ def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
   What changes rotary positions beside their base stays in rope_scaling.
   """
   raw = dict(raw)
-  ropes = [raw.pop(name, None) or {} for name in ('rope_scaling', 'rope_parameters')]
+  ropes = [raw.pop(name, None) for name in ('rope_scaling', 'rope_parameters')]
+  ropes = [{} if is_empty(rope) else rope for rope in ropes]
   if odd := [rope for rope in ropes if not isinstance(rope, dict)]:
     raw['rope_scaling'] = odd[0]
     return raw
@@ -173,7 +188,7 @@ def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
     raw['rope_theta'] = rope.pop('rope_theta')
   if rope.get('partial_rotary_factor') in (1, None):
     rope.pop('partial_rotary_factor', None)
-  if (rope.get('rope_type') or rope.get('type') or 'default') == 'default':
+  if rope.get('rope_type', rope.get('type')) == 'default':
     acts = lambda name, x: name == 'partial_rotary_factor' or isinstance(x, dict | list)
     rope = {name: x for name, x in rope.items() if acts(name, x) and not is_empty(x)}
   if rope:
@@ -217,7 +232,7 @@ def special_ids(
   added, ids, problems = added_tokens(folder, told), {}, []
   for name in ('mask', 'eos', 'pad'):
     field, value = f'{name}_token_id', raw.get(f'{name}_token_id')
-    several = value if isinstance(value, list) else [value] * (value is not None)
+    several = [] if value is None else value if isinstance(value, list) else [value]
     if wrong := [x for x in several if type(x) is not int]:
       problems.append(f'{field} = {shown(wrong[0])} must be a whole number')
       several = []
@@ -243,7 +258,7 @@ def special_ids(
         f"{field} is missing, here and in the tokenizer's files: add the token's id"
       )
     elif value is not None and vocab and not 0 <= value < vocab:
-      problems.append(f'{field} = {value} is outside the vocabulary of {vocab}')
+      problems.append(f'{field} = {shown(value)} is outside the vocabulary of {vocab}')
   if ids['mask_id'] is not None and ids['mask_id'] == ids['eos_id']:
     problems.append(f'mask_token_id = eos_token_id = {ids["mask_id"]}')
   return ids, problems

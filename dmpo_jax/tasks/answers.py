@@ -4,6 +4,7 @@ Every search is one pass over at most MAX_TEXT characters, so no completion can
 make a reward slow.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ MAX_TEXT = 20000  # characters; of a longer text only the end is read
 PROTOCOLS = ('paper', 'strict')
 STYLES = ('bare', 'chat')  # every task has these; Task.styles lists all it has
 PREFILL = {'eval': '<reasoning>'}  # style -> how the assistant's answer begins
+# Tokens that end a text: those of LLaDA, Dream, SDAR and our character tokenizer.
+ENDS = re.compile(r'<\|(?:eot_id|endoftext|im_end|eos)\|>')
+SPECIAL = re.compile(r'(?:<\|\w{1,40}\|>|<(?:pad|eos|mask|/?s)>|\[(?:PAD|MASK)\])\s*\Z')
 TAGS = ('<reasoning>', '</reasoning>', '<answer>', '</answer>')
 
 
@@ -46,6 +50,25 @@ def _answers(text: str) -> Iterator[str]:
       return
     yield text[start + len('<answer>') : stop]
     end = stop + len('</answer>')
+
+
+def tagged(steps: str, answer: str, style: str) -> str:
+  """Returns reasoning and answer between their tags, without the style's PREFILL."""
+  text = f'<reasoning>\n{steps}\n</reasoning>\n<answer>\n{answer}\n</answer>\n'
+  return text.removeprefix(PREFILL.get(style, ''))
+
+
+def closing(style: str) -> str:
+  """Returns the end of the reasoning that the style's PREFILL begins, or ''."""
+  return '\n</reasoning>\n' if style in PREFILL else ''
+
+
+def without_specials(text: str) -> str:
+  """Returns a saved text up to its first end token, less special tokens at its end."""
+  text = ENDS.split(text, maxsplit=1)[0]
+  while found := SPECIAL.search(text[-64:]):
+    text = text[: -len(found[0])]
+  return text
 
 
 def answer_or_text(text: str) -> str:

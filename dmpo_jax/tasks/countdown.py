@@ -17,7 +17,9 @@ differ, on purpose:
 * Without a \boxed the grade reads the first <answer>, which the reference intends.
   Its helper returns the whole text there, so its <answer> branch runs only for a
   \boxed that never closes.
-'strict' wants the bare expression, and gives 0.1 only if it uses the numbers.
+'strict' wants the bare expression, or one in the \boxed that style 'eval' asks for, and
+gives 0.1 only if it uses the numbers. In a \boxed the operators may be LaTeX's, and
+'= target' may follow.
 """
 
 import collections
@@ -67,6 +69,16 @@ Numbers: {numbers}
 Target: {target}"""
 TEMPLATES = {'bare': '{written}={target}', 'chat': CHAT, 'eval': EVAL}
 
+LATEX = tuple(
+  (re.compile(latex), plain)
+  for latex, plain in (
+    (r'\\(?:left|right)(?![a-z])|\\[,;:!() ]|\$', ''),
+    (r'\\(?:times|cdot|ast)(?![a-z])|[\u00d7\u22c5\u00b7\u2217]', '*'),
+    (r'\\div(?![a-z])|\u00f7', '/'),
+    (r'\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}', r'((\1)/(\2))'),
+    ('[\u2212\u2013]', '-'),
+  )
+)
 _BEFORE_EQUALS = '0123456789+-*/() '
 _AFTER_EQUALS = '0123456789. '
 
@@ -169,11 +181,15 @@ def _problem(record: dict, where: str) -> dict:
 
 
 def _whole(value: object, where: str) -> int:
-  """Returns an int of at most MAX_DIGITS digits; ValueError for anything else."""
-  written = str(value).strip() if type(value) in (int, str) else ''
-  if not re.fullmatch(f'-?[0-9]{{1,{arithmetic.MAX_DIGITS}}}', written):
+  """Returns an int of at most MAX_DIGITS digits; ValueError for anything else.
+
+  6.0 is one too: tables with a missing value store all their numbers so.
+  """
+  written = str(value).strip() if type(value) in (int, float, str) else ''
+  found = re.fullmatch(rf'(-?[0-9]{{1,{arithmetic.MAX_DIGITS}}})(?:\.0*)?', written)
+  if not found:
     raise ValueError(f'{where}: {value!r} is not a whole number')
-  return int(written)
+  return int(found[1])
 
 
 # ---- the solver tries all trees over all partitions of the numbers. A value is a
@@ -283,14 +299,17 @@ def target(example: dict, style: str) -> str:
   written = example.get('expression') or solve(example['numbers'], example['target'])
   if not written:
     raise ValueError(f'no expression of {example["numbers"]} makes {example["target"]}')
-  return written if style == 'bare' else f'<answer>\n{written}\n</answer>'
+  if style == 'bare':
+    return written
+  written = f'\\boxed{{{written}}}' if style == 'eval' else written
+  return answers.closing(style) + f'<answer>\n{written}\n</answer>'
 
 
 def reward(text: str, example: dict, protocol: str) -> dict[str, float]:
   """Returns {'countdown': 0, 0.1 or 1}; ValueError for an unknown protocol."""
   answers.choose('protocol', protocol, answers.PROTOCOLS)
   if protocol == 'strict':
-    value = _value(answers.answer_or_text(text), example)
+    value = _value(_strict_answer(text, example), example)
     attempted, right = value is not None, value == example['target']
   else:
     answer = answers.last_answer(text)
@@ -309,9 +328,8 @@ def grade(text: str, example: dict, protocol: str) -> float:
 
 def extra(text: str, example: dict) -> dict[str, float]:
   """Returns {'well_formed'}: 1.0 if the strict answer parses, whatever its numbers."""
-  del example
   try:
-    arithmetic.evaluate(answers.answer_or_text(text))
+    arithmetic.evaluate(_strict_answer(text, example))
   except arithmetic.Refused:
     return {'well_formed': 0.0}
   return {'well_formed': 1.0}
@@ -321,9 +339,21 @@ def answer(text: str, example: dict, protocol: str) -> str | None:
   """Returns the value reached, for a majority vote; None if the answer is not legal."""
   lenient = protocol == 'paper'
   value = _value(
-    _graded(text) if lenient else answers.answer_or_text(text), example, lenient
+    _graded(text) if lenient else _strict_answer(text, example), example, lenient
   )
   return None if value is None else str(value)
+
+
+def _strict_answer(text: str, example: dict) -> str:
+  r"""Returns the last <answer>, else the text; of a \boxed in it what it holds."""
+  text = answers.answer_or_text(text)
+  boxed = answers.last_boxed(text, strict=True)
+  if boxed is None:
+    return text
+  for latex, plain in LATEX:
+    boxed = latex.sub(plain, boxed)
+  left, equals, right = boxed.partition('=')
+  return left if equals and right.strip() == str(example['target']) else boxed
 
 
 def _value(
@@ -378,5 +408,5 @@ def recall(question: str, truth: object) -> dict:
 
 TASK = Task(
   load, prompt, target, reward, grade, extra, answer, record, recall,
-  styles=tuple(TEMPLATES),
+  styles=tuple(TEMPLATES), unpaid=('bare', 'eval'), best=1.0,
 )  # fmt: skip

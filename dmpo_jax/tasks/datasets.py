@@ -7,6 +7,7 @@ names no line.
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,14 @@ from dmpo_jax.tasks import answers
 from dmpo_jax.types import TaskOptions
 
 SPLITS = ('train', 'validation', 'test')
+HALF = re.compile('[\ud800-\udfff]')  # a surrogate without the other one
+SHARD = re.compile(r'^(.*)-([0-9]+)-of-([0-9]+)(\..*)$')
+STAND_INS = {
+  b'version https://git-lfs': 'a git-lfs pointer, not the data: run git lfs pull',
+  b'<!DOCTYPE': 'a web page, not the data: download the raw file',
+  b'\x1f\x8b': 'compressed by gzip: unpack it',
+  b'PK\x03\x04': 'a zip file: unpack it',
+}
 
 
 def read_rows(path: str) -> Iterator[tuple[int, dict]]:
@@ -26,6 +35,7 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
   The name's ending tells the format; any other name is read as JSONL. Raises
   ValueError on a line that cannot be read and on a file without rows.
   """
+  refuse_stand_in(path)
   rows = {'.csv': _csv, '.parquet': _parquet}.get(os.path.splitext(path)[1], _jsonl)
   empty = True
   for line, record in rows(path):
@@ -33,6 +43,15 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
     yield line, record
   if empty:
     raise ValueError(f'{path}: the data set is empty')
+
+
+def refuse_stand_in(path: str) -> None:
+  """Raises ValueError if a file has not the data itself, by its first bytes."""
+  with open(path, 'rb') as file:
+    start = file.read(64)
+  for sign, what in STAND_INS.items():
+    if start.startswith(sign):
+      raise ValueError(f'{path} is {what}')
 
 
 def read_texts(path: str, columns: Iterable[str]) -> Iterator[tuple[int, dict]]:
@@ -43,6 +62,11 @@ def read_texts(path: str, columns: Iterable[str]) -> Iterator[tuple[int, dict]]:
         raise ValueError(
           f'{path}:{line}: column {name} must hold text, it has '
           f'{record.get(name)!r} (the columns are {", ".join(record)})'
+        )
+      if half := HALF.search(record[name]):
+        raise ValueError(
+          f'{path}:{line}: column {name} has {half[0]!r}, which is half of a character '
+          '(of an emoji that was cut): write the whole character, or remove it'
         )
     yield line, {name: record[name] for name in columns}
 
@@ -88,26 +112,43 @@ def _jsonl(path: str) -> Iterator[tuple[int, dict]]:
 def _parquet(path: str) -> Iterator[tuple[int, dict]]:
   from pyarrow import parquet
 
+  line = 0
   try:
-    batches = parquet.ParquetFile(path).iter_batches()
+    for batch in parquet.ParquetFile(path).iter_batches():
+      for row in batch.to_pylist():
+        line += 1
+        yield line, row
   except Exception as error:  # pyarrow raises several kinds
-    raise ValueError(f'{path}: not a parquet file: {error}') from error
-  yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    raise ValueError(
+      f'{path}: not a parquet file, or damaged after row {line}: {error}'
+    ) from error
 
 
-def file_of(folder: str, name: str) -> str:
-  """Returns the one data file of a folder whose name begins with `name`."""
+def files_of(folder: str, name: str) -> list[str]:
+  """Returns the data file of a folder whose name begins with `name`, or its shards.
+
+  Shards are named as on the hub: train-00000-of-00002.parquet. ValueError unless there
+  is one file, or all shards of one.
+  """
   files = [
     file
     for file in sorted(os.listdir(folder) if os.path.isdir(folder) else ())
     if re.match(rf'{name}\b.*\.(jsonl|json|parquet|csv)$', file)
   ]
-  if len(files) != 1:
+  parts = [SHARD.findall(file) for file in files]  # [(name, number, count, ending)]
+  if all(parts) and files:
+    _, _, count, _ = parts[0][0]
+    kinds = {(name, of, ending) for ((name, _, of, ending),) in parts}
+    numbers = [int(number) for ((_, number, _, _),) in parts]
+    if len(kinds) == 1 and numbers == list(range(int(count))):
+      return [os.path.join(folder, file) for file in files]
+  if len(files) != 1 or parts[0]:
     raise ValueError(
-      f'{folder} must hold one {name} file ({name}.jsonl, .parquet or .csv),'
-      f' it holds: {", ".join(files) or "none"}'
+      f'{folder} must hold one {name} file ({name}.jsonl, .parquet or .csv), or all '
+      f'shards of one ({name}-00000-of-00002.parquet and so on), it holds: '
+      f'{", ".join(files) or "none"}'
     )
-  return os.path.join(folder, files[0])
+  return [os.path.join(folder, files[0])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +208,8 @@ class Source:
     return [e for e in chosen if self.key(e) not in test_keys]
 
   def read_split(self, folder: str, name: str) -> Iterable[dict]:
-    """Reads the file of a folder whose name begins with `name`: train or test."""
-    return self.read(file_of(folder, name))
+    """Reads the files of a folder whose names begin with `name`: train or test."""
+    return itertools.chain.from_iterable(map(self.read, files_of(folder, name)))
 
   def _examples(self, name: str, path: str) -> list[dict]:
     if path == 'tfds':
@@ -183,16 +224,10 @@ def word_problems(
 ) -> Source:
   """Returns a Source of problems that are the text in `field`.
 
-  Texts that differ only in white space are the same problem. The split is a hash of
-  the text as it stands.
+  Texts that differ only in white space are the same problem, in the same split.
   """
-  return Source(
-    task,
-    origin,
-    read,
-    lambda example: split_by(example[field]),
-    lambda example: ' '.join(example[field].split()),
-  )
+  words = lambda example: ' '.join(example[field].split())
+  return Source(task, origin, read, lambda example: split_by(words(example)), words)
 
 
 def split_by(text: str) -> str:

@@ -9,7 +9,10 @@ compared as strings. A format counts only if reasoning and answer are one line e
 A completion that ends with </answer> and no line break loses 0.001 per character
 of its whole text. Only the last MAX_TEXT characters are read.
 'strict' has the same five terms. It compares numbers as numbers, accepts formats of
-many lines, and penalises only text after the answer.
+many lines, and penalises only text after the answer. Without <answer> and \boxed the
+whole text is the answer, as style 'bare' asks. `number` is the grammar of an answer:
+one number and its unit, and nothing that denies, bounds or changes it. A number that
+is given as approximate, and an hour such as 2:00 pm, count as that number.
 """
 
 import decimal
@@ -64,14 +67,50 @@ NOTE = re.compile(r'<<[^<>]*>>')  # calculator notes in the field's solutions
 MAX_DIGITS = 100  # of a number that is compared exactly
 WHOLE = r'[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+'
 EXACT = re.compile(rf'-?(?:(?:{WHOLE})(?:\.[0-9]+)?|\.[0-9]+)')
-REMOVED = ('\\!', '^{\\circ}', '^\\circ', '\\(', '\\)', '\\[', '\\]', '**')  # no value
-THIN = re.compile(r'(?<=[0-9])\\[, ](?=[0-9]{3})')  # a thin space between thousands
-WORDS = re.compile(r'\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}\\]*)\}')
-# Any of these behind a number changes its value.
-FACTOR = re.compile(
-  r'[!^]|\s*(?:(?i:hundred|thousand|(?:m|b|tr)illion)s?|'
-  r'[kKMB]|bn|mn)(?![a-zA-Z])'
+MAX_ANSWER = 300  # characters of an answer that is read
+_SPELLINGS = (  # (pattern, replacement), in this order; none changes the value
+  (r'\\(?=[$%])|\\[!()\[\]]|\^\{?\\circ\}?|\*\*', ''),
+  (r'\\(?:left|right|displaystyle)(?![a-z])|\s*</answer\Z', ''),
+  (r'\\?(?:text\w*|math\w+|mbox|emph|underline|boxed)\{([^{}\\]*)\}', r' \1'),
+  (r'\\approx(?![a-z])', '\u2248'),
+  (r"(?<=[0-9])(?:\{,\}|\\[ ,;:]|[ ~'\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", ','),
+  (r'\\[ ,;:]|~(?=[^\W\d_])|\\q?quad(?![a-z])', ' '),
+  (r'(?<=[a-zA-Z])(?:\^?\{?[23]\}?(?![0-9])|[\u00b2\u00b3])', ''),  # of a unit: cm^2
+  (r'(?<![0-9:])([1-9]|1[0-9]|2[0-4]):00(?![0-9:])', r'\1'),
+  ('\u2212', '-'),
+  (r'\u2013(?=[.0-9])', '-'),
+  (r'-\s*([$\u00a3\u20ac])', r'\1-'),
+  ('[{}]', ''),
 )
+SPELLINGS = [(re.compile(old), new) for old, new in _SPELLINGS]
+# What may stand before the number: a currency, or words that end in one of these.
+LEAD = re.compile(
+  r"(?:(?:[^\W\d][\w\s,.'()]*)?(?:[:=\u2248~]|\s\u2013|\b(?:is|are|was|were|be|equals?|"
+  r'has|have|had|gets?|needs?|makes?|costs?|earns?|earned|spent|paid|total|answer|'
+  r'exactly|only|just|so|thus|hence|therefore|about|around|approximately|roughly)))?'
+  r"""[\s,([#"'`$\u00a3\u00a5\u20a0-\u20bf+]*""",
+  re.IGNORECASE,
+)
+# What may stand behind it: words and signs of units. Letters that touch the number
+# must be a unit, since 2x and 3pi are products.
+UNIT = re.compile(
+  r'(?!\s*[-/]?\s*(?:[kKMBxyznie\u03c0]|[bm]n|pi)(?![^\W\d_]))'
+  r'(?:(?:[mghslL]|[ckm]m|[km]?g|m[lL]|lbs?|oz|ft|in|yd|mi|hrs?|min|sec|mph|gal|[ap]m|'
+  r'[AP]M|st|nd|rd|th|[^\W\d_]{4,})(?![^\W\d_]))?(?![^\W\d_])[^\d\\+*=<>^!?_#]*'
+)
+# Words that deny an answer, leave it open, bound it or change its value.
+SPOILS = re.compile(
+  r"n['\u2019]t\b|\b(?:not?|never|none|neither|nor|or|but|except|maybe|perhaps|probably|"
+  r'possibly|might|could|may be|cannot|unsure|uncertain|unlikely|unknown|wrong|false|'
+  r'incorrect|impossible|invalid|think|guess\w*|doubt\w*|hardly|barely|nearly|almost|'
+  r'at (?:least|most)|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|half|halves|'
+  r'(?:third|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth)s|and (?:an?|one)|'
+  r'two|three|four|five|six|seven|eight|nine|ten|twenty|thirty|forty|fifty|sixty|seventy|'
+  r'eighty|ninety|plus|minus|negative|divided|squared|cubed|doubled|tripled|halved|'
+  r'twice|powers?|root|sqrt|log|factorial)\b',
+  re.IGNORECASE,
+)
+DENIED = re.compile(rf'(?:{SPOILS.pattern})[\s$(\[\\]*\Z', re.IGNORECASE)
 
 
 def _read(path: str) -> Iterator[dict]:
@@ -111,38 +150,38 @@ def prompt(example: dict, style: str) -> str:
 
 
 def target(example: dict, style: str) -> str:
-  """Returns the solution in the wanted format; ValueError for an unknown style."""
+  """Returns the solution as the prompt asks for it; ValueError: unknown style."""
   answers.choose('style', style, TEMPLATES)
   if style == 'bare':
     return gold(example)
   steps = NOTE.sub('', example['answer'].partition('####')[0]).strip()
-  return f'<reasoning>\n{steps}\n</reasoning>\n<answer>\n{gold(example)}\n</answer>\n'
+  boxed = f'\\boxed{{{gold(example)}}}'
+  if style == 'boxed':
+    return f'{steps}\n{boxed}'
+  return answers.tagged(steps, boxed if style == 'eval' else gold(example), style)
 
 
 def number(text: str) -> fractions.Fraction | None:
   """Returns the exact value of a text that holds one number, else None.
 
   Units, currencies, a closing point and LaTeX spaces may stand around the number,
-  and commas between thousands. Anything that computes with it (a root, a power,
-  'million') may not.
+  commas or spaces between thousands, and a name or a verb before it. What denies,
+  bounds or changes it (not, at least, a root, a power, 'million') may not.
   """
-  text = text.replace('\N{MINUS SIGN}', '-').replace('{,}', ',').replace(',\\!', ',')
-  text = text.replace('\\$', '$').replace('\\%', '%')
-  for removed in REMOVED:
-    text = text.replace(removed, '')
-  text = WORDS.sub(r' \1', THIN.sub(',', text)).replace('\\,', ' ')
-  text = re.sub('\N{EN DASH}(?=[.0-9])', '-', text)
-  matches = list(EXACT.finditer(text))
-  if len(matches) != 1 or len(matches[0][0]) > MAX_DIGITS:
+  if len(text) > MAX_ANSWER:
     return None
-  behind = text[matches[0].end() :]
-  if '\\' in text or '\N{SQUARE ROOT}' in text or FACTOR.match(behind):
+  for old, new in SPELLINGS:
+    text = old.sub(new, text)
+  found = list(EXACT.finditer(text))
+  if len(found) != 1 or len(found[0][0]) > MAX_DIGITS:
     return None
-  # Other numerals change the value, but not the square of a unit such as m².
-  without_units = re.sub('(?<=[a-zA-Z])[\u00b2\u00b3]', '', text)
-  if any(c.isnumeric() and c not in '0123456789' for c in without_units):
+  before, behind = text[: found[0].start()], text[found[0].end() :]
+  if not (LEAD.fullmatch(before) and UNIT.fullmatch(behind)):
     return None
-  return fractions.Fraction(matches[0][0].replace(',', ''))
+  around = f'{before} {behind}'
+  if SPOILS.search(around) or any(map(str.isnumeric, around)):
+    return None
+  return fractions.Fraction(found[0][0].replace(',', ''))
 
 
 # ---- rewards
@@ -188,10 +227,15 @@ def _xmlcount(text: str) -> float:
 
 
 def _strict_answer(text: str) -> str:
-  r"""Returns the last <answer> (the \boxed in it), else the last \boxed, or ''."""
+  r"""Returns the \boxed in the last <answer>, else that answer; without an <answer>
+  the last \boxed, else the whole text. '' for a \boxed that a word before it denies."""
   answer = answers.last_answer(text)
-  boxed = answers.last_boxed(text if answer is None else answer, strict=True)
-  return (boxed if boxed is not None else answer or '').strip()
+  text = (text if answer is None else answer.rpartition('<answer>')[2]).strip()
+  boxed = answers.last_boxed(text, strict=True)
+  if boxed is None:
+    return text
+  at = text.rfind('\\boxed')
+  return '' if DENIED.search(text[max(0, at - 40) : at]) else boxed.strip()
 
 
 def _equal(answer: str, example: dict) -> bool:
@@ -253,6 +297,8 @@ def record(example: dict) -> tuple[str, float]:
 
 def recall(question: str, value: object) -> dict:
   """Returns the example of a saved generation; ValueError if value is no number."""
+  if isinstance(value, str) and (exact := number(value)) is not None:
+    value = float(exact)
   if isinstance(value, int | float) and type(value) is not bool:
     if math.isfinite(value):
       value = int(value) if value == int(value) else value
@@ -265,5 +311,5 @@ def recall(question: str, value: object) -> dict:
 
 TASK = Task(
   SOURCE.load, prompt, target, reward, grade, extra, answer, record, recall,
-  styles=tuple(TEMPLATES),
+  styles=tuple(TEMPLATES), unpaid=('bare', 'eval', 'boxed'),
 )  # fmt: skip

@@ -92,13 +92,13 @@ def prompt(example: dict, style: str) -> str:
 
 
 def target(example: dict, style: str) -> str:
-  """Returns the solution in the wanted format; ValueError for an unknown style."""
+  """Returns the solution as the prompt asks for it; ValueError: unknown style."""
   answers.choose('style', style, TEMPLATES)
   boxed = f'\\boxed{{{gold(example)}}}'
   if style == 'bare':
     return boxed
   steps = example['solution'].strip()
-  return f'<reasoning>\n{steps}\n</reasoning>\n<answer>\n{boxed}\n</answer>\n'
+  return steps if style == 'boxed' else answers.tagged(steps, boxed, style)
 
 
 def reward(text: str, example: dict, protocol: str) -> dict[str, float]:

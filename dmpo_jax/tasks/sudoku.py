@@ -192,7 +192,7 @@ def target(example: dict, style: str) -> str:
   answers.choose('style', style, TEMPLATES)
   if style == 'bare':
     return example['solution']
-  return f'<answer>\n{example["solution"]}\n</answer>'
+  return answers.closing(style) + f'<answer>\n{example["solution"]}\n</answer>'
 
 
 def reward(text: str, example: dict, protocol: str) -> dict[str, float]:
@@ -295,5 +295,5 @@ def recall(question: str, truth: object) -> dict:
 
 TASK = Task(
   load, prompt, target, reward, grade, extra, answer, record, recall, counts,
-  styles=tuple(TEMPLATES),
+  styles=tuple(TEMPLATES), unpaid=('bare',),
 )  # fmt: skip

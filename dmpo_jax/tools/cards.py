@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmpo_jax import build, check, data, evaluate, files, mesh, metrics
+from dmpo_jax import build, check, data, evaluate, files, grader, mesh, metrics
 from dmpo_jax.tasks import TASKS
-from dmpo_jax.tools import provenance
+from dmpo_jax.tools import provenance, saved
 from dmpo_jax.types import Params, Task
 
 PACKAGES = ('jax', 'flax', 'numpy', 'transformers', 'math-verify')
@@ -73,7 +73,8 @@ def run(
 
 def run_length(evaluation: Evaluation, section: Any, folder: str) -> dict:
   """Evaluates with one sampler section; writes its files and returns its card."""
-  c, task = evaluation.built.config, evaluation.built.task
+  c = evaluation.built.config
+  task = grader.prefilled(evaluation.built.task, evaluation.problems.prefill)
   stem = os.path.join(
     folder, f'{c.data.task}_{evaluation.what}_{section.length}_{section.steps}'
   )
@@ -83,8 +84,8 @@ def run_length(evaluation: Evaluation, section: Any, folder: str) -> dict:
   numbers, failed = numbers_of(task, c.data.protocol, c.reward.weights, rows, examples)
   made = card(evaluation, section, numbers, before + time.time() - begun)
   if jax.process_index() == 0:
-    saved = generations(task, rows, examples, made)
-    files.replace(f'{stem}_0_generations.json', json.dumps(saved, indent=1))
+    texts = generations(task, rows, examples, made)
+    files.replace(f'{stem}_0_generations.json', json.dumps(texts, indent=1))
     files.replace(f'{stem}.card.json', json.dumps(made, indent=1))
     files.replace(f'{stem}.card.md', as_text(made))
     if failed:
@@ -336,53 +337,31 @@ def generations(
 
 
 def score_file(
-  task_name: str, protocol: str, path: str, weights: Any = None
+  task_name: str, protocol: str, pattern: str, weights: Any = None
 ) -> dict[str, Any]:
   """Grades saved generations, ours or those of others; returns a results card.
 
-  weights: factors of the reward terms, as reward.weights. Raises ValueError that
-  names what the file lacks.
+  pattern: a file, or a pattern of the files of one evaluation. weights: factors of the
+  reward terms, as reward.weights. Raises ValueError that names what a file lacks.
   """
   if task_name not in TASKS:
     raise ValueError(f'task {task_name!r} must be one of {", ".join(TASKS)}')
-  task = TASKS[task_name]
-  saved, rows, examples = read_generations(task, path)
-  made = dict(saved.get('card', {}))
+  header, rows, examples, files, skipped = saved.read(TASKS[task_name], pattern)
+  made = header.get('card')
+  made = dict(made) if isinstance(made, dict) else {}
+  task = saved.judge_of(TASKS[task_name], made)
   return made | {
     'task': task_name,
     'protocol': protocol,
-    'file': path,
-    'model': made.get('model', saved.get('model_path', 'unknown')),
-    'length': saved.get('gen_length'),
-    'steps': saved.get('diffusion_steps'),
-    'block': saved.get('block_length'),
+    'file': pattern,
+    'files': files,
+    'skipped': skipped,
+    'model': made.get('model', header.get('model_path', 'unknown')),
+    'length': header.get('gen_length'),
+    'steps': header.get('diffusion_steps'),
+    'block': header.get('block_length'),
     **numbers_of(task, protocol, weights or {}, rows, examples)[0],
   }
-
-
-def read_generations(task: Task, path: str) -> tuple[dict, list[dict], list[dict]]:
-  """Returns (the file's object, rows, examples) of saved generations."""
-  try:
-    saved = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path}: not JSON: {error}') from None
-  items = saved.get('generations') if isinstance(saved, dict) else None
-  if not items or not isinstance(items, list):
-    raise ValueError(f'{path}: no list of generations, or an empty one')
-  rows, examples = [], []
-  for i, item in enumerate(items):
-    if not isinstance(item, dict):
-      raise ValueError(f'{path}: generation {i} is no object with fields')
-    needed = ('question', 'generations', 'ground_truth')
-    lacks = [name for name in needed if item.get(name) is None]
-    if lacks:
-      raise ValueError(f'{path}: generation {i} has no {", ".join(lacks)}')
-    try:
-      examples.append(task.recall(item['question'], item['ground_truth']))
-    except ValueError as error:
-      raise ValueError(f'{path}: generation {i}: {error}') from None
-    rows.append({'text': item['generations'], 'problem': item.get('problem', i)})
-  return saved, rows, examples
 
 
 def headline(made: dict[str, Any]) -> str:
