@@ -63,6 +63,7 @@ InnerR = Float[Array, 'R *I']
 InnerRKL = Float[Array, 'R *I K L']
 # In the model: T queries, S keys, J key and value heads, X anything.
 KeyScalar = Key[Array, '']
+KeyRT = Key[Array, 'R T']
 IntRT = Int[Array, 'R T']
 FloatRTD = Float[Array, 'R T D']
 FloatRHTC = Float[Array, 'R H T C']
