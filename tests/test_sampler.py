@@ -444,6 +444,13 @@ def test_eos_stop_changes_no_text(name, tiny, sharp, prompts, run):
       found, want = getattr(out, field)[row], getattr(whole, field)[row]
       np.testing.assert_allclose(found[:end], want[:end], atol=1e-5)
     assert text[:end] == out.tokens[row, PROMPT : PROMPT + end].tolist()
+  # So has what it sampled behind the EOS, in the same block.
+  drawn = out.order >= 0
+  for found, want in ((out.order, whole.order), (out.logp, whole.logp)):
+    np.testing.assert_allclose(found[drawn], want[drawn], atol=1e-5)
+  np.testing.assert_array_equal(
+    out.tokens[:, PROMPT:][drawn], whole.tokens[:, PROMPT:][drawn]
+  )
   assert ends and out.forwards <= whole.forwards
 
 
