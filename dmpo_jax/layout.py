@@ -56,7 +56,10 @@ def bidirectional(
 ) -> Predictions:
   """Reads each masked copy in a row of its own: [prompt | noisy completion]."""
   rows, draws, length = masks.masked.shape
-  noisy = apply_masks(tokens_RxS, masks.masked, cfg.mask_id, masks.prompt)
+  masked = masks.masked
+  if masks.sampled is not None:  # what the sampler left masked it never saw
+    masked = masked | ~masks.sampled[:, None]
+  noisy = apply_masks(tokens_RxS, masked, cfg.mask_id, masks.prompt)
   valid = None if valid_RxS is None else jnp.repeat(valid_RxS, draws, axis=0)
   keys = keys_R
   if keys is not None:  # each copy has a key of its own
@@ -102,7 +105,10 @@ def block_causal(
   positions = model.positions_of(valid)
   blocks = model.blocks_of(cfg, valid, positions)
   mask = model.packed_mask(blocks[:, index], jnp.asarray(copies), valid[:, index])
-  noisy = apply_masks(tokens_RxS, masks.masked, cfg.mask_id)[..., -length:]
+  masked = masks.masked
+  if masks.sampled is not None:  # given tokens stay; a later block that was not
+    masked = masked & masks.sampled[:, None]  # sampled is seen by none that was
+  noisy = apply_masks(tokens_RxS, masked, cfg.mask_id)[..., -length:]
   tokens = jnp.concatenate([tokens_RxS, noisy.reshape(len(noisy), -1)], axis=1)
   inputs = model.Inputs(tokens, positions[:, index], mask, dropout=keys_R)
   h, _ = model.states(cfg, params, inputs)

@@ -51,7 +51,7 @@ class LogprobConfig(rules.Section):
   low: float = 0.1  # paper: mask ratio ~ U(low, high)
   high: float = 1.0  # paper: upper end of the mask ratio, at most 1
   antithetic: bool = True  # paper: the second half of the copies is the complement
-  tail: bool = True  # elbo: count the tokens after the first EOS
+  tail: bool = True  # elbo: count the tokens sampled after the first EOS
   states: int = 0  # trajectory: recorded steps to visit; 0 = all
   fuse: bool = False  # elbo, adapters: log p_old and log p_ref in one pass
 
@@ -165,11 +165,14 @@ def view_logp(
   dropout_R: keys of the adapters' dropout, one a row; None: no dropout. read: a
   `reader`; None: log-probs at temperature 1.
   """
+  counted = masks.masked
+  if masks.sampled is not None:
+    counted = counted & masks.sampled[:, None]
   predict = layout.layout_of(cfg)
   h, targets = predict(cfg, params, tokens_RxS, masks, valid_RxS, dropout_R)
   numbers = chosen_logp(cfg, params, h, targets, read)
   numbers = jax.tree.map(
-    lambda x: jnp.where(masks.masked, x.reshape(masks.masked.shape), 0.0), numbers
+    lambda x: jnp.where(counted, x.reshape(counted.shape), 0.0), numbers
   )
   return ViewLogp(numbers.pop('logp'), numbers)
 
