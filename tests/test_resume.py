@@ -346,9 +346,7 @@ def test_unhealthy_run_warns_once(built, base_params, tmp_path, monkeypatch):
 def test_health_names_the_buffer_of_its_numbers(built, base_params, tmp_path):
   """With overlap that buffer is graded before the updates of the one before end."""
   part = collapsing(built, action='warn')
-  run(
-    vary(part, eval={'every': 0}, train={'overlap': True}), tmp_path, base_params
-  )
+  run(vary(part, eval={'every': 0}, train={'overlap': True}), tmp_path, base_params)
   (line,) = health_lines(tmp_path)
   ill = [row for row in rows(tmp_path)['rl'] if row['ill']]
   assert line['iteration'] == ill[0]['step']
