@@ -350,9 +350,7 @@ def make_training(
     now = dataclasses.replace(setup, optimizer=optimizer_of(c, lr))
     return step.train_step(state, frozen, batch, rng.key_for(seed, 'mask'), inner, now)
 
-  # Without adapters: under them no kernel of the base has a gradient.
-  base = dataclasses.replace(setup.cfg, lora_rank=0)
-  sft_setup = step.SftSetup(base, c.sampler.length, parts.sft_optimizer_of(c))
+  sft_setup = step.SftSetup(setup.cfg, c.sampler.length, parts.sft_optimizer_of(c))
 
   def sft(state, tokens, valid, row, at, seed):
     key = jax.random.fold_in(rng.key_for(seed, 'sft'), at)

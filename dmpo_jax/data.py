@@ -383,11 +383,26 @@ def bucketed(valid_RxP: BoolRP, bucket: int) -> int:
 # ---- completions
 
 
+def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
+  """Returns the token ids of an answer.
+
+  A mask in it, which no sampler emits, or an end before its end is text like any
+  other: the answer is then encoded without special tokens.
+  """
+  encode = lambda **how: tokenizer(text, add_special_tokens=False, **how)['input_ids']
+  ids, ends = encode(), stop_ids(tokenizer)
+  inside = list(ids)
+  while inside and inside[-1] in ends:
+    inside.pop()
+  hidden = {tokenizer.mask_token_id, *ends}.intersection(inside)
+  return encode(split_special_tokens=True) if hidden else ids
+
+
 def encode_targets(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> IntRL:
   """Returns (n, L) int32 completions filled with EOS; ValueError if one is too long."""
   out = np.full((len(texts), length), tokenizer.eos_token_id, np.int32)
   for row, text in enumerate(texts):
-    ids = tokenizer(text, add_special_tokens=False)['input_ids']
+    ids = encode_answer(tokenizer, text)
     if len(ids) > length:
       raise ValueError(
         f'sampler.length = {length} is too short for the SFT target {text!r}: '

@@ -26,6 +26,7 @@ RULES = {
   'kl': ('kl_ref', 'above'),
   'grad_norm': ('grad_norm', 'above'),
 }
+OF_UPDATES = ('grad_norm',)  # rules of an update's numbers, not of a buffer's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ class LogprobConfig(rules.Section):
   low: float = 0.1  # paper: mask ratio ~ U(low, high)
   high: float = 1.0  # paper: upper end of the mask ratio, at most 1
   antithetic: bool = True  # paper: the second half of the copies is the complement
-  tail: bool = True  # elbo: count the tokens after the first EOS
+  tail: bool = True  # elbo: count the tokens sampled after the first EOS
   states: int = 0  # trajectory: recorded steps to visit; 0 = all
   fuse: bool = False  # elbo, adapters: log p_old and log p_ref in one pass
 
@@ -165,14 +165,17 @@ def view_logp(
   `reader`; None: log-probs at temperature 1. ValueError if the model's family has no
   layout.
   """
+  hidden = counted = masks.masked
+  if masks.sampled is not None:
+    hidden, counted = hidden | ~masks.sampled[:, None], hidden & masks.sampled[:, None]
   inputs = layout.layout_of(cfg)(
-    cfg, tokens_RxS, masks.masked, valid_RxS, masks.prompt, dropout_R
+    cfg, tokens_RxS, hidden, valid_RxS, masks.prompt, dropout_R
   )
   h, _ = model.hidden(cfg, params, inputs.tokens, inputs.valid, dropout_R=inputs.keys)
   length = masks.masked.shape[-1]
   numbers = chosen_logp(cfg, params, h[:, -length:], inputs.targets, read)
   numbers = jax.tree.map(
-    lambda x: jnp.where(masks.masked, x.reshape(masks.masked.shape), 0.0), numbers
+    lambda x: jnp.where(counted, x.reshape(counted.shape), 0.0), numbers
   )
   return ViewLogp(numbers.pop('logp'), numbers)
 

@@ -66,8 +66,8 @@ METRICS = {
   'advantage_abs': 'mean absolute advantage of the completions; reward',
   'guess_reward': 'egspo: mean reward of states completed in one step; reward',
   'groups_with_pairs': 'vrpo: share of groups with a preference pair; 0 to 1',
-  'logp_old': 'mean log p_old of a completion; nats, 0 = not computed',
-  'logp_ref': 'mean log p_ref of a completion; nats, 0 = not computed',
+  'logp_old': 'mean log p_old of a completion; nats',
+  'logp_ref': 'mean log p_ref of a completion; nats',
   'kl_ref': 'mean of log p_old - log p_ref, an estimate of the KL; nats',
   # --- updates (update, sft)
   'loss': 'training loss; its scale depends on the objective',

@@ -15,9 +15,11 @@ from dmpo_jax.rng import AnyKey
 from dmpo_jax.step import Rows, Setup, draw, in_microbatches, view
 from dmpo_jax.types import (
   Array,
+  BoolRL,
   FloatBG,
   FloatR,
   IntRKL,
+  Masks,
   Params,
   Record,
   Sampled,
@@ -40,12 +42,29 @@ def record_of(sampled: Sampled, wants: Wants) -> Any:
   return Record(r.order, r.logp, r.confidence, dict(r.more or {}))
 
 
-def rows_of(sampled: Sampled, wants: Wants) -> Rows:
+def sampled_of(sampled: Sampled, setup: Setup) -> BoolRL | None:
+  """Returns Masks.sampled of a rollout buffer."""
+  stops = setup.law and setup.law.eos_stop
+  return sampled.rollouts.order >= 0 if stops else None
+
+
+def rows_of(sampled: Sampled, setup: Setup) -> Rows:
   """Returns the fields of a rollout buffer that a pass needs."""
   r = sampled.rollouts
   return Rows(
-    r.tokens, r.valid, sampled.completion, sampled.row, record_of(sampled, wants)
+    r.tokens,
+    r.valid,
+    sampled.completion,
+    sampled.row,
+    sampled_of(sampled, setup),
+    record_of(sampled, setup.wants),
   )
+
+
+def elbo_masks(part: Sampled, key: AnyKey, setup: Setup) -> Masks:
+  """Draws config.logprob's masks of a rollout buffer."""
+  masks = logprob.draw(key, part.row, part.completion.shape[1], setup.logprob)
+  return masks._replace(sampled=sampled_of(part, setup))
 
 
 class Policies(NamedTuple):
@@ -152,7 +171,7 @@ def elbo_of_rows(
   """Returns the ELBO under config.logprob's masks; tail: count after the first EOS."""
 
   def fn(part):
-    masks = logprob.draw(key, part.row, part.completion.shape[1], setup.logprob)
+    masks = elbo_masks(part, key, setup)
     r, counted = part.rollouts, None if tail else part.completion
     return logprob.elbo(setup.cfg, params, r.tokens, r.valid, masks, counted)
 
@@ -164,7 +183,7 @@ def fused(policy: Params, sampled: Sampled, key: AnyKey, setup: Setup) -> Scores
   how = setup.logprob
 
   def pair(part):
-    masks = logprob.draw(key, part.row, part.completion.shape[1], how)
+    masks = elbo_masks(part, key, setup)
     lora = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), policy['lora'])
     r, counted = part.rollouts, None if how.tail else part.completion
     return jax.vmap(
@@ -183,7 +202,7 @@ def under_masks(
   """Returns (ELBO, ViewLogp) under the loss's masks of inner update i, no gradient."""
 
   def fn(part):
-    rows = rows_of(part, setup.wants)
+    rows = rows_of(part, setup)
     now, masks = view(setup, params, jax.random.fold_in(loss_key, i), rows)
     return logprob.seq_elbo(now.logp, masks.weight), now
 
@@ -211,8 +230,10 @@ def guesses(policy: Params, sampled: Sampled, loss_key: AnyKey, setup: Setup) ->
   """
 
   def fn(part):
-    rows = rows_of(part, setup.wants)
+    rows = rows_of(part, setup)
     masks = draw(setup, jax.random.fold_in(loss_key, 0), rows)
+    if rows.sampled is not None:  # what the sampler left masked is completed, too
+      masks = masks._replace(masked=masks.masked | ~rows.sampled[:, None], sampled=None)
     read = logprob.reader(setup.cfg, setup.law, ('guess',))
     now = logprob.view_logp(
       setup.cfg, policy, rows.tokens, masks, rows.valid, read=read
@@ -265,6 +286,7 @@ def pack(
     own={name: to_rows(x) for name, x in own.items()},
     norm=jnp.float32(groups),
     total=jnp.float32(len(sampled.row)),
+    sampled=sampled_of(sampled, setup),
     record=record_of(sampled, setup.wants),
     old=scores.old,
     ref=scores.ref,
@@ -274,10 +296,8 @@ def pack(
 
 def logp_metrics(scores: Scores) -> dict:
   """Returns means of the sequence log-probs; completions are of the old policy."""
-  zero = jnp.float32(0)
-  old = zero if scores.logp_old is None else jnp.mean(scores.logp_old)
-  ref = zero if scores.logp_ref is None else jnp.mean(scores.logp_ref)
-  metrics = {'logp_old': old, 'logp_ref': ref}
-  if scores.logp_old is not None and scores.logp_ref is not None:
-    metrics['kl_ref'] = old - ref
+  found = {'logp_old': scores.logp_old, 'logp_ref': scores.logp_ref}
+  metrics = {name: jnp.mean(x) for name, x in found.items() if x is not None}
+  if len(metrics) == len(found):
+    metrics['kl_ref'] = metrics['logp_old'] - metrics['logp_ref']
   return metrics

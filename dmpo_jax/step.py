@@ -75,6 +75,7 @@ class Rows(NamedTuple):
   valid: BoolRS
   completion: BoolRL
   row: IntR
+  sampled: BoolRL | None
   record: Record | None
 
 
@@ -128,7 +129,8 @@ def draw(setup: Setup, key: AnyKey, rows: Any) -> Masks:
     setup.law.block if setup.law else length,
     rows.record,
   )
-  return setup.objective.draw(key, rows.row, text, setup.hp)
+  masks = setup.objective.draw(key, rows.row, text, setup.hp)
+  return masks._replace(sampled=rows.sampled)
 
 
 def view(
@@ -165,6 +167,7 @@ def anchor(setup: Setup, params: Params, batch: TrainBatch, key: AnyKey) -> Arra
   masks = masking.draw_stratified(
     rng.substream(key, 'anchor'), batch.row, length, common.elbo_draws
   )
+  masks = masks._replace(sampled=batch.sampled)
   elbo = logprob.elbo(setup.cfg, params, batch.tokens, batch.valid, masks) / length
   return -common.elbo_coef * jnp.sum(elbo) / batch.total
 
@@ -273,14 +276,15 @@ def sft_step(
   """Makes one step of LLaDA's SFT loss: the sum of CE / p over the masks, per length.
 
   Only completions are masked. EOS padding counts as part of the answer (LLaDA
-  GUIDELINES.md).
+  GUIDELINES.md). All of the base trains, though setup.cfg may have adapters, under
+  which no kernel of it has a gradient.
   """
-  total = tokens_RxS.shape[0]
+  total, cfg = tokens_RxS.shape[0], dataclasses.replace(setup.cfg, lora_rank=0)
 
   def loss_fn(trainable, part):
     tokens, valid, row = part
     masks = masking.draw_sft(key, row, setup.length)
-    logp = logprob.view_logp(setup.cfg, trainable, tokens, masks, valid).logp
+    logp = logprob.view_logp(cfg, trainable, tokens, masks, valid).logp
     nll = -logprob.seq_elbo(logp, masks.weight) / setup.length
     return jnp.sum(nll) / total, {}
 

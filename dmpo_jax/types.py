@@ -63,6 +63,7 @@ InnerR = Float[Array, 'R *I']
 InnerRKL = Float[Array, 'R *I K L']
 # In the model: T queries, S keys, J key and value heads, X anything.
 KeyScalar = Key[Array, '']
+KeyRT = Key[Array, 'R T']
 IntRT = Int[Array, 'R T']
 FloatRTD = Float[Array, 'R T D']
 FloatRHTC = Float[Array, 'R H T C']
@@ -163,13 +164,17 @@ class Masks(NamedTuple):
   weight: WeightRKL  # factor of a copy; for an ELBO's draws it makes the sum an ELBO
   counted: BoolRKL = NOT_ASKED  # tokens in the loss, for losses over tokens
   prompt: BoolRKP | None = None  # prompt tokens that are masked; None: none
+  # False where the sampler left a mask (sampler.eos_stop): it stands in every copy,
+  # and no log-prob is read there. `masked` and `weight` are as if it did not, so that
+  # an ELBO is that of the sampled tokens. None: all are sampled.
+  sampled: BoolRL | None = None
   open: BoolRKL = NOT_ASKED  # positions eligible for unmasking at that step
 
 
 class ViewLogp(NamedTuple):
   """What a policy says of the masked copies of one draw."""
 
-  logp: FloatRKL  # log-prob of the true token; 0 where not masked
+  logp: FloatRKL  # log-prob of the true token; 0 where not masked or not sampled
   reads: dict[str, Array] = {}  # (R, K, L) each, by name in logprob.READS
 
 
@@ -234,6 +239,7 @@ class TrainBatch(NamedTuple):
   own: dict[str, Array]  # (R,) each: what else the objective's `weigh` returned
   norm: Scalar  # groups in the whole batch: divides every loss
   total: Scalar  # rows in the whole batch
+  sampled: BoolRL | None = None  # see Masks.sampled
   record: Record = NOT_ASKED  # only if Wants.records is set
   old: Views = Views()
   ref: Views = Views()

@@ -90,7 +90,12 @@ def buffer(built, params):
   valid, records = jnp.ones((ROWS, P), bool), setup.wants.records or ()
   out = sampler.sample(setup.cfg, params, prompts, valid, keys, hp, records)
   completion = jnp.ones((ROWS, L), bool).at[:, -1].set(row % 2 == 0)
-  sampled = Sampled(out, completion, row)
+  return packed(built, params, Sampled(out, completion, row))
+
+
+def packed(built, params, sampled):
+  """Returns the TrainBatch of a sampled buffer."""
+  setup = built.setup
   who = score.policies(params, params)
   scores = score.score(who, sampled, jax.random.key(3), jax.random.key(4), setup)
   if scores.guess is not None:  # the host grades them
@@ -228,6 +233,44 @@ def made_up(built):
   return Sampled(rollouts, completion, jnp.arange(ROWS))
 
 
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name == 'dmpo' else pytest.param(name, marks=pytest.mark.slow)
+    for name in ALL
+  ],
+)
+def test_what_eos_stop_left_masked_has_no_part(name):
+  """No number of an update depends on the tokens that fill these places."""
+  built = built_of(name)
+  setup = dataclasses.replace(
+    built.setup,
+    law=built.setup.law._replace(eos_stop=True),
+    common=Common(elbo_coef=0.1),
+    optimizer=optax.sgd(1.0),
+    measure=True,
+  )
+  ends = np.where(np.arange(ROWS) % 3 == 0, 2, L)[:, None]
+  order = np.where(np.arange(L) < ends, np.arange(L), -1).astype(np.int32)
+  names, records = setup.wants.records or (), sampler.RECORDS
+  more = {name: jnp.ones((ROWS, L), records[name].dtype) for name in names}
+
+  @jax.jit
+  def run(params, tokens):
+    sampled = made_up(built)
+    rollouts = sampled.rollouts._replace(tokens=tokens, order=order, more=more)
+    sampled = sampled._replace(rollouts=rollouts, completion=order >= 0)
+    batch = packed(built._replace(setup=setup), params, sampled)
+    state = step.init_state(params, setup.optimizer)
+    return step.train_step(state, {}, batch, jax.random.key(4), 0, setup)
+
+  text = np.random.default_rng(0).integers(8, 14, (ROWS, P + L)).astype(np.int32)
+  tail = np.pad(order < 0, ((0, 0), (P, 0)))
+  found = [run(params_of(name), np.where(tail, x, text)) for x in (setup.cfg.eos_id, 9)]
+  jax.tree.map(np.testing.assert_array_equal, *found)
+  assert found[0][1]['finite'] == 1 and found[0][1]['grad_norm'] > 1e-6
+
+
 def test_groups_of_equal_rewards_are_skipped():
   """The second group weighs nothing, and the first twice as much."""
   built, reward = built_of('diffu_grpo'), jnp.array([[0.0, 1, 2, 3], [1] * 4])
@@ -242,6 +285,7 @@ def test_groups_of_equal_rewards_are_skipped():
   )
   assert (plain[0].own['scale'][4:] > 0).all() and 'groups_skipped' not in plain[1]
   assert skipped[1]['groups_skipped'] == 0.5
+  assert not {'logp_old', 'logp_ref', 'kl_ref'} & plain[1].keys()
   assert not skipped[0].weight[4:].any() and not skipped[0].own['scale'][4:].any()
   # A mean over the tokens of what is left: 1 / (norm of two * tokens of one).
   close(skipped[0].own['scale'][:4], np.full(4, 2 / 10))

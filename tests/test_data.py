@@ -241,6 +241,16 @@ def test_targets_end_in_eos(tokenizer):
     data.encode_targets(['12', '1234'], tokenizer, 3)
 
 
+@pytest.mark.parametrize('text', ['a<|mask|>b', 'a<|eos|>b', '<|mask|>', 'a<|pad|>'])
+def test_special_tokens_of_a_target_are_text(tokenizer, text):
+  """What a sampler cannot emit, or what would end the answer, is spelt out."""
+  got = data.encode_targets([text], tokenizer, 16)
+  assert tokenizer.mask_token_id not in got
+  assert data.decode(tokenizer, got, data.stop_ids(tokenizer)) == [text]
+  ended = data.encode_targets(['ab<|eos|>'], tokenizer, 4)
+  np.testing.assert_array_equal(ended, data.encode_targets(['ab'], tokenizer, 4))
+
+
 def test_decode_stops_at_the_first_eos(tokenizer):
   """Text after it is dropped; other special tokens stay visible."""
   eos = tokenizer.eos_token_id

@@ -326,6 +326,10 @@ def test_dropout_depends_on_a_rows_key(tiny, weights_of):
   close(run(tokens[:1].repeat(2, 0), keys)[0], both[0])
   same = run(tokens[:1].repeat(2, 0), keys)
   assert np.abs(same[0] - same[1]).max() > 1e-2
+  # A token's mask depends on its place in the text, not on the padding before it.
+  wide, valid = (np.pad(x, ((0, 0), (3, 0))) for x in (tokens, tokens >= 0))
+  padded = model.hidden(cfg, params, wide, valid, dropout_R=keys)[0]
+  close(padded[:, 3:], both)
 
 
 @pytest.mark.parametrize('kind, bound', [('int8', 0.5), ('nf4', 0.16)])

@@ -179,6 +179,41 @@ def test_expectations(name, table):
   assert abs(values.mean() - want) < 4 * error
 
 
+@pytest.mark.parametrize('name', ['stratified', 'whole range', 'paper'])
+def test_what_was_not_sampled_has_no_part(name, tiny, params, table):
+  """With the last token left masked, the expectation is that of the other tokens
+  alone, by enumeration, whatever stands in the last place."""
+  hp, short = ESTIMATORS[name], LENGTH - 1
+  sampled = jnp.arange(LENGTH)[None] < short
+  every = Masks(jnp.asarray(reference.subsets(LENGTH))[None], jnp.ones((1, 16, 1)))
+  view = jax.jit(
+    lambda tokens: logprob.view_logp(
+      tiny, params, tokens, every._replace(sampled=sampled)
+    )
+  )
+  row = np.array([[*PROMPT, *COMPLETION]], np.int32)
+  logp = np.asarray(view(row).logp[0])
+  row[0, -1] = tiny.eos_id
+  np.testing.assert_array_equal(view(row).logp[0], logp)
+  alone = table[2**short :, :short]  # the last token masked
+  np.testing.assert_allclose(logp[: 2**short, :short], alone, atol=1e-5)
+  draw = jax.jit(lambda rows: logprob.draw(KEY, rows, LENGTH, hp))
+  masks = jax.device_get(draw(jnp.arange(ROWS)))
+  values = logprob.seq_elbo(logp[reference.index_of(masks.masked)], masks.weight)
+  if name == 'paper':  # the factor L / m is of all L positions
+    want = reference.bernoulli_elbo(
+      np.pad(np.concatenate([alone, alone]), ((0, 0), (0, 1))),
+      *(hp.low, hp.high, hp.antithetic),
+      lambda m, _: LENGTH / max(m, 1),
+    )
+  else:
+    factor = 1 if name == 'stratified' else LENGTH / (LENGTH + 1)
+    want = reference.exact_elbo(alone) * factor
+  error = np.std(values) / ROWS**0.5
+  assert error < 0.03 * abs(want)
+  assert abs(np.mean(values) - want) < 4 * error
+
+
 def test_sft_draw_is_an_elbo(table):
   """Weight 1/p makes the masked sum of SFT an ELBO, but for the floor."""
   draw = jax.jit(lambda rows: masking.draw_sft(KEY, rows, LENGTH))

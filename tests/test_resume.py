@@ -341,3 +341,13 @@ def test_unhealthy_run_warns_once(built, base_params, tmp_path, monkeypatch):
   same(run(part, tmp_path / 'twice', base_params), once)
   same_files(tmp_path / 'twice', tmp_path / 'once')
   assert health_lines(tmp_path / 'twice') == [line]
+
+
+def test_health_names_the_buffer_of_its_numbers(built, base_params, tmp_path):
+  """With overlap that buffer is graded before the updates of the one before end."""
+  part = collapsing(built, action='warn')
+  run(vary(part, eval={'every': 0}, train={'overlap': True}), tmp_path, base_params)
+  (line,) = health_lines(tmp_path)
+  ill = [row for row in rows(tmp_path)['rl'] if row['ill']]
+  assert line['iteration'] == ill[0]['step']
+  assert line['values'][-1] == pytest.approx(ill[0]['kl_ref'])

@@ -12,7 +12,7 @@ import pytest
 import reference
 
 from dmpo_jax import logprob, mesh, model, rng, sampler
-from dmpo_jax.sampler import SampleConfig, picks
+from dmpo_jax.sampler import SampleConfig, picks, unmask, wino
 from dmpo_jax.types import Rollouts
 
 ROWS, PROMPT = 8, 4
@@ -25,7 +25,7 @@ BASE = SampleConfig(
   temperature=0.8,
   threshold=0.6,
   factor=0.9,
-  entropy_bound=0.8,
+  entropy_bound=1.2,
 )
 QUOTA = [2, 1, 1]
 RANKED = ('confidence', 'threshold', 'factor')  # they read hp.rank
@@ -183,7 +183,7 @@ def noise(tiny, prompts):
     def one(key, step):
       gumbel, uniform = jax.random.split(jax.random.fold_in(key, step))
       return (
-        jax.random.gumbel(gumbel, (width, tiny.vocab)),
+        jax.random.gumbel(gumbel, (width, tiny.vocab), mode='high'),
         jax.random.uniform(uniform, (width,)),
       )
 
@@ -359,17 +359,31 @@ def test_more_padding_changes_nothing(name, tiny, sharp, prompts, run):
   np.testing.assert_allclose(out.logp, same.logp, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['threshold', 'dual, threshold', 'eos'])
-def test_mask_token_of_a_prompt_stays(name, tiny, sharp, prompts, run, trajectory):
-  """A prompt may hold the mask token. The rollout keeps it, so that scoring sees
-  the prompt that was sampled from, and gives back the recorded log-probs."""
+@pytest.mark.parametrize('special', ['mask', 'eos', 'pad'])
+@pytest.mark.parametrize('name', [
+  'threshold', 'dual, threshold', 'prefix, eos', 'guidance', 'eos', 'wino',
+  'greedy confidence', 'dream entropy'
+])  # fmt: skip
+def test_special_tokens_of_a_prompt_stay(
+  name, special, tiny, sharp, prompts, run, noise, trajectory
+):
+  """A prompt may hold the mask token, or others. They are data: the completion is
+  what the plain loop says, the rollout keeps them, so that scoring sees the prompt
+  that was sampled from, and gives back the recorded log-probs."""
+  shift, hp = CASES[name]
   tokens, valid, row = (x.copy() for x in prompts)
-  tokens[:, -2] = tiny.mask_id
+  tokens[:, -2:] = getattr(tiny, f'{special}_id')
   out = run(name, batch=(tokens, valid, row))
   np.testing.assert_array_equal(out.tokens[:, :PROMPT], tokens)
   assert (out.tokens[:, PROMPT:] != tiny.mask_id).all()
-  if CASES[name][1].cache == 'none':  # else what is scored is another law
-    now, then = trajectory(name, sharp, out)
+  plain = reference.wino if hp.pick == 'wino' else reference.sample
+  text, order, *_ = plain(
+    config(tiny, shift), sharp, tokens[0][valid[0]], hp, noise(0, hp.block)
+  )
+  np.testing.assert_array_equal(out.tokens[0, PROMPT:], text)
+  np.testing.assert_array_equal(out.order[0], order)
+  if hp.cache == 'none' and hp.temperature and hp.pick != 'wino' and hp.top_p == 1:
+    now, then = trajectory(name, sharp, out)  # else what is scored is another law
     np.testing.assert_allclose(now, then, rtol=1e-4, atol=1e-3)
 
 
@@ -430,13 +444,20 @@ def test_eos_stop_changes_no_text(name, tiny, sharp, prompts, run):
       found, want = getattr(out, field)[row], getattr(whole, field)[row]
       np.testing.assert_allclose(found[:end], want[:end], atol=1e-5)
     assert text[:end] == out.tokens[row, PROMPT : PROMPT + end].tolist()
+  # So has what it sampled behind the EOS, in the same block.
+  drawn = out.order >= 0
+  for found, want in ((out.order, whole.order), (out.logp, whole.logp)):
+    np.testing.assert_allclose(found[drawn], want[drawn], atol=1e-5)
+  np.testing.assert_array_equal(
+    out.tokens[:, PROMPT:][drawn], whole.tokens[:, PROMPT:][drawn]
+  )
   assert ends and out.forwards <= whole.forwards
 
 
 def test_rows_do_not_wait_for_each_other(prompts, run):
   """Without a cache a batch takes the slowest row's steps, fewer than the sum
-  over blocks of the slowest (rows 6 and 7: 1 + 2 and 2 + 1)."""
-  out = run('threshold', batch=tuple(x[[6, 7] * 4] for x in prompts))
+  over blocks of the slowest (rows 1 and 5: 3 + 4 and 4 + 3)."""
+  out = run('threshold', batch=tuple(x[[1, 5] * 4] for x in prompts))
   blocks = out.order.reshape(ROWS, -1, BASE.block)
   spent = blocks.max(2) - blocks.min(2) + 1
   assert out.forwards == spent.sum(1).max() < spent.max(0).sum()
@@ -679,9 +700,39 @@ def test_a_sampler_may_have_its_own_loop_and_record(tiny, prompts):
   np.testing.assert_array_equal(out.more['twos'], np.full((ROWS, 4), 2))
 
 
-def test_a_nan_is_revealed():
-  """A step that takes nothing would keep the loop from ending."""
-  nan = np.full((2, 4), np.nan, np.float32)
+@pytest.mark.parametrize('fields', [
+  {}, dict(cache='prefix'), dict(cache='dual', refresh=2), dict(pick='wino')
+])  # fmt: skip
+def test_no_loop_is_endless(fields, tiny, sharp, prompts):
+  """Even a rule that never takes a token ends, and the rest is EOS of no step."""
+  hp = dataclasses.replace(BASE, **fields)
+  nothing = lambda look, hp: look.masked & False
+  with (
+    mock.patch.dict(picks.PICKS, confidence=picks.Pick(nothing)),
+    mock.patch.object(wino, 'draft', nothing),
+  ):
+    out = jax.device_get(jax.jit(sampling(tiny, hp))(sharp, *prompts))
+  assert out.forwards <= 2 * hp.length
+  assert (out.order == -1).all()
+  assert (out.tokens[:, PROMPT:] == tiny.eos_id).all()
+
+
+def test_noise_reaches_the_tail():
+  """x is exceeded with chance 1 - exp(-exp(-x)), by values of fine resolution. JAX's
+  default noise can take 51 values above 12, the largest 15.9."""
+  keys = jax.random.split(jax.random.key(0), 2**3)
+  noise = np.asarray(jax.jit(lambda keys: unmask.gumbel(keys, (2**20,)))(keys)).ravel()
+  for level in (0, 4, 8, 12):
+    want = len(noise) * -np.expm1(-np.exp(-level))
+    assert abs(np.sum(noise > level) - want) < 4 * want**0.5
+  tail = noise[noise > 12]
+  assert len(np.unique(tail)) == len(tail) > 30
+
+
+@pytest.mark.parametrize('bad', [np.nan, -np.inf])
+def test_a_score_that_is_no_number_is_revealed(bad):
+  """A step takes something even of scores that are no numbers."""
+  nan = np.full((2, 4), bad, np.float32)
   masked = np.array([[False, True, True, True], [True, True, False, False]])
   for name, pick in picks.PICKS.items():
     look = picks.Look(

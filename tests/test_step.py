@@ -501,6 +501,23 @@ def test_sft_step(params):
   close(got[1, 0][1]['loss'], want)
 
 
+@pytest.mark.parametrize('rank, tied', [(0, False), (0, True), (2, False), (2, True)])
+def test_sft_trains_every_parameter(rank, tied, weights_of):
+  """The head and every kernel too, also where adapters will come on top."""
+  plain = dataclasses.replace(CFG, tied=tied, qkv_bias=True, qk_norm=True)
+  cfg, params = dataclasses.replace(plain, lora_rank=rank), weights_of(plain)
+  tokens = np.random.default_rng(3).integers(0, 6, (R, P + L)).astype(np.int32)
+  fn = jax.jit(functools.partial(step.sft_step, setup=step.SftSetup(cfg, L, SGD)))
+  valid, row, key = np.ones(tokens.shape, bool), jnp.arange(R), jax.random.key(0)
+  new, numbers = fn(step.init_state(params, SGD), tokens, valid, row, key)
+  change = jax.tree.map(jnp.subtract, params, new.trainable)
+  assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(change)) > 1e-6
+  # Two ids are in no text: their rows of the head learn from the output alone.
+  head = change['params']['embedding' if tied else 'head']
+  assert (np.abs(head).max(1) > 1e-6).all()
+  close(optax.tree.norm(change), numbers['grad_norm'])
+
+
 def test_golden(params, rollouts):
   """The loss of a fixed batch."""
   _, metrics = run('wdce', params, make_batch(rollouts))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax.model.presets import ModelConfig
-from dmpo_jax.types import Array, FloatDF, FloatRTD, FloatXD, FloatXF, KeyR
+from dmpo_jax.types import Array, FloatDF, FloatRTD, FloatXD, FloatXF, KeyRT
 
 
 def adapter(module: nn.Module, cfg: ModelConfig, x: FloatXD, features: int) -> FloatXF:
@@ -30,19 +30,19 @@ def adapter(module: nn.Module, cfg: ModelConfig, x: FloatXD, features: int) -> F
   return (x @ a.value) @ b.value * (cfg.lora_alpha / cfg.lora_rank)
 
 
-def dropout(x: FloatRTD, keys: KeyR, rate: float, name: str) -> FloatRTD:
+def dropout(x: FloatRTD, keys: KeyRT, rate: float, name: str) -> FloatRTD:
   """Sets a share `rate` of an adapter's input to zero and scales the rest up.
 
-  A row's mask depends on its own key and on the linear's name alone.
+  A token's mask depends on its own key and on the linear's name alone.
   """
   address = zlib.crc32(name.encode())
 
-  def drop(row: Array, key: Array) -> Array:
+  def drop(token: Array, key: Array) -> Array:
     key = jax.random.fold_in(key, address)
-    keep = jax.random.bernoulli(key, 1 - rate, row.shape)
-    return jnp.where(keep, row / (1 - rate), 0).astype(row.dtype)
+    keep = jax.random.bernoulli(key, 1 - rate, token.shape)
+    return jnp.where(keep, token / (1 - rate), 0).astype(token.dtype)
 
-  return jax.vmap(drop)(x, keys)
+  return jax.vmap(jax.vmap(drop))(x, keys)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -54,7 +54,7 @@ class Linear(nn.Module):
   gain: float = 1.0
 
   @nn.compact
-  def __call__(self, x: t.FloatRTD, keys: t.KeyR | None = None) -> t.FloatX:
+  def __call__(self, x: t.FloatRTD, keys: t.KeyRT | None = None) -> t.FloatX:
     cfg, shape, name = self.cfg, (x.shape[-1], self.features), str(self.name)
     dtype = jnp.dtype(cfg.dtype)
     init = nn.initializers.variance_scaling(self.gain, 'fan_in', 'truncated_normal')
@@ -99,7 +99,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x: t.FloatRTD,
-    per_layer: tuple[Cache | None, t.KeyR | None],
+    per_layer: tuple[Cache | None, t.KeyRT | None],
     rope: Rope,
     mask: t.BoolR1TS | None,
     start: t.IntScalar | int | None,
@@ -124,7 +124,7 @@ class Block(nn.Module):
     x += Linear(cfg, cfg.width, gain=out_gain, name='down')(y, keys)
     return x, Cache(k, v) if self.keep else None
 
-  def project(self, y: t.FloatRTD, keys: t.KeyR | None) -> tuple[t.FloatRHTC, ...]:
+  def project(self, y: t.FloatRTD, keys: t.KeyRT | None) -> tuple[t.FloatRHTC, ...]:
     """Returns queries, keys and values, heads before positions."""
     cfg = self.cfg
     dim = cfg.head_dim or cfg.width // cfg.heads
@@ -169,10 +169,12 @@ class Transformer(nn.Module):
     """Returns the last hidden states, and with `keep` the new cache."""
     x = constrain(self.embedding[inputs.tokens].astype(self.cfg.dtype))
     rope, keys = rope_table(self.cfg, inputs.positions), inputs.dropout
-    if keys is not None:  # each layer folds in its own number
-      layer = jnp.arange(self.cfg.layers)
-      fold = jax.vmap(jax.random.fold_in, (0, None))
-      keys = jax.vmap(fold, (None, 0))(keys, layer)
+    if keys is not None:  # by layer and place in the text: padding has no part
+      fold = jax.random.fold_in
+      layers = jax.vmap(fold, (None, 0))
+      places = jax.vmap(jax.vmap(fold, (None, 0)))
+      keys = jax.vmap(layers, (0, None), 1)(keys, jnp.arange(self.cfg.layers))
+      keys = jax.vmap(places, (0, None))(keys, inputs.positions)
     x, cache = self.layers(x, (inputs.cache, keys), rope, inputs.mask, inputs.start)
     return self.final_norm(x), cache
 

@@ -83,7 +83,7 @@ class Config(shared.Settings):
   low: float = 0.1  # mask ratio ~ U(low, high)
   high: float = 1.0  # the release's value; its comment says 0.9
   antithetic: bool = True  # the second half of the copies is the complement
-  loss_tail: bool = True  # train the tokens after the first EOS
+  loss_tail: bool = True  # train the tokens sampled after the first EOS
   common_masks: bool = False  # model: log p_old under the loss's own masks
 
   def problems(self) -> list[str]:

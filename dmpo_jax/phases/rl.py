@@ -67,7 +67,7 @@ class RL(Phase):
     self.writer.rewind('update', update)
     for name in ('samples.jsonl', 'failed_grades.jsonl'):
       resume.rewind_lines(workdir, name, last)
-    resume.rewind_lines(workdir, 'health.jsonl', it - 1)
+    resume.rewind_lines(workdir, 'health.jsonl', it - (not self.overlap))
     self.best = resume.best_validation(workdir, self.inner, update)
     if bucket := self.config.data.bucket:  # fail now if the longest does not fit
       build.compile_longest(self.built, data.bucketed(self.problems.valid, bucket))
@@ -131,8 +131,14 @@ class RL(Phase):
       )
 
   def report(self, place: resume.Place, rule: str) -> str:
-    """Writes a broken rule into health.jsonl; returns a sentence."""
+    """Writes a broken rule into health.jsonl; returns a sentence.
+
+    Its iteration is that of the latest numbers: with overlap the next buffer is graded
+    already.
+    """
     it = place.update // self.inner - 1
+    if rule not in health.OF_UPDATES:
+      it = max(self.buffers(place.update).values(), default=it)
     line = health.record(self.rules, place.health, it, rule)
     resume.append_once(self.session.workdir, 'health.jsonl', line)
     return f'iteration {it}: {health.sentence(self.rules, place.health, rule)}'

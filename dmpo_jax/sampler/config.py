@@ -10,12 +10,13 @@ CACHES = ('none', 'prefix', 'dual')
 
 
 class Law(NamedTuple):
-  """What `logprob.trajectory_logp` must know of the law that sampled."""
+  """What scoring must know of the law that sampled."""
 
   block: int
   temperature: float
   guidance: float
   rank_temperature: float
+  eos_stop: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,9 @@ class SampleConfig(rules.Section):
   # before the block) | dual (of all but the block).
   cache: str = 'none'
   refresh: int = 0  # steps between full forwards with a cache; 0 = once a block
-  eos_stop: bool = False  # end a row when all before its first EOS is revealed
+  # End a row when all before its first EOS is revealed. What it leaves masked has no
+  # part in any log-prob or loss.
+  eos_stop: bool = False
   # pick threshold, where no confidence reaches it: best (the most confident
   # position) | leftmost (the first masked position).
   fallback: str = 'best'
@@ -92,8 +95,8 @@ class SampleConfig(rules.Section):
     return super().rules() | {'pick': rules.one_of(*SAMPLERS)}
 
   def law(self) -> Law:
-    """Returns what scoring along a trajectory must know."""
-    return Law(self.block, self.temperature, self.guidance, self.rank_temperature)
+    """Returns what scoring must know."""
+    return Law(*(getattr(self, name) for name in Law._fields))
 
   def order_from(self) -> str:
     """Returns what decides which positions a step reveals, besides the state.

@@ -65,10 +65,11 @@ def schedule(
 def rank_of(score_RxW: FloatRW, masked_RxW: BoolRW) -> IntRW:
   """Returns ranks: 0 for the highest masked score; ties go to the lower position.
 
-  A nan ranks last of the masked. If it hid them, a step would take nothing and
-  the sampler would never end.
+  A nan or -inf ranks last of the masked, not among the others: a step would take
+  nothing.
   """
-  score = jnp.where(jnp.isnan(score_RxW), -1e30, score_RxW)
+  least = jnp.finfo(jnp.float32).min
+  score = jnp.where(jnp.isnan(score_RxW), least, jnp.maximum(score_RxW, least))
   score = jnp.where(masked_RxW, score, -jnp.inf)
   order = jnp.argsort(-score, axis=1, stable=True)
   return jnp.argsort(order, axis=1)
@@ -82,7 +83,8 @@ def by_rank(look: Look, score_RxW: FloatRW) -> BoolRW:
 def by_score(look: Look, score_RxW: FloatRW, hp: SampleConfig) -> BoolRW:
   """Takes the quota's best; with rank_temperature T draws from softmax(score / T).
 
-  It draws without replacement, by Gumbel top-k (Dream's alg_temp).
+  It draws without replacement, by Gumbel top-k (Dream's alg_temp). The noise has
+  2^23 values, so positions of chance < 1e-7 are drawn last.
   """
   if hp.rank_temperature:
     gumbel = -jnp.log(-jnp.log(jnp.maximum(look.noise, 1e-30)))

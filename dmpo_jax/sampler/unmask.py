@@ -3,7 +3,9 @@
 Without a cache each row works on its own first block that has a mask, so no row
 waits for another. With a cache all rows work on the same block, from left to
 right. Every random number is a function of (row key, the row's own step). So a
-row's tokens depend neither on its neighbours nor on the devices.
+row's tokens depend neither on its neighbours nor on the devices. A step reveals at
+least one token of each row, so the forwards are bounded; the loops hold the bound
+themselves, whatever a rule does.
 """
 
 import dataclasses
@@ -86,8 +88,12 @@ def remaining(setting: Setting, loop: Loop) -> t.BoolRL:
 
 
 def masks_remain(setting: Setting, loop: Loop) -> Array:
-  """Returns whether any row has a mask that must go; () bool."""
-  return jnp.any(remaining(setting, loop))
+  """Returns whether any row has a mask that must go; () bool.
+
+  False after 2 L forwards, which is what WINO may need; the rules need at most L.
+  """
+  bounded = loop.forwards < 2 * setting.hp.length
+  return jnp.any(remaining(setting, loop)) & bounded
 
 
 def own_blocks(setting: Setting, loop: Loop) -> tuple[t.IntR, t.BoolR]:
@@ -115,9 +121,13 @@ def unmask_block(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
 
 
 def block_remains(setting: Setting, start: Start, loop: Loop) -> Array:
-  """Returns whether a row has a mask in the block that must go; () bool."""
+  """Returns whether a row has a mask in the block that must go; () bool.
+
+  False after W forwards for this block and each before it.
+  """
   masked, at = remaining(setting, loop), start - setting.prompt
-  return jnp.any(jax.lax.dynamic_slice_in_dim(masked, at, setting.hp.block, 1))
+  block = jax.lax.dynamic_slice_in_dim(masked, at, setting.hp.block, 1)
+  return jnp.any(block) & (loop.forwards < at + setting.hp.block)
 
 
 def lap(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
@@ -191,6 +201,15 @@ def reveal(
   return record(setting, loop, proposal, take, jnp.zeros_like(take))
 
 
+def gumbel(key_R: t.KeyR, shape: tuple[int, ...]) -> Array:
+  """Draws Gumbel noise of `shape` for each row.
+
+  JAX's default mode draws from 2^23 values, the largest 15.9. Tokens of p < 1e-7
+  would hardly ever be drawn, though a vocabulary's tail may hold a percent of them.
+  """
+  return jax.vmap(lambda key: jax.random.gumbel(key, shape, mode='high'))(key_R)
+
+
 def propose(
   setting: Setting, loop: Loop, logits: t.FloatRWV, start_R: t.IntR, live_R: t.BoolR
 ) -> Proposal:
@@ -202,8 +221,7 @@ def propose(
   law = model.sampling_logits(logits, hp.temperature, hp.top_p, hp.top_k)
   score = law
   if hp.temperature:
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, score.shape[1:]))
-    score = score + noise(gumbel_key)
+    score = score + gumbel(gumbel_key, score.shape[1:])
   token = jnp.argmax(score, axis=-1).astype(jnp.int32)
   # Confidence is at temperature 1 whatever the sampling law, except for Dream's.
   judged = law if hp.rank_law == 'sampling' else logits
