@@ -18,7 +18,7 @@ import fractions
 import re
 from collections.abc import Iterator
 
-from dmpo_jax.tasks import answers, datasets, gsm8k, symbolic
+from dmpo_jax.tasks import answers, datasets, gsm8k, latex, symbolic
 from dmpo_jax.types import Task
 
 CHAT = """You are an expert in mathematics. Solve the problem step by step. \
@@ -43,30 +43,19 @@ TEMPLATES = {
 }
 FRACTION = re.compile(r'(-?)\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}')
 DEGREES = (r'^{\circ}', r'^\circ')
-DOUBT = re.compile(r'\b(?:not|maybe|perhaps|probably)\b')
-UNIT = re.compile(
-  rf'(.*\S) *\\text\{{ (?![^{{}}]*(?:\b(?:or|and)\b|{DOUBT.pattern}))'
-  r'[a-zA-Z. /]+\}(?:\^\{?[23]\}?)?\.?',
-  re.DOTALL,
-)
-JOINED = re.compile(r'(,|\\text\{ *(?:or|and) *\})')
-GREEK = (
-  'alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|'
-  'rho|sigma|tau|phi|varphi|chi|psi|omega'
-)
-NAME = re.compile(  # the left side of an answer such as x = 5: x, y_1, f(x), \theta
-  rf'(?:[a-zA-Z]+|\\(?i:{GREEK})|m?\\angle[a-zA-Z0-9]+'
-  r'|\\(?:text|mathrm|mathbf|vec|overline)\{[a-zA-Z]+\})'
-  r"(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?(?:'*|\^\{-1\})(?:\([^()]*\))?"
-)
 BASE = re.compile(r'[0-9]_(\{[^{}]*\}|.)')
-SIGN = re.compile(r'\^\{\\circ\}|\^\\circ|\\?\$|\\%')
+# What may stand between two boxes of one list.
+BETWEEN = re.compile(r'(?:\s|\$|\\[()\[\]]|,|;|&|\b(?:and|or)\b|\\text\{ *(?:and|or) *\})*')
+MAX_BOXES = 30
 
 
 def _read(path: str) -> Iterator[dict]:
   for line, record in datasets.read_texts(path, ('problem', 'solution')):
-    if answers.last_boxed(record['solution']) is None:
+    boxed = answers.last_boxed(record['solution'])
+    if boxed is None:
       raise ValueError(f'{path}:{line}: the solution has no \\boxed answer')
+    if not latex.clean(boxed):
+      raise ValueError(f'{path}:{line}: the last \\boxed of the solution is empty')
     yield record
 
 
@@ -150,7 +139,9 @@ def answer(text: str, example: dict, protocol: str) -> str | None:
     return None
   exact = value(answer)
   try:
-    return normal(answer) if exact is None else str(exact)
+    if exact is not None:
+      return str(exact)
+    return latex.clean(answer) if protocol == 'strict' else normal(answer)
   except (ValueError, IndexError):
     return answer
 
@@ -168,9 +159,29 @@ def _rewarded(text: str) -> str:
 
 
 def _strict_answer(text: str) -> str | None:
-  r"""Returns the last \boxed, within the last <answer> if there is one, or None."""
+  r"""Returns the last \boxed, within the last <answer> if there is one, or None.
+
+  Empty boxes at the end are passed over. Boxes that only commas, 'and' or 'or' part
+  are one list.
+  """
   answer = answers.last_answer(text)
-  return answers.last_boxed(text if answer is None else answer, strict=True)
+  text = text if answer is None else answer
+  found = []
+  for _ in range(MAX_BOXES):
+    start, boxed = text.rfind('\\boxed'), answers.last_boxed(text, strict=True)
+    if boxed is None:
+      break
+    if latex.clean(boxed):
+      found.insert(0, boxed)
+      text = text[:start]
+      between = text[text.rfind('}') + 1 :] if '\\boxed' in text else 'none'
+      if not BETWEEN.fullmatch(between) or not re.search(r'[,;a-z]', between):
+        break
+      if not text[: len(text) - len(between)].endswith('}'):
+        break
+    else:
+      text = text[:start]
+  return ','.join(found) if found else None
 
 
 # ---- equality
@@ -189,66 +200,78 @@ def equal_text(left: str, right: str) -> bool:
 
 
 def equal(left: str | None, right: str) -> bool:
-  """Returns whether two answers are equal as text, as numbers or as expressions.
+  """Returns whether two answers are equal by the grammar of `latex`.
 
-  None equals nothing. An answer that adds to the truth (another number, a false
-  equation) is not equal. Expressions are compared in a process that is killed at its
-  deadline.
+  None and an empty answer equal nothing. An answer that has a form, a word or a sign
+  beyond the truth's is not equal. Expressions are compared in a process that is
+  killed at its deadline.
   """
   if left is None:
     return False
-  left, right = _without_unit(left), _without_unit(right)
-  if '=' not in right:
-    left = _without_names(left)
-  elif '=' not in left:
-    right = _without_names(right)
-  if _adds(left, right):
+  left, right = latex.clean(left), latex.clean(right)
+  if not (left and right):
     return False
-  values = value(left), value(right)
-  if None not in values:
-    return values[0] == values[1]
-  # Compare each side of '=' on its own: `normal` would drop the left one.
-  sides = left.split('='), right.split('=')
-  same = len(sides[0]) == len(sides[1]) and all(map(equal_text, *sides))
-  return same or bool(left) and symbolic.equal(left, right)
-
-
-def _without_unit(text: str) -> str:
-  r"""Returns `text` without the unit at its end.
-
-  `normal` takes all that follows a '\text{ ' for a unit, so that space goes too.
-  """
-  text = text.strip()
-  unit = UNIT.fullmatch(text) if text.endswith(('}', '.', '2', '3')) else None
-  return (unit[1] if unit else text).replace('\\text{ ', '\\text{')
-
-
-def _without_names(text: str) -> str:
-  """Returns `text` without the names in it: 'x = 1, y_1 = 2' -> '1,2'."""
-  parts = JOINED.split(text)
-  for i, part in enumerate(parts):
-    name, equals, content = part.partition('=')
-    if equals and NAME.fullmatch(re.sub(r'\\[,;:! ]|\s', '', name)):
-      parts[i] = content.strip()
-  return ''.join(parts)
-
-
-def _adds(left: str, right: str) -> bool:
-  """Returns whether `left` has something that no way to write `right` has.
-
-  That is an equation, a sign within a number, a doubt, or another base.
-  """
-  if '=' in left and '=' not in right:
+  if latex.squeeze(left) == latex.squeeze(right):
     return True
+  said = latex.words(right) if '\\text' in right else None
+  if said and said == latex.words(left):
+    return True
+  if _bases_differ(left, right):
+    return False
+  right = right if BASE.search(left) else BASE.sub(lambda m: m[0][0], right)
+  return any(_same(*sides) for sides in _readings(left, right))
+
+
+def _readings(left: str, right: str) -> Iterator[tuple[latex.Read, latex.Read]]:
+  """Yields the ways to read both: without names, as they stand, as intervals."""
+  for named in (True, False):
+    sides = latex.read(left, named), latex.read(right, named)
+    names = [side.names for side in sides if side and any(side.names)]
+    if None not in sides and not (len(names) == 2 and names[0] != names[1]):
+      yield sides
+  spans = [latex.intervals(text) for text in (left, right)]
+  if any(spans):
+    sides = [
+      span or latex.read(text) for span, text in zip(spans, (left, right), strict=True)
+    ]
+    if None not in sides and len({side.names[0] for side in sides} - {''}) < 2:
+      yield tuple(sides)
+
+
+def _bases_differ(left: str, right: str) -> bool:
   bases = [
     sorted(base.strip('{ }') for base in BASE.findall(text)) for text in (left, right)
   ]
-  if all(bases) and bases[0] != bases[1]:
+  return bool(bases[0]) and bases[0] != bases[1]
+
+
+def _same(left: latex.Read, right: latex.Read) -> bool:
+  """Returns whether values and units agree and what `left` claims beside is true."""
+  if right.claims or not latex.same_units(left, right):
+    return False
+  bodies = [','.join(side.bodies) for side in (left, right)]
+  values = [value(body) for body in bodies]
+  if None not in values:
+    percent = [latex.PERCENT in side.units for side in (left, right)]
+    factors = (1, 100) if percent[0] != percent[1] else (1,)
+    more, less = values if percent[0] else values[::-1]
+    if not any(more == factor * less for factor in factors):
+      return False
+  elif latex.forms(bodies[0]) - latex.forms(bodies[1], truth=True):
+    return False
+  elif not _equal_values(*bodies):
+    return False
+  return all(_equal_values(*claim) for claim in left.claims)
+
+
+def _equal_values(left: str, right: str) -> bool:
+  """Returns whether two expressions are equal, whatever their forms."""
+  if latex.squeeze(left) == latex.squeeze(right):
     return True
-  split_number = lambda text: re.search(
-    r'[0-9.]#+[0-9.]', SIGN.sub('#', ''.join(text.replace('\\!', '').split()))
-  )
-  return any(find(left) and not find(right) for find in (split_number, DOUBT.search))
+  values = value(left), value(right)
+  if None not in values:
+    return values[0] == values[1]
+  return symbolic.equal(*(latex.signs(text) for text in (left, right)))
 
 
 def normal(text: str) -> str:
@@ -316,19 +339,16 @@ def value(text: str) -> fractions.Fraction | None:
   """
   if len(text) > gsm8k.MAX_DIGITS:
     return None
-  text = text.replace('{,}', ',').replace('\N{MINUS SIGN}', '-')
-  for removed in (*DEGREES, '\\$', '$', '\\!'):
+  text = latex.clean(text).replace(',\\!', ',')
+  for removed in DEGREES:
     text = text.replace(removed, '')
-  text = text.strip().replace('dfrac', 'frac').replace('tfrac', 'frac')
-  try:
-    fraction = FRACTION.fullmatch(_braced_fractions(text))
-  except IndexError:
-    return None
+  text = re.sub(r'^(-?)\s*\\\$\s*', r'\1', text.strip())
+  fraction = FRACTION.fullmatch(text)
   if fraction:
     sign, above, below = fraction.groups()
     sides = [int(f'{sign}1') * int(above), int(below)]
   else:
-    sides = text.split('/', 1)
+    sides = text.removeprefix('+').split('/', 1)
     if not all(gsm8k.EXACT.fullmatch(side.strip()) for side in sides):
       return None
     sides = [fractions.Fraction(side.strip().replace(',', '')) for side in sides]
