@@ -47,7 +47,7 @@ SIGNS = {
   '\u27e8': r'\langle ', '\u27e9': r'\rangle ', '\u2026': r'\ldots ',
   '\u2234': r'\therefore ', '\u21d2': r'\Rightarrow ', '\u2192': r'\to ',
   '\u3002': '.', '\u00a2': r'\text{cents}', '\u20ac': r'\text{euros}',
-  '\u00a3': r'\text{pounds sterling}', '\u00a5': r'\text{yen}',
+  '\u00a3': r'\text{gbp}', '\u00a5': r'\text{yen}',
   '\u20b9': r'\text{rupees}', '\u2228': r'\text{or}', '\u2227': r'\text{and}',
 }  # fmt: skip
 GREEK = (
@@ -79,7 +79,7 @@ ALIAS = {
   **{letter: rf'\mathbb{{{letter}}}' for letter in 'RZNQC'},
   'neq': r'\ne ', 'lt': '<', 'gt': '>', 'lbrace': r'\{', 'rbrace': r'\}',
   'lbrack': '[', 'rbrack': ']', 'degree': r'^\circ ', 'euro': r'\text{euros}',
-  'pounds': r'\text{pounds sterling}', 'colon': ':', 'div': r'\div ', 'sim': r'\approx ',
+  'pounds': r'\text{gbp}', 'imath': 'i', 'jmath': 'j', 'colon': ':', 'div': r'\div ', 'sim': r'\approx ',
   'bmod': r'\mod ', 'pmod': r'\mod ', 'setminus': r'\setminus ', 'backslash': r'\setminus ',
 }  # fmt: skip
 # Commands without effect on the value: sizes, styles, brackets that grow.
@@ -116,7 +116,7 @@ REPEATED = re.compile(
   r'(?<![\d.])(\d*)\.(\d*)(?:\\(?:overline|bar)\{(\d+)\}|\\(?:overline|bar) ?(\d)|'
   r'\\dot\{?(\d)\}?|\((\d+)\))'
 )
-DOTTED = re.compile(r'(?<![\d.])(\d*)\.(\d*?)(\d+?)\3{2,}(?:\.\.\.|\\ldots)')
+DOTTED = re.compile(r'(?<![\d.])(\d*)\.(\d{0,9}?)(\d{1,9}?)\3{2,}(?:\.\.\.|\\l?dots)')
 EXPONENT = re.compile(r'(?<![a-zA-Z\\])(\d)[eE]([+-]?\d+)(?![\da-zA-Z.])')
 
 
@@ -127,6 +127,7 @@ def clean(text: str) -> str:
     return text.strip()
   text = _ascii(text)
   text = THOUSANDS.sub(lambda m: re.sub(r'\D', '', m[0]), text)
+  text = DOTTED.sub(_repeating, text)
   text = _ascii_relations(_unwrap(text))
   text = re.sub(r'(?<!\\)\\[,:;> ]|~|\s', ' ', _fonts(STYLE.sub('', text)))
   text = WORD.sub(_word, text)
@@ -207,6 +208,8 @@ def _fonts(text: str) -> str:
   r"""Removes fonts; words among them become \text{words}."""
   text = re.sub(r'\{\s*\\(rm|mathrm)(?![a-zA-Z{]) *', r'\\text{', text)
   text = re.sub(r'\\rm(?![a-zA-Z{])', '', text)
+  unit = r'\{\\(?:text|mathrm)\{ *(\w+) *\}'
+  text = re.sub(rf'\\frac *{unit}\}}{unit}(\^\{{?\d\}}?)?\}}', r'\\text{\1/\2\3}', text)
   out = ''
   while font := FONT.search(text):
     inner = answers.braced(text, font.end())
@@ -214,12 +217,12 @@ def _fonts(text: str) -> str:
       break
     head, name, text = text[: font.start()], font[1], text[font.end() + len(inner) + 2 :]
     plain = re.sub(r'\\[ ,;:!]|~|\s', ' ', inner).strip()
-    if name.startswith('operatorname') and plain.isalpha():
-      out += f'{head}\\{plain} '
+    if name.startswith('operatorname') and len(plain) > 1 and plain.isalpha():
+      out += head + (rf'\text{{{plain}}}' if plain in KNOWN else f'\\{plain} ')
     elif '\\' in plain or '{' in plain or '$' in plain or not re.search('[a-zA-Z]', plain):
       text, out = _unwrap(inner) + text, out + head
     elif len(plain) == 1 and not _is_unit(out + head, name, plain):
-      out += f'{head}{plain}' if name not in ('text', 'mbox') else f'{head}{plain}'
+      out += head + plain
     elif name in WORDY or re.search('[a-zA-Z]{2}', plain):
       out += f'{head}\\text{{{plain}}}'
     else:
@@ -263,14 +266,15 @@ def _braced(text: str) -> str:
   return re.sub(r'\^\{1\}', '', text)
 
 
+def _repeating(match: re.Match) -> str:
+  whole, first, *blocks = match.groups()
+  block = next(filter(None, blocks))
+  above = int(whole + first + block) - int(whole + first or '0')
+  return rf'\frac{{{above}}}{{{"9" * len(block)}{"0" * len(first)}}}'
+
+
 def _numbers(text: str) -> str:
   """Writes repeating decimals and mixed numbers as fractions, 1e-5 as a power."""
-
-  def repeating(match: re.Match) -> str:
-    whole, first, *blocks = match.groups()
-    block = next(filter(None, blocks))
-    above = int(whole + first + block) - int(whole + first or '0')
-    return rf'\frac{{{above}}}{{{"9" * len(block)}{"0" * len(first)}}}'
 
   def mixed(match: re.Match) -> str:
     above, below = int(match[3] or match[5]), int(match[4] or match[6])
@@ -278,7 +282,7 @@ def _numbers(text: str) -> str:
       return match[0]
     return rf'\frac{{{int(match[1]) * below + above}}}{{{below}}}'
 
-  text = MIXED.sub(mixed, DOTTED.sub(repeating, REPEATED.sub(repeating, text)))
+  text = MIXED.sub(mixed, REPEATED.sub(_repeating, text))
   return EXPONENT.sub(lambda m: rf'{m[1]}\cdot 10^{{{int(m[2])}}}', text)
 
 
@@ -393,21 +397,20 @@ LEAD = re.compile(
   r'|(?i:(?:so|thus|hence|therefore),? )?(?i:the |my |our )?(?i:final |correct )?'
   r'(?i:answer|solution|result)(?: ?(?i:is|are)(?![a-z])| ?[:=]) ?:?\s*'
 )
-TAIL = re.compile(r'(.*?)\s*((?:\\text\{[^{}]*\}\s*(?:\^\{-?\d\})?[\s/]*)+)', re.DOTALL)
+TAIL = re.compile(r'(.*?)\s*((?:\\text\{[^{}]*\}(?: ?\^\{-?\d\})?[\s/]*+)+)', re.DOTALL)
 _GREEK_NAME = '|'.join(name for name in GREEK.split('|') if name != 'pi')
 _ATOM = (
   rf'(?:[a-zA-Z]|\\(?i:{_GREEK_NAME})(?![a-z])|\\m?(?:angle|triangle)(?![a-z])'
-  r'|\\(?:vec|overline|bar|hat|overrightarrow|widehat|tilde)(?:\{[a-zA-Z]+\}|[a-zA-Z])'
+  r'|\\(?:vec|overline|bar|hat|overrightarrow|widehat|tilde) ?(?:\{[a-zA-Z]+\}|[a-zA-Z])'
   rf'|\\(?:{"|".join(sorted(FUNCTIONS))}|det|max|min|Re|Im|gcd|lcm)(?![a-z])'
-  r'|\\text\{(?P<words>[^{}]*)\})'
+  r'|\\text\{[^{}]*\})'
 )
-_ATOM = _ATOM.replace('(?P<words>', '(?:')
 _NAME = (
-  rf"(?:{_ATOM}(?:_(?:\{{[^{{}}=]*\}}|[a-zA-Z0-9]))?'*(?:\^\{{-1\}})?)+"
+  rf"(?:{_ATOM} ?(?:_(?:\{{[^{{}}=]*\}}|[a-zA-Z0-9]))? ?'*+(?:\^\{{-1\}})? ?)++"
   r'(?:\([^()=]*\))?'
 )
 NAME = re.compile(
-  rf'{_NAME}|\((?:{_NAME}|,)+\)|\\?\|{_NAME}\\?\||\[[A-Z]+\]|\\\{{{_NAME}\\\}}'
+  rf'{_NAME}|\({_NAME}(?:, ?{_NAME})*\)|\\?\|{_NAME}\\?\||\[[A-Z]+\]|\\\{{{_NAME}\\\}}'
 )
 OPEN = {'<': ('(', ')'), r'\le': ('[', ']')}
 FLIPPED = {'>': '<', r'\ge': r'\le', '<': '>', r'\le': r'\ge'}
@@ -436,6 +439,7 @@ def words(text: str) -> str | None:
   if not re.fullmatch(r"[ (]*[a-zA-Z][a-zA-Z0-9 ,.'():&-]*", plain):
     return None
   found = re.findall('[a-z]+|[0-9]+|-', plain.lower())
+  found = [word for word in found if word != 'and']
   return ' '.join(found) if any(len(word) > 1 and word.isalpha() for word in found) else None
 
 
@@ -497,11 +501,8 @@ def _leadless(piece: str) -> str:
 
 def is_name(text: str) -> bool:
   """Returns whether it names what is given, as in 'x = 5'."""
-  text = re.sub(r'(?<=\\text\{)[^{}]*', lambda m: m[0].replace(' ', '_'), text)
-  plain = re.sub(r'\s', '', text)
-  return bool(NAME.fullmatch(plain)) and not CHANGING.search(text.replace('_', ' ')) or (
-    bool(NAME.fullmatch(plain)) and '\\text' not in text
-  )
+  said = ' '.join(re.findall(r'\\text\{([^{}]*)\}', text))
+  return bool(NAME.fullmatch(text.strip())) and not CHANGING.search(said)
 
 
 def _named(piece: str) -> list[str]:
@@ -519,14 +520,14 @@ def _named(piece: str) -> list[str]:
 
 def _measured(piece: str) -> tuple[str, tuple, bool]:
   """Returns (body, unit, whether the unit is known) of 'body unit'."""
-  sign = re.match(r'(-?) *(?:\\\$|\\text\{ *([a-zA-Z]+)\.? *\}) *(?=-?[\d.\\])', piece)
+  sign = re.match(r'(-?) *(?:\\\$|\\text\{ *([a-zA-Z]+)\.? *\}\.?) *(?=-?[\d.\\])', piece)
   if sign and (sign[2] is None or _base(sign[2]) in CURRENCY):
     piece = f'{sign[1]}{piece[sign.end() :]}\\text{{{sign[2] or "dollars"}}}'
   for mark, word in ((r'\^\\circ *(?:\\text\{ *)?([CF])\}?', r'degrees \1'),
                      (r'\^\\circ', 'degrees'), (r'\\%', 'percent'),
                      (r'\\\$', 'dollars'), (r'(?<=\d) ?([mgshL]|in)', r'\1'),
-                     (r'(?:\^\{|(?<=\d)) *\\text\{ *(?:th|st|nd|rd) *\} *\}?', '')):
-    piece = re.sub(mark + '$', rf'\\text{{{word}}}' if word else '', piece)
+                     (r'(?:\^\{|(?<=\d)) *\\text\{ *(?:th|st|nd|rd) *\} *\}?|(?<=\d)(?:th|st|nd|rd)', '')):
+    piece = re.sub(f'(?:{mark})$', rf'\\text{{{word}}}' if word else '', piece)
   tail = TAIL.fullmatch(piece)
   if not tail or not tail[1].strip():
     return piece, (), True
@@ -665,11 +666,13 @@ def forms(text: str, truth: bool = False) -> set[str]:
   for token in TOKEN.findall(text):
     if token.startswith(r'\text{'):
       found |= {word.lower() for word in re.findall(r'[^\W_]+', token[6:-1])}
+    elif token in (r'\begin{vmatrix}', r'\begin{Vmatrix}'):
+      found.add(token)  # a determinant
     elif token in FUNCTION:
       found.add('function')
     elif token in COUNTING:
       found.add('counting')
-    elif token.partition('{')[0] not in VALUE and token not in ALPHABET:
+    elif re.match(r'\\[a-zA-Z]+|.+', token)[0] not in VALUE and token not in ALPHABET:
       found.add(token)
   plain = re.sub(r'\s', '', LETTER.sub(',', text))
   if RING.search(plain):

@@ -47,6 +47,7 @@ BASE = re.compile(r'[0-9]_(\{[^{}]*\}|.)')
 # What may stand between two boxes of one list.
 BETWEEN = re.compile(r'(?:\s|\$|\\[()\[\]]|,|;|&|\b(?:and|or)\b|\\text\{ *(?:and|or) *\})*')
 MAX_BOXES = 30
+GROUP = re.compile(r'[(\[]|\\\{|\\[pm]{2}(?![a-z])')  # several values in one body
 
 
 def _read(path: str) -> Iterator[dict]:
@@ -95,10 +96,10 @@ def reward(text: str, example: dict, protocol: str) -> dict[str, float]:
   answers.choose('protocol', protocol, answers.PROTOCOLS)
   text = answers.clip(text)
   if protocol == 'strict':
-    answer = answers.last_answer(text)
-    boxed = answer is not None and answers.last_boxed(answer, strict=True) is not None
+    answer = _strict_answer(text)
+    boxed = answer is not None and answers.last_answer(text) is not None
     return {
-      'correctness': 2.0 * equal(_strict_answer(text), gold(example)),
+      'correctness': 2.0 * equal(answer, gold(example)),
       'format': 0.5 * answers.formatted(text.strip()) + 0.5 * boxed,
     }
   _, *parts = text.split('<answer>')
@@ -213,6 +214,8 @@ def equal(left: str | None, right: str) -> bool:
     return False
   if latex.squeeze(left) == latex.squeeze(right):
     return True
+  if max(len(left), len(right)) > latex.MAX_LENGTH:
+    return False
   said = latex.words(right) if '\\text' in right else None
   if said and said == latex.words(left):
     return True
@@ -229,6 +232,8 @@ def _readings(left: str, right: str) -> Iterator[tuple[latex.Read, latex.Read]]:
     names = [side.names for side in sides if side and any(side.names)]
     if None not in sides and not (len(names) == 2 and names[0] != names[1]):
       yield sides
+    if '=' not in left + right:
+      break
   spans = [latex.intervals(text) for text in (left, right)]
   if any(spans):
     sides = [
@@ -250,6 +255,8 @@ def _same(left: latex.Read, right: latex.Read) -> bool:
   if right.claims or not latex.same_units(left, right):
     return False
   bodies = [','.join(side.bodies) for side in (left, right)]
+  if len(left.bodies) != len(right.bodies) and not GROUP.search(''.join(bodies)):
+    return False
   values = [value(body) for body in bodies]
   if None not in values:
     percent = [latex.PERCENT in side.units for side in (left, right)]
@@ -366,7 +373,7 @@ def recall(question: str, truth: object) -> dict:
 
   The truth must be text whose braces pair.
   """
-  if isinstance(truth, str) and truth.strip():
+  if isinstance(truth, str) and latex.clean(truth):
     solution = f'\\boxed{{{truth}}}'
     if answers.last_boxed(solution) == truth:
       return {'problem': question, 'solution': solution}
