@@ -185,8 +185,7 @@ def _unwrap(text: str) -> str:
   """Strips marks around the whole text, and closing marks behind it."""
   while True:
     before = text = text.strip()
-    text = re.sub(r'(?:(?<!\\)[.,;:]|(?<!\\)\\[ ,;:]?|~|(?<!\\)\\\\|\s)+$', '', text)
-    text = text.replace('\\bigskip', '')
+    text = text.rstrip(' \t\n\r~.,;:\\')
     for left, right in AROUND:
       inner = text[len(left) : -len(right)]
       if (
@@ -439,8 +438,11 @@ def words(text: str) -> str | None:
   if not re.fullmatch(r"[ (]*[a-zA-Z][a-zA-Z0-9 ,.'():&-]*", plain):
     return None
   found = re.findall('[a-z]+|[0-9]+|-', plain.lower())
-  found = [word for word in found if word != 'and']
-  return ' '.join(found) if any(len(word) > 1 and word.isalpha() for word in found) else None
+  if len(plain.strip(' ().,:')) > 1 and not any(
+    len(word) > 1 and word.isalpha() for word in found
+  ):
+    return None  # letters beside each other are variables
+  return ' '.join(word for word in found if word != 'and')
 
 
 def split(text: str, separator: str) -> list[str]:

@@ -216,7 +216,7 @@ def equal(left: str | None, right: str) -> bool:
     return True
   if max(len(left), len(right)) > latex.MAX_LENGTH:
     return False
-  said = latex.words(right) if '\\text' in right else None
+  said = latex.words(right) if '\\text' in left + right else None
   if said and said == latex.words(left):
     return True
   if _bases_differ(left, right):

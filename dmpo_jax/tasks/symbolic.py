@@ -22,7 +22,7 @@ from unittest import mock
 import pebble
 
 MEMORY = 4 << 30  # bytes of address space of a worker
-DIGITS = 60  # that numbers must share which are not rational
+DIGITS = 500  # that numbers must share which are not rational
 MAX_LENGTH = 300  # characters; longer answers are compared as strings only
 DECIMAL = re.compile(r'(?<![0-9])([0-9]*)\.([0-9]+)')
 _state = types.SimpleNamespace(pool=None, workers=0, deadline=3.0, failed={})
@@ -179,6 +179,6 @@ def _numbers_equal(left: Any, right: Any, *_: int) -> bool:
     return bool(left == right)
   if left.free_symbols or right.free_symbols:
     return False  # left to math-verify's symbolic comparison
-  difference = (left - right).evalf(DIGITS, maxn=4 * DIGITS)
+  difference = (left - right).evalf(DIGITS, maxn=2 * DIGITS)
   size = abs(left.evalf(DIGITS)) + abs(right.evalf(DIGITS))
-  return bool(abs(difference) < size * sympy.Float(10) ** (10 - DIGITS))
+  return bool(abs(difference) < size * sympy.Float(10) ** (20 - DIGITS))
