@@ -79,8 +79,9 @@ ALIAS = {
   **{letter: rf'\mathbb{{{letter}}}' for letter in 'RZNQC'},
   'neq': r'\ne ', 'lt': '<', 'gt': '>', 'lbrace': r'\{', 'rbrace': r'\}',
   'lbrack': '[', 'rbrack': ']', 'degree': r'^\circ ', 'euro': r'\text{euros}',
-  'pounds': r'\text{gbp}', 'imath': 'i', 'jmath': 'j', 'colon': ':', 'div': r'\div ', 'sim': r'\approx ',
-  'bmod': r'\mod ', 'pmod': r'\mod ', 'setminus': r'\setminus ', 'backslash': r'\setminus ',
+  'pounds': r'\text{gbp}', 'imath': 'i', 'jmath': 'j', 'colon': ':', 'div': r'\div ',
+  'sim': r'\approx ', 'bmod': r'\mod ', 'pmod': r'\mod ',
+  'setminus': r'\setminus ', 'backslash': r'\setminus ',
 }  # fmt: skip
 # Commands without effect on the value: sizes, styles, brackets that grow.
 STYLE = re.compile(
@@ -111,7 +112,9 @@ AROUND = [
 THOUSANDS = re.compile(
   r'(?<![\d.,])\d{1,3}(?:(?:\\[,;: ]|~| |\{,\}|,\\!|\{\\,\})\d{3})+(?!\d)'
 )
-MIXED = re.compile(r'(?<![\d.}^_/])(\d+)(?: *(?=\\)| +)(\\frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))(?!\d)')
+MIXED = re.compile(
+  r'(?<![\d.}^_/])(\d+)(?: *(?=\\)| +)(\\frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))(?!\d)'
+)
 REPEATED = re.compile(
   r'(?<![\d.])(\d*)\.(\d*)(?:\\(?:overline|bar)\{(\d+)\}|\\(?:overline|bar) ?(\d)|'
   r'\\dot\{?(\d)\}?|\((\d+)\))'
@@ -214,11 +217,17 @@ def _fonts(text: str) -> str:
     inner = answers.braced(text, font.end())
     if inner is None:
       break
-    head, name, text = text[: font.start()], font[1], text[font.end() + len(inner) + 2 :]
+    head, name, text = (
+      text[: font.start()],
+      font[1],
+      text[font.end() + len(inner) + 2 :],
+    )
     plain = re.sub(r'\\[ ,;:!]|~|\s', ' ', inner).strip()
     if name.startswith('operatorname') and len(plain) > 1 and plain.isalpha():
       out += head + (rf'\text{{{plain}}}' if plain in KNOWN else f'\\{plain} ')
-    elif '\\' in plain or '{' in plain or '$' in plain or not re.search('[a-zA-Z]', plain):
+    elif (
+      '\\' in plain or '{' in plain or '$' in plain or not re.search('[a-zA-Z]', plain)
+    ):
       text, out = _unwrap(inner) + text, out + head
     elif len(plain) == 1 and not _is_unit(out + head, name, plain):
       out += head + plain
@@ -256,8 +265,9 @@ def _braced(text: str) -> str:
   text = re.sub(r'\\sqrt([0-9a-zA-Z])', r'\\sqrt{\1}', text)
   text = re.sub(r'\\sqrt(\\[a-zA-Z]+)', r'\\sqrt{\1}', text)
   part = r'(\{(?:[^{}]|\{[^{}]*\})*\}|[0-9a-zA-Z]|\\[a-zA-Z]+)'
-  brace = lambda m: r'\frac' + ''.join(
-    side if side[0] == '{' else f'{{{side}}}' for side in (m[1], m[2])
+  brace = lambda m: (
+    r'\frac'
+    + ''.join(side if side[0] == '{' else f'{{{side}}}' for side in (m[1], m[2]))
   )
   text = re.sub(rf'\\frac{part} *{part}', brace, text)
   text = re.sub(r'([\^_]) *(-?\d+|[a-zA-Z])', r'\1{\2}', text)
@@ -385,7 +395,7 @@ KNOWN = frozenset(
 ) | {'and', 'or', 'am', 'pm', *PLURALS, *IRREGULAR} - {'mis', 'pers'}
 # A phrase with one of these does not name the value beside it.
 CHANGING = re.compile(
-  r"\b(?:not|no|never|minus|negative|plus|twice|half|double|triple|times|less|more|"
+  r'\b(?:not|no|never|minus|negative|plus|twice|half|double|triple|times|less|more|'
   r"maybe|perhaps|probably|possibly|least|most|over|under|between|than|or|and)\b|n't|\d",
   re.IGNORECASE,
 )
@@ -400,7 +410,8 @@ TAIL = re.compile(r'(.*?)\s*((?:\\text\{[^{}]*\}(?: ?\^\{-?\d\})?[\s/]*+)+)', re
 _GREEK_NAME = '|'.join(name for name in GREEK.split('|') if name != 'pi')
 _ATOM = (
   rf'(?:[a-zA-Z]|\\(?i:{_GREEK_NAME})(?![a-z])|\\m?(?:angle|triangle)(?![a-z])'
-  r'|\\(?:vec|overline|bar|hat|overrightarrow|widehat|tilde) ?(?:\{[a-zA-Z]+\}|[a-zA-Z])'
+  r'|\\(?:vec|overline|bar|hat|overrightarrow|widehat|tilde) ?'
+  r'(?:\{[a-zA-Z]+\}|[a-zA-Z])'
   rf'|\\(?:{"|".join(sorted(FUNCTIONS))}|det|max|min|Re|Im|gcd|lcm)(?![a-z])'
   r'|\\text\{[^{}]*\})'
 )
@@ -448,7 +459,9 @@ def words(text: str) -> str | None:
 def split(text: str, separator: str) -> list[str]:
   """Splits at what the pattern finds outside of brackets."""
   parts, depth, start = [], 0, 0
-  for match in re.finditer(rf'(?P<open>\\?[{{(\[])|(?P<close>\\?[}})\]])|{separator}', text):
+  for match in re.finditer(
+    rf'(?P<open>\\?[{{(\[])|(?P<close>\\?[}})\]])|{separator}', text
+  ):
     if match['open']:
       depth += 1
     elif match['close']:
@@ -522,13 +535,22 @@ def _named(piece: str) -> list[str]:
 
 def _measured(piece: str) -> tuple[str, tuple, bool]:
   """Returns (body, unit, whether the unit is known) of 'body unit'."""
-  sign = re.match(r'(-?) *(?:\\\$|\\text\{ *([a-zA-Z]+)\.? *\}\.?) *(?=-?[\d.\\])', piece)
+  sign = re.match(
+    r'(-?) *(?:\\\$|\\text\{ *([a-zA-Z]+)\.? *\}\.?) *(?=-?[\d.\\])', piece
+  )
   if sign and (sign[2] is None or _base(sign[2]) in CURRENCY):
     piece = f'{sign[1]}{piece[sign.end() :]}\\text{{{sign[2] or "dollars"}}}'
-  for mark, word in ((r'\^\\circ *(?:\\text\{ *)?([CF])\}?', r'degrees \1'),
-                     (r'\^\\circ', 'degrees'), (r'\\%', 'percent'),
-                     (r'\\\$', 'dollars'), (r'(?<=\d) ?([mgshL]|in)', r'\1'),
-                     (r'(?:\^\{|(?<=\d)) *\\text\{ *(?:th|st|nd|rd) *\} *\}?|(?<=\d)(?:th|st|nd|rd)', '')):
+  for mark, word in (
+    (r'\^\\circ *(?:\\text\{ *)?([CF])\}?', r'degrees \1'),
+    (r'\^\\circ', 'degrees'),
+    (r'\\%', 'percent'),
+    (r'\\\$', 'dollars'),
+    (r'(?<=\d) ?([mgshL]|in)', r'\1'),
+    (
+      r'(?:\^\{|(?<=\d)) *\\text\{ *(?:th|st|nd|rd) *\} *\}?|(?<=\d)(?:th|st|nd|rd)',
+      '',
+    ),
+  ):
     piece = re.sub(f'(?:{mark})$', rf'\\text{{{word}}}' if word else '', piece)
   tail = TAIL.fullmatch(piece)
   if not tail or not tail[1].strip():
@@ -547,8 +569,10 @@ def _scaled(body: str, factor: int) -> str:
     return rf'{factor} \cdot ({body})'
   sign, whole, part = match[1], match[2], match[3] or ''
   above, below = int((whole + part) or '0') * factor, 10 ** len(part)
-  return f'{sign}{above // below}' if above % below == 0 else (
-    rf'{sign}\frac{{{above}}}{{{below}}}'
+  return (
+    f'{sign}{above // below}'
+    if above % below == 0
+    else (rf'{sign}\frac{{{above}}}{{{below}}}')
   )
 
 
@@ -590,9 +614,7 @@ def same_units(left: Read, right: Read) -> bool:
   pairs = {unit for unit in left.units if unit}, {unit for unit in right.units if unit}
   if pairs[0] <= pairs[1]:
     return True  # unknown words too
-  return left.lawful and (
-    not pairs[1] or any(map(generic, (*pairs[0], *pairs[1])))
-  )
+  return left.lawful and (not pairs[1] or any(map(generic, (*pairs[0], *pairs[1]))))
 
 
 def _interval(text: str) -> tuple[str, str] | None:
@@ -616,7 +638,9 @@ def _interval(text: str) -> tuple[str, str] | None:
 
 def intervals(text: str) -> Read | None:
   """Reads inequalities of one name as intervals; None if there are none."""
-  builder = re.fullmatch(r'\\\{ *[a-zA-Z] *(?:\\in *\\mathbb\{R\} *)?[|:](.*)\\\}', text)
+  builder = re.fullmatch(
+    r'\\\{ *[a-zA-Z] *(?:\\in *\\mathbb\{R\} *)?[|:](.*)\\\}', text
+  )
   parts = split(builder[1] if builder else text, LISTED)
   found = [span for span in map(_interval, map(_leadless, parts)) if span]
   if len(found) != len(parts) or len({name for name, _ in found}) != 1:
@@ -629,8 +653,10 @@ def signs(text: str) -> str:
   r"""Writes \pm a as the list of both."""
   parts = []
   for part in split(text, ','):
-    both = [part.replace(r'\pm', sign).replace(r'\mp', other)
-            for sign, other in (('+', '-'), ('-', '+'))]
+    both = [
+      part.replace(r'\pm', sign).replace(r'\mp', other)
+      for sign, other in (('+', '-'), ('-', '+'))
+    ]
     parts += dict.fromkeys(both)
   return ','.join(parts)
 
@@ -643,9 +669,12 @@ VALUE = frozenset(
   \mp \in \angle \triangle {' '.join(chr(92) + name for name in GREEK.split('|'))}
   """.split()
 ) | {rf'\{name.title()}' for name in GREEK.split('|')}
-TOKEN = re.compile(r'\\text\{[^{}]*\}|\\(?:begin|end|mathbb)\{[^{}]*\}|\\[a-zA-Z]+|\\.|\S')
-ALPHABET = frozenset('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'
-                     '+-*/^_(){}[],.;&')
+TOKEN = re.compile(
+  r'\\text\{[^{}]*\}|\\(?:begin|end|mathbb)\{[^{}]*\}|\\[a-zA-Z]+|\\.|\S'
+)
+ALPHABET = frozenset(
+  'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-*/^_(){}[],.;&'
+)
 COUNTING = ('!', r'\binom', r'\choose', r'\dbinom', r'\tbinom')
 FUNCTION = frozenset(rf'\{name}' for name in FUNCTIONS)
 # A number to a whole power is an operation; 2^{1/3} and e^{-1} are plain numbers.

@@ -9,9 +9,17 @@ we differ, on purpose: without a \boxed the grade reads the first <answer>, whic
 reference intends. Its helper returns the whole text there. Only the last MAX_TEXT
 characters are read.
 'strict' reads the last \boxed with balanced braces, within the last <answer> if there
-is one. It also compares numbers as numbers and expressions as expressions
-(symbolic.py: math-verify in a process that can be killed). A hedge or a false equation
-around the right number is wrong ('7x = 5' for 5).
+is one. Empty boxes behind it are passed over, and boxes that only ',', 'and' or 'or'
+part are one list. `latex` has the grammar of an answer, symbolic.py compares values
+(math-verify, exactly, in a process that can be killed). So:
+- An operation or a word that the truth has not is wrong ('2\times3' for 6, '5 more').
+- A unit may be left out or added, not changed. Only known units and plural nouns of
+  word problems may be added. 'thousand' and 'dozen' multiply.
+- A name before '=' is dropped. What else stands there must be equal: '8 + 23 = 31' is
+  right for 31, '7x = 5' is wrong for 5. A leading \approx is dropped.
+- An inequality of one variable equals its interval.
+- Plain text counts as LaTeX: pi/2, exp(16), sqrt(3), 1.6e-19, 1 1/4.
+- Where brackets are in doubt the truth decides: '3,5' equals '\{3,5\}'.
 """
 
 import fractions
@@ -45,7 +53,9 @@ FRACTION = re.compile(r'(-?)\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}')
 DEGREES = (r'^{\circ}', r'^\circ')
 BASE = re.compile(r'[0-9]_(\{[^{}]*\}|.)')
 # What may stand between two boxes of one list.
-BETWEEN = re.compile(r'(?:\s|\$|\\[()\[\]]|,|;|&|\b(?:and|or)\b|\\text\{ *(?:and|or) *\})*')
+BETWEEN = re.compile(
+  r'(?:\s|\$|\\[()\[\]]|,|;|&|\b(?:and|or)\b|\\text\{ *(?:and|or) *\})*'
+)
 MAX_BOXES = 30
 GROUP = re.compile(r'[(\[]|\\\{|\\[pm]{2}(?![a-z])')  # several values in one body
 
