@@ -247,7 +247,7 @@ def _word(match: re.Match) -> str:
   """Rewrites a command or a bare word."""
   word = match[0].strip()
   if word.startswith('\\'):
-    return ALIAS.get(word[1:], match[0])
+    return str(ALIAS.get(word[1:], match[0]))
   if word in ('infinity', 'inf', 'oo'):
     return ALIAS[word]
   behind = match.string[match.end() :].lstrip()[:1]
@@ -433,7 +433,7 @@ class Read(NamedTuple):
   names: list[str]  # what stands before '='; '' without one
   bodies: list[str]  # one a value
   units: list[tuple]  # of each value: ((name, power), ...); () without one
-  claims: list[tuple[str, str]]  # what it says is equal beside that
+  claims: list[tuple[str, ...]]  # what it says is equal beside that
   lawful: bool  # whether its units are known
 
 
@@ -703,7 +703,7 @@ def forms(text: str, truth: bool = False) -> set[str]:
       found.add('function')
     elif token in COUNTING:
       found.add('counting')
-    elif re.match(r'\\[a-zA-Z]+|.+', token)[0] not in VALUE and token not in ALPHABET:
+    elif re.sub(r'(?<=[a-zA-Z])\{.*', '', token) not in VALUE and token not in ALPHABET:
       found.add(token)
   plain = re.sub(r'\s', '', LETTER.sub(',', text))
   if RING.search(plain):

@@ -238,19 +238,17 @@ def equal(left: str | None, right: str) -> bool:
 def _readings(left: str, right: str) -> Iterator[tuple[latex.Read, latex.Read]]:
   """Yields the ways to read both: without names, as they stand, as intervals."""
   for named in (True, False):
-    sides = latex.read(left, named), latex.read(right, named)
-    names = [side.names for side in sides if side and any(side.names)]
-    if None not in sides and not (len(names) == 2 and names[0] != names[1]):
-      yield sides
+    one, other = latex.read(left, named), latex.read(right, named)
+    if one and other:
+      names = [side.names for side in (one, other) if any(side.names)]
+      if len(names) < 2 or names[0] == names[1]:
+        yield one, other
     if '=' not in left + right:
       break
-  spans = [latex.intervals(text) for text in (left, right)]
-  if any(spans):
-    sides = [
-      span or latex.read(text) for span, text in zip(spans, (left, right), strict=True)
-    ]
-    if None not in sides and len({side.names[0] for side in sides} - {''}) < 2:
-      yield tuple(sides)
+  spans = latex.intervals(left), latex.intervals(right)
+  one, other = spans[0] or latex.read(left), spans[1] or latex.read(right)
+  if any(spans) and one and other and len({one.names[0], other.names[0]} - {''}) < 2:
+    yield one, other
 
 
 def _bases_differ(left: str, right: str) -> bool:
@@ -267,11 +265,11 @@ def _same(left: latex.Read, right: latex.Read) -> bool:
   bodies = [','.join(side.bodies) for side in (left, right)]
   if len(left.bodies) != len(right.bodies) and not GROUP.search(''.join(bodies)):
     return False
-  values = [value(body) for body in bodies]
-  if None not in values:
+  mine, its = (value(body) for body in bodies)
+  if mine is not None and its is not None:
     percent = [latex.PERCENT in side.units for side in (left, right)]
     factors = (1, 100) if percent[0] != percent[1] else (1,)
-    more, less = values if percent[0] else values[::-1]
+    more, less = (mine, its) if percent[0] else (its, mine)
     if not any(more == factor * less for factor in factors):
       return False
   elif latex.forms(bodies[0]) - latex.forms(bodies[1], truth=True):

@@ -145,10 +145,10 @@ def verify(left: str, right: str) -> bool:
   takes what is below 1e-15 for zero.
   """
   import math_verify  # half a second, and sympy: only here
-  from math_verify import grader
+  from math_verify import grader, parser
 
   no_limit: Any = None  # the pool has one
-  form = math_verify.parser.NormalizationConfig(
+  form = parser.NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed='none'
   )
   latex = [math_verify.LatexExtractionConfig(normalization_config=form)]
