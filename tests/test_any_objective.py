@@ -285,6 +285,7 @@ def test_groups_of_equal_rewards_are_skipped():
   )
   assert (plain[0].own['scale'][4:] > 0).all() and 'groups_skipped' not in plain[1]
   assert skipped[1]['groups_skipped'] == 0.5
+  assert not {'logp_old', 'logp_ref', 'kl_ref'} & plain[1].keys()
   assert not skipped[0].weight[4:].any() and not skipped[0].own['scale'][4:].any()
   # A mean over the tokens of what is left: 1 / (norm of two * tokens of one).
   close(skipped[0].own['scale'][:4], np.full(4, 2 / 10))

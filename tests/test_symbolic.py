@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_tasks import EXAMPLES, PIECES, example_of, most_of
 
 from dmpo_jax import grader
-from dmpo_jax.tasks import TASKS, answers, math, symbolic
+from dmpo_jax.tasks import TASKS, answers, latex, math, symbolic
 
 HALF = {'problem': '?', 'solution': r'\boxed{\frac{1}{2}}'}
 HANGS = (r'9^{9^{9^9}}', r'1000000!', r'\binom{1000000}{500000}')
@@ -70,7 +70,7 @@ def test_a_hung_worker_does_not_delay_the_others():
   assert graded.reward[0] == 0.0 and (graded.reward[1:] == 2.0).all()
   (lost,) = graded.failed
   assert lost == {
-    'answer': HANGS[0],
+    'answer': latex.clean(HANGS[0]),
     'truth': 'x+1',
     'reason': 'killed at its deadline',
   }
@@ -209,6 +209,10 @@ ATTACKS = [
   '__import__("os").system("true")',
   '\x1b[31m',
   '<answer>' + '9' * 10**5,
+  '\\,' * 450 + '!',
+  '\\text{cm} ' * 99 + '!',
+  '(' + 'ab' * 450 + '=5',
+  '0.' + '12' * 490,
 ]
 
 

@@ -9,16 +9,24 @@ we differ, on purpose: without a \boxed the grade reads the first <answer>, whic
 reference intends. Its helper returns the whole text there. Only the last MAX_TEXT
 characters are read.
 'strict' reads the last \boxed with balanced braces, within the last <answer> if there
-is one. It also compares numbers as numbers and expressions as expressions
-(symbolic.py: math-verify in a process that can be killed). A hedge or a false equation
-around the right number is wrong ('7x = 5' for 5).
+is one. Empty boxes behind it are passed over, and boxes that only ',', 'and' or 'or'
+part are one list. `latex` has the grammar of an answer, symbolic.py compares values
+(math-verify, exactly, in a process that can be killed). So:
+- An operation or a word that the truth has not is wrong ('2\times3' for 6, '5 more').
+- A unit may be left out or added, not changed. Only known units and plural nouns of
+  word problems may be added. 'thousand' and 'dozen' multiply.
+- A name before '=' is dropped. What else stands there must be equal: '8 + 23 = 31' is
+  right for 31, '7x = 5' is wrong for 5. A leading \approx is dropped.
+- An inequality of one variable equals its interval.
+- Plain text counts as LaTeX: pi/2, exp(16), sqrt(3), 1.6e-19, 1 1/4.
+- Where brackets are in doubt the truth decides: '3,5' equals '\{3,5\}'.
 """
 
 import fractions
 import re
 from collections.abc import Iterator
 
-from dmpo_jax.tasks import answers, datasets, gsm8k, symbolic
+from dmpo_jax.tasks import answers, datasets, gsm8k, latex, symbolic
 from dmpo_jax.types import Task
 
 CHAT = """You are an expert in mathematics. Solve the problem step by step. \
@@ -43,30 +51,22 @@ TEMPLATES = {
 }
 FRACTION = re.compile(r'(-?)\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}')
 DEGREES = (r'^{\circ}', r'^\circ')
-DOUBT = re.compile(r'\b(?:not|maybe|perhaps|probably)\b')
-UNIT = re.compile(
-  rf'(.*\S) *\\text\{{ (?![^{{}}]*(?:\b(?:or|and)\b|{DOUBT.pattern}))'
-  r'[a-zA-Z. /]+\}(?:\^\{?[23]\}?)?\.?',
-  re.DOTALL,
-)
-JOINED = re.compile(r'(,|\\text\{ *(?:or|and) *\})')
-GREEK = (
-  'alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|'
-  'rho|sigma|tau|phi|varphi|chi|psi|omega'
-)
-NAME = re.compile(  # the left side of an answer such as x = 5: x, y_1, f(x), \theta
-  rf'(?:[a-zA-Z]+|\\(?i:{GREEK})|m?\\angle[a-zA-Z0-9]+'
-  r'|\\(?:text|mathrm|mathbf|vec|overline)\{[a-zA-Z]+\})'
-  r"(?:_(?:[a-zA-Z0-9]|\{[a-zA-Z0-9]+\}))?(?:'*|\^\{-1\})(?:\([^()]*\))?"
-)
 BASE = re.compile(r'[0-9]_(\{[^{}]*\}|.)')
-SIGN = re.compile(r'\^\{\\circ\}|\^\\circ|\\?\$|\\%')
+# What may stand between two boxes of one list.
+BETWEEN = re.compile(
+  r'(?:\s|\$|\\[()\[\]]|,|;|&|\b(?:and|or)\b|\\text\{ *(?:and|or) *\})*'
+)
+MAX_BOXES = 30
+GROUP = re.compile(r'[(\[]|\\\{|\\[pm]{2}(?![a-z])')  # several values in one body
 
 
 def _read(path: str) -> Iterator[dict]:
   for line, record in datasets.read_texts(path, ('problem', 'solution')):
-    if answers.last_boxed(record['solution']) is None:
+    boxed = answers.last_boxed(record['solution'])
+    if boxed is None:
       raise ValueError(f'{path}:{line}: the solution has no \\boxed answer')
+    if not latex.clean(boxed):
+      raise ValueError(f'{path}:{line}: the last \\boxed of the solution is empty')
     yield record
 
 
@@ -106,10 +106,10 @@ def reward(text: str, example: dict, protocol: str) -> dict[str, float]:
   answers.choose('protocol', protocol, answers.PROTOCOLS)
   text = answers.clip(text)
   if protocol == 'strict':
-    answer = answers.last_answer(text)
-    boxed = answer is not None and answers.last_boxed(answer, strict=True) is not None
+    answer = _strict_answer(text)
+    boxed = answer is not None and answers.last_answer(text) is not None
     return {
-      'correctness': 2.0 * equal(_strict_answer(text), gold(example)),
+      'correctness': 2.0 * equal(answer, gold(example)),
       'format': 0.5 * answers.formatted(text.strip()) + 0.5 * boxed,
     }
   _, *parts = text.split('<answer>')
@@ -150,7 +150,9 @@ def answer(text: str, example: dict, protocol: str) -> str | None:
     return None
   exact = value(answer)
   try:
-    return normal(answer) if exact is None else str(exact)
+    if exact is not None:
+      return str(exact)
+    return latex.clean(answer) if protocol == 'strict' else normal(answer)
   except (ValueError, IndexError):
     return answer
 
@@ -168,9 +170,29 @@ def _rewarded(text: str) -> str:
 
 
 def _strict_answer(text: str) -> str | None:
-  r"""Returns the last \boxed, within the last <answer> if there is one, or None."""
+  r"""Returns the last \boxed, within the last <answer> if there is one, or None.
+
+  Empty boxes at the end are passed over. Boxes that only commas, 'and' or 'or' part
+  are one list.
+  """
   answer = answers.last_answer(text)
-  return answers.last_boxed(text if answer is None else answer, strict=True)
+  text = text if answer is None else answer
+  found = []
+  for _ in range(MAX_BOXES):
+    start, boxed = text.rfind('\\boxed'), answers.last_boxed(text, strict=True)
+    if boxed is None:
+      break
+    if latex.clean(boxed):
+      found.insert(0, boxed)
+      text = text[:start]
+      between = text[text.rfind('}') + 1 :] if '\\boxed' in text else 'none'
+      if not BETWEEN.fullmatch(between) or not re.search(r'[,;a-z]', between):
+        break
+      if not text[: len(text) - len(between)].endswith('}'):
+        break
+    else:
+      text = text[:start]
+  return ','.join(found) if found else None
 
 
 # ---- equality
@@ -189,66 +211,82 @@ def equal_text(left: str, right: str) -> bool:
 
 
 def equal(left: str | None, right: str) -> bool:
-  """Returns whether two answers are equal as text, as numbers or as expressions.
+  """Returns whether two answers are equal by the grammar of `latex`.
 
-  None equals nothing. An answer that adds to the truth (another number, a false
-  equation) is not equal. Expressions are compared in a process that is killed at its
-  deadline.
+  None and an empty answer equal nothing. An answer that has a form, a word or a sign
+  beyond the truth's is not equal. Expressions are compared in a process that is
+  killed at its deadline.
   """
   if left is None:
     return False
-  left, right = _without_unit(left), _without_unit(right)
-  if '=' not in right:
-    left = _without_names(left)
-  elif '=' not in left:
-    right = _without_names(right)
-  if _adds(left, right):
+  left, right = latex.clean(left), latex.clean(right)
+  if not (left and right):
     return False
-  values = value(left), value(right)
-  if None not in values:
-    return values[0] == values[1]
-  # Compare each side of '=' on its own: `normal` would drop the left one.
-  sides = left.split('='), right.split('=')
-  same = len(sides[0]) == len(sides[1]) and all(map(equal_text, *sides))
-  return same or bool(left) and symbolic.equal(left, right)
-
-
-def _without_unit(text: str) -> str:
-  r"""Returns `text` without the unit at its end.
-
-  `normal` takes all that follows a '\text{ ' for a unit, so that space goes too.
-  """
-  text = text.strip()
-  unit = UNIT.fullmatch(text) if text.endswith(('}', '.', '2', '3')) else None
-  return (unit[1] if unit else text).replace('\\text{ ', '\\text{')
-
-
-def _without_names(text: str) -> str:
-  """Returns `text` without the names in it: 'x = 1, y_1 = 2' -> '1,2'."""
-  parts = JOINED.split(text)
-  for i, part in enumerate(parts):
-    name, equals, content = part.partition('=')
-    if equals and NAME.fullmatch(re.sub(r'\\[,;:! ]|\s', '', name)):
-      parts[i] = content.strip()
-  return ''.join(parts)
-
-
-def _adds(left: str, right: str) -> bool:
-  """Returns whether `left` has something that no way to write `right` has.
-
-  That is an equation, a sign within a number, a doubt, or another base.
-  """
-  if '=' in left and '=' not in right:
+  if latex.squeeze(left) == latex.squeeze(right):
     return True
+  if max(len(left), len(right)) > latex.MAX_LENGTH:
+    return False
+  said = latex.words(right) if '\\text' in left + right else None
+  if said and said == latex.words(left):
+    return True
+  if _bases_differ(left, right):
+    return False
+  right = right if BASE.search(left) else BASE.sub(lambda m: m[0][0], right)
+  return any(_same(*sides) for sides in _readings(left, right))
+
+
+def _readings(left: str, right: str) -> Iterator[tuple[latex.Read, latex.Read]]:
+  """Yields the ways to read both: without names, as they stand, as intervals."""
+  for named in (True, False):
+    one, other = latex.read(left, named), latex.read(right, named)
+    if one and other:
+      names = [side.names for side in (one, other) if any(side.names)]
+      if len(names) < 2 or names[0] == names[1]:
+        yield one, other
+    if '=' not in left + right:
+      break
+  spans = latex.intervals(left), latex.intervals(right)
+  one, other = spans[0] or latex.read(left), spans[1] or latex.read(right)
+  if any(spans) and one and other and len({one.names[0], other.names[0]} - {''}) < 2:
+    yield one, other
+
+
+def _bases_differ(left: str, right: str) -> bool:
   bases = [
     sorted(base.strip('{ }') for base in BASE.findall(text)) for text in (left, right)
   ]
-  if all(bases) and bases[0] != bases[1]:
+  return bool(bases[0]) and bases[0] != bases[1]
+
+
+def _same(left: latex.Read, right: latex.Read) -> bool:
+  """Returns whether values and units agree and what `left` claims beside is true."""
+  if right.claims or not latex.same_units(left, right):
+    return False
+  bodies = [','.join(side.bodies) for side in (left, right)]
+  if len(left.bodies) != len(right.bodies) and not GROUP.search(''.join(bodies)):
+    return False
+  mine, its = (value(body) for body in bodies)
+  if mine is not None and its is not None:
+    percent = [latex.PERCENT in side.units for side in (left, right)]
+    factors = (1, 100) if percent[0] != percent[1] else (1,)
+    more, less = (mine, its) if percent[0] else (its, mine)
+    if not any(more == factor * less for factor in factors):
+      return False
+  elif latex.forms(bodies[0]) - latex.forms(bodies[1], truth=True):
+    return False
+  elif not _equal_values(*bodies):
+    return False
+  return all(_equal_values(*claim) for claim in left.claims)
+
+
+def _equal_values(left: str, right: str) -> bool:
+  """Returns whether two expressions are equal, whatever their forms."""
+  if latex.squeeze(left) == latex.squeeze(right):
     return True
-  split_number = lambda text: re.search(
-    r'[0-9.]#+[0-9.]', SIGN.sub('#', ''.join(text.replace('\\!', '').split()))
-  )
-  return any(find(left) and not find(right) for find in (split_number, DOUBT.search))
+  values = value(left), value(right)
+  if None not in values:
+    return values[0] == values[1]
+  return symbolic.equal(*(latex.signs(text) for text in (left, right)))
 
 
 def normal(text: str) -> str:
@@ -316,19 +354,16 @@ def value(text: str) -> fractions.Fraction | None:
   """
   if len(text) > gsm8k.MAX_DIGITS:
     return None
-  text = text.replace('{,}', ',').replace('\N{MINUS SIGN}', '-')
-  for removed in (*DEGREES, '\\$', '$', '\\!'):
+  text = latex.clean(text).replace(',\\!', ',')
+  for removed in DEGREES:
     text = text.replace(removed, '')
-  text = text.strip().replace('dfrac', 'frac').replace('tfrac', 'frac')
-  try:
-    fraction = FRACTION.fullmatch(_braced_fractions(text))
-  except IndexError:
-    return None
+  text = re.sub(r'^(-?)\s*\\\$\s*', r'\1', text.strip())
+  fraction = FRACTION.fullmatch(text)
   if fraction:
     sign, above, below = fraction.groups()
     sides = [int(f'{sign}1') * int(above), int(below)]
   else:
-    sides = text.split('/', 1)
+    sides = text.removeprefix('+').split('/', 1)
     if not all(gsm8k.EXACT.fullmatch(side.strip()) for side in sides):
       return None
     sides = [fractions.Fraction(side.strip().replace(',', '')) for side in sides]
@@ -346,7 +381,7 @@ def recall(question: str, truth: object) -> dict:
 
   The truth must be text whose braces pair.
   """
-  if isinstance(truth, str) and truth.strip():
+  if isinstance(truth, str) and latex.clean(truth):
     solution = f'\\boxed{{{truth}}}'
     if answers.last_boxed(solution) == truth:
       return {'problem': question, 'solution': solution}

@@ -17,29 +17,13 @@ import threading
 import types
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
+from unittest import mock
 
 import pebble
 
 MEMORY = 4 << 30  # bytes of address space of a worker
+DIGITS = 500  # that numbers must share which are not rational
 MAX_LENGTH = 300  # characters; longer answers are compared as strings only
-# None of these is an operation.
-SPACING = re.compile(
-  r'\s|\\[!,:; ]|\\(?:left|right|quad|qquad)(?![a-zA-Z])'
-  r'|\^\\circ|\^\{\\circ\}'
-)
-RELATION = re.compile(
-  r'\\(?:leq?|geq?|neq?|in|cup|cap|to|text|mathrm)'
-  r'(?![a-zA-Z])'
-)
-TIMES = re.compile(r'\\(?:cdot|times|ast)(?![a-zA-Z])')
-# A number to a whole power is an operation; 2^{1/3} and e^{-1} are plain numbers.
-OPERATION = re.compile(
-  r'(?<=[0-9)\]}])\^\{?-?[0-9]+(?:\}|(?![0-9./]))|(?<![a-zA-Z])i\^|!'
-  r'|(?<=[0-9a-zA-Z)\]}])(?:\+|-|\\pm|\\mp)'
-  r'|(?<=[0-9)\]}])\*+(?:[(\[{]*[-+]?[.0-9]'
-  r'|\\[dt]?frac(?:\{[0-9]+\}\{[0-9]+\}|[0-9][0-9]))'
-  r'|\\(?:div|binom|sum|prod|int|lim|lfloor|lceil|gcd|bmod)(?![a-zA-Z])'
-)
 DECIMAL = re.compile(r'(?<![0-9])([0-9]*)\.([0-9]+)')
 _state = types.SimpleNamespace(pool=None, workers=0, deadline=3.0, failed={})
 _lock = threading.Lock()
@@ -157,26 +141,44 @@ def _confine() -> None:
 def verify(left: str, right: str) -> bool:
   """Returns whether `left` equals `right`, the truth; both without \\boxed.
 
-  We are stricter than math-verify in two ways, each only if the truth has none. An
-  operation left to do is no answer: it would accept 1+1 for 2. Decimals are exact: it
-  would compare six digits.
+  Numbers are exact, unlike math-verify's, which compares six digits of decimals and
+  takes what is below 1e-15 for zero.
   """
   import math_verify  # half a second, and sympy: only here
+  from math_verify import grader, parser
 
-  if not DECIMAL.search(right):
-    left = DECIMAL.sub(lambda m: rf'\frac{{{m[1]}{m[2]}}}{{1{"0" * len(m[2])}}}', left)
-  latex = [math_verify.LatexExtractionConfig()]
   no_limit: Any = None  # the pool has one
+  form = parser.NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed='none'
+  )
+  latex = [math_verify.LatexExtractionConfig(normalization_config=form)]
+  exact = lambda m: rf'\frac{{{m[1]}{m[2]}}}{{1{"0" * len(m[2])}}}'
   truth, answer = (
-    math_verify.parse(f'${text}$', latex, parsing_timeout=no_limit)
+    math_verify.parse(f'${DECIMAL.sub(exact, text)}$', latex, parsing_timeout=no_limit)
     for text in (right, left)
   )
-  if not truth or not answer or _operates(left) and not _operates(right):
+  if not truth or not answer:
     return False
-  return bool(math_verify.verify(truth, answer, timeout_seconds=None))
+  with mock.patch.object(grader, 'sympy_numeric_eq', _numbers_equal):
+    return bool(math_verify.verify(truth, answer, timeout_seconds=None))
 
 
-def _operates(text: str) -> bool:
-  """Returns whether there is an operation: '1+1', '2\\cdot3', '5!', 'x-1', not '-1'."""
-  plain = RELATION.sub(',', TIMES.sub('*', SPACING.sub('', text)))
-  return bool(OPERATION.search(plain))
+def _numbers_equal(left: Any, right: Any, *_: int) -> bool:
+  """Takes the place of math-verify's numeric comparison, which rounds."""
+  import sympy
+
+  if isinstance(left, sympy.MatrixBase) or isinstance(right, sympy.MatrixBase):
+    left, right = left.doit(), right.doit()
+    return left.shape == right.shape and all(
+      map(_numbers_equal, left.flat(), right.flat())
+    )
+  left, right = (
+    side.doit() if isinstance(side, sympy.Expr) else side for side in (left, right)
+  )
+  if left == right or left.is_Rational and right.is_Rational:
+    return bool(left == right)
+  if left.free_symbols or right.free_symbols:
+    return False  # left to math-verify's symbolic comparison
+  difference = (left - right).evalf(DIGITS, maxn=2 * DIGITS)
+  size = abs(left.evalf(DIGITS)) + abs(right.evalf(DIGITS))
+  return bool(abs(difference) < size * sympy.Float(10) ** (20 - DIGITS))
