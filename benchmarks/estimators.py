@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import data, layout, logprob, masking, model, rng, sampler
+from dmpo_jax import data, layout, logprob, masking, model, rng, sampler, types
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import dmpo, gdpo
 from dmpo_jax.sampler import picks, unmask
@@ -199,7 +199,7 @@ def estimators(case, hp):
   for name, how in ELBOS.items():
 
     def elbo(out, key, row_R, how=how):
-      return elbo_gap(case, out, logprob.draw(key, row_R, length, how))
+      return elbo_gap(case, out, logprob.draw(key, row_R, types.Canvas(length), how))
 
     found[name] = elbo, True, 2 * how.draws
   found['Gauss nodes, 3 draws'] = (
@@ -634,7 +634,7 @@ def run(args):
 
   def slopes(out):
     masks = masking.draw_even(
-      rng.key_for(1, 'mask'), ids, length, args.masks, (0.0, 1.0)
+      rng.key_for(1, 'mask'), ids, types.Canvas(length), args.masks, (0.0, 1.0)
     )
     masks = masks._replace(weight=jnp.full(masks.weight.shape, 1 / args.masks))
     return slopes_of(case, out.tokens, out.valid, masks)

@@ -32,7 +32,7 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parts import is_adapter, optimizer_of, problems
 from dmpo_jax.rollout import Collector
 from dmpo_jax.tasks import TASKS, symbolic
-from dmpo_jax.types import Params, Rollouts, Sampled, Task, TrainBatch
+from dmpo_jax.types import GIVEN, Params, Rollouts, Sampled, Task, TrainBatch
 
 __all__ = ['build', 'is_adapter', 'optimizer_of', 'problems']
 
@@ -272,8 +272,9 @@ def make_sample(
   def sample(params, tokens, valid, row, seed):
     keys_R = rng.row_keys(rng.key_for(seed, stream), row)
     out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, records)
-    completion = masking.completion_mask(out.tokens[:, -hp.length :], cfg.eos_id)
-    return Sampled(out, completion, row)
+    own = out.order != GIVEN
+    stop = model.is_stop(cfg, out.tokens[:, -hp.length :]) & own
+    return Sampled(out, masking.completion_mask(stop) & own, row)
 
   seed = np.uint32(c.seed)
   if section.parallel == 'pmap':

@@ -20,6 +20,7 @@ from dmpo_jax.types import (
   BoolRKL,
   BoolRL,
   BoolRS,
+  Canvas,
   FloatR,
   FloatRKL,
   IntR,
@@ -40,13 +41,15 @@ class LogprobConfig(rules.Section):
   NAME = 'logprob'
   OWN = {
     'estimator': rules.one_of('elbo', 'trajectory'),
-    'elbo': rules.one_of('paper', 'stratified'),
+    'elbo': rules.one_of('paper', 'stratified', 'order'),
     'draws': rules.least(1),
     'states': rules.least(0),
   }
 
   estimator: str = 'elbo'  # elbo | trajectory (along the recorded unmasking steps)
-  elbo: str = 'paper'  # masks of the ELBO: paper (Bernoulli, L/m) | stratified
+  # Masks of the ELBO: paper (Bernoulli, L/m; in attention blocks 1..W of each) |
+  # stratified | order (attention blocks: one random order, each token read once).
+  elbo: str = 'paper'
   draws: int = 4  # masked copies of a completion
   low: float = 0.1  # paper: mask ratio ~ U(low, high)
   high: float = 1.0  # paper: upper end of the mask ratio, at most 1
@@ -213,12 +216,14 @@ def chosen_logp(
 # --- ELBO
 
 
-def draw(key: AnyKey, row_R: IntR, length: int, hp: LogprobConfig) -> Masks:
+def draw(key: AnyKey, row_R: IntR, canvas: Canvas, hp: LogprobConfig) -> Masks:
   """Draws the masks of the ELBO that `hp` describes."""
   if hp.elbo == 'stratified':
-    return masking.draw_stratified(key, row_R, length, hp.draws)
+    return masking.draw_stratified(key, row_R, canvas, hp.draws)
+  if hp.elbo == 'order':
+    return masking.draw_order(key, row_R, canvas)
   rates = hp.low, hp.high
-  return masking.draw_bernoulli(key, row_R, length, hp.draws, rates, hp.antithetic)
+  return masking.draw_bernoulli(key, row_R, canvas, hp.draws, rates, hp.antithetic)
 
 
 def copy_sums(x_RxKxL: FloatRKL, weight_RxKxL: Array) -> Array:

@@ -13,13 +13,22 @@ from scipy.special import betainc
 
 from dmpo_jax import rng
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.types import Array, BoolRKL, BoolRKP, BoolRL, BoolRP, IntR, IntRL, Masks
+from dmpo_jax.types import (
+  Array,
+  BoolRKL,
+  BoolRKP,
+  BoolRL,
+  BoolRP,
+  Canvas,
+  IntR,
+  IntRL,
+  Masks,
+)
 
 
-def completion_mask(completion_RxL: IntRL, eos_id: int) -> BoolRL:
-  """Returns True up to and including the first EOS of each completion."""
-  eos = completion_RxL == eos_id
-  return jnp.cumsum(eos, axis=1) - eos == 0
+def completion_mask(stop_RxL: BoolRL) -> BoolRL:
+  """Returns True up to and including the first stop of each completion."""
+  return jnp.cumsum(stop_RxL, axis=1) - stop_RxL == 0
 
 
 def per_copy(masked_RxKxL: BoolRKL, weight_RxK: Array) -> Masks:
@@ -32,10 +41,82 @@ def masked_count(masked_RxKxL: BoolRKL) -> Array:
   return jnp.maximum(jnp.sum(masked_RxKxL, axis=-1), 1)
 
 
+def draw_blocks(
+  key: AnyKey, row_R: IntR, canvas: Canvas, draws: int, spread: bool = False
+) -> Masks:
+  """Draws 1..n of the n free tokens of each attention block, in each copy on its own.
+
+  Every count is equally likely, and the weight of a token is n / count: the mean over
+  copies of the weighted sum is unbiased for the ELBO, a sum over blocks. spread: a
+  copy's counts are stratified over its blocks, and a block's over the copies; each
+  alone keeps its law.
+  """
+  blocks = canvas.length // canvas.block
+
+  def of_row(key, free_L):
+    key_count, key_order = jax.random.split(key)
+    free = free_L.reshape(blocks, canvas.block)
+    total = jnp.sum(free, axis=1)
+    at = jax.random.uniform(key_count, (draws, blocks))
+    if spread:
+      at = lattice(key_count, draws, blocks)
+    count = jnp.minimum(jnp.floor(at * total[None]).astype(jnp.int32) + 1, total[None])
+    noise = jax.random.uniform(key_order, (draws, *free.shape))
+    rank = jnp.argsort(jnp.argsort(jnp.where(free[None], noise, 2.0), -1), -1)
+    weight = total[None] / jnp.maximum(count, 1)
+    masked = (rank < count[..., None]) & free[None]
+    weight = jnp.broadcast_to(weight[..., None], masked.shape)
+    return [x.reshape(draws, -1) for x in (masked, weight)]
+
+  return Masks(*jax.vmap(of_row)(rng.row_keys(key, row_R), free_of(canvas, row_R)))
+
+
+def lattice(key: AnyKey, draws: int, blocks: int) -> Array:
+  """Returns (draws, blocks) uniforms, stratified over both axes: K and B strata."""
+  key_block, key_place, key_copy = jax.random.split(key, 3)
+  place = jax.random.permutation(key_block, blocks) + jax.random.uniform(
+    key_place, (blocks,)
+  )
+  copy = jax.vmap(lambda key: jax.random.permutation(key, draws))(
+    jax.random.split(key_copy, blocks)
+  )
+  return (place[None] / blocks + copy.T / draws) % 1.0
+
+
+def draw_order(key: AnyKey, row_R: IntR, canvas: Canvas) -> Masks:
+  """Draws one random order of each attention block: W copies, each token read once.
+
+  Copy k masks all but the first k free tokens, and reads the next. The mean over copies
+  of the weighted sum is unbiased for the ELBO; it varies only as the orders differ.
+  """
+  noise = lambda key: jax.random.uniform(key, (canvas.length,))
+  free = free_of(canvas, row_R)
+  noise = jnp.where(free, rng.per_row(key, row_R, noise), 2.0)
+  noise = noise.reshape(len(free), -1, canvas.block)
+  rank = jnp.argsort(jnp.argsort(noise, -1), -1).reshape(free.shape)
+  return in_rounds(jnp.where(free, rank, -1), canvas.block)
+
+
+def in_rounds(round_RxL: IntRL, rounds: int) -> Masks:
+  """Returns copies of the states before each round, which read its tokens.
+
+  round_RxL: the round that unmasks each token; -1: it is never masked.
+  """
+  at = jnp.arange(rounds)[None, :, None]
+  masked, now = round_RxL[:, None] >= at, round_RxL[:, None] == at
+  return Masks(masked, jnp.where(now, jnp.float32(rounds), 0.0))
+
+
+def free_of(canvas: Canvas, row_R: IntR) -> Array:
+  """Returns the positions that may be masked, (R, L) bool."""
+  every = jnp.ones((len(row_R), canvas.length), bool)
+  return every if canvas.free is None else canvas.free
+
+
 def draw_bernoulli(
   key: AnyKey,
   row_R: IntR,
-  length: int,
+  canvas: Canvas,
   draws: int,
   rates: tuple = (0.1, 1.0),
   antithetic: bool = True,
@@ -45,9 +126,12 @@ def draw_bernoulli(
   With `antithetic` the second half of the copies is the complement of the first.
   The weight is L / max(m, 1) with m masked positions. DMPO's WDCE; the release's
   range is [0.1, 1.0), although its comment says [0.1, 0.9] (dmpo_trainer.py:135-150).
-  ValueError if `antithetic` and `draws` is odd.
+  The blocks of a block-causal model are drawn by `draw_blocks`. ValueError if
+  `antithetic` and `draws` is odd.
   """
-  fresh = fresh_copies(draws, antithetic)
+  if canvas.block:
+    return draw_blocks(key, row_R, canvas, draws)
+  length, fresh = canvas.length, fresh_copies(draws, antithetic)
 
   def of_row(key):
     key_rate, key_mask = jax.random.split(key)
@@ -86,7 +170,7 @@ def count_law(length: int, low: float, high: float) -> np.ndarray:
 def draw_even(
   key: AnyKey,
   row_R: IntR,
-  length: int,
+  canvas: Canvas,
   draws: int,
   rates: tuple = (0.1, 1.0),
   antithetic: bool = True,
@@ -97,7 +181,9 @@ def draw_even(
   counts of the J fresh copies come from J equal parts of `count_law`, one each, in
   random order.
   """
-  fresh = fresh_copies(draws, antithetic)
+  if canvas.block:
+    return draw_blocks(key, row_R, canvas, draws, spread=True)
+  length, fresh = canvas.length, fresh_copies(draws, antithetic)
   below = jnp.asarray(np.cumsum(count_law(length, *rates))[:-1], jnp.float32)
 
   def of_row(key):
@@ -112,14 +198,16 @@ def draw_even(
   return per_copy(masked, length / masked_count(masked))
 
 
-def draw_stratified(key: AnyKey, row_R: IntR, length: int, draws: int) -> Masks:
+def draw_stratified(key: AnyKey, row_R: IntR, canvas: Canvas, draws: int) -> Masks:
   """Draws exact masked counts, stratified over {0..L}, each with its complement.
 
   Counts are x_j = (k + j (L + 1) / J) mod (L + 1) with k ~ U{0..L} and J = draws / 2.
   The weight (L + 1) / x makes the estimate unbiased, empty copies included (ESPO,
   espo_trainer.py:55-75, stratifies over the rows of a device instead).
   """
-  pairs = fresh_copies(draws, True)
+  if canvas.block:
+    return draw_blocks(key, row_R, canvas, draws, spread=True)
+  length, pairs = canvas.length, fresh_copies(draws, True)
 
   def of_row(key):
     key_count, key_order = jax.random.split(key)
@@ -164,15 +252,17 @@ def draw_prompt(
   return rng.per_row(key, row_R, of_row) & valid_RxP[:, None]
 
 
-def draw_sft(key: AnyKey, row_R: IntR, length: int, floor: float = 1e-3) -> Masks:
+def draw_sft(key: AnyKey, row_R: IntR, canvas: Canvas, floor: float = 1e-3) -> Masks:
   """Draws LLaDA's SFT corruption: one copy, p = (1 - floor) t + floor, t ~ U(0, 1).
 
   The weight is 1 / p, so that the masked sum is an ELBO (LLaDA GUIDELINES.md).
   """
+  if canvas.block:
+    return draw_blocks(key, row_R, canvas, 1)
 
   def of_row(key):
     key_rate, key_mask = jax.random.split(key)
     rate = (1 - floor) * jax.random.uniform(key_rate, (1, 1)) + floor
-    return jax.random.uniform(key_mask, (1, length)) < rate, 1 / rate[:, 0]
+    return jax.random.uniform(key_mask, (1, canvas.length)) < rate, 1 / rate[:, 0]
 
   return per_copy(*rng.per_row(key, row_R, of_row))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dmpo_jax import logprob, rng
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.step import Rows, Setup, draw, in_microbatches, view
+from dmpo_jax.step import Rows, Setup, canvas_of, draw, in_microbatches, view
 from dmpo_jax.types import (
   Array,
   BoolRL,
@@ -63,8 +63,9 @@ def rows_of(sampled: Sampled, setup: Setup) -> Rows:
 
 def elbo_masks(part: Sampled, key: AnyKey, setup: Setup) -> Masks:
   """Draws config.logprob's masks of a rollout buffer."""
-  masks = logprob.draw(key, part.row, part.completion.shape[1], setup.logprob)
-  return masks._replace(sampled=sampled_of(part, setup))
+  rows = rows_of(part, setup)
+  masks = logprob.draw(key, part.row, canvas_of(setup.cfg, rows), setup.logprob)
+  return masks._replace(sampled=rows.sampled)
 
 
 class Policies(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmpo_jax import logprob, masking, optim, rng
+from dmpo_jax import logprob, masking, model, optim, rng
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.objectives.shared import Common
@@ -22,6 +22,7 @@ from dmpo_jax.types import (
   Array,
   BoolRL,
   BoolRS,
+  Canvas,
   IntR,
   IntRS,
   Masks,
@@ -119,6 +120,12 @@ def split_batch(batch: TrainBatch, microbatches: int) -> TrainBatch:
 # --- one pass under the loss's masks
 
 
+def canvas_of(cfg: ModelConfig, rows: Any) -> Canvas:
+  """Returns where masks may stand in the completions of Rows or a TrainBatch."""
+  length = rows.completion.shape[1]
+  return Canvas(length, cfg.block_causal, rows.sampled if cfg.block_causal else None)
+
+
 def draw(setup: Setup, key: AnyKey, rows: Any) -> Masks:
   """Draws the loss's masks of Rows or a TrainBatch."""
   length = rows.completion.shape[1]
@@ -127,6 +134,7 @@ def draw(setup: Setup, key: AnyKey, rows: Any) -> Masks:
     rows.tokens[:, -length:] != setup.cfg.eos_id,
     rows.valid[:, :-length],
     setup.law.block if setup.law else length,
+    canvas_of(setup.cfg, rows),
     rows.record,
   )
   masks = setup.objective.draw(key, rows.row, text, setup.hp)
@@ -165,7 +173,10 @@ def anchor(setup: Setup, params: Params, batch: TrainBatch, key: AnyKey) -> Arra
   """Returns -coef times the mean ELBO per token of the rollouts (DiPOD)."""
   common, length = setup.common, batch.completion.shape[1]
   masks = masking.draw_stratified(
-    rng.substream(key, 'anchor'), batch.row, length, common.elbo_draws
+    rng.substream(key, 'anchor'),
+    batch.row,
+    canvas_of(setup.cfg, batch),
+    common.elbo_draws,
   )
   masks = masks._replace(sampled=batch.sampled)
   elbo = logprob.elbo(setup.cfg, params, batch.tokens, batch.valid, masks) / length
@@ -280,10 +291,15 @@ def sft_step(
   which no kernel of it has a gradient.
   """
   total, cfg = tokens_RxS.shape[0], dataclasses.replace(setup.cfg, lora_rank=0)
+  canvas, block = Canvas(setup.length), cfg.block_causal
 
   def loss_fn(trainable, part):
-    tokens, valid, row = part
-    masks = masking.draw_sft(key, row, setup.length)
+    (tokens, valid, row), where = part, canvas
+    if block:
+      length = setup.length + block
+      tokens, valid, given = model.align(cfg, tokens, valid, setup.length, length)
+      where = Canvas(length, block, valid[:, -length:] & ~given)
+    masks = masking.draw_sft(key, row, where)
     logp = logprob.view_logp(cfg, trainable, tokens, masks, valid).logp
     nll = -logprob.seq_elbo(logp, masks.weight) / setup.length
     return jnp.sum(nll) / total, {}

@@ -74,6 +74,7 @@ FloatNDF = Float[Array, 'N D F']
 BoolR1TS = Bool[Array, 'R 1 #T S']
 FloatR1TX = Float[Array, 'R 1 T X']
 IntX = Int[Array, '*X']
+BoolX = Bool[Array, '*X']
 FloatX = Float[Array, '*X']
 FloatXV = Float[Array, '*X V']
 FloatXD = Float[Array, '*X D']
@@ -107,6 +108,9 @@ def _asked_for(self: tuple, name: str) -> Any:
   return value
 
 
+GIVEN = -2  # in Rollouts.order
+
+
 class Prompts(NamedTuple):
   """The prompts of one rollout buffer."""
 
@@ -121,7 +125,8 @@ class Rollouts(NamedTuple):
   tokens: IntRS  # prompt and completion; no mask token is left
   valid: BoolRS  # False on prompt padding
   # The row's own unmasking step of each token; -1: the token was never unmasked,
-  # it is an EOS after the row ended (sampler.eos_stop).
+  # it is an EOS after the row ended (sampler.eos_stop). GIVEN: it is a token of the
+  # prompt that shares an attention block with the completion.
   order: IntRL
   logp: FloatRL  # log-prob under the sampling law at that step
   forwards: IntScalar | None  # network evaluations spent on the batch
@@ -146,6 +151,19 @@ class Record(NamedTuple):
   more: dict[str, Array]  # (R, L) each, by name in sampler.RECORDS
 
 
+class Canvas(NamedTuple):
+  """Where masks may be drawn in the L tokens of a completion.
+
+  A model that sees the whole text has one block and every position is free. In the
+  blocks of a block-causal one only `free` positions are: neither the prompt's end nor
+  what was not sampled.
+  """
+
+  length: int  # L
+  block: int = 0  # tokens of an attention block; 0 = the model sees the whole text
+  free: BoolRL | None = None  # None: all
+
+
 class Text(NamedTuple):
   """What `Objective.draw` may read of the rows it masks."""
 
@@ -153,6 +171,7 @@ class Text(NamedTuple):
   words: BoolRL  # True where the token is not EOS
   prompt: BoolRP  # True on real prompt tokens
   block: int  # the sampler's block length
+  canvas: Canvas  # where masks may stand
   record: Record = NOT_ASKED  # only if Wants.records is set
 
   __getattribute__ = _asked_for

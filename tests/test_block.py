@@ -144,7 +144,7 @@ def test_a_prompt_shares_its_last_block_with_the_completion(case):
     wide = jnp.pad(prompt, ((0, 0), (3, 0)), constant_values=5)
     valid = jnp.arange(count + 3)[None] >= 3
     one, other = (
-      sampler.align(CFG, *args, L)
+      model.align(CFG, *args, 0, L)
       for args in ((prompt, jnp.ones((1, count), bool)), (wide, valid))
     )
     np.testing.assert_array_equal(one.tokens[:, -L:], other.tokens[:, -L:])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from dmpo_jax import layout, logprob, masking, model, rng
+from dmpo_jax import layout, logprob, masking, model, rng, types
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.types import Masks
 
@@ -160,7 +160,7 @@ def test_expectations(name, table):
   for stratified counts, L / (L + 1) of it for rates on (0, 1), and for the
   clamped rates what the integral over the rate says."""
   hp = ESTIMATORS[name]
-  draw = jax.jit(lambda rows: logprob.draw(KEY, rows, LENGTH, hp))
+  draw = jax.jit(lambda rows: logprob.draw(KEY, rows, types.Canvas(LENGTH), hp))
   masks = jax.device_get(draw(jnp.arange(ROWS)))
   assert masks.masked.shape == (ROWS, hp.draws, LENGTH)
   logp = table[reference.index_of(masks.masked)].astype(np.float32)
@@ -197,7 +197,7 @@ def test_what_was_not_sampled_has_no_part(name, tiny, params, table):
   np.testing.assert_array_equal(view(row).logp[0], logp)
   alone = table[2**short :, :short]  # the last token masked
   np.testing.assert_allclose(logp[: 2**short, :short], alone, atol=1e-5)
-  draw = jax.jit(lambda rows: logprob.draw(KEY, rows, LENGTH, hp))
+  draw = jax.jit(lambda rows: logprob.draw(KEY, rows, types.Canvas(LENGTH), hp))
   masks = jax.device_get(draw(jnp.arange(ROWS)))
   values = logprob.seq_elbo(logp[reference.index_of(masks.masked)], masks.weight)
   if name == 'paper':  # the factor L / m is of all L positions
@@ -216,7 +216,7 @@ def test_what_was_not_sampled_has_no_part(name, tiny, params, table):
 
 def test_sft_draw_is_an_elbo(table):
   """Weight 1/p makes the masked sum of SFT an ELBO, but for the floor."""
-  draw = jax.jit(lambda rows: masking.draw_sft(KEY, rows, LENGTH))
+  draw = jax.jit(lambda rows: masking.draw_sft(KEY, rows, types.Canvas(LENGTH)))
   masks = jax.device_get(draw(jnp.arange(40_000)))
   values = np.asarray(
     logprob.seq_elbo(table[reference.index_of(masks.masked)], masks.weight)

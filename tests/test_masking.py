@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax import layout, masking, rng
+from dmpo_jax import layout, masking, rng, types
 from dmpo_jax.types import Masks
 
 KEY = rng.key_for(0, 'mask', 1)
@@ -15,32 +15,36 @@ KEY = rng.key_for(0, 'mask', 1)
 DRAWS = {
   'free': jax.jit(
     lambda rows, low, high, length: masking.draw_bernoulli(
-      KEY, rows, length, 3, (low, high), antithetic=False
+      KEY, rows, types.Canvas(length), 3, (low, high), antithetic=False
     ),
     static_argnums=3,
   ),
   'bernoulli': jax.jit(
     lambda rows, low, high, length: masking.draw_bernoulli(
-      KEY, rows, length, 4, (low, high)
+      KEY, rows, types.Canvas(length), 4, (low, high)
     ),
     static_argnums=3,
   ),
   'stratified': jax.jit(
-    lambda rows, low, high, length: masking.draw_stratified(KEY, rows, length, 4),
+    lambda rows, low, high, length: masking.draw_stratified(
+      KEY, rows, types.Canvas(length), 4
+    ),
     static_argnums=3,
   ),
   'even': jax.jit(
-    lambda rows, low, high, length: masking.draw_even(KEY, rows, length, 4, (0.1, 0.9)),
+    lambda rows, low, high, length: masking.draw_even(
+      KEY, rows, types.Canvas(length), 4, (0.1, 0.9)
+    ),
     static_argnums=3,
   ),
   'even, free': jax.jit(
     lambda rows, low, high, length: masking.draw_even(
-      KEY, rows, length, 3, (0.1, 0.9), False
+      KEY, rows, types.Canvas(length), 3, (0.1, 0.9), False
     ),
     static_argnums=3,
   ),
   'sft': jax.jit(
-    lambda rows, low, high, length: masking.draw_sft(KEY, rows, length),
+    lambda rows, low, high, length: masking.draw_sft(KEY, rows, types.Canvas(length)),
     static_argnums=3,
   ),
 }
@@ -163,11 +167,11 @@ def test_even_counts_have_the_law_of_bernoulli(name):
 def test_odd_draws_are_refused():
   rows = jnp.arange(2)
   with pytest.raises(ValueError, match='even number of draws, not 3'):
-    masking.draw_bernoulli(KEY, rows, 4, 3)
+    masking.draw_bernoulli(KEY, rows, types.Canvas(4), 3)
   with pytest.raises(ValueError, match='even number of draws, not 5'):
-    masking.draw_stratified(KEY, rows, 4, 5)
+    masking.draw_stratified(KEY, rows, types.Canvas(4), 5)
   with pytest.raises(ValueError, match='even number of draws, not 3'):
-    masking.draw_even(KEY, rows, 4, 3)
+    masking.draw_even(KEY, rows, types.Canvas(4), 3)
 
 
 def test_sft_weight_undoes_the_rate():
@@ -205,7 +209,7 @@ def test_completion_mask():
     (1, 2, 3, 4, 9): [1, 1, 1, 1, 1],
     (1, 2, 3, 4, 5): [1, 1, 1, 1, 1],
   }
-  found = masking.completion_mask(jnp.asarray(list(rows)), 9)
+  found = masking.completion_mask(jnp.asarray(list(rows)) == 9)
   assert found.dtype == bool
   np.testing.assert_array_equal(found, np.array(list(rows.values()), bool))
 

@@ -352,7 +352,7 @@ def test_wdce_is_its_loop():
   masks, logp = masks_and_logp()
   weight = draw(7, R)
   want = loop_wdce(np.asarray(logp), np.asarray(masks.masked), weight)
-  close(dmpo.wdce(logp, masks.masked, jnp.asarray(weight)), want)
+  close(dmpo.wdce(logp, masks, jnp.asarray(weight)), want)
   value, metrics = dmpo.loss(
     ViewLogp(logp), masks, batch(weight, weight), dmpo.Config()
   )
@@ -363,9 +363,10 @@ def test_wdce_is_its_loop():
 def test_empty_draws_weigh_nothing():
   """Rows without a masked position: loss 0 and finite gradients."""
   empty = jnp.zeros((R, K, L), bool)
+  masks = masking.per_copy(empty, jnp.ones((R, K)))
 
   def loss(logp):
-    return dmpo.wdce(jnp.where(empty, logp, 0.0), empty, jnp.asarray(draw(7, R)))
+    return dmpo.wdce(jnp.where(empty, logp, 0.0), masks, jnp.asarray(draw(7, R)))
 
   value, grad = jax.value_and_grad(loss)(jnp.asarray(draw(8, R, K, L)))
   assert float(value) == 0 and (np.asarray(grad) == 0).all()
@@ -407,7 +408,7 @@ def test_draws_without_the_tail():
   logp = jnp.where(without.masked, -1.5, 0.0)
   weight = draw(7, R)
   close(
-    dmpo.wdce(logp, without.masked, jnp.asarray(weight)),
+    dmpo.wdce(logp, without, jnp.asarray(weight)),
     loop_wdce(np.asarray(logp), want, weight),
   )
 

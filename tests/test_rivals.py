@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax import masking
+from dmpo_jax import masking, types
 from dmpo_jax.objectives import OBJECTIVES, egspo, shared, spg, vrpo
 from dmpo_jax.sampler import picks
 from dmpo_jax.types import Record, Scored, Text, TrainBatch, ViewLogp, Views, to_rows
@@ -225,7 +225,7 @@ def test_scales_make_means():
 
 def test_draw_random_is_uniform_over_counts():
   """The weight of m masked positions is L / m. No mask is empty."""
-  masks = shared.draw_random(KEY, jnp.arange(2000), 5, 3)
+  masks = shared.draw_random(KEY, jnp.arange(2000), types.Canvas(5), 3)
   count = np.asarray(masks.masked).sum(-1)
   share = np.bincount(count.ravel(), minlength=6) / count.size
   close(share[1:], np.full(5, 0.2), 0.02)

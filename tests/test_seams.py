@@ -220,7 +220,7 @@ def test_a_weight_for_each_token_may_replace_one_for_each_copy():
   """Equal weights of (R, K, L) give the sums of (R, K, 1)."""
   draw = np.random.default_rng(0)
   logp = jnp.asarray(-draw.exponential(size=(3, 4, 5)), jnp.float32)
-  masks = masking.draw_stratified(jax.random.key(0), jnp.arange(3), 5, 4)
+  masks = masking.draw_stratified(jax.random.key(0), jnp.arange(3), types.Canvas(5), 4)
   masks = masks._replace(counted=masks.masked)
   each = jnp.broadcast_to(masks.weight, logp.shape)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -246,7 +246,7 @@ def test_a_block_causal_model_is_refused_before_it_runs():
     vocab=11, width=16, layers=1, heads=2, kv_heads=2, mlp=16,
     mask_id=10, eos_id=9, pad_id=8, block_causal=4,
   )  # fmt: skip
-  masks = masking.draw_stratified(jax.random.key(0), jnp.arange(2), 4, 2)
+  masks = masking.draw_stratified(jax.random.key(0), jnp.arange(2), types.Canvas(4), 2)
   tokens = jnp.zeros((2, 7), jnp.int32)
   with pytest.raises(ValueError, match='block_causal.*blocks of 4.*bidirectional'):
     logprob.view_logp(cfg, {}, tokens, masks)

@@ -14,7 +14,7 @@ import optax
 import pytest
 from batches import text_of
 
-from dmpo_jax import logprob, masking, model, sampler, score, step
+from dmpo_jax import logprob, masking, model, sampler, score, step, types
 from dmpo_jax.objectives import dmpo
 from dmpo_jax.types import Rollouts, Sampled, Scored, TrainBatch, Views, to_groups
 
@@ -85,7 +85,7 @@ def rollouts():
 
 
 def completion_of(rollouts):
-  return masking.completion_mask(rollouts.tokens[:, -L:], CFG.eos_id)
+  return masking.completion_mask(rollouts.tokens[:, -L:] == CFG.eos_id)
 
 
 @functools.cache
@@ -213,7 +213,7 @@ def test_metrics_are_of_the_loss(params, rollouts):
     masks = draw(key, batch.row, batch.completion, HPS['wdce'])
     logp = logp_of(params, batch, masks)
     close(metrics['nll'], -logp.sum() / masks.weight.size)
-    close(metrics['loss'], dmpo.wdce(logp, masks.masked, batch.weight) / B)
+    close(metrics['loss'], dmpo.wdce(logp, masks, batch.weight) / B)
     seen.append(np.asarray(masks.masked))
   # No two inner steps and no two rows share their masks.
   assert (seen[0] != seen[1]).any(axis=(1, 2)).all()
@@ -369,7 +369,9 @@ def test_old_is_ref_at_the_start(params, rollouts):
   out = scores(params, rollouts, hp, how)
   assert not out.old.has('elbo') and out.guess is None
   same(out.logp_old, out.logp_ref)
-  masks = masking.draw_bernoulli(jax.random.key(9), jnp.arange(R) + 40, L, 4)
+  masks = masking.draw_bernoulli(
+    jax.random.key(9), jnp.arange(R) + 40, types.Canvas(L), 4
+  )
   close(out.logp_old, elbo_of(params, rollouts, masks))
   # However the rows are cut.
   close(scores(params, rollouts, hp, how, microbatches=2), out)
@@ -380,7 +382,7 @@ def test_elbo_settings(params, rollouts):
   row, completion = jnp.arange(R) + 40, completion_of(rollouts)
   how = logprob.LogprobConfig(elbo='stratified', tail=False)
   out = scores(params, rollouts, HPS['wdce'], how)
-  masks = masking.draw_stratified(jax.random.key(9), row, L, 4)
+  masks = masking.draw_stratified(jax.random.key(9), row, types.Canvas(L), 4)
   logp = logp_of(params, rollouts, masks) * np.asarray(completion)[:, None]
   want = (np.asarray(masks.weight)[..., 0] * logp.sum(-1)).mean(-1)
   close(out.logp_old, want)
@@ -493,7 +495,7 @@ def test_sft_step(params):
       )
   close(got[1, 0], got[2, 0])
   assert float(got[1, 0][1]['loss']) != float(got[1, 1][1]['loss'])
-  masks = masking.draw_sft(jax.random.key(0), row, L)
+  masks = masking.draw_sft(jax.random.key(0), row, types.Canvas(L))
   # The compiled helper takes four draws: this one, four times.
   four = masks._replace(masked=jnp.repeat(masks.masked, 4, axis=1))
   logp = logp_of(params, Rollouts(tokens, valid, *[None] * 4), four)

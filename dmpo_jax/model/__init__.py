@@ -7,6 +7,7 @@ attention over the whole text (LLaDA, Dream) or up to a token's own block (SDAR)
 
   presets      ModelConfig and the sizes that have a name
   attention    positions, masks, RoPE, kernels
+  canvas       where the completion of a block-causal model begins
   lora         adapters, and products of a frozen base
   quantize     8 and 4 bit kernels of a frozen base
   transformer  the Flax modules
@@ -24,6 +25,7 @@ from dmpo_jax.model.attention import (
   packed_mask,
   positions_of,
 )
+from dmpo_jax.model.canvas import Aligned, align
 from dmpo_jax.model.forward import (
   beside_cache,
   count_params,
@@ -36,7 +38,7 @@ from dmpo_jax.model.forward import (
   window_logits,
   windows,
 )
-from dmpo_jax.model.law import logp_of, sampling_logits, without_mask
+from dmpo_jax.model.law import is_stop, logp_of, sampling_logits, without_mask
 from dmpo_jax.model.lora import matmul, matmul_frozen
 from dmpo_jax.model.presets import LINEARS, LORA_TARGETS, PRESETS, ModelConfig
 from dmpo_jax.model.quantize import QUANT, dense, quantize

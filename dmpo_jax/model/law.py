@@ -4,13 +4,21 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax.model.presets import ModelConfig
-from dmpo_jax.types import FloatRWV, FloatX, FloatXV, IntX
+from dmpo_jax.types import BoolX, FloatRWV, FloatX, FloatXV, IntX
 
 
 def without_mask(cfg: ModelConfig, logits: FloatRWV) -> FloatRWV:
   """Sets the mask token's logit to -inf: no sampler emits it."""
   is_mask = jnp.arange(cfg.vocab)[None, None] == cfg.mask_id
   return jnp.where(is_mask, -jnp.inf, logits)
+
+
+def is_stop(cfg: ModelConfig, tokens: IntX) -> BoolX:
+  """Returns where tokens end a text: EOS, or one of cfg.stop_ids."""
+  found = tokens == cfg.eos_id
+  for other in cfg.stop_ids:
+    found |= tokens == other
+  return found
 
 
 def sampling_logits(

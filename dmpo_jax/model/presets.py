@@ -25,6 +25,7 @@ class ModelConfig:
   mask_id: int  # the token that stands for a masked position
   eos_id: int  # the token that ends a text
   pad_id: int  # the token that fills a prompt on its left
+  stop_ids: tuple[int, ...] = ()  # further tokens that end a text: a chat's turn ends
   head_dim: int = 0  # size of a head; 0 = width / heads
   rope_theta: float = 10000.0  # base of the rotary frequencies
   eps: float = 1e-5  # added to the mean square in RMSNorm

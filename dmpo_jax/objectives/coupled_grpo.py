@@ -55,7 +55,7 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
   """Draws all, S and its complement; a token's log-prob is their weighted mean."""
   length, counted = text.completion.shape[1], text.completion[:, None]
   if hp.variant == 'elbo':
-    masks = masking.draw_stratified(key, row_R, length, 2)
+    masks = masking.draw_stratified(key, row_R, text.canvas, 2)
     return masks._replace(counted=counted)
 
   def of_row(key):

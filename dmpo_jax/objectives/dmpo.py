@@ -41,7 +41,6 @@ from dmpo_jax.objectives import shared
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.types import (
   Array,
-  BoolRKL,
   FloatB,
   FloatBG,
   FloatR,
@@ -225,18 +224,25 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
   the ELBO over L + 1.
   """
   kind = masking.draw_even if hp.spread else masking.draw_bernoulli
-  length, rates = text.completion.shape[1], (hp.low, hp.high)
-  masks = kind(key, row_R, length, hp.draws, rates, hp.antithetic)
+  rates, canvas = (hp.low, hp.high), text.canvas
+  if canvas.block and not hp.loss_tail:
+    free = masking.free_of(canvas, row_R) & text.completion
+    return kind(key, row_R, canvas._replace(free=free), hp.draws)
+  masks = kind(key, row_R, canvas, hp.draws, rates, hp.antithetic)
   return masks if hp.loss_tail else masking.restrict(masks, text.completion)
 
 
-def wdce(logp_RxKxL: FloatRKL, masked_RxKxL: BoolRKL, weight_R: FloatR) -> Array:
+def wdce(logp_RxKxL: FloatRKL, masks: Masks, weight_R: FloatR) -> Array:
   """Returns the weighted denoising cross-entropy: a sum over rows.
 
-  sum_r weight_r 1/K sum_k 1/max(m, 1) sum_masked -logp (dmpo_trainer.py:150-184).
-  logp must be 0 where not masked.
+  sum_r weight_r 1/K sum_k 1/max(m, 1) sum_masked -logp (dmpo_trainer.py:150-184). In
+  attention blocks, each with its own count m_b of W_b free tokens, 1/m becomes
+  (W_b / m_b) / L. logp must be 0 where not masked.
   """
-  nll = -jnp.sum(logp_RxKxL, axis=-1) / masking.masked_count(masked_RxKxL)
+  if masks.weight.shape[-1] > 1:
+    nll = -logprob.copy_sums(logp_RxKxL, masks.weight) / logp_RxKxL.shape[-1]
+  else:
+    nll = -jnp.sum(logp_RxKxL, axis=-1) / masking.masked_count(masks.masked)
   return jnp.sum(weight_R * jnp.mean(nll, axis=-1))
 
 
@@ -261,7 +267,7 @@ def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   if hp.loss == 'ddo':
     value = ddo(now, masks, batch, hp)
   else:
-    value = wdce(now.logp, masks.masked, batch.weight)
+    value = wdce(now.logp, masks, batch.weight)
   nll = -jnp.sum(now.logp) / (masks.masked.shape[1] * batch.total)
   return value / batch.norm, {'nll': nll}
 

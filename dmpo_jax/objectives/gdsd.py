@@ -53,7 +53,7 @@ class Config(shared.Settings):
 
 def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
   """Draws pairs of complementary masks."""
-  masks = masking.draw_stratified(key, row_R, text.completion.shape[1], hp.draws)
+  masks = masking.draw_stratified(key, row_R, text.canvas, hp.draws)
   if hp.variant == 'released':
     return masks._replace(weight=jnp.ones_like(masks.weight))
   return masks

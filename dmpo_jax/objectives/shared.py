@@ -19,6 +19,7 @@ from dmpo_jax.rules import above as above  # for the objectives
 from dmpo_jax.types import (
   Array,
   BoolRL,
+  Canvas,
   FloatBG,
   IntR,
   IntRL,
@@ -225,11 +226,14 @@ def elbo_loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Any) -> tuple:
 # --- draws of masks
 
 
-def draw_random(key: AnyKey, row_R: IntR, length: int, draws: int) -> Masks:
+def draw_random(key: AnyKey, row_R: IntR, canvas: Canvas, draws: int) -> Masks:
   """Draws independent masks of m ~ U{1..L} positions, weight L / m (LLaDA's, RADD's).
 
   The ELBO under them is unbiased.
   """
+  if canvas.block:
+    return masking.draw_blocks(key, row_R, canvas, draws)
+  length = canvas.length
 
   def of_row(key):
     key_count, key_order = jax.random.split(key)
@@ -249,7 +253,7 @@ def elbo_rules(hp: Any) -> dict[str, Callable]:
 def draw_elbo(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
   """Draws masks of an unbiased ELBO, by hp.masks: stratified (pairs) | random."""
   draw = {'stratified': masking.draw_stratified, 'random': draw_random}
-  return draw[hp.masks](key, row_R, text.completion.shape[1], hp.draws)
+  return draw[hp.masks](key, row_R, text.canvas, hp.draws)
 
 
 # --- recorded steps

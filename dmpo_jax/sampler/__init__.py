@@ -12,22 +12,20 @@ import jax.numpy as jnp
 
 from dmpo_jax import model, rng
 from dmpo_jax.sampler import blocks, picks, records, unmask, wino
-from dmpo_jax.sampler.blocks import align
 from dmpo_jax.sampler.config import CACHES, SAMPLERS, Law, SampleConfig, Sampler
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
-from dmpo_jax.types import Array, BoolRP, IntRP, KeyR, Params, Rollouts
+from dmpo_jax.types import GIVEN, Array, BoolRP, IntRP, KeyR, Params, Rollouts
 
 __all__ = [
   'CACHES', 'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Law', 'Recorder',
-  'SampleConfig', 'Sampler', 'align', 'generate', 'picks', 'sample', 'unmask',
+  'SampleConfig', 'Sampler', 'generate', 'picks', 'sample', 'unmask',
 ]  # fmt: skip
 
 SAMPLERS.update(
   PICKS,
   wino=Sampler(unmask=wino.draft_and_verify, judged=True, records=False, plain=False),
 )
-GIVEN = -2  # Rollouts.order of a token of the prompt within the completion's L
 NAMES = tuple(SAMPLERS)  # the values of sampler.pick
 # What Rollouts.more can hold of every token.
 RECORDS = {
@@ -85,7 +83,7 @@ def sample(
   blank = jnp.full((rows, hp.length), cfg.mask_id, jnp.int32)
   given = jnp.zeros(blank.shape, bool)
   if cfg.block_causal:
-    canvas, valid, given = align(cfg, prompts_RxP, valid_RxP, hp.length)
+    canvas, valid, given = model.align(cfg, prompts_RxP, valid_RxP, 0, hp.length)
     prompt = canvas.shape[1] - hp.length
   else:
     canvas = jnp.concatenate([prompts_RxP, blank], axis=1)
@@ -109,7 +107,7 @@ def sample(
   loop = (SAMPLERS[hp.pick].unmask or rule)(setting, loop)
   # 3. Where eos_stop has left a mask stands EOS, which belongs to no step.
   completion = loop.tokens[:, prompt:]
-  left = completion == cfg.mask_id
+  left = unmask.hidden(setting, loop)
   completion = jnp.where(left, cfg.eos_id, completion)
   return Rollouts(
     tokens=jnp.concatenate([loop.tokens[:, :prompt], completion], axis=1),

@@ -1,4 +1,4 @@
-"""Block-causal models: where a completion begins, and the exact cache of its blocks.
+"""Block-causal models: the exact cache of their finished blocks.
 
 The keys and values of a finished attention block depend on nothing behind it. So they
 are computed once, and the steps of a block cost the tokens of that block alone. Rows
@@ -15,38 +15,6 @@ from dmpo_jax import model
 from dmpo_jax import types as t
 from dmpo_jax.sampler import unmask
 from dmpo_jax.sampler.unmask import Loop, Setting
-
-
-class Canvas(NamedTuple):
-  """Texts whose completions begin an attention block, P' + L columns."""
-
-  tokens: t.Array  # (R, P' + L) int32: prompts, then given tokens and masks
-  valid: t.Array  # (R, P' + L) bool: False on padding
-  given: t.Array  # (R, L) bool: tokens of the prompt that share a block with masks
-
-
-def align(
-  cfg: model.ModelConfig, tokens_RxP: t.IntRP, valid_RxP: t.BoolRP, length: int
-) -> Canvas:
-  """Lays left-padded prompts out so that every completion begins an attention block.
-
-  Blocks are counted from the text's first token, so the end of a prompt may share a
-  block with the completion. It becomes the head of the canvas, as given tokens.
-  """
-  size, block = tokens_RxP.shape[1], cfg.block_causal
-  prompt = max(1, size // block) * block
-  count_R = jnp.sum(valid_RxP, axis=1, keepdims=True)
-  rest_R = count_R % block if cfg.block_grid == 'text' else 0 * count_R
-  if cfg.block_grid == 'prompt':
-    prompt = -(-max(1, size) // block) * block
-  # The place in the prompt of each column; outside of [0, count) there is none.
-  place = jnp.arange(prompt + length)[None] - prompt + count_R - rest_R
-  real = (place >= 0) & (place < count_R)
-  column = jnp.clip(place + size - count_R, 0, size - 1)
-  text = jnp.take_along_axis(tokens_RxP, column, axis=1)
-  free = jnp.arange(prompt + length)[None] >= prompt
-  tokens = jnp.where(real, text, jnp.where(free, cfg.mask_id, cfg.pad_id))
-  return Canvas(tokens.astype(jnp.int32), real | free, (real & free)[:, prompt:])
 
 
 class State(NamedTuple):

@@ -77,13 +77,29 @@ def by_rule(setting: Setting, loop: Loop) -> Loop:
   return loop
 
 
+def hidden(setting: Setting, loop: Loop) -> t.BoolRL:
+  """Returns where a mask stands that is no token of the prompt."""
+  masked = loop.tokens[:, setting.prompt :] == setting.cfg.mask_id
+  return masked & (loop.order != t.GIVEN)
+
+
 def remaining(setting: Setting, loop: Loop) -> t.BoolRL:
-  """Returns the masks that must go. With eos_stop those after an EOS may stay."""
-  completion = loop.tokens[:, setting.prompt :]
-  masked = completion == setting.cfg.mask_id
+  """Returns the masks that must go.
+
+  With eos_stop those after a stop may stay; in a block-causal model those of later
+  attention blocks, because the block of a stop is sampled to its end.
+  """
+  cfg, masked = setting.cfg, hidden(setting, loop)
   if setting.hp.eos_stop:
-    eos = completion == setting.cfg.eos_id
-    masked &= jnp.cumsum(eos, axis=1) == 0
+    stop = model.is_stop(cfg, loop.tokens[:, setting.prompt :])
+    stop &= loop.order != t.GIVEN
+    ended = jnp.cumsum(stop, axis=1)
+    if cfg.block_causal:
+      ended = jnp.repeat(
+        ended[:, cfg.block_causal - 1 :: cfg.block_causal], cfg.block_causal, axis=1
+      )  # up to a block's end
+      ended = jnp.pad(ended, ((0, 0), (cfg.block_causal, 0)))[:, : masked.shape[1]]
+    masked &= ended == 0
   return masked
 
 
@@ -100,7 +116,7 @@ def own_blocks(setting: Setting, loop: Loop) -> tuple[t.IntR, t.BoolR]:
   """Returns (start, live) of each row's first block that has a mask."""
   hp, prompt = setting.hp, setting.prompt
   live_R = jnp.any(remaining(setting, loop), axis=1)
-  first_R = jnp.argmax(loop.tokens[:, prompt:] == setting.cfg.mask_id, axis=1)
+  first_R = jnp.argmax(hidden(setting, loop), axis=1)
   return prompt + first_R.astype(jnp.int32) // hp.block * hp.block, live_R
 
 
@@ -229,7 +245,7 @@ def propose(
 ) -> Proposal:
   """Draws a token for every position of the windows, by Gumbel-max in float32."""
   hp = setting.hp
-  masked = windows(loop.tokens, start_R, hp.block) == setting.cfg.mask_id
+  masked = windows(hidden(setting, loop), start_R - setting.prompt, hp.block)
   keys = jax.vmap(jax.random.fold_in)(setting.keys, loop.count)
   gumbel_key, noise_key = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
   law = model.sampling_logits(logits, hp.temperature, hp.top_p, hp.top_k)
