@@ -1,7 +1,6 @@
 """Describes a run under way: how far it is, its last numbers, and warnings."""
 
 import datetime
-import json
 import pathlib
 import statistics
 import time
@@ -22,7 +21,7 @@ def under_way(workdir: files.Path, now: float | None = None) -> str:
   out. Raises FileNotFoundError without a config.json.
   """
   workdir, now = pathlib.Path(workdir), now or time.time()
-  config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
+  config = files.read_json(workdir / 'config.json')
   rows = metrics.read(workdir)
   phases = {
     phase: [row for row in rows if row['phase'] == phase]
