@@ -254,9 +254,10 @@ def see_devices() -> None:
     jax.devices()
   except (RuntimeError, AssertionError) as error:  # of an absent plugin
     asked: Any = jax.config
+    why = str(error) or 'no plugin is installed'
     raise ValueError(
-      f'JAX_PLATFORMS = {asked.jax_platforms}: there are no such devices here: unset '
-      f'it, or set cpu {error}'.strip()
+      f'JAX_PLATFORMS = {asked.jax_platforms}: no such devices are here ({why}): unset '
+      'it, or set cpu'
     ) from None
 
 
