@@ -388,7 +388,7 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
     for split in ('train', 'validation', 'test'):  # a bad file is refused now
       dog.beat(f'data, {split}', 0)
       build.problems(built, split)
-    if mesh.agree(runs.results(workdir)):
+    if mesh.agree(runs.is_done(workdir)):
       say('this run is done; --config.seed=N starts another')
     else:
       kind = jax.devices()[0].device_kind
@@ -577,7 +577,7 @@ def report_mode(command: Command) -> None:
     raise ValueError(f'no run in {workdir}: there is no config.json')
   with contextlib.suppress(report.NoData):  # the run has hardly begun
     print(report.curves(workdir))
-  print((report.summary if runs.results(workdir) else status.under_way)(workdir))
+  print((report.summary if runs.is_done(workdir) else status.under_way)(workdir))
 
 
 MODES: dict[str, Callable[[Command], None]] = {

@@ -71,7 +71,7 @@ def default(c: Any) -> str:
 def is_begun(workdir: str) -> bool:
   """Returns whether anything was computed in a workdir."""
   saved = any(resume.saved_updates(workdir, phase) for phase in ('sft', 'rl'))
-  return saved or bool(metrics.read(workdir))
+  return saved or is_done(workdir) or bool(metrics.read(workdir))
 
 
 def read_config(workdir: str) -> dict[str, Any]:
@@ -165,11 +165,12 @@ def find(c: Any, workdir: str = '') -> tuple[str, dict[str, str]]:
   return fits[0] if fits else '', near
 
 
-def results(workdir: str) -> dict[str, Any]:
-  """Returns results.json of a finished run; {} if there is none, or it is damaged.
+def is_done(workdir: str) -> bool:
+  """Returns whether a run is complete: results.json, the last file, is there and whole.
 
-  Its file is the last that a run writes, so a damaged one is made again.
+  A damaged one is made again.
   """
   with contextlib.suppress(FileNotFoundError, ValueError):
-    return files.read_json(os.path.join(workdir, 'results.json'))
-  return {}
+    files.read_json(os.path.join(workdir, 'results.json'))
+    return True
+  return False
