@@ -47,6 +47,7 @@ from dmpo_jax import (
   hf,
   mesh,
   metrics,
+  parts,
   resume,
   runs,
   train,
@@ -425,7 +426,8 @@ def run_train(
   c = built.config
   if first:
     seeds = {'seed': c.seed, 'data.seed': c.data.seed}
-    provenance.append(workdir, provenance.record(overrides, seeds))
+    start = provenance.record(overrides, seeds, parts.revisions(c))
+    provenance.append(workdir, start)
     built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
   with metrics.Writer(workdir, enabled=first) as writer:
     session = train.Session(built, workdir, writer, dog.beat)

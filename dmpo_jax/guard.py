@@ -115,9 +115,9 @@ def alone(workdir: str) -> Iterator[None]:
 
 
 class Preemption:
-  """Tells after each update whether SIGTERM or Ctrl-C came: `with Preemption() as asked`.
+  """Tells after each update whether SIGTERM or Ctrl-C came.
 
-  In one process both set a flag, which asked() returns. With at_once, or a second
+  Use it as `with Preemption() as asked`. In one process both set a flag, which asked() returns. With at_once, or a second
   Ctrl-C, they end the process: as `leave` does, or without more words where no Python
   code of the main thread runs (a device computes) for `patience` seconds.
   Under jax.distributed JAX has its own handler of SIGTERM, by which all processes stop

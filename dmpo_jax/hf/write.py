@@ -48,9 +48,9 @@ def save_hf(
 
   source: the directory that the model came from; config.json and its other small
   files are copied. Without it config.json is made from cfg. tokenizer: is written
-  too. Dtypes stay those of the parameters, and config.json says so. Returns the share of the weights to which
-  an adapter adds anything that still differ from the base when they are rounded to
-  their dtype; None without adapters.
+  too. Dtypes stay those of the parameters, and config.json says so. Returns the share
+  of the weights to which an adapter adds anything that still differ from the base when
+  they are rounded to their dtype; None without adapters.
   """
   from huggingface_hub import split_state_dict_into_shards_factory
 

@@ -96,6 +96,8 @@ class RL(Phase):
       batch, numbers, samples = self.collector.finish(begun, self.clock)
     resume.append(self.session.workdir, samples)
     state = health.note(self.rules, place.health, numbers)
+    if state.flat and state.flat % health.FLAT == 0:
+      logging.warning('%s', health.flat_sentence(state.flat, numbers['reward']))
     numbers['ill'] = len(health.broken(self.rules, state))
     numbers |= {**build.compilations(), **self.clock.take()}
     self.shown |= self.writer.write('rl', begun.iteration, numbers)
