@@ -147,7 +147,7 @@ def build(c: Any, devices: Any = None) -> Built:
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
-  init, init_lora, *starts = make_starts(c, cfg, grid)
+  init, init_lora, start, start_sft = make_starts(c, cfg, grid)
   read_references = parts.references(c, cfg, folder, grid, quantize)
   digest, read = Compiled(grid, checkpoint.digest), {}
 
@@ -164,7 +164,8 @@ def build(c: Any, devices: Any = None) -> Built:
   steps = Steps(
     noted('model.checkpoint' * bool(c.model.checkpoint), init),
     noted('lora.path' * bool(c.lora.path), init_lora),
-    *starts,
+    start,
+    start_sft,
     make_sample(c, c.sampler, 'sample', cfg, grid, setup.wants.records or ()),
     make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
     lambda section: make_sample(c, section, 'evaluate', cfg, grid),

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from dmpo_jax import mesh
 
 PREEMPTED, STUCK, COLLAPSED, INTERRUPTED = 75, 76, 77, 130
-CODES = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
+CODES: dict[int, int] = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
 STDERR: Any = sys.__stderr__  # the process's own, whatever stands for sys.stderr
 _asked = itertools.count()  # JAX wants a count that never falls, over all phases
 
@@ -117,11 +117,12 @@ def alone(workdir: str) -> Iterator[None]:
 class Preemption:
   """Tells after each update whether SIGTERM or Ctrl-C came.
 
-  Use it as `with Preemption() as asked`. In one process both set a flag, which asked() returns. With at_once, or a second
-  Ctrl-C, they end the process: as `leave` does, or without more words where no Python
-  code of the main thread runs (a device computes) for `patience` seconds.
-  Under jax.distributed JAX has its own handler of SIGTERM, by which all processes stop
-  at the same update; a handler from here would replace it.
+  Use it as `with Preemption() as asked`. In one process both set a flag, which asked()
+  returns. With at_once, or at a second Ctrl-C, they end the process: as `leave` does,
+  or without more words where no Python code of the main thread runs (a device
+  computes) for `patience` seconds. Under jax.distributed JAX has its own handler of
+  SIGTERM, by which all processes stop at the same update; one from here would replace
+  it.
   """
 
   def __init__(self, at_once: bool = False, patience: float = 20.0):

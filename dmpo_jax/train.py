@@ -94,7 +94,7 @@ def loop(
   progress = metrics.Progress(
     phase.updates, phase.name, start=place.update, every_seconds=c.log.every_seconds
   )
-  batch, ahead = (buffers.pop(name, None) for name in ('batch', 'ahead'))
+  batch, ahead = buffers.pop('batch', None), buffers.pop('ahead', None)
   coming, pending = None, []  # a buffer not graded yet; numbers not fetched yet
   for update in range(place.update, phase.updates):
     it, inner = divmod(update, phase.inner)
@@ -105,22 +105,20 @@ def loop(
     # 2. Overlap: sample the next ones now, for the updates donate these parameters.
     if phase.overlap and it + 1 < phase.iterations and not (coming or ahead):
       coming = phase.begin(state, it + 1, phase.inner)
-    # 3. Take an optimizer update. Its numbers are fetched after the next one; nothing
-    # waits for an update while a buffer is still to be graded.
+    # 3. Take an update. Its numbers are fetched later, none while a buffer is graded.
     asked.at_once = False  # from here on there is something to save
     with phase.clock(phase.rows):
       state, numbers = phase.update(state, batch, inner)
       pending.append((update + 1, numbers))
       if coming is None:
         write_late(phase, pending, batch)
-    stop = asked()
-    due = stop or update + 1 == phase.updates
+    due = (stop := asked()) or update + 1 == phase.updates
     due = due or checkpoint.is_due(c.checkpoint, update + 1, saved)
     # 4. Grade the buffer that was sampled ahead, while the device updates.
     if coming and (due or last):
       (ahead, place), coming = phase.finish(coming, place), None
       write_late(phase, pending, batch)
-    # 5. Check the numbers, then validate: an unhealthy policy is never the best.
+    # 5. Check the numbers and validate: an unhealthy policy is never the best.
     numbers = phase.writer.flush() if due or last else None
     stop_if_not_finite(phase, numbers, batch)
     place = dataclasses.replace(place, update=update + 1, seconds=time.time() - begun)
@@ -128,16 +126,15 @@ def loop(
       batch, ahead = ahead, None
     place, unhealthy = phase.judge(place, numbers) if last else (place, False)
     if last and not stop and not unhealthy:
-      best, stop = validate(phase, asked, state, update + 1)
-      manager.preserved.best = update + 1 if best else manager.preserved.best
+      best, stop = validate(phase, manager, asked, state, update + 1)
       due = due or best or stop
     # 6. Save when it is due, when the policy is the best, and before the run ends.
     if due or unhealthy:
       saved = time.monotonic()
       save(phase, manager, state, {'batch': batch, 'ahead': ahead}, place)
-    if stop or unhealthy:
-      wait(phase, manager)
-      guard.leave(asked.came) if stop else phase.stop_if_unhealthy(place)
+      if stop or unhealthy:
+        wait(phase, manager)
+        guard.leave(asked.came) if stop else phase.stop_if_unhealthy(place)
     progress.update(update + 1, phase.shown)
   progress.close()
   wait(phase, manager)
@@ -157,11 +154,8 @@ def prepare(
   manager.preserved.best = phase.prepare(place.update)
   if place.update % phase.inner == 0:
     phase.stop_if_unhealthy(place)
-    best, stop = validate(phase, asked, state, place.update)
-    if stop:
+    if validate(phase, manager, asked, state, place.update)[1]:
       guard.leave(asked.came)
-    if best:
-      manager.preserved.best = place.update
 
 
 class Stopped(Exception):
@@ -169,9 +163,16 @@ class Stopped(Exception):
 
 
 def validate(
-  phase: Phase, asked: guard.Preemption, state: TrainState, update: int
+  phase: Phase,
+  manager: checkpoint.Manager,
+  asked: guard.Preemption,
+  state: TrainState,
+  update: int,
 ) -> tuple[bool, bool]:
-  """Validates; returns (it is the best so far, it was left because of a signal)."""
+  """Validates; returns (it is the best so far, it was left because of a signal).
+
+  The best one's checkpoint is kept.
+  """
 
   def beat():
     phase.clock.beat()
@@ -179,7 +180,9 @@ def validate(
       raise Stopped
 
   try:
-    return phase.validate(state, update, beat), False
+    if best := phase.validate(state, update, beat):
+      manager.preserved.best = update
+    return best, False
   except Stopped:
     return False, True
 

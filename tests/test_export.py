@@ -8,6 +8,7 @@ import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -220,9 +221,8 @@ def test_share_of_the_update_that_survives_rounding(
       tiny, lora_rank=2, param_dtype=dtype, pad_id=ids.pad_token_id, **fields
     )
     params = weights_of(cfg)
-    cast = lambda tree, dtype=dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
     small = jax.tree.map(lambda x: 1e-3 * x, params['lora'])
-    params = {'params': cast(params['params']), 'lora': small}
+    params = {'params': optax.tree.cast(params['params'], dtype), 'lora': small}
     told = hf.export(
       fake_run(cfg),
       params,

@@ -1019,7 +1019,7 @@ def test_score_without_a_config(command, tmp_path, capsys):
 
 @pytest.fixture
 def judged(monkeypatch):
-  """What --mode=eval judges, in place of it: the workdirs, '' for a checkpoint alone."""
+  """What --mode=eval judges, in its place: the workdirs, '' for a checkpoint alone."""
   found = []
   monkeypatch.setattr(main, 'run_train', lambda *args: found.append(args[1]))
   monkeypatch.setattr(
@@ -1103,7 +1103,7 @@ def test_checkpoint_is_judged_as_it_is(
   command, config_file, phases, tiny_checkpoint, tmp_path, capsys
 ):
   """With the config of its run, that has sft.steps: nothing trains, and no folder that
-  looks like a run appears. Where a run of this checkpoint is near, that may be meant."""
+  looks like a run appears. Where a run of this checkpoint is near, it may be meant."""
   phases()  # to train would be a KeyError
   pathlib.Path(config_file).write_text(
     'from configs.quickstart import get_config  # as it stands'

@@ -115,8 +115,8 @@ def merged(
     a, b = mesh.fetch((cut(flat[stem + 'a']), cut(flat[stem + 'b'])))
     delta = (a @ b) * (cfg.lora_alpha / cfg.lora_rank)
     alone, host = host, (host.astype(np.float32) + delta).astype(host.dtype)
-    moved.meant += np.count_nonzero(delta)
-    moved.kept += np.count_nonzero((host != alone) & (delta != 0))
+    moved.meant += int(np.count_nonzero(delta))
+    moved.kept += int(np.count_nonzero((host != alone) & (delta != 0)))
   return np.ascontiguousarray(host.T if entry.transposed else host)
 
 
