@@ -13,6 +13,7 @@ import numpy as np
 from dmpo_jax import files, rules
 from dmpo_jax.types import BoolRL, FloatBG, IntBG, IntRL
 
+FLAT = 10  # buffers in a row without a group of different rewards: a run says so
 ACTIONS = ('none', 'warn', 'stop')
 
 # Field of Config: (the metric that it bounds, the side on which a run is unhealthy).
@@ -68,6 +69,7 @@ class State:
   warned: list[str] = dataclasses.field(default_factory=list)  # rules warned about
   rewards: list[float] = dataclasses.field(default_factory=list)  # latest `patience`
   best_reward: float | None = None  # best mean of `patience` rewards in a row
+  flat: int = 0  # latest buffers in which the rewards of every group are equal
 
 
 def buffer_metrics(
@@ -135,10 +137,20 @@ def note(hp: Config, state: State, numbers: dict[str, Any]) -> State:
   if 'reward' not in numbers:
     return state
   rewards = [*state.rewards, numbers['reward']][-hp.patience :]
+  flat = state.flat + 1 if numbers.get('equal_reward_groups') == 1 else 0
   best, mean = state.best_reward, sum(rewards) / len(rewards)
   if len(rewards) == hp.patience and (best is None or mean > best):
     best = mean
-  return dataclasses.replace(state, rewards=rewards, best_reward=best)
+  return dataclasses.replace(state, rewards=rewards, best_reward=best, flat=flat)
+
+
+def flat_sentence(buffers: int, reward: float) -> str:
+  """Says that the last buffers cannot teach anything, whatever the rules are."""
+  return (
+    f'in the last {buffers} buffers all completions of each prompt had one reward '
+    f'(mean {reward:.4g}), so nothing is learned: look at samples.jsonl, and at '
+    'data.style, data.protocol, sampler.temperature and the base model'
+  )
 
 
 def share_of_best(best: float | None, reward: float) -> float:

@@ -208,6 +208,19 @@ def references(
   return lambda: tuple(read() for read in readers)
 
 
+def revisions(c: Any) -> dict[str, str]:
+  """Returns field -> revision of each model that comes from the hub's cache."""
+  found = {}
+  names = {'model.checkpoint': [c.model.checkpoint], 'reference.of': c.reference.of}
+  for field, paths in names.items():
+    for path in paths:
+      if path and path not in ('base', 'moving') and not os.path.isdir(path):
+        above, revision = os.path.split(weights.locate(path, False))
+        if os.path.basename(above) == 'snapshots':
+          found[f'{field} {path}'] = revision
+  return found
+
+
 # --- problems
 
 
