@@ -39,4 +39,4 @@ def get_config():
   c.health = section(health.Config)
   c.mesh = section(config.Mesh)
   c.log = section(config.Log)
-  return c
+  return c.lock()  # a field that is not above is refused

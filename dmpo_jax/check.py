@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import sampler
-from dmpo_jax.config import SECTIONS, compares_old, flatten, part, settings
+from dmpo_jax.config import SECTIONS, compares_old, flatten, misfits, part, settings
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.rules import nearest
@@ -27,6 +27,8 @@ def config(c: Any, count: int, platform: str = '') -> None:
   count: number of devices that the run will have; platform: theirs, such as 'tpu'
   ('' = JAX's default). A rule between sections waits until they are right themselves.
   """
+  if found := misfits(c):
+    raise ValueError('this config cannot run:\n  ' + '\n  '.join(found))
   found, wrong = section_problems(c)
   for rule, sections in RULES.items():
     if not wrong & set(sections):
@@ -54,17 +56,8 @@ def section_problems(c: Any) -> tuple[list[str], set[str]]:
 
 def objective_problems(c: Any) -> list[str]:
   """Returns the complaints about the section of the objective."""
-  name = c.objective.name
-  if wrong := nearest('objective.name', name, OBJECTIVES):
-    return wrong
-  kinds = (OBJECTIVES[name].Config, Common)
-  try:
-    return [text for kind in kinds for text in settings(kind, c.objective).problems()]
-  except KeyError as error:
-    return [
-      f'objective.name = {name} has a field {error}, which this section lacks: choose '
-      f'an objective by config.choose_objective(c, {name!r})'
-    ]
+  kinds = (OBJECTIVES[c.objective.name].Config, Common)
+  return [text for kind in kinds for text in settings(kind, c.objective).problems()]
 
 
 def training(c: Any) -> None:

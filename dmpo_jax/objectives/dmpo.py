@@ -64,7 +64,8 @@ BASELINES = ('none', 'group', 'individual', 'model')
 @dataclasses.dataclass(frozen=True)
 class Config(shared.Settings):
   OWN = {
-    'alpha': shared.least(0),
+    **dict.fromkeys(('alpha', 'strength', 'ddo_alpha'), shared.least(0)),
+    **dict.fromkeys(('coef', 'ddo_beta'), shared.above(0)),
     'baseline': shared.one_of(*BASELINES),
     'loss': shared.one_of('wdce', 'ddo'),
     'ess': shared.chance,
@@ -88,7 +89,7 @@ class Config(shared.Settings):
 
   def problems(self) -> list[str]:
     bad = super().problems()
-    if not 0 < self.coef <= (1 if self.alpha else float('inf')):
+    if self.coef > 1 and self.alpha:
       bad.append(
         f'objective.coef = {self.coef} must be in (0, 1] (with objective.alpha = 0: '
         'above 0)'

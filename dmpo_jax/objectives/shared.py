@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dmpo_jax import logprob, masking, rng
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.rules import Rule, Section, chance, least, one_of, pairs
+from dmpo_jax.rules import Rule, Section, chance, finite, least, one_of, pairs
 from dmpo_jax.rules import above as above  # for the objectives
 from dmpo_jax.types import (
   Array,
@@ -57,8 +57,11 @@ class Settings(Section):
 
   NAME = 'objective'
 
+  def number(self, x: float) -> str:
+    return finite(x)
+
   def rules(self) -> dict[str, Rule]:
-    return {**RULES, **self.OWN}
+    return {**super().rules(), **RULES, **self.OWN}
 
 
 @dataclasses.dataclass(frozen=True)

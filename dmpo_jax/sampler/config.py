@@ -47,6 +47,7 @@ class SampleConfig(rules.Section):
 
   NAME = 'sampler'
   OWN = {
+    **dict.fromkeys(('length', 'block', 'steps'), rules.least(1)),
     'rank': rules.one_of('token', 'max'),
     'threshold': rules.share,
     'cache': rules.one_of(*CACHES),
@@ -84,9 +85,6 @@ class SampleConfig(rules.Section):
   top_p: float = 1.0  # nucleus that tokens are drawn from, in (0, 1]; 1 = all
   top_k: int = 0  # most probable tokens that are drawn from; 0 = all
   verify: float = 0.9  # pick wino: masks less probable tokens again, in [0, 1]
-
-  def number(self, x: float) -> str:
-    return rules.least(0)(x)
 
   def rules(self) -> dict:
     return super().rules() | {'pick': rules.one_of(*SAMPLERS)}
