@@ -354,7 +354,8 @@ def misfits(c: Any) -> list[str]:
     if all(field.startswith('objective.') for field in lacking):
       remedy = f'choose the objective by config.choose_objective(c, {name!r})'
     found.append(f'config.{", config.".join(lacking[:3])}: missing; {remedy}')
-  found += [unknown(field, name) for field in have if field not in known][:3]
+  else:
+    found += [unknown(field, name) for field in have if field not in known]
   wide = {float: (int, float), tuple: (list, tuple)}
   return found + [
     f'config.{field} = {have[field]!r} must be {KINDS[kind.__name__]}'

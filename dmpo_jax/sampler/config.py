@@ -47,7 +47,7 @@ class SampleConfig(rules.Section):
 
   NAME = 'sampler'
   OWN = {
-    **dict.fromkeys(('length', 'block', 'steps'), rules.least(1)),
+    'steps': rules.least(1),
     'rank': rules.one_of('token', 'max'),
     'threshold': rules.share,
     'cache': rules.one_of(*CACHES),
@@ -136,7 +136,7 @@ class SampleConfig(rules.Section):
       return [f'sampler.block = {block} must divide sampler.length = {length}']
     blocks = length // block
     fits = blocks <= steps <= length and steps % blocks == 0
-    if fits or not self._sampler.scheduled:
+    if fits or steps < 1 or not self._sampler.scheduled:
       return []
     return [
       f'sampler.steps = {steps} must be a multiple of the {blocks} blocks and at '

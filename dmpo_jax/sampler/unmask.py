@@ -85,9 +85,17 @@ def remaining(setting: Setting, loop: Loop) -> t.BoolRL:
   return masked
 
 
+def is_spent(setting: Setting, loop: Loop) -> Array:
+  """Returns whether a sampler has taken all its steps, whatever the logits; () bool.
+
+  A rule reveals a token a step at least, and wino takes at most 2 W steps a block.
+  """
+  return loop.forwards >= 2 * setting.hp.length
+
+
 def masks_remain(setting: Setting, loop: Loop) -> Array:
   """Returns whether any row has a mask that must go; () bool."""
-  return jnp.any(remaining(setting, loop))
+  return jnp.any(remaining(setting, loop)) & ~is_spent(setting, loop)
 
 
 def own_blocks(setting: Setting, loop: Loop) -> tuple[t.IntR, t.BoolR]:
@@ -117,7 +125,8 @@ def unmask_block(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
 def block_remains(setting: Setting, start: Start, loop: Loop) -> Array:
   """Returns whether a row has a mask in the block that must go; () bool."""
   masked, at = remaining(setting, loop), start - setting.prompt
-  return jnp.any(jax.lax.dynamic_slice_in_dim(masked, at, setting.hp.block, 1))
+  there = jnp.any(jax.lax.dynamic_slice_in_dim(masked, at, setting.hp.block, 1))
+  return there & ~is_spent(setting, loop)
 
 
 def lap(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
