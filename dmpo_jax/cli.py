@@ -129,6 +129,8 @@ def read_config(fields: Sequence[str]) -> Command:
   if SWEEP.value:
     point = config.sweep_point(module, file, SWEEP.value)
   overrides = config.override(c, fields, point)
+  if line := check.effects(c, overrides):
+    logging.warning(line)
   return Command(c, overrides | ({'sweep': SWEEP.value} if SWEEP.value else {}))
 
 

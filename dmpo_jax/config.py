@@ -36,6 +36,7 @@ from dmpo_jax.rules import (
   nearest,
   one_of,
   positive_share,
+  without_effect,
 )
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import TaskOptions, Wants
@@ -74,7 +75,9 @@ class Model(Section):
   width: int = 0  # model dimension D; 0 = the preset's
   layers: int = 0  # number of layers N; 0 = the preset's
   heads: int = 0  # attention heads H; 0 = the preset's
-  kv_heads: int = 0  # key/value heads, fewer than heads for GQA; 0 = the preset's
+  # Key/value heads, fewer than heads for GQA; 0 = the preset's, or as many as heads
+  # where the preset has as many.
+  kv_heads: int = 0
   mlp: int = 0  # inner width F of the SwiGLU; 0 = the preset's
   dtype: str = 'float32'  # of matrix products; float32 | bfloat16
   param_dtype: str = 'float32'  # of stored parameters; float32 | bfloat16
@@ -82,6 +85,9 @@ class Model(Section):
   remat: str = 'none'  # recomputed in the backward pass; none | dots | full
   attention: str = 'xla'  # kernel; xla | cudnn (GPU, bfloat16) | splash (TPU)
   head_chunk: int = 0  # completion positions per call of the output head; 0 = all
+
+  def idle(self) -> dict[str, str]:
+    return without_effect(('preset', not self.checkpoint, "model.checkpoint = ''"))
 
   def problems(self) -> list[str]:
     found = super().problems()
@@ -108,6 +114,9 @@ class Lora(Section):
   dropout: float = 0.0  # on the adapters' input in updates; probability, 0 = none
   path: str = ''  # PEFT adapter directory to start from; '' = a new adapter
 
+  def idle(self) -> dict[str, str]:
+    return without_effect(('alpha targets dropout', self.rank, 'lora.rank > 0'))
+
   def problems(self) -> list[str]:
     found = super().problems()
     if not self.rank and (self.dropout or self.path):
@@ -130,6 +139,23 @@ class Data(Section, TaskOptions, PromptOptions):
   protocol: str = 'strict'  # grading rules; strict (correct) | paper (as published)
   bucket: int = 0  # pads a buffer's prompts to a multiple of so many tokens; 0 = to P
 
+  def idle(self) -> dict[str, str]:
+    rows = [
+      ('overlong', self.prompt_length, 'data.prompt_length > 0'),
+      ('bucket', not self.attend_padding, 'data.attend_padding = False'),
+    ]
+    kind = 'file' if self.path else 'generated'
+    readers = {}  # option -> [(task, kind of problems) that reads it]
+    for name, task in TASKS.items():
+      for where, options in task.options.items():
+        for option in options:
+          readers.setdefault(option, []).append((name, where))
+    for option, pairs in readers.items():
+      known = not TASKS[self.task].options or (self.task, kind) in pairs
+      tasks = [f'{name} ({where})' for name, where in pairs]
+      rows.append((option, known, f'data.task = {" or ".join(tasks)}'))
+    return without_effect(*rows)
+
   def problems(self) -> list[str]:
     found = super().problems() + missing_file('data.template', self.template)
     if self.task in TASKS:
@@ -137,10 +163,7 @@ class Data(Section, TaskOptions, PromptOptions):
     return found
 
 
-TERMS = (
-  'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
-  'countdown', 'sudoku',
-)  # fmt: skip
+TERMS = tuple(dict.fromkeys(term for task in TASKS.values() for term in task.terms))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +199,10 @@ class Sft(Section):
   weight_decay: float = 0.0  # AdamW, on matrices; 0 = none
   clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
 
+  def idle(self) -> dict[str, str]:
+    needs = 'sft.steps > 0'
+    return without_effect(('batch lr warmup weight_decay clip', self.steps, needs))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler(sampler.SampleConfig):
@@ -183,6 +210,10 @@ class Sampler(sampler.SampleConfig):
 
   OWN = {**sampler.SampleConfig.OWN, 'parallel': one_of('jit', 'pmap')}
 
+  length: int = 16
+  block: int = 16
+  steps: int = 16
+  rank: str = 'max'  # so the order of unmasking is a function of the state alone
   parallel: str = 'jit'  # jit | pmap (small models, replicated on every device)
 
 
@@ -196,6 +227,9 @@ class Reference(Section):
   weights: tuple = (1.0,)  # exponent of each
   every: int = 1  # moving: updates between its steps
   mix: float = 1.0  # moving: share of the policy in a step, in (0, 1]; 1 = a copy
+
+  def idle(self) -> dict[str, str]:
+    return without_effect(('every mix', 'moving' in self.of, 'moving in reference.of'))
 
   def problems(self) -> list[str]:
     found = super().problems()
@@ -242,6 +276,9 @@ class Eval(Section):
   template: str = ''  # file of that template; '' = as eval.style says
   lengths: tuple = ()  # completion lengths of --mode=eval; () = eval.sampler.length
   samples: int = 1  # completions of a problem in --mode=eval
+
+  def idle(self) -> dict[str, str]:
+    return without_effect(('style', not self.template, "eval.template = ''"))
 
   def problems(self) -> list[str]:
     found = super().problems() + missing_file('eval.template', self.template)

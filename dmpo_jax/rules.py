@@ -65,6 +65,11 @@ def nearest(field: str, value: Any, allowed: Iterable[str]) -> list[str]:
   return [f'{field} = {value!r} {wrong}'] if wrong else []
 
 
+def without_effect(*rows: tuple[str, Any, str]) -> dict[str, str]:
+  """Returns {field: need} of rows ('field field ..', has an effect, what it needs)."""
+  return {name: need for names, has, need in rows if not has for name in names.split()}
+
+
 class Section:
   """A section of a config; its frozen dataclass checks its values by rules."""
 
@@ -79,6 +84,14 @@ class Section:
     """Returns the rule of each field that has one."""
     numbers = [name for name, x in vars(self).items() if isinstance(x, int | float)]
     return {**dict.fromkeys(numbers, self.number), **self.OWN}
+
+  def idle(self) -> dict[str, str]:
+    """Returns {field: what it needs} of fields without effect beside the others."""
+    return {}
+
+  def default(self, name: str) -> Any:
+    """Returns the value of a field that nobody has set."""
+    return getattr(type(self), name, None)
 
   def problems(self) -> list[str]:
     """Returns a sentence for each impossible setting, led by 'section.field'."""

@@ -337,4 +337,8 @@ class Task(NamedTuple):
   # (example, protocol) -> how much a problem counts in an accuracy
   counts: Callable = lambda example, protocol: 1
   styles: tuple = ('bare', 'chat')  # names that `prompt` knows
+  # The fields of TaskOptions that `load` reads beside path and sizes, of problems that
+  # are 'generated' and that are read from a 'file'; {} = not stated.
+  options: dict = {}
+  terms: tuple = ()  # names of the reward terms that users may scale
   threads: bool = False  # judging waits for other processes: do many at once

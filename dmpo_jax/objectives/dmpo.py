@@ -87,6 +87,17 @@ class Config(shared.Settings):
   loss_tail: bool = True  # train the tokens after the first EOS
   common_masks: bool = False  # model: log p_old under the loss's own masks
 
+  def idle(self) -> dict[str, str]:
+    ddo, model = self.loss == 'ddo', self.baseline == 'model'
+    subtracts = self.baseline != 'none' and not ddo
+    return shared.without_effect(
+      ('coef', not self.ess, 'objective.ess = 0'),
+      ('baseline', not ddo, 'objective.loss = wdce'),
+      ('strength', subtracts, 'objective.loss = wdce, with a baseline'),
+      ('ddo_alpha ddo_beta', ddo, 'objective.loss = ddo'),
+      ('common_masks', model, 'objective.baseline = model'),
+    )
+
   def problems(self) -> list[str]:
     bad = super().problems()
     if self.coef > 1 and self.alpha:

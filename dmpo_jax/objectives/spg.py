@@ -58,6 +58,12 @@ class Config(shared.Settings):
   high: float = 1.0  # largest share of the block that is masked
   mask_prompt: float = 0.15  # chance of a clean token to be masked; 0 = none
 
+  def idle(self) -> dict[str, str]:
+    return shared.without_effect(
+      ('mix', self.bound == 'mix', 'objective.bound = mix'),
+      ('power', self.bound in ('eubo', 'mix'), 'objective.bound = eubo or mix'),
+    )
+
   def problems(self) -> list[str]:
     bad = super().problems()
     if not 0 <= self.low <= self.high <= 1:

@@ -378,5 +378,6 @@ def recall(question: str, truth: object) -> dict:
 
 TASK = Task(
   load, prompt, target, reward, grade, extra, answer, record, recall,
-  styles=tuple(TEMPLATES),
+  styles=tuple(TEMPLATES), terms=('countdown',),
+  options={'generated': ('seed', 'largest'), 'file': ('numbers',)},
 )  # fmt: skip

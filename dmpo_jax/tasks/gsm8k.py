@@ -265,5 +265,6 @@ def recall(question: str, value: object) -> dict:
 
 TASK = Task(
   SOURCE.load, prompt, target, reward, grade, extra, answer, record, recall,
-  styles=tuple(TEMPLATES),
+  styles=tuple(TEMPLATES), options={'generated': (), 'file': ()},
+  terms=('correctness', 'int', 'strict_format', 'soft_format', 'xmlcount'),
 )  # fmt: skip

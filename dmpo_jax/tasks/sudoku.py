@@ -295,5 +295,6 @@ def recall(question: str, truth: object) -> dict:
 
 TASK = Task(
   load, prompt, target, reward, grade, extra, answer, record, recall, counts,
-  styles=tuple(TEMPLATES),
+  styles=tuple(TEMPLATES), terms=('sudoku',),
+  options={'generated': ('seed', 'min_blanks', 'max_blanks'), 'file': ('seed',)},
 )  # fmt: skip
