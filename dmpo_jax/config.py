@@ -210,10 +210,10 @@ class Sampler(sampler.SampleConfig):
 
   OWN = {**sampler.SampleConfig.OWN, 'parallel': one_of('jit', 'pmap')}
 
-  length: int = 16
-  block: int = 16
-  steps: int = 16
-  rank: str = 'max'  # so the order of unmasking is a function of the state alone
+  length: int = 16  # L, tokens of a completion
+  block: int = 16  # W, tokens of a block; blocks are unmasked from left to right
+  steps: int = 16  # unmasking steps of a completion; scheduled picks only
+  rank: str = 'max'  # max: the order of unmasking is a function of the state alone
   parallel: str = 'jit'  # jit | pmap (small models, replicated on every device)
 
 

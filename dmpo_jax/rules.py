@@ -82,7 +82,7 @@ class Section:
 
   def rules(self) -> dict[str, Rule]:
     """Returns the rule of each field that has one."""
-    numbers = [name for name, x in vars(self).items() if isinstance(x, int | float)]
+    numbers = [name for name, x in vars(self).items() if type(x) in (int, float)]
     return {**dict.fromkeys(numbers, self.number), **self.OWN}
 
   def idle(self) -> dict[str, str]:

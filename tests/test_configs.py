@@ -88,8 +88,66 @@ def test_wrong_argument_after_the_colon_is_refused(stem, argument, hint):
 def test_missing_config_file_is_refused_with_the_nearest_name():
   with pytest.raises(ValueError, match='quikstart.*configs/quickstart.py'):
     config.load(f'{ROOT}/configs/quikstart.py')
+  with pytest.raises(ValueError, match='configs/quickstart.py'):
+    config.load(f'{ROOT}/configs/quickstart')
   with pytest.raises(ValueError, match='no such file'):
     config.load('nowhere/at_all.py:espo')
+
+
+HEAD = 'from configs import base\n\n\ndef get_config():\n  c = base.get_config()\n  '
+# The line of a config file -> what its refusal names.
+WRONG_LINES = {
+  'c.train.itertions = 3': "line 6: itertions.*did you mean 'iterations'",
+  'c.train.update(itertions=3)': "line 6: itertions.*did you mean 'iterations'",
+  'c.seed = c.train.itertions': "line 6: itertions.*did you mean 'iterations'",
+  'c.extra = 3': 'line 6: extra is not a field',
+  'c.objective.alhpa = 0.1': "line 6: alhpa.*did you mean 'alpha'",
+  'c.reward.weights.maths = 0.0': 'line 6: maths is not a field',
+  'c.train = {"itertions": 3}': 'train.iterations.*missing; begin with configs.base',
+  'c.objective.name = "espo"': "missing.*choose_objective.*'espo'",
+  'c.objective.name = "esp"': "did you mean 'espo'",
+  'c.train.iterations = 3.5': 'line 6: iterations = 3.5 must be a whole number',
+  'c.train.iterations = None': 'train.iterations = None must be a whole number',
+  'c.train.iterations = True': 'train.iterations = True must be a whole number',
+  'c.model.preset = 3': 'line 6: preset = 3 must be a text',
+  'c.reference.of = "base"': 'line 6: of = base must be a tuple',
+  'import nothing_of_this_name': 'line 6: ModuleNotFoundError.*nothing_of_this_name',
+  'c.seed = 1 / 0': 'line 6: ZeroDivisionError',
+  'c = dict(c)': 'must return the ConfigDict.*a dict',
+  'c = None': 'must return the ConfigDict.*a NoneType',
+  'c = type(c)({"seed": 3})': 'config.name.*missing; begin with configs.base',
+}
+
+
+@pytest.mark.parametrize('line, named', WRONG_LINES.items())
+def test_wrong_line_in_a_config_file_is_refused(line, named, tmp_path):
+  """Misspelt fields: IDSIA/sacred#90, volcengine/OpenViking#856, gflags#61."""
+  file = tmp_path / 'mine.py'
+  file.write_text(f'{HEAD}{line}\n  return c\n')
+  with pytest.raises(ValueError, match=f'(?s)--config=.*mine.py: .*{named}') as error:
+    config.load(str(file))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'name, text, named',
+  [
+    ('a.py', 'def get_config(:', 'SyntaxError.*line 1'),
+    ('a.py', '\0', 'null bytes'),
+    ('a.py', 'x = 1', 'no function get_config'),
+    ('a.py', 'get_config = 3', 'no function get_config'),
+    ('a.py', 'def get_config(x):\n  return x', "missing 1.*'x'"),
+    ('config.json', '{}', 'no Python file'),
+    ('folder/a.py', '', 'a folder'),
+  ],
+)
+def test_what_is_no_config_file_is_refused(name, text, named, tmp_path):
+  file = tmp_path / name
+  file.parent.mkdir(exist_ok=True)
+  file.write_text(text)
+  path = file.parent if 'folder' in name else file
+  with pytest.raises(ValueError, match=f'--config=.*{named}'):
+    config.load(str(path))
 
 
 # --- defaults stand once
@@ -97,18 +155,16 @@ def test_missing_config_file_is_refused_with_the_nearest_name():
 
 @pytest.mark.parametrize('name', config.SECTIONS)
 def test_base_is_made_of_the_defaults(name):
-  """A section has the fields of its dataclass; only a sampler's values differ."""
+  """A section has the fields of its dataclass, and no others can be added."""
   c, cls = base.get_config(), config.SECTIONS[name]
   section = c
   for key in name.split('.'):
     section = section[key]
+  assert section.is_locked
   assert values(section).keys() == {field.name for field in dataclasses.fields(cls)}
-  if cls is config.Sampler:
-    assert section.rank == 'max' and section.length == section.block == section.steps
-    changes = dict(length=16, block=16, steps=16, rank='max')
-    changes['temperature'] = section.temperature
-  else:
-    changes = {}
+  changes = {}
+  if name == 'sampler':  # rollouts are drawn, the evaluation is greedy
+    changes['temperature'] = 1.0
   assert values(section) == values(config.section(cls, **changes))
 
 
@@ -318,14 +374,15 @@ def test_field_set_by_sweep_and_flag_is_refused():
 
 @pytest.mark.parametrize('name', config.SECTIONS)
 def test_numbers_out_of_range_are_refused(name):
-  """-1 and nan are values of no number; the complaint names the field."""
+  """-1, nan and inf are values of no number; the complaint names the field."""
   c = base.get_config()
   assert config.part(c, name).problems() == []
   leaf = name.rpartition('.')[2]
   for field in dataclasses.fields(config.SECTIONS[name]):
     value = getattr(config.part(c, name), field.name)
     if isinstance(value, int | float) and not isinstance(value, bool):
-      wrongs = (-1.0, float('nan')) if isinstance(value, float) else (-1,)
+      huge = float('nan'), float('inf'), 1e39  # float32 has no 1e39
+      wrongs = (-1.0, *huge) if isinstance(value, float) else (-1,)
       for wrong in wrongs:
         changed = dataclasses.replace(config.part(c, name), **{field.name: wrong})
         text = '\n'.join(changed.problems())
