@@ -117,7 +117,6 @@ def idle_between(c: Any) -> dict[str, str]:
       f'logprob.estimator = elbo, logprob.elbo = paper, and {asks}',
     ),
     ('data.style', not c.data.template or c.sft.steps, "data.template = ''"),
-    ('reward.workers reward.deadline', task.threads, 'data.task = math'),
     *weights,
     (' '.join(rl), c.train.iterations, 'train.iterations > 0'),
   )

@@ -404,3 +404,102 @@ def test_sampler_defaults_of_scripts_stay():
   """Outside scripts build a SampleConfig themselves: greedy, LLaDA's ranking."""
   hp = sampler.SampleConfig(length=16, block=16, steps=16)
   assert (hp.temperature, hp.rank) == (0.0, 'token')
+
+
+# --- fields without effect
+
+CLEAR = {'sampler.pick': 'confidence', 'logprob.estimator': 'elbo'}
+# What makes a field useless -> that field, and the field that its refusal names. A
+# config of quickstart.py is meant, but for CLEAR.
+USELESS = [
+  *(
+    ({'sampler.pick': pick}, 'sampler.steps', 'sampler.pick')
+    for pick in ('threshold', 'factor', 'entropy', 'random_order', 'wino')
+  ),
+  *(
+    ({}, f'sampler.{field}', 'sampler.pick')
+    for field in ('threshold', 'factor', 'entropy_bound', 'verify')
+  ),
+  *(
+    ({'sampler.pick': pick}, 'sampler.rank', 'sampler.pick')
+    for pick in ('entropy', 'margin', 'lowest_entropy', 'random', 'random_order')
+  ),
+  *(
+    ({'sampler.pick': pick}, 'sampler.rank_law', 'sampler.pick')
+    for pick in ('random', 'random_order', 'origin')
+  ),
+  *(
+    ({'logprob.estimator': 'trajectory'}, f'logprob.{field}', 'logprob.estimator')
+    for field in ('draws', 'elbo', 'low', 'high', 'antithetic')
+  ),
+  *(
+    ({'logprob.elbo': 'stratified'}, f'logprob.{field}', 'logprob.elbo')
+    for field in ('low', 'high', 'antithetic')
+  ),
+  ({}, 'logprob.states', 'logprob.estimator'),
+  *(
+    (
+      {'objective.alpha': 0.0, 'objective.best': 0.0},
+      f'logprob.{field}',
+      'objective.alpha > 0',
+    )
+    for field in ('estimator', 'draws', 'tail', 'low')
+  ),
+  ({'objective.ess': 0.5}, 'objective.coef', 'objective.ess'),
+  *(
+    ({'objective.loss': 'ddo'}, f'objective.{field}', 'objective.loss')
+    for field in ('baseline', 'strength')
+  ),
+  ({}, 'objective.ddo_alpha', 'objective.loss'),
+  ({}, 'objective.ddo_beta', 'objective.loss'),
+  ({'objective.baseline': 'none'}, 'objective.strength', 'a baseline'),
+  ({}, 'objective.common_masks', 'objective.baseline'),
+  ({}, 'objective.elbo_draws', 'objective.elbo_coef'),
+  ({'objective.name': 'espo', 'objective.beta': 0.0}, 'objective.kl', 'objective.beta'),
+  ({}, 'reference.every', 'reference.of'),
+  ({}, 'reference.mix', 'reference.of'),
+  ({}, 'lora.alpha', 'lora.rank'),
+  ({}, 'lora.targets', 'lora.rank'),
+  ({}, 'data.overlong', 'data.prompt_length'),
+  ({'data.attend_padding': True}, 'data.bucket', 'data.attend_padding'),
+  ({'data.template': __file__, 'sft.steps': 0}, 'data.style', 'data.template'),
+  ({'eval.template': __file__}, 'eval.style', 'eval.template'),
+  ({'model.checkpoint': 'x'}, 'model.preset', 'model.checkpoint'),
+  ({}, 'data.largest', 'data.task = countdown'),
+  ({}, 'data.numbers', 'data.task = countdown'),
+  ({'data.path': 'x'}, 'data.min_blanks', 'data.task = sudoku .generated'),
+  ({'data.task': 'countdown'}, 'data.max_blanks', 'data.task = sudoku'),
+  ({'data.task': 'math'}, 'data.seed', 'data.task'),
+  ({}, 'reward.weights.xmlcount', 'data.task = gsm8k'),
+  ({'data.task': 'math'}, 'reward.weights.int', 'data.task = gsm8k'),
+  ({'sampler.temperature': 0.0}, 'sampler.top_p', 'sampler.temperature > 0'),
+  ({}, 'eval.sampler.top_k', 'eval.sampler.temperature > 0'),
+  ({}, 'eval.sampler.threshold', 'eval.sampler.pick'),
+  ({'sft.steps': 0}, 'sft.lr', 'sft.steps'),
+  ({'train.iterations': 0}, 'optim.lr', 'train.iterations'),
+  ({'train.iterations': 0}, 'objective.strength', 'train.iterations'),
+  ({'health.action': 'none'}, 'health.empty', 'health.action'),
+]
+
+
+@pytest.mark.parametrize('fields, useless, needs', USELESS, ids=str)
+def test_a_field_without_effect_is_refused_on_the_command_line(fields, useless, needs):
+  c = file_of('quickstart').get_config()
+  ddo = {'objective.antithetic': False} if 'objective.loss' in fields else {}
+  config.update(c, {**CLEAR, **ddo, **fields})
+  with pytest.raises(ValueError, match=f'{useless} = .*needs .*{needs}'):
+    check.effects(c, {useless})
+  assert not check.effects(c, {'seed'}).count('\n')
+
+
+@pytest.mark.parametrize('stem', [*TRAINS, 'base'])
+def test_a_config_of_ours_sets_no_field_without_effect(stem):
+  assert check.effects(file_of(stem).get_config(), ()) == ''
+
+
+def test_heads_alone_do_not_make_gqa():
+  c = base.get_config()
+  c.model.heads = 4
+  assert build.build(c).model.kv_heads == 4
+  c.model.kv_heads = 2
+  assert build.build(c).model.kv_heads == 2

@@ -232,14 +232,14 @@ NOT_OF_A_STEP |= {'eos_stop', 'top_p', 'top_k'}
 def test_sampler_says_which_of_its_fields_have_no_effect(
   pick, temperature, tiny, monkeypatch
 ):
-  """On the tokens of a step; the network is replaced. Refused is without effect, too."""
+  """On the tokens of a step, of a network that is replaced."""
   logits = np.random.default_rng(0).normal(size=(2, L // 2, tiny.vocab))
   seen = jnp.asarray(logits, jnp.float32)
   monkeypatch.setattr(model, 'window_logits', lambda *_, **__: (seen, None))
   monkeypatch.setattr(model, 'shadow_logits', lambda *_: (seen, seen))
   hot = 0.5 if pick == 'plackett_luce' else 0.0
   hp = sampler.SampleConfig(
-    L, L // 2, L // 4, temperature, pick=pick, rank_temperature=hot
+    L, L // 2, L // 5, temperature, pick=pick, rank_temperature=hot
   )
   zeros, rows = jnp.zeros((2, L)), jnp.zeros(2, jnp.int32)
   masks = jnp.full((2, L), tiny.mask_id)
