@@ -364,7 +364,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def kinds(objective: str) -> dict[str, type]:
+def kinds(objective: str) -> dict[str, Any]:
   """Returns {'section.field': type} of the fields of a config with this objective."""
   hp = OBJECTIVES[objective].Config
   classes = [*SECTIONS.items(), ('objective', Common), ('objective', hp)]
