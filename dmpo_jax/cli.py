@@ -49,6 +49,7 @@ from dmpo_jax import (
   metrics,
   parts,
   resume,
+  rules,
   runs,
   train,
 )
@@ -91,6 +92,18 @@ FIXED = {
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # in results.json
 
 
+# Flags -> the modes that read them. The others say which run is meant, in any mode.
+READ_BY = {
+  'of': ('eval', 'sample', 'export'),
+  'out': ('export', 'eval', 'report'),
+  'format': ('export',),
+  'generations task protocol': ('score',),
+  'problem prompt html': ('sample',),
+  'topology': ('plan',),
+  'runs cards by': ('report',),
+}
+
+
 class Command(NamedTuple):
   """What a mode works on."""
 
@@ -124,6 +137,27 @@ def parse(argv: Sequence[str]) -> list[str]:
   return [program, *fields, *stray]
 
 
+def refuse_flags() -> None:
+  """Raises ValueError for flags that the mode, or another flag, makes useless."""
+  many, several = RUNS.value or CARDS.value, MULTIHOST.value == 'auto'
+  useless = rules.without_effect(
+    ('problem', not PROMPT.value, 'no --prompt'),
+    ('runs', not CARDS.value, 'no --cards'),
+    ('by', RUNS.value, '--runs'),
+    ('out', MODE.value != 'report' or many, '--runs or --cards'),
+    ('workdir', not many, 'neither --runs nor --cards'),
+    ('heartbeat', COORDINATOR.value or several, '--coordinator or --multihost=auto'),
+    *(
+      (names, MODE.value in modes, f'--mode={" or ".join(modes)}')
+      for names, modes in READ_BY.items()
+    ),
+  )
+  given = {name: need for name, need in useless.items() if flags.FLAGS[name].present}
+  if given:
+    text = '; '.join(f'--{name} needs {need}' for name, need in given.items())
+    raise ValueError(f'without effect in --mode={MODE.value}: {text}')
+
+
 def read_config(fields: Sequence[str]) -> Command:
   """Returns the config of --config with --sweep and --config.FIELD=VALUE applied."""
   if not CONFIG.value:
@@ -151,7 +185,11 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'unexpected arguments {stray}: flags are --name=value')
   quiet()
   fix_numbers()
+  refuse_flags()
   command, many = read_config(fields), cluster()
+  if command.config is not None:
+    if line := check.effects(command.config, command.overrides):
+      logging.warning(line)
   if command.config is not None and MODE.value != 'report':
     split_cpu(command.config.mesh.cpu)
     if many:

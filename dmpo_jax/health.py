@@ -60,6 +60,12 @@ class Config(rules.Section):
   def number(self, x: float) -> str:
     return rules.or_off(rules.share)(x)
 
+  def idle(self) -> dict[str, str]:
+    acts = self.action != 'none'
+    return rules.without_effect(
+      (f'patience {" ".join(RULES)}', acts, 'health.action = warn or stop')
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class State:

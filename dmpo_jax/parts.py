@@ -40,7 +40,10 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
     fields = weights.read_config(folder)
   else:
     changed = {name: c.model[name] for name in config.SIZES if c.model[name]}
-    fields = {**model.PRESETS[c.model.preset], **changed}
+    fields = dict(model.PRESETS[c.model.preset])
+    if fields['heads'] == fields['kv_heads']:  # GQA only where it is asked for
+      fields['kv_heads'] = changed.get('heads', fields['heads'])
+    fields |= changed
     if tokenizer is not None:
       fields |= dict(
         vocab=max(len(tokenizer), fields.get('vocab', 0)),

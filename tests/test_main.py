@@ -198,7 +198,7 @@ IMPOSSIBLE = [
   ({'logprob.fuse': True}, 'logprob.fuse = True needs lora.rank > 0'),
   ({'eval.sampler.refresh': 2}, 'eval.sampler.refresh = 2.*sampler.cache'),
   ({'train.group': 1}, 'train.group = 1 must be >= 2'),
-  ({'optim.lr': float('nan')}, 'optim.lr = nan must be >= 0'),
+  ({'optim.lr': float('nan')}, 'optim.lr = nan must be finite'),
   ({'optim.b1': 1.0}, 'optim.b1 = 1.0 must be in'),
   ({'optim.eps': 0.0}, 'optim.eps = 0.0 must be > 0'),
   ({'lora.alpha': 0.0, 'lora.rank': 2}, 'lora.alpha = 0.0 must be > 0'),
@@ -219,6 +219,16 @@ IMPOSSIBLE = [
   ({'model.kv_heads': 3}, 'model.kv_heads = 3'),
   ({'model.checkpoint': 'x', 'model.width': 9}, 'model.width = 9: set 0'),
   ({'data.tokenizer': 'nowhere'}, "data.tokenizer = 'nowhere'"),
+  ({'sampler.temperature': 0.0}, 'sampler.temperature = 0.*all be the same'),
+  (
+    {'lora.path': 'x', 'lora.rank': 2, 'sft.steps': 3},
+    'sft.steps = 3 would change the base that lora.path',
+  ),
+  ({'reward.weights.sudoku': float('nan')}, 'reward.weights.sudoku = nan must be'),
+  ({'sampler.temperature': 1e400}, 'sampler.temperature = inf must be finite'),
+  ({'objective.strength': 1e400}, 'objective.strength = inf must be finite'),
+  ({'health.grad_norm': 1e400}, 'health.grad_norm = inf must be finite'),
+  ({'sampler.pick': 'entropy', 'sampler.steps': 0}, 'sampler.steps = 0 must be >= 1'),
 ]
 
 
@@ -661,6 +671,57 @@ def test_report_of_a_run_that_has_written_nothing(command, capsys):
 
 
 # --- what the command line alone does
+
+
+@pytest.mark.parametrize(
+  'args, needs',
+  [
+    (['--prompt=x'], '--prompt needs --mode=sample'),
+    (['--format=adapter', '--mode=eval'], '--format needs --mode=export'),
+    (['--of=base'], '--of needs --mode=eval or sample or export'),
+    (['--topology=v5e:4x4'], '--topology needs --mode=plan'),
+    (['--generations=x', '--mode=eval'], '--generations needs --mode=score'),
+    (['--mode=plan', '--out=x', '--html=y'], '--html needs --mode=sample'),
+    (['--mode=sample', '--prompt=x', '--problem=3'], '--problem needs no --prompt'),
+    (['--mode=report', '--by=seed'], '--by needs --runs'),
+    (['--mode=report', '--runs=x', '--cards=y'], '--runs needs no --cards'),
+    (['--mode=report', '--runs=x', '--workdir=y'], '--workdir needs neither'),
+    (['--heartbeat=9'], '--heartbeat needs --coordinator'),
+  ],
+)
+def test_flags_of_other_modes_are_refused(command, args, needs):
+  with pytest.raises(SystemExit, match=f'without effect in --mode=.*{needs}'):
+    command(*args)
+
+
+def test_a_field_without_effect_is_refused_or_named(command, monkeypatch, tmp_path):
+  """One of the command line is refused; one of the file is named in one line."""
+  lines = []
+  monkeypatch.setattr(main.logging, 'warning', lines.append)
+  monkeypatch.setitem(main.MODES, 'train', lambda command: None)
+  with pytest.raises(SystemExit, match='sampler.steps = 16 .needs sampler.pick = '):
+    command('--config.sampler.pick=entropy', '--config.sampler.steps=16')
+  file = tmp_path / 'other.py'
+  change = "  c.sampler.pick, c.sampler.steps = 'entropy', 8\n  return c"
+  file.write_text(CONFIG.replace('  return c', change, 1))
+  command(config=(f'--config={file}',))
+  (line,) = lines
+  assert 'sampler.steps = 8 (needs sampler.pick = ' in line and '\n' not in line
+
+
+def test_a_sweep_is_applied_before_devices_are_made(command, monkeypatch, tmp_path):
+  """A point may set mesh.cpu and cache."""
+  seen = []
+  monkeypatch.setattr(main, 'split_cpu', seen.append)
+  monkeypatch.setattr(main, 'cache_programs', lambda c: seen.append(c.cache))
+  monkeypatch.setitem(main.MODES, 'train', lambda command: None)
+  file = tmp_path / 'other.py'
+  point = (
+    "SWEEPS = ('a',)\n\n\ndef sweep(name):\n  return [{'mesh.cpu': 3, 'cache': False}]"
+  )
+  file.write_text(f'{CONFIG}\n\n{point}\n')
+  command('--sweep=a:0', config=(f'--config={file}',))
+  assert seen == [3, False]
 
 
 def test_starts_are_recorded(command, phases, tmp_path):

@@ -227,10 +227,10 @@ PICKS: dict[str, Pick] = {
   'confidence': Pick(pick_confidence, scheduled=True, scored=True, judged=True),
   'random': Pick(pick_random, scheduled=True, drawn=True),
   'random_order': Pick(pick_random_order, drawn=True),
-  'threshold': Pick(pick_threshold, judged=True, fallback=True),
-  'factor': Pick(pick_factor, judged=True),
+  'threshold': Pick(pick_threshold, judged=True, reads=('threshold', 'fallback')),
+  'factor': Pick(pick_factor, judged=True, reads=('factor',)),
   'margin': Pick(pick_margin, scheduled=True, scored=True),
-  'entropy': Pick(pick_entropy),
+  'entropy': Pick(pick_entropy, reads=('entropy_bound', 'rank_law')),
   'lowest_entropy': Pick(pick_lowest_entropy, scheduled=True, scored=True),
   'origin': Pick(pick_origin, scheduled=True, drawn=True),
   'plackett_luce': Pick(

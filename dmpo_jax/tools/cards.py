@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
