@@ -71,7 +71,9 @@ def elbo_gap(case, out, masks):
 
 def text_of(rows, length):
   """Returns the Text of whole completions, of which nothing else is known."""
-  return Text(jnp.ones((rows, length), bool), None, None, length, None)
+  return Text(
+    jnp.ones((rows, length), bool), None, None, length, types.Canvas(length), None
+  )
 
 
 def gauss(key, row_R, length):

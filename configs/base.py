@@ -25,18 +25,16 @@ def get_config():
   c.data = section(config.Data)
   c.reward = section(config.Reward)
   c.sft = section(config.Sft)
-  # Rollouts. `rank = max` makes the order of unmasking a function of the state alone.
-  size = dict(length=16, block=16, steps=16)
-  c.sampler = section(config.Sampler, **size, temperature=1.0, rank='max')
+  c.sampler = section(config.Sampler, temperature=1.0)  # rollouts
   config.choose_objective(c, 'dmpo')
   c.reference = section(config.Reference)
   c.logprob = section(logprob.LogprobConfig)  # estimates of log p_ref and log p_old
   c.train = section(config.Train)
   c.optim = section(optim.Config)
   c.eval = section(config.Eval)
-  c.eval.sampler = section(config.Sampler, **size, rank='max')  # greedy
+  c.eval.sampler = section(config.Sampler)  # greedy
   c.checkpoint = section(config.Checkpoint)
   c.health = section(health.Config)
   c.mesh = section(config.Mesh)
   c.log = section(config.Log)
-  return c
+  return c.lock()  # a field that is not above is refused

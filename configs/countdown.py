@@ -17,9 +17,8 @@ from dmpo_jax import config
 def get_config(objective=''):
   c = quickstart.get_config()
   c.name = 'countdown'
-  c.data.task = 'countdown'
-  c.data.train_size = 4000
-  c.data.largest = 15
+  sizes = dict(train_size=4000, test_size=512, largest=15)
+  c.data = config.section(config.Data, task='countdown', **sizes)  # no blanks
   c.sft.steps = 1500
   c.optim.lr = 2e-4
   c.sampler.length = c.sampler.block = c.sampler.steps = 12

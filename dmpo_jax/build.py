@@ -128,6 +128,7 @@ class Built(NamedTuple):
   setup: step.Setup
   steps: Steps
   encoded: dict  # split -> data.Problems, filled by `problems`
+  read: dict[str, int]  # field -> digest of the weights that were read from there
 
 
 def build(c: Any, devices: Any = None) -> Built:
@@ -148,18 +149,34 @@ def build(c: Any, devices: Any = None) -> Built:
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
+  init, init_lora, start, start_sft = make_starts(c, cfg, grid)
   read_references = parts.references(c, cfg, folder, grid, quantize)
+  digest, read = Compiled(grid, checkpoint.digest), {}
+
+  def noted(field: str, call: Callable) -> Callable:
+    """Returns `call`, which reads weights from a field, and notes their digest."""
+
+    def reading():
+      tree = call()
+      read[field] = int(digest(tree))
+      return tree
+
+    return reading if field else call
+
   steps = Steps(
-    *make_starts(c, cfg, grid),
+    noted('model.checkpoint' * bool(c.model.checkpoint), init),
+    noted('lora.path' * bool(c.lora.path), init_lora),
+    start,
+    start_sft,
     make_sample(c, c.sampler, 'sample', cfg, grid, setup.wants.records or ()),
     make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
     lambda section: make_sample(c, section, 'evaluate', cfg, grid),
-    read_references,
+    noted('reference.of' * (not check.plain_reference(c)), read_references),
     *make_training(c, grid, setup),
     quantize,
-    Compiled(grid, checkpoint.digest),
+    digest,
   )
-  return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, setup, steps, {})
+  return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, setup, steps, {}, read)
 
 
 def collector(built: Built, frozen: Params) -> Collector:

@@ -6,17 +6,26 @@ a run that is resumed or evaluated.
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dmpo_jax import sampler
-from dmpo_jax.config import SECTIONS, compares_old, flatten, part, settings
+from dmpo_jax.config import (
+  SECTIONS,
+  TERMS,
+  compares_old,
+  flatten,
+  misfits,
+  part,
+  settings,
+)
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
-from dmpo_jax.rules import nearest
+from dmpo_jax.rules import nearest, without_effect
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import Scored, Wants
 
@@ -27,6 +36,8 @@ def config(c: Any, count: int, platform: str = '') -> None:
   count: number of devices that the run will have; platform: theirs, such as 'tpu'
   ('' = JAX's default). A rule between sections waits until they are right themselves.
   """
+  if found := misfits(c):
+    raise ValueError('this config cannot run:\n  ' + '\n  '.join(found))
   found, wrong = section_problems(c)
   for rule, sections in RULES.items():
     if not wrong & set(sections):
@@ -41,30 +52,14 @@ def config(c: Any, count: int, platform: str = '') -> None:
 def section_problems(c: Any) -> tuple[list[str], set[str]]:
   """Returns the complaints about sections by themselves, and the sections they name."""
   found, wrong = [], set()
-  for name in SECTIONS:
+  for name, one in parts(c):
     prefix = name.rpartition('.')[0]  # a nested sampler's complaints begin 'sampler.'
-    said = part(c, name).problems()
+    said = one.problems()
     found += [f'{prefix}.{text}' if prefix else text for text in said]
     wrong |= {name} if said else set()
-  said = objective_problems(c)
   if not 0 <= c.seed < 2**32:
     found.append(f'seed = {c.seed} must be in 0 to 2 ** 32 - 1')
-  return found + said, wrong | ({'objective'} if said else set())
-
-
-def objective_problems(c: Any) -> list[str]:
-  """Returns the complaints about the section of the objective."""
-  name = c.objective.name
-  if wrong := nearest('objective.name', name, OBJECTIVES):
-    return wrong
-  kinds = (OBJECTIVES[name].Config, Common)
-  try:
-    return [text for kind in kinds for text in settings(kind, c.objective).problems()]
-  except KeyError as error:
-    return [
-      f'objective.name = {name} has a field {error}, which this section lacks: choose '
-      f'an objective by config.choose_objective(c, {name!r})'
-    ]
+  return found, wrong
 
 
 def training(c: Any) -> None:
@@ -84,6 +79,84 @@ def training(c: Any) -> None:
       f'not grade as right, what this prompt of data.task = {c.data.task} asks for: '
       'set data.style = chat (eval.style is free), or data.protocol = strict'
     )
+
+
+# --- fields without effect
+
+
+def parts(c: Any) -> list[tuple[str, Any]]:
+  """Returns (section, its dataclass) of all sections; that of objective has two."""
+  kinds = (OBJECTIVES[c.objective.name].Config, Common)
+  own = [('objective', settings(kind, c.objective)) for kind in kinds]
+  return [(name, part(c, name)) for name in SECTIONS] + own
+
+
+def idle(c: Any) -> dict[str, str]:
+  """Returns {'section.field': what it needs} of fields without effect in a config."""
+  own = {
+    f'{name}.{x}': re.sub(r'\bsampler\.', f'{name}.', need)
+    for name, p in parts(c)
+    for x, need in p.idle().items()
+  }
+  return own | idle_between(c)
+
+
+def idle_between(c: Any) -> dict[str, str]:
+  """Returns the fields that have no effect because of other sections."""
+  _, wants = wanted(c)
+  task, log = TASKS[c.data.task], part(c, 'logprob')
+  scored = bool(c.health.measure or wants.sequence)
+  by_elbo = scored and log.estimator == 'elbo'
+  by_elbo |= 'old' in wants.elbo and not wants.common_masks
+  rates = by_elbo and log.elbo == 'paper'
+  asks = 'an objective that asks for log p_old or log p_ref (dmpo: objective.alpha > 0)'
+  weights = [
+    (f'reward.weights.{term}', term in (task.terms or TERMS), f'data.task = {names}')
+    for term in TERMS
+    if (names := ' or '.join(n for n, other in TASKS.items() if term in other.terms))
+  ]
+  sections = ('objective.', 'logprob.', 'reference.', 'optim.', 'train.')
+  rl = [name for name in flatten(c) if name.startswith(sections)]
+  rl = sorted({*rl} - {'objective.name', 'train.iterations'})
+  return without_effect(
+    ('logprob.estimator logprob.tail logprob.states logprob.fuse', scored, asks),
+    ('logprob.draws logprob.elbo', by_elbo, f'logprob.estimator = elbo, and {asks}'),
+    (
+      'logprob.low logprob.high logprob.antithetic',
+      rates,
+      f'logprob.estimator = elbo, logprob.elbo = paper, and {asks}',
+    ),
+    ('data.style', not c.data.template or c.sft.steps, "data.template = ''"),
+    *weights,
+    (' '.join(rl), c.train.iterations, 'train.iterations > 0'),
+  )
+
+
+def effects(c: Any, given: Container[str]) -> str:
+  """Returns one line about the fields of a file or a sweep that have no effect.
+
+  Fields at their defaults are not named. '' if there are none, or if a section is wrong
+  itself, which `config` refuses. given: fields of the command line. ValueError if one
+  of them has no effect.
+  """
+  if misfits(c) or section_problems(c)[1]:
+    return ''
+  found, values = idle(c), flatten(c)
+  known = {f'{name}.{x}': p.default(x) for name, p in parts(c) for x in vars(p)}
+  known |= {f'reward.weights.{term}': 1.0 for term in TERMS}
+
+  def told(names: list[str]) -> str:
+    needs = dict.fromkeys(found[x] for x in names)
+    groups = {need: [x for x in names if found[x] == need] for need in needs}
+    return '; '.join(
+      f'{", ".join(f"{x} = {values[x]!r}" for x in group)} (needs {need})'
+      for need, group in groups.items()
+    )
+
+  if wrong := told([x for x in found if x in given]):
+    raise ValueError(f'without effect: {wrong}: set that, or leave it out')
+  rest = told([x for x in found if values[x] != known[x]])
+  return f'without effect in this config: {rest}' if rest else ''
 
 
 # --- rules between sections
@@ -227,6 +300,23 @@ def trajectory(c: Any) -> list[str]:
   return found
 
 
+def rollouts(c: Any) -> list[str]:
+  """The completions of a group differ, and adapters are laid on their own base."""
+  found, s = [], c.sampler
+  drawn = s.temperature or s.rank_temperature or sampler.SAMPLERS[s.pick].drawn
+  if c.train.iterations and not drawn:
+    found.append(
+      'sampler.temperature = 0: the train.group completions of a prompt would all be '
+      'the same, and teach nothing: set it > 0'
+    )
+  if c.lora.path and c.sft.steps:
+    found.append(
+      f'sft.steps = {c.sft.steps} would change the base that lora.path was trained on: '
+      'set 0'
+    )
+  return found
+
+
 def objective_sampler(c: Any) -> list[str]:
   """The sampler gives what the objective learns from."""
   s, objective = c.sampler, OBJECTIVES[c.objective.name]
@@ -340,6 +430,7 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   pmap: ('mesh', 'sampler', 'eval.sampler'),
   fuse: ('logprob', 'lora', 'reference'),
   trajectory: ('logprob', 'sampler'),
+  rollouts: ('lora', 'sampler', 'sft', 'train'),
   objective_sampler: ('objective', 'sampler'),
   old_policy: ('objective', 'logprob', 'lora'),
   reference: ('objective', 'reference'),

@@ -136,6 +136,35 @@ def save(
   )
 
 
+def verify(manager: Manager, step: int, state: Any) -> None:
+  """Waits for a save and raises ValueError if it cannot be read again.
+
+  Reads the shapes of all arrays, and the smallest one; two states might not fit.
+  """
+  manager.wait_until_finished()
+  folder = os.path.join(manager.directory, str(step), 'state')
+  leaf = ocp.args.PyTreeRestore(
+    {'step': (shape := abstract(state.step))},
+    {'step': ocp.ArrayRestoreArgs(sharding=shape.sharding)},
+    partial_restore=True,
+  )
+  try:
+    with independent_reader(manager) as reader:
+      reader.item_metadata(step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      same = int(reader.restore(folder, args=leaf)['step']) == int(state.step)
+  except Exception as error:  # of any kind, as in `restore`
+    if is_transient(error):
+      raise
+    logging.warning('%s', error)
+    same = False
+  if mesh.agree(not same):
+    raise ValueError(
+      f'{folder}, the first checkpoint, cannot be read back: the file system or the '
+      'path does not suit Orbax, so name another --workdir'
+    )
+
+
 def is_due(section: Any, done: int, saved: float) -> bool:
   """Returns whether to save after `done` updates.
 
@@ -185,9 +214,10 @@ def restore(
     )
   if faults:
     lines = '\n'.join(f'  {step}: {fault}' for step, fault in faults.items())
+    instead = 'move the directory away to begin from nothing'
     raise ValueError(
       f'no checkpoint in {manager.directory} can be used:\n{lines}\nBring one '
-      'back from a copy, or move the directory away to begin from nothing'
+      f'back from a copy, or {instead if only is None else "use --of=latest"}'
     )
   return None
 

@@ -13,14 +13,13 @@ Modes:
   report  curves and a summary of a run; --runs compares runs, --cards results cards
 
 A run is a folder, the workdir. Without --workdir it is runs/NAME-HASH of the config, so
-the same --config finds it again in every mode. FILE:espo, or
+the same --config finds it again in every mode. --workdir without --config takes the
+run's own config. Only train and sft train. FILE:espo, or
 --config.objective.name=espo, trains with another objective at its own defaults.
 """
 
 import contextlib
-import functools
 import glob
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -48,7 +47,10 @@ from dmpo_jax import (
   hf,
   mesh,
   metrics,
+  parts,
   resume,
+  rules,
+  runs,
   train,
 )
 from dmpo_jax.tasks import TASKS, symbolic
@@ -81,7 +83,25 @@ COORDINATOR = _text('coordinator', '', 'host:port of process 0, without --multih
 PROCESSES = _int('processes', None, 'number of processes')
 PROCESS = _int('process', None, 'number of this process, from 0')
 HEARTBEAT = _int('heartbeat', 100, 'seconds of silence after which a process is dead')
+# Settings of JAX by which a run would have other numbers, and could not be resumed.
+FIXED = {
+  'jax_enable_x64': False, 'jax_default_prng_impl': 'threefry2x32',
+  'jax_threefry_partitionable': True, 'jax_random_seed_offset': 0,
+  'jax_numpy_dtype_promotion': 'standard', 'jax_disable_jit': False,
+}  # fmt: skip
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # in results.json
+
+
+# Flags -> the modes that read them. The others say which run is meant, in any mode.
+READ_BY = {
+  'of': ('eval', 'sample', 'export'),
+  'out': ('export', 'eval', 'report'),
+  'format': ('export',),
+  'generations task protocol': ('score',),
+  'problem prompt html': ('sample',),
+  'topology': ('plan',),
+  'runs cards by': ('report',),
+}
 
 
 class Command(NamedTuple):
@@ -117,15 +137,39 @@ def parse(argv: Sequence[str]) -> list[str]:
   return [program, *fields, *stray]
 
 
+def refuse_flags() -> None:
+  """Raises ValueError for flags that the mode, or another flag, makes useless."""
+  many, several = RUNS.value or CARDS.value, MULTIHOST.value == 'auto'
+  useless = rules.without_effect(
+    ('problem', not PROMPT.value, 'no --prompt'),
+    ('runs', not CARDS.value, 'no --cards'),
+    ('by', RUNS.value, '--runs'),
+    ('out', MODE.value != 'report' or many, '--runs or --cards'),
+    ('workdir', not many, 'neither --runs nor --cards'),
+    ('heartbeat', COORDINATOR.value or several, '--coordinator or --multihost=auto'),
+    *(
+      (names, MODE.value in modes, f'--mode={" or ".join(modes)}')
+      for names, modes in READ_BY.items()
+    ),
+  )
+  given = {name: need for name, need in useless.items() if flags.FLAGS[name].present}
+  if given:
+    text = '; '.join(f'--{name} needs {need}' for name, need in given.items())
+    raise ValueError(f'without effect in --mode={MODE.value}: {text}')
+
+
 def read_config(fields: Sequence[str]) -> Command:
   """Returns the config of --config with --sweep and --config.FIELD=VALUE applied."""
   if not CONFIG.value:
     alone = MODE.value in ('report', 'score')
-    if fields or SWEEP.value or not alone:
+    if SWEEP.value or (fields and alone) or not (alone or WORKDIR.value):
       raise ValueError(
         '--config=FILE is missing, such as configs/quickstart.py (-h lists the flags)'
       )
-    return Command(None, {})
+    if alone:
+      return Command(None, {})
+    c = runs.config_of(runs.path_of('--workdir', WORKDIR.value))
+    return Command(c, config.override(c, fields))
   module, c = config.load(CONFIG.value)
   file, point = CONFIG.value.partition(':')[0], {}
   if SWEEP.value:
@@ -140,14 +184,22 @@ def main(argv: Sequence[str]) -> None:
   if stray := argv[1 + len(fields) :]:
     raise ValueError(f'unexpected arguments {stray}: flags are --name=value')
   quiet()
+  fix_numbers()
+  refuse_flags()
   command, many = read_config(fields), cluster()
+  if command.config is not None:
+    if line := check.effects(command.config, command.overrides):
+      logging.warning(line)
   if command.config is not None and MODE.value != 'report':
     split_cpu(command.config.mesh.cpu)
     if many:
       guard.join(**many)
-      if jax.process_index():
-        logging.set_verbosity(logging.WARNING)
+    see_devices()
+    if jax.process_index():
+      logging.set_verbosity(logging.WARNING)
     cache_programs(command.config)
+  elif MODE.value == 'score':
+    see_devices()
   MODES[MODE.value](command)
 
 
@@ -156,9 +208,12 @@ def start(argv: Sequence[str]) -> None:
   try:
     main(argv)
   except (ValueError, FloatingPointError, OSError) as error:
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+      text = f'{error.filename}: {error.strerror}'
     if os.environ.get('DMPO_TRACEBACK'):
       raise
-    sys.exit(f'error: {error}')
+    sys.exit(f'error: {text}')
   except KeyboardInterrupt:
     print(
       '\ninterrupted: the same command resumes from the last checkpoint',
@@ -226,6 +281,27 @@ def quiet() -> None:
   )
 
 
+def fix_numbers() -> None:
+  """Undoes what the environment or a flag says of JAX, where numbers depend on it."""
+  for name, value in FIXED.items():
+    if (found := getattr(jax.config, name)) != value:
+      logging.warning('%s = %s has no effect here', name.upper(), found)
+      jax.config.update(name, value)
+
+
+def see_devices() -> None:
+  """Raises ValueError if the devices that JAX_PLATFORMS asks for are not here."""
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # of an absent plugin
+    asked: Any = jax.config
+    why = str(error) or 'no plugin is installed'
+    raise ValueError(
+      f'JAX_PLATFORMS = {asked.jax_platforms}: no such devices are here ({why}): unset '
+      'it, or set cpu'
+    ) from None
+
+
 def split_cpu(count: int) -> None:
   """Makes the CPU `count` devices, before JAX looks for any.
 
@@ -268,60 +344,6 @@ def say(text: str) -> None:
 # --- the workdir
 
 
-def default_workdir(c: Any) -> str:
-  """Returns runs/NAME-HASH; fields that training does not read are not in the hash."""
-  fields = {k: v for k, v in check.plain(c).items() if not k.startswith(check.UNNAMED)}
-  digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-  return os.path.join('runs', f'{c.name}-{digest.hexdigest()[:8]}')
-
-
-def find_run(c: Any) -> str:
-  """Returns the workdir of the run that a config may evaluate, else the default one.
-
-  The run may differ in the fields of check.JUDGING. ValueError if several fit.
-  """
-  default, fits = default_workdir(c), []
-  if os.path.isdir(default):
-    return default
-  for path in sorted(glob.glob(os.path.join('runs', f'{c.name}-*', 'config.json'))):
-    with open(path) as f, contextlib.suppress(ValueError):
-      old = check.flatten(json.load(f))
-      if not check.changes(old, check.plain(c), check.JUDGING):
-        fits.append(os.path.dirname(path))
-  if len(fits) > 1:
-    raise ValueError(f'{", ".join(fits)} fit this config: name one by --workdir')
-  return fits[0] if fits else default
-
-
-def settle(c: Any, workdir: str, begin: bool) -> str:
-  """Makes and returns the workdir. ValueError if it belongs to another config.
-
-  begin: a run begins or resumes here, so config.json is written and only fields in
-  check.FREE may differ from it. Otherwise those in check.JUDGING may.
-  """
-  workdir = workdir or (default_workdir(c) if begin else find_run(c))
-  path = os.path.join(workdir, 'config.json')
-  free = check.FREE if begin else check.JUDGING
-  if os.path.exists(path):
-    with open(path) as f:
-      try:
-        old = check.flatten(json.load(f))
-      except ValueError as error:
-        raise ValueError(
-          f'{path} is damaged ({error}): remove it if this is the config of that run'
-        ) from None
-    if changed := check.changes(old, check.plain(c), free):
-      raise ValueError(
-        f'{workdir} was written by another config ({changed}): name another '
-        f'--workdir (only {", ".join(free)} may change)'
-      )
-  elif jax.process_index() == 0:
-    os.makedirs(workdir, exist_ok=True)
-    if begin:
-      files.replace(path, c.to_json(sort_keys=True, indent=2))
-  return workdir
-
-
 def ready(c: Any) -> build.Built:
   """Returns build.build(c). ValueError if the model's weights are not here."""
   built = build.build(c)
@@ -343,38 +365,54 @@ def watched(c: Any) -> Iterator[tuple[guard.Preemption, guard.Watchdog]]:
     yield asked, dog
 
 
-def base_of(built: build.Built, workdir: str) -> dict:
-  """Returns the base model of a run: read from workdir/sft, or trained now.
+def run_of(c: Any) -> str:
+  """Returns the workdir of the run that a mode reads; '' for model.checkpoint alone.
 
-  ValueError if it must be trained and another process is training there.
+  ValueError if there is neither, or if another run may be meant.
   """
-  lock = functools.partial(guard.alone, workdir)
-  with metrics.Writer(workdir, enabled=False) as writer:
-    return train.run('sft', train.Session(built, workdir, writer, lock=lock))[0]
+  workdir, near = runs.find(c, runs.workdir_of(WORKDIR.value))
+  if workdir:
+    return workdir
+  where = WORKDIR.value or runs.default(c)
+  missing = f'no run in {where}'
+  if near and OF.value != 'base':
+    listed = '\n'.join(f'  {path}: {changed}' for path, changed in near.items())
+    raise ValueError(
+      f'{missing}. Others of this name:\n{listed}\nName one by --workdir alone, '
+      'without --config'
+      + ', or set --of=base to judge model.checkpoint'
+      * bool(c.model.checkpoint)
+    )
+  if not c.model.checkpoint:
+    raise ValueError(
+      f'{missing}: --mode={MODE.value} trains nothing, so run --mode=train first, name '
+      'the run by --workdir, or set model.checkpoint'
+    )
+  if OF.present and OF.value != 'base':
+    raise ValueError(f'--of={OF.value}: {missing}: is that the workdir?')
+  say(f'{missing}: this is model.checkpoint = {c.model.checkpoint}, as it is')
+  return ''
 
 
-def is_trained(workdir: str) -> bool:
-  """Whether RL has saved a checkpoint. ValueError if --of names one that is missing."""
-  there = mesh.agree(resume.is_saved(workdir))
-  if not there and OF.value != 'base':
+def params_of(built: build.Built, workdir: str) -> tuple[dict, dict, str]:
+  """Returns the parameters that --of names, the base, and their name; trains nothing.
+
+  workdir: '' = no run. ValueError if --of names a checkpoint that is missing.
+  """
+  saved = workdir and mesh.agree(resume.saved_updates(workdir))
+  if workdir and not saved and OF.value != 'base':
     if OF.present:
       raise ValueError(
         f'--of={OF.value}: there is no checkpoint in {os.path.join(workdir, "rl")}: is '
-        'that the workdir? Without a run, leave --of out or set --of=base'
+        'that the workdir? Otherwise leave --of out or set --of=base'
       )
-    say(f'no run in {workdir}: this is the base model')
-  return there
-
-
-def params_of(built: build.Built, workdir: str) -> tuple[dict, str]:
-  """Returns the parameters that --of names, and their name."""
-  there = is_trained(workdir)
-  base = built.steps.quantize(base_of(built, workdir))
+    say(f'no checkpoint in {os.path.join(workdir, "rl")}: this is the base model')
+  base = built.steps.quantize(resume.base_of(built, workdir))
   if OF.value == 'base':
-    return base, 'base'
+    return base, base, 'base'
   name = 'adapter' if built.config.lora.path else 'base'
   params = resume.latest(built, workdir, base, OF.value == 'best')
-  return params, OF.value if there else name
+  return params, base, OF.value if saved else name
 
 
 # --- modes
@@ -383,22 +421,27 @@ def params_of(built: build.Built, workdir: str) -> tuple[dict, str]:
 def train_mode(command: Command, only_sft: bool = False) -> None:
   """Trains, or resumes; a finished run is only reported."""
   c = command.config
+  workdir = runs.workdir_of(WORKDIR.value or runs.default(c), written=True)
+  runs.refuse_other(c, workdir, check.FREE)
   built = ready(c)
   check.training(c)
   with watched(c) as (asked, dog):
     for split in ('train', 'validation', 'test'):  # a bad file is refused now
       dog.beat(f'data, {split}', 0)
       build.problems(built, split)
-    workdir = settle(c, WORKDIR.value, begin=True)
-    dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
-    if mesh.agree(os.path.exists(os.path.join(workdir, 'results.json'))):
+    if mesh.agree(runs.is_done(workdir)):
       say('this run is done; --config.seed=N starts another')
     else:
       kind = jax.devices()[0].device_kind
       logging.info('%s on %d %s, in %s', c.name, jax.device_count(), kind, workdir)
-      with guard.alone(workdir):
+      with files.naming(workdir), guard.alone(workdir):
+        runs.claim(c, workdir)
+        dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
         run_train(built, workdir, command.overrides, only_sft, dog, asked)
   if not only_sft and jax.process_index() == 0:
+    if not os.path.exists(os.path.join(workdir, 'curves.png')):
+      with contextlib.suppress(report.NoData):
+        report.curves(workdir)
     again = shlex.join(sys.argv)
     print(report.summary(workdir))
     print(f'workdir: {workdir}')
@@ -423,7 +466,8 @@ def run_train(
   c = built.config
   if first:
     seeds = {'seed': c.seed, 'data.seed': c.data.seed}
-    provenance.append(workdir, provenance.record(overrides, seeds))
+    start = provenance.record(overrides, seeds, parts.revisions(c))
+    provenance.append(workdir, start)
     built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
   with metrics.Writer(workdir, enabled=first) as writer:
     session = train.Session(built, workdir, writer, dog.beat)
@@ -459,38 +503,44 @@ def run_train(
   }
   # Its presence says that the run is done, so it is written last.
   files.replace(os.path.join(workdir, 'results.json'), json.dumps(results, indent=2))
-  report.curves(workdir)
 
 
 def eval_mode(command: Command) -> None:
   """Writes results cards of the test problems, one for each length."""
-  built = ready(command.config)
+  c = command.config
+  out, workdir = runs.path_of('--out', OUT.value, written=True), run_of(c)
+  built = ready(c)
   build.problems(built, 'test')
-  workdir = settle(command.config, WORKDIR.value, begin=False)
-  with guard.Preemption(at_once=True) as asked:
-    params, name = params_of(built, workdir)
-    folder = OUT.value or cards.default_folder(built, params, workdir)
-    for card in cards.run(built, params, folder, name, beat=asked.check):
-      say(f'{cards.headline(card)} at {card["length"]} tokens, {card["steps"]} steps')
+  with watched(c) as (asked, _):
+    params, _, name = params_of(built, workdir)
+    above = workdir or WORKDIR.value or os.path.join(runs.EVALS, c.name)
+    folder = out or cards.default_folder(built, params, above)
+    with files.naming(folder):
+      made = cards.run(built, params, folder, name, beat=asked.check)
+    for card in made:
+      at = f'{card["length"]} tokens, {card["steps"]} steps'
+      say(f'{name}: {cards.headline(card)} at {at}')
     say(f'generations and cards in {folder}')
 
 
 def sample_mode(command: Command) -> None:
   """Shows a prompt being unmasked, on the terminal and as a page."""
+  html, workdir = runs.path_of('--html', HTML.value, True), run_of(command.config)
   built = ready(command.config)
   build.problems(built, 'test')
   problem, prompt = shown_prompt(built)
-  params, name = params_of(built, settle(command.config, WORKDIR.value, begin=False))
-  sampler = built.steps.sample_eval
-  (row,) = evaluate.generate(built, params, problem, sampler, 1, 0)
+  with watched(command.config):
+    params, _, name = params_of(built, workdir)
+    sampler = built.steps.sample_eval
+    (row,) = evaluate.generate(built, params, problem, sampler, 1, 0)
   line = f'{row["forwards"]} steps, {row["tokens"]} tokens'
   if example := problem.examples[0]:
     grade = built.task.grade(row['text'], example, built.config.data.protocol)
     line += f', grade {grade:g}; the answer: {built.task.record(example)[1]}'
   steps = watch.pieces(row['ids'], row['order'], built.tokenizer.decode)
   say(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{line}')
-  if HTML.value and jax.process_index() == 0:
-    with open(HTML.value, 'w', encoding='utf-8') as f:
+  if html and jax.process_index() == 0:
+    with open(html, 'w', encoding='utf-8') as f:
       f.write(watch.page(steps, f'{built.config.name}, {name}', prompt, line))
 
 
@@ -532,16 +582,17 @@ def score_mode(command: Command) -> None:
 def export_mode(command: Command) -> None:
   """Writes a checkpoint in a format that other programs read."""
   c = command.config
+  out, workdir = runs.path_of('--out', OUT.value, written=True), run_of(c)
+  if not workdir:
+    raise ValueError('--mode=export: a model without a run is written already')
   built = ready(c)
   with watched(c) as (_, dog):
-    workdir = settle(c, WORKDIR.value, begin=False)
     dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
-    is_trained(workdir)
-    params = base = base_of(built, workdir)
-    if OF.value != 'base':
-      params = resume.latest(built, workdir, base, OF.value == 'best')
-    folder = OUT.value or os.path.join(workdir, f'export-{FORMAT.value}')
-    say(json.dumps(hf.export(built, params, base, folder, FORMAT.value)))
+    params, base, _ = params_of(built, workdir)
+    folder = out or os.path.join(workdir, f'export-{FORMAT.value}')
+    with files.naming(folder):
+      report_ = hf.export(built, params, base, folder, FORMAT.value)
+    say(json.dumps(report_))
 
 
 def plan_mode(command: Command) -> None:
@@ -552,20 +603,23 @@ def plan_mode(command: Command) -> None:
 def report_mode(command: Command) -> None:
   """Draws and summarizes one run, or compares several runs or cards."""
   if CARDS.value:
-    paths = sorted(glob.glob(CARDS.value))
+    paths = sorted(glob.glob(os.path.expanduser(CARDS.value)))
     return print(*report.compare_cards(paths, OUT.value), sep='\n')
   if RUNS.value:
-    paths = sorted(glob.glob(RUNS.value))
+    paths = sorted(glob.glob(os.path.expanduser(RUNS.value)))
+    is_run = lambda path: os.path.exists(os.path.join(path, 'config.json'))
+    paths = [path for path in paths if is_run(path) or not os.path.isdir(path)]
     return print(*report.compare(paths, BY.value, OUT.value), sep='\n')
   if not WORKDIR.value and command.config is None:
     raise ValueError('--mode=report needs --workdir=DIR, --config, --runs or --cards')
-  workdir = WORKDIR.value or find_run(command.config)
+  workdir = runs.path_of('--workdir', WORKDIR.value)
+  if not workdir:
+    workdir = runs.find(command.config)[0] or runs.default(command.config)
   if not os.path.exists(os.path.join(workdir, 'config.json')):
     raise ValueError(f'no run in {workdir}: there is no config.json')
   with contextlib.suppress(report.NoData):  # the run has hardly begun
     print(report.curves(workdir))
-  done = os.path.exists(os.path.join(workdir, 'results.json'))
-  print((report.summary if done else status.under_way)(workdir))
+  print((report.summary if runs.is_done(workdir) else status.under_way)(workdir))
 
 
 MODES: dict[str, Callable[[Command], None]] = {

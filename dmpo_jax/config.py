@@ -8,12 +8,15 @@ lists the values that are out of range, by rules.py. Rules between sections are 
 check.py.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+import re
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +27,17 @@ from dmpo_jax import health, logprob, model, optim, sampler
 from dmpo_jax.data import PromptOptions
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
-from dmpo_jax.rules import Section, finite, least, nearest, one_of
+from dmpo_jax.rules import (
+  Section,
+  above,
+  chance,
+  finite,
+  least,
+  nearest,
+  one_of,
+  positive_share,
+  without_effect,
+)
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import TaskOptions, Wants
 
@@ -64,7 +77,9 @@ class Model(Section):
   width: int = 0  # model dimension D; 0 = the preset's
   layers: int = 0  # number of layers N; 0 = the preset's
   heads: int = 0  # attention heads H; 0 = the preset's
-  kv_heads: int = 0  # key/value heads, fewer than heads for GQA; 0 = the preset's
+  # Key/value heads, fewer than heads for GQA; 0 = the preset's, or as many as heads
+  # where the preset has as many.
+  kv_heads: int = 0
   mlp: int = 0  # inner width F of the SwiGLU; 0 = the preset's
   dtype: str = 'float32'  # of matrix products; float32 | bfloat16
   param_dtype: str = 'float32'  # of stored parameters; float32 | bfloat16
@@ -78,6 +93,9 @@ class Model(Section):
   # sampler for bd3lm).
   attention_grid: str = 'text'
   head_chunk: int = 0  # completion positions per call of the output head; 0 = all
+
+  def idle(self) -> dict[str, str]:
+    return without_effect(('preset', not self.checkpoint, "model.checkpoint = ''"))
 
   def problems(self) -> list[str]:
     found = super().problems()
@@ -96,18 +114,19 @@ class Model(Section):
 class Lora(Section):
   """Low-rank adapters."""
 
+  OWN = {'alpha': above(0), 'dropout': chance}
+
   rank: int = 0  # rank A; 0 = no adapters, every parameter is trained
   alpha: float = 64.0  # the adapter's output is scaled by alpha / rank
   targets: str = 'all'  # adapted linears; all | paper (q, k, v, up) | a regex
   dropout: float = 0.0  # on the adapters' input in updates; probability, 0 = none
   path: str = ''  # PEFT adapter directory to start from; '' = a new adapter
 
+  def idle(self) -> dict[str, str]:
+    return without_effect(('alpha targets dropout', self.rank, 'lora.rank > 0'))
+
   def problems(self) -> list[str]:
     found = super().problems()
-    if self.rank and not self.alpha > 0:
-      found.append(f'lora.alpha = {self.alpha} must be > 0')
-    if not 0 <= self.dropout < 1:
-      found.append(f'lora.dropout = {self.dropout} must be in [0, 1)')
     if not self.rank and (self.dropout or self.path):
       found.append('lora.dropout and lora.path need lora.rank > 0')
     return found
@@ -128,6 +147,23 @@ class Data(Section, TaskOptions, PromptOptions):
   protocol: str = 'strict'  # grading rules; strict (correct) | paper (as published)
   bucket: int = 0  # pads a buffer's prompts to a multiple of so many tokens; 0 = to P
 
+  def idle(self) -> dict[str, str]:
+    rows = [
+      ('overlong', self.prompt_length, 'data.prompt_length > 0'),
+      ('bucket', not self.attend_padding, 'data.attend_padding = False'),
+    ]
+    kind = 'file' if self.path else 'generated'
+    readers = {}  # option -> [(task, kind of problems) that reads it]
+    for name, task in TASKS.items():
+      for where, options in task.options.items():
+        for option in options:
+          readers.setdefault(option, []).append((name, where))
+    for option, pairs in readers.items():
+      known = not TASKS[self.task].options or (self.task, kind) in pairs
+      tasks = [f'{name} ({where})' for name, where in pairs]
+      rows.append((option, known, f'data.task = {" or ".join(tasks)}'))
+    return without_effect(*rows)
+
   def problems(self) -> list[str]:
     found = super().problems() + missing_file('data.template', self.template)
     if self.task in TASKS:
@@ -135,15 +171,14 @@ class Data(Section, TaskOptions, PromptOptions):
     return found
 
 
-TERMS = (
-  'correctness', 'int', 'strict_format', 'soft_format', 'xmlcount', 'format',
-  'countdown', 'sudoku',
-)  # fmt: skip
+TERMS = tuple(dict.fromkeys(term for task in TASKS.values() for term in task.terms))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reward(Section):
   """How completions are rewarded."""
+
+  OWN = {'deadline': above(0)}
 
   workers: int = 0  # processes that compare expressions; 0 = one per core
   deadline: float = 3.0  # time limit of one comparison; seconds
@@ -152,16 +187,18 @@ class Reward(Section):
 
   def problems(self) -> list[str]:
     found = super().problems()
-    if not self.deadline > 0:
-      found.append(f'reward.deadline = {self.deadline} must be > 0 seconds')
-    return found
+    return found + [
+      f'reward.weights.{name} = {weight} {wrong}'
+      for name, weight in self.weights.items()
+      if (wrong := finite(weight))
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sft(Section):
   """Supervised fine-tuning on the tasks' solutions, before RL."""
 
-  OWN = {'batch': finite(1)}
+  OWN = {'batch': least(1)}
 
   steps: int = 0  # supervised updates; 0 = none
   batch: int = 128  # rows per update
@@ -170,6 +207,10 @@ class Sft(Section):
   weight_decay: float = 0.0  # AdamW, on matrices; 0 = none
   clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
 
+  def idle(self) -> dict[str, str]:
+    needs = 'sft.steps > 0'
+    return without_effect(('batch lr warmup weight_decay clip', self.steps, needs))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler(sampler.SampleConfig):
@@ -177,6 +218,10 @@ class Sampler(sampler.SampleConfig):
 
   OWN = {**sampler.SampleConfig.OWN, 'parallel': one_of('jit', 'pmap')}
 
+  length: int = 16  # L, tokens of a completion
+  block: int = 16  # W, tokens of a block; blocks are unmasked from left to right
+  steps: int = 16  # unmasking steps of a completion; scheduled picks only
+  rank: str = 'max'  # max: the order of unmasking is a function of the state alone
   parallel: str = 'jit'  # jit | pmap (small models, replicated on every device)
 
 
@@ -184,12 +229,15 @@ class Sampler(sampler.SampleConfig):
 class Reference(Section):
   """The reference policy p_ref: a product of p_k ** weight_k."""
 
-  OWN = {'every': finite(1)}
+  OWN = {'every': least(1), 'mix': positive_share}
 
   of: tuple = ('base',)  # each is base | moving (average of the policy) | a directory
   weights: tuple = (1.0,)  # exponent of each
   every: int = 1  # moving: updates between its steps
   mix: float = 1.0  # moving: share of the policy in a step, in (0, 1]; 1 = a copy
+
+  def idle(self) -> dict[str, str]:
+    return without_effect(('every mix', 'moving' in self.of, 'moving in reference.of'))
 
   def problems(self) -> list[str]:
     found = super().problems()
@@ -198,10 +246,8 @@ class Reference(Section):
         f'reference.weights = {self.weights} must hold a weight for each of '
         f'reference.of = {self.of}'
       )
-    if not all(0 < w < float('inf') for w in self.weights):
+    if any(above(0)(w) for w in self.weights):
       found.append(f'reference.weights = {self.weights} must be > 0')
-    if not 0 < self.mix <= 1:
-      found.append(f'reference.mix = {self.mix} must be in (0, 1]; 1 = a copy')
     return found
 
   def is_base(self) -> bool:
@@ -214,8 +260,8 @@ class Train(Section):
   """The RL loop."""
 
   OWN = {
-    **dict.fromkeys(('prompts', 'inner', 'microbatches'), finite(1)),
-    'group': finite(2),
+    **dict.fromkeys(('prompts', 'inner', 'microbatches'), least(1)),
+    'group': least(2),
   }
 
   iterations: int = 100  # rollout buffers; 0 = no RL
@@ -230,7 +276,7 @@ class Train(Section):
 class Eval(Section):
   """Validation during training, and --mode=eval. Its sampler is a section inside."""
 
-  OWN = dict.fromkeys(('batch', 'samples'), finite(1))
+  OWN = dict.fromkeys(('batch', 'samples'), least(1))
 
   every: int = 10  # buffers between validations; 0 = only at the end
   batch: int = 128  # rows per call
@@ -239,11 +285,14 @@ class Eval(Section):
   lengths: tuple = ()  # completion lengths of --mode=eval; () = eval.sampler.length
   samples: int = 1  # completions of a problem in --mode=eval
 
+  def idle(self) -> dict[str, str]:
+    return without_effect(('style', not self.template, "eval.template = ''"))
+
   def problems(self) -> list[str]:
     found = super().problems() + missing_file('eval.template', self.template)
-    if not all(isinstance(n, int) for n in self.lengths):
+    if not all(type(n) is int and n > 0 for n in self.lengths):
       found.append(
-        f'eval.lengths = {self.lengths} must be whole numbers, such as "(128, 256)"'
+        f'eval.lengths = {self.lengths} must be whole numbers > 0, such as "(128, 256)"'
       )
     return found
 
@@ -252,7 +301,7 @@ class Eval(Section):
 class Checkpoint(Section):
   """When the training state is saved."""
 
-  OWN = dict.fromkeys(('every', 'keep'), finite(1))
+  OWN = dict.fromkeys(('every', 'keep'), least(1))
 
   every: int = 20  # updates between checkpoints
   every_minutes: float = 0.0  # minutes after which the next update saves; 0 = off
@@ -263,7 +312,7 @@ class Checkpoint(Section):
 class Mesh(Section):
   """How devices share the work."""
 
-  OWN = dict.fromkeys(('fsdp', 'tensor', 'cpu'), finite(1))
+  OWN = dict.fromkeys(('fsdp', 'tensor', 'cpu'), least(1))
 
   data: int = 0  # devices that replicate weights; 0 = what the others leave
   fsdp: int = 1  # devices that split weights
@@ -315,6 +364,53 @@ def flatten(c: Any, prefix: str = '') -> dict[str, Any]:
     else:
       out[prefix + name] = value
   return out
+
+
+KINDS = {
+  'int': 'a whole number', 'float': 'a number', 'bool': 'True or False',
+  'str': 'a text', 'tuple': 'a tuple',
+}  # fmt: skip
+
+
+def kinds(objective: str) -> dict[str, Any]:
+  """Returns {'section.field': type} of the fields of a config with this objective."""
+  hp = OBJECTIVES[objective].Config
+  classes = [*SECTIONS.items(), ('objective', Common), ('objective', hp)]
+  fields = {
+    f'{section}.{field.name}': field.type
+    for section, cls in classes
+    for field in dataclasses.fields(cls)
+    if field.type is not Any
+  }
+  weights = {f'reward.weights.{term}': float for term in TERMS}
+  top = {'name': str, 'seed': int, 'cache': bool, 'objective.name': str}
+  return {**top, **fields, **weights}
+
+
+def misfits(c: Any) -> list[str]:
+  """Returns a sentence for each field that is unknown, missing or of a wrong type."""
+  have, found = flatten(c), []
+  name = have.get('objective.name', 'dmpo')
+  if wrong := nearest('objective.name', name, OBJECTIVES):
+    return wrong
+  known = kinds(name)
+  if lacking := [field for field in known if field not in have]:
+    remedy = 'begin with configs.base.get_config() and set single fields'
+    if all(field.startswith('objective.') for field in lacking):
+      remedy = f'choose the objective by config.choose_objective(c, {name!r})'
+    found.append(f'config.{", config.".join(lacking[:3])}: missing; {remedy}')
+  else:
+    found += [unknown(field, name) for field in have if field not in known]
+  wide = {float: (int, float), tuple: (list, tuple)}
+  return found + [
+    f'config.{field} = {have[field]!r} must be {KINDS[kind.__name__]}'
+    for field, kind in known.items()
+    if field in have
+    and not (
+      isinstance(have[field], wide.get(kind, kind))
+      and isinstance(have[field], bool) == (kind is bool)
+    )
+  ]
 
 
 # --- the objective
@@ -390,20 +486,20 @@ def update(c: Any, fields: Mapping[str, Any]) -> None:
   known = flatten(c)
   for name in fields:
     if name not in known:
-      raise ValueError(unknown(name, c))
+      raise ValueError(unknown(name, c.objective.name))
   c.update_from_flattened_dict(fields)
 
 
-def unknown(name: str, c: Any) -> str:
+def unknown(name: str, objective: str) -> str:
   """Returns the sentence about a field that a config does not have."""
   head, _, leaf = name.rpartition('.')
-  known = flatten(c)
+  known = kinds(objective)
   text = f'config.{name} is not a field'
   beside = {
     field.rpartition('.')[2]: field for field in known if field.startswith(f'{head}.')
   }
   if head == 'objective':
-    text += f' of objective.name = {c.objective.name}, whose fields are '
+    text += f' of objective.name = {objective}, whose fields are '
     text += ', '.join(field for field in beside if field != 'name')
     known = {}
   close = [beside[x] for x in difflib.get_close_matches(leaf, beside, 1, 0.6)]
@@ -415,12 +511,37 @@ def unknown(name: str, c: Any) -> str:
 # --- files and the command line
 
 
+@contextlib.contextmanager
+def in_file(flag: str, file: str) -> Iterator[None]:
+  """Turns an error in a config file into one sentence, with its line."""
+  try:
+    yield
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f'line {x.lineno}: ' for x in frames if x.filename == file] or ['']
+    what = str(error if isinstance(error, SyntaxError) else (*error.args, error)[0])
+    what = ' '.join(what.replace(r'\n', ' ').split())
+    # ml_collections lists all fields between the key and the nearest name.
+    key = re.match(r'\W*(?:Key ")?(\w+)\W+(?:does not exist|Did you)', what)
+    near = re.search(r'Did you mean "(.*?)"', what)
+    kind = re.match(r"Could not override field '(\w+)' \S+ (.*) is of .*'(.*)'", what)
+    if key:
+      what = f'{key[1]} is not a field'
+      what += f'; did you mean {near[1]!r}?' if near else ''
+    elif kind:
+      what = f'{kind[1]} = {kind[2]} must be {KINDS.get(kind[3], kind[3])}'
+    elif not isinstance(error, ValueError):
+      what = f'{type(error).__name__}: {what}'
+    raise ValueError(f'{flag}: {lines[-1]}{what}') from error
+
+
 def load(path: str) -> tuple[ModuleType, Any]:
   """Returns a config file as a module, and its config; path: FILE or FILE:ARGUMENT.
 
-  ValueError if there is no such file, or it refuses the argument.
+  ValueError if there is no such file, it refuses the argument, it has an error, or its
+  config has not the fields of configs/base.py.
   """
-  file, colon, argument = path.partition(':')
+  flag, (file, colon, argument) = f'--config={path}', path.partition(':')
   if not os.path.isfile(file):
     folder = os.path.dirname(file)
     there = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
@@ -429,17 +550,27 @@ def load(path: str) -> tuple[ModuleType, Any]:
     what = (
       'a folder, name a file in it' if os.path.isdir(file) else f'no such file{hint}'
     )
-    raise ValueError(f'--config={path}: {what}')
+    raise ValueError(f'{flag}: {what}')
   spec = importlib.util.spec_from_file_location('config_file', file)
   if spec is None or spec.loader is None:
-    raise ValueError(f'--config={path}: {file} is no Python file')
+    raise ValueError(f'{flag}: {file} is no Python file, such as configs/quickstart.py')
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
-    raise ValueError(f'--config={path}: {file} has no get_config()')
+  with in_file(flag, file):
+    spec.loader.exec_module(module)
+  if not callable(getattr(module, 'get_config', None)):
+    raise ValueError(f'{flag}: {file} has no function get_config()')
   if colon and not inspect.signature(module.get_config).parameters:
-    raise ValueError(f'--config={path}: {file} takes nothing after the colon')
-  return module, module.get_config(*[argument] * bool(colon))
+    raise ValueError(f'{flag}: {file} takes nothing after the colon')
+  with in_file(flag, file):
+    c = module.get_config(*[argument] * bool(colon))
+  if not isinstance(c, ConfigDict):
+    raise ValueError(
+      f'{flag}: get_config() must return the ConfigDict of configs.base.get_config(), '
+      f'with changes; it returns a {type(c).__name__}'
+    )
+  if wrong := misfits(c):
+    raise ValueError(f'{flag}: ' + '; '.join(wrong))
+  return module, c
 
 
 def sweep_point(module: ModuleType, file: str, sweep: str) -> dict[str, Any]:
@@ -449,7 +580,8 @@ def sweep_point(module: ModuleType, file: str, sweep: str) -> dict[str, Any]:
   if name not in names:
     there = f'only {", ".join(names)}' if names else 'no sweep(name)'
     raise ValueError(f'--sweep={name}: {file} has {there}')
-  points = module.sweep(name)
+  with in_file(f'--sweep={sweep}', file):
+    points = list(module.sweep(name))
   if not index.isdecimal() or int(index) >= len(points):
     raise ValueError(
       f'--sweep={sweep!r} must be {name}:i with i from 0 to {len(points) - 1}'
@@ -476,7 +608,7 @@ def override(
   known = flatten(c)
   for name in names:
     if name not in known:
-      raise ValueError(unknown(name, c))
+      raise ValueError(unknown(name, c.objective.name))
   values, argv = flags.FlagValues(), ['', *overrides]
   try:
     config_flags.DEFINE_config_dict(

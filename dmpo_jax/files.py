@@ -4,14 +4,30 @@ A JSON-lines file holds one JSON object a line. A process that is killed while i
 appends leaves a torn last line, which the functions here leave out.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Path = str | os.PathLike
+DISK = r'os error \d+|os_error_code|No space left|Read-only file|quota'  # others' words
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+  """Makes an OSError with this path of an error of the disk that names no file."""
+  try:
+    yield
+  except Exception as error:
+    named = isinstance(error, OSError) and error.filename
+    if named or not (isinstance(error, OSError) or re.search(DISK, str(error))):
+      raise
+    text = ' '.join(str(error).split())[:300]
+    raise OSError(f'{path}: {text}') from error
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -51,6 +67,14 @@ def lfs_hint(path: Path) -> str:
 def number(value: float | int) -> float | int | str:
   """Returns a number as JSON can hold it: nan and inf become strings."""
   return value if math.isfinite(value) else str(value)
+
+
+def read_json(path: Path) -> Any:
+  """Returns what a JSON file holds. ValueError names a damaged one."""
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged ({error})') from None
 
 
 def to_lines(rows: Iterable[dict]) -> str:

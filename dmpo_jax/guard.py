@@ -1,6 +1,7 @@
 """A run that is asked to stop, a run that hangs, and two runs in one workdir.
 
-Exit codes: PREEMPTED (75) after SIGTERM: all is saved, the same command resumes. STUCK
+Exit codes: PREEMPTED (75) after SIGTERM, INTERRUPTED (130) after Ctrl-C: all is saved,
+the same command resumes. STUCK
 (76): no progress for too long; a file in the workdir names the place. COLLAPSED (77):
 a rule of health.py is broken; all is saved, health.jsonl names the rule.
 """
@@ -11,6 +12,7 @@ import faulthandler
 import fcntl
 import itertools
 import os
+import select
 import signal
 import socket
 import sys
@@ -25,7 +27,8 @@ from jax.experimental import multihost_utils
 
 from dmpo_jax import mesh
 
-PREEMPTED, STUCK, COLLAPSED = 75, 76, 77
+PREEMPTED, STUCK, COLLAPSED, INTERRUPTED = 75, 76, 77, 130
+CODES: dict[int, int] = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
 STDERR: Any = sys.__stderr__  # the process's own, whatever stands for sys.stderr
 _asked = itertools.count()  # JAX wants a count that never falls, over all phases
 
@@ -89,7 +92,7 @@ def _give_up(where: str, patience: int) -> NoReturn:
 
 @contextlib.contextmanager
 def alone(workdir: str) -> Iterator[None]:
-  """Holds a lock on workdir/lock; raises ValueError if another process has it.
+  """Makes a workdir and holds its lock; raises ValueError if another process has it.
 
   The kernel releases the lock when the process exits, however it exits. A file system
   without locks gives no protection.
@@ -97,6 +100,7 @@ def alone(workdir: str) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     taken = False
     if jax.process_index() == 0:
+      os.makedirs(workdir, exist_ok=True)
       file = stack.enter_context(open(os.path.join(workdir, 'lock'), 'w'))
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,48 +115,79 @@ def alone(workdir: str) -> Iterator[None]:
 
 
 class Preemption:
-  """Tells after each update whether SIGTERM came: `with Preemption() as asked`.
+  """Tells after each update whether SIGTERM or Ctrl-C came.
 
-  In one process SIGTERM sets a flag, which asked() returns; with at_once it ends the
-  process as `leave` does. Under jax.distributed JAX has its own handler, by which all
-  processes stop at the same update; a handler from here would replace it.
+  Use it as `with Preemption() as asked`. In one process both set a flag, which asked()
+  returns. With at_once, or at a second Ctrl-C, they end the process: as `leave` does,
+  or without more words where no Python code of the main thread runs (a device
+  computes) for `patience` seconds. Under jax.distributed JAX has its own handler of
+  SIGTERM, by which all processes stop at the same update; one from here would replace
+  it.
   """
 
-  def __init__(self, at_once: bool = False):
-    self._flag, self._at_once, self._old = False, at_once, None
+  def __init__(self, at_once: bool = False, patience: float = 20.0):
+    self.at_once, self._patience = at_once, patience
+    self.came, self._old, self._pipe = 0, {}, ()
 
   def __enter__(self) -> 'Preemption':
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and not jax.distributed.is_initialized():
-      self._old = signal.signal(signal.SIGTERM, self._note)
+      self._old = {number: signal.signal(number, self._note) for number in CODES}
+      # Python's handlers wait for the main thread, the bytes of this pipe do not.
+      read, write = os.pipe()
+      os.set_blocking(write, False)
+      self._pipe = write, signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+      threading.Thread(target=self._watch, args=(read,), daemon=True).start()
     return self
 
-  def _note(self, *_: Any) -> None:
-    self._flag = True
-    if self._at_once:
-      leave()
+  def _note(self, number: int, _: Any) -> None:
+    if not self.came and not self.at_once and number == signal.SIGINT:
+      STDERR.write('\nCtrl-C: saving after this update; again: ends at once\n')
+    self.came = number
+    if self.at_once:
+      leave(number)
+
+  def _watch(self, read: int) -> None:
+    """Ends the process where the main thread cannot."""
+    came, count = 0, 0
+    while True:
+      wait = self._patience if came and self.at_once else None
+      ready, _, _ = select.select([read], [], [], wait)
+      byte = os.read(read, 1) if ready else None
+      if byte == b'':  # __exit__ has closed the other end
+        return os.close(read)
+      number = byte[0] if byte else came
+      if number in CODES:
+        came, count = number, count + (number == signal.SIGINT)
+        if byte is None or count > 1:
+          os._exit(CODES[number])
 
   def __call__(self) -> bool:
     if jax.distributed.is_initialized():
       return multihost_utils.reached_preemption_sync_point(next(_asked))
-    return self._flag
+    return bool(self.came)
 
   def check(self) -> None:
     """Leaves if asked to, where there is nothing to save."""
     if self():
-      leave()
+      leave(self.came)
 
   def __exit__(self, kind: Any, *_: Any) -> None:
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)
-    if self._flag and kind is None:  # SIGTERM came after the last update
-      leave()
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+    if self._pipe:
+      write, before = self._pipe
+      signal.set_wakeup_fd(before)
+      os.close(write)
+    if self.came and kind is None:  # it came after the last update
+      leave(self.came)
 
 
-def leave() -> NoReturn:
-  """Raises SystemExit with PREEMPTED, so that every `with` saves and closes."""
-  logging.warning('SIGTERM: the same command resumes from the last checkpoint')
-  sys.exit(PREEMPTED)
+def leave(number: int = signal.SIGTERM) -> NoReturn:
+  """Raises SystemExit with the signal's code, so that every `with` saves and closes."""
+  what = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
+  logging.warning('%s: the same command resumes from the last checkpoint', what)
+  sys.exit(CODES.get(number, PREEMPTED))
 
 
 def collapsed(sentence: str) -> NoReturn:

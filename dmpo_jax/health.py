@@ -13,6 +13,7 @@ import numpy as np
 from dmpo_jax import files, rules
 from dmpo_jax.types import BoolRL, FloatBG, IntBG, IntRL
 
+FLAT = 10  # buffers in a row without a group of different rewards: a run says so
 ACTIONS = ('none', 'warn', 'stop')
 
 # Field of Config: (the metric that it bounds, the side on which a run is unhealthy).
@@ -59,6 +60,12 @@ class Config(rules.Section):
   def number(self, x: float) -> str:
     return rules.or_off(rules.share)(x)
 
+  def idle(self) -> dict[str, str]:
+    acts = self.action != 'none'
+    return rules.without_effect(
+      (f'patience {" ".join(RULES)}', acts, 'health.action = warn or stop')
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -68,6 +75,7 @@ class State:
   warned: list[str] = dataclasses.field(default_factory=list)  # rules warned about
   rewards: list[float] = dataclasses.field(default_factory=list)  # latest `patience`
   best_reward: float | None = None  # best mean of `patience` rewards in a row
+  flat: int = 0  # latest buffers in which the rewards of every group are equal
 
 
 def buffer_metrics(
@@ -135,10 +143,20 @@ def note(hp: Config, state: State, numbers: dict[str, Any]) -> State:
   if 'reward' not in numbers:
     return state
   rewards = [*state.rewards, numbers['reward']][-hp.patience :]
+  flat = state.flat + 1 if numbers.get('equal_reward_groups') == 1 else 0
   best, mean = state.best_reward, sum(rewards) / len(rewards)
   if len(rewards) == hp.patience and (best is None or mean > best):
     best = mean
-  return dataclasses.replace(state, rewards=rewards, best_reward=best)
+  return dataclasses.replace(state, rewards=rewards, best_reward=best, flat=flat)
+
+
+def flat_sentence(buffers: int, reward: float) -> str:
+  """Says that the last buffers cannot teach anything, whatever the rules are."""
+  return (
+    f'in the last {buffers} buffers all completions of each prompt had one reward '
+    f'(mean {reward:.4g}), so nothing is learned: look at samples.jsonl, and at '
+    'data.style, data.protocol, sampler.temperature and the base model'
+  )
 
 
 def share_of_best(best: float | None, reward: float) -> float:

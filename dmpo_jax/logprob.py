@@ -58,6 +58,13 @@ class LogprobConfig(rules.Section):
   states: int = 0  # trajectory: recorded steps to visit; 0 = all
   fuse: bool = False  # elbo, adapters: log p_old and log p_ref in one pass
 
+  def idle(self) -> dict[str, str]:
+    return rules.without_effect(
+      ('states', self.estimator == 'trajectory', 'logprob.estimator = trajectory'),
+      ('tail fuse', self.estimator == 'elbo', 'logprob.estimator = elbo'),
+      ('low high antithetic', self.elbo == 'paper', 'logprob.elbo = paper'),
+    )
+
   def problems(self) -> list[str]:
     """Returns a sentence for each impossible setting."""
     bad = super().problems()

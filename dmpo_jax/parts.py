@@ -46,7 +46,10 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
     fields = weights.read_config(folder, block)
   else:
     changed = {name: c.model[name] for name in config.SIZES if c.model[name]}
-    fields = {**model.PRESETS[c.model.preset], **changed, 'block_causal': block or 0}
+    fields = dict(model.PRESETS[c.model.preset])
+    if fields['heads'] == fields['kv_heads']:  # GQA only where it is asked for
+      fields['kv_heads'] = changed.get('heads', fields['heads'])
+    fields |= {**changed, 'block_causal': block or 0}
     if tokenizer is not None:
       fields |= dict(
         vocab=max(len(tokenizer), fields.get('vocab', 0)),
@@ -213,6 +216,19 @@ def references(
 
   readers = [reader(path) for path in c.reference.of]
   return lambda: tuple(read() for read in readers)
+
+
+def revisions(c: Any) -> dict[str, str]:
+  """Returns field -> revision of each model that comes from the hub's cache."""
+  found = {}
+  names = {'model.checkpoint': [c.model.checkpoint], 'reference.of': c.reference.of}
+  for field, paths in names.items():
+    for path in paths:
+      if path and path not in ('base', 'moving') and not os.path.isdir(path):
+        above, revision = os.path.split(weights.locate(path, False))
+        if os.path.basename(above) == 'snapshots':
+          found[f'{field} {path}'] = revision
+  return found
 
 
 # --- problems

@@ -24,9 +24,10 @@ class Place:
   seconds: float = 0.0  # spent, over all sessions
   health: State = dataclasses.field(default_factory=State)
 
-  def to_meta(self, config: Any) -> dict[str, Any]:
+  def to_meta(self, built: build.Built) -> dict[str, Any]:
     """Returns the meta of a checkpoint at this place."""
-    return {**dataclasses.asdict(self), 'config': check.plain(config)}
+    fields = dataclasses.asdict(self)
+    return {**fields, 'config': check.plain(built.config), 'read': built.read}
 
   @classmethod
   def from_meta(cls, meta: dict[str, Any]) -> 'Place':
@@ -51,15 +52,69 @@ def refuse(config: Any, free: tuple[str, ...] = check.JUDGING) -> Callable[[dict
   return lambda meta: of_config(meta) or ('' if 'update' in meta else old)
 
 
+def refuse_swapped(built: build.Built, meta: dict[str, Any]) -> None:
+  """Raises ValueError if a checkpoint was made with other weights than are read now."""
+  old = meta.get('read', {})
+  changed = [name for name, x in built.read.items() if old.get(name, x) != x]
+  if changed:
+    named = (f'{name} = {check.plain(built.config)[name]!r}' for name in changed)
+    raise ValueError(
+      f'{" and ".join(named)}: the weights there are not those that this run began '
+      'with: bring them back (provenance.json has the revision of a hub name), or name '
+      'another --workdir'
+    )
+
+
 def policy_of(built: build.Built, base: Params) -> tuple[Params, Params]:
   """Returns (trainable, frozen): what RL changes, and the reference policy."""
   return built.steps.init_lora() or base, base
 
 
-def is_saved(workdir: str | os.PathLike) -> bool:
-  """Returns whether there is a checkpoint in workdir/rl."""
-  folder = os.path.join(workdir, 'rl')
-  return os.path.isdir(folder) and any(map(str.isdigit, os.listdir(folder)))
+def saved_updates(workdir: str | os.PathLike, phase: str = 'rl') -> list[int]:
+  """Returns the updates whose checkpoints of a phase are in a workdir."""
+  folder = os.path.join(workdir, phase)
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_state(
+  built: build.Built, folder: str, start: Callable[[], Any], only: int | None = None
+) -> checkpoint.Found | None:
+  """Reads the newest checkpoint of a phase, or the one of the update `only`.
+
+  start() makes a state of the same shape. None if there is no checkpoint.
+  """
+  keep, digest = built.config.checkpoint.keep, built.steps.digest
+  if not os.path.isdir(folder):
+    return None
+  with checkpoint.open_manager(folder, keep, digest) as manager:
+    shapes = checkpoint.abstract(start())
+    found = checkpoint.restore(
+      manager, lambda step: {'state': shapes}, refuse(built.config), only
+    )
+  if found:
+    refuse_swapped(built, found.meta)
+  return found
+
+
+def base_of(built: build.Built, workdir: str | os.PathLike) -> Params:
+  """Returns the base model of a run, as supervised training left it; trains nothing.
+
+  workdir: '' = no run, the model as it is read. ValueError if its training has not
+  come to its end.
+  """
+  base, steps = built.steps.init(), built.config.sft.steps
+  if not workdir or not steps:
+    return base
+  folder = os.path.join(workdir, 'sft')
+  found = read_state(built, folder, lambda: built.steps.start_sft(base))
+  done = found.meta['update'] if found else 0
+  if not found or done < steps:
+    raise ValueError(
+      f'{folder} has {done} of sft.steps = {steps} updates of the base model: let '
+      '--mode=train go on first'
+    )
+  return found.trees['state'].trainable
 
 
 def latest(
@@ -68,30 +123,29 @@ def latest(
   """Returns the parameters of the newest checkpoint, else those training starts from.
 
   best: those of the best validation instead. Raises ValueError if nothing was
-  validated, or if there are checkpoints and none can be used.
+  validated, if the best checkpoint is gone, or if there are checkpoints and none can
+  be used.
   """
   trainable, frozen = policy_of(built, base)
-  folder, found, only = os.path.join(workdir, 'rl'), None, None
-  keep, digest = built.config.checkpoint.keep, built.steps.digest
-  if os.path.isdir(folder):
-    with checkpoint.open_manager(folder, keep, digest) as manager:
-      if best:  # the newest validation of a run under way may not be saved yet
-        saved = manager.latest_step() or 0
-        only = best_validation(workdir, built.config.train.inner, saved)
-      if not best or (only and only.update):  # update 0 is no checkpoint
-        shapes = checkpoint.abstract(built.steps.start(trainable))
-        found = checkpoint.restore(
-          manager,
-          lambda step: {'state': shapes},
-          refuse(built.config),
-          only and only.update,
+  folder, only = os.path.join(workdir, 'rl'), None
+  if best:  # the newest validation of a run under way may not be saved yet
+    saved = saved_updates(workdir)
+    found = best_validation(workdir, built.config.train.inner, max(saved, default=0))
+    where = os.path.join(workdir, metrics.FILE)
+    if not found or not saved:
+      raise ValueError(
+        f'--of=best: {where} has no validation of a checkpoint (eval.every = 0, or the '
+        'run has just begun): use --of=latest'
+      )
+    if only := found.update:
+      if only not in saved:
+        raise ValueError(
+          f'--of=best: {os.path.join(folder, str(only))}, the checkpoint of the best '
+          'validation, is gone: bring it back from a copy, or use --of=latest'
         )
-  if best and not only:
-    raise ValueError(
-      f'--of=best: {os.path.join(workdir, metrics.FILE)} has no validation '
-      '(eval.every = 0, or the run has just begun): use --of=latest'
-    )
-  return {**frozen, **(found.trees['state'].trainable if found else trainable)}
+  start = lambda: built.steps.start(trainable)
+  state = None if only == 0 else read_state(built, folder, start, only)
+  return {**frozen, **(state.trees['state'].trainable if state else trainable)}
 
 
 def best_validation(workdir: str | os.PathLike, inner: int, last: int) -> Best | None:

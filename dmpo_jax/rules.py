@@ -4,7 +4,6 @@ A rule takes a value and returns '' if it is allowed, else what it must be.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -24,16 +23,18 @@ def one_of(*values: str) -> Rule:
   return rule
 
 
+def finite(x: float) -> str:
+  """The rule of every number: float32 holds it, and what is divided by it."""
+  good = x == 0 or 1e-30 <= abs(x) <= 1e30
+  return '' if good else 'must be finite: 0, or 1e-30 to 1e30 in size'
+
+
 def least(low: float) -> Rule:
-  return lambda x: '' if x >= low else f'must be >= {low}'
-
-
-def finite(low: float) -> Rule:
-  return lambda x: '' if low <= x < math.inf else f'must be >= {low} and finite'
+  return lambda x: finite(x) or ('' if x >= low else f'must be >= {low}')
 
 
 def above(low: float) -> Rule:
-  return lambda x: '' if x > low else f'must be > {low}'
+  return lambda x: finite(x) or ('' if x > low else f'must be > {low}')
 
 
 def chance(x: float) -> str:
@@ -64,6 +65,11 @@ def nearest(field: str, value: Any, allowed: Iterable[str]) -> list[str]:
   return [f'{field} = {value!r} {wrong}'] if wrong else []
 
 
+def without_effect(*rows: tuple[str, Any, str]) -> dict[str, str]:
+  """Returns {field: need} of rows ('field field ..', has an effect, what it needs)."""
+  return {name: need for names, has, need in rows if not has for name in names.split()}
+
+
 class Section:
   """A section of a config; its frozen dataclass checks its values by rules."""
 
@@ -72,12 +78,20 @@ class Section:
 
   def number(self, x: float) -> str:
     """The rule of numbers that have none of their own."""
-    return finite(0)(x)
+    return least(0)(x)
 
   def rules(self) -> dict[str, Rule]:
     """Returns the rule of each field that has one."""
-    numbers = [name for name, x in vars(self).items() if isinstance(x, int | float)]
+    numbers = [name for name, x in vars(self).items() if type(x) in (int, float)]
     return {**dict.fromkeys(numbers, self.number), **self.OWN}
+
+  def idle(self) -> dict[str, str]:
+    """Returns {field: what it needs} of fields without effect beside the others."""
+    return {}
+
+  def default(self, name: str) -> Any:
+    """Returns the value of a field that nobody has set."""
+    return getattr(type(self), name, None)
 
   def problems(self) -> list[str]:
     """Returns a sentence for each impossible setting, led by 'section.field'."""

@@ -41,14 +41,14 @@ def run(
   keep, digest = phase.config.checkpoint.keep, session.built.steps.digest
   # Leaving the manager waits for the save under way, after an error too.
   with (
-    guard.Preemption() as asked,
+    guard.Preemption(at_once=True) as asked,
     checkpoint.open_manager(folder, keep, digest) as manager,
   ):
     with phase.clock('checkpoint'):
       state, buffers, place = enter(phase, manager)
+    asked.check()
     if place.update < phase.updates or phase.validates:
-      with session.lock():
-        state, place = loop(phase, manager, asked, state, buffers, place)
+      state, place = loop(phase, manager, asked, state, buffers, place)
   return {**phase.frozen, **state.trainable}, place.seconds
 
 
@@ -64,6 +64,7 @@ def enter(
     manager, lambda step: {'state': shapes, **phase.shapes(step)}, phase.refuse
   )
   if found:
+    resume.refuse_swapped(phase.built, found.meta)
     place = Place.from_meta(found.meta)
     if place.update < phase.updates:
       it, inner = divmod(place.update, phase.inner)
@@ -89,11 +90,11 @@ def loop(
 ) -> tuple[TrainState, Place]:
   """Takes the updates of a phase from `place` on."""
   begun, saved, c = time.time() - place.seconds, time.monotonic(), phase.config
-  prepare(phase, manager, state, place)
+  prepare(phase, manager, asked, state, place)
   progress = metrics.Progress(
     phase.updates, phase.name, start=place.update, every_seconds=c.log.every_seconds
   )
-  batch, ahead = (buffers.pop(name, None) for name in ('batch', 'ahead'))
+  batch, ahead = buffers.pop('batch', None), buffers.pop('ahead', None)
   coming, pending = None, []  # a buffer not graded yet; numbers not fetched yet
   for update in range(place.update, phase.updates):
     it, inner = divmod(update, phase.inner)
@@ -104,36 +105,36 @@ def loop(
     # 2. Overlap: sample the next ones now, for the updates donate these parameters.
     if phase.overlap and it + 1 < phase.iterations and not (coming or ahead):
       coming = phase.begin(state, it + 1, phase.inner)
-    # 3. Take an optimizer update. Its numbers are fetched after the next one; nothing
-    # waits for an update while a buffer is still to be graded.
+    # 3. Take an update. Its numbers are fetched later, none while a buffer is graded.
+    asked.at_once = False  # from here on there is something to save
     with phase.clock(phase.rows):
       state, numbers = phase.update(state, batch, inner)
       pending.append((update + 1, numbers))
       if coming is None:
         write_late(phase, pending, batch)
-    stop = asked()
-    due = stop or update + 1 == phase.updates
+    due = (stop := asked()) or update + 1 == phase.updates
     due = due or checkpoint.is_due(c.checkpoint, update + 1, saved)
     # 4. Grade the buffer that was sampled ahead, while the device updates.
     if coming and (due or last):
       (ahead, place), coming = phase.finish(coming, place), None
       write_late(phase, pending, batch)
-    # 5. Check the numbers, then validate: an unhealthy policy is never the best.
+    # 5. Check the numbers and validate: an unhealthy policy is never the best.
     numbers = phase.writer.flush() if due or last else None
     stop_if_not_finite(phase, numbers, batch)
     place = dataclasses.replace(place, update=update + 1, seconds=time.time() - begun)
     if last:
       batch, ahead = ahead, None
     place, unhealthy = phase.judge(place, numbers) if last else (place, False)
-    if last and not stop and not unhealthy and phase.validate(state, update + 1):
-      manager.preserved.best, due = update + 1, True
+    if last and not stop and not unhealthy:
+      best, stop = validate(phase, manager, asked, state, update + 1)
+      due = due or best or stop
     # 6. Save when it is due, when the policy is the best, and before the run ends.
     if due or unhealthy:
       saved = time.monotonic()
       save(phase, manager, state, {'batch': batch, 'ahead': ahead}, place)
-    if stop or unhealthy:
-      wait(phase, manager)
-      guard.leave() if stop else phase.stop_if_unhealthy(place)
+      if stop or unhealthy:
+        wait(phase, manager)
+        guard.leave(asked.came) if stop else phase.stop_if_unhealthy(place)
     progress.update(update + 1, phase.shown)
   progress.close()
   wait(phase, manager)
@@ -142,15 +143,48 @@ def loop(
 
 
 def prepare(
-  phase: Phase, manager: checkpoint.Manager, state: TrainState, place: Place
+  phase: Phase,
+  manager: checkpoint.Manager,
+  asked: guard.Preemption,
+  state: TrainState,
+  place: Place,
 ) -> None:
   """Cuts the workdir back to `place`; validates there if no buffer is begun."""
   checkpoint.set_aside(manager, place.update)
   manager.preserved.best = phase.prepare(place.update)
   if place.update % phase.inner == 0:
     phase.stop_if_unhealthy(place)
-    if phase.validate(state, place.update):
-      manager.preserved.best = place.update
+    if validate(phase, manager, asked, state, place.update)[1]:
+      guard.leave(asked.came)
+
+
+class Stopped(Exception):
+  """A validation is left, because the run was asked to stop."""
+
+
+def validate(
+  phase: Phase,
+  manager: checkpoint.Manager,
+  asked: guard.Preemption,
+  state: TrainState,
+  update: int,
+) -> tuple[bool, bool]:
+  """Validates; returns (it is the best so far, it was left because of a signal).
+
+  The best one's checkpoint is kept.
+  """
+
+  def beat():
+    phase.clock.beat()
+    if asked():
+      raise Stopped
+
+  try:
+    if best := phase.validate(state, update, beat):
+      manager.preserved.best = update
+    return best, False
+  except Stopped:
+    return False, True
 
 
 def save(
@@ -160,12 +194,15 @@ def save(
   buffers: dict[str, Any],
   place: Place,
 ) -> None:
-  """Begins to save a checkpoint at `place`."""
+  """Begins to save a checkpoint at `place`; reads the first one of a run back."""
   trees = {name: buffers[name] for name in phase.buffers(place.update)}
+  first = not manager.all_steps()
   with phase.clock('checkpoint'):
     checkpoint.save(
-      manager, place.update, {'state': state, **trees}, place.to_meta(phase.config)
+      manager, place.update, {'state': state, **trees}, place.to_meta(phase.built)
     )
+    if first:
+      checkpoint.verify(manager, place.update, state)
 
 
 def wait(phase: Phase, manager: checkpoint.Manager) -> None:

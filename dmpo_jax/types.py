@@ -367,4 +367,8 @@ class Task(NamedTuple):
   unpaid: tuple = ()
   # what a right answer is paid, if others are paid next to nothing; 0: if they are
   best: float = 0.0
+  # The fields of TaskOptions that `load` reads beside path and sizes, of problems that
+  # are 'generated' and that are read from a 'file'; {} = not stated.
+  options: dict = {}
+  terms: tuple = ()  # names of the reward terms that users may scale
   threads: bool = False  # judging waits for other processes: do many at once

@@ -2,14 +2,15 @@
 
 import jax.numpy as jnp
 
-from dmpo_jax.types import Text, TrainBatch, Views
+from dmpo_jax.types import Canvas, Text, TrainBatch, Views
 
 
 def text_of(completion_RxL, record=None, block=None):
   """A Text of completions whose prompts are one real token."""
   completion = jnp.asarray(completion_RxL, bool)
   prompt = jnp.ones((completion.shape[0], 1), bool)
-  return Text(completion, completion, prompt, block or completion.shape[1], record)
+  length = completion.shape[1]
+  return Text(completion, completion, prompt, block or length, Canvas(length), record)
 
 
 def batch_of(weight_R, own=None, groups=1, **fields):

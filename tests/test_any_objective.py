@@ -30,6 +30,7 @@ from dmpo_jax import (
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.types import (
+  Canvas,
   Record,
   Rollouts,
   Sampled,
@@ -163,7 +164,14 @@ def test_a_batch_holds_what_the_objective_asks_for(name):
   """It holds nothing else, so that checkpoints and scores cost no more."""
   setup, batch = built_of(name).setup, abstract_of(name).batch
   wants, words = setup.wants, jnp.ones((ROWS, L), bool)
-  text = Text(words, words, jnp.ones((ROWS, P), bool), setup.law.block, None)
+  text = Text(
+    words,
+    words,
+    jnp.ones((ROWS, P), bool),
+    setup.law.block,
+    Canvas(words.shape[1]),
+    None,
+  )
 
   def draw(record):
     key, text_ = jax.random.key(0), text._replace(record=record)

@@ -122,6 +122,40 @@ def test_best_without_a_validation_is_an_error(
     resume.latest(built, str(workdir), base_params, best=True)
 
 
+def test_best_that_is_gone_is_a_sentence(built, base_params, tmp_path, monkeypatch):
+  """Nothing says to throw the run away: the latest is well."""
+  monkeypatch.setattr(evaluate, 'accuracy', scored(0.1, 0.7, 0.2))
+  run(built, tmp_path, base_params)
+  resume.latest(built, tmp_path, base_params, best=True)
+  truncate(tmp_path / 'rl' / '3')
+  with pytest.raises(ValueError, match='(?s)rl can be used.*3: .*use --of=latest$'):
+    resume.latest(built, tmp_path, base_params, best=True)
+  shutil.rmtree(tmp_path / 'rl' / '3')
+  with pytest.raises(ValueError, match='--of=best: .*rl/3.* is gone.*--of=latest'):
+    resume.latest(built, tmp_path, base_params, best=True)
+  resume.latest(built, tmp_path, base_params)
+
+
+@pytest.mark.parametrize('harm', ['path', 'arrays'])
+def test_first_checkpoint_is_read_back(harm, built, base_params, tmp_path, monkeypatch):
+  """A run whose checkpoints cannot be read ends at the first, not after the last."""
+  if harm == 'path':  # Orbax takes it for a pattern
+    tmp_path = tmp_path / 'br[1]'
+    tmp_path.mkdir()
+  else:
+    wait = checkpoint.Manager.wait_until_finished
+
+    def waited(manager):
+      wait(manager)
+      for step in manager.all_steps():
+        remove(tmp_path / 'rl' / str(step))
+
+    monkeypatch.setattr(checkpoint.Manager, 'wait_until_finished', waited)
+  with pytest.raises(ValueError, match='rl/1/state, the first checkpoint.*--workdir'):
+    run(built, tmp_path, base_params)
+  assert resume.saved_updates(tmp_path) == [1]
+
+
 @pytest.mark.parametrize('minutes, steps', [(0.0, [6]), (1e-9, [1, 2, 3, 4, 5])])
 def test_saves_by_time(minutes, steps, built, base_params, tmp_path):
   """checkpoint.every_minutes saves where the number of updates would not."""

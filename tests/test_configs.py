@@ -88,8 +88,66 @@ def test_wrong_argument_after_the_colon_is_refused(stem, argument, hint):
 def test_missing_config_file_is_refused_with_the_nearest_name():
   with pytest.raises(ValueError, match='quikstart.*configs/quickstart.py'):
     config.load(f'{ROOT}/configs/quikstart.py')
+  with pytest.raises(ValueError, match='configs/quickstart.py'):
+    config.load(f'{ROOT}/configs/quickstart')
   with pytest.raises(ValueError, match='no such file'):
     config.load('nowhere/at_all.py:espo')
+
+
+HEAD = 'from configs import base\n\n\ndef get_config():\n  c = base.get_config()\n  '
+# The line of a config file -> what its refusal names.
+WRONG_LINES = {
+  'c.train.itertions = 3': "line 6: itertions.*did you mean 'iterations'",
+  'c.train.update(itertions=3)': "line 6: itertions.*did you mean 'iterations'",
+  'c.seed = c.train.itertions': "line 6: itertions.*did you mean 'iterations'",
+  'c.extra = 3': 'line 6: extra is not a field',
+  'c.objective.alhpa = 0.1': "line 6: alhpa.*did you mean 'alpha'",
+  'c.reward.weights.maths = 0.0': 'line 6: maths is not a field',
+  'c.train = {"itertions": 3}': 'train.iterations.*missing; begin with configs.base',
+  'c.objective.name = "espo"': "missing.*choose_objective.*'espo'",
+  'c.objective.name = "esp"': "did you mean 'espo'",
+  'c.train.iterations = 3.5': 'line 6: iterations = 3.5 must be a whole number',
+  'c.train.iterations = None': 'train.iterations = None must be a whole number',
+  'c.train.iterations = True': 'train.iterations = True must be a whole number',
+  'c.model.preset = 3': 'line 6: preset = 3 must be a text',
+  'c.reference.of = "base"': 'line 6: of = base must be a tuple',
+  'import nothing_of_this_name': 'line 6: ModuleNotFoundError.*nothing_of_this_name',
+  'c.seed = 1 / 0': 'line 6: ZeroDivisionError',
+  'c = dict(c)': 'must return the ConfigDict.*a dict',
+  'c = None': 'must return the ConfigDict.*a NoneType',
+  'c = type(c)({"seed": 3})': 'config.name.*missing; begin with configs.base',
+}
+
+
+@pytest.mark.parametrize('line, named', WRONG_LINES.items())
+def test_wrong_line_in_a_config_file_is_refused(line, named, tmp_path):
+  """Misspelt fields: IDSIA/sacred#90, volcengine/OpenViking#856, gflags#61."""
+  file = tmp_path / 'mine.py'
+  file.write_text(f'{HEAD}{line}\n  return c\n')
+  with pytest.raises(ValueError, match=f'(?s)--config=.*mine.py: .*{named}') as error:
+    config.load(str(file))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'name, text, named',
+  [
+    ('a.py', 'def get_config(:', 'SyntaxError.*line 1'),
+    ('a.py', '\0', 'null bytes'),
+    ('a.py', 'x = 1', 'no function get_config'),
+    ('a.py', 'get_config = 3', 'no function get_config'),
+    ('a.py', 'def get_config(x):\n  return x', "missing 1.*'x'"),
+    ('config.json', '{}', 'no Python file'),
+    ('folder/a.py', '', 'a folder'),
+  ],
+)
+def test_what_is_no_config_file_is_refused(name, text, named, tmp_path):
+  file = tmp_path / name
+  file.parent.mkdir(exist_ok=True)
+  file.write_text(text)
+  path = file.parent if 'folder' in name else file
+  with pytest.raises(ValueError, match=f'--config=.*{named}'):
+    config.load(str(path))
 
 
 # --- defaults stand once
@@ -97,18 +155,16 @@ def test_missing_config_file_is_refused_with_the_nearest_name():
 
 @pytest.mark.parametrize('name', config.SECTIONS)
 def test_base_is_made_of_the_defaults(name):
-  """A section has the fields of its dataclass; only a sampler's values differ."""
+  """A section has the fields of its dataclass, and no others can be added."""
   c, cls = base.get_config(), config.SECTIONS[name]
   section = c
   for key in name.split('.'):
     section = section[key]
+  assert section.is_locked
   assert values(section).keys() == {field.name for field in dataclasses.fields(cls)}
-  if cls is config.Sampler:
-    assert section.rank == 'max' and section.length == section.block == section.steps
-    changes = dict(length=16, block=16, steps=16, rank='max')
-    changes['temperature'] = section.temperature
-  else:
-    changes = {}
+  changes = {}
+  if name == 'sampler':  # rollouts are drawn, the evaluation is greedy
+    changes['temperature'] = 1.0
   assert values(section) == values(config.section(cls, **changes))
 
 
@@ -318,14 +374,15 @@ def test_field_set_by_sweep_and_flag_is_refused():
 
 @pytest.mark.parametrize('name', config.SECTIONS)
 def test_numbers_out_of_range_are_refused(name):
-  """-1 and nan are values of no number; the complaint names the field."""
+  """-1, nan and inf are values of no number; the complaint names the field."""
   c = base.get_config()
   assert config.part(c, name).problems() == []
   leaf = name.rpartition('.')[2]
   for field in dataclasses.fields(config.SECTIONS[name]):
     value = getattr(config.part(c, name), field.name)
     if isinstance(value, int | float) and not isinstance(value, bool):
-      wrongs = (-1.0, float('nan')) if isinstance(value, float) else (-1,)
+      huge = float('nan'), float('inf'), 1e39  # float32 has no 1e39
+      wrongs = (-1.0, *huge) if isinstance(value, float) else (-1,)
       for wrong in wrongs:
         changed = dataclasses.replace(config.part(c, name), **{field.name: wrong})
         text = '\n'.join(changed.problems())
@@ -347,3 +404,102 @@ def test_sampler_defaults_of_scripts_stay():
   """Outside scripts build a SampleConfig themselves: greedy, LLaDA's ranking."""
   hp = sampler.SampleConfig(length=16, block=16, steps=16)
   assert (hp.temperature, hp.rank) == (0.0, 'token')
+
+
+# --- fields without effect
+
+CLEAR = {'sampler.pick': 'confidence', 'logprob.estimator': 'elbo'}
+# What makes a field useless -> that field, and the field that its refusal names. A
+# config of quickstart.py is meant, but for CLEAR.
+USELESS = [
+  *(
+    ({'sampler.pick': pick}, 'sampler.steps', 'sampler.pick')
+    for pick in ('threshold', 'factor', 'entropy', 'random_order', 'wino')
+  ),
+  *(
+    ({}, f'sampler.{field}', 'sampler.pick')
+    for field in ('threshold', 'factor', 'entropy_bound', 'verify')
+  ),
+  *(
+    ({'sampler.pick': pick}, 'sampler.rank', 'sampler.pick')
+    for pick in ('entropy', 'margin', 'lowest_entropy', 'random', 'random_order')
+  ),
+  *(
+    ({'sampler.pick': pick}, 'sampler.rank_law', 'sampler.pick')
+    for pick in ('random', 'random_order', 'origin')
+  ),
+  *(
+    ({'logprob.estimator': 'trajectory'}, f'logprob.{field}', 'logprob.estimator')
+    for field in ('draws', 'elbo', 'low', 'high', 'antithetic')
+  ),
+  *(
+    ({'logprob.elbo': 'stratified'}, f'logprob.{field}', 'logprob.elbo')
+    for field in ('low', 'high', 'antithetic')
+  ),
+  ({}, 'logprob.states', 'logprob.estimator'),
+  *(
+    (
+      {'objective.alpha': 0.0, 'objective.best': 0.0},
+      f'logprob.{field}',
+      'objective.alpha > 0',
+    )
+    for field in ('estimator', 'draws', 'tail', 'low')
+  ),
+  ({'objective.ess': 0.5}, 'objective.coef', 'objective.ess'),
+  *(
+    ({'objective.loss': 'ddo'}, f'objective.{field}', 'objective.loss')
+    for field in ('baseline', 'strength')
+  ),
+  ({}, 'objective.ddo_alpha', 'objective.loss'),
+  ({}, 'objective.ddo_beta', 'objective.loss'),
+  ({'objective.baseline': 'none'}, 'objective.strength', 'a baseline'),
+  ({}, 'objective.common_masks', 'objective.baseline'),
+  ({}, 'objective.elbo_draws', 'objective.elbo_coef'),
+  ({'objective.name': 'espo', 'objective.beta': 0.0}, 'objective.kl', 'objective.beta'),
+  ({}, 'reference.every', 'reference.of'),
+  ({}, 'reference.mix', 'reference.of'),
+  ({}, 'lora.alpha', 'lora.rank'),
+  ({}, 'lora.targets', 'lora.rank'),
+  ({}, 'data.overlong', 'data.prompt_length'),
+  ({'data.attend_padding': True}, 'data.bucket', 'data.attend_padding'),
+  ({'data.template': __file__, 'sft.steps': 0}, 'data.style', 'data.template'),
+  ({'eval.template': __file__}, 'eval.style', 'eval.template'),
+  ({'model.checkpoint': 'x'}, 'model.preset', 'model.checkpoint'),
+  ({}, 'data.largest', 'data.task = countdown'),
+  ({}, 'data.numbers', 'data.task = countdown'),
+  ({'data.path': 'x'}, 'data.min_blanks', 'data.task = sudoku .generated'),
+  ({'data.task': 'countdown'}, 'data.max_blanks', 'data.task = sudoku'),
+  ({'data.task': 'math'}, 'data.seed', 'data.task'),
+  ({}, 'reward.weights.xmlcount', 'data.task = gsm8k'),
+  ({'data.task': 'math'}, 'reward.weights.int', 'data.task = gsm8k'),
+  ({'sampler.temperature': 0.0}, 'sampler.top_p', 'sampler.temperature > 0'),
+  ({}, 'eval.sampler.top_k', 'eval.sampler.temperature > 0'),
+  ({}, 'eval.sampler.threshold', 'eval.sampler.pick'),
+  ({'sft.steps': 0}, 'sft.lr', 'sft.steps'),
+  ({'train.iterations': 0}, 'optim.lr', 'train.iterations'),
+  ({'train.iterations': 0}, 'objective.strength', 'train.iterations'),
+  ({'health.action': 'none'}, 'health.empty', 'health.action'),
+]
+
+
+@pytest.mark.parametrize('fields, useless, needs', USELESS, ids=str)
+def test_a_field_without_effect_is_refused_on_the_command_line(fields, useless, needs):
+  c = file_of('quickstart').get_config()
+  ddo = {'objective.antithetic': False} if 'objective.loss' in fields else {}
+  config.update(c, {**CLEAR, **ddo, **fields})
+  with pytest.raises(ValueError, match=f'{useless} = .*needs .*{needs}'):
+    check.effects(c, {useless})
+  assert not check.effects(c, {'seed'}).count('\n')
+
+
+@pytest.mark.parametrize('stem', [*TRAINS, 'base'])
+def test_a_config_of_ours_sets_no_field_without_effect(stem):
+  assert check.effects(file_of(stem).get_config(), ()) == ''
+
+
+def test_heads_alone_do_not_make_gqa():
+  c = base.get_config()
+  c.model.heads = 4
+  assert build.build(c).model.kv_heads == 4
+  c.model.kv_heads = 2
+  assert build.build(c).model.kv_heads == 2

@@ -8,6 +8,7 @@ import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -276,6 +277,120 @@ def test_export_reports_the_difference(tiny, weights_of, tmp_path):
   for kind in ('merged', 'adapter'):
     written = hf.export(fake_run(cfg), params, frozen, str(tmp_path / kind), kind)
     assert written['max_logit_difference'] < 3e-5 * written['max_logit']
+
+
+def test_share_of_the_update_that_survives_rounding(
+  tiny, weights_of, tmp_path, monkeypatch
+):
+  """All of it in float32. Of a tiny one little is left in bfloat16, which is warned of:
+  at a step of 2 ** -8 of a weight, a change of 1e-6 moves few weights."""
+  warnings = []
+  monkeypatch.setattr(
+    write.logging, 'warning', lambda text, *args: warnings.append(text % args)
+  )
+  ids = data.char_tokenizer()
+  fields = dict(vocab=len(ids), mask_id=ids.mask_token_id, eos_id=ids.eos_token_id)
+  kept = {}
+  for dtype in ('float32', 'bfloat16'):
+    cfg = dataclasses.replace(
+      tiny, lora_rank=2, param_dtype=dtype, pad_id=ids.pad_token_id, **fields
+    )
+    params = weights_of(cfg)
+    small = jax.tree.map(lambda x: 1e-3 * x, params['lora'])
+    params = {'params': optax.tree.cast(params['params'], dtype), 'lora': small}
+    told = hf.export(
+      fake_run(cfg),
+      params,
+      {'params': params['params']},
+      str(tmp_path / dtype),
+      'merged',
+    )
+    kept[dtype] = told['update_kept']
+    held = load_file(tmp_path / dtype / 'model.safetensors')
+    hf.save_hf(tmp_path / f'{dtype}_base', cfg, {'params': params['params']})
+    alone = load_file(tmp_path / f'{dtype}_base' / 'model.safetensors')
+    changed = sum(np.count_nonzero(held[name] != alone[name]) for name in held)
+    meant = sum(
+      x.size for x in jax.tree.leaves(params['params']['layers']) if x.ndim > 2
+    )
+    np.testing.assert_allclose(kept[dtype], changed / meant, rtol=1e-3)
+  assert kept['float32'] > 0.9 and 0 < kept['bfloat16'] < 0.1
+  assert len(warnings) == 1 and '--format=adapter' in warnings[0]
+
+
+def test_dtype_of_config_json_is_that_of_the_weights(tiny, params, tmp_path):
+  """transformers would round float32 weights to the dtype that the source names."""
+  source = tmp_path / 'source'
+  hf.save_hf(source, tiny, params)
+  path = source / 'config.json'
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {'torch_dtype': 'bfloat16'})
+  )
+  hf.save_hf(tmp_path / 'out', tiny, params, source=str(source))
+  written = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert written['torch_dtype'] == 'float32'
+
+
+@pytest.mark.parametrize('kind', ['int8', 'nf4'])
+def test_export_of_a_quantized_base_is_the_policy_that_was_trained(
+  kind, tiny, weights_of, tmp_path, monkeypatch
+):
+  """Merged it has the restored base. The adapter fits the published base, on which it
+  is another policy: the report says how far, and a warning what it is."""
+  warnings = []
+  monkeypatch.setattr(
+    write.logging, 'warning', lambda text, *args: warnings.append(text % args)
+  )
+  ids = data.char_tokenizer()
+  cfg = dataclasses.replace(
+    tiny,
+    lora_rank=2,
+    width=64,
+    mlp=64,
+    vocab=len(ids),
+    mask_id=ids.mask_token_id,
+    eos_id=ids.eos_token_id,
+    pad_id=ids.pad_token_id,
+  )
+  params, run = weights_of(cfg), fake_run(cfg)
+  run.config.model.quantize = kind
+  published = {'params': params['params']}
+  run.steps = types.SimpleNamespace(init=lambda: published)
+  copy = jax.tree.map(jax.numpy.copy, published)
+  frozen = build.make_quantize(run.config, run.mesh)(copy)
+  policy = {**frozen, 'lora': params['lora']}
+  told = {
+    name: hf.export(run, policy, frozen, str(tmp_path / name), name)
+    for name in ('merged', 'adapter')
+  }
+  tokens = write.probe(cfg)
+  trained = model.full_logits(cfg, policy, tokens)
+  again, read = weights.load_hf(str(tmp_path / 'merged'))
+  np.testing.assert_allclose(model.full_logits(again, read, tokens), trained, atol=1e-3)
+  assert told['merged']['max_logit_difference'] < 1e-4 * told['merged']['max_logit']
+  far = np.abs(model.full_logits(cfg, {**params}, tokens) - trained).max()
+  np.testing.assert_allclose(told['adapter']['max_logit_difference'], far, rtol=1e-3)
+  assert far > 1e-2 and len(warnings) == 1 and kind in warnings[0]
+
+
+def test_interrupted_export_leaves_nothing_under_its_name(
+  tiny, weights_of, tmp_path, monkeypatch
+):
+  """The same command then writes it."""
+  cfg = dataclasses.replace(tiny, lora_rank=2)
+  params, folder = weights_of(cfg), tmp_path / 'out'
+  arguments = params, {'params': params['params']}, str(folder), 'adapter'
+
+  def full(*_):
+    raise OSError('the disk is full')
+
+  with monkeypatch.context() as m:
+    m.setattr(write, 'write_tensors', full)
+    with pytest.raises(OSError):
+      hf.export(fake_run(cfg), *arguments)
+  assert not folder.exists()
+  hf.export(fake_run(cfg), *arguments)
+  assert [p.name for p in tmp_path.iterdir()] == ['out']
 
 
 def test_useless_exports_are_refused(tiny, weights_of, tmp_path):

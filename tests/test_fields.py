@@ -1,24 +1,32 @@
 """Every field of an objective, a sampler and a log-prob estimate changes a program.
 
 The programs are traced, not compiled. A field that says nothing beside the defaults has
-its context in WITH.
+its context in WITH. In any other context a part must say that a field has no effect
+(`idle`) exactly where the program stays the same.
 """
 
+import contextlib
 import dataclasses
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 
-from dmpo_jax import logprob, model, sampler, score, step
+from configs import base
+from dmpo_jax import check, config, logprob, model, parts, sampler, score, step
 from dmpo_jax.objectives import OBJECTIVES, dmpo
+from dmpo_jax.sampler import wino
+from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import (
   Record,
   Rollouts,
   Sampled,
   Scored,
+  TaskOptions,
   Text,
   TrainBatch,
   ViewLogp,
@@ -52,8 +60,27 @@ WITH = {
 
 
 def as_text(fn, *args):
-  """Returns the traced program, without the addresses of functions."""
-  return re.sub(r'0x[0-9a-f]+', '', str(jax.make_jaxpr(fn)(*args)))
+  """Returns the traced program and its constants, as far as its outputs need them."""
+  closed = jax.make_jaxpr(fn)(*args)
+  inner = closed.jaxpr
+  names = [*inner.constvars, *inner.invars]
+  whole = inner.replace(constvars=[], invars=names, debug_info=None)
+  needed, used = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))
+  constants = [
+    np.asarray(x).tolist() if isinstance(x.dtype, np.dtype) else str(x)
+    for x, kept in zip(closed.consts, used, strict=False)
+    if kept
+  ]
+  return re.sub(r'0x[0-9a-f]+', '', f'{needed} {constants}')
+
+
+def has_effect(hp, name, text):
+  """Returns whether another value of a field changes the program; None: refused."""
+  try:
+    other = changed(hp, name)
+  except StopIteration:
+    return None
+  return text(hp) != text(other)
 
 
 def changed(hp, name):
@@ -85,8 +112,10 @@ def objective_text(objective, hp):
   order = np.tile(np.arange(L, dtype=np.int32), (ROWS, 1))
   more = {'entropy': full, 'place': -full, 'fallback': full > 0}
   record = Record(order, -full, full, more)
-  text = Text(full > 0, full > 0, np.ones((ROWS, P), bool), L // 2, record)
+  text = Text(full > 0, full > 0, np.ones((ROWS, P), bool), L // 2, Canvas(L), record)
   wants, row = objective.wants(hp), np.arange(ROWS, dtype=np.int32)
+  if 'old' not in wants.elbo:  # nothing reads it
+    wants = dataclasses.replace(wants, common_masks=True)
 
   def run(key, reward):
     masks = objective.draw(key, row, text, hp)
@@ -94,7 +123,7 @@ def objective_text(objective, hp):
     groups = reward.shape
     guess = jnp.ones((*groups, x.shape[1]))
     scored = Scored(reward, jnp.full(groups, L), reward, -reward, guess)
-    weight, own, metrics = objective.weigh(scored, hp)
+    weight, own, _ = objective.weigh(scored, hp)
     rows = lambda x: jnp.reshape(x, (ROWS, *x.shape[2:]))
     views = Views(-jnp.ones(ROWS), x, {'centred': x, 'score': x})
     batch = TrainBatch(
@@ -113,7 +142,7 @@ def objective_text(objective, hp):
     if wants.reweigh:
       batch = batch._replace(weight=objective.reweigh(reward.ravel(), batch, GROUP, hp))
     now = ViewLogp(x * reward[0, 0], {'centred': x, 'score': x})
-    return masks, metrics, objective.loss(now, masks, batch, hp)
+    return masks, objective.loss(now, masks, batch, hp)[0]
 
   reward = jnp.linspace(0, 1, ROWS).reshape(-1, GROUP)
   return f'{wants} {as_text(run, jax.random.key(0), reward)}'
@@ -132,6 +161,41 @@ def test_objective_field_changes_the_objective(name, field):
   hp = possible(objective.Config(), **WITH.get(field, {}))
   other = changed(hp, field)
   assert objective_text(objective, hp) != objective_text(objective, other)
+
+
+def contexts(hp):
+  """Returns hp, and hp with each other choice, switch and 0 of one field."""
+  out = [hp]
+  for field, value in vars(hp).items():
+    options = WORDS if isinstance(value, str) else ()
+    if isinstance(value, bool):
+      options = (not value,)
+    elif isinstance(value, float):
+      options = (0.0,) if value else (0.5,)
+    for option in options:
+      for more in ({}, WITH.get(field, {})):
+        other = dataclasses.replace(hp, **{**more, field: option})
+        if not other.problems() and other not in out:
+          out.append(other)
+  return out
+
+
+QUICK = 'dmpo', 'spg', 'coupled_grpo', 'gdsd', 'wd1'
+EACH = [
+  pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+  for name in OBJECTIVES
+]
+
+
+@pytest.mark.parametrize('name', EACH)
+def test_objective_says_which_of_its_fields_have_no_effect(name):
+  """Beside every other setting of one field."""
+  objective = OBJECTIVES[name]
+  text = functools.cache(functools.partial(objective_text, objective))
+  for hp in contexts(objective.Config()):
+    for field in vars(hp):
+      effect = has_effect(hp, field, text)
+      assert effect is None or effect == (field not in hp.idle()), (hp, field)
 
 
 @pytest.fixture(scope='module')
@@ -155,6 +219,48 @@ def test_sampler_field_changes_the_sampler(field, tiny, shapes):
     return as_text(run, shapes)
 
   assert text(hp) != text(changed(hp, field))
+
+
+# Not of a step: the loop reads some, and at temperature 0 only the recorded log-probs
+# depend on the last two.
+NOT_OF_A_STEP = {'length', 'block', 'pick', 'guidance', 'cache', 'refresh'}
+NOT_OF_A_STEP |= {'eos_stop', 'top_p', 'top_k'}
+
+
+@pytest.mark.parametrize('pick', sampler.NAMES)
+@pytest.mark.parametrize('temperature', [0.0, 0.7])
+def test_sampler_says_which_of_its_fields_have_no_effect(
+  pick, temperature, tiny, monkeypatch
+):
+  """On the tokens of a step, of a network that is replaced."""
+  logits = np.random.default_rng(0).normal(size=(2, L // 2, tiny.vocab))
+  seen = jnp.asarray(logits, jnp.float32)
+  monkeypatch.setattr(model, 'window_logits', lambda *_, **__: (seen, None))
+  monkeypatch.setattr(model, 'shadow_logits', lambda *_: (seen, seen))
+  hot = 0.5 if pick == 'plackett_luce' else 0.0
+  hp = sampler.SampleConfig(
+    L, L // 2, L // 5, temperature, pick=pick, rank_temperature=hot
+  )
+  zeros, rows = jnp.zeros((2, L)), jnp.zeros(2, jnp.int32)
+  masks = jnp.full((2, L), tiny.mask_id)
+  keys, valid = jax.random.split(jax.random.key(0), 2), jnp.ones((2, L), bool)
+
+  @functools.cache
+  def text(hp):
+    setting = sampler.unmask.Setting(tiny, {}, hp, valid, 0, keys, {})
+
+    def run(masks, since):
+      loop = sampler.unmask.Loop(masks, masks, zeros, zeros, rows, since, rows[0], {})
+      if pick == 'wino':
+        return wino.step(setting, wino.Drafts(loop, since + 3)).loop.tokens
+      return sampler.unmask.step_each_row(setting, loop).tokens
+
+    return as_text(run, masks, rows)
+
+  for field in set(vars(hp)) - NOT_OF_A_STEP:
+    effect = bool(has_effect(hp, field, text))
+    assert effect == (field not in hp.idle()), field
+  assert bool({'top_p', 'top_k'} & hp.idle().keys()) == (temperature == 0)
 
 
 @pytest.mark.parametrize(
@@ -182,3 +288,87 @@ def test_logprob_field_changes_the_scores(field, tiny, shapes):
     return as_text(run, tree)
 
   assert text(hp) != text(changed(hp, field))
+
+
+# Fields of a config -> the setting in which logprob.* are looked at.
+SCORING = [
+  {'objective.alpha': 0.04},
+  {'objective.alpha': 0.0, 'objective.best': 0.0},
+  {'objective.alpha': 0.0, 'objective.best': 0.0, 'health.measure': True},
+  {'objective.alpha': 0.0, 'objective.best': 0.0, 'objective.baseline': 'model'},
+  {'objective.baseline': 'model'},
+  {'objective.baseline': 'model', 'objective.common_masks': True},
+  {'objective.loss': 'ddo', 'objective.antithetic': False},
+  {'objective.name': 'wd1'},
+  {'objective.name': 'espo'},
+]
+
+
+@pytest.mark.parametrize('fields', SCORING, ids=str)
+@pytest.mark.parametrize('estimator', ['elbo', 'trajectory'])
+@pytest.mark.parametrize('elbo', ['paper', 'stratified'])
+def test_check_says_which_logprob_fields_have_no_effect(
+  fields, estimator, elbo, tiny, shapes
+):
+  """Beside the objectives that want their estimates, and those that do not."""
+  c = base.get_config()
+  config.update(c, fields | {'logprob.estimator': estimator, 'logprob.elbo': elbo})
+  full = jnp.ones((ROWS, L))
+  tokens, valid = jnp.zeros((ROWS, P + L), jnp.int32), jnp.ones((ROWS, P + L), bool)
+  order = jnp.tile(jnp.arange(L), (ROWS, 1))
+  rollouts = Rollouts(tokens, valid, order, -full, jnp.int32(L), full)
+  sampled = Sampled(rollouts, full > 0, jnp.arange(ROWS))
+  keys = jax.random.key(0), jax.random.key(1)
+  setup = parts.setup_of(c, tiny, OBJECTIVES[c.objective.name])
+  setup = dataclasses.replace(setup, law=sampler.Law(L, 0.7, 0.0, 0.0), microbatches=1)
+
+  def text(hp):
+    run = lambda params: score.score(
+      score.policies(params, params),
+      sampled,
+      *keys,
+      dataclasses.replace(setup, logprob=hp),
+    )
+    return as_text(run, shapes)
+
+  found = check.idle(c)
+  for field in set(vars(setup.logprob)) - {'estimator', 'elbo', 'fuse'}:
+    effect = bool(has_effect(setup.logprob, field, text))
+    assert effect == (f'logprob.{field}' not in found), field
+
+
+class Options(TaskOptions):
+  """Options that remember which of their fields were read."""
+
+  def __getattribute__(self, name):
+    if name in TaskOptions.__dataclass_fields__:
+      read = self.__dict__.setdefault('read', set())
+      read.add(name)
+    return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize('path', ['', 'file'])
+@pytest.mark.parametrize('name', TASKS)
+def test_a_task_says_which_options_it_reads(name, path, tmp_path):
+  task = TASKS[name]
+  options = Options(train_size=4)
+  if not path and name in ('gsm8k', 'math'):
+    return  # they are not generated
+  if path:
+    rows = {
+      'gsm8k': '{"question": "1 + 1?", "answer": "#### 2"}',
+      'math': '{"problem": "1 + 1?", "solution": "\\\\boxed{2}"}',
+      'countdown': '{"nums": [1, 2, 3], "target": 6}',
+      'sudoku': 'Puzzle,Solution\n0234341221434321,1234341221434321',
+    }
+    file = tmp_path / ('train.csv' if name == 'sudoku' else 'train.jsonl')
+    file.write_text(rows[name] + '\n')
+    options = Options(path=str(tmp_path), train_size=4)
+    (tmp_path / file.name.replace('train', 'test')).write_text('')
+  with contextlib.suppress(ValueError):  # the other split is empty
+    task.load('train', options)
+  # `numbers` is refused where problems are generated.
+  general = {'path', 'train_size', 'validation_size', 'test_size'}
+  general |= {'numbers'} if name == 'countdown' and not path else set()
+  kind = 'file' if path else 'generated'
+  assert options.__dict__['read'] - general == set(task.options[kind])

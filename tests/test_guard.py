@@ -78,6 +78,39 @@ print(answers[0], answers[-1])
   assert done.stdout == 'False True\n', done.stderr
 
 
+ENDLESS = """
+import os, signal, sys, threading, time
+import jax
+from dmpo_jax import guard
+number, times, at_once = (int(x) for x in sys.argv[1:])
+
+def send():
+  for _ in range(times):
+    time.sleep(1)
+    os.kill(os.getpid(), number)
+
+threading.Thread(target=send, daemon=True).start()
+with guard.Preemption(at_once=bool(at_once), patience=1):
+  half = jax.numpy.full(9, 0.5)
+  loop = lambda x: jax.lax.while_loop(lambda x: x[0] < 1, jax.numpy.sin, x)
+  jax.jit(loop)(half).block_until_ready()
+"""
+
+
+@pytest.mark.parametrize(
+  'number, times, at_once, code',
+  [
+    (signal.SIGTERM, 1, 1, guard.PREEMPTED),
+    (signal.SIGINT, 1, 1, guard.INTERRUPTED),
+    (signal.SIGINT, 2, 0, guard.INTERRUPTED),  # the second Ctrl-C
+  ],
+)
+def test_signals_end_an_endless_computation(number, times, at_once, code):
+  """Python's own handlers would wait until the device is done."""
+  done = python(ENDLESS, str(int(number)), str(times), str(at_once), XLA_FLAGS='')
+  assert done.returncode == code, done.stderr
+
+
 @pytest.mark.smoke
 def test_sigterm_sets_a_flag_in_one_process(monkeypatch):
   """The handler of before is put back."""
@@ -240,7 +273,8 @@ def test_no_git(repository, monkeypatch):
 def test_every_start_is_recorded(tmp_path, monkeypatch):
   """A list that grows; a damaged one is kept beside the new one."""
   monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_tpu_x=1')
-  one = provenance.record({'optim.lr': 0.5}, {'seed': 3})
+  one = provenance.record({'optim.lr': 0.5}, {'seed': 3}, {'model.checkpoint a/b': 'x'})
+  assert one['revisions'] == {'model.checkpoint a/b': 'x'}
   assert one['flags']['LIBTPU_INIT_ARGS'] == '--xla_tpu_x=1'
   assert one['overrides'] == {'optim.lr': 0.5} and one['seeds'] == {'seed': 3}
   assert one['device'] and one['devices'] == 8 and one['processes'] == 1
@@ -253,3 +287,17 @@ def test_every_start_is_recorded(tmp_path, monkeypatch):
   provenance.append(tmp_path, one)
   assert json.loads(path.read_text()) == [one]
   assert len((tmp_path / 'provenance.json.damaged').read_text()) == 50
+
+
+def test_changed_flags_are_warned_of(tmp_path, monkeypatch):
+  """Those of JAX and XLA that may change a result; not where programs are kept."""
+  warnings = []
+  monkeypatch.setattr(
+    provenance.logging, 'warning', lambda text, *args: warnings.append(text % args)
+  )
+  for value in ('high', 'high', 'low'):
+    monkeypatch.setenv('JAX_DEFAULT_MATMUL_PRECISION', value)
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', value)
+    provenance.append(tmp_path, provenance.record({}, {}))
+    assert len(warnings) == (value == 'low')
+  assert 'JAX_DEFAULT_MATMUL_PRECISION was high' in warnings[0]

@@ -187,3 +187,15 @@ def test_ess_needs_an_objective_that_reports_it(monkeypatch):
   monkeypatch.setitem(build.OBJECTIVES, 'dmpo', silent)
   with pytest.raises(ValueError, match='health.ess = 0.2: objective.name'):
     check.config(c, 1)
+
+
+def test_run_without_any_spread_says_so_every_ten_buffers():
+  """Whatever the bounds are; one group with a spread begins the count anew."""
+  hp, state, counts = health.Config(action='none'), health.State(), []
+  for share in [1.0] * 10 + [0.9] + [1.0] * 21:
+    numbers = {'reward': 0.0, 'equal_reward_groups': share}
+    state = health.note(hp, state, numbers)
+    counts.append(state.flat)
+  assert counts == [*range(1, 11), 0, *range(1, 22)]
+  again = health.State(**json.loads(json.dumps(dataclasses.asdict(state))))
+  assert health.note(hp, again, {'grad_norm': 1.0}).flat == 21  # an update's numbers

@@ -27,7 +27,7 @@ FLOORS = {
   'parts': 8,
   'build': 9,
   'evaluate': 10, 'resume': 10,
-  'tools': 11, 'phases': 11,
+  'tools': 11, 'phases': 11, 'runs': 11,
   'train': 12,
   'cli': 13,
 }  # fmt: skip

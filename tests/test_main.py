@@ -17,6 +17,7 @@ from configs import base, quickstart
 from dmpo_jax import (
   build,
   check,
+  checkpoint,
   config,
   data,
   evaluate,
@@ -24,6 +25,7 @@ from dmpo_jax import (
   hf,
   metrics,
   parts,
+  runs,
   train,
   weights,
 )
@@ -196,7 +198,7 @@ IMPOSSIBLE = [
   ({'logprob.fuse': True}, 'logprob.fuse = True needs lora.rank > 0'),
   ({'eval.sampler.refresh': 2}, 'eval.sampler.refresh = 2.*sampler.cache'),
   ({'train.group': 1}, 'train.group = 1 must be >= 2'),
-  ({'optim.lr': float('nan')}, 'optim.lr = nan must be >= 0'),
+  ({'optim.lr': float('nan')}, 'optim.lr = nan must be finite'),
   ({'optim.b1': 1.0}, 'optim.b1 = 1.0 must be in'),
   ({'optim.eps': 0.0}, 'optim.eps = 0.0 must be > 0'),
   ({'lora.alpha': 0.0, 'lora.rank': 2}, 'lora.alpha = 0.0 must be > 0'),
@@ -217,6 +219,16 @@ IMPOSSIBLE = [
   ({'model.kv_heads': 3}, 'model.kv_heads = 3'),
   ({'model.checkpoint': 'x', 'model.width': 9}, 'model.width = 9: set 0'),
   ({'data.tokenizer': 'nowhere'}, "data.tokenizer = 'nowhere'"),
+  ({'sampler.temperature': 0.0}, 'sampler.temperature = 0.*all be the same'),
+  (
+    {'lora.path': 'x', 'lora.rank': 2, 'sft.steps': 3},
+    'sft.steps = 3 would change the base that lora.path',
+  ),
+  ({'reward.weights.sudoku': float('nan')}, 'reward.weights.sudoku = nan must be'),
+  ({'sampler.temperature': 1e400}, 'sampler.temperature = inf must be finite'),
+  ({'objective.strength': 1e400}, 'objective.strength = inf must be finite'),
+  ({'health.grad_norm': 1e400}, 'health.grad_norm = inf must be finite'),
+  ({'sampler.pick': 'entropy', 'sampler.steps': 0}, 'sampler.steps = 0 must be >= 1'),
 ]
 
 
@@ -366,14 +378,20 @@ def sweep(name):
 # --- the workdir
 
 
-def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
+def begin(workdir, **changes):
+  """Makes a workdir of a run that has computed something."""
+  os.makedirs(workdir, exist_ok=True)
+  runs.claim(tiny(**changes), str(workdir))
+  with metrics.Writer(workdir) as writer:
+    writer.write('sft', 1, {'loss': 1.0})
+
+
+def test_default_workdir_is_a_function_of_the_config(tmp_path):
   """The name and any field that training reads move it; what may differ does not."""
-  monkeypatch.chdir(tmp_path)
-  first = main.settle(tiny(), '', begin=True)
-  assert main.settle(tiny(), '', begin=True) == first
+  first = runs.default(tiny())
   assert first.startswith('runs/base-')
   others = [
-    main.default_workdir(tiny(**change))
+    runs.default(tiny(**change))
     for change in ({'seed': 1}, {'data.protocol': 'paper'}, {'name': 'x'})
   ]
   assert len({first, *others}) == 4
@@ -386,8 +404,9 @@ def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
     {'eval.lengths': (32,)},
     {'reward.deadline': 1.0},
   ):
-    assert main.default_workdir(tiny(**change)) == first
-  written = json.loads((tmp_path / first / 'config.json').read_text())
+    assert runs.default(tiny(**change)) == first
+  runs.claim(tiny(), str(tmp_path))
+  written = json.loads((tmp_path / 'config.json').read_text())
   assert check.flatten(written) == check.flatten(
     json.loads(tiny().to_json())
   )  # a tuple comes back as a list
@@ -396,18 +415,99 @@ def test_default_workdir_is_a_function_of_the_config(tmp_path, monkeypatch):
 def test_workdir_of_another_config_is_refused(tmp_path):
   """The sentence lists what differs, and which fields may differ."""
   workdir = str(tmp_path / 'run')
-  assert main.settle(tiny(), workdir, begin=True) == workdir
+  begin(workdir)
   before = (tmp_path / 'run' / 'config.json').read_text()
   with pytest.raises(ValueError) as info:
-    main.settle(tiny(**{'optim.lr': 0.5, 'train.inner': 7}), workdir, begin=True)
+    runs.claim(tiny(**{'optim.lr': 0.5, 'train.inner': 7}), workdir)
   said = str(info.value)
   assert workdir in said and '--workdir' in said and 'seed' not in said
   assert f'optim.lr: {tiny().optim.lr!r} there, 0.5 here' in said
   assert 'train.inner: ' in said and ', 7 here' in said
   assert (tmp_path / 'run' / 'config.json').read_text() == before
   assert 'only log., checkpoint., mesh.' in said
-  main.settle(tiny(**{'log.samples': 9, 'checkpoint.every': 3}), workdir, begin=True)
-  main.settle(tiny(**{'eval.batch': 16}), workdir, begin=False)
+  runs.claim(tiny(**{'log.samples': 9, 'checkpoint.every': 3}), workdir)
+  assert (tmp_path / 'run' / 'config.json').read_text() == before
+  assert runs.find(tiny(**{'eval.batch': 16}), workdir) == (workdir, {})
+
+
+def test_command_that_computed_nothing_does_not_claim_the_workdir(tmp_path):
+  """The corrected command takes it over. A checkpoint or a row of metrics claims it."""
+  runs.claim(tiny(seed=1), str(tmp_path))
+  assert runs.find(tiny(seed=1), str(tmp_path)) == ('', {})  # there is nothing to judge
+  runs.claim(tiny(seed=2), str(tmp_path))
+  assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 2
+  (tmp_path / 'rl' / '3').mkdir(parents=True)
+  with pytest.raises(ValueError, match='seed: 2 there, 3 here'):
+    runs.claim(tiny(seed=3), str(tmp_path))
+
+
+# --workdir -> what the sentence names
+PATHS = {
+  'br[1]/run': r'--workdir=br\[1\]/run: .*\[ in the path',
+  'st*r': r'\* in the path',
+  'qu?': r'\? in the path',
+  'back\\slash': r'\\ in the path',
+  'gs://bucket/run': 'gs:// is no path.*mount',
+  's3://bucket/run': 's3:// is no path.*mount',
+  'file': '--workdir=file: .*file is no folder',
+  'file/below/it': '--workdir=file/below/it: .*/file is no folder',
+  '~nobody-here/run': 'there is no such user',
+}
+
+
+@pytest.mark.parametrize('path', PATHS)
+def test_paths_that_cannot_be_a_workdir_are_refused(path, command, phases, tmp_path):
+  """Before anything is made, in every mode that reads or writes checkpoints."""
+  phases()
+  (tmp_path / 'file').write_text('mine')
+  there = sorted(tmp_path.rglob('*'))
+  for mode in ('train', 'eval', 'export'):
+    with pytest.raises(SystemExit, match=f'^error: .*{PATHS[path]}'):
+      command(f'--workdir={path}', f'--mode={mode}')
+  assert sorted(tmp_path.rglob('*')) == there
+
+
+def test_default_workdir_below_such_a_path_is_refused(command, tmp_path, monkeypatch):
+  (tmp_path / 'br[1]').mkdir()
+  monkeypatch.chdir(tmp_path / 'br[1]')
+  with pytest.raises(SystemExit, match=r'--workdir=runs/mine-.*\[ in the path'):
+    command()
+
+
+def test_workdir_that_cannot_be_written_to_is_refused(command, monkeypatch, tmp_path):
+  """One sentence names the folder: root may write anywhere, so access is replaced."""
+  (tmp_path / 'disk').mkdir()
+  monkeypatch.setattr(runs.os, 'access', lambda *_: False)
+  with pytest.raises(SystemExit, match='^error: --workdir=disk/run: .*disk cannot be'):
+    command('--workdir=disk/run')
+
+
+def test_home_is_expanded(command, phases, monkeypatch, tmp_path, capsys):
+  """bash leaves the ~ of --workdir=~/run as it is."""
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  (tmp_path / 'home').mkdir()
+  phases(sft=lambda _: ({}, 2.0))
+  command('--workdir=~/run', '--mode=sft')
+  assert (tmp_path / 'home' / 'run' / 'config.json').exists()
+  assert not (tmp_path / '~').exists()
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    OSError(28, 'No space left on device'),
+    Exception('No space left on device (os error 28)'),  # of the tokenizers library
+    ValueError("INTERNAL: Failed to write [os_error_code='28']"),  # of TensorStore
+  ],
+  ids=lambda error: type(error).__name__,
+)
+def test_error_of_the_disk_is_one_sentence_with_the_path(error, command, phases):
+  def full(_):
+    raise error
+
+  phases(sft=full)
+  with pytest.raises(SystemExit, match=f'^error: run: .*({error.args[-1][:9]})'):
+    command('--workdir=run')
 
 
 def test_second_run_in_a_workdir_is_refused(tmp_path):
@@ -439,11 +539,12 @@ def test_second_run_in_a_workdir_is_refused(tmp_path):
 def test_damaged_config_of_a_workdir_is_named(tmp_path):
   """A sentence that names the file, and what to do."""
   workdir = str(tmp_path / 'run')
-  main.settle(tiny(), workdir, begin=True)
+  begin(workdir)
   path = tmp_path / 'run' / 'config.json'
-  path.write_text(path.read_text()[:100])
-  with pytest.raises(ValueError, match='config.json is damaged.*remove it'):
-    main.settle(tiny(), workdir, begin=True)
+  for text in (path.read_text()[:100], ''):
+    path.write_text(text)
+    with pytest.raises(ValueError, match='config.json is damaged.*remove it'):
+      runs.claim(tiny(), workdir)
 
 
 def test_command_trains_once(command, phases, monkeypatch, tmp_path, capsys):
@@ -470,12 +571,23 @@ def test_command_trains_once(command, phases, monkeypatch, tmp_path, capsys):
   )
   assert (tmp_path / 'run' / 'tokenizer' / 'tokenizer.json').exists()
 
+  drawn = []
+  monkeypatch.setattr(report, 'curves', drawn.append)
   phases()  # to train again would be a KeyError
   command('--workdir=run', '--config.seed=3')
   out = capsys.readouterr().out
   assert 'this run is done' in out and 'the summary' in out
+  assert drawn == ['run']  # the picture that is missing
+  pathlib.Path('run/curves.png').touch()
+  command('--workdir=run', '--config.seed=3')
+  assert drawn == ['run']
   with pytest.raises(SystemExit, match='seed: 3 there, 4 here'):
     command('--workdir=run', '--config.seed=4')
+  pathlib.Path('run/results.json').write_text('')  # as a failed disk leaves it
+  phases(sft=lambda _: (params, 2.0), rl=lambda _: (params, 3.0))
+  command('--workdir=run', '--config.seed=3')
+  again = json.loads(pathlib.Path('run/results.json').read_text())
+  assert again['final'] == results['final']
 
 
 def test_mode_sft_leaves_no_results(command, phases, capsys):
@@ -528,7 +640,7 @@ def test_report_of_a_run(command, monkeypatch, capsys):
   """By --workdir or by --config: curves, and a summary of what there is."""
   monkeypatch.setattr(report, 'curves', lambda workdir: f'{workdir}/c.png')
   monkeypatch.setattr(report, 'summary', lambda workdir: 'before and after')
-  main.settle(tiny(), 'run', begin=True)
+  begin('run')
   with metrics.Writer('run') as writer:
     writer.write('rl', 0, {'reward': 1.0})
   command('--workdir=run', '--mode=report', config=())
@@ -545,19 +657,71 @@ def test_report_of_a_run(command, monkeypatch, capsys):
   with pytest.raises(SystemExit, match='--mode=report needs --workdir'):
     command('--mode=report', config=())
   os.mkdir('runs')
-  os.rename('run', main.default_workdir(main.config.load('mine.py')[1]))
+  os.rename('run', runs.default(main.config.load('mine.py')[1]))
   command('--mode=report')
   assert 'before and after' in capsys.readouterr().out
 
 
 def test_report_of_a_run_that_has_written_nothing(command, capsys):
   """How far it is, without a picture."""
-  main.settle(tiny(), 'run', begin=True)
+  os.mkdir('run')
+  runs.claim(tiny(), 'run')
   command('--workdir=run', '--mode=report')
   assert capsys.readouterr().out.startswith('supervised step 0 of')
 
 
 # --- what the command line alone does
+
+
+@pytest.mark.parametrize(
+  'args, needs',
+  [
+    (['--prompt=x'], '--prompt needs --mode=sample'),
+    (['--format=adapter', '--mode=eval'], '--format needs --mode=export'),
+    (['--of=base'], '--of needs --mode=eval or sample or export'),
+    (['--topology=v5e:4x4'], '--topology needs --mode=plan'),
+    (['--generations=x', '--mode=eval'], '--generations needs --mode=score'),
+    (['--mode=plan', '--out=x', '--html=y'], '--html needs --mode=sample'),
+    (['--mode=sample', '--prompt=x', '--problem=3'], '--problem needs no --prompt'),
+    (['--mode=report', '--by=seed'], '--by needs --runs'),
+    (['--mode=report', '--runs=x', '--cards=y'], '--runs needs no --cards'),
+    (['--mode=report', '--runs=x', '--workdir=y'], '--workdir needs neither'),
+    (['--heartbeat=9'], '--heartbeat needs --coordinator'),
+  ],
+)
+def test_flags_of_other_modes_are_refused(command, args, needs):
+  with pytest.raises(SystemExit, match=f'without effect in --mode=.*{needs}'):
+    command(*args)
+
+
+def test_a_field_without_effect_is_refused_or_named(command, monkeypatch, tmp_path):
+  """One of the command line is refused; one of the file is named in one line."""
+  lines = []
+  monkeypatch.setattr(main.logging, 'warning', lines.append)
+  monkeypatch.setitem(main.MODES, 'train', lambda command: None)
+  with pytest.raises(SystemExit, match='sampler.steps = 16 .needs sampler.pick = '):
+    command('--config.sampler.pick=entropy', '--config.sampler.steps=16')
+  file = tmp_path / 'other.py'
+  change = "  c.sampler.pick, c.sampler.steps = 'entropy', 8\n  return c"
+  file.write_text(CONFIG.replace('  return c', change, 1))
+  command(config=(f'--config={file}',))
+  (line,) = lines
+  assert 'sampler.steps = 8 (needs sampler.pick = ' in line and '\n' not in line
+
+
+def test_a_sweep_is_applied_before_devices_are_made(command, monkeypatch, tmp_path):
+  """A point may set mesh.cpu and cache."""
+  seen = []
+  monkeypatch.setattr(main, 'split_cpu', seen.append)
+  monkeypatch.setattr(main, 'cache_programs', lambda c: seen.append(c.cache))
+  monkeypatch.setitem(main.MODES, 'train', lambda command: None)
+  file = tmp_path / 'other.py'
+  point = (
+    "SWEEPS = ('a',)\n\n\ndef sweep(name):\n  return [{'mesh.cpu': 3, 'cache': False}]"
+  )
+  file.write_text(f'{CONFIG}\n\n{point}\n')
+  command('--sweep=a:0', config=(f'--config={file}',))
+  assert seen == [3, False]
 
 
 def test_starts_are_recorded(command, phases, tmp_path):
@@ -943,23 +1107,27 @@ def test_score_without_a_config(command, tmp_path, capsys):
     command(*score, config=())
 
 
-def test_evaluation_finds_its_run(command, phases, monkeypatch, tmp_path, capsys):
-  """Without --workdir, with any field changed that may be after training."""
+@pytest.fixture
+def judged(monkeypatch):
+  """What --mode=eval judges, in its place: the workdirs, '' for a checkpoint alone."""
   found = []
-
-  def run(built, params, folder, name, **_):
-    found.append(os.path.dirname(folder))
-    return []
-
   monkeypatch.setattr(main, 'run_train', lambda *args: found.append(args[1]))
-  monkeypatch.setattr(main, 'params_of', lambda *args: (main.is_trained(args[1]), 'x'))
+  monkeypatch.setattr(
+    main, 'params_of', lambda built, workdir: (found.append(workdir), None, 'x')
+  )
   monkeypatch.setattr(cards, 'default_folder', lambda *args: f'{args[2]}/eval')
-  monkeypatch.setattr(cards, 'run', run)
-  monkeypatch.setattr(main.report, 'summary', lambda workdir: '')
+  monkeypatch.setattr(cards, 'run', lambda *args, **_: [])
+  monkeypatch.setattr(report, 'summary', lambda workdir: '')
+  monkeypatch.setattr(report, 'curves', lambda workdir: '')
+  return found
+
+
+def test_evaluation_finds_its_run(command, judged, tmp_path, capsys):
+  """Without --workdir, with any field changed that may be after training."""
   trained = ('--config.seed=5', '--config.optim.lr=1e-3')
   command(*trained)
-  pathlib.Path(found[0], 'rl', '7').mkdir(parents=True)
-  capsys.readouterr()
+  workdir = judged.pop()
+  pathlib.Path(workdir, 'rl', '7').mkdir(parents=True)
   for change in (
     ('--config.eval.lengths=(32,)', '--config.reward.deadline=1.0'),
     ('--config.data.protocol=paper', '--config.data.test_size=9'),
@@ -967,15 +1135,124 @@ def test_evaluation_finds_its_run(command, phases, monkeypatch, tmp_path, capsys
     ('--config.health.action=stop', '--config.checkpoint.every=7'),
   ):
     command(*trained, '--mode=eval', *change)
-    assert found.pop() == found[0] and 'no run' not in capsys.readouterr().out
-  command('--mode=eval')  # was never trained
-  assert found.pop() != found[0]
-  assert 'no run in runs/mine-' in capsys.readouterr().out
+    assert judged.pop() == workdir and 'no run' not in capsys.readouterr().out
   command(*trained, '--config.reward.weights.sudoku=2.0')  # a second run that fits
+  pathlib.Path(judged.pop(), 'rl', '7').mkdir(parents=True)
   with pytest.raises(SystemExit, match='name one by --workdir'):
     command(*trained, '--mode=eval', '--config.data.protocol=paper')
-  config_json = json.loads((tmp_path / found[0] / 'config.json').read_text())
+  config_json = json.loads((tmp_path / workdir / 'config.json').read_text())
   assert config_json['eval']['lengths'] == []
+
+
+@pytest.mark.parametrize('mode', ['eval', 'sample', 'export'])
+def test_judging_never_trains(mode, command, judged, phases, tmp_path):
+  """There is a run, or a sentence; a run that differs is named with the difference."""
+  phases()  # to train would be a KeyError
+  here = f'--mode={mode}'
+  with pytest.raises(SystemExit, match='^error: no run in runs/mine-.*trains nothing'):
+    command(here)
+  with pytest.raises(SystemExit, match='^error: no run in elsewhere'):
+    command(here, '--workdir=elsewhere')
+  begin(tmp_path / 'runs' / 'mine-1', **{'name': 'mine', 'objective.alpha': 0.2})
+  with pytest.raises(
+    SystemExit,
+    match='(?s)no run in .*runs/mine-1: objective.alpha: 0.2 there.*--workdir',
+  ):
+    command(here)
+  assert judged == [] and sorted(os.listdir('runs')) == ['mine-1']  # nothing is made
+
+
+def test_run_is_named_by_its_workdir_alone(command, judged, tmp_path):
+  """Its config.json is the config, with the overrides on top, tuples included."""
+  begin(
+    tmp_path / 'run', **{'seed': 5, 'objective.name': 'espo', 'eval.lengths': (32,)}
+  )
+  read = lambda *args: command(
+    '--workdir=run', *args, config=(), function=lambda argv: main.read_config(argv[1:])
+  )
+  expected = tiny(**{'seed': 5, 'objective.name': 'espo', 'eval.lengths': (32,)})
+  assert check.flatten(read().config) == check.flatten(expected)
+  c, overrides = read('--config.eval.batch=16', '--config.eval.lengths=(8, 16)')
+  assert (c.eval.batch, c.eval.lengths) == (16, (8, 16)) == tuple(overrides.values())
+  with pytest.raises(ValueError, match="did you mean 'eval.batch'"):
+    read('--config.eval.batc=16')
+  command('--workdir=run', '--mode=eval', '--config.eval.batch=16', config=())
+  assert judged == ['run']
+  with pytest.raises(SystemExit, match='seed: 5 there, 6 here'):
+    command('--workdir=run', '--mode=eval', '--config.seed=6', config=())
+  with pytest.raises(SystemExit, match='--config=FILE is missing, .*no run is in'):
+    command('--workdir=other', '--mode=eval', config=())
+  saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  del saved['train']['inner']
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(saved))
+  with pytest.raises(SystemExit, match='another version .*inner.*--config=FILE'):
+    command('--workdir=run', '--mode=eval', config=())
+
+
+def test_checkpoint_is_judged_as_it_is(
+  command, config_file, phases, tiny_checkpoint, tmp_path, capsys
+):
+  """With the config of its run, that has sft.steps: nothing trains, and no folder that
+  looks like a run appears. Where a run of this checkpoint is near, it may be meant."""
+  phases()  # to train would be a KeyError
+  pathlib.Path(config_file).write_text(
+    'from configs.quickstart import get_config  # as it stands'
+  )
+  of = (
+    f'--config.model.checkpoint={tiny_checkpoint}',
+    '--config.data.test_size=8',
+    '--config.data.train_size=8',
+    '--config.eval.batch=8',
+    '--mode=eval',
+  )
+  command(*of)
+  said = capsys.readouterr().out
+  assert 'no run in runs/quickstart-' in said and 'base: sudoku' in said
+  (path,) = (tmp_path / 'evals').rglob('source.json')
+  _, params = weights.load_hf(str(tiny_checkpoint))
+  digest = int(jax.jit(checkpoint.digest)(params))
+  assert json.loads(path.read_text())['parameters'] == digest
+  assert not (tmp_path / 'runs').exists()
+  with pytest.raises(SystemExit, match='^error: --of=best: no run in'):
+    command(*of, '--of=best')
+  c = quickstart.get_config()
+  c.model.checkpoint, c.seed = str(tiny_checkpoint), 9
+  workdir = tmp_path / 'runs' / 'quickstart-1'
+  workdir.mkdir(parents=True)
+  runs.claim(c, str(workdir))
+  (workdir / 'rl' / '3').mkdir(parents=True)
+  with pytest.raises(SystemExit, match='(?s)seed: 9 there, 0 here.*--of=base'):
+    command(*of)
+  command(*of, '--of=base')
+  assert 'base: sudoku' in capsys.readouterr().out
+  (tmp_path / 'runs' / 'other').mkdir()  # no run, so it does not end a comparison
+  with pytest.raises(SystemExit, match='no results.json .*in: runs/quickstart-1$'):
+    command('--mode=report', '--runs=runs/*', config=())
+
+
+@pytest.mark.parametrize('name, value', main.FIXED.items())
+def test_settings_of_jax_that_change_numbers_are_undone(name, value, monkeypatch):
+  """x64 and other random numbers, whoever sets them."""
+  other = {'threefry2x32': 'rbg', 'standard': 'strict'}.get(value, not value)
+  before = getattr(jax.config, name)
+  try:
+    jax.config.update(name, other)
+    main.fix_numbers()
+    assert getattr(jax.config, name) == value
+  finally:
+    jax.config.update(name, before)
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'plan', 'score'])
+def test_absent_platform_is_one_sentence(mode, command, monkeypatch):
+  for error in (RuntimeError('Unable to initialize backend'), AssertionError()):
+
+    def absent(error=error):
+      raise error
+
+    monkeypatch.setattr(jax, 'devices', absent)
+    with pytest.raises(SystemExit, match='^error: JAX_PLATFORMS = .*set cpu'):
+      command(f'--mode={mode}')
 
 
 def test_cpu_can_be_several_devices():

@@ -271,6 +271,16 @@ def test_warnings_of_a_run_under_way(tmp_path):
   ]
 
 
+def test_run_without_any_spread_is_warned_of(tmp_path):
+  """After ten buffers in a row, not after nine."""
+  write_start(tmp_path)
+  for last, warned in ((9, False), (10, True)):
+    (tmp_path / 'metrics.jsonl').unlink(missing_ok=True)
+    write_rows(tmp_path, iterations(0, last, 1000.0, equal_reward_groups=1.0))
+    said = status.under_way(tmp_path, 1100.0)
+    assert ('warning: in the last 10 buffers' in said) == warned
+
+
 def test_a_run_that_has_hardly_begun(tmp_path):
   """Before the first line, and while the base model is made."""
   write_start(tmp_path)

@@ -1,6 +1,6 @@
 """Interrupted runs: they resume to the bit, or stop and say why."""
 
-import functools
+import os
 import signal
 
 import jax
@@ -209,18 +209,79 @@ def test_sigterm_with_overlap(early, base_params, ahead, tmp_path):
 
 
 def test_sigterm_in_supervised_training(built, base_params, tmp_path):
-  """It saves and resumes. The lock is held while it trains, not while it reads."""
+  """It saves and resumes; what is judged meanwhile is refused, and never trained."""
   broken, calls = fail_sft_at(vary(built, checkpoint={'every': 100}), 2, terminate)
-  lock = functools.partial(guard.alone, str(tmp_path))
   with pytest.raises(SystemExit, match='75'):
     run_sft(broken, tmp_path)
-  with lock(), pytest.raises(ValueError, match='another process is training'):
-    run_sft(broken, tmp_path, lock=lock)
-  params = run_sft(broken, tmp_path, lock=lock)
-  with lock():
-    run_sft(broken, tmp_path, lock=lock)
+  with pytest.raises(ValueError, match='2 of sft.steps = 3 updates'):
+    resume.base_of(broken, tmp_path)
+  params = run_sft(broken, tmp_path)
   assert len(calls) == 3
   same(mesh.fetch(params), mesh.fetch(base_params))
+  same(mesh.fetch(resume.base_of(broken, tmp_path)), mesh.fetch(base_params))
+  assert len(calls) == 3
+  fresh = resume.base_of(broken, '')  # no run: the model as it is read
+  same(mesh.fetch(fresh), mesh.fetch(built.steps.init()))
+
+
+def ctrl_c(batch=None):
+  os.kill(os.getpid(), signal.SIGINT)
+  return batch
+
+
+def test_ctrl_c_saves_and_resumes_to_the_bit(
+  built, base_params, whole, tmp_path, capfd
+):
+  """As SIGTERM does, with the exit code of Ctrl-C."""
+  part = vary(built, checkpoint={'every': 100})
+  with pytest.raises(SystemExit, match='130'):
+    run(fail_at(part, 4, ctrl_c), tmp_path, base_params)
+  assert saved_steps(tmp_path)[-1] == 4
+  same_run(run(part, tmp_path, base_params), tmp_path, whole)
+
+
+def test_signal_during_a_validation_saves_at_once(
+  built, base_params, whole, tmp_path, monkeypatch
+):
+  """It does not wait for the other problems; the next start validates."""
+  real, calls = evaluate.accuracy, []
+
+  def accuracy(part, params, problems, beat):
+    calls.append(0)
+
+    def stopped():
+      if len(calls) == 2:
+        terminate()
+      beat()
+      assert len(calls) != 2, 'went on to the next problem'
+
+    return real(part, params, problems, stopped)
+
+  monkeypatch.setattr(evaluate, 'accuracy', accuracy)
+  part = vary(built, checkpoint={'every': 100})
+  with pytest.raises(SystemExit, match='75'):
+    run(part, tmp_path, base_params)
+  assert saved_steps(tmp_path)[-1] == INNER
+  same_run(run(part, tmp_path, base_params), tmp_path, whole)
+
+
+def test_weights_that_were_swapped_are_refused(built, base_params, tmp_path):
+  """Those that a field names are digested; a resumed run and an evaluation look."""
+  part = built._replace(read={'model.checkpoint': 1, 'reference.of': 2})
+  with pytest.raises(KeyboardInterrupt):
+    run(fail_at(part, 3, interrupt), tmp_path, base_params)
+  run_sft(part, tmp_path / 'base')
+  for name in part.read:
+    other = built._replace(read=part.read | {name: 3})
+    for call in (
+      lambda other=other: run(other, tmp_path, base_params),
+      lambda other=other: resume.latest(other, tmp_path, base_params),
+      lambda other=other: run_sft(other, tmp_path / 'base'),
+      lambda other=other: resume.base_of(other, tmp_path / 'base'),
+    ):
+      with pytest.raises(ValueError, match=f'{name} = .*not those.*--workdir'):
+        call()
+  run(part, tmp_path, base_params)
 
 
 # --- numbers that are not finite

@@ -14,7 +14,16 @@ import pytest
 from dmpo_jax import masking, types
 from dmpo_jax.objectives import OBJECTIVES, egspo, shared, spg, vrpo
 from dmpo_jax.sampler import picks
-from dmpo_jax.types import Record, Scored, Text, TrainBatch, ViewLogp, Views, to_rows
+from dmpo_jax.types import (
+  Canvas,
+  Record,
+  Scored,
+  Text,
+  TrainBatch,
+  ViewLogp,
+  Views,
+  to_rows,
+)
 
 B, G, R, L, P, W = 2, 4, 8, 8, 3, 4
 RNG = np.random.default_rng(0)
@@ -45,7 +54,14 @@ def text_of(completion=COMPLETION, record=None):
   """Returns the Text of rows with whole prompts."""
   rows, words = len(completion), completion & (np.arange(L) < 6)
   prompt = jnp.ones((rows, P), bool)
-  return Text(jnp.asarray(completion), jnp.asarray(words), prompt, W, record)
+  return Text(
+    jnp.asarray(completion),
+    jnp.asarray(words),
+    prompt,
+    W,
+    Canvas(len(completion[0])),
+    record,
+  )
 
 
 def scored(**more):

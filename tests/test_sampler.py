@@ -493,6 +493,45 @@ def test_nucleus_and_top_k():
   near(law(temperature=1.0, top_k=9), prob)
 
 
+# Termination.
+
+
+def masks_only(cfg):
+  """Logits under which every proposal is the mask token: nothing is revealed."""
+  return jnp.where(jnp.arange(cfg.vocab) == cfg.mask_id, 0.0, -jnp.inf)
+
+
+@pytest.mark.parametrize('pick', sampler.NAMES)
+@pytest.mark.parametrize('cache, refresh', [('none', 0), ('prefix', 0), ('dual', 3)])
+@pytest.mark.parametrize(
+  'logits, reveals', [(masks_only, 0), (lambda cfg: jnp.full(cfg.vocab, jnp.nan), 8)]
+)
+def test_no_loop_is_endless_whatever_the_logits(
+  tiny, monkeypatch, pick, cache, refresh, logits, reveals
+):
+  """All loops end after 2 L steps, and a rule reveals a token a step at nan too."""
+  if cache != 'none' and not sampler.SAMPLERS[pick].plain:
+    pytest.skip(f'{pick} has no cache')
+
+  def seen(tokens):
+    return jnp.broadcast_to(logits(tiny), (len(tokens), 4, tiny.vocab))
+
+  monkeypatch.setattr(
+    model, 'window_logits', lambda c, p, tokens, *_, **__: (seen(tokens), None)
+  )
+  monkeypatch.setattr(
+    model, 'shadow_logits', lambda c, p, tokens, *_: (seen(tokens), seen(tokens))
+  )
+  hot = 0.5 if pick == 'plackett_luce' else 0.0
+  hp = dataclasses.replace(
+    BASE, pick=pick, cache=cache, refresh=refresh, rank_temperature=hot
+  )
+  run = jax.jit(lambda prompts: sampler.generate(tiny, {}, prompts, KEY, hp))
+  out = run(jnp.ones((2, PROMPT), jnp.int32))
+  assert int(out.forwards) <= 2 * hp.length
+  assert (np.sum(out.order >= 0, axis=1) == reveals).all()
+
+
 # Distributions.
 
 
@@ -646,7 +685,11 @@ REFUSED = [
   (dict(pick='wino', guidance=1.0), 'guidance = 1.0', 'sampler.pick = confidence'),
   (dict(threshold=1.5), 'threshold = 1.5', '[0, 1]'),
   (dict(temperature=-1.0), 'temperature = -1.0', '>= 0'),
-  (dict(temperature=float('nan')), 'temperature = nan', '>= 0'),
+  (dict(temperature=float('nan')), 'temperature = nan', 'finite'),
+  (dict(temperature=1e400), 'temperature = inf', 'finite'),
+  (dict(temperature=1e39), 'temperature = 1e+39', 'finite'),
+  (dict(temperature=1e-45), 'temperature = 1e-45', 'finite'),
+  (dict(pick='entropy', steps=0), 'steps = 0', '>= 1'),
   (dict(factor=-0.1), 'factor = -0.1', '>= 0'),
   (dict(entropy_bound=-0.1), 'entropy_bound = -0.1', '>= 0'),
   (dict(guidance=-2.0), 'guidance = -2.0', '>= 0'),

@@ -140,9 +140,17 @@ RULED = [
 @pytest.mark.parametrize('name, field', RULED)
 def test_every_rule_refuses_a_bad_value_and_names_its_field(name, field):
   default = CONFIGS[name]()
-  bad = 'no such value' if isinstance(getattr(default, field), str) else -1
-  problems = dataclasses.replace(default, **{field: bad}).problems()
-  assert any(text.startswith(f'objective.{field} = {bad!r} must') for text in problems)
+  value = getattr(default, field)
+  bads = [float('nan'), float('inf'), 1e39] if isinstance(value, float) else []
+  if field in {**shared.RULES, **default.OWN}:
+    bads.append(-1)
+  if isinstance(value, str):
+    bads = ['no such value']
+  for bad in bads:
+    problems = dataclasses.replace(default, **{field: bad}).problems()
+    assert any(
+      text.startswith(f'objective.{field} = {bad!r} must') for text in problems
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from dmpo_jax import logprob
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.sampler import SampleConfig, picks
-from dmpo_jax.types import Record, Text, TrainBatch, ViewLogp, Views
+from dmpo_jax.types import Canvas, Record, Text, TrainBatch, ViewLogp, Views
 
 L, V, M = 3, 3, 3  # M: the mask
 TAU = 0.5  # temperature of the Plackett-Luce draw of positions
@@ -175,7 +175,7 @@ def places_logp(theta, tokens, order):
 def text_of(rows, record=None):
   """Returns the Text of whole completions in one block."""
   words = jnp.ones((rows, L), bool)
-  return Text(words, words, jnp.ones((rows, 1), bool), L, record)
+  return Text(words, words, jnp.ones((rows, 1), bool), L, Canvas(L), record)
 
 
 def batch_of(rows, weight, norm, **more):

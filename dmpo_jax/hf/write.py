@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from dmpo_jax import mesh, model
+from dmpo_jax import files, mesh, model
 from dmpo_jax.hf import read
 from dmpo_jax.hf.families import (
   FAMILIES,
@@ -42,12 +43,14 @@ def save_hf(
   tokenizer: Any = None,
   source: str = '',
   shard_bytes: int = 5_000_000_000,
-) -> None:
+) -> float | None:
   """Writes a Hugging Face directory: adapters merged, in shards, with an index.
 
   source: the directory that the model came from; config.json and its other small
   files are copied. Without it config.json is made from cfg. tokenizer: is written
-  too. Dtypes stay those of the parameters.
+  too. Dtypes stay those of the parameters, and config.json says so. Returns the share
+  of the weights to which an adapter adds anything that still differ from the base when
+  they are rounded to their dtype; None without adapters.
   """
   from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -55,6 +58,10 @@ def save_hf(
   family = family_for(cfg, source)
   if source:
     copy_small(source, str(folder))
+    told = files.read_object(os.path.join(source, 'config.json'))
+    named = dict.fromkeys({'dtype', 'torch_dtype'} & told.keys(), cfg.param_dtype)
+    if told | named != told:  # transformers would round to the source's
+      write_json(folder, 'config.json', told | named)
   else:
     write_json(folder, 'config.json', config_of(cfg, family))
   if tokenizer is not None and jax.process_index() == 0:
@@ -71,13 +78,22 @@ def save_hf(
     filename_pattern='model{suffix}.safetensors',
     max_shard_size=shard_bytes,
   )
-  flat = flatten_dict(params, sep='/')
+  flat, moved = flatten_dict(params, sep='/'), Moved()
   for name, theirs in plan.filename_to_tensors.items():
-    parts = {key: merged(cfg, flat, *tensors[key]) for key in theirs}
+    parts = {key: merged(cfg, flat, *tensors[key], moved) for key in theirs}
     write_tensors(folder, name, parts)
   if plan.is_sharded:
     index = {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename}
     write_json(folder, INDEX, index)
+  return moved.kept / moved.meant if moved.meant else None
+
+
+@dataclasses.dataclass
+class Moved:
+  """Counts the weights that adapters change, and those that rounding leaves changed."""
+
+  meant: int = 0
+  kept: int = 0
 
 
 def bytes_of(entry: Entry) -> int:
@@ -86,11 +102,11 @@ def bytes_of(entry: Entry) -> int:
 
 
 def merged(
-  cfg: model.ModelConfig, flat: dict[str, Any], entry: Entry, layer: int
+  cfg: model.ModelConfig, flat: dict[str, Any], entry: Entry, layer: int, moved: Moved
 ) -> np.ndarray:
   """Returns one tensor on the host as torch has it, its adapter added in float32.
 
-  flat: the parameters by path.
+  flat: the parameters by path; a quantized one is restored. moved: is counted up.
   """
   cut = lambda x: x[layer] if entry.stacked else x
   host = np.asarray(mesh.fetch(model.dense(jax.tree.map(cut, flat[entry.path]))))
@@ -98,7 +114,9 @@ def merged(
   if stem + 'a' in flat:
     a, b = mesh.fetch((cut(flat[stem + 'a']), cut(flat[stem + 'b'])))
     delta = (a @ b) * (cfg.lora_alpha / cfg.lora_rank)
-    host = (host.astype(np.float32) + delta).astype(host.dtype)
+    alone, host = host, (host.astype(np.float32) + delta).astype(host.dtype)
+    moved.meant += int(np.count_nonzero(delta))
+    moved.kept += int(np.count_nonzero((host != alone) & (delta != 0)))
   return np.ascontiguousarray(host.T if entry.transposed else host)
 
 
@@ -223,15 +241,21 @@ def save_adapter(
 # --- the export of a run
 
 
+KEPT = 0.5  # an export warns if it keeps a smaller share of the update
+
+
 def export(
   built: Any, params: Params, base: Params, folder: str, kind: str
 ) -> dict[str, Any]:
   """Writes a run's model as `kind` (merged or adapter), reads it back, compares.
 
-  built: a build.Built. params: {'params', 'lora'?} as trained. base: the same as
-  training began. Neither is quantized. Returns the report of --mode=export.
-  ValueError if the two do not differ (but for a base that was trained here), if
-  `folder` is not empty, or if an adapter is asked of a run that has none.
+  built: a build.Built. params: {'params', 'lora'?} as trained; base: the same as
+  training began, quantized if the run's base is. A merged export holds this base
+  restored from its few bits, which is the one that the adapters were trained on. An
+  adapter is compared on the published base, which is another.
+  The directory appears under its name when it is whole. Returns the report of
+  --mode=export. ValueError if the two do not differ (but for a base that was trained
+  here), if `folder` is not empty, or if an adapter is asked of a run that has none.
   """
   cfg, c = built.model, built.config
   source = c.model.checkpoint and read.locate(c.model.checkpoint, False)
@@ -245,29 +269,52 @@ def export(
       'the trained model equals its base in every weight: there is nothing to '
       'export (was it trained at all?)'
     )
-  # mesh.agree: all is written before any process reads it.
+  tokens, partial, kept = probe(cfg), f'{os.fspath(folder).rstrip("/")}.partial', None
+  logits = lambda c, p: np.asarray(mesh.fetch(model.full_logits(c, p, tokens)))
+  before = logits(cfg, params)
+  if jax.process_index() == 0:
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
+  # mesh.agree: all is removed, or written, before any process goes on.
+  mesh.agree(False)
   if kind == 'adapter':
-    digest = f'{cfg.param_dtype} {int(built.steps.digest(base))}'
-    save_adapter(folder, cfg, params, c.model.checkpoint, source, digest)
+    published = built.steps.init() if c.model.quantize != 'none' else base
+    digest = f'{cfg.param_dtype} {int(built.steps.digest(published))}'
+    save_adapter(partial, cfg, params, c.model.checkpoint, source, digest)
     mesh.agree(False)
-    lora = read.read_adapter(folder, cfg, source, built.mesh)
-    cfg_again, again = cfg, {**base, **lora}
+    lora = read.read_adapter(partial, cfg, source, built.mesh)
+    after = logits(cfg, {**published, **lora})
   else:
-    save_hf(folder, cfg, params, built.tokenizer, source)
+    kept = save_hf(partial, cfg, params, built.tokenizer, source)
     mesh.agree(False)
-    cfg_again, again = read.load_hf(folder, cfg.param_dtype, built.mesh)
-    cfg_again = dataclasses.replace(cfg_again, dtype=cfg.dtype)
-  tokens = probe(cfg)
-  before, after = (
-    np.asarray(mesh.fetch(model.full_logits(c, p, tokens)))
-    for c, p in ((cfg, params), (cfg_again, again))
-  )
+    cfg_again, again = read.load_hf(partial, cfg.param_dtype, built.mesh)
+    after = logits(dataclasses.replace(cfg_again, dtype=cfg.dtype), again)
+  mesh.agree(False)
+  if jax.process_index() == 0:
+    os.replace(partial, folder)
+  warn(kind, kept, c.model.quantize)
   return {
     'folder': folder,
     'format': kind,
     'max_logit_difference': float(np.max(np.abs(after - before))),
     'max_logit': float(np.max(np.abs(before))),
+    **({} if kept is None else {'update_kept': kept}),
   }
+
+
+def warn(kind: str, kept: float | None, quantize: str) -> None:
+  """Warns where the export is not quite the policy that was trained."""
+  if kept is not None and kept < KEPT:
+    logging.warning(
+      'only %.1f %% of the weights that the adapters change still differ from the base '
+      'after rounding: --format=adapter keeps the whole update',
+      100 * kept,
+    )
+  if kind == 'adapter' and quantize != 'none':
+    logging.warning(
+      'the adapter was trained on a base with model.quantize = %s: on the published '
+      'base it is another policy (max_logit_difference); --format=merged has its base',
+      quantize,
+    )
 
 
 def complain_of_adapter(c: Any, cfg: model.ModelConfig, params: Params) -> None:

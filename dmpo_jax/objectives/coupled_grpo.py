@@ -41,6 +41,11 @@ class Config(shared.PenalisedGradient):
   low: float = 0.2  # mask ratio ~ U(low, high)
   high: float = 0.8  # below 1
 
+  def idle(self) -> dict[str, str]:
+    rates = self.variant != 'elbo'
+    needs = 'objective.variant = released or unit'
+    return super().idle() | shared.without_effect(('low high', rates, needs))
+
   def problems(self) -> list[str]:
     bad = super().problems()
     if not 0 < self.low < self.high < 1:

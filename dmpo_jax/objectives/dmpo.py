@@ -63,7 +63,8 @@ BASELINES = ('none', 'group', 'individual', 'model')
 @dataclasses.dataclass(frozen=True)
 class Config(shared.Settings):
   OWN = {
-    'alpha': shared.least(0),
+    **dict.fromkeys(('alpha', 'strength', 'ddo_alpha'), shared.least(0)),
+    **dict.fromkeys(('coef', 'ddo_beta'), shared.above(0)),
     'baseline': shared.one_of(*BASELINES),
     'loss': shared.one_of('wdce', 'ddo'),
     'ess': shared.chance,
@@ -85,9 +86,20 @@ class Config(shared.Settings):
   loss_tail: bool = True  # train the tokens sampled after the first EOS
   common_masks: bool = False  # model: log p_old under the loss's own masks
 
+  def idle(self) -> dict[str, str]:
+    ddo, model = self.loss == 'ddo', self.baseline == 'model'
+    subtracts = self.baseline != 'none' and not ddo
+    return shared.without_effect(
+      ('coef', not self.ess, 'objective.ess = 0'),
+      ('baseline', not ddo, 'objective.loss = wdce'),
+      ('strength', subtracts, 'objective.loss = wdce, with a baseline'),
+      ('ddo_alpha ddo_beta', ddo, 'objective.loss = ddo'),
+      ('common_masks', model, 'objective.baseline = model'),
+    )
+
   def problems(self) -> list[str]:
     bad = super().problems()
-    if not 0 < self.coef <= (1 if self.alpha else float('inf')):
+    if self.coef > 1 and self.alpha:
       bad.append(
         f'objective.coef = {self.coef} must be in (0, 1] (with objective.alpha = 0: '
         'above 0)'

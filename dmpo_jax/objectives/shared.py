@@ -14,7 +14,16 @@ import jax.numpy as jnp
 
 from dmpo_jax import logprob, masking, rng
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.rules import Rule, Section, chance, least, one_of, pairs
+from dmpo_jax.rules import (
+  Rule,
+  Section,
+  chance,
+  finite,
+  least,
+  one_of,
+  pairs,
+  without_effect,
+)
 from dmpo_jax.rules import above as above  # for the objectives
 from dmpo_jax.types import (
   Array,
@@ -58,8 +67,18 @@ class Settings(Section):
 
   NAME = 'objective'
 
+  def number(self, x: float) -> str:
+    return finite(x)
+
+  def idle(self) -> dict[str, str]:
+    own = vars(self)
+    return without_effect(
+      ('kl', own.get('beta', 1), 'objective.beta > 0'),
+      ('elbo_draws', own.get('elbo_coef', 1), 'objective.elbo_coef other than 0'),
+    )
+
   def rules(self) -> dict[str, Rule]:
-    return {**RULES, **self.OWN}
+    return {**super().rules(), **RULES, **self.OWN}
 
 
 @dataclasses.dataclass(frozen=True)

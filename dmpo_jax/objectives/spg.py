@@ -58,6 +58,12 @@ class Config(shared.Settings):
   high: float = 1.0  # largest share of the block that is masked
   mask_prompt: float = 0.15  # chance of a clean token to be masked; 0 = none
 
+  def idle(self) -> dict[str, str]:
+    return shared.without_effect(
+      ('mix', self.bound == 'mix', 'objective.bound = mix'),
+      ('power', self.bound in ('eubo', 'mix'), 'objective.bound = eubo or mix'),
+    )
+
   def problems(self) -> list[str]:
     bad = super().problems()
     if not 0 <= self.low <= self.high <= 1:
@@ -131,10 +137,9 @@ def weigh(scored: Scored, hp: Config) -> tuple:
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   """Returns (sum over rows / norm, metrics)."""
   lower, upper = bounds(now.logp, masks, hp)
-  share = {'elbo': 0.0, 'eubo': 1.0, 'mix': hp.mix, 'none': 0.0}[hp.bound]
-  below = share * upper + (1 - share) * lower
-  if hp.bound == 'none':
-    below = jnp.zeros_like(lower)
+  mix = hp.mix * upper + (1 - hp.mix) * lower
+  kinds = {'elbo': lower, 'eubo': upper, 'mix': mix, 'none': jnp.zeros_like(lower)}
+  below = kinds[hp.bound]
   value = jnp.where(batch.weight > 0, lower, below)
   return -jnp.sum(batch.weight * value) / batch.norm, {
     'elbo': jnp.sum(lower) / batch.total,

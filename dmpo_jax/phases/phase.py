@@ -1,7 +1,6 @@
 """The seam between the loop (train.py) and the phases: a Session and a Phase."""
 
 import abc
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,6 @@ class Session:
   workdir: str
   writer: metrics.Writer
   beat: Callable[[str, int], None] = no_beat  # guard.Watchdog.beat
-  lock: Callable[[], Any] = contextlib.nullcontext  # held while a phase trains
 
 
 class Phase(abc.ABC):
@@ -88,6 +86,9 @@ class Phase(abc.ABC):
     """Ends the process if `judge` has said so at this place."""
     return None
 
-  def validate(self, state: TrainState, update: int) -> bool:
-    """Validates if it is due after `update`; returns whether it is the best so far."""
+  def validate(self, state: TrainState, update: int, beat: Callable[[], None]) -> bool:
+    """Validates if it is due after `update`; returns whether it is the best so far.
+
+    beat: is called after each completion; what it raises ends the validation.
+    """
     return False

@@ -5,6 +5,7 @@ rollout.py; here are the files, the health rules and the validation around them.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -30,10 +31,11 @@ class RL(Phase):
     self.held_out = build.problems(self.built, 'validation')
     self.trainable, self.frozen = resume.policy_of(self.built, base)
     self.collector = build.collector(self.built, self.frozen)
-    self.references: tuple = ()  # read by `prepare`
+    self.references: tuple = ()  # read by `start`
     self.best: resume.Best | None = None
 
   def start(self) -> TrainState:
+    self.references = self.built.steps.read_references()
     return self.built.steps.start(self.trainable)
 
   # --- checkpoints and files
@@ -71,7 +73,6 @@ class RL(Phase):
     self.best = resume.best_validation(workdir, self.inner, update)
     if bucket := self.config.data.bucket:  # fail now if the longest does not fit
       build.compile_longest(self.built, data.bucketed(self.problems.valid, bucket))
-    self.references = self.built.steps.read_references()
     return self.best and self.best.update
 
   # --- a buffer
@@ -95,6 +96,8 @@ class RL(Phase):
       batch, numbers, samples = self.collector.finish(begun, self.clock)
     resume.append(self.session.workdir, samples)
     state = health.note(self.rules, place.health, numbers)
+    if state.flat and state.flat % health.FLAT == 0:
+      logging.warning('%s', health.flat_sentence(state.flat, numbers['reward']))
     numbers['ill'] = len(health.broken(self.rules, state))
     numbers |= {**build.compilations(), **self.clock.take()}
     self.shown |= self.writer.write('rl', begun.iteration, numbers)
@@ -143,14 +146,14 @@ class RL(Phase):
     resume.append_once(self.session.workdir, 'health.jsonl', line)
     return f'iteration {it}: {health.sentence(self.rules, place.health, rule)}'
 
-  def validate(self, state: TrainState, update: int) -> bool:
+  def validate(self, state: TrainState, update: int, beat: Callable[[], None]) -> bool:
     """Measures greedy accuracy, every eval.every iterations and at the end."""
     it, every = update // self.inner, self.config.eval.every
     if it != self.iterations and (not every or it % every):
       return False
     with self.clock('evaluate'):
       params = {**self.frozen, **state.trainable}
-      numbers, _ = evaluate.accuracy(self.built, params, self.held_out, self.clock.beat)
+      numbers, _ = evaluate.accuracy(self.built, params, self.held_out, beat)
     self.writer.write('eval', it, numbers)
     if self.best and numbers['accuracy'] <= self.best.accuracy:
       return False

@@ -24,7 +24,13 @@ __all__ = [
 
 SAMPLERS.update(
   PICKS,
-  wino=Sampler(unmask=wino.draft_and_verify, judged=True, records=False, plain=False),
+  wino=Sampler(
+    unmask=wino.draft_and_verify,
+    judged=True,
+    reads=('threshold', 'verify'),
+    records=False,
+    plain=False,
+  ),
 )
 NAMES = tuple(SAMPLERS)  # the values of sampler.pick
 # What Rollouts.more can hold of every token.

@@ -30,7 +30,7 @@ class Sampler:
   scored: bool = False  # ranks by a score; rank_temperature > 0 draws by it
   judged: bool = False  # ranks by the confidence that sampler.rank selects
   drawn: bool = False  # chooses positions by noise
-  fallback: bool = False  # reads sampler.fallback
+  reads: tuple[str, ...] = ()  # settings that few samplers read, and this one does
   records: bool = True  # Rollouts.order tells the state of every step
   plain: bool = True  # its forward can have a cache, guidance, splash attention
   # SampleConfig -> one sentence for each setting that does not fit this sampler.
@@ -48,6 +48,7 @@ class SampleConfig(rules.Section):
 
   NAME = 'sampler'
   OWN = {
+    'steps': rules.least(1),
     'rank': rules.one_of('token', 'max'),
     'threshold': rules.share,
     'cache': rules.one_of(*CACHES),
@@ -88,9 +89,6 @@ class SampleConfig(rules.Section):
   top_p: float = 1.0  # nucleus that tokens are drawn from, in (0, 1]; 1 = all
   top_k: int = 0  # most probable tokens that are drawn from; 0 = all
   verify: float = 0.9  # pick wino: masks less probable tokens again, in [0, 1]
-
-  def number(self, x: float) -> str:
-    return rules.least(0)(x)
 
   def rules(self) -> dict:
     return super().rules() | {'pick': rules.one_of(*SAMPLERS)}
@@ -142,30 +140,39 @@ class SampleConfig(rules.Section):
       return [f'sampler.block = {block} must divide sampler.length = {length}']
     blocks = length // block
     fits = blocks <= steps <= length and steps % blocks == 0
-    if fits or not self._sampler.scheduled:
+    if fits or steps < 1 or not self._sampler.scheduled:
       return []
     return [
       f'sampler.steps = {steps} must be a multiple of the {blocks} blocks and at '
       f'most sampler.length = {length}'
     ]
 
+  def default(self, name: str) -> Any:
+    """One token a step is the default of steps."""
+    return self.length if name == 'steps' else super().default(name)
+
+  def idle(self) -> dict[str, str]:
+    def row(names: str, has: Callable[[Sampler], Any]) -> tuple[str, Any, str]:
+      picks = ' or '.join(name for name, other in SAMPLERS.items() if has(other))
+      return names, has(self._sampler), f'sampler.pick = {picks}'
+
+    own = {name for other in SAMPLERS.values() for name in other.reads}
+    return rules.without_effect(
+      row('cache guidance', lambda x: x.plain),
+      ('refresh', self.cache != 'none', 'sampler.cache = prefix or dual'),
+      row('steps schedule', lambda x: x.scheduled),
+      row('rank_temperature', lambda x: x.scored),
+      row('rank', lambda x: x.judged),
+      row('rank_law', lambda x: x.judged or x.scored or 'rank_law' in x.reads),
+      ('top_p top_k', self.temperature, 'sampler.temperature > 0'),
+      *(row(name, lambda x, name=name: name in x.reads) for name in own - {'rank_law'}),
+    )
+
   def _problems_of_pick(self) -> list[str]:
-    """Returns settings that are possible, but have no effect beside the others."""
-
-    def picks_with(fact: str) -> str:
-      names = [name for name, other in SAMPLERS.items() if getattr(other, fact)]
-      return f'sampler.pick = {" or ".join(names)}'
-
-    sampler = self._sampler
+    """Refuses those settings without effect of which more was expected."""
+    strict = 'cache', 'guidance', 'refresh', 'fallback', 'schedule', 'rank_temperature'
     return [
-      f'sampler.{field} = {getattr(self, field)!r} needs {remedy}'
-      for field, has_effect, remedy in (
-        ('cache', sampler.plain, picks_with('plain')),
-        ('guidance', sampler.plain, picks_with('plain')),
-        ('refresh', self.cache != 'none', 'sampler.cache = prefix or dual'),
-        ('fallback', sampler.fallback, picks_with('fallback')),
-        ('schedule', sampler.scheduled, picks_with('scheduled')),
-        ('rank_temperature', sampler.scored, picks_with('scored')),
-      )
-      if getattr(self, field) != getattr(SampleConfig, field) and not has_effect
+      f'sampler.{field} = {value!r} needs {need}'
+      for field, need in self.idle().items()
+      if field in strict and (value := getattr(self, field)) != self.default(field)
     ]

@@ -311,5 +311,7 @@ def recall(question: str, value: object) -> dict:
 
 TASK = Task(
   SOURCE.load, prompt, target, reward, grade, extra, answer, record, recall,
-  styles=tuple(TEMPLATES), unpaid=('bare', 'eval', 'boxed'),
+  styles=tuple(TEMPLATES), options={'generated': (), 'file': ()},
+  terms=('correctness', 'int', 'strict_format', 'soft_format', 'xmlcount'),
+  unpaid=('bare', 'eval', 'boxed'),
 )  # fmt: skip

@@ -390,5 +390,6 @@ def recall(question: str, truth: object) -> dict:
 
 TASK = Task(
   SOURCE.load, prompt, target, reward, grade, extra, answer, record, recall,
-  styles=tuple(TEMPLATES), threads=True,
+  styles=tuple(TEMPLATES), threads=True, options={'generated': (), 'file': ()},
+  terms=('correctness', 'format'),
 )  # fmt: skip

@@ -295,5 +295,7 @@ def recall(question: str, truth: object) -> dict:
 
 TASK = Task(
   load, prompt, target, reward, grade, extra, answer, record, recall, counts,
-  styles=tuple(TEMPLATES), unpaid=('bare',),
+  styles=tuple(TEMPLATES), terms=('sudoku',),
+  options={'generated': ('seed', 'min_blanks', 'max_blanks'), 'file': ('seed',)},
+  unpaid=('bare',),
 )  # fmt: skip

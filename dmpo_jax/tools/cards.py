@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,7 +125,7 @@ def claim(folder: str, source: dict[str, Any]) -> None:
       os.makedirs(folder, exist_ok=True)
       files.replace(path, json.dumps(source, indent=1))
     return
-  changed = check.changes(json.loads(pathlib.Path(path).read_text()), source, ())
+  changed = check.changes(files.read_json(path), source, ())
   if changed:
     raise ValueError(
       f'{folder} has generations of another model or config '

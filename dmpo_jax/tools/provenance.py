@@ -31,7 +31,7 @@ PACKAGES = (
   'math-verify',
   'libtpu',
 )
-FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_PLATFORMS')
+FLAGS = ('JAX_', 'XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'NVIDIA_TF32')  # they begin so
 LONGEST = 1 << 20  # characters of a diff that are saved
 
 
@@ -46,10 +46,15 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
   return found
 
 
-def record(overrides: dict[str, Any], seeds: dict[str, int]) -> dict[str, Any]:
+def record(
+  overrides: dict[str, Any],
+  seeds: dict[str, int],
+  revisions: dict[str, str] | None = None,
+) -> dict[str, Any]:
   """Returns this start as a dict for JSON; asks git for the code if it can.
 
-  overrides: fields set on the command line, and their values.
+  overrides: fields set on the command line, and their values. revisions: of what the
+  fields name on the hub.
   """
   return dict(
     time=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
@@ -62,7 +67,8 @@ def record(overrides: dict[str, Any], seeds: dict[str, int]) -> dict[str, Any]:
     devices=jax.device_count(),
     processes=jax.process_count(),
     host=platform.platform(),
-    flags={name: os.environ[name] for name in FLAGS if name in os.environ},
+    flags={name: x for name, x in os.environ.items() if name.startswith(FLAGS)},
+    revisions=revisions or {},
   )
 
 
@@ -119,4 +125,13 @@ def append(workdir: files.Path, entry: dict[str, Any]) -> None:
     except (ValueError, TypeError):
       logging.warning('%s is damaged: it is now %s.damaged', path, path)
       os.replace(path, path + '.damaged')
+  old, new = (x.get('flags', {}) for x in (*entries[-1:], entry, entry)[:2])
+  for name in sorted(old.keys() | new.keys()):
+    if old.get(name) != new.get(name) and 'CACHE' not in name:
+      logging.warning(
+        '%s was %s at the last start, and is %s now: numbers may differ in rounding',
+        name,
+        old.get(name),
+        new.get(name),
+      )
   files.replace(path, json.dumps([*entries, entry], indent=2))

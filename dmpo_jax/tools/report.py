@@ -4,6 +4,7 @@ It reads metrics.jsonl, config.json and, of a finished run, results.json. A run
 under way is drawn as far as it is.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -52,10 +53,6 @@ PANELS = (
 
 class NoData(ValueError):
   """There is nothing to draw yet."""
-
-
-def _json(workdir: pathlib.Path, name: str) -> Any:
-  return json.loads((workdir / name).read_text(encoding='utf-8'))
 
 
 def _pick(tree: Any, path: str, where: files.Path) -> Any:
@@ -131,7 +128,7 @@ def title_of(workdir: pathlib.Path) -> str:
   """Returns a run's config name, seed, last start and commit, as far as known."""
   parts = [workdir.name]
   if (workdir / 'config.json').exists():
-    fields = _json(workdir, 'config.json')
+    fields = files.read_json(workdir / 'config.json')
     parts = [fields.get('name', workdir.name), f'seed {fields.get("seed")}']
   for start in provenance.read(workdir)[-1:]:
     parts.append(str(start.get('time'))[:10])
@@ -161,8 +158,10 @@ def curves(workdir: files.Path) -> pathlib.Path:
     raise NoData(f'no data to draw in {workdir / metrics.FILE}')
 
   base, results = None, workdir / 'results.json'
-  if results.exists():
-    base = _pick(_json(workdir, results.name), 'base.accuracy', results)
+  with contextlib.suppress(
+    OSError, ValueError
+  ):  # none yet, or damaged: the run makes it again
+    base = _pick(files.read_json(results), 'base.accuracy', results)
   columns = min(2, len(panels))
   height = -(-len(panels) // columns)
   figure = Figure(figsize=(5.2 * columns, 2.7 * height + 0.3), layout='constrained')
@@ -200,7 +199,10 @@ def _runs(workdirs: list[pathlib.Path], by: str) -> list[dict]:
       raise ValueError(f'no {name} (run not finished?) in: {", ".join(lacking)}')
   runs, seen = [], {}
   for w in workdirs:
-    config, results = _json(w, 'config.json'), _json(w, 'results.json')
+    config, results = (
+      files.read_json(w / 'config.json'),
+      files.read_json(w / 'results.json'),
+    )
     value = _pick(config, by, w / 'config.json')
     seed = _pick(config, 'seed', w / 'config.json')
     label = value if isinstance(value, str) else json.dumps(value)
@@ -309,7 +311,7 @@ def summary(workdir: files.Path) -> str:
   path = workdir / 'results.json'
   if not path.exists():
     raise ValueError(f'no results.json (run not finished?) in: {workdir}')
-  results = _json(workdir, path.name)
+  results = files.read_json(path)
   base, final = _pick(results, 'base', path), _pick(results, 'final', path)
   width = max(map(len, ['test', *base]))
   lines = [f'{"test":{width}}  {"before":>8}  {"after":>8}  {"change":>8}']
@@ -328,7 +330,7 @@ SAME = ('task', 'protocol', 'split', 'style', 'problems')
 
 def read_cards(paths: Sequence[files.Path]) -> list[dict]:
   """Reads results cards; raises ValueError for cards that cannot be compared."""
-  cards = [json.loads(pathlib.Path(path).read_text('utf-8')) for path in paths]
+  cards = [files.read_json(path) for path in paths]
   if not cards:
     raise ValueError('no card to compare')
   for path, card in zip(paths, cards, strict=True):

@@ -1,7 +1,6 @@
 """Describes a run under way: how far it is, its last numbers, and warnings."""
 
 import datetime
-import json
 import pathlib
 import statistics
 import time
@@ -9,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from dmpo_jax import files, metrics
+from dmpo_jax import files, health, metrics
 from dmpo_jax.tools import provenance
 
 duration = tqdm.format_interval
@@ -22,7 +21,7 @@ def under_way(workdir: files.Path, now: float | None = None) -> str:
   out. Raises FileNotFoundError without a config.json.
   """
   workdir, now = pathlib.Path(workdir), now or time.time()
-  config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
+  config = files.read_json(workdir / 'config.json')
   rows = metrics.read(workdir)
   phases = {
     phase: [row for row in rows if row['phase'] == phase]
@@ -126,6 +125,9 @@ def warnings(
 ) -> Iterator[str]:
   """Yields a sentence for each thing that a person should look at."""
   rl = phases['rl']
+  flat = [row.get('equal_reward_groups') == 1 for row in rl[-health.FLAT :]]
+  if len(flat) == health.FLAT and all(flat):
+    yield health.flat_sentence(health.FLAT, rl[-1]['reward'])
   if failed := sum(int(row.get('grades_failed', 0)) for row in rl):
     yield f'{failed} answers could not be graded (failed_grades.jsonl)'
   if rl and (age := rl[-1].get('policy_age', 0)):
