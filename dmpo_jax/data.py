@@ -16,6 +16,8 @@ from absl import logging
 from dmpo_jax import files
 from dmpo_jax.tasks.answers import PREFILL, TAGS
 from dmpo_jax.types import (
+  GIVEN,
+  Array,
   BoolBP,
   BoolRP,
   IntB,
@@ -410,6 +412,19 @@ def encode_targets(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> I
       )
     out[row, : len(ids)] = ids
   return out
+
+
+def after_given(order_RxL: IntRL, x_RxL: Array, fill: Any) -> np.ndarray:
+  """Returns x without the columns of given tokens, filled up on the right.
+
+  They are the prompt's end, at the head of a block-causal model's canvas.
+  """
+  x, count = np.asarray(x_RxL), np.sum(np.asarray(order_RxL) == GIVEN, axis=1)
+  if not count.any():
+    return x
+  column = np.arange(x.shape[1])[None] + count[:, None]
+  moved = np.take_along_axis(x, np.minimum(column, x.shape[1] - 1), axis=1)
+  return np.where(column < x.shape[1], moved, fill)
 
 
 def decode(

@@ -104,7 +104,6 @@ def generate(
   on the batch. The last batch is padded with repeats that are left out.
   """
   batch, count = built.config.eval.batch, len(problems.examples)
-  prompt = problems.tokens.shape[1]
   stop = data.stop_ids(built.tokenizer)
   for start in range(first, total, batch):
     row = np.arange(start, start + batch, dtype=np.int32)
@@ -115,8 +114,10 @@ def generate(
     tokens, order, forwards, completion = mesh.fetch(
       (rollouts.tokens, rollouts.order, rollouts.forwards, completion)
     )
-    own = mesh.my_rows(rollouts.tokens)
-    decoded = data.decode(built.tokenizer, tokens[own, prompt:], stop)
+    own, eos = mesh.my_rows(rollouts.tokens), built.tokenizer.eos_token_id
+    ids = data.after_given(order, tokens[:, -order.shape[1] :], eos)
+    order = data.after_given(order, order, -1)
+    decoded = data.decode(built.tokenizer, ids[own], stop)
     pairs = list(zip(own.tolist(), decoded, strict=True))
     texts = dict(itertools.chain(*mesh.gather(pairs)))
     for i in range(min(batch, total - start)):
@@ -124,7 +125,7 @@ def generate(
         row=start + i,
         problem=int(at[i]),
         text=texts[i],
-        ids=tokens[i, prompt:].tolist(),
+        ids=ids[i].tolist(),
         order=order[i].tolist(),
         forwards=int(order[i].max()) + 1,
         tokens=int(completion[i].sum()),

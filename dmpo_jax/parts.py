@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dmpo_jax import check, config, data, model, optim, step, weights
+from dmpo_jax import check, config, data, model, optim, sampler, step, weights
 from dmpo_jax.logprob import LogprobConfig
+from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.types import Objective, TaskOptions
@@ -57,6 +58,9 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
       )
+  if tokenizer is not None:
+    stops = set(data.stop_ids(tokenizer)) | set(fields.get('stop_ids', ()))
+    fields['stop_ids'] = tuple(sorted(stops - {fields['eos_id']}))
   cfg = model.ModelConfig(
     **fields,
     dtype=c.model.dtype,
@@ -92,21 +96,18 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
 
 
 def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
-  """ValueError if a block-causal model is to be trained, or sampled off its blocks."""
-  if not cfg.block_causal:
+  """ValueError if the samplers or the objective do not fit the attention's blocks."""
+  for name, section in (('sampler', c.sampler), ('eval.sampler', c.eval.sampler)):
+    hp = check.settings(SampleConfig, section)
+    if problem := sampler.block_problem(cfg, hp):
+      raise ValueError(problem.replace('sampler.', f'{name}.'))
+  if not cfg.block_causal or not c.train.iterations:
     return
-  if c.train.iterations or c.sft.steps:
+  why = OBJECTIVES[c.objective.name].whole_text
+  if why:
     raise ValueError(
-      f'model.checkpoint = {c.model.checkpoint!r} attends block by block: it can be '
-      'evaluated (set train.iterations = 0, sft.steps = 0), but the losses here mask '
-      'completions as a whole, which is not its forward process'
-    )
-  s = c.eval.sampler
-  if s.block != cfg.block_causal or s.length % cfg.block_causal:
-    raise ValueError(
-      f'eval.sampler.block = {s.block}, eval.sampler.length = {s.length}: this model '
-      f'attends in blocks of {cfg.block_causal}; set the block to that and the length '
-      'to a multiple'
+      f'objective.name = {c.objective.name} is not for a model that attends in blocks '
+      f'of {cfg.block_causal}: {why}'
     )
 
 

@@ -30,12 +30,22 @@ from dmpo_jax.types import (
 class Fetched(NamedTuple):
   """What the host reads of a buffer."""
 
-  tokens: Array  # (R, S) int32
+  tokens: Array  # (R, S) int32, or (R, L) of the completions
   order: Array  # (R, L) int32
   forwards: Array  # () int32
   completion: Array  # (R, L) bool
   confidence: Array  # (R, L) float32
   guess: Array | None  # (R, K, L) int32; None: not asked for
+
+  def of_completions(self, eos_id: int) -> 'Fetched':
+    """Returns it with the completions' tokens alone."""
+    cut = lambda x, fill: data.after_given(self.order, x, fill)
+    return self._replace(
+      tokens=cut(self.tokens[:, -self.order.shape[1] :], eos_id),
+      order=cut(self.order, -1),
+      completion=cut(self.completion, False),
+      confidence=cut(self.confidence, 0.0),
+    )
 
 
 class Started(NamedTuple):
@@ -55,7 +65,7 @@ class Started(NamedTuple):
   @property
   def completions(self) -> np.ndarray:
     """The completions' tokens, (R, L), on the host."""
-    return self.host.tokens[:, -self.host.completion.shape[1] :]
+    return self.host.tokens
 
 
 def rows_of(prompts: Prompts, group: int, iteration: int) -> tuple[Any, Any, Any]:
@@ -118,7 +128,7 @@ class Collector:
           scores.guess,
         )
       )
-    )
+    ).of_completions(self.tokenizer.eos_token_id)
     mine = mesh.my_rows(completion)
     return Started(iteration, age, prompts.index, sampled, scores, host, mine)
 
@@ -148,8 +158,8 @@ class Collector:
       to_groups(np.asarray(graded.reward), self.group),
       to_groups(np.asarray(graded.grades), self.group),
     )
-    unended = started.completions != self.tokenizer.eos_token_id
-    metrics['cut'] = float(np.mean(unended.all(axis=1)))
+    ended = np.isin(started.completions, data.stop_ids(self.tokenizer))
+    metrics['cut'] = float(np.mean(~ended.any(axis=1)))
     metrics['policy_age'] = started.age
     metrics['prompts_changed'] = self.problems.changed
     metrics |= {name: float(x) for name, x in mesh.fetch(weighed).items()}

@@ -316,6 +316,8 @@ class Objective(NamedTuple):
   # (elbo_R, TrainBatch, group, hp) -> weight_R; needed where Wants.reweigh
   reweigh: Callable[..., Array] | None = None
   sampler: dict[str, Any] = {}  # fields of SampleConfig that its paper sets
+  # Why its draws mean nothing in the blocks of a block-causal model; '' = they do.
+  whole_text: str = ''
   # SampleConfig -> complaints about a sampler that it cannot use
   sampler_problems: Callable[[Any], list[str]] = lambda hp: []
 

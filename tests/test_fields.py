@@ -22,6 +22,7 @@ from dmpo_jax.objectives import OBJECTIVES, dmpo
 from dmpo_jax.sampler import wino
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import (
+  Canvas,
   Record,
   Rollouts,
   Sampled,

@@ -93,4 +93,11 @@ def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   )
 
 
-OBJECTIVE = Objective(Config, diffu_grpo.wants, draw, shared.weigh_tokens, loss)
+OBJECTIVE = Objective(
+  Config,
+  diffu_grpo.wants,
+  draw,
+  shared.weigh_tokens,
+  loss,
+  whole_text='its complementary masks are of the whole completion',
+)

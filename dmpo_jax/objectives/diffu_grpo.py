@@ -51,4 +51,11 @@ def wants(hp: Any) -> Wants:
   return Wants(views=('old', 'ref') if hp.beta else ('old',))
 
 
-OBJECTIVE = Objective(Config, wants, draw, shared.weigh_tokens, loss)
+OBJECTIVE = Objective(
+  Config,
+  wants,
+  draw,
+  shared.weigh_tokens,
+  loss,
+  whole_text='it masks the prompt, which all copies of a completion share',
+)

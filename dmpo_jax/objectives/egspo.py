@@ -74,4 +74,11 @@ def wants(hp: Config) -> Wants:
   return Wants(records=('entropy',), law=True, guess=True)
 
 
-OBJECTIVE = Objective(Config, wants, draw, weigh, loss)
+OBJECTIVE = Objective(
+  Config,
+  wants,
+  draw,
+  weigh,
+  loss,
+  whole_text='it completes a state in one step, and such a model one block',
+)

@@ -61,4 +61,11 @@ def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   return value / now.logp.shape[-1], metrics
 
 
-OBJECTIVE = Objective(Config, espo.wants, draw, shared.weigh_rows, loss)
+OBJECTIVE = Objective(
+  Config,
+  espo.wants,
+  draw,
+  shared.weigh_rows,
+  loss,
+  whole_text='its quadrature is over one mask ratio of the whole completion',
+)

@@ -42,4 +42,11 @@ def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   }
 
 
-OBJECTIVE = Objective(Config, lambda hp: Wants(), diffu_grpo.draw, weigh, loss)
+OBJECTIVE = Objective(
+  Config,
+  lambda hp: Wants(),
+  diffu_grpo.draw,
+  weigh,
+  loss,
+  whole_text='it masks the prompt, which all copies of a completion share',
+)

@@ -82,7 +82,8 @@ def sample(
       f'sampler.length = {hp.length} after a prompt of {prompt} tokens '
       f"exceeds the model's {cfg.positions} positions"
     )
-  check_blocks(cfg, hp)
+  if problem := block_problem(cfg, hp):
+    raise ValueError(problem)
   # 1. The canvas: the prompt, then L masks (and before them what the prompt leaves of
   # an attention block).
   prompts_RxP = jnp.asarray(prompts_RxP, jnp.int32)
@@ -126,21 +127,27 @@ def sample(
   )
 
 
-def check_blocks(cfg: model.ModelConfig, hp: SampleConfig) -> None:
-  """ValueError if the sampler's blocks or cache do not fit the model's attention."""
+def block_problem(cfg: model.ModelConfig, hp: SampleConfig) -> str:
+  """Returns why blocks or cache do not fit the model's attention; '' = they do."""
   size = cfg.block_causal
   if not size and hp.cache == 'block':
-    raise ValueError(
-      'sampler.cache = block needs a model that attends block by block; this one sees '
-      'the whole text: set none, prefix or dual'
+    return (
+      'sampler.cache = block needs a model that attends block by block, and this one '
+      'sees the whole text: set none, prefix or dual'
     )
   if size and (size % hp.block or hp.length % size):
-    raise ValueError(
+    return (
       f'sampler.block = {hp.block}, sampler.length = {hp.length}: this model attends '
       f'in blocks of {size}; set a block that divides it, and a length that it divides'
     )
   if size and hp.cache in ('prefix', 'dual'):
-    raise ValueError(
-      f'sampler.cache = {hp.cache} is for models that see the whole text. This one '
+    return (
+      f'sampler.cache = {hp.cache} is for models that see the whole text, and this one '
       f'attends in blocks of {size}: set block, which is exact, or none'
     )
+  if hp.cache == 'block' and hp.guidance:
+    return (
+      f'sampler.guidance = {hp.guidance} has no cache of blocks: set sampler.cache = '
+      'none, or guidance 0'
+    )
+  return ''

@@ -1,0 +1,30 @@
+"""DMPO of a block-causal model from random weights: the quickstart's task, two cores.
+
+python main.py --config=configs/quickstart_block.py
+
+The model attends in blocks of four tokens, as SDAR and A2D's bd3lm do: a token sees all
+before its block, and the whole block. Blocks are sampled from left to right, with an
+exact cache. The rest is the quickstart.
+
+* `logprob.estimator = trajectory` reads all recorded rounds of all blocks in one packed
+  pass of at most four masked copies: the weights are exact.
+* A completion has four tokens more than a solution, because the end of a prompt may
+  share a block with it.
+* Each block of each masked copy has a mask ratio of its own (objective.spread evens
+  them out over the blocks and the copies).
+"""
+
+from configs import quickstart
+
+
+def get_config(objective=''):
+  c = quickstart.get_config(objective)
+  c.name = 'quickstart_block'
+  c.model.attention_block = 4
+  for sampler in (c.sampler, c.eval.sampler):
+    sampler.length = 20
+    sampler.block = 4
+    sampler.steps = 20
+    sampler.cache = 'block'
+  c.logprob.states = 0
+  return c
