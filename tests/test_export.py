@@ -355,7 +355,8 @@ def test_export_of_a_quantized_base_is_the_policy_that_was_trained(
   params, run = weights_of(cfg), fake_run(cfg)
   run.config.model.quantize = kind
   published = {'params': params['params']}
-  run.steps = types.SimpleNamespace(init=lambda: published)
+  digest = jax.jit(checkpoint.digest)
+  run.steps = types.SimpleNamespace(init=lambda: published, digest=digest)
   copy = jax.tree.map(jax.numpy.copy, published)
   frozen = build.make_quantize(run.config, run.mesh)(copy)
   policy = {**frozen, 'lora': params['lora']}

@@ -334,4 +334,4 @@ def test_sequences_beyond_the_positions_are_refused(built):
 
 def test_golden(whole):
   """The loss of the last update is the one of the past."""
-  assert rows(whole[0])['update'][-1]['loss'] == pytest.approx(0.413900, rel=1e-3)
+  assert rows(whole[0])['update'][-1]['loss'] == pytest.approx(0.0185439, rel=1e-3)
