@@ -227,7 +227,7 @@ def draw(key: AnyKey, row_R: IntR, canvas: Canvas, hp: LogprobConfig) -> Masks:
   """Draws the masks of the ELBO that `hp` describes."""
   if hp.elbo == 'stratified':
     return masking.draw_stratified(key, row_R, canvas, hp.draws)
-  if hp.elbo == 'order':
+  if hp.elbo == 'order' and canvas.block:
     return masking.draw_order(key, row_R, canvas)
   rates = hp.low, hp.high
   return masking.draw_bernoulli(key, row_R, canvas, hp.draws, rates, hp.antithetic)

@@ -57,9 +57,10 @@ def draw_blocks(
     key_count, key_order = jax.random.split(key)
     free = free_L.reshape(blocks, canvas.block)
     total = jnp.sum(free, axis=1)
-    at = jax.random.uniform(key_count, (draws, blocks))
     if spread:
       at = lattice(key_count, draws, blocks)
+    else:
+      at = jax.random.uniform(key_count, (draws, blocks))
     count = jnp.minimum(jnp.floor(at * total[None]).astype(jnp.int32) + 1, total[None])
     noise = jax.random.uniform(key_order, (draws, *free.shape))
     rank = jnp.argsort(jnp.argsort(jnp.where(free[None], noise, 2.0), -1), -1)

@@ -96,12 +96,23 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
 
 
 def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
-  """ValueError if the samplers or the objective do not fit the attention's blocks."""
+  """ValueError if samplers, log-probs or objective do not fit attention blocks."""
   for name, section in (('sampler', c.sampler), ('eval.sampler', c.eval.sampler)):
     hp = check.settings(SampleConfig, section)
     if problem := sampler.block_problem(cfg, hp):
       raise ValueError(problem.replace('sampler.', f'{name}.'))
-  if not cfg.block_causal or not c.train.iterations:
+  if c.logprob.elbo == 'order' and not cfg.block_causal:
+    raise ValueError(
+      'logprob.elbo = order needs a model that attends block by block: set paper or '
+      'stratified'
+    )
+  if not cfg.block_causal:
+    return
+  if cfg.attention == 'splash':
+    raise ValueError(
+      'model.attention = splash has no mask of attention blocks: set xla or cudnn'
+    )
+  if not c.train.iterations:
     return
   why = OBJECTIVES[c.objective.name].whole_text
   if why:

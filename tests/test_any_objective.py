@@ -67,13 +67,25 @@ VARIANTS = {
 }
 
 
+BLOCKS = {
+  'model.attention_block': 2,
+  'sampler.block': 2,
+  'sampler.cache': 'block',
+  'eval.sampler.block': 2,
+}
+BLOCKWISE = [name for name, x in OBJECTIVES.items() if not x.whole_text]
+BLOCK_VARIANTS = {f'{name}, blocks': BLOCKS for name in OBJECTIVES}
+BLOCK_VARIANTS['just_grpo, blocks'] = {**BLOCKS, 'sampler.block': 1}
+
+
 def tiny(name, **changes):
   """Returns the config of an objective, or of one of VARIANTS, at the smallest size."""
   c = base.get_config()
   config.choose_objective(c, name.split(',')[0])
   c.sampler.block = min(c.sampler.block, L)
   c.sampler.steps = max(2, L // c.sampler.block)
-  c.update_from_flattened_dict({**SIZES, **VARIANTS.get(name, {}), **changes})
+  variant = {**VARIANTS, **BLOCK_VARIANTS}.get(name, {})
+  c.update_from_flattened_dict({**SIZES, **variant, **changes})
   return c
 
 
@@ -82,14 +94,17 @@ def built_of(name):
   return build.build(tiny(name))
 
 
+def prompts():
+  return jax.random.randint(jax.random.key(2), (ROWS, P), 8, 14)
+
+
 def buffer(built, params):
   """Returns the TrainBatch of a buffer that is sampled, scored and weighed."""
   setup, hp = built.setup, check.settings(sampler.SampleConfig, built.config.sampler)
   row = jnp.arange(ROWS)
   keys = rng.row_keys(jax.random.key(1), row)
-  prompts = jax.random.randint(jax.random.key(2), (ROWS, P), 8, 14)
   valid, records = jnp.ones((ROWS, P), bool), setup.wants.records or ()
-  out = sampler.sample(setup.cfg, params, prompts, valid, keys, hp, records)
+  out = sampler.sample(setup.cfg, params, prompts(), valid, keys, hp, records)
   completion = jnp.ones((ROWS, L), bool).at[:, -1].set(row % 2 == 0)
   return packed(built, params, Sampled(out, completion, row))
 
@@ -495,3 +510,35 @@ def test_an_impossible_config_is_refused_before_anything_compiles(message):
   check.config(tiny(name), 1)
   with pytest.raises(ValueError, match=message):
     check.config(tiny(name, **changes), 1)
+
+
+# --- block-causal models
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(x, marks=() if x in ('dmpo', 'espo') else pytest.mark.slow)
+    for x in BLOCKWISE
+  ],
+)
+def test_block_causal_models_train(name):
+  """The end of a prompt on the canvas is in no loss; microbatches change nothing."""
+  name = f'{name}, blocks'
+  batch = batch_of(name)
+  given = np.asarray(batch.tokens[:, -L]) == np.asarray(prompts()[:, -1])
+  assert given.all() and not np.asarray(batch.sampled[:, 0]).any()
+  one, two = update(name), update(name, microbatches=2)
+  assert float(one[1]['grad_norm']) > 0 and float(one[1]['finite'])
+  close(one[0], two[0], 1e-4)
+  setup, key = built_of(name).setup, jax.random.key(4)
+  rows = step.at_inner(batch, 0)
+  found = step.view(setup, params_of(name), jax.random.fold_in(key, 0), rows)[0]
+  assert (np.asarray(found.logp)[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize('name', sorted(set(OBJECTIVES) - set(BLOCKWISE)))
+def test_objectives_of_whole_texts_refuse_block_causal_models(name):
+  c = tiny(f'{name}, blocks', **{'sampler.block': 2})
+  with pytest.raises(ValueError, match=f'objective.name = {name}.*blocks of 2'):
+    build.build(c)

@@ -1,14 +1,15 @@
 """Block-causal models: the packed pass, likelihoods and sampling of block diffusion."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax import layout, logprob, model, sampler
-from dmpo_jax.types import Masks
+from dmpo_jax import layout, logprob, masking, model, sampler
+from dmpo_jax.types import GIVEN, Canvas, Masks
 
 W, L, K = 4, 12, 3
 CFG = model.ModelConfig(
@@ -187,3 +188,173 @@ def test_copies_of_a_block_model_share_its_prompt(case):
     logprob.view_logp(CFG, params, tokens, masks, valid)
   with pytest.raises(ValueError, match='10 tokens.*multiple.*4'):
     logprob.token_logp(CFG, params, tokens, masked[..., :10], valid)
+
+
+# --- masks and estimators
+
+
+def table(block, past, at, state):
+  """q(. | past, state) of the table model: 2 blocks of 2 tokens, symbols 0, 1, 2.
+
+  Mask: 3. past: the tokens of block 0, for block 1.
+  """
+  before = 0 if block == 0 else 1 + 3 * past[0] + past[1]
+  logits = [
+    1.5 * np.sin(1 + 2 * v + 3 * block + 0.7 * before + 1.3 * at
+                 + 0.9 * state[0] + 0.4 * state[1])
+    for v in range(3)
+  ]  # fmt: skip
+  return np.exp(logits) / np.exp(logits).sum()
+
+
+def table_logp(tokens, masked):
+  """log q of the masked tokens of four, 0 elsewhere."""
+  out = np.zeros(4)
+  for i in np.flatnonzero(masked):
+    block = i // 2
+    part = slice(2 * block, 2 * block + 2)
+    state = np.where(masked[part], 3, tokens[part])
+    out[i] = np.log(table(block, tokens[:2], i % 2, state)[tokens[i]])
+  return out
+
+
+TEXT = np.array([2, 0, 1, 1])
+STATES = {m: table_logp(TEXT, np.array(m)) for m in itertools.product([0, 1], repeat=4)}
+ELBO = -4.389369  # the mean over the orders of each block: -2.828760 - 1.560609
+DRAWS = {
+  'independent': lambda key, row: masking.draw_blocks(key, row, CANVAS, 4),
+  'spread': lambda key, row: masking.draw_blocks(key, row, CANVAS, 4, spread=True),
+  'order': lambda key, row: masking.draw_order(key, row, CANVAS),
+}
+CANVAS = Canvas(4, 2)
+
+
+def test_the_table_is_as_worked_out_by_hand():
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-7)
+  close(table(0, None, 0, (3, 3)), [0.048425, 0.503383, 0.448192])
+  close(table(1, (2, 0), 1, (1, 3)), [0.122497, 0.798786, 0.078717])
+  total = 0
+  for block in (0, 1):
+    for first in (0, 1):
+      both, one = np.zeros(4, int), np.zeros(4, int)
+      both[2 * block : 2 * block + 2] = 1
+      one[2 * block + 1 - first] = 1
+      total += STATES[tuple(both)][2 * block + first] + STATES[tuple(one)].sum()
+  close(total / 2, ELBO)
+
+
+@pytest.mark.parametrize('kind', DRAWS)
+def test_block_draws_estimate_the_elbo(kind):
+  """Unbiased, and each count of each block is as likely."""
+  rows = 20_000
+  masks = jax.device_get(DRAWS[kind](jax.random.key(0), jnp.arange(rows)))
+  logp = np.array([[STATES[tuple(m)] for m in row] for row in masks.masked.astype(int)])
+  value = (logp * masks.weight).sum(-1).mean(-1)
+  error = value.std() / rows**0.5
+  assert abs(value.mean() - ELBO) < 4 * error
+  if kind != 'order':
+    count = masks.masked.reshape(rows, 4, 2, 2).sum(-1)
+    share = [(count == n).mean((0, 1)) for n in range(3)]
+    np.testing.assert_allclose(share, [[0, 0], [0.5, 0.5], [0.5, 0.5]], atol=0.01)
+
+
+def test_given_tokens_are_never_masked_and_weigh_nothing():
+  """A block with n free tokens has counts 1..n and weights n / count."""
+  free = jnp.asarray([[0, 1, 1, 1, 1, 1, 0, 0]], bool).repeat(4000, 0)
+  canvas, row = Canvas(8, 4, free), jnp.arange(4000)
+  for masks in (
+    masking.draw_blocks(jax.random.key(1), row, canvas, 2),
+    masking.draw_order(jax.random.key(1), row, canvas),
+  ):
+    masked, weight = np.asarray(masks.masked), np.asarray(masks.weight)
+    assert not masked[..., [0, 6, 7]].any()
+    # A sum of ones instead of log-probs: the number of free tokens.
+    ones = (masked * weight).sum(-1).mean(-1)
+    np.testing.assert_allclose(ones.mean(), 5, atol=0.1)
+  rank = np.asarray(masks.masked).sum(1)  # order: each token in one more copy
+  assert (np.sort(rank[:, 1:4], axis=1) == [1, 2, 3]).all()
+
+
+def test_masks_do_not_depend_on_the_batch():
+  for draw in DRAWS.values():
+    many, one = (
+      draw(jax.random.key(2), jnp.arange(5)),
+      draw(jax.random.key(2), jnp.arange(3, 4)),
+    )
+    np.testing.assert_array_equal(many.masked[3:4], one.masked)
+
+
+def test_a_sampled_law_sums_to_one(weights):
+  """The recorded log-probs of all strings of a law by state are normalised."""
+  cfg = family(
+    vocab=4, mask_id=3, eos_id=-1, pad_id=0, block_causal=2, width=8, heads=1, mlp=8
+  )
+  hp = sampler.SampleConfig(
+    length=4, block=2, steps=4, temperature=1.0, pick='confidence', rank='max',
+    cache='block',
+  )  # fmt: skip
+  params = weights(cfg)
+  out = sampler.generate(
+    cfg, params, jnp.zeros((8192, 2), jnp.int32), jax.random.key(0), hp
+  )
+  texts, first = np.unique(np.asarray(out.tokens[:, 2:]), axis=0, return_index=True)
+  logp = np.asarray(out.logp, np.float64).sum(1)
+  mass = np.exp(logp[first]).sum()
+  assert len(texts) > 40 and 0.98 < mass < 1 + 1e-4
+
+
+# --- where a text ends
+
+
+def test_the_block_of_a_stop_is_sampled_to_its_end(case):
+  """With eos_stop a row ends at the block with a stop; the rest is EOS of no step."""
+  params, tokens, _, _ = case
+  cfg = family(stop_ids=(3, 4, 5, 6, 7))
+  prompt = tokens[:, :9].at[:, 8].set(3)  # a stop of the prompt ends nothing
+  draw = lambda **fields: sampler.generate(
+    cfg, params, prompt, jax.random.key(3), settings(cache='block', **fields)
+  )
+  whole, short = draw(pick='random_order'), draw(pick='random_order', eos_stop=True)
+  stop = np.asarray(model.is_stop(cfg, whole.tokens[:, -L:])) & (
+    np.asarray(whole.order) >= 0
+  )
+  assert stop.any()
+  for row in range(3):
+    blocks = np.flatnonzero(stop[row]) // W
+    end = (blocks[0] + 1) * W if len(blocks) else L
+    for name in ('order', 'logp'):
+      one, other = (np.asarray(getattr(x, name))[row, :end] for x in (short, whole))
+      np.testing.assert_allclose(one, other, atol=1e-6)
+    np.testing.assert_array_equal(short.tokens[row, 8 : 8 + end],
+                                  whole.tokens[row, 8 : 8 + end])  # fmt: skip
+    assert (short.order[row, end:] == -1).all()
+    assert (short.tokens[row, 8 + end :] == cfg.eos_id).all()
+  new, old = logprob.trajectory_logp(cfg, params, short, settings().law())
+  np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+def test_a_mask_token_at_the_end_of_a_prompt_is_text(case):
+  params, tokens, _, _ = case
+  prompt = tokens[:, :9].at[:, 8].set(CFG.mask_id)
+  hp = settings(cache='block', pick='random_order')
+  out = sampler.generate(CFG, params, prompt, jax.random.key(4), hp)
+  assert (out.tokens[:, 8] == CFG.mask_id).all() and (out.order[:, 0] == GIVEN).all()
+  assert (out.order[:, 1:] >= 0).all()
+  new, old = logprob.trajectory_logp(CFG, params, out, hp.law())
+  np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'cfg, fields, message',
+  [
+    (CFG, dict(cache='dual'), 'sampler.cache = dual.*blocks of 4.*set block'),
+    (CFG, dict(block=6), 'sampler.block = 6.*blocks of 4'),
+    (CFG, dict(length=10, block=2), 'sampler.length = 10.*blocks of 4'),
+    (CFG, dict(cache='block', guidance=1.0), 'sampler.guidance'),
+    (family(block_causal=0), dict(cache='block'), 'cache = block.*whole text'),
+  ],
+)  # fmt: skip
+def test_blocks_and_caches_that_do_not_fit_are_refused(cfg, fields, message):
+  hp = settings(**{'pick': 'random_order', **fields})
+  with pytest.raises(ValueError, match=message):
+    sampler.generate(cfg, {}, jnp.zeros((1, 4), jnp.int32), jax.random.key(0), hp)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from dmpo_jax import logprob, masking, objectives, rng, types
-from dmpo_jax.model import ModelConfig
 from dmpo_jax.objectives import OBJECTIVES, shared
 from dmpo_jax.sampler import RECORDS, SampleConfig
 from dmpo_jax.types import Masks, Scored, Scores, TrainBatch, Views, Wants
@@ -244,20 +243,6 @@ def test_a_weight_for_each_token_may_replace_one_for_each_copy():
   close(logprob.seq_elbo(logp, each), want)
   counted = Masks(masks.masked, each, jnp.ones(logp.shape, bool))
   close(shared.total(logp, counted, batch), want.sum() / 2)
-
-
-# --- layouts
-
-
-def test_a_block_causal_model_is_refused_before_it_runs():
-  cfg = ModelConfig(
-    vocab=11, width=16, layers=1, heads=2, kv_heads=2, mlp=16,
-    mask_id=10, eos_id=9, pad_id=8, block_causal=4,
-  )  # fmt: skip
-  masks = masking.draw_stratified(jax.random.key(0), jnp.arange(2), types.Canvas(4), 2)
-  tokens = jnp.zeros((2, 7), jnp.int32)
-  with pytest.raises(ValueError, match='block_causal.*blocks of 4.*bidirectional'):
-    logprob.view_logp(cfg, {}, tokens, masks)
 
 
 # --- random numbers

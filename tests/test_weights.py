@@ -1,6 +1,7 @@
 """Reading published checkpoints; each family's format is written by hand here."""
 
 import builtins
+import dataclasses
 import json
 import subprocess
 import sys
@@ -106,6 +107,7 @@ QWEN3 = dict(
   architectures=['A2DQwen3LMHeadModel'],
   attention_bias=False,
   attention_dropout=0.0,
+  block_size=0,
   bos_token_id=EOS,
   eos_token_id=EOS,
   head_dim=6,
@@ -151,7 +153,7 @@ CONFIGS = {
       'tie_word_embeddings': False,
       'mlp_bias': False,
     }.items()
-    if k != 'head_dim'
+    if k not in ('head_dim', 'block_size')
   },
 }
 
@@ -321,8 +323,9 @@ def test_block_causal_attention_sees_no_later_block(loaded):
 
 
 def test_blocks_begin_with_the_completion(loaded):
-  """SDAR: a completion starts a block, whatever the length of its prompt."""
+  """Grid `prompt`: a completion starts a block, whatever the length of its prompt."""
   cfg, params = loaded['sdar']
+  cfg = dataclasses.replace(cfg, block_grid='prompt')
   tokens = np.tile(TOKENS[:10], (4, 1))
   valid = np.arange(10) >= np.arange(4)[:, None]  # 6, 5, 4 prompt tokens, 3
   other = tokens.copy()
@@ -404,7 +407,11 @@ def without(c, *names):
     ({**LLADA, 'eos_token_id': [None]}, 'eos_token_id = None must be a whole'),
     ({**LLADA, 'mask_token_id': '33'}, "mask_token_id = '33' must be a whole"),
     ({**CONFIGS['sdar'], 'block_size': '4'}, "block_size = '4' must be a whole"),
-    ({**CONFIGS['sdar'], 'block_size': 0}, 'block_size = 0 must be a whole'),
+    ({**CONFIGS['sdar'], 'block_size': -4}, 'block_size = -4 must be a whole'),
+    (
+      {k: v for k, v in CONFIGS['sdar'].items() if k != 'block_size'},
+      'block_size is missing: set model.attention_block',
+    ),
     ({**DREAM, 'rope_scaling': {'factor': 2.0}}, 'rope_scaling = .*factor'),
     ({**DREAM, 'rope_scaling': 'default'}, "rope_scaling = 'default'"),
     (
@@ -497,7 +504,6 @@ def test_fields_without_effect_change_no_setting(change, tmp_path):
     ('qwen', {}, ''),
     ('llada2_moe', {'num_experts': 256, 'moe_intermediate_size': 512}, 'experts'),
     ('sdar_moe', {'num_experts': 128, 'num_experts_per_tok': 8}, 'experts'),
-    ('Fast_dLLM_Qwen', {'bd_size': 32}, 'block by block'),
     (None, {}, ''),
   ],
 )
@@ -512,10 +518,8 @@ def test_another_family_is_no_misspelling(kind, fields, reason, tmp_path):
 
 def test_one_warning_names_ignored_fields(tmp_path, caplog):
   """Unknown fields that are null, false or empty, serving switches, generation
-  fields and SDAR's missing block size are named in one warning; fields of the files
-  are not."""
+  fields are named in one warning; fields of the files are not."""
   c = {**CONFIGS['sdar'], **NEEDLESS, 'new_switch': False, 'new_table': None}
-  del c['block_size']
   folder = write(tmp_path / 'x', c)
   for _ in range(2):
     assert weights.load_hf(str(folder))[0].block_causal == 4
@@ -524,7 +528,6 @@ def test_one_warning_names_ignored_fields(tmp_path, caplog):
     'new_switch',
     'new_table',
     'fuse_cross_entropy',
-    'block_size',
     'temperature',
     'repetition_penalty',
     'pruned_heads',
@@ -532,6 +535,29 @@ def test_one_warning_names_ignored_fields(tmp_path, caplog):
     assert name in warning
   for name in ('torch_dtype', 'hidden_size', 'max_window_layers', 'rope_scaling'):
     assert name not in warning
+
+
+def test_the_attention_block_is_read_or_said_never_guessed(tmp_path):
+  """A told block wins; 0 is the whole text; Fast-dLLM v2's is 32 if it is missing."""
+  block = lambda name, c, *told: weights.read_config(
+    str(write(tmp_path / name, c)), *told
+  )['block_causal']
+  sdar = dict(CONFIGS['sdar'])
+  assert block('a', sdar) == 4 and block('b', sdar, 8) == 8 and block('c', sdar, 0) == 0
+  del sdar['block_size']
+  assert block('d', sdar, 16) == 16
+  fast = {
+    **CONFIGS['dream'],
+    'model_type': 'Fast_dLLM_Qwen',
+    'conplemenrary_mask': True,
+  }
+  assert block('e', fast) == 32 and block('f', {**fast, 'bd_size': 8}) == 8
+  assert weights.read_config(str(tmp_path / 'f'))['shift']
+  a2d = dict(CONFIGS['qwen3'])
+  assert block('g', a2d) == 0 and block('h', a2d, 4) == 4
+  del a2d['block_size']
+  with pytest.raises(ValueError, match='block_size is missing.*model.attention_block'):
+    block('i', a2d)
 
 
 def test_one_error_lists_all_wrong_tensors(tmp_path, monkeypatch):

@@ -158,13 +158,11 @@ def kind_of(cfg: model.ModelConfig) -> str:
   """Returns the model_type as which a model that was made here is written."""
   if cfg.shift:
     return 'Fast_dLLM_Qwen' if cfg.block_causal else 'Dream'
-  if cfg.block_causal:
-    return 'sdar'
   if cfg.qk_norm:
-    return 'a2d-qwen3'
+    return 'sdar' if cfg.block_causal else 'a2d-qwen3'
   if cfg.qkv_bias:
     return 'a2d-qwen2'
-  return 'a2d-llama' if cfg.head_dim else 'llada'
+  return 'a2d-llama' if cfg.head_dim or cfg.block_causal else 'llada'
 
 
 class Entry(NamedTuple):

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from dmpo_jax import files, mesh, model
 from dmpo_jax.hf import read
 from dmpo_jax.hf.families import (
+  BLOCKS,
   FAMILIES,
   INDEX,
   Entry,
@@ -59,7 +60,9 @@ def save_hf(
   if source:
     copy_small(source, str(folder))
     told = files.read_object(os.path.join(source, 'config.json'))
-    named = dict.fromkeys({'dtype', 'torch_dtype'} & told.keys(), cfg.param_dtype)
+    named: dict = dict.fromkeys({'dtype', 'torch_dtype'} & told.keys(), cfg.param_dtype)
+    if told['model_type'] in BLOCKS:  # the block may have been said by the user
+      named[BLOCKS[told['model_type']][0]] = cfg.block_causal
     if told | named != told:  # transformers would round to the source's
       write_json(folder, 'config.json', told | named)
   else:
@@ -134,8 +137,8 @@ def config_of(cfg: model.ModelConfig, family: Family) -> dict[str, Any]:
     out['vocab_size'] = cfg.vocab
   if cfg.qk_norm:  # without it transformers takes Qwen3's 128
     out['head_dim'] = cfg.head_dim or cfg.width // cfg.heads
-  if kind == 'sdar':
-    out['block_size'] = cfg.block_causal
+  if kind in BLOCKS:
+    out[BLOCKS[kind][0]] = cfg.block_causal
   return out | dict(
     model_type=kind,
     architectures=[FAMILIES[kind][2]],
