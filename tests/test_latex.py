@@ -46,6 +46,27 @@ x+10^{-20} || x
 \sin(10^{-20}) || \sin(10^{-21})
 \frac{1}{2^{99}} || \frac{1}{2^{99}+1}
 """,
+  'marks': r"""
+3\text{,}5 || 35
+3\text{.}5 || 35
+8\text{:}00 || 800
+3\mathrm{,}5 || 35
+\frac{1}{2}\text{ m} || \frac12\text{ km}
+\frac{\sqrt{10}}{5}\text{ m} || \frac{\sqrt{10}}{5}\text{ g}
+\text{5 apples} || 6
+\text{5 thousand} || 5
+\text{5 is not} || 5
+x>0 \text{ and } x<1 || [0,1)
+x>0 \text{ and } x<1 || (0,\infty)
+x>0 \text{ or } x<1 || (0,1)
+\frac{3}{5}i || \frac{3}{5}
+\frac{4}{5}i || \frac{3i}{5}
+(101)_2 || 101
+2023_{10} || 2023_5
+\mathbb{P}(A)=0.3 || 0.4
+B) || C
+\text{8:00 p.m.} || 8:00 \text{ AM}
+""",
   'words': r"""
 6 \text{ hundred} || 6
 6 \text{ million} || 6
@@ -347,6 +368,28 @@ p,q=3,2 || 2,3,4
 }
 # Right: each is a way to write the truth.
 RIGHT = {
+  'more': r"""
+\frac{\sqrt{10}}{5}\text{ m} || \frac{\sqrt{10}}{5}
+\frac{3}{4}\text{ m} || \frac{3}{4} \text{ meters}
+2\pi \text{ m} || 2\pi
+5^\text{th} || 5
+\text{5 apples} || 5
+\text{5 cm} || 5
+3\text{, }5 || 3,5
+x > 0 \text{ and } x < 1 || (0,1)
+x \le 1 \text{ and } x \ge -1 || [-1,1]
+\frac{3}{5}i || \frac{3i}{5}
+\frac{10}{2}i || 5i
+2+3i || 2+\frac{6}{2}i
+(101)_2 || 101_2
+2023_{10} || 2023
+2023 || 2023_{10}
+\mathbb{P}(A)=0.3 || 0.3
+\Pr(A) = \frac{1}{3} || \frac13
+\lim_{x\to0} f(x) = 5 || 5
+8:00 \text{ AM} || 8:00 \text{ a.m.}
+B) || \text{(B)}
+""",
   'marks': r"""
 1/4 || 0.25
 \frac{2}{8} || 0.25
