@@ -109,8 +109,8 @@ SPOILS = re.compile(
   r'possibly|might|could|may be|cannot|unsure|uncertain|unlikely|unknown|wrong|false|'
   r'incorrect|impossible|invalid|think|guess\w*|doubt\w*|hardly|barely|nearly|almost|'
   r'at (?:least|most)|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|half|halves|'
-  r'(?:third|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth)s|(?:and|less) (?:an?|'
-  r'one)|too (?:few|many|much|little)|'
+  r'(?:third|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth)s|'
+  r'(?:and|less) (?:an?|one)|too (?:few|many|much|little)|'
   r'two|three|four|five|six|seven|eight|nine|ten|twenty|thirty|forty|fifty|sixty|seventy|'
   r'eighty|ninety|plus|minus|negative|divided|squared|cubed|doubled|tripled|halved|'
   r'twice|powers?|root|sqrt|log|factorial)\b',
