@@ -132,6 +132,10 @@ class Preemption:
   def __enter__(self) -> 'Preemption':
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and not jax.distributed.is_initialized():
+      for number in CODES:  # a callback in C may have swallowed an outer one's exit
+        outer = getattr(signal.getsignal(number), '__self__', None)
+        if came := isinstance(outer, Preemption) and outer.came:
+          leave(came)
       self._old = {number: signal.signal(number, self._note) for number in CODES}
       # Python's handlers wait for the main thread, the bytes of this pipe do not.
       read, write = os.pipe()

@@ -49,6 +49,39 @@ with guard.Preemption(at_once=True):
   assert 'the same command resumes' in done.stderr
 
 
+def test_a_swallowed_exit_ends_the_next_phase_before_it_begins():
+  """Python ignores exceptions in callbacks from C and in __del__."""
+  done = python("""
+import os, signal, time
+from dmpo_jax import guard
+class Last:
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+with guard.Preemption(at_once=True):
+  Last()
+  print('ignored', flush=True)
+  with guard.Preemption():
+    print('begun', flush=True)
+""")
+  assert (done.stdout, done.returncode) == ('ignored\n', guard.PREEMPTED)
+
+
+@pytest.mark.parametrize('value', ['maybe', '2'])
+def test_a_variable_that_jax_cannot_read_is_one_sentence(value):
+  done = subprocess.run(
+    [sys.executable, 'main.py', '-h'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'JAX_ENABLE_X64': value},
+  )
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: ')
+  assert 'JAX_ENABLE_X64' in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
 def test_jax_handles_sigterm_of_several_processes():
   """Its own handler stays; ours would replace it."""
   done = python(

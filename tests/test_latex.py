@@ -12,6 +12,20 @@ from dmpo_jax.tasks import TASKS, latex, math, symbolic
 
 # Wrong: each says something else than the truth, or leaves something to do.
 WRONG = {
+  'reported': r"""
+\frac{1}{2006!} || \frac{1}{2004!}
+\frac{1}{2^{98}} || \frac{1}{2^{99}}
+1-\frac{1}{2^{59}} || 1-\frac{1}{2^{60}}
+6 \text{ billion} || 6 \text{ million}
+12 \text{ dozen} || 12
+12 \text{ minus one} || 12
+7 \text{ negative} || 7
+2×3 || 6
+2⋅3 || 6
+\operatorname{lcm}(2,3) || 6
+\frac{d}{dx}(6x) || 6
+6 \approx 7 || 6
+""",
   'small': r"""
 \frac{1}{10^{20}} || \frac{1}{10^{21}}
 10^{-20} || 10^{-21}
@@ -45,6 +59,27 @@ x+10^{-20} || x
 0.5^{99} || 0.5^{98}
 \sin(10^{-20}) || \sin(10^{-21})
 \frac{1}{2^{99}} || \frac{1}{2^{99}+1}
+""",
+  'marks': r"""
+3\text{,}5 || 35
+3\text{.}5 || 35
+8\text{:}00 || 800
+3\mathrm{,}5 || 35
+\frac{1}{2}\text{ m} || \frac12\text{ km}
+\frac{\sqrt{10}}{5}\text{ m} || \frac{\sqrt{10}}{5}\text{ g}
+\text{5 apples} || 6
+\text{5 thousand} || 5
+\text{5 is not} || 5
+x>0 \text{ and } x<1 || [0,1)
+x>0 \text{ and } x<1 || (0,\infty)
+x>0 \text{ or } x<1 || (0,1)
+\frac{3}{5}i || \frac{3}{5}
+\frac{4}{5}i || \frac{3i}{5}
+(101)_2 || 101
+2023_{10} || 2023_5
+\mathbb{P}(A)=0.3 || 0.4
+B) || C
+\text{8:00 p.m.} || 8:00 \text{ AM}
 """,
   'words': r"""
 6 \text{ hundred} || 6
@@ -347,6 +382,62 @@ p,q=3,2 || 2,3,4
 }
 # Right: each is a way to write the truth.
 RIGHT = {
+  'reported': r"""
+5; || 5
+5, || 5
+5\  || 5
+\$5. || 5
+\[4\] || 4
+**4** || 4
+\underline{4} || 4
+{\bf 4} || 4
+\large 4 || 4
+\(\{x|x=3k,k\in \mathbb{Z}\}\) || \{x|x=3k,k\in \mathbb{Z}\}
+x <= 2 || x \leq 2
+x != 3 || x \neq 3
+(p,q)=(3,2) || (3,2)
+\text{proj}_{\mathbf{b}} \mathbf{a} = (\frac{16}{49}, \frac{48}{49}) || (16/49, 48/49)
+\text{The answer is } 5 || 5
+5~\text{cm} || 5
+5 \text{cm}^2 || 5
+1,000.99€ || 1000.99
+145° || 145^\circ
+√12 || 2\sqrt{3}
+1 - \frac{1}{e} || 1 - \frac{1}{\mathrm{e}}
+pi/2 || \dfrac{\pi}{2}
+-1 + exp(16) || e^{16} - 1
+1.6e-19 || 1.6\times 10^{-19}
+1 1/4 || 5/4
+11 5/6 || \frac{71}{6}
+June 20 || \text{June 20}
+0.\overline{3} || \frac{1}{3}
+\varnothing || \emptyset
+-2 \le x \le 7 || x \in [-2,7]
+x<2 \text{ or } x>3 || (-\infty, 2) \cup (3, \infty)
+8 + 8 + 15 = 31 units || 31
+""",
+  'more': r"""
+\frac{\sqrt{10}}{5}\text{ m} || \frac{\sqrt{10}}{5}
+\frac{3}{4}\text{ m} || \frac{3}{4} \text{ meters}
+2\pi \text{ m} || 2\pi
+5^\text{th} || 5
+\text{5 apples} || 5
+\text{5 cm} || 5
+3\text{, }5 || 3,5
+x > 0 \text{ and } x < 1 || (0,1)
+x \le 1 \text{ and } x \ge -1 || [-1,1]
+\frac{3}{5}i || \frac{3i}{5}
+\frac{10}{2}i || 5i
+2+3i || 2+\frac{6}{2}i
+(101)_2 || 101_2
+2023_{10} || 2023
+2023 || 2023_{10}
+\mathbb{P}(A)=0.3 || 0.3
+\Pr(A) = \frac{1}{3} || \frac13
+\lim_{x\to0} f(x) = 5 || 5
+8:00 \text{ AM} || 8:00 \text{ a.m.}
+B) || \text{(B)}
+""",
   'marks': r"""
 1/4 || 0.25
 \frac{2}{8} || 0.25
@@ -875,7 +966,7 @@ def test_truths_equal_themselves_and_no_other():
     (r'so \boxed{3}, \boxed{5}, \boxed{7}', '3,5,7', 1),
     (r'\(\boxed{1}\) and \(\boxed{-2}\).', '-2,1', 1),
     (r'$\boxed{1}$ or $\boxed{2}$', '1,2', 1),
-    (r'$\boxed{5}$. (I was asked to use \boxed{}.)', '5', 1),
+    (r'The answer is $\boxed{5}$. (I was asked to use \boxed{}.)', '5', 1),
     (r'\boxed{5}\boxed{ }\boxed{\,}', '5', 1),
     (r'\boxed{4} is wrong; it is \boxed{5}', '5', 1),
     (r'\boxed{4} \boxed{5}', '5', 1),

@@ -69,7 +69,9 @@ WHOLE = r'[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+'
 EXACT = re.compile(rf'-?(?:(?:{WHOLE})(?:\.[0-9]+)?|\.[0-9]+)')
 MAX_ANSWER = 300  # characters of an answer that is read
 _SPELLINGS = (  # (pattern, replacement), in this order; none changes the value
-  (r'\\(?=[$%])|\\[!()\[\]]|\^\{?\\circ\}?|\*\*', ''),
+  (r'\\(?=[$%])|\\[!()\[\]]|\^\{?\\circ\}?|\*\*|[\u200b-\u200d\u2060\ufeff]', ''),
+  (r'\A\s*([*_])([^*_]+)\1\s*\Z', r'\2'),
+  (r'\b(?:USD|US(?=\$)|EUR|GBP|Rs\.?)(?=\s*[$0-9])', ''),
   (r'\\(?:left|right|displaystyle)(?![a-z])|\s*</answer\Z', ''),
   (r'\\?(?:text\w*|math\w+|mbox|emph|underline|boxed)\{([^{}\\]*)\}', r' \1'),
   (r'\\approx(?![a-z])', '\u2248'),
@@ -87,6 +89,8 @@ SPELLINGS = [(re.compile(old), new) for old, new in _SPELLINGS]
 LEAD = re.compile(
   r"(?:(?:[^\W\d][\w\s,.'()]*)?(?:[:=\u2248~]|\s\u2013|\b(?:is|are|was|were|be|equals?|"
   r'has|have|had|gets?|needs?|makes?|costs?|earns?|earned|spent|paid|total|answer|'
+  r'takes?|took|gives?|gave|saves?|saved|spends?|pays?|made|buys?|bought|'
+  r'sold|sells?|eats?|ate|uses?|used|reads?|runs?|ran|drove|weighs?|owes?|received?|'
   r'exactly|only|just|so|thus|hence|therefore|about|around|approximately|roughly)))?'
   r"""[\s,([#"'`$\u00a3\u00a5\u20a0-\u20bf+]*""",
   re.IGNORECASE,
@@ -94,7 +98,8 @@ LEAD = re.compile(
 # What may stand behind it: words and signs of units. Letters that touch the number
 # must be a unit, since 2x and 3pi are products.
 UNIT = re.compile(
-  r'(?!\s*[-/]?\s*(?:[kKMBxyznie\u03c0]|[bm]n|pi)(?![^\W\d_]))'
+  r'(?!\s*[-/]?\s*(?:[kKMBxyznie\u03c0]|[bm]n|pi|mil|grand|gross|score|couple|lakhs?|'
+  r'crores?)(?![^\W\d_]))(?!\s*[-\u2212]+\s*\Z)'
   r'(?:(?:[mghslL]|[ckm]m|[km]?g|m[lL]|lbs?|oz|ft|in|yd|mi|hrs?|min|sec|mph|gal|[ap]m|'
   r'[AP]M|st|nd|rd|th|[^\W\d_]{4,})(?![^\W\d_]))?(?![^\W\d_])[^\d\\+*=<>^!?_#]*'
 )
@@ -104,7 +109,8 @@ SPOILS = re.compile(
   r'possibly|might|could|may be|cannot|unsure|uncertain|unlikely|unknown|wrong|false|'
   r'incorrect|impossible|invalid|think|guess\w*|doubt\w*|hardly|barely|nearly|almost|'
   r'at (?:least|most)|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|half|halves|'
-  r'(?:third|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth)s|and (?:an?|one)|'
+  r'(?:third|fourth|fifth|sixth|eighth|tenth|hundredth|thousandth)s|'
+  r'(?:and|less) (?:an?|one)|too (?:few|many|much|little)|'
   r'two|three|four|five|six|seven|eight|nine|ten|twenty|thirty|forty|fifty|sixty|seventy|'
   r'eighty|ninety|plus|minus|negative|divided|squared|cubed|doubled|tripled|halved|'
   r'twice|powers?|root|sqrt|log|factorial)\b',

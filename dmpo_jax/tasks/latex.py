@@ -137,8 +137,9 @@ def clean(text: str) -> str:
   text = re.sub(r'(?<!\\)%', r'\\%', text).replace('\\{ *\\}', '\\emptyset ')
   text = re.sub(r'\\\{\s*\\\}', r'\\emptyset ', text)
   text = re.sub(r'\^\s*\{?\s*\\circ\s*\}?', r'^\\circ ', text)
-  text = _braced(_unwrap(text))
-  return re.sub(r' +', ' ', _numbers(text)).strip()
+  text = re.sub(r'\((\d+)\)(?=_)', r'\1', _braced(_unwrap(text)))
+  text = re.sub(r' +', ' ', _numbers(text)).strip()
+  return re.sub(r'\A([A-Z])\)\Z', r'\1', text)  # a choice
 
 
 def _ascii(text: str) -> str:
@@ -228,9 +229,11 @@ def _fonts(text: str) -> str:
     elif (
       '\\' in plain or '{' in plain or '$' in plain or not re.search('[a-zA-Z]', plain)
     ):
-      text, out = _unwrap(inner) + text, out + head
+      text, out = (_unwrap(inner) or inner) + text, out + head
     elif len(plain) == 1 and not _is_unit(out + head, name, plain):
       out += head + plain
+    elif name in WORDY and (counted := re.fullmatch(r'(-?[\d.,]*\d) +(\D+)', plain)):
+      out += f'{head}{counted[1]}\\text{{{counted[2]}}}'
     elif name in WORDY or re.search('[a-zA-Z]{2}', plain):
       out += f'{head}\\text{{{plain}}}'
     else:
@@ -240,7 +243,8 @@ def _fonts(text: str) -> str:
 
 def _is_unit(head: str, name: str, letter: str) -> bool:
   """Returns whether a letter in an upright font is a unit: 5\\text{ m}, not e or i."""
-  return name in WORDY and letter in 'mgshLlNJWVACFK' and head.rstrip()[-1:].isdigit()
+  valued = re.search(r'(?:[\d)]|[\d}]\}|\\pi)\s*\Z', head)
+  return name in WORDY and letter in 'mgshLlNJWVACFK' and bool(valued)
 
 
 def _word(match: re.Match) -> str:
@@ -412,7 +416,8 @@ _ATOM = (
   rf'(?:[a-zA-Z]|\\(?i:{_GREEK_NAME})(?![a-z])|\\m?(?:angle|triangle)(?![a-z])'
   r'|\\(?:vec|overline|bar|hat|overrightarrow|widehat|tilde) ?'
   r'(?:\{[a-zA-Z]+\}|[a-zA-Z])'
-  rf'|\\(?:{"|".join(sorted(FUNCTIONS))}|det|max|min|Re|Im|gcd|lcm)(?![a-z])'
+  rf'|\\(?:{"|".join(sorted(FUNCTIONS))}|det|max|min|lim|Re|Im|gcd|lcm|Pr)(?![a-z])'
+  r'|\\mathbb\{[PE]\}'
   r'|\\text\{[^{}]*\})'
 )
 _NAME = (
@@ -547,7 +552,7 @@ def _measured(piece: str) -> tuple[str, tuple, bool]:
     (r'\\\$', 'dollars'),
     (r'(?<=\d) ?([mgshL]|in)', r'\1'),
     (
-      r'(?:\^\{|(?<=\d)) *\\text\{ *(?:th|st|nd|rd) *\} *\}?|(?<=\d)(?:th|st|nd|rd)',
+      r'(?:\^\{?|(?<=\d)) *\\text\{ *(?:th|st|nd|rd) *\} *\}?|(?<=\d)(?:th|st|nd|rd)',
       '',
     ),
   ):
@@ -645,6 +650,13 @@ def intervals(text: str) -> Read | None:
   found = [span for span in map(_interval, map(_leadless, parts)) if span]
   if len(found) != len(parts) or len({name for name, _ in found}) != 1:
     return None
+  both = [span for _, span in found]
+  if len(both) == 2 and re.search(r'\\text\{ *and', text):
+    if r'\infty)' in both[1]:  # x < b and x > a
+      both.reverse()
+    low, high = both[0].removesuffix(r',\infty)'), both[1].removeprefix(r'(-\infty,')
+    if low != both[0] and high != both[1]:
+      return Read([found[0][0]], [f'{low},{high}'], [()], [], True)
   joint = r'\cap ' if re.search(r'\\text\{ *and', text) else r'\cup '
   return Read([found[0][0]], [joint.join(span for _, span in found)], [()], [], True)
 

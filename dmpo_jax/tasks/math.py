@@ -231,7 +231,11 @@ def equal(left: str | None, right: str) -> bool:
     return True
   if _bases_differ(left, right):
     return False
-  right = right if BASE.search(left) else BASE.sub(lambda m: m[0][0], right)
+  without = lambda text: BASE.sub(lambda m: m[0][0], text)
+  left, right = (
+    side if BASE.search(other) else without(side)
+    for side, other in ((left, right), (right, left))
+  )
   return any(_same(*sides) for sides in _readings(left, right))
 
 
@@ -255,7 +259,7 @@ def _bases_differ(left: str, right: str) -> bool:
   bases = [
     sorted(base.strip('{ }') for base in BASE.findall(text)) for text in (left, right)
   ]
-  return bool(bases[0]) and bases[0] != bases[1]
+  return bool(bases[0]) and bases[0] != (bases[1] or ['10'] * len(bases[0]))
 
 
 def _same(left: latex.Read, right: latex.Read) -> bool:

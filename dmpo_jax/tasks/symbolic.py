@@ -25,6 +25,7 @@ MEMORY = 4 << 30  # bytes of address space of a worker
 DIGITS = 500  # that numbers must share which are not rational
 MAX_LENGTH = 300  # characters; longer answers are compared as strings only
 DECIMAL = re.compile(r'(?<![0-9])([0-9]*)\.([0-9]+)')
+UNIT = re.compile(r'(?<=[0-9])i(?![a-zA-Z])')  # math-verify: 3i and 3 i differ
 _state = types.SimpleNamespace(pool=None, workers=0, deadline=3.0, failed={})
 _lock = threading.Lock()
 
@@ -154,8 +155,8 @@ def verify(left: str, right: str) -> bool:
   latex = [math_verify.LatexExtractionConfig(normalization_config=form)]
   exact = lambda m: rf'\frac{{{m[1]}{m[2]}}}{{1{"0" * len(m[2])}}}'
   truth, answer = (
-    math_verify.parse(f'${DECIMAL.sub(exact, text)}$', latex, parsing_timeout=no_limit)
-    for text in (right, left)
+    math_verify.parse(f'${UNIT.sub(" i", text)}$', latex, parsing_timeout=no_limit)
+    for text in (DECIMAL.sub(exact, side) for side in (right, left))
   )
   if not truth or not answer:
     return False
