@@ -15,10 +15,11 @@ exact cache. The rest is the quickstart.
 """
 
 from configs import quickstart
+from dmpo_jax import config
 
 
 def get_config(objective=''):
-  c = quickstart.get_config(objective)
+  c = quickstart.get_config()
   c.name = 'quickstart_block'
   c.model.attention_block = 4
   for sampler in (c.sampler, c.eval.sampler):
@@ -27,4 +28,6 @@ def get_config(objective=''):
     sampler.steps = 20
     sampler.cache = 'block'
   c.logprob.states = 0
+  if objective:
+    config.choose_objective(c, objective)
   return c

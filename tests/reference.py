@@ -246,6 +246,11 @@ def picks(hp, probs, confidence, quota, share, noise):
   if hp.pick == 'threshold':
     over = [i for i, c in enumerate(confidence) if c >= hp.threshold]
     return over or ([0] if hp.fallback == 'leftmost' else best(confidence, 1))
+  if hp.pick == 'dynamic':
+    over = [i for i, c in enumerate(confidence) if c >= hp.threshold]
+    return over if len(over) >= quota else best(confidence, quota)
+  if hp.pick == 'sequential':
+    return list(range(min(quota, len(confidence))))
   if hp.pick == 'factor':
     ranked = best(confidence, len(confidence))
     kept = ranked[:1]

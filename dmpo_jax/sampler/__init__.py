@@ -76,7 +76,7 @@ def sample(
   """
   if problems := hp.problems():
     raise ValueError('; '.join(problems))
-  rows, prompt = prompts_RxP.shape
+  prompt = prompts_RxP.shape[1]
   if prompt + hp.length > cfg.positions:
     raise ValueError(
       f'sampler.length = {hp.length} after a prompt of {prompt} tokens '
@@ -84,27 +84,20 @@ def sample(
     )
   if problem := block_problem(cfg, hp):
     raise ValueError(problem)
-  # 1. The canvas: the prompt, then L masks (and before them what the prompt leaves of
-  # an attention block).
-  prompts_RxP = jnp.asarray(prompts_RxP, jnp.int32)
-  blank = jnp.full((rows, hp.length), cfg.mask_id, jnp.int32)
-  given = jnp.zeros(blank.shape, bool)
-  if cfg.block_causal:
-    canvas, valid, given = model.align(cfg, prompts_RxP, valid_RxP, 0, hp.length)
-    prompt = canvas.shape[1] - hp.length
-  else:
-    canvas = jnp.concatenate([prompts_RxP, blank], axis=1)
-    valid = jnp.concatenate([valid_RxP, jnp.ones_like(blank, bool)], axis=1)
-  zeros_R, zeros = jnp.zeros_like(blank[:, 0]), jnp.zeros(blank.shape)
+  # 1. The canvas: the prompt, then L masks.
+  canvas, valid, given = lay_out(cfg, prompts_RxP, valid_RxP, hp.length)
+  prompt = canvas.shape[1] - hp.length
+  order = jnp.where(given, GIVEN, 0)
+  zeros_R, zeros = jnp.zeros_like(order[:, 0]), jnp.zeros(order.shape)
   loop = unmask.Loop(
     tokens=canvas,
-    order=jnp.where(given, GIVEN, 0),
+    order=order,
     logp=zeros,
     confidence=zeros,
     count=zeros_R,
     since=zeros_R,
     forwards=jnp.int32(0),
-    more={name: jnp.zeros(blank.shape, RECORDS[name].dtype) for name in records},
+    more={name: jnp.zeros(order.shape, RECORDS[name].dtype) for name in records},
   )
   # 2. Steps until every mask that must go is gone.
   setting = unmask.Setting(
@@ -124,6 +117,21 @@ def sample(
     forwards=loop.forwards,
     confidence=loop.confidence,
     more=loop.more or None,
+  )
+
+
+def lay_out(
+  cfg: model.ModelConfig, prompts_RxP: IntRP, valid_RxP: BoolRP, length: int
+) -> model.Aligned:
+  """Puts L masks behind the prompts, in whole attention blocks if there are some."""
+  prompts_RxP = jnp.asarray(prompts_RxP, jnp.int32)
+  if cfg.block_causal:
+    return model.align(cfg, prompts_RxP, valid_RxP, 0, length)
+  blank = jnp.full((len(prompts_RxP), length), cfg.mask_id, jnp.int32)
+  return model.Aligned(
+    jnp.concatenate([prompts_RxP, blank], axis=1),
+    jnp.concatenate([valid_RxP, jnp.ones_like(blank, bool)], axis=1),
+    jnp.zeros(blank.shape, bool),
   )
 
 
