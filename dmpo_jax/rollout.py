@@ -65,7 +65,7 @@ class Started(NamedTuple):
   @property
   def completions(self) -> np.ndarray:
     """The completions' tokens, (R, L), on the host."""
-    return self.host.tokens
+    return self.host.tokens[:, -self.host.completion.shape[1] :]
 
 
 def rows_of(prompts: Prompts, group: int, iteration: int) -> tuple[Any, Any, Any]:
