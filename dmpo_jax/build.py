@@ -159,6 +159,10 @@ def build(c: Any, devices: Any = None) -> Built:
     def reading():
       tree = call()
       read[field] = int(digest(tree))
+      if field == 'model.checkpoint':
+        for path in filter(None, (c.lora.path, *c.reference.of)):
+          if is_adapter(path):
+            weights.warn_of_base(path, f'{cfg.param_dtype} {read[field]}')
       return tree
 
     return reading if field else call
@@ -253,12 +257,7 @@ def make_starts(
     return call
 
   def read():
-    params = weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
-    for path in (c.lora.path, *c.reference.of):
-      if path and is_adapter(path):
-        digest = int(Compiled(grid, checkpoint.digest)(params))
-        weights.warn_of_base(path, f'{cfg.param_dtype} {digest}')
-    return params
+    return weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
 
   def read_adapter():
     folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)

@@ -82,7 +82,7 @@ def block_causal(
 
   It is exact for every block at once, with masks of its own: a noisy block sees the
   true text before it, and the gradient flows through that text. The completion must
-  begin an attention block (`sampler.align`), and L be a multiple of it. A family that
+  begin an attention block (`model.align`), and L be a multiple of it. A family that
   shifts reads the first token of a block off the true token before it (Fast-dLLM v2).
   ValueError if prompt tokens are masked: the copies share the prompt.
   """

@@ -293,10 +293,7 @@ def state_logp(
     law.guidance,
   )
 
-  def window(x_RxL):
-    take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, law.block)
-    return jax.vmap(take)(x_RxL, start_R)
-
+  window = lambda x_RxL: model.windows(x_RxL, start_R, law.block)
   logp = model.logp_of(
     model.sampling_logits(logits, law.temperature), window(rollouts.tokens[:, prompt:])
   )

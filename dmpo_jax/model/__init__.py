@@ -35,6 +35,7 @@ from dmpo_jax.model.forward import (
   init,
   shadow_logits,
   states,
+  unshift,
   window_logits,
   windows,
 )

@@ -69,8 +69,10 @@ def window(
   first_R = start_R + size - width
   args = state.loop.tokens, setting.valid, first_R, width, state.cache
   h, new = model.beside_cache(cfg, setting.params, *args)
+  if cfg.shift:
+    h = model.unshift(h, jnp.ones(h.shape[:2], bool))
   if width == size:
-    return shifted(cfg, h), state.cache
+    return h, state.cache
 
   def put(x: t.Array, part: t.Array, at: t.Array) -> t.Array:  # one row
     return jax.lax.dynamic_update_slice(x, part, (0, 0, at, 0))
@@ -79,11 +81,4 @@ def window(
   cache = (
     put(x, y[..., :size, :], first_R) for x, y in zip(state.cache, new, strict=True)
   )
-  return shifted(cfg, h)[:, size:], model.Cache(*cache)
-
-
-def shifted(cfg: model.ModelConfig, h_RxTxD: t.FloatRTD) -> t.FloatRTD:
-  """Moves states one place right in a family that shifts; the first stays."""
-  if not cfg.shift:
-    return h_RxTxD
-  return jnp.concatenate([h_RxTxD[:, :1], h_RxTxD[:, :-1]], axis=1)
+  return h[:, size:], model.Cache(*cache)

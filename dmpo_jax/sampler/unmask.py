@@ -194,15 +194,9 @@ def forward(
   return model.window_logits(s.cfg, s.params, loop.tokens, *where, **cache)
 
 
-def windows(x_RxT: Array, start_R: t.IntR, width: int) -> Array:
-  """Returns `width` columns of each row, (R, W), from its own start on."""
-  take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, width)
-  return jax.vmap(take)(x_RxT, start_R)
-
-
 def write(x_RxT: Array, start_R: t.IntR, where: t.BoolRW, new_RxW: Array) -> Array:
   """Returns x with `new` at the positions of the rows' windows in `where`."""
-  new = jnp.where(where, new_RxW, windows(x_RxT, start_R, where.shape[1]))
+  new = jnp.where(where, new_RxW, model.windows(x_RxT, start_R, where.shape[1]))
   put = lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0)
   return jax.vmap(put)(x_RxT, new, start_R)
 
@@ -245,7 +239,7 @@ def propose(
 ) -> Proposal:
   """Draws a token for every position of the windows, by Gumbel-max in float32."""
   hp = setting.hp
-  masked = windows(hidden(setting, loop), start_R - setting.prompt, hp.block)
+  masked = model.windows(hidden(setting, loop), start_R - setting.prompt, hp.block)
   keys = jax.vmap(jax.random.fold_in)(setting.keys, loop.count)
   gumbel_key, noise_key = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
   law = model.sampling_logits(logits, hp.temperature, hp.top_p, hp.top_k)

@@ -24,7 +24,6 @@ from dmpo_jax.sampler.unmask import (
   own_blocks,
   propose,
   record,
-  windows,
 )
 from dmpo_jax.types import BoolRW, FloatRWV, IntR
 
@@ -73,7 +72,7 @@ def doubtful(
 ) -> BoolRW:
   """Returns tokens revealed before that the shadow would not have revealed."""
   hp, loop = setting.hp, drafts.loop
-  token = windows(loop.tokens, proposal.start, hp.block)
+  token = model.windows(loop.tokens, proposal.start, hp.block)
   hindsight = jnp.exp(model.logp_of(shadow, token))
   doubt = (token != setting.cfg.mask_id) & (hindsight < hp.verify)
   rank = picks.rank_of(-hindsight, doubt)
