@@ -312,12 +312,21 @@ class Checkpoint(Section):
 class Mesh(Section):
   """How devices share the work."""
 
-  OWN = dict.fromkeys(('fsdp', 'tensor', 'cpu'), least(1))
+  OWN = {
+    **dict.fromkeys(('fsdp', 'tensor', 'cpu'), least(1)),
+    'gather': one_of('rollout', 'forward'),
+  }
 
   data: int = 0  # devices that replicate weights; 0 = what the others leave
   fsdp: int = 1  # devices that split weights
   tensor: int = 1  # devices that split heads and MLP
   cpu: int = 1  # devices that a CPU is split into where it is the only device
+  # When devices that split weights (fsdp) gather them to sample and score: rollout
+  # (once, to hold them whole for that time) | forward (each time, layer by layer).
+  gather: str = 'forward'
+
+  def idle(self) -> dict[str, str]:
+    return without_effect(('gather', self.fsdp > 1, 'mesh.fsdp > 1'))
 
 
 @dataclasses.dataclass(frozen=True)

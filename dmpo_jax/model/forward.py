@@ -107,7 +107,7 @@ def window_logits(
   where there is no cache. guidance > 0 is the scale of classifier-free guidance
   (LLaDA generate.py:81-91), with the first `prompt` tokens masked in a second row.
   With a cache only `span` positions from start on are computed (0 = `width`), and
-  the rest is read from it. keep returns the new cache, else None.
+  the rest is read from it. Without one `keep` returns a cache, else None.
   """
   if guidance:
     tokens_RxS, valid_RxS = with_blind_rows(cfg, tokens_RxS, valid_RxS, prompt)
@@ -116,13 +116,9 @@ def window_logits(
     start_R = jnp.broadcast_to(start, (len(h) // (1 + bool(guidance)),))
     h = windows(h, jnp.repeat(start_R, 1 + bool(guidance)), width)
   else:
-    first, size = start - cfg.shift, (span or width) + cfg.shift
-    part = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1)
-    positions = positions_of(valid_RxS)
-    queries = part(positions)
-    mask = attention_mask(cfg, valid_RxS, positions, queries)
-    inputs = Inputs(part(tokens_RxS), queries, mask, cache, first)
-    h, cache = states(cfg, params, inputs, keep)
+    first = jnp.broadcast_to(jnp.int32(start - cfg.shift), tokens_RxS.shape[:1])
+    args = tokens_RxS, valid_RxS, first, (span or width) + cfg.shift, cache
+    h, cache = beside_cache(cfg, params, *args)
     h = h[:, :width]
   logits = head(cfg, params, h)
   if guidance:
@@ -142,17 +138,20 @@ def beside_cache(
 ) -> tuple[t.FloatRTD, Cache]:
   """Returns states of each row's window [start, start + width), and its new cache.
 
-  The cache that it returns has the window's columns alone. The window, of whole
-  attention blocks, sees the cache before `start`, and itself up to each token's own
-  block. A family that
-  shifts is not undone.
+  The cache that it returns has the window's columns alone. The window sees itself and
+  the cache outside it. One of whole attention blocks sees the cache before it, and
+  itself up to each token's own block. A family that shifts is not undone.
   """
   cut = lambda x: windows(x, start_R, width)
   queries, real = cut(positions_of(valid_RxS)), cut(valid_RxS)
-  mask = Packed(real, 0, 0, cfg.block_causal).text_mask()
-  column = jnp.arange(tokens_RxS.shape[1])
-  past = (valid_RxS & (column[None] < start_R[:, None]))[:, None, None]
-  inputs = Inputs(cut(tokens_RxS), queries, mask, cache, past=past)
+  column = jnp.arange(tokens_RxS.shape[1])[None] - start_R[:, None]
+  past, mask = column < 0, real[:, None, None]
+  if cfg.block_causal:
+    mask = Packed(real, 0, 0, cfg.block_causal).text_mask()
+  else:
+    past |= column >= width
+  past = (valid_RxS & past)[:, None, None]
+  inputs = Inputs(cut(tokens_RxS), queries, mask, cache, past)
   h, new = states(cfg, params, inputs, keep=True)
   assert new is not None
   return h, new

@@ -49,9 +49,7 @@ class Inputs(NamedTuple):
   positions: t.IntRT
   mask: Mask = None  # which keys a token sees; None = all
   cache: Cache | None = None  # keys and values of other tokens
-  # First column of the cache that the tokens replace; None: they stand beside it.
-  start: t.IntScalar | int | None = None
-  past: t.BoolR1TS | None = None  # which of the cache a token sees that stands beside
+  past: t.BoolR1TS | None = None  # which of the cache a token sees
   dropout: t.KeyR | None = None  # keys for lora_dropout; None = no dropout
 
 
@@ -119,15 +117,11 @@ class Block(nn.Module):
     y = Norm(cfg, name='attn_norm')(x)
     q, k, v = self.project(y, keys)
     q, k = rotate(q, rope, q.shape[-1] ** -0.5), rotate(k, rope)
-    if cache is not None and inputs.start is None:
+    if cache is None:
+      y = ATTENTION[cfg.attention](q, k, v, inputs.mask)
+    else:  # no kernel reads two arrays, and joining them would copy the cache
       parts = (*cache, inputs.past), (k, v, inputs.mask)
       y = merged([attend_part(q, *part) for part in parts], q.dtype)
-    else:
-      if cache is not None:
-        at: Any = (0, 0, inputs.start, 0)
-        k = jax.lax.dynamic_update_slice(cache.keys, k, at)
-        v = jax.lax.dynamic_update_slice(cache.values, v, at)
-      y = ATTENTION[cfg.attention](q, k, v, inputs.mask)
     y = jnp.swapaxes(y, 1, 2).reshape(x.shape[:2] + (-1,))
     x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y, keys)
     y = Norm(cfg, name='mlp_norm')(x)
