@@ -27,7 +27,7 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.rules import nearest, without_effect
 from dmpo_jax.tasks import TASKS
-from dmpo_jax.types import Scored, Wants
+from dmpo_jax.types import Record, Scored, Wants
 
 
 def config(c: Any, count: int, platform: str = '') -> None:
@@ -418,8 +418,13 @@ def weigh_metrics(c: Any, hp: Any) -> Any:
   """Returns the metrics of an objective's `weigh`, as shapes."""
   groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
   guess = jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
-  weigh = OBJECTIVES[c.objective.name].weigh
-  return jax.eval_shape(lambda *args: weigh(Scored(*args), hp), *groups, guess)[2]
+  number, step = (jax.ShapeDtypeStruct((2, 1), x) for x in (jnp.float32, jnp.int32))
+  record, objective = Record(step, number, number, {}), OBJECTIVES[c.objective.name]
+
+  def weigh(record, *args):
+    return objective.weigh(Scored(*args, record=record), hp)
+
+  return jax.eval_shape(weigh, record, *groups, guess)[2]
 
 
 # Each rule, with the sections that must be right themselves before it can be asked.

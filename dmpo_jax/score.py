@@ -270,6 +270,8 @@ def pack(
     grouped(scores.logp_ref),
     grouped(scores.guess_reward),
     live_B,
+    record_of(sampled, setup.wants),
+    setup.cfg.block_causal,
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
   if skip:

@@ -107,13 +107,15 @@ def possible(hp, **fields):
   return hp
 
 
-def objective_text(objective, hp):
+def objective_text(objective, hp, block=0):
   """Returns what an objective wants, draws, weighs and loses, as text."""
   full = np.ones((ROWS, L), np.float32)
   order = np.tile(np.arange(L, dtype=np.int32), (ROWS, 1))
   more = {'entropy': full, 'place': -full, 'fallback': full > 0}
   record = Record(order, -full, full, more)
-  text = Text(full > 0, full > 0, np.ones((ROWS, P), bool), L // 2, Canvas(L), record)
+  canvas, words = Canvas(L, block), full > 0
+  words[:, -2:] = False  # an EOS and its tail
+  text = Text(words, words, np.ones((ROWS, P), bool), L // 2, canvas, record)
   wants, row = objective.wants(hp), np.arange(ROWS, dtype=np.int32)
   if 'old' not in wants.elbo:  # nothing reads it
     wants = dataclasses.replace(wants, common_masks=True)
@@ -123,7 +125,9 @@ def objective_text(objective, hp):
     x = -jnp.ones(masks.masked.shape)
     groups = reward.shape
     guess = jnp.ones((*groups, x.shape[1]))
-    scored = Scored(reward, jnp.full(groups, L), reward, -reward, guess)
+    scored = Scored(
+      reward, jnp.full(groups, L - 2), reward, -reward, guess, record=record, block=block
+    )
     weight, own, _ = objective.weigh(scored, hp)
     rows = lambda x: jnp.reshape(x, (ROWS, *x.shape[2:]))
     views = Views(-jnp.ones(ROWS), x, {'centred': x, 'score': x})
