@@ -422,7 +422,7 @@ def weigh_metrics(c: Any, hp: Any) -> Any:
   record, objective = Record(step, number, number, {}), OBJECTIVES[c.objective.name]
 
   def weigh(record, *args):
-    return objective.weigh(Scored(*args, record=record), hp)
+    return objective.weigh(Scored(*args, record=record, block=0), hp)
 
   return jax.eval_shape(weigh, record, *groups, guess)[2]
 

@@ -263,6 +263,7 @@ def pack(
   live_B: Any = None
   if skip:
     live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
+  record = record_of(sampled, setup.wants)
   scored = Scored(
     reward_BxG,
     to_groups(jnp.sum(sampled.completion, axis=1), group),
@@ -270,8 +271,8 @@ def pack(
     grouped(scores.logp_ref),
     grouped(scores.guess_reward),
     live_B,
-    record_of(sampled, setup.wants),
-    setup.cfg.block_causal,
+    record,
+    None if record is None else setup.cfg.block_causal,
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
   if skip:
@@ -290,7 +291,7 @@ def pack(
     norm=jnp.float32(groups),
     total=jnp.float32(len(sampled.row)),
     sampled=sampled_of(sampled, setup),
-    record=record_of(sampled, setup.wants),
+    record=record,
     old=scores.old,
     ref=scores.ref,
   )

@@ -39,7 +39,7 @@ WORDS = (
   'mean loo zscore k1 k2 k3 k3_ratio each uniform entropy top stratified random '
   'bernoulli rounded block released formula elbo unit eubo mix none all best wdce ddo '
   'group individual model token max sampling even dream leftmost prefix dual threshold '
-  'paper trajectory'
+  'paper trajectory order rounds'
 ).split()
 # Field -> what else must be set for it to matter.
 WITH = {
