@@ -333,6 +333,7 @@ def test_vrpo_is_biased_by_noise():
   [
     ('espo', 1 / L, {}),
     ('espo', 1 / L, dict(masks='random')),
+    ('espo', 1 / L, dict(masks='order', draws=2)),
     ('gdpo', 1 / L, dict(draws=2)),
     ('coupled_grpo', 1, dict(variant='elbo')),
     ('gdsd', 20 / L, {}),

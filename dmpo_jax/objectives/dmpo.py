@@ -41,7 +41,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import logprob, masking, rng
+from dmpo_jax import logprob, masking
 from dmpo_jax.objectives import shared
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.types import (
@@ -278,11 +278,8 @@ def draw_rounds(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
   counted = masking.free_of(canvas, row_R) & (text.completion | hp.loss_tail)
   if hp.masks == 'rounds':
     rounds, most = shared.recorded_rounds(text.record.order, canvas.block)
-  else:
-    order, canvas = rng.substream(key, 'order'), canvas._replace(free=counted)
-    rounds = masking.random_rounds(order, row_R, canvas)
-    most = canvas.block or canvas.length
-  return shared.draw_rounds(key, row_R, rounds, counted, most, hp.draws)
+    return shared.draw_rounds(key, row_R, rounds, counted, most, hp.draws)
+  return shared.draw_order(key, row_R, canvas._replace(free=counted), hp.draws)
 
 
 def wdce(logp_RxKxL: FloatRKL, masks: Masks, weight_R: FloatR) -> Array:

@@ -266,12 +266,14 @@ def draw_random(key: AnyKey, row_R: IntR, canvas: Canvas, draws: int) -> Masks:
 def elbo_rules(hp: Any) -> dict[str, Callable]:
   """Returns the rules of the fields of `draw_elbo`."""
   draws = pairs if hp.masks == 'stratified' else least(1)
-  return {'masks': one_of('stratified', 'random'), 'draws': draws}
+  return {'masks': one_of('stratified', 'random', 'order'), 'draws': draws}
 
 
 def draw_elbo(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
-  """Draws masks of an unbiased ELBO, by hp.masks: stratified (pairs) | random."""
-  draw = {'stratified': masking.draw_stratified, 'random': draw_random}
+  """Draws masks of an unbiased ELBO: hp.masks = stratified (pairs) | random | order."""
+  draw = {
+    'stratified': masking.draw_stratified, 'random': draw_random, 'order': draw_order
+  }  # fmt: skip
   return draw[hp.masks](key, row_R, text.canvas, hp.draws)
 
 
@@ -449,6 +451,16 @@ def draw_rounds(
   round_RxKxL, at, weight = round_RxL[:, None], at[..., None], weight[..., None]
   now = (round_RxKxL == at) & counted_RxL[:, None] & (weight > 0)
   return Masks(round_RxKxL >= at, jnp.where(now, weight, 0.0), now)
+
+
+def draw_order(key: AnyKey, row_R: IntR, canvas: Canvas, draws: int) -> Masks:
+  """Draws one random order of a block's free tokens, and reads `draws` places of it.
+
+  The ELBO under these masks is unbiased; with all places each token is read once.
+  """
+  order = masking.random_rounds(rng.substream(key, 'order'), row_R, canvas)
+  most = canvas.block or canvas.length
+  return draw_rounds(key, row_R, order, order >= 0, most, draws)
 
 
 def shown_steps(record: Record, tokens_RxL: BoolRL) -> BoolRL:
