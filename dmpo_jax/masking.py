@@ -26,6 +26,10 @@ from dmpo_jax.types import (
 )
 
 
+# Settings of draws that attention blocks do not read, as if none were set.
+WHOLE_TEXT = {'low': 0.0, 'high': 1.0, 'antithetic': False}
+
+
 def completion_mask(stop_RxL: BoolRL) -> BoolRL:
   """Returns True up to and including the first stop of each completion."""
   return jnp.cumsum(stop_RxL, axis=1) - stop_RxL == 0

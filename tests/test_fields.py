@@ -8,6 +8,7 @@ its context in WITH. In any other context a part must say that a field has no ef
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -203,6 +204,18 @@ def test_objective_says_which_of_its_fields_have_no_effect(name):
       assert effect is None or effect == (field not in hp.idle()), (hp, field)
 
 
+@pytest.mark.parametrize('name', ['dmpo', 'espo', 'tracerl', 'dipo'])
+def test_an_objective_says_what_attention_blocks_do_not_read(name):
+  """Beside every other setting of one field, too."""
+  objective = OBJECTIVES[name]
+  text = functools.cache(functools.partial(objective_text, objective, block=4))
+  for hp in contexts(objective.Config()):
+    useless = {**hp.idle(), **hp.WHOLE_TEXT}
+    for field in vars(hp):
+      effect = has_effect(hp, field, text)
+      assert effect is None or effect == (field not in useless), (hp, field)
+
+
 @pytest.fixture(scope='module')
 def shapes(tiny):
   return jax.eval_shape(lambda: model.init(tiny, jax.random.key(0)))
@@ -312,14 +325,23 @@ SCORING = [
 ]
 
 
-@pytest.mark.parametrize('fields', SCORING, ids=str)
+WHOLE_TEXT = [(*x, 0) for x in itertools.product(SCORING, ('paper', 'stratified'))]
+IN_BLOCKS = [
+  (fields, elbo, 4)
+  for fields in (SCORING[0], SCORING[4], SCORING[-1])
+  for elbo in ('paper', 'stratified', 'order')
+]
+
+
+@pytest.mark.parametrize('fields, elbo, block', WHOLE_TEXT + IN_BLOCKS, ids=str)
 @pytest.mark.parametrize('estimator', ['elbo', 'trajectory'])
-@pytest.mark.parametrize('elbo', ['paper', 'stratified'])
 def test_check_says_which_logprob_fields_have_no_effect(
-  fields, estimator, elbo, tiny, shapes
+  fields, estimator, elbo, block, tiny, shapes
 ):
   """Beside the objectives that want their estimates, and those that do not."""
   c = base.get_config()
+  c.model.attention_block = block
+  tiny = dataclasses.replace(tiny, block_causal=block)
   config.update(c, fields | {'logprob.estimator': estimator, 'logprob.elbo': elbo})
   full = jnp.ones((ROWS, L))
   tokens, valid = jnp.zeros((ROWS, P + L), jnp.int32), jnp.ones((ROWS, P + L), bool)

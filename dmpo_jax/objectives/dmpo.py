@@ -75,6 +75,7 @@ class Config(shared.Settings):
     'masks': shared.one_of('random', 'order', 'rounds'),
     'ess': shared.chance,
   }
+  WHOLE_TEXT = masking.WHOLE_TEXT
   alpha: float = 0.04  # temperature of the target; 0 = weigh by the reward alone
   coef: float = 1.0  # proximal coefficient c in (0, 1]; > 0 where alpha = 0
   ess: float = 0.0  # c per group for this effective size in (0, 1); 0 = coef as given
