@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_block
 
 from dmpo_jax import logprob, masking, model, sampler
 from dmpo_jax.objectives import OBJECTIVES
@@ -208,3 +209,18 @@ def test_one_random_order_reads_each_token_once(case_of, sees):
       assert seen == list(range(total, 0, -1))
   few = draw(key, row, text, Config(masks='order', draws=2, loss_tail=False))
   assert few.masked.shape == (ROWS, 2, L)
+
+
+@pytest.mark.parametrize('draws', [1, 2])
+def test_gdpo_is_exact_in_short_blocks(draws):
+  """N nodes give the ELBO of blocks of 2N tokens: the table of test_block.py."""
+  rows = 40_000
+  text = Text(*[jnp.ones((rows, 4), bool)] * 3, 4, Canvas(4, 2))
+  hp = OBJECTIVES['gdpo'].Config(draws=draws)
+  masks = jax.device_get(
+    OBJECTIVES['gdpo'].draw(jax.random.key(0), jnp.arange(rows), text, hp)
+  )
+  table = np.stack([test_block.STATES[m] for m in np.ndindex(2, 2, 2, 2)])
+  logp = table[masks.masked @ np.array([8, 4, 2, 1])]
+  value = (logp * masks.weight).sum(-1).mean(-1)
+  assert abs(value.mean() - test_block.ELBO) < 4 * value.std() / rows**0.5

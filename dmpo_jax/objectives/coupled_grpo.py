@@ -99,5 +99,5 @@ OBJECTIVE = Objective(
   draw,
   shared.weigh_tokens,
   loss,
-  whole_text='its complementary masks are of the whole completion',
+  whole_text='it reads a token in a mask or its complement, and blocks draw no such pairs',
 )
