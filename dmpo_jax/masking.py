@@ -25,7 +25,6 @@ from dmpo_jax.types import (
   Masks,
 )
 
-
 # Settings of draws that attention blocks do not read, as if none were set.
 WHOLE_TEXT = {'low': 0.0, 'high': 1.0, 'antithetic': False}
 

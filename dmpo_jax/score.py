@@ -263,7 +263,8 @@ def pack(
   live_B: Any = None
   if skip:
     live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
-  record = record_of(sampled, setup.wants)
+  record: Any = record_of(sampled, setup.wants)
+  block: Any = None if record is None else setup.cfg.block_causal
   scored = Scored(
     reward_BxG,
     to_groups(jnp.sum(sampled.completion, axis=1), group),
@@ -272,7 +273,7 @@ def pack(
     grouped(scores.guess_reward),
     live_B,
     record,
-    None if record is None else setup.cfg.block_causal,
+    block,
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
   if skip:

@@ -465,7 +465,10 @@ USELESS = [
   *(
     ({'model.attention_block': 4}, field, 'sees the whole text')
     for field in (
-      'objective.low', 'objective.antithetic', 'logprob.high', 'logprob.antithetic'
+      'objective.low',
+      'objective.antithetic',
+      'logprob.high',
+      'logprob.antithetic',
     )
   ),
   ({'objective.masks': 'rounds'}, 'objective.low', 'objective.masks'),

@@ -127,7 +127,13 @@ def objective_text(objective, hp, block=0):
     groups = reward.shape
     guess = jnp.ones((*groups, x.shape[1]))
     scored = Scored(
-      reward, jnp.full(groups, L - 2), reward, -reward, guess, record=record, block=block
+      reward,
+      jnp.full(groups, L - 2),
+      reward,
+      -reward,
+      guess,
+      record=record,
+      block=block,
     )
     weight, own, _ = objective.weigh(scored, hp)
     rows = lambda x: jnp.reshape(x, (ROWS, *x.shape[2:]))

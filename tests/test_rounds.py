@@ -15,7 +15,16 @@ import test_block
 
 from dmpo_jax import logprob, masking, model, sampler
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.types import Canvas, Record, Scored, Text, TrainBatch, Views, to_rows
+from dmpo_jax.types import (
+  Canvas,
+  Record,
+  Rollouts,
+  Scored,
+  Text,
+  TrainBatch,
+  Views,
+  to_rows,
+)
 
 W, L, P, ROWS, GROUP = 4, 12, 9, 4, 2
 SEES = {'blocks': W, 'whole text': 0}
@@ -29,7 +38,7 @@ class Case:
 
   cfg: model.ModelConfig
   params: dict
-  out: sampler.generate.__annotations__['return']
+  out: Rollouts
   hp: sampler.SampleConfig
 
   @property
@@ -58,9 +67,7 @@ class Case:
     free = out.order >= 0
     canvas = Canvas(L, self.cfg.block_causal, free if self.cfg.block_causal else None)
     record = Record(out.order, out.logp, out.confidence, {})
-    return Text(
-      self.completion, self.completion, out.valid[:, :-L], W, canvas, record
-    )
+    return Text(self.completion, self.completion, out.valid[:, :-L], W, canvas, record)
 
   def gradient(self, name, hp, key=0):
     """Returns (gradient of the loss by the parameters, metrics, the weights)."""
@@ -159,6 +166,30 @@ def test_gradient_is_that_of_the_recorded_states(case_of, sees, name, tail):
 
   close(got, jax.jit(jax.grad(value))(case.params))
   assert metrics['ratio_log_abs'] < 2e-6  # the record is the trainer's log p_old
+
+
+@pytest.mark.parametrize('sees', SEES)
+def test_released_norms_count_the_tokens_and_rounds_that_are_trained(case_of, sees):
+  """Neither given tokens nor what was not sampled; TraceRL's tail is not trained."""
+  case, block = case_of(sees), SEES[sees]
+  order, size = np.asarray(case.out.order), block or L
+  length = jnp.sum(case.completion, axis=1).reshape(-1, GROUP)
+  record = case.text().record
+  scored = Scored(REWARD, length, record=record, block=block)
+  for name, tail in (('tracerl', False), ('dipo', True)):
+    objective, count, last = OBJECTIVES[name], np.zeros(ROWS), np.zeros(ROWS)
+    for r, i in zip(*np.nonzero(order >= 0), strict=True):
+      if case.completion[r, i] or tail:
+        part = order[r, i // size * size : i // size * size + size]
+        count[r] += 1
+        rank = len(set(part[(part >= 0) & (part < order[r, i])]))
+        last[r] = max(last[r], rank + 1)
+    _, own, _ = objective.weigh(scored, objective.Config(norm='released'))
+    tracerl = np.full((2, GROUP), ROWS / GROUP / last.sum() / L)
+    units = (count * last).reshape(2, GROUP).sum(1, keepdims=True) / size
+    dipo = np.broadcast_to(1 / units, (2, GROUP))
+    want = tracerl if name == 'tracerl' else dipo
+    np.testing.assert_allclose(own['scale'], want, rtol=1e-5)
 
 
 @pytest.mark.parametrize('sees', SEES)

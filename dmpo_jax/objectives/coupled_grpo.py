@@ -99,5 +99,5 @@ OBJECTIVE = Objective(
   draw,
   shared.weigh_tokens,
   loss,
-  whole_text='it reads a token in a mask or its complement, and blocks draw no such pairs',
+  whole_text='its masks come with complements, and those of blocks do not',
 )

@@ -14,8 +14,8 @@ Where we differ from the released code:
   objectives of the sampling law refuse top_k.
 * It ranks positions by the sampled token's probability and drops the term of that
   choice. `sampler.rank = max` has no such term.
-* Its `shrink` other than 1 makes one round of a whole block. Here there is none: TraceRL
-  merges consecutive rounds.
+* Its `shrink` other than 1 makes one round of a whole block. TraceRL's merges
+  consecutive rounds; here there is none.
 * It clips log rho to +-10; here rho is at most e^20.
 * It samples again where a group's answers are all right or all wrong; `skip_equal`
   leaves such groups out.
@@ -33,10 +33,7 @@ from dmpo_jax.types import Masks, Scored, TrainBatch, ViewLogp, Wants
 
 @dataclasses.dataclass(frozen=True)
 class Config(shared.PenalisedGradient):
-  OWN = {
-    'draws': shared.least(0),
-    'norm': shared.one_of('constant', 'released'),
-  }
+  OWN = {'draws': shared.least(0), 'norm': shared.one_of('constant', 'released')}
   shrink: ClassVar[int] = 1
   advantage: str = 'zscore'  # reward less: mean | loo (mean of the others) | zscore
   clip_high: float = 0.28  # ratios are clipped above at 1 + clip_high; 0 = as clip

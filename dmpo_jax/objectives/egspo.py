@@ -80,5 +80,5 @@ OBJECTIVE = Objective(
   draw,
   weigh,
   loss,
-  whole_text='it grades states that are completed in one step, which ends one block alone',
+  whole_text='it grades states completed in one step, which ends one block alone',
 )

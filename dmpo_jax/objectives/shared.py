@@ -418,9 +418,7 @@ def draw_steps(
   return masks._replace(counted=(order == step) & (masks.weight > 0))
 
 
-def recorded_rounds(
-  order_RxL: IntRL, block: int, shrink: int = 1
-) -> tuple[IntRL, int]:
+def recorded_rounds(order_RxL: IntRL, block: int, shrink: int = 1) -> tuple[IntRL, int]:
   """Returns each token's round (-1: it was never masked), and how many there can be.
 
   Rounds are those of a token's attention block, else (block 0) the row's steps. shrink:
@@ -432,12 +430,7 @@ def recorded_rounds(
 
 
 def draw_rounds(
-  key: AnyKey,
-  row_R: IntR,
-  round_RxL: IntRL,
-  counted_RxL: BoolRL,
-  most: int,
-  draws: int,
+  key: AnyKey, row_R: IntR, round_RxL: IntRL, counted_RxL: BoolRL, most: int, draws: int
 ) -> Masks:
   """Draws the states before `draws` (0: all) of the rounds, which read their tokens.
 

@@ -153,5 +153,5 @@ OBJECTIVE = Objective(
   draw,
   weigh,
   loss,
-  whole_text='it masks the prompt, which copies share, and later blocks, which none sees',
+  whole_text='it masks the prompt, which copies share, and later blocks, unseen',
 )

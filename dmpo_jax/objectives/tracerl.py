@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from dmpo_jax.objectives import shared
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.types import (
+  GIVEN,
   Array,
   BoolRL,
   IntR,
@@ -84,13 +85,13 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
 def sizes(scored: Scored, hp: Any) -> tuple[Array, Array, int, int]:
   """Returns trained tokens and rounds (B, G), the most rounds there can be, and L."""
   order, group = scored.record.order, scored.reward.shape[1]
-  length = order.shape[1]
-  completion = jnp.arange(length)[None] < scored.length.reshape(-1, 1)
+  own = order != GIVEN
+  completion = own & (jnp.cumsum(own, axis=1) <= scored.length.reshape(-1, 1))
   rounds, most = shared.recorded_rounds(order, scored.block, hp.shrink)
   counted = counted_of(order, completion, hp)
   last = jnp.max(jnp.where(counted, rounds, -1), axis=1)
   tokens = jnp.sum(counted, axis=1)
-  return to_groups(tokens, group), to_groups(last + 1, group), most, length
+  return *(to_groups(x, group) for x in (tokens, last + 1)), most, order.shape[1]
 
 
 def weigh(scored: Scored, hp: Config) -> tuple:
