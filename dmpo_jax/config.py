@@ -431,7 +431,7 @@ def compares_old(wants: Wants) -> bool:
   log p_old is computed without dropout, so the adapters then need dropout 0. An ELBO
   that only `reweigh` reads comes from a pass without dropout itself.
   """
-  views = 'old' in wants.views or wants.records is not None
+  views = 'old' in wants.views or (wants.records is not None and wants.recorded)
   return views or ('old' in wants.elbo and not wants.reweigh)
 
 

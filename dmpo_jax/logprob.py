@@ -45,6 +45,7 @@ class LogprobConfig(rules.Section):
     'draws': rules.least(1),
     'states': rules.least(0),
   }
+  WHOLE_TEXT = masking.WHOLE_TEXT
 
   estimator: str = 'elbo'  # elbo | trajectory (along the recorded unmasking steps)
   # Masks of the ELBO: paper (Bernoulli, L/m; in attention blocks 1..W of each) |
@@ -63,12 +64,14 @@ class LogprobConfig(rules.Section):
       ('states', self.estimator == 'trajectory', 'logprob.estimator = trajectory'),
       ('tail fuse', self.estimator == 'elbo', 'logprob.estimator = elbo'),
       ('low high antithetic', self.elbo == 'paper', 'logprob.elbo = paper'),
+      ('draws', self.elbo != 'order', 'logprob.elbo = paper or stratified'),
     )
 
   def problems(self) -> list[str]:
     """Returns a sentence for each impossible setting."""
     bad = super().problems()
-    if self.draws % 2 and (self.antithetic or self.elbo == 'stratified'):
+    pairs = {'paper': self.antithetic, 'stratified': True}.get(self.elbo, False)
+    if self.draws % 2 and pairs:
       bad.append(
         f'logprob.draws = {self.draws} must be even with logprob.antithetic=True or '
         'logprob.elbo=stratified: their masks come in pairs'

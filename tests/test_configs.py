@@ -462,6 +462,16 @@ USELESS = [
   ({}, 'reference.mix', 'reference.of'),
   ({}, 'lora.alpha', 'lora.rank'),
   ({}, 'lora.targets', 'lora.rank'),
+  *(
+    ({'model.attention_block': 4}, field, 'sees the whole text')
+    for field in (
+      'objective.low',
+      'objective.antithetic',
+      'logprob.high',
+      'logprob.antithetic',
+    )
+  ),
+  ({'objective.masks': 'rounds'}, 'objective.low', 'objective.masks'),
   ({}, 'data.overlong', 'data.prompt_length'),
   ({'data.attend_padding': True}, 'data.bucket', 'data.attend_padding'),
   ({'data.template': __file__, 'sft.steps': 0}, 'data.style', 'data.template'),
@@ -492,6 +502,20 @@ def test_a_field_without_effect_is_refused_on_the_command_line(fields, useless, 
   with pytest.raises(ValueError, match=f'{useless} = .*needs .*{needs}'):
     check.effects(c, {useless})
   assert not check.effects(c, {'seed'}).count('\n')
+
+
+def test_a_rule_of_fields_without_effect_refuses_nothing():
+  """Masks of attention blocks come in no pairs, so a number of copies may be odd."""
+  c = file_of('quickstart_block').get_config()
+  fields = {'logprob.estimator': 'elbo', 'logprob.draws': 3, 'objective.draws': 4}
+  config.update(c, {**fields, 'objective.loss': 'ddo', 'objective.spread': False})
+  check.config(c, 1)
+  config.update(c, {'objective.loss': 'wdce', 'objective.draws': 3})
+  check.config(c, 1)
+  assert not check.effects(c, {'objective.draws', 'objective.loss'})
+  c.model.attention_block = 0
+  with pytest.raises(ValueError, match='objective.draws = 3 must be even'):
+    check.config(c, 1)
 
 
 @pytest.mark.parametrize('stem', [*TRAINS, 'base'])
