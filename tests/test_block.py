@@ -95,11 +95,20 @@ def test_padding_and_neighbours_change_no_log_prob(case):
   np.testing.assert_allclose(alone[0], want[1], atol=1e-5)
 
 
+ORDER = dict(rank='token', order_logp=True)
 LAWS = {
   'best': dict(pick='confidence', rank='max', steps=L),
   'two a step': dict(pick='confidence', rank='max', steps=L // 2),
   'threshold': dict(pick='threshold', rank='max', threshold=0.3),
   'random': dict(pick='random', block=2),
+  # Ranked by the sampled token, with the log-prob of the order.
+  'SDAR static': dict(pick='confidence', steps=L // 2, **ORDER),
+  'SDAR dynamic': dict(
+    pick='dynamic', threshold=0.12, temperature=0.8, rank_law='sampling', **ORDER
+  ),
+  'leftmost': dict(
+    pick='threshold', threshold=0.12, fallback='leftmost', block=2, **ORDER
+  ),
 }
 
 
@@ -127,7 +136,9 @@ def test_the_trajectory_is_one_packed_pass(case, law, shift):
   np.testing.assert_allclose(cached.logp, none.logp, atol=3e-5)
   hp = settings(**LAWS[law])
   new, old = logprob.trajectory_logp(cfg, params, none, hp.law())
-  np.testing.assert_allclose(old, np.sum(none.logp, 1), rtol=1e-6)
+  placed = np.sum(none.more['order_logp'], 1) if hp.order_logp else 0
+  assert not hp.order_logp or (placed < -1e-3).all()
+  np.testing.assert_allclose(old, np.sum(none.logp, 1) + placed, rtol=1e-6)
   np.testing.assert_allclose(new, old, atol=1e-4)
   steps = range(int(none.order.max()) + 1)
   each = [

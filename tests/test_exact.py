@@ -37,6 +37,12 @@ STATE = {
 NOISE = {
   'random order': dict(pick='random_order'),
   'drawn positions': dict(steps=3, rank_temperature=0.5),
+  # By the sampled tokens, with the log-prob of the order.
+  'the rule of LLaDA, its order': dict(steps=3, rank='token', order_logp=True),
+  'dynamic': dict(
+    pick='dynamic', threshold=0.5, rank='token', order_logp=True, rank_law='sampling',
+    length=4, block=4, steps=2,
+  ),
 }
 TOKENS = {'the rule of LLaDA': dict(steps=3, rank='token')}
 CASES = STATE | NOISE | TOKENS
@@ -78,7 +84,9 @@ def rollouts(model, policies):
     def call(old, ref):
       prompts = jnp.asarray([PROMPT] * ROWS)
       out = sampler.generate(model, old, prompts, rng.key_for(0, 'sample'), hp)
-      along = functools.partial(logprob.trajectory_logp, model, ref, out, hp.law())
+      along = functools.partial(
+        logprob.trajectory_logp, model, ref, out, hp.law(), policy=old
+      )
       u_R = rng.per_row(rng.key_for(0, 'score'), jnp.arange(ROWS), jax.random.uniform)
       some = along(1, u_R)
       return out, *along(), some

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from dmpo_jax.sampler.config import SampleConfig, Sampler
-from dmpo_jax.types import Array, BoolRW, FloatR, FloatRW, FloatRWV, IntR, IntRW
+from dmpo_jax.types import Array, BoolR, BoolRW, FloatR, FloatRW, FloatRWV, IntR, IntRW
 
 FloatAny = Float[Array, '*rows']
 FloatAnyW = Float[Array, '*rows W']
@@ -31,6 +31,7 @@ class Look(NamedTuple):
   quota: IntR  # tokens that the schedule plans for this step
   share: FloatR  # the same, as a share of the masked positions
   noise: FloatRW  # uniform on (0, 1)
+  alone: BoolR | None = None  # rows that take their window's first token alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,12 +240,16 @@ def pick_entropy(look: Look, hp: SampleConfig) -> BoolRW:
 
 
 PICKS: dict[str, Pick] = {
-  'confidence': Pick(pick_confidence, scheduled=True, scored=True, judged=True),
+  'confidence': Pick(
+    pick_confidence, scheduled=True, scored=True, judged=True, reads=('order_logp',)
+  ),
   'random': Pick(pick_random, scheduled=True, drawn=True),
   'random_order': Pick(pick_random_order, drawn=True),
-  'threshold': Pick(pick_threshold, judged=True, reads=('threshold', 'fallback')),
+  'threshold': Pick(pick_threshold, judged=True, reads=('threshold', 'fallback', 'order_logp')),
   'factor': Pick(pick_factor, judged=True, reads=('factor',)),
-  'dynamic': Pick(pick_dynamic, scheduled=True, judged=True, reads=('threshold',)),
+  'dynamic': Pick(
+    pick_dynamic, scheduled=True, judged=True, reads=('threshold', 'order_logp')
+  ),
   'sequential': Pick(pick_sequential, scheduled=True),
   'margin': Pick(pick_margin, scheduled=True, scored=True),
   'entropy': Pick(pick_entropy, reads=('entropy_bound', 'rank_law')),
