@@ -295,23 +295,44 @@ def test_masks_do_not_depend_on_the_batch():
     np.testing.assert_array_equal(many.masked[3:4], one.masked)
 
 
-def test_a_sampled_law_sums_to_one(weights):
-  """The recorded log-probs of all strings of a law by state are normalised."""
+@pytest.mark.parametrize(
+  'fields',
+  [
+    dict(pick='confidence', rank='max'),
+    dict(pick='confidence', **ORDER),
+    dict(pick='dynamic', threshold=0.45, temperature=0.8, **ORDER),
+  ],
+  ids=['max', 'static', 'dynamic'],
+)
+def test_a_sampled_law_sums_to_one(fields, weights):
+  """Over all strings and orders; so does the reference's, and its weights give p*."""
   cfg = family(
     vocab=4, mask_id=3, eos_id=-1, pad_id=0, block_causal=2, width=8, heads=1, mlp=8
   )
   hp = sampler.SampleConfig(
-    length=4, block=2, steps=4, temperature=1.0, pick='confidence', rank='max',
-    cache='block',
-  )  # fmt: skip
-  params = weights(cfg)
-  out = sampler.generate(
-    cfg, params, jnp.zeros((8192, 2), jnp.int32), jax.random.key(0), hp
+    **dict(length=4, block=2, steps=4, temperature=1.0, cache='block') | fields
   )
-  texts, first = np.unique(np.asarray(out.tokens[:, 2:]), axis=0, return_index=True)
-  logp = np.asarray(out.logp, np.float64).sum(1)
-  mass = np.exp(logp[first]).sum()
-  assert len(texts) > 40 and 0.98 < mass < 1 + 1e-4
+  params, rows = weights(cfg), 16384
+  ref = jax.tree.map(lambda x: x + 0.03 * jnp.cos(jnp.arange(x.size).reshape(x.shape)),
+                     params)  # fmt: skip
+  prompt = jnp.zeros((rows, 2), jnp.int32)
+  out = sampler.generate(cfg, params, prompt, jax.random.key(0), hp)
+  new, old = (
+    np.asarray(x, np.float64)
+    for x in logprob.trajectory_logp(cfg, ref, out, hp.law(), policy=params)
+  )
+  paths = np.concatenate([out.tokens[:, 2:], out.order], 1)
+  _, first = np.unique(paths, axis=0, return_index=True)
+  assert len(first) > 40 and np.std(new - old) > 0.05
+  for logp in (old, new):
+    assert 0.98 < np.exp(logp[first]).sum() < 1 + 1e-4
+  # Self-normalised weights against p_ref exp(r / alpha) / Z over the strings.
+  ids = paths[:, :4] @ 3 ** np.arange(4)
+  tilt = 2.0 * (paths[:, 0] == paths[:, 3])
+  count = lambda weight, at: np.bincount(ids[at], weight[at], 81) / weight[at].sum()
+  goal = count(np.exp(new + tilt), first)
+  distance = lambda logw: 0.5 * np.abs(count(np.exp(logw), slice(None)) - goal).sum()
+  assert distance(new - old + tilt) < 0.05
 
 
 # --- where a text ends

@@ -17,6 +17,7 @@ from dmpo_jax.types import Array, BoolRKL, BoolRW, FloatRL, FloatRW
 # Surer proposals count as equally sure, so the lower position goes first: which one is
 # surer is decided by rounding, which no second forward repeats.
 SURE = 0.999
+TIE = 1e-5  # confidences that differ by less, as a share, are equal up to rounding
 LEAST = -80.0  # nats; a log-prob of 0 chance would make a weight nan
 
 
@@ -38,9 +39,10 @@ def limits(
   sure = cut(jnp.minimum(confidence_RxL, SURE))[:, None]
   worst = jnp.min(jnp.where(now, sure, jnp.inf), axis=-1, keepdims=True)
   place = jnp.arange(size)[None, None, None]
-  last = jnp.max(jnp.where(now & (sure == worst), place, -1), -1, keepdims=True)
+  tied = now & (sure <= worst * (1 + TIE))
+  last = jnp.max(jnp.where(tied, place, -1), axis=-1, keepdims=True)
   # Ties go to the lower position.
-  limit = jnp.where(place > last, jnp.nextafter(worst, jnp.float32(2)), worst)
+  limit = worst * jnp.where(place > last, 1 + TIE, 1 - TIE)
   if how.pick != 'confidence':
     over = (worst >= how.threshold) | (how.fallback == 'leftmost')
     limit = jnp.where(over, how.threshold, limit)
