@@ -17,6 +17,7 @@ from dmpo_jax.model import ModelConfig
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.sampler import Law, orders
 from dmpo_jax.types import (
+  GIVEN,
   Array,
   BoolRKL,
   BoolRL,
@@ -291,7 +292,12 @@ def state_logp(
   shown = rollouts.order == step_R[:, None]
   state = layout.apply_masks(rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]
   start_R = jnp.argmax(shown, axis=1) // law.block * law.block
-  where = rollouts.valid, prompt + start_R, law.block, prompt, law.guidance
+  where = rollouts.valid, prompt + start_R, law.block
+  if cfg.block_causal:  # a prompt's end may stand on the canvas
+    prompt_R = prompt + jnp.sum(rollouts.order == GIVEN, axis=1)
+    where = *where, prompt_R, law.guidance
+  else:
+    where = *where, prompt, law.guidance
   look = lambda params: model.window_logits(cfg, params, state, *where)[0]
   logits = look(params)
   window = lambda x_RxL: model.windows(x_RxL, start_R, law.block)

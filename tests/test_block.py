@@ -382,7 +382,6 @@ def test_a_mask_token_at_the_end_of_a_prompt_is_text(case):
     (CFG, dict(cache='dual'), 'sampler.cache = dual.*blocks of 4.*set block'),
     (CFG, dict(block=6), 'sampler.block = 6.*blocks of 4'),
     (CFG, dict(length=10, block=2), 'sampler.length = 10.*blocks of 4'),
-    (CFG, dict(cache='block', guidance=1.0), 'sampler.guidance'),
     (family(block_causal=0), dict(cache='block'), 'cache = block.*whole text'),
   ],
 )  # fmt: skip

@@ -155,9 +155,4 @@ def block_problem(cfg: model.ModelConfig, hp: SampleConfig) -> str:
       f'sampler.cache = {hp.cache} is for models that see the whole text, and this one '
       f'attends in blocks of {size}: set block, which is exact, or none'
     )
-  if hp.cache == 'block' and hp.guidance:
-    return (
-      f'sampler.guidance = {hp.guidance} has no cache of blocks: set sampler.cache = '
-      'none, or guidance 0'
-    )
   return ''

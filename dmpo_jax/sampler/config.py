@@ -59,7 +59,7 @@ class SampleConfig(rules.Section):
     'threshold': rules.share,
     'cache': rules.one_of(*CACHES),
     'fallback': rules.one_of('best', 'leftmost'),
-    'schedule': rules.one_of('even', 'dream'),
+    'schedule': rules.one_of('even', 'nearest', 'dream'),
     'rank_law': rules.one_of('model', 'sampling'),
     'top_p': rules.positive_share,
     'verify': rules.share,
@@ -91,7 +91,7 @@ class SampleConfig(rules.Section):
   # pick threshold, where no confidence reaches it: best (the most confident
   # position) | leftmost (the first masked position).
   fallback: str = 'best'
-  schedule: str = 'even'  # tokens a step of scheduled picks: even | dream
+  schedule: str = 'even'  # tokens a step of scheduled picks: even | nearest | dream
   # Law that picks judge by: model (temperature 1) | sampling (as in Dream).
   rank_law: str = 'model'
   rank_temperature: float = 0.0  # scored picks: draws positions; 0 = takes the best
@@ -193,7 +193,7 @@ class SampleConfig(rules.Section):
         ('temperature', not self.temperature, '> 0: greedy tokens have no density'),
         ('rank_temperature', self.rank_temperature, '0: its draw has another log-prob'),
         ('cache', self.cache in ('prefix', 'dual'), 'none or block, which are exact'),
-        ('schedule', self.schedule != 'even', 'even: each step must keep a token'),
+        ('schedule', self.schedule == 'dream', 'one by which each step keeps a token'),
       ):
         if bad:
           value = getattr(self, field)

@@ -190,8 +190,15 @@ def forward(
 ) -> tuple[t.FloatRWV, model.Cache | None]:
   """Returns the logits of the windows from `start` on; see model.window_logits."""
   s, hp = setting, setting.hp
-  where = s.valid, start, hp.block, s.prompt, hp.guidance
+  where = s.valid, start, hp.block, prompt_of(s, loop), hp.guidance
   return model.window_logits(s.cfg, s.params, loop.tokens, *where, **cache)
+
+
+def prompt_of(setting: Setting, loop: Loop) -> int | t.IntR:
+  """Returns how many columns the prompt has, with those that stand on the canvas."""
+  if not setting.cfg.block_causal:
+    return setting.prompt
+  return setting.prompt + jnp.sum(loop.order == t.GIVEN, axis=1)
 
 
 def write(x_RxT: Array, start_R: t.IntR, where: t.BoolRW, new_RxW: Array) -> Array:
