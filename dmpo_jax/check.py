@@ -315,7 +315,8 @@ def trajectory(c: Any) -> list[str]:
   if settings(sampler.SampleConfig, s).order_from() == 'tokens':
     found.append(
       f'sampler.rank = token: the tokens of sampler.pick = {s.pick} decide the order, '
-      'a term that logprob.estimator = trajectory lacks; set sampler.rank = max'
+      'a term that logprob.estimator = trajectory lacks; set sampler.rank = max, or '
+      'sampler.order_logp = True, which records it'
     )
   return found
 

@@ -7,6 +7,7 @@ completion under rematerialisation.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from dmpo_jax import layout, masking, model, rules
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.sampler import Law
+from dmpo_jax.sampler import Law, orders
 from dmpo_jax.types import (
+  GIVEN,
   Array,
   BoolRKL,
   BoolRL,
@@ -23,6 +25,7 @@ from dmpo_jax.types import (
   Canvas,
   FloatR,
   FloatRKL,
+  FloatRL,
   IntR,
   IntRL,
   IntRS,
@@ -208,18 +211,20 @@ def chosen_logp(
   def of_chunk(hidden, targets):
     return read(model.head(cfg, params, hidden), targets)
 
-  length, chunk = targets_NxL.shape[1], cfg.head_chunk
+  return in_chunks(cfg, of_chunk, hidden_NxLxD, targets_NxL)
+
+
+def in_chunks(cfg: ModelConfig, fn: Callable, *arrays: Array) -> Any:
+  """Applies fn to chunks of cfg.head_chunk along the second axis."""
+  length, chunk = arrays[0].shape[1], cfg.head_chunk
   if not chunk or chunk >= length:
-    return of_chunk(hidden_NxLxD, targets_NxL)
+    return fn(*arrays)
   if length % chunk:
     raise ValueError(
       f'model.head_chunk = {chunk} must divide the completion length {length}'
     )
-  chunks = [
-    jnp.stack(jnp.split(x, length // chunk, axis=1))
-    for x in (hidden_NxLxD, targets_NxL)
-  ]
-  numbers = jax.lax.map(lambda chunk: of_chunk(*chunk), tuple(chunks))
+  chunks = [jnp.stack(jnp.split(x, length // chunk, axis=1)) for x in arrays]
+  numbers = jax.lax.map(lambda chunk: fn(*chunk), tuple(chunks))
   return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), numbers)
 
 
@@ -270,13 +275,18 @@ def elbo(
 
 
 def state_logp(
-  cfg: ModelConfig, params: Params, rollouts: Rollouts, step_R: IntR, law: Law
+  cfg: ModelConfig,
+  params: Params,
+  rollouts: Rollouts,
+  step_R: IntR,
+  law: Law,
+  policy: Params | None = None,
 ) -> Array:
   """Returns log-probs of the tokens unmasked at each row's step `step_R`.
 
   (2, R) float32, nats: under `params`, and as the sampler recorded them. The state has
   every token masked that was unmasked at that step or later. Only the block of the
-  unmasked tokens goes through the head.
+  unmasked tokens goes through the head. policy: see `trajectory_logp`.
   """
   length = rollouts.order.shape[1]
   prompt = rollouts.tokens.shape[1] - length
@@ -285,23 +295,56 @@ def state_logp(
   shown = rollouts.order == step_R[:, None]
   state = layout.apply_masks(rollouts.tokens, hidden_yet[:, None], cfg.mask_id)[:, 0]
   start_R = jnp.argmax(shown, axis=1) // law.block * law.block
-  logits, _ = model.window_logits(
-    cfg,
-    params,
-    state,
-    rollouts.valid,
-    prompt + start_R,
-    law.block,
-    prompt,
-    law.guidance,
-  )
-
+  where = rollouts.valid, prompt + start_R, law.block
+  if cfg.block_causal:  # a prompt's end may stand on the canvas
+    prompt_R = prompt + jnp.sum(rollouts.order == GIVEN, axis=1)
+    where = *where, prompt_R, law.guidance
+  else:
+    where = *where, prompt, law.guidance
+  look = lambda params: model.window_logits(cfg, params, state, *where)[0]
+  logits = look(params)
   window = lambda x_RxL: model.windows(x_RxL, start_R, law.block)
   logp = model.logp_of(
     model.sampling_logits(logits, law.temperature), window(rollouts.tokens[:, prompt:])
   )
   now = jnp.sum(jnp.where(window(shown), logp, 0.0), axis=1)
-  return jnp.stack([now, jnp.sum(rollouts.logp * shown, axis=1)])
+  if law.order_logp:
+    limit = limits(cfg, rollouts, shown[:, None], hidden_yet[:, None], law)[:, 0]
+    judged = logits if policy is None else look(policy)
+    now += jnp.sum(passed_over(law, logits, judged, window(limit)), axis=1)
+  return jnp.stack([now, jnp.sum(recorded(rollouts, law) * shown, axis=1)])
+
+
+def recorded(rollouts: Rollouts, law: Law) -> FloatRL:
+  """Returns the recorded log-probs; their sum is that of tokens and positions."""
+  if not law.order_logp:
+    return rollouts.logp
+  if not rollouts.more or 'order_logp' not in rollouts.more:
+    raise ValueError('these rollouts lack the record that sampler.order_logp makes')
+  return rollouts.logp + rollouts.more['order_logp']
+
+
+def limits(
+  cfg: ModelConfig, rollouts: Rollouts, now: BoolRKL, masked: BoolRKL, law: Law
+) -> Array:
+  """Returns orders.limits of recorded steps; now: the tokens that a copy's steps keep.
+
+  masked: all that a copy masks.
+  """
+  rest = masked & ~now
+  if cfg.block_causal and cfg.shift:  # the first token of a block came alone
+    cut = now.reshape(*now.shape[:2], -1, law.block)
+    begins = jnp.arange(cut.shape[2]) * law.block % cfg.block_causal == 0
+    alone = cut[..., 0] & begins[None, None]
+    rest &= ~jnp.repeat(alone, law.block, axis=-1)
+  return orders.limits(rollouts.confidence, now, rest, law)
+
+
+def passed_over(law: Law, logits: Array, judged: Array, limit: Array) -> Array:
+  """Returns orders.below under a policy's logits; judged: of the policy that sampled."""
+  if law.rank_law == 'sampling':
+    judged = model.sampling_logits(judged, law.temperature)
+  return orders.below(model.sampling_logits(logits, law.temperature), judged, limit)
 
 
 def rounds_of(order_RxL: IntRL, block: int) -> IntRL:
@@ -326,12 +369,19 @@ def packed_trajectory(
   law: Law,
   states: int = 0,
   u_R: FloatR | None = None,
+  policy: Params | None = None,
 ) -> tuple[FloatR, FloatR]:
   """Computes `trajectory_logp` of a block-causal model in one packed pass.
 
   Copy j holds the states of the j-th rounds of all blocks, W copies at most. states =
-  n > 0 visits n of them, one from each of n even strata.
+  n > 0 visits n of them, one from each of n even strata. With law.order_logp the policy
+  that sampled has a pass of its own, if it is another. ValueError with guidance.
   """
+  if law.guidance:
+    raise ValueError(
+      f'sampler.guidance = {law.guidance} has no log-prob along the trajectory of a '
+      'block-causal model: set 0, or logprob.estimator = elbo'
+    )
   block, scale = cfg.block_causal, 1.0
   rounds_RxL = rounds_of(rollouts.order, block)
   copies = jnp.broadcast_to(jnp.arange(block), (len(rounds_RxL), block))
@@ -341,10 +391,28 @@ def packed_trajectory(
   rounds_RxKxL, copies = rounds_RxL[:, None], copies[:, :, None]
   masks = Masks(rounds_RxKxL >= copies, jnp.ones(copies.shape))
   now = rounds_RxKxL == copies
-  read = reader(cfg, law)
-  found = view_logp(cfg, params, rollouts.tokens, masks, rollouts.valid, read=read)
-  add = lambda logp: scale * jnp.sum(jnp.where(now, logp, 0.0), axis=(1, 2))
-  return add(found.logp), add(rollouts.logp[:, None])
+
+  def look(params):
+    args = cfg, params, rollouts.tokens, masks, rollouts.valid, None
+    return layout.layout_of(cfg)(*args)
+
+  h, targets = look(params)
+  logp = chosen_logp(cfg, params, h, targets, reader(cfg, law))['logp']
+  logp = jnp.where(now, logp.reshape(now.shape), 0.0)
+  if law.order_logp:
+    theirs, whose = (h, params) if policy is None else (look(policy).hidden, policy)
+    limit = limits(cfg, rollouts, now, masks.masked, law).reshape(targets.shape)
+
+    def of_chunk(mine, theirs, limit):
+      logits, judged = (
+        model.without_mask(cfg, model.head(cfg, params, h))
+        for params, h in ((params, mine), (whose, theirs))
+      )
+      return passed_over(law, logits, judged, limit)
+
+    logp += in_chunks(cfg, of_chunk, h, theirs, limit).reshape(now.shape)
+  old = jnp.where(now, recorded(rollouts, law)[:, None], 0.0)
+  return tuple(scale * jnp.sum(x, axis=(1, 2)) for x in (logp, old))
 
 
 def trajectory_logp(
@@ -354,6 +422,7 @@ def trajectory_logp(
   law: Law,
   states: int = 0,
   u_R: FloatR | None = None,
+  policy: Params | None = None,
 ) -> tuple[FloatR, FloatR]:
   """Returns log-probs along the recorded steps: under `params`, and as recorded; nats.
 
@@ -363,15 +432,20 @@ def trajectory_logp(
   visits n of a row's S steps, one from each of n even strata, weighted S/n: unbiased
   for both log-probs and for their difference. u_R: U(0, 1), the rows' places within
   the strata.
+
+  With law.order_logp the log-probs are of tokens and positions. `params` proposes, and
+  `policy`, which sampled, ranks the proposals: both laws have the same support. Under
+  a rank of its own a reference could not take a step that its tokens fail by a hair.
+  policy: None is `params`.
   """
   if cfg.block_causal:
-    return packed_trajectory(cfg, params, rollouts, law, states, u_R)
+    return packed_trajectory(cfg, params, rollouts, law, states, u_R, policy)
   count_R = jnp.max(rollouts.order, axis=1) + 1
   if not states:
 
     def add(step, total):
       step_R = jnp.full_like(count_R, step)
-      return total + state_logp(cfg, params, rollouts, step_R, law)
+      return total + state_logp(cfg, params, rollouts, step_R, law, policy)
 
     zero = jnp.zeros((2,) + count_R.shape, jnp.float32)
     return tuple(jax.lax.fori_loop(0, jnp.max(count_R), add, zero))
@@ -379,7 +453,7 @@ def trajectory_logp(
   def visit(j):
     step_R = jnp.floor((j + u_R) / states * count_R).astype(jnp.int32)
     step_R = jnp.minimum(step_R, count_R - 1)
-    return state_logp(cfg, params, rollouts, step_R, law)
+    return state_logp(cfg, params, rollouts, step_R, law, policy)
 
   pair = jax.lax.map(visit, jnp.arange(states, dtype=jnp.float32))
   return tuple(jnp.sum(pair, axis=0) * count_R[None] / states)

@@ -129,7 +129,7 @@ def sequence_scores(
     if not wanted:
       return Scores()
     refs, olds = zip(
-      *(along_trajectory(params, sampled, key, setup) for params in who.refs),
+      *(along_trajectory(params, who.old, sampled, key, setup) for params in who.refs),
       strict=True,
     )
     return Scores(logp_old=olds[0], logp_ref=product(refs, setup.weights))
@@ -153,7 +153,7 @@ def product(logps: Any, weights: tuple[float, ...]) -> FloatR:
 
 
 def along_trajectory(
-  params: Params, sampled: Sampled, key: AnyKey, setup: Setup
+  params: Params, policy: Params, sampled: Sampled, key: AnyKey, setup: Setup
 ) -> tuple[FloatR, FloatR]:
   """Returns log-probs along the recorded steps: under `params`, and as recorded."""
   states, law = setup.logprob.states, setup.law
@@ -162,7 +162,8 @@ def along_trajectory(
 
   def fn(part):
     u_R = rng.per_row(key, part.row, jax.random.uniform) if states else None
-    return logprob.trajectory_logp(setup.cfg, params, part.rollouts, law, states, u_R)
+    args = setup.cfg, params, part.rollouts, law, states, u_R
+    return logprob.trajectory_logp(*args, policy=policy)
 
   return over_rows(fn, sampled, setup)
 

@@ -18,7 +18,7 @@ from test_sampler import chi_square
 
 from dmpo_jax import logprob, rng, sampler
 from dmpo_jax.objectives import dmpo
-from dmpo_jax.sampler import SampleConfig
+from dmpo_jax.sampler import SampleConfig, orders
 
 ROWS, PROMPT = 8000, (1, 2)
 HOW = SampleConfig(length=3, block=3, steps=2, temperature=0.8, rank='max')
@@ -37,6 +37,12 @@ STATE = {
 NOISE = {
   'random order': dict(pick='random_order'),
   'drawn positions': dict(steps=3, rank_temperature=0.5),
+  # By the sampled tokens, with the log-prob of the order.
+  'the rule of LLaDA, its order': dict(steps=3, rank='token', order_logp=True),
+  'dynamic': dict(
+    pick='dynamic', threshold=0.5, rank='token', order_logp=True, rank_law='sampling',
+    length=4, block=4, steps=2,
+  ),
 }
 TOKENS = {'the rule of LLaDA': dict(steps=3, rank='token')}
 CASES = STATE | NOISE | TOKENS
@@ -78,7 +84,9 @@ def rollouts(model, policies):
     def call(old, ref):
       prompts = jnp.asarray([PROMPT] * ROWS)
       out = sampler.generate(model, old, prompts, rng.key_for(0, 'sample'), hp)
-      along = functools.partial(logprob.trajectory_logp, model, ref, out, hp.law())
+      along = functools.partial(
+        logprob.trajectory_logp, model, ref, out, hp.law(), policy=old
+      )
       u_R = rng.per_row(rng.key_for(0, 'score'), jnp.arange(ROWS), jax.random.uniform)
       some = along(1, u_R)
       return out, *along(), some
@@ -203,6 +211,62 @@ def test_some_states_are_unbiased(name, rollouts):
   assert (np.abs(mean[often]) < within).all()
 
 
+RULES = {
+  'static': dict(pick='confidence', steps=2),
+  'one': dict(pick='confidence', steps=4),
+  'dynamic': dict(pick='dynamic', steps=2, threshold=0.4),
+  'never': dict(pick='dynamic', steps=4, threshold=1.0),
+  'best': dict(pick='threshold', threshold=0.5),
+  'leftmost': dict(pick='threshold', threshold=0.5, fallback='leftmost'),
+}
+
+
+@pytest.mark.parametrize('name', RULES)
+@pytest.mark.parametrize('rank_law', ['model', 'sampling'])
+def test_the_order_has_the_chance_of_its_proposals(name, rank_law):
+  """Against the sum over all 81 proposals of four positions; ties among them.
+
+  Under the policy, and under a reference whose proposals the policy ranks.
+  """
+  hp = SampleConfig(
+    **dict(length=4, block=4, steps=4, temperature=0.7, rank='token') | RULES[name],
+    order_logp=True, rank_law=rank_law,
+  )  # fmt: skip
+  draw = np.random.default_rng(3)
+  logits, ref = draw.normal(size=(2, 4, 3)) * 1.5
+  logits[2] = logits[0]  # equal confidences
+  logits[3] = [0, 9, 0]  # and one that counts as sure
+  if name != 'one':
+    logits[1] = [9.5, 0, 0]
+  masked = np.array([True, True, name != 'one', True])
+  q, q_ref = (np.exp(x / 0.7) / np.exp(x / 0.7).sum(-1, keepdims=True)
+              for x in (logits, ref))  # fmt: skip
+  judged = q if rank_law == 'sampling' else np.exp(logits) / np.exp(logits).sum(
+    -1, keepdims=True
+  )
+  x = np.array(list(itertools.product(range(3), repeat=4)))
+  at = np.arange(4)
+  wide = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), (81, *x.shape))
+  mask = jnp.broadcast_to(jnp.asarray(masked), (81, 4))
+  quota, share = sampler.picks.schedule(hp, mask, jnp.zeros(81, jnp.int32))
+  sure = jnp.minimum(jnp.asarray(judged[at, x], jnp.float32), orders.SURE)
+  look = sampler.picks.Look(wide(judged), sure, mask, quota, share, sure)
+  take = sampler.picks.PICKS[hp.pick].rule(look, hp)
+  placed = np.sum(np.where(take, orders.record(look, take, hp), 0), 1)
+  limit = orders.limits(sure, take[:, None], (mask & ~take)[:, None], hp)[:, 0]
+  law = wide(logits if rank_law == 'model' else np.log(q))
+  other = np.sum(orders.below(wide(np.log(q_ref)), law, limit), 1)
+  take = np.asarray(take)
+  assert take.any(1).all() and not (take & ~masked).any()
+  seen = np.where(take, x, -1)
+  for law, found in ((q, placed), (q_ref, other)):
+    chance = law[at, x]
+    joint = np.where(masked, chance, 1 / 3).prod(1)  # what is not masked is no proposal
+    total = np.array([joint[(seen == row).all(1)].sum() for row in seen])
+    kept = np.where(take, np.log(chance), 0).sum(1)
+    np.testing.assert_allclose(kept + found, np.log(total), atol=2e-5)
+
+
 @pytest.mark.smoke
 def test_what_decides_the_order():
   """Alone in its block, or kept whole, a proposal decides nothing."""
@@ -219,6 +283,7 @@ def test_what_decides_the_order():
   assert of(rank='token', steps=1) == 'state'
   assert of(rank='token', steps=1, pick='factor') == 'tokens'
   assert of(rank='token', rank_temperature=0.1) == 'tokens'
+  assert of(rank='token', steps=3, order_logp=True) == 'noise'
   luce = dict(pick='plackett_luce', rank_temperature=0.5)
   assert of(**luce) == 'noise' and of(**luce, rank='token') == 'tokens'
   for pick in ('margin', 'lowest_entropy', 'entropy'):

@@ -29,6 +29,7 @@ from dmpo_jax.model.forward import (
   beside_cache,
   count_params,
   full_logits,
+  guided,
   head,
   hidden,
   init,
@@ -36,6 +37,7 @@ from dmpo_jax.model.forward import (
   states,
   unshift,
   window_logits,
+  with_blind_rows,
   windows,
 )
 from dmpo_jax.model.law import is_stop, logp_of, sampling_logits, without_mask

@@ -95,7 +95,7 @@ def window_logits(
   valid_RxS: t.BoolRS,
   start: int | t.IntScalar | t.IntR,
   width: int,
-  prompt: int = 0,
+  prompt: int | t.IntR = 0,
   guidance: float = 0.0,
   keep: bool = False,
   cache: Cache | None = None,
@@ -122,9 +122,15 @@ def window_logits(
     h = h[:, :width]
   logits = head(cfg, params, h)
   if guidance:
-    cond, blind = jnp.moveaxis(logits.reshape(-1, 2, *logits.shape[1:]), 1, 0)
-    logits = blind + (guidance + 1) * (cond - blind)
+    logits = guided(logits, guidance)
   return without_mask(cfg, logits), cache
+
+
+def guided(logits_RxWxV: t.Array, guidance: float) -> t.Array:
+  """Returns (R, W, V) of rows and their blind copies, (2R, W, V)."""
+  shape = (-1, 2, *logits_RxWxV.shape[1:])
+  cond, blind = jnp.moveaxis(logits_RxWxV.reshape(shape), 1, 0)
+  return blind + (guidance + 1) * (cond - blind)
 
 
 def beside_cache(
@@ -158,13 +164,13 @@ def beside_cache(
 
 
 def with_blind_rows(
-  cfg: ModelConfig, tokens_RxS: t.IntRS, valid_RxS: t.BoolRS, prompt: int
+  cfg: ModelConfig, tokens_RxS: t.IntRS, valid_RxS: t.BoolRS, prompt: int | t.IntR
 ) -> tuple[t.Array, t.Array]:
   """Puts behind each row a copy whose prompt is masked, (2R, S) each.
 
-  A row and its copy are neighbours, so both are on the same device.
+  prompt: its columns, the same in all rows or one number a row. A row and its copy are neighbours, so both are on the same device.
   """
-  blank = jnp.arange(tokens_RxS.shape[1])[None] < prompt
+  blank = jnp.arange(tokens_RxS.shape[1])[None] < jnp.reshape(prompt, (-1, 1))
   blind = jnp.where(blank, cfg.mask_id, tokens_RxS)
   tokens = jnp.stack([tokens_RxS, blind], 1).reshape(-1, tokens_RxS.shape[1])
   return tokens, jnp.repeat(valid_RxS, 2, axis=0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from dmpo_jax import model, rng
-from dmpo_jax.sampler import blocks, picks, records, unmask, wino
+from dmpo_jax.sampler import blocks, orders, picks, records, unmask, wino
 from dmpo_jax.sampler.config import CACHES, SAMPLERS, Law, SampleConfig, Sampler
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
@@ -37,6 +37,7 @@ NAMES = tuple(SAMPLERS)  # the values of sampler.pick
 RECORDS = {
   'entropy': Recorder(jnp.float32, records.entropy),
   'fallback': Recorder(jnp.bool_, records.fallback),
+  'order_logp': Recorder(jnp.float32, orders.record),
   'place': Recorder(jnp.float32, records.place),
 }
 
@@ -88,6 +89,7 @@ def sample(
   canvas, valid, given = lay_out(cfg, prompts_RxP, valid_RxP, hp.length)
   prompt = canvas.shape[1] - hp.length
   order = jnp.where(given, GIVEN, 0)
+  records = [*records, 'order_logp'] if hp.order_logp else records
   zeros_R, zeros = jnp.zeros_like(order[:, 0]), jnp.zeros(order.shape)
   loop = unmask.Loop(
     tokens=canvas,
@@ -152,10 +154,5 @@ def block_problem(cfg: model.ModelConfig, hp: SampleConfig) -> str:
     return (
       f'sampler.cache = {hp.cache} is for models that see the whole text, and this one '
       f'attends in blocks of {size}: set block, which is exact, or none'
-    )
-  if hp.cache == 'block' and hp.guidance:
-    return (
-      f'sampler.guidance = {hp.guidance} has no cache of blocks: set sampler.cache = '
-      'none, or guidance 0'
     )
   return ''

@@ -27,7 +27,7 @@ class State(NamedTuple):
 
 def by_block(setting: Setting, loop: Loop) -> Loop:
   """Reveals block by block with the exact cache, until no mask is left."""
-  tokens, valid = (x[:, : setting.prompt] for x in (loop.tokens, setting.valid))
+  tokens, valid = (x[:, : setting.prompt] for x in texts(setting, loop))
   mask = model.Packed(valid, 0, 0, setting.cfg.block_causal)
   inputs = model.Inputs(tokens, model.positions_of(valid), mask)
   _, cache = model.states(setting.cfg, setting.params, inputs, keep=True)
@@ -39,7 +39,7 @@ def by_block(setting: Setting, loop: Loop) -> Loop:
   state = State(
     loop._replace(forwards=loop.forwards + 1),
     cache,
-    jnp.full((len(tokens),), done, jnp.int32),
+    jnp.full((len(loop.tokens),), done, jnp.int32),
   )
   more = lambda state: unmask.masks_remain(setting, state.loop)
   return jax.lax.while_loop(more, partial(step, setting), state).loop
@@ -53,11 +53,26 @@ def step(setting: Setting, state: State) -> State:
   run = partial(window, setting, state, start_R)
   behind = jnp.any(live_R & (state.done < start_R))
   h, cache = jax.lax.cond(behind, partial(run, 2 * size), partial(run, size))
-  h = model.windows(h, at_R - start_R, setting.hp.block)
+  guidance = setting.hp.guidance
+  h = model.windows(h, each(setting, at_R - start_R), setting.hp.block)
   logits = model.head(setting.cfg, setting.params, h)
+  logits = model.guided(logits, guidance) if guidance else logits
   logits = model.without_mask(setting.cfg, logits)
   loop = unmask.reveal(setting, state.loop, logits, at_R, live_R)
   return State(loop, cache, jnp.where(behind, start_R, state.done))
+
+
+def texts(setting: Setting, loop: Loop) -> tuple[t.Array, t.Array]:
+  """Returns tokens and valid; with guidance a blind copy stands behind each row."""
+  both = loop.tokens, setting.valid
+  if not setting.hp.guidance:
+    return both
+  return model.with_blind_rows(setting.cfg, *both, unmask.prompt_of(setting, loop))
+
+
+def each(setting: Setting, x_R: t.IntR) -> t.Array:
+  """Returns a number of every row of `texts`."""
+  return jnp.repeat(x_R, 2) if setting.hp.guidance else x_R
 
 
 def window(
@@ -65,11 +80,12 @@ def window(
 ) -> tuple[t.Array, model.Cache]:
   """Computes the attention blocks at `start`, with width = 2 W also those before.
 
-  Returns the states that predict the blocks' tokens, (R, W, D), and the cache.
+  Returns the states that predict the blocks' tokens, (R, W, D) or with guidance
+  (2R, W, D), and the cache.
   """
   cfg, size = setting.cfg, setting.cfg.block_causal
-  first_R = start_R + size - width
-  args = state.loop.tokens, setting.valid, first_R, width, state.cache
+  first_R = each(setting, start_R + size - width)
+  args = *texts(setting, state.loop), first_R, width, state.cache
   h, new = model.beside_cache(cfg, setting.params, *args)
   if cfg.shift:
     h = model.unshift(h, jnp.ones(h.shape[:2], bool))

@@ -17,6 +17,12 @@ class Law(NamedTuple):
   guidance: float
   rank_temperature: float
   eos_stop: bool = False
+  # The rule, where sampled tokens decide the order: see order_logp of SampleConfig.
+  order_logp: bool = False
+  pick: str = ''
+  threshold: float = 0.0
+  fallback: str = ''
+  rank_law: str = ''
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ class SampleConfig(rules.Section):
     'threshold': rules.share,
     'cache': rules.one_of(*CACHES),
     'fallback': rules.one_of('best', 'leftmost'),
-    'schedule': rules.one_of('even', 'dream'),
+    'schedule': rules.one_of('even', 'nearest', 'dream'),
     'rank_law': rules.one_of('model', 'sampling'),
     'top_p': rules.positive_share,
     'verify': rules.share,
@@ -71,6 +77,9 @@ class SampleConfig(rules.Section):
   factor: float = 1.0  # pick factor: larger reveals more tokens a step
   entropy_bound: float = 0.1  # pick entropy: nats of a step, less the largest
   guidance: float = 0.0  # scale of classifier-free guidance; 0 = off
+  # rank = token: record the log-prob of each step's positions, so that a trajectory has
+  # an exact one. Confidences above 0.999 then count as equal.
+  order_logp: bool = False
   # Keys and values that the steps of a block reuse: none | prefix (of what is
   # before the block) | dual (of all but the block) | block (block-causal models: of
   # the finished blocks, exact).
@@ -82,7 +91,7 @@ class SampleConfig(rules.Section):
   # pick threshold, where no confidence reaches it: best (the most confident
   # position) | leftmost (the first masked position).
   fallback: str = 'best'
-  schedule: str = 'even'  # tokens a step of scheduled picks: even | dream
+  schedule: str = 'even'  # tokens a step of scheduled picks: even | nearest | dream
   # Law that picks judge by: model (temperature 1) | sampling (as in Dream).
   rank_law: str = 'model'
   rank_temperature: float = 0.0  # scored picks: draws positions; 0 = takes the best
@@ -103,7 +112,8 @@ class SampleConfig(rules.Section):
     state: nothing else. A completion has one trajectory, and the sum of its
       recorded logp is its exact log-prob.
     noise: a separate draw. The recorded logp is exact given the order. Along a
-      trajectory the ratio of two policies is one of normalised laws.
+      trajectory the ratio of two policies is one of normalised laws. With order_logp
+      the tokens draw the order, and it has a log-prob that is recorded.
     tokens: the proposed tokens. The recorded logp lacks their term (LLaDA's
       rule).
     hindsight: the sampler takes tokens back, and does not record their states.
@@ -118,7 +128,7 @@ class SampleConfig(rules.Section):
     if self.block == 1 or one_step:  # a step keeps every proposal
       return 'state'
     if sampler.judged and self.rank == 'token' and self.temperature:
-      return 'tokens'
+      return 'noise' if self.order_logp else 'tokens'
     return 'noise' if sampler.drawn or self.rank_temperature else 'state'
 
   def problems(self) -> list[str]:
@@ -171,8 +181,23 @@ class SampleConfig(rules.Section):
   def _problems_of_pick(self) -> list[str]:
     """Refuses those settings without effect of which more was expected."""
     strict = 'cache', 'guidance', 'refresh', 'fallback', 'schedule', 'rank_temperature'
-    return [
+    found = [
       f'sampler.{field} = {value!r} needs {need}'
       for field, need in self.idle().items()
-      if field in strict and (value := getattr(self, field)) != self.default(field)
+      if field in (*strict, 'order_logp')
+      and (value := getattr(self, field)) != self.default(field)
     ]
+    if self.order_logp and not found:
+      for field, bad, need in (
+        ('rank', self.rank != 'token', 'token, whose proposals decide the order'),
+        ('temperature', not self.temperature, '> 0: greedy tokens have no density'),
+        ('rank_temperature', self.rank_temperature, '0: its draw has another log-prob'),
+        ('cache', self.cache in ('prefix', 'dual'), 'none or block, which are exact'),
+        ('schedule', self.schedule == 'dream', 'one by which each step keeps a token'),
+      ):
+        if bad:
+          value = getattr(self, field)
+          found.append(
+            f'sampler.{field} = {value!r}: sampler.order_logp = True needs {need}'
+          )
+    return found

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from dmpo_jax.sampler.config import SampleConfig, Sampler
-from dmpo_jax.types import Array, BoolRW, FloatR, FloatRW, FloatRWV, IntR, IntRW
+from dmpo_jax.types import Array, BoolR, BoolRW, FloatR, FloatRW, FloatRWV, IntR, IntRW
 
 FloatAny = Float[Array, '*rows']
 FloatAnyW = Float[Array, '*rows W']
@@ -31,6 +31,7 @@ class Look(NamedTuple):
   quota: IntR  # tokens that the schedule plans for this step
   share: FloatR  # the same, as a share of the masked positions
   noise: FloatRW  # uniform on (0, 1)
+  alone: BoolR | None = None  # rows that take their window's first token alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +47,24 @@ def schedule(
   """Returns (quota_R, share_R) of a row's step number `since_R` in its block.
 
   even: floor(W/n) tokens in each of a block's n steps, and one more in the
-  first W mod n (LLaDA generate.py:22-41). dream: floor(m (1 - s/t)) of m masks,
-  for times t from 1 to 1e-3; the last step takes all (Dream
+  first W mod n (LLaDA generate.py:22-41). nearest: the integer nearest to the masks
+  left per step left, and at least one (dllm's schedule). dream: floor(m (1 - s/t)) of
+  m masks, for times t from 1 to 1e-3; the last step takes all (Dream
   generation_utils.py).
   """
   steps = max(1, hp.steps // (hp.length // hp.block))
   at_R = jnp.minimum(since_R, steps - 1)
+  masks_R = jnp.sum(masked_RxW, axis=1).astype(jnp.float32)
   if hp.schedule == 'dream':
     times = np.linspace(1, 1e-3, steps + 1, dtype=np.float32)
     shares = np.append(1 - times[1:-1] / times[:-2], np.float32(1))
     share_R = jnp.asarray(shares)[at_R]
-    masks_R = jnp.sum(masked_RxW, axis=1).astype(jnp.float32)
     return jnp.floor(masks_R * share_R).astype(jnp.int32), share_R
   quota_R = hp.block // steps + (since_R < hp.block % steps)
-  return quota_R, 1 / (steps - at_R).astype(jnp.float32)
+  left_R = (steps - at_R).astype(jnp.float32)
+  if hp.schedule == 'nearest':
+    quota_R = jnp.maximum(jnp.round(masks_R / left_R), 1).astype(jnp.int32)
+  return quota_R, 1 / left_R
 
 
 def rank_of(score_RxW: FloatRW, masked_RxW: BoolRW) -> IntRW:
@@ -239,12 +244,16 @@ def pick_entropy(look: Look, hp: SampleConfig) -> BoolRW:
 
 
 PICKS: dict[str, Pick] = {
-  'confidence': Pick(pick_confidence, scheduled=True, scored=True, judged=True),
+  'confidence': Pick(
+    pick_confidence, scheduled=True, scored=True, judged=True, reads=('order_logp',)
+  ),
   'random': Pick(pick_random, scheduled=True, drawn=True),
   'random_order': Pick(pick_random_order, drawn=True),
-  'threshold': Pick(pick_threshold, judged=True, reads=('threshold', 'fallback')),
+  'threshold': Pick(pick_threshold, judged=True, reads=('threshold', 'fallback', 'order_logp')),
   'factor': Pick(pick_factor, judged=True, reads=('factor',)),
-  'dynamic': Pick(pick_dynamic, scheduled=True, judged=True, reads=('threshold',)),
+  'dynamic': Pick(
+    pick_dynamic, scheduled=True, judged=True, reads=('threshold', 'order_logp')
+  ),
   'sequential': Pick(pick_sequential, scheduled=True),
   'margin': Pick(pick_margin, scheduled=True, scored=True),
   'entropy': Pick(pick_entropy, reads=('entropy_bound', 'rank_law')),

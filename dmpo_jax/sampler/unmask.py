@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dmpo_jax import model
 from dmpo_jax import types as t
-from dmpo_jax.sampler import picks
+from dmpo_jax.sampler import orders, picks
 from dmpo_jax.sampler.config import SampleConfig
 from dmpo_jax.sampler.records import Recorder
 from dmpo_jax.types import Array
@@ -190,8 +190,15 @@ def forward(
 ) -> tuple[t.FloatRWV, model.Cache | None]:
   """Returns the logits of the windows from `start` on; see model.window_logits."""
   s, hp = setting, setting.hp
-  where = s.valid, start, hp.block, s.prompt, hp.guidance
+  where = s.valid, start, hp.block, prompt_of(s, loop), hp.guidance
   return model.window_logits(s.cfg, s.params, loop.tokens, *where, **cache)
+
+
+def prompt_of(setting: Setting, loop: Loop) -> int | t.IntR:
+  """Returns how many columns the prompt has, with those that stand on the canvas."""
+  if not setting.cfg.block_causal:
+    return setting.prompt
+  return setting.prompt + jnp.sum(loop.order == t.GIVEN, axis=1)
 
 
 def write(x_RxT: Array, start_R: t.IntR, where: t.BoolRW, new_RxW: Array) -> Array:
@@ -206,23 +213,27 @@ def reveal(
 ) -> Loop:
   """Proposes a token at every mask of the windows, and keeps what the rule picks."""
   proposal = propose(setting, loop, logits, start_R, live_R)
-  rule = picks.PICKS[setting.hp.pick].rule
-  take = rule(proposal.look, setting.hp)
-  if setting.cfg.block_causal and setting.cfg.shift:
-    take = first_alone(setting, proposal, take)
+  look = proposal.look
+  take = picks.PICKS[setting.hp.pick].rule(look, setting.hp)
+  if look.alone is not None:
+    first = jnp.arange(take.shape[1])[None] == 0
+    take = jnp.where(look.alone[:, None], first, take)
   take &= live_R[:, None]
   return record(setting, loop, proposal, take, jnp.zeros_like(take))
 
 
-def first_alone(setting: Setting, proposal: Proposal, take: t.BoolRW) -> t.BoolRW:
-  """Takes the first token of an attention block alone, as the next token of the text.
+def first_alone(
+  setting: Setting, start_R: t.IntR, masked_RxW: t.BoolRW
+) -> t.BoolR | None:
+  """Returns the rows whose next token begins an attention block; None: it may not.
 
-  A block-causal family that shifts predicts it from the block before (Fast-dLLM v2).
+  A block-causal family that shifts predicts that token from the block before, so it
+  is taken alone, as the next token of the text (Fast-dLLM v2).
   """
-  begins_R = (proposal.start - setting.prompt) % setting.cfg.block_causal == 0
-  begins_R &= proposal.look.masked[:, 0]
-  first = jnp.arange(take.shape[1])[None] == 0
-  return jnp.where(begins_R[:, None], first, take)
+  cfg = setting.cfg
+  if not (cfg.block_causal and cfg.shift):
+    return None
+  return masked_RxW[:, 0] & ((start_R - setting.prompt) % cfg.block_causal == 0)
 
 
 def gumbel(key_R: t.KeyR, shape: tuple[int, ...]) -> Array:
@@ -253,10 +264,13 @@ def propose(
   if hp.rank == 'max':
     best = jnp.max(judged, axis=-1)
     confidence = jnp.exp(best - jax.nn.logsumexp(judged, axis=-1))
+  if hp.order_logp:
+    confidence = jnp.minimum(confidence, orders.SURE)
   noise = jax.vmap(lambda k: jax.random.uniform(k, (hp.block,)))(noise_key)
   quota, share = picks.schedule(hp, masked, loop.since)
   prob = jax.nn.softmax(judged, axis=-1)
-  look = picks.Look(prob, confidence, masked, quota, share, noise)
+  alone = first_alone(setting, start_R, masked)
+  look = picks.Look(prob, confidence, masked, quota, share, noise, alone)
   return Proposal(token, model.logp_of(law, token), own, look, start_R, live_R)
 
 
