@@ -589,7 +589,7 @@ def run_case(args):
     texts = data.decode(
       built.tokenizer,
       np.asarray(out.tokens[:, -c.sampler.length :]),
-      data.stop_ids(built.tokenizer),
+      model.stops(built.model),
     )
     return grader.judge(
       built.task,
