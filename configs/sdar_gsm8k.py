@@ -20,4 +20,5 @@ from configs.sdar_math import blocks
 def get_config(recipe='ours'):
   c = blocks(llada_gsm8k('paper'), 'sdar_1_7b', length=512)
   c.name = 'sdar_gsm8k'
+  c.train.microbatches = 2
   return choose(c, recipe)

@@ -35,6 +35,7 @@ from dmpo_jax.tasks import TASKS
 def blocks(c, preset, length, block=4):
   """Gives a LLaDA config a block-causal network, and how such models are sampled."""
   c.model.preset = preset
+  c.model.head_chunk = 256
   c.lora.targets = 'all'
   c.data.style = 'boxed'
   c.data.protocol = 'strict'
