@@ -198,6 +198,7 @@ def collector(built: Built, frozen: Params) -> Collector:
     bucket=c.data.bucket,
     protocol=c.data.protocol,
     weights=dict(c.reward.weights),
+    stops=model.stops(built.model),
     samples=c.log.samples,
   )
 

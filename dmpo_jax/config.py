@@ -87,7 +87,7 @@ class Model(Section):
   remat: str = 'none'  # recomputed in the backward pass; none | dots | full
   attention: str = 'xla'  # kernel; xla | cudnn (GPU, bfloat16) | splash (TPU)
   # Tokens of an attention block (SDAR, A2D's bd3lm); 0 = attention over the whole
-  # text; -1 = the checkpoint's own, else 0.
+  # text; -1 = the checkpoint's own, else the preset's.
   attention_block: int = -1
   # Where attention blocks begin: text (its first token) | prompt (its end: dllm's
   # sampler for bd3lm).

@@ -25,7 +25,7 @@ def measured(texts, group, reward=None, grade=None):
   return health.buffer_metrics(
     tokens,
     ended == 0,
-    EOS,
+    (EOS,),
     zeros if reward is None else np.array(reward),
     zeros if grade is None else np.array(grade),
   )
@@ -53,7 +53,7 @@ def test_tokens_after_the_eos_do_not_count():
   tokens = np.array([[1, 1, EOS, 3, 3], [1, 1, EOS, 4, 5]], np.int32)
   completion = np.array([[1, 1, 1, 0, 0]] * 2, bool)
   zeros = np.zeros((1, 2))
-  found = health.buffer_metrics(tokens, completion, EOS, zeros, zeros)
+  found = health.buffer_metrics(tokens, completion, (EOS,), zeros, zeros)
   assert found == measured(['11', '11'], 2)
   assert found['distinct'] == 0.5 and found['repeated'] == 1
 
