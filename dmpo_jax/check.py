@@ -246,9 +246,20 @@ def devices(c: Any, count: int) -> list[str]:
   for name, batch in (
     ('eval.batch', c.eval.batch),
     ('sft.batch', c.sft.batch if c.sft.steps else 0),
+    ('sampler.slots', c.sampler.slots),
+    ('eval.sampler.slots', c.eval.sampler.slots),
   ):
     if batch % shards:
       found.append(f'{name} = {batch} must be a multiple of the {shards} device shards')
+  for prefix, hp, batch in (
+    ('', c.sampler, rows),
+    ('eval.', c.eval.sampler, c.eval.batch),
+  ):
+    if 0 < hp.slots < batch and batch % hp.slots and hp.cache in ('prefix', 'dual'):
+      found.append(
+        f'{prefix}sampler.slots = {hp.slots} must divide the {batch} rows with '
+        f'{prefix}sampler.cache = {hp.cache}'
+      )
   return found
 
 
