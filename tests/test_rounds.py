@@ -176,7 +176,7 @@ def test_released_norms_count_the_tokens_and_rounds_that_are_trained(case_of, se
   length = jnp.sum(case.completion, axis=1).reshape(-1, GROUP)
   record = case.text().record
   scored = Scored(REWARD, length, record=record, block=block)
-  for name, tail in (('tracerl', False), ('dipo', True)):
+  for name, tail in (('tracerl', False), ('dipo', True), ('dipo', False)):
     objective, count, last = OBJECTIVES[name], np.zeros(ROWS), np.zeros(ROWS)
     for r, i in zip(*np.nonzero(order >= 0), strict=True):
       if case.completion[r, i] or tail:
@@ -184,7 +184,9 @@ def test_released_norms_count_the_tokens_and_rounds_that_are_trained(case_of, se
         count[r] += 1
         rank = len(set(part[(part >= 0) & (part < order[r, i])]))
         last[r] = max(last[r], rank + 1)
-    _, own, _ = objective.weigh(scored, objective.Config(norm='released'))
+    _, own, _ = objective.weigh(
+      scored, objective.Config(norm='released', loss_tail=tail)
+    )
     tracerl = np.full((2, GROUP), ROWS / GROUP / last.sum() / L)
     units = (count * last).reshape(2, GROUP).sum(1, keepdims=True) / size
     dipo = np.broadcast_to(1 / units, (2, GROUP))
