@@ -307,14 +307,19 @@ def test_a_block_of_one_token_is_an_autoregressive_model(case):
   elbo = logprob.elbo(cfg, params, tokens, valid, masks)
   np.testing.assert_allclose(elbo, jnp.sum(got, 1), rtol=1e-5)
   hp = settings(block=1, cache='block')
-  out = sampler.generate(cfg, params, tokens[:, :8], jax.random.key(0), hp, valid[:, :8])
+  out = sampler.generate(
+    cfg, params, tokens[:, :8], jax.random.key(0), hp, valid[:, :8]
+  )
   new, old = logprob.trajectory_logp(cfg, params, out, hp.law())
   np.testing.assert_allclose(new, old, atol=1e-4)
 
 
 def test_one_block_is_a_row_whose_prompt_does_not_see_it(case):
   params, tokens, _, masked = case
-  cfg, text = family(block_causal=L), jnp.concatenate([tokens[:, :L], tokens[:, -L:]], 1)
+  cfg, text = (
+    family(block_causal=L),
+    jnp.concatenate([tokens[:, :L], tokens[:, -L:]], 1),
+  )
   got = logprob.token_logp(cfg, params, text, masked)
   for k in range(K):
     noisy = jnp.where(masked[:, k], cfg.mask_id, text[:, L:])
@@ -405,7 +410,14 @@ def table_logits(cfg, params, tokens, valid, start, width, *_, **__):
   state = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (2 * at,), (2,)))(
     text, block
   )
-  base = 1 + 3 * block + 0.7 * before + 0.9 * state[:, 0] + 0.4 * state[:, 1] + params['phase']
+  base = (
+    1
+    + 3 * block
+    + 0.7 * before
+    + 0.9 * state[:, 0]
+    + 0.4 * state[:, 1]
+    + params['phase']
+  )
   at, symbol = jnp.arange(2)[None, :, None], jnp.arange(4)[None, None]
   logits = 1.5 * jnp.sin(base[:, None, None] + 1.3 * at + 2 * symbol)
   return model.without_mask(cfg, logits), None

@@ -1,8 +1,8 @@
 """Tiny checkpoints against the outputs of the releases' own PyTorch files.
 
 official.npz holds inputs, every 16th logit or gradient, and completions with the step
-that wrote each token and the forwards that were spent (greedy, float32). They were made on 2026-11-26 with JetAstra/SDAR c2041a8
-(modeling_sdar.py, generate.py), ZHZisZZ/dllm ca17675 (a2d qwen3 with the bd3lm sampler;
+that wrote each token and the forwards that were spent (greedy, float32). They were
+made on 2026-11-26 with JetAstra/SDAR c2041a8 (modeling_sdar.py, generate.py), ZHZisZZ/dllm ca17675 (a2d qwen3 with the bd3lm sampler;
 Dream's modeling and generation_utils) and the hub's Fast_dLLM_v2_7B (modeling.py). The
 weights are random numbers, drawn here again from their seeds.
 """
@@ -252,8 +252,8 @@ class Case:
         del fields['cache']
     else:
       pick = PICKS[re.search(r'(?:batch|p\d+)_(\w+?)_s\d', self.name)[1]]
-      fields = dict(length=16, block=16, pick=pick, steps=steps, schedule='dream',
-                    rank_law='sampling', top_k=50 * ('topk50' in self.name))  # fmt: skip
+      fields = dict(length=16, block=16, pick=pick, steps=steps, schedule='dream')
+      fields |= dict(rank_law='sampling', top_k=50 * ('topk50' in self.name))
     return sampler.SampleConfig(**{'steps': length, **fields})
 
   def forwards(self, spent, new, prompt):

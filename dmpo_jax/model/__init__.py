@@ -38,8 +38,8 @@ from dmpo_jax.model.forward import (
   states,
   unshift,
   window_logits,
-  with_blind_rows,
   windows,
+  with_blind_rows,
 )
 from dmpo_jax.model.law import is_stop, logp_of, sampling_logits, without_mask
 from dmpo_jax.model.lora import matmul, matmul_frozen
