@@ -2,9 +2,10 @@
 
 official.npz holds inputs, every 16th logit or gradient, and completions with the step
 that wrote each token and the forwards that were spent (greedy, float32). They were
-made on 2026-11-26 with JetAstra/SDAR c2041a8 (modeling_sdar.py, generate.py), ZHZisZZ/dllm ca17675 (a2d qwen3 with the bd3lm sampler;
-Dream's modeling and generation_utils) and the hub's Fast_dLLM_v2_7B (modeling.py). The
-weights are random numbers, drawn here again from their seeds.
+made on 2026-11-26 with JetAstra/SDAR c2041a8 (modeling_sdar.py, generate.py),
+ZHZisZZ/dllm ca17675 (a2d qwen3 with the bd3lm sampler; Dream's modeling and
+generation_utils) and the hub's Fast_dLLM_v2_7B (modeling.py). The weights are random
+numbers, drawn here again from their seeds.
 """
 
 import dataclasses
