@@ -341,7 +341,7 @@ def limits(
 
 
 def passed_over(law: Law, logits: Array, judged: Array, limit: Array) -> Array:
-  """Returns orders.below under a policy's logits; judged: of the policy that sampled."""
+  """Returns orders.below of a policy's logits; judged: of the one that sampled."""
   if law.rank_law == 'sampling':
     judged = model.sampling_logits(judged, law.temperature)
   return orders.below(model.sampling_logits(logits, law.temperature), judged, limit)

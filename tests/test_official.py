@@ -1,10 +1,11 @@
 """Tiny checkpoints against the outputs of the releases' own PyTorch files.
 
 official.npz holds inputs, every 16th logit or gradient, and completions with the step
-that wrote each token and the forwards that were spent (greedy, float32). They were made on 2026-11-26 with JetAstra/SDAR c2041a8
-(modeling_sdar.py, generate.py), ZHZisZZ/dllm ca17675 (a2d qwen3 with the bd3lm sampler;
-Dream's modeling and generation_utils) and the hub's Fast_dLLM_v2_7B (modeling.py). The
-weights are random numbers, drawn here again from their seeds.
+that wrote each token and the forwards that were spent (greedy, float32). They were
+made on 2026-11-26 with JetAstra/SDAR c2041a8 (modeling_sdar.py, generate.py),
+ZHZisZZ/dllm ca17675 (a2d qwen3 with the bd3lm sampler; Dream's modeling and
+generation_utils) and the hub's Fast_dLLM_v2_7B (modeling.py). The weights are random
+numbers, drawn here again from their seeds.
 """
 
 import dataclasses
@@ -201,7 +202,7 @@ class Case:
   def family(self):
     return self.name.split('/')[0]
 
-  def number(self, letter, default=None):
+  def number(self, letter: str, default: float = 0.0) -> float:
     found = re.search(rf'_{letter}([\d.]+)', self.name)
     return float(found[1]) if found else default
 
@@ -213,7 +214,7 @@ class Case:
     """Returns (tokens, valid), left-padded."""
     get = lambda x: GOLDEN[f'{self.family}/{x}'].astype(np.int32)
     if 'batch' not in self.name:
-      rows = [get('prompt' + re.search(r'/p(\d+)_', self.name)[1])]
+      rows = [get('prompt' + re.sub(r'.*/p(\d+)_.*', r'\1', self.name))]
     elif self.family == 'dream':
       return get('batch_prompts'), get('batch_attention_mask').astype(bool)
     else:
@@ -232,7 +233,7 @@ class Case:
   def settings(self, new):
     """Returns the SampleConfig; new: tokens after the prompt's whole blocks."""
     length = -(-new // self.block) * self.block
-    fields = dict(length=length, block=self.block, cache='block')
+    fields: dict = dict(length=length, block=self.block, cache='block')
     steps = int(self.number('s', 1))
     blocks = length // self.block
     if self.family == 'sdar':
@@ -251,9 +252,9 @@ class Case:
       if 'mdlm' in self.name:
         del fields['cache']
     else:
-      pick = PICKS[re.search(r'(?:batch|p\d+)_(\w+?)_s\d', self.name)[1]]
-      fields = dict(length=16, block=16, pick=pick, steps=steps, schedule='dream',
-                    rank_law='sampling', top_k=50 * ('topk50' in self.name))  # fmt: skip
+      pick = PICKS[re.sub(r'.*/(?:batch|p\d+)_(\w+?)_s\d.*', r'\1', self.name)]
+      fields = dict(length=16, block=16, pick=pick, steps=steps, schedule='dream')
+      fields |= dict(rank_law='sampling', top_k=50 * ('topk50' in self.name))
     return sampler.SampleConfig(**{'steps': length, **fields})
 
   def forwards(self, spent, new, prompt):

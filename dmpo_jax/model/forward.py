@@ -168,7 +168,8 @@ def with_blind_rows(
 ) -> tuple[t.Array, t.Array]:
   """Puts behind each row a copy whose prompt is masked, (2R, S) each.
 
-  prompt: its columns, the same in all rows or one number a row. A row and its copy are neighbours, so both are on the same device.
+  prompt: its columns, the same in all rows or one number a row. A row and its copy are
+  neighbours, so both are on the same device.
   """
   blank = jnp.arange(tokens_RxS.shape[1])[None] < jnp.reshape(prompt, (-1, 1))
   blind = jnp.where(blank, cfg.mask_id, tokens_RxS)

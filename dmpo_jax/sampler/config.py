@@ -177,7 +177,7 @@ class SampleConfig(rules.Section):
       row('rank_temperature', lambda x: x.scored),
       row('rank', lambda x: x.judged),
       row('rank_law', lambda x: x.judged or x.scored or 'rank_law' in x.reads),
-      ('top_p top_k', self.temperature, 'sampler.temperature > 0'),
+      ('top_p top_k order_logp', self.temperature, 'sampler.temperature > 0'),
       *(row(name, lambda x, name=name: name in x.reads) for name in own - {'rank_law'}),
     )
 
@@ -199,7 +199,6 @@ class SampleConfig(rules.Section):
     if self.order_logp and not found:
       for field, bad, need in (
         ('rank', self.rank != 'token', 'token, whose proposals decide the order'),
-        ('temperature', not self.temperature, '> 0: greedy tokens have no density'),
         ('rank_temperature', self.rank_temperature, '0: its draw has another log-prob'),
         ('cache', self.cache in ('prefix', 'dual'), 'none or block, which are exact'),
         ('schedule', self.schedule == 'dream', 'one by which each step keeps a token'),
