@@ -798,8 +798,8 @@ def test_no_cache_of_programs(updates, tmp_path):
 
 # What a block-causal checkpoint (blocks of 4) is asked for -> the field and the remedy.
 BLOCKS = [
-  (['sampler.block=3', 'sampler.length=12', 'sampler.steps=12'], 'block = 3.*divides'),
-  (['sampler.length=10', 'sampler.block=2', 'sampler.steps=10'], 'length = 10.*blocks of 4'),
+  (['sampler.block=3', 'sampler.length=12', 'sampler.steps=12'], '= 3.*divides'),
+  (['sampler.length=10', 'sampler.block=2', 'sampler.steps=10'], '= 10.*blocks of 4'),
   (['eval.sampler.block=8'], r'eval\.sampler\.block = 8.*blocks of 4.*divides'),
   (['sampler.cache=dual'], r'sampler\.cache = dual.*set block'),
   (['eval.sampler.cache=prefix'], r'eval\.sampler\.cache = prefix.*set block'),
@@ -807,11 +807,11 @@ BLOCKS = [
   (['sampler.cache=block', 'sampler.guidance=1.0'], r'sampler\.guidance = 1.0.*cache'),
   (['objective.name=diffu_grpo'], r'objective\.name = diffu_grpo.*masks the prompt'),
   (['objective.name=wd1'], r'objective\.name = wd1.*masks the prompt'),
-  (['data.prompt_length=400'], '400 tokens.*sampler.length = 16.*lower .*prompt_length'),
+  (['data.prompt_length=400'], '400 tokens.*length = 16.*lower .*prompt_length'),
   (['model.attention_block=0', 'sampler.cache=block'], 'cache = block.*whole text'),
   (['model.attention_block=0', 'model.attention_grid=prompt'], 'grid = prompt.*text'),
   (['model.attention_block=6'], 'blocks of 6.*divides'),
-  (['eval.lengths=(16,18)'], r'eval\.lengths = .*blocks of 4'),
+  (['eval.sampler.block=2', 'eval.lengths=(16,18)'], r'eval\.lengths = .*blocks of 4'),
 ]  # fmt: skip
 
 

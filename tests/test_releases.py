@@ -1,8 +1,9 @@
 """The small files of published directories are accepted, or refused for a reason.
 
-The fields are those of the releases: JetLM/SDAR-{1.7B,4B,8B,30B-A3B}-Chat (and OpenMOSS/
-DiRL's copy), Efficient-Large-Model/Fast_dLLM_v2_7B, Dream-org/Dream-v0-Instruct-7B,
-GSAI-ML/LLaDA-8B-Instruct (DARE's copy), inclusionAI/LLaDA2.0-mini (and dFactory's copy),
+The fields are those of the releases: JetLM/SDAR-{1.7B,4B,8B,30B-A3B}-Chat and the
+copy in OpenMOSS/DiRL, Efficient-Large-Model/Fast_dLLM_v2_7B,
+Dream-org/Dream-v0-Instruct-7B,
+GSAI-ML/LLaDA-8B-Instruct in DARE's copy, inclusionAI/LLaDA2.0-mini and dFactory's,
 inclusionAI/LLaDA-MoE, and GSAI-ML/iLLaDA-8B-Base as its modelling file reads them.
 """
 
