@@ -412,7 +412,8 @@ def packed_trajectory(
 
     logp += in_chunks(cfg, of_chunk, h, theirs, limit).reshape(now.shape)
   old = jnp.where(now, recorded(rollouts, law)[:, None], 0.0)
-  return tuple(scale * jnp.sum(x, axis=(1, 2)) for x in (logp, old))
+  add = lambda x: scale * jnp.sum(x, axis=(1, 2))
+  return add(logp), add(old)
 
 
 def trajectory_logp(
