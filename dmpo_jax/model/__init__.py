@@ -45,4 +45,4 @@ from dmpo_jax.model.lora import matmul, matmul_frozen
 from dmpo_jax.model.packed import Packed
 from dmpo_jax.model.presets import LINEARS, LORA_TARGETS, PRESETS, ModelConfig
 from dmpo_jax.model.quantize import QUANT, dense, quantize
-from dmpo_jax.model.transformer import REMAT, Cache, Inputs, constrain
+from dmpo_jax.model.transformer import REMAT, Cache, Inputs, constrain, on_own_rows
