@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmpo_jax.types import Array
@@ -51,18 +51,24 @@ def make_mesh(
 ) -> Mesh:
   """Makes a mesh over all devices; data = 0 takes what the others leave.
 
-  `devices` may be those of a topology that is not here. ValueError if the product
-  is not the number of devices.
+  `devices` may be those of a topology that is not here. A mesh may split the physical
+  axes of a TPU slice, so any shape is possible. ValueError if the product is not the
+  number of devices.
   """
-  count = len(devices or jax.devices())
+  devices = devices or jax.devices()
+  count = len(devices)
   data = data or count // (fsdp * tensor)
   if data * fsdp * tensor != count:
     raise ValueError(
       f'mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} '
       f'must equal the {count} devices'
     )
-  types = (AxisType.Auto,) * 3
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+  if len({getattr(device, 'slice_index', 0) for device in devices}) > 1:
+    raise ValueError('the devices are of several TPU slices: use one slice')
+  placed = mesh_utils.create_device_mesh(
+    (data, fsdp, tensor), devices, allow_split_physical_axes=True
+  )
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def path_of(path: Sequence[Any]) -> str:
