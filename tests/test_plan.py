@@ -129,13 +129,61 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
+# As XLA for TPU writes them: a loop of 32 laps that is unrolled twice and begins at 2, so
+# that 15 are left, and a gather that this loop spans.
+UNROLLED = """
+%add.5 (p: s32[]) -> s32[] {
+  %two = s32[] constant(2)
+  ROOT %sum = s32[]{:T(128)} add(%p, %two)
+}
+
+%wide.body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %s = f32[8]{0} collective-permute(%x), channel_id=5, source_target_pairs={{0,1},{1,0}}
+  %part = f32[64]{0} fusion(%x), kind=kLoop, calls=%spanning
+  %next = s32[]{:T(128)} fusion(%i), kind=kLoop, calls=%add.5
+  ROOT %out = (s32[]{:T(128)}, f32[8]{0}) tuple(%next, /*index=1*/%s)
+}
+
+%spanning (p: f32[8]) -> f32[64] {
+  %g = f32[64]{0} all-gather(%p), channel_id=6, dimensions={0}
+}
+
+%wide.cond (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[] constant(32)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %begun = s32[]{:T(128)} constant(2)
+  %t = (s32[]{:T(128)}, f32[8]{0}) tuple(%begun, %a)
+  %w = (s32[]{:T(128)}, f32[8]{0}) while(%t), condition=%wide.cond, body=%wide.body
+  %end = f32[64]{0} fusion(%a), kind=kLoop, calls=%finish
+}
+
+%finish (p: f32[8]) -> f32[64] {
+  %g2 = f32[64]{0} all-gather(%p), channel_id=6, dimensions={0}
+}
+"""
+
+
 def test_collectives_of_a_text():
   """Trip counts are known, in the condition, or given; async pairs count once."""
   assert costs.collectives(HLO, trips=(9,)) == {
     'all-gather': (5, 5 * 64 * 4),
-    'all-reduce': (9, 9 * 6 * 2),
+    'all-reduce': (9 + 3, 12 * 6 * 2),  # of the open loop, and of the known one
     'reduce-scatter': (1, 16 * 4),
   }
+  assert costs.collectives(UNROLLED, trips=(9,)) == {
+    'collective-permute': (15, 15 * 8 * 4),
+    'all-gather': (1, 64 * 4),
+  }
+  plain = UNROLLED.replace('%two = s32[] constant(2)', '%one = s32[] constant(1)')
+  plain = plain.replace('add(%p, %two)', 'add(%p, %one)')
+  plain = plain.replace('%begun = s32[]{:T(128)} constant(2)', '')
+  assert costs.collectives(plain, trips=(9,))['collective-permute'][0] == 32
   body = HLO[HLO.index('%open.body') : HLO.index('%start')]
   assert costs.collectives(body + BRANCHING, trips=(8, 0.25)) == {
     'all-reduce': (6, 6 * 6 * 2),
