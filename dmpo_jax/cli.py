@@ -43,6 +43,7 @@ from dmpo_jax import (
   data,
   evaluate,
   files,
+  fits,
   guard,
   hf,
   mesh,
@@ -435,6 +436,8 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
       kind = jax.devices()[0].device_kind
       logging.info('%s on %d %s, in %s', c.name, jax.device_count(), kind, workdir)
       with files.naming(workdir), guard.alone(workdir):
+        if not only_sft:  # refuse a run that does not fit before weights are loaded
+          fits.check(built, lambda: dog.beat('compile', 0))
         runs.claim(c, workdir)
         dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
         run_train(built, workdir, command.overrides, only_sft, dog, asked)
