@@ -496,9 +496,7 @@ def abstract_batch(built: Built, prompt: int) -> TrainBatch:
   return abstract_buffer(built, prompt).batch
 
 
-def programs(
-  built: Built, prompt: int, held_out: int
-) -> list[tuple[str, Any, tuple]]:
+def programs(built: Built, prompt: int, held_out: int) -> list[tuple[str, Any, tuple]]:
   """Returns (name, function, arguments as shapes) of the programs of a run.
 
   prompt, held_out: tokens of the prompts in training and in evaluation.

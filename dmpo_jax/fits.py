@@ -163,8 +163,8 @@ def remedy(
 ) -> dict[str, Any] | None:
   """Returns the fields to change so that all fits; None if no such values are found.
 
-  It tries the smallest train.microbatches, then more rematerialisation, for `score` and
-  `update`; no cache for the samplers; and the largest eval.batch. made: as `uses` gives.
+  It tries the smallest train.microbatches, then more rematerialisation; no cache for
+  `sample`; and the largest eval.batch. made: as `uses` returns it.
   """
   c, found = built.config, {}
   room = (1 - SPARE) * target.memory - sum(held(built))
@@ -229,8 +229,8 @@ def verdict(
   needs = ', '.join(f'{use.name} {size(always + use.size)}' for use in large)
   device = built.mesh.devices.flat[0].device_kind
   said = (
-    f'of {size(target.memory)} of a {device} that JAX may take, {size(always)} hold the '
-    f'model and its optimizer, and with what they compute there need: {needs}. '
+    f'JAX may take {size(target.memory)} of a {device}; model and optimizer need '
+    f'{size(always)}, and with what they compute: {needs}. '
   )
   if always > room:
     return said + 'The model is too large: set mesh.fsdp or model.quantize'
@@ -253,7 +253,7 @@ def prompts_of(built: build.Built) -> tuple[int, int]:
 
 
 def check(built: build.Built, beat: Callable[[], Any] = lambda: None) -> None:
-  """Compiles the programs of the longest prompts, and raises ValueError if one is large.
+  """Compiles the programs of the longest prompts; ValueError if one is too large.
 
   On devices that do not say how much memory they have (CPUs) it compiles only where a
   cache keeps the programs, and prompts differ in length: then a program that does not

@@ -129,8 +129,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
-# As XLA for TPU writes them: a loop of 32 laps that is unrolled twice and begins at 2, so
-# that 15 are left, and a gather that this loop spans.
+# As XLA for TPU writes them: a loop of 32 laps that is unrolled twice and begins at 2,
+# so that 15 are left, and a gather that this loop spans.
 UNROLLED = """
 %add.5 (p: s32[]) -> s32[] {
   %two = s32[] constant(2)

@@ -9,8 +9,6 @@ import os
 import re
 from typing import Any, NamedTuple
 
-import jax
-
 from dmpo_jax import fits
 
 
@@ -77,8 +75,8 @@ CARDS = {
     cache=100663296, clock=2.52, major=8, minor=9, more='NONE',
   ),
 }  # fmt: skip
-# There is no card to try kernels on. Without autotuning XLA takes its own matmul kernels
-# where a tuned program mostly calls cuBLAS, and a sort of CUB needs a card to compile.
+# There is no card to try kernels on. Without autotuning XLA takes matmul kernels of its
+# own where a tuned program mostly calls cuBLAS. CUB's sort needs a card to compile.
 OPTIONS = {
   'xla_gpu_autotune_level': 0,
   'xla_gpu_enable_triton_gemm': False,

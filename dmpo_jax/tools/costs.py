@@ -173,7 +173,9 @@ def laps(
   rest = around.lines[loop][1]
   if told := re.search(r'known_trip_count\D+(\d+)', rest):
     return int(told[1])
-  name = {key: re.findall(rf'{key}=%?([\w.\-]+)', rest) for key in ('condition', 'body')}
+  name = {
+    key: re.findall(rf'{key}=%?([\w.\-]+)', rest) for key in ('condition', 'body')
+  }
   condition = computations.get(''.join(name['condition']))
   body = computations.get(''.join(name['body']))
   if not condition or not condition.root:

@@ -185,9 +185,7 @@ def compiled(
     )
   seconds = math.nan
   if chip:
-    seconds = max(
-      flops / chip.flops, moved / chip.bandwidth, received / chip.network
-    )
+    seconds = max(flops / chip.flops, moved / chip.bandwidth, received / chip.network)
   return use, Program(
     name, use.temporaries, use.output, flops, moved, traffic, use.seconds, seconds
   )
