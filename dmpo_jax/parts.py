@@ -112,6 +112,11 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
         f'{name}.cache = {hp.cache}: model.attention = splash reads attention blocks '
         'with the cache block alone; set it, or model.attention = xla'
       )
+  if c.model.attention_grid == 'prompt' and not cfg.block_causal:
+    raise ValueError(
+      'model.attention_grid = prompt needs a model that attends block by block, and '
+      'this one sees the whole text: set text'
+    )
   if c.logprob.elbo == 'order' and not cfg.block_causal:
     raise ValueError(
       'logprob.elbo = order needs a model that attends block by block: set paper or '

@@ -17,13 +17,15 @@ from configs import base
 from dmpo_jax import build, check, config, optim, sampler
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
+from dmpo_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(
   p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'base')
 )
 TRAINS = [stem for stem in FILES if stem not in ('baselines', 'compare')]
-PUBLISHED = [stem for stem in TRAINS if stem.startswith(('llada', 'dream'))]
+BLOCKS = ('sdar_math', 'sdar_gsm8k', 'fast_dllm_math', 'tiny_a2d_gsm8k')
+PUBLISHED = [s for s in TRAINS if s.startswith(('llada', 'dream')) or s in BLOCKS]
 NAMED = ('quickstart', 'llada_math')  # where each objective is named in turn
 CLASSES = sorted(
   {*config.SECTIONS.values()}, key=lambda cls: (cls.__module__, cls.__qualname__)
@@ -68,6 +70,30 @@ def test_recipe_paper_is_the_release(stem):
   assert {'objective.strength'} <= different
   assert different <= {'objective.strength', 'objective.best'}
   assert paper['objective.strength'] == 1 and paper['objective.best'] == 0
+
+
+@pytest.mark.parametrize('stem', BLOCKS)
+def test_configs_of_block_models(stem):
+  """The weights are exact, only the answer is paid, lengths are whole blocks, and each
+  objective after the colon fits or is refused for its own reason."""
+  c = file_of(stem).get_config()
+  hp, block = check.settings(sampler.SampleConfig, c.sampler), build.build(c).model
+  assert block.block_causal == (4 if 'sdar' in stem else 32)
+  assert hp.order_from() == 'state' and hp.temperature == 1 and hp.cache == 'block'
+  assert (c.logprob.estimator, c.logprob.states) == ('trajectory', 0)
+  terms = TASKS[c.data.task].terms
+  assert {t for t in terms if c.reward.weights[t]} == {'correctness'}
+  for s in (c.sampler, c.eval.sampler):
+    assert s.eos_stop and s.length % block.block_causal == 0
+  assert not c.eval.sampler.temperature
+  for name, objective in OBJECTIVES.items():
+    other = file_of(stem).get_config(name)
+    other.train.microbatches = 1
+    if objective.whole_text:
+      with pytest.raises(ValueError, match=objective.whole_text):
+        build.build(other)
+    else:
+      assert build.build(other).setup.objective is objective
 
 
 @pytest.mark.parametrize(

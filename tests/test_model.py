@@ -341,6 +341,21 @@ def test_program_does_not_grow_with_depth(tiny):
       + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 2 * 128 + 3 * 4096 * 12288 + 2 * 4096)
       + 4096,
     ),
+    # Half of total_size in model.safetensors.index.json: bfloat16.
+    ('sdar_4b', 8822848512 // 2),
+    ('fast_dllm_7b', 15231233024 // 2),
+    (
+      'sdar_1_7b',
+      2 * 151936 * 2048
+      + 28 * (2 * 2048**2 + 2 * 2048 * 1024 + 2 * 128 + 3 * 2048 * 6144 + 2 * 2048)
+      + 2048,
+    ),
+    (
+      'a2d_0_6b',
+      151936 * 1024
+      + 28 * (4 * 1024 * 2048 - 2 * 1024**2 + 2 * 128 + 3 * 1024 * 3072 + 2 * 1024)
+      + 1024,
+    ),
   ],
 )
 def test_presets_have_the_published_size(name, size):

@@ -13,6 +13,7 @@ from typing import Any
 from dmpo_jax import files, mesh, model
 from dmpo_jax.hf import families
 from dmpo_jax.hf.families import FAMILIES, Family
+from dmpo_jax.types import STOP_TOKENS
 
 KINDS = {field.name: field.type for field in dataclasses.fields(model.ModelConfig)}
 SIZES = ('width', 'layers', 'heads', 'mlp', 'vocab')  # no default stands for them
@@ -241,7 +242,8 @@ def special_ids(
   names, else (the mask) from the usual names among the added tokens, else from
   the family. Where config.json lists several, the tokenizer's is taken. Mask and
   EOS must be the same in both files. Padding is never read, so there config.json's
-  is taken. stop_ids: the other EOS of config.json and of generation_config.json.
+  is taken. stop_ids: the other EOS of config.json and of generation_config.json, and
+  a chat's end of turn.
   """
   told = files.read_object(os.path.join(folder, 'tokenizer_config.json'))
   added, ids, problems = added_tokens(folder, told), {}, []
@@ -286,7 +288,8 @@ def special_ids(
       f'eos_token_id = {shown(stops)}, here and in generation_config.json, must be '
       f'tokens of the vocabulary of {vocab}'
     )
-  ends = set(ends) - {ids['mask_id'], ids['eos_id']}
+  ends = {*ends, *(added[t] for t in STOP_TOKENS if t in added)}
+  ends -= {ids['mask_id'], ids['eos_id']}
   return {**ids, 'stop_ids': tuple(sorted(ends))}, problems
 
 

@@ -153,6 +153,11 @@ def block_problem(cfg: model.ModelConfig, hp: SampleConfig) -> str:
       f'sampler.cache = {hp.cache} is for models that see the whole text, and this one '
       f'attends in blocks of {size}: set block, which is exact, or none'
     )
+  if size and not SAMPLERS[hp.pick].plain:
+    return (
+      f'sampler.pick = {hp.pick} is for models that see the whole text, and this one '
+      f'attends in blocks of {size}: set another pick'
+    )
   if hp.cache == 'block' and hp.guidance:
     return (
       f'sampler.guidance = {hp.guidance} has no cache of blocks: set sampler.cache = '
