@@ -21,6 +21,6 @@ def dream(c):
 
 
 def get_config(recipe='ours'):
-  c = dream(llada_countdown.get_config(recipe))
+  c = dream(llada_countdown.get_config('paper'))
   c.name = 'dream_countdown'
-  return c
+  return llada_countdown.choose(c, recipe)

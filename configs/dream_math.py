@@ -10,9 +10,10 @@ Published (mean over 128, 256, 512 tokens): base 44.0, ESPO 46.0.
 """
 
 from configs import dream_countdown, llada_math
+from configs.llada_countdown import choose
 
 
 def get_config(recipe='ours'):
-  c = dream_countdown.dream(llada_math.get_config(recipe))
+  c = dream_countdown.dream(llada_math.get_config('paper'))
   c.name = 'dream_math'
-  return c
+  return choose(c, recipe)

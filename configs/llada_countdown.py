@@ -23,6 +23,8 @@ After the file name may stand
                 --config.objective.name=espo does the same
   :diffu_grpo   d1's recipe: also its learning rate, group and updates per buffer
                 (RECIPES in dmpo_jax/config.py)
+  :h100, ...    settings that fit on this hardware (configs/slices.py): h100, h100x8,
+                a100, l40s, v5e16, v5p64; :espo,h100 is both
 
 Planned for 16 TPU v5e (mesh.fsdp=16): 11.3 GiB of a chip's 16, at least 42 s a rollout,
 3.5 s an update, 9.8 h in all. docs/plans.md has larger slices.
@@ -33,7 +35,7 @@ standard error of one number is 2.4 to 3.1. To measure as they did, add --mode=e
 a step. The default here is one token a step and the prompts of training.
 """
 
-from configs import base
+from configs import base, slices
 from dmpo_jax import config
 from dmpo_jax.tasks import TASKS
 
@@ -75,16 +77,23 @@ def llada():
 
 
 def choose(c, recipe):
-  """Applies what stands after the colon: ours, paper or the name of an objective."""
-  if recipe == 'ours':
+  """Applies what stands after the colon: a recipe, a slice, or both with a comma.
+
+  A recipe is ours, paper or the name of an objective; ours where none is named.
+  """
+  places = [name for name in recipe.split(',') if name in slices.SLICES]
+  recipes = [name for name in recipe.split(',') if name not in places] or ['ours']
+  if len(recipes) > 1 or len(places) > 1:
+    raise ValueError(f'{recipe} after the colon: name one recipe and one slice at most')
+  if recipes == ['ours']:
     c.objective.strength = 0.3
     c.objective.best = TASKS[c.data.task].best
-  elif recipe != 'paper':
-    names = ('ours', 'paper', *config.OBJECTIVES)
-    if wrong := config.nearest('the recipe after the colon', recipe, names):
+  elif recipes != ['paper']:
+    names = ('ours', 'paper', *config.OBJECTIVES, *slices.SLICES)
+    if wrong := config.nearest('the recipe after the colon', recipes[0], names):
       raise ValueError(wrong[0])
-    config.choose_objective(c, recipe)
-  return c
+    config.choose_objective(c, recipes[0])
+  return slices.place(c, places[0]) if places else c
 
 
 def get_config(recipe='ours'):
