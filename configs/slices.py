@@ -50,7 +50,11 @@ SLICES = {
       'a2d_0_6b': (2, {}),
     },
   ),
-  'v5e16': Slice('v5e:4x4', 16, {'llada_8b': (1, INT8), 'dream_7b': (1, INT8)}),
+  'v5e16': Slice(
+    'v5e:4x4',
+    16,
+    {'llada_8b': (1, INT8), 'dream_7b': (1, INT8), 'sdar_4b': (1, {'mesh.fsdp': 16})},
+  ),
   'v5p64': Slice('v5p:2x4x4', 32, {'llada_8b': (4, DOTS), 'dream_7b': (4, DOTS)}),
 }
 

@@ -15,9 +15,9 @@ import numpy as np
 from absl import logging
 
 from dmpo_jax import build, data
-from dmpo_jax.model import REMAT
 
 GIB = 2**30
+REMATS = ('none', 'dots', 'full')  # values of model.remat, from the fastest
 SPARE = 0.05  # share of the memory that a plan keeps free, for what pieces waste
 # What the GPU's memory pool takes of a card where the user has not said it. CUDA and
 # NCCL need the rest.
@@ -189,14 +189,14 @@ def remedy(
     large.add('nothing')
 
   pieces = [n for n in divisors(rows) if n >= least]
-  remats = list(REMAT)[list(REMAT).index(c.model.remat) :]
+  remats = REMATS[REMATS.index(c.model.remat) :]
   if large & {'score', 'update'}:
     names = ('score', 'update')
     other = [({'model.remat': x}, 'train.microbatches', pieces) for x in remats[1:]]
     search(names, [({}, 'train.microbatches', pieces), *other])
-  uncached = lambda name: [(({}, f'{name}.cache', ['none']))]
   if 'sample' in large:
-    search(('sample',), uncached('sampler') * (c.sampler.cache != 'none'))
+    caches = ['none'] if c.sampler.cache != 'none' else []
+    search(('sample',), [({}, 'sampler.cache', caches)])
   if 'evaluate' in large:
     batches = [n for n in divisors(c.eval.batch)[::-1] if n % shards == 0]
     search(('evaluate',), [({}, 'eval.batch', batches)])

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from configs import base
-from dmpo_jax import build, config, fits
+from dmpo_jax import build, config, fits, model
 
 ALL = ('sample', 'score', 'update', 'evaluate')
 
@@ -104,6 +104,10 @@ def test_settings_that_fit_are_named(config_says, size, named, sized):
   said, fields = refusal(settings(**least), memory_for(size))
   assert fields == named, said
   assert refusal(settings(**least | fields), memory_for(size))[0] == ''
+
+
+def test_values_of_remat_are_known():
+  assert {*fits.REMATS} == {*model.REMAT}
 
 
 def test_what_cannot_fit_names_other_ways(sized):

@@ -1,7 +1,12 @@
 """Tests plans against closed forms and against the bytes that a run allocates."""
 
 import dataclasses
+import importlib.util
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -473,3 +478,102 @@ def test_program_that_is_too_large_to_compile():
   stub.message = 'INTERNAL'
   with pytest.raises(jax.errors.JaxRuntimeError):
     plan.compiled(built, chip, target, job)
+
+
+# --- real sizes, compiled ahead for devices that are not here
+
+PLUGINS = {'h100': ('jax_cuda13_plugin', 'jax_cuda12_plugin'), 'v5e:4x4': ('libtpu',)}
+PROGRAM = """
+import sys
+from dmpo_jax import build, config, fits
+from dmpo_jax.tools import chips, plan
+
+file, topology = sys.argv[1:]
+_, c = config.load(file)
+built = build.build(c, chips.devices_of(topology))
+device = built.mesh.devices.flat[0]
+chip, target = chips.chip_of(device), chips.target_of(device, topology)
+for job in plan.jobs(built, 256):
+  if job[0] in ('sample', 'update'):
+    use, program = plan.compiled(built, chip, target, job)
+    need = sum(fits.held(built)) + use.size
+    print(job[0], need, target.memory, program.seconds, program.collectives)
+"""
+
+
+def ahead(topology, *args):
+  """Runs Python with JAX on the CPU; skips without the plugin of a topology."""
+  if not any(map(importlib.util.find_spec, PLUGINS[topology])):
+    pytest.skip(f'no plugin compiles for {topology}')
+  done = subprocess.run(
+    [sys.executable, *args],
+    cwd=pathlib.Path(__file__).parents[1],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'},
+    capture_output=True,
+    text=True,
+  )
+  assert not done.returncode, done.stderr[-2000:]
+  return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, topology', [('h100', 'h100'), ('v5e16', 'v5e:4x4')])
+def test_programs_of_8b_compile_and_fit(name, topology):
+  """The sampler and the update of LLaDA-8B fit with the settings of their slice."""
+  file = f'configs/llada_countdown.py:{name}'
+  lines = ahead(topology, '-c', PROGRAM, file, topology)
+  assert [line.split()[0] for line in lines] == ['sample', 'update']
+  for line in lines:
+    need, memory, seconds = map(float, line.split()[1:4])
+    assert 8 * fits.GIB < need < (1 - fits.SPARE) * memory
+    assert 0.1 < seconds < 60
+  if topology == 'h100':
+    assert all(line.endswith('{}') for line in lines)  # one card sends nothing
+
+
+@pytest.mark.slow
+def test_plan_of_one_h100_has_a_verdict():
+  """The release's settings do not fit; the verdict names microbatches that do."""
+  args = ('--mode=plan', '--topology=h100', '--config=configs/llada_countdown.py')
+  *_, last = ahead('h100', 'main.py', *args)
+  assert last.startswith('DOES NOT FIT: ') and 'update 1' in last
+  assert '--config.train.microbatches=' in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('card', chips.CARDS)
+def test_card_is_described_well(card):
+  """The plugin takes each description, and names the card as its data sheet does."""
+  code = """
+import sys, jax
+from dmpo_jax.tools import chips
+device, _ = chips.devices_of(sys.argv[1])
+options = chips.target_of(device, sys.argv[1]).options
+where = jax.sharding.SingleDeviceSharding(device)
+x = jax.ShapeDtypeStruct((8192, 65536), 'float32', sharding=where)
+sort = jax.jit(jax.numpy.sort).trace(x).lower(lowering_platforms=('cuda',))
+size = sort.compile(options).memory_analysis().output_size_in_bytes
+print(chips.chip_of(device).flops, size)
+"""
+  flops, size = ahead('h100', '-c', code, f'{card}x2')[-1].split()
+  assert float(flops) > 1e14 and int(size) == 8192 * 65536 * 4
+
+
+@pytest.mark.slow
+def test_meshes_of_any_shape_on_any_slice():
+  """Every (data, fsdp, tensor) of powers of two is a mesh of all devices."""
+  code = """
+from dmpo_jax import mesh
+from dmpo_jax.tools import chips
+for name in ('v5e:4x4', 'v6e:8x8', 'v5p:2x4x4', 'v5p:4x4x4', 'v5p:4x4x8'):
+  devices = chips.devices_of(name)
+  powers = [2**i for i in range(8) if 2**i <= len(devices)]
+  for fsdp in powers:
+    for tensor in powers:
+      if fsdp * tensor <= len(devices):
+        grid = mesh.make_mesh(0, fsdp, tensor, devices)
+        assert {*grid.devices.flat} == {*devices} and grid.devices.size == len(devices)
+        assert grid.axis_types == (mesh.AxisType.Auto,) * 3
+  print(name)
+"""
+  assert len(ahead('v5e:4x4', '-c', code)) == 5

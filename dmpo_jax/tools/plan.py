@@ -257,10 +257,10 @@ def verdict(plan: Plan) -> list[str]:
     return []
   if plan.misfit:
     return [f'DOES NOT FIT: {plan.misfit}']
-  gpu = ''
-  if any(plan.devices.split(' ', 1)[1].startswith(x) for x in ('NVIDIA', 'AMD')):
-    gpu = f' (of a card JAX takes {fits.FRACTIONS[1]}, {fits.FRACTION} by default)'
-  return [f'fits: {size(plan.total)} of {size(plan.memory)}{gpu}']
+  share = ''
+  if ' NVIDIA ' in plan.devices:
+    share = f', the share of the card that JAX takes ({fits.FRACTIONS[1]})'
+  return [f'fits: {size(plan.total)} of {size(plan.memory)}{share}']
 
 
 def sent(program: Program) -> str:
