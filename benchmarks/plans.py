@@ -31,12 +31,7 @@ def row(name, stem, c, made):
   """Returns a plan as a row of Markdown."""
   gib = lambda x: f'{x / fits.GIB:.1f}'
   largest = max(made.programs, key=lambda p: p.temporaries + p.output)
-  sent = {
-    f'{kind} {size / fits.GIB:.1f} GiB'
-    for p in made.programs[:3]
-    for kind, (_, size) in (p.collectives or {}).items()
-    if size > 2**26
-  }
+  update = next(p for p in made.programs if p.name == 'update')
   settings = [
     f'{field.split(".")[-1]}={value}'
     for field, value in (
@@ -54,7 +49,7 @@ def row(name, stem, c, made):
     f'| {name} | {stem} | {", ".join(settings)} | {gib(sum(made.held))} | '
     f'{largest.name} {gib(largest.temporaries + largest.output)} | '
     f'{gib(made.total)} of {gib(made.memory)}: {verdict} | {" | ".join(times)} | '
-    f'{", ".join(sorted(sent)) or "none"} |'
+    f'{plan.sent(update)} |'
   )
 
 
@@ -86,7 +81,7 @@ def main():
   args = parser.parse_args()
   print(
     '| slice | config | settings | held | largest program | peak, GiB | rollout | '
-    'update | run | collectives of an iteration |\n|' + '---|' * 10
+    'update | run | collectives of an update |\n|' + '---|' * 10
   )
   for name in args.slices.split(','):
     for stem in args.configs.split(','):

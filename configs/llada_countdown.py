@@ -7,8 +7,7 @@ The checkpoint is a directory or a hub name. Problems are generated, each with a
 solution. --config.data.path=FILE reads a file instead (fields `nums`, `target` or
 `input`, `output`); --config.data.numbers=3 keeps its problems with three numbers, which
 published models train on. Plan a run before you pay for it: --mode=plan needs no
-checkpoint, and without TPUs at hand --topology=v5e:4x4 --config.mesh.fsdp=16 plans for
-them.
+checkpoint, and --topology=h100 or v5e:4x4 plans for devices that are not here.
 
 The settings are those of DMPO's release: adapters on q, k, v, up; 16 completions per
 prompt, 8 updates per buffer, alpha 0.04, baseline `individual`, 256 tokens at two
@@ -26,8 +25,10 @@ After the file name may stand
   :h100, ...    settings that fit on this hardware (configs/slices.py): h100, h100x8,
                 a100, l40s, v5e16, v5p64; :espo,h100 is both
 
-Planned for 16 TPU v5e (mesh.fsdp=16): 11.3 GiB of a chip's 16, at least 42 s a rollout,
-3.5 s an update, 9.8 h in all. docs/plans.md has larger slices.
+Planned for one H100 (:h100): 57.9 GiB of the 72.8 that JAX takes, at least 23 s a
+rollout, 8.4 s an update, 12.6 h in all. For 16 TPU v5e (:v5e16): 13.3 GiB of a chip's
+15.75, at least 7.4 s, 3.5 s, 5.0 h. docs/plans.md has more. Without such a name after
+the colon the settings are for a slice of 16 chips, split by --config.mesh.fsdp=16.
 Published, 256 test problems at 128 / 256 / 512 tokens: base 20.7 / 19.5 / 16.0, d1
 34.8 / 32.0 / 42.2, SPG 68.8 / 70.7 / 70.3, DMPO best 83.2 (one token a step). The
 standard error of one number is 2.4 to 3.1. To measure as they did, add --mode=eval

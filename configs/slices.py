@@ -46,8 +46,8 @@ SLICES = {
     {
       'llada_8b': (2, {**INT8, **HALF}),
       'dream_7b': (2, {**INT8, **HALF}),
-      'sdar_1_7b': (2, {}),
-      'a2d_0_6b': (2, {}),
+      'sdar_1_7b': (8, {}),
+      'a2d_0_6b': (4, {}),
     },
   ),
   'v5e16': Slice(

@@ -51,9 +51,8 @@ def make_mesh(
 ) -> Mesh:
   """Makes a mesh over all devices; data = 0 takes what the others leave.
 
-  `devices` may be those of a topology that is not here. A mesh may split the physical
-  axes of a TPU slice, so any shape is possible. ValueError if the product is not the
-  number of devices.
+  `devices` may be those of a topology that is not here. ValueError if the product
+  is not the number of devices.
   """
   devices = devices or jax.devices()
   count = len(devices)
@@ -63,12 +62,18 @@ def make_mesh(
       f'mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} '
       f'must equal the {count} devices'
     )
+  placed = arrange((data, fsdp, tensor), devices)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+  """Returns devices as an array in which neighbours are close.
+
+  An axis may be a part of a physical axis of a TPU slice, so any shape is possible.
+  """
   if len({getattr(device, 'slice_index', 0) for device in devices}) > 1:
     raise ValueError('the devices are of several TPU slices: use one slice')
-  placed = mesh_utils.create_device_mesh(
-    (data, fsdp, tensor), devices, allow_split_physical_axes=True
-  )
-  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def path_of(path: Sequence[Any]) -> str:

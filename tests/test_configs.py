@@ -103,7 +103,7 @@ def test_configs_of_block_models(stem):
   [
     ('llada_math', 'papr', "did you mean 'paper'"),
     ('llada_math', 'espoo', "did you mean 'espo'"),
-    ('llada_math', 'h100x', "did you mean 'h100'"),
+    ('llada_math', 'h1000', "did you mean 'h100"),
     ('llada_math', 'espo,wd1', 'one recipe and one slice'),
     ('llada_math', 'h100,v5e16', 'one recipe and one slice'),
     ('sdar_math', 'l40s', 'slice l40s .* model.preset = sdar_4b: h100.* have'),

@@ -42,23 +42,23 @@ class Chip:
   slice_index: int = 0
 
 
-def test_any_shape_on_a_torus(monkeypatch):
+def test_any_shape_on_a_torus():
   """An axis of eight on a torus of 4 x 4 x 4 is one physical axis and half another."""
   chips = [Chip(i, at) for i, at in enumerate(np.ndindex(4, 4, 4))]
-  monkeypatch.setattr(mesh, 'Mesh', lambda devices, axes, axis_types: devices)
   powers = [2**i for i in range(7)]
   shapes = [(f, t) for f in powers for t in powers if f * t <= 64]
   assert len(shapes) == 28
   for fsdp, tensor in shapes:
-    placed = mesh.make_mesh(0, fsdp, tensor, chips)
-    assert placed.shape == (64 // (fsdp * tensor), fsdp, tensor)
+    shape = (64 // (fsdp * tensor), fsdp, tensor)
+    placed = mesh.arrange(shape, chips)
+    assert placed.shape == shape
     assert {*placed.flat} == {*chips}
   # Neighbours along the axis that talks most are neighbours on the torus.
-  for ring in mesh.make_mesh(0, 4, 4, chips).reshape(-1, 4):
+  for ring in mesh.arrange((4, 4, 4), chips).reshape(-1, 4):
     assert sum(len({chip.coords[i] for chip in ring}) > 1 for i in range(3)) == 1
   two = [dataclasses.replace(chip, slice_index=chip.id // 32) for chip in chips]
   with pytest.raises(ValueError, match='several TPU slices'):
-    mesh.make_mesh(0, 8, 1, two)
+    mesh.arrange((8, 8, 1), two)
 
 
 def settings(shape):
