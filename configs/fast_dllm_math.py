@@ -12,7 +12,8 @@ is drawn as the others are. The evaluation is greedy, one token a step, the most
 confident first: the release's with its threshold off.
 Blocks of 32 tokens have up to 32 rounds. The exact weights read them in 32 masked
 copies; --config.logprob.states=8 reads 8 of them, without bias.
-COST
+Planned for 16 TPU v5e (mesh.fsdp=16): 7.7 GiB of a chip's 16, at least 48 s a rollout
+(at one token a step), 4.8 s an update, 12 h in all.
 Published: MATH 61.6 (1.5B: 38.1), GSM8K 83.7 (62.0).
 """
 

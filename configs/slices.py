@@ -34,7 +34,7 @@ CARD = {
   'dream_7b': (2, DOTS),
   'fast_dllm_7b': (2, {}),
   'sdar_1_7b': (8, {}),
-  'a2d_0_6b': (4, {}),
+  'a2d_0_6b': (8, {}),
 }
 SLICES = {
   'h100': Slice('h100', 1, {**CARD, 'sdar_4b': (2, HALF)}),
@@ -47,7 +47,7 @@ SLICES = {
       'llada_8b': (2, {**INT8, **HALF}),
       'dream_7b': (2, {**INT8, **HALF}),
       'sdar_1_7b': (8, {}),
-      'a2d_0_6b': (4, {}),
+      'a2d_0_6b': (8, {}),
     },
   ),
   'v5e16': Slice(

@@ -35,6 +35,18 @@ def test_empty_counts_completions_that_begin_with_eos():
   assert measured(['', '1', '12345', ''], 2)['empty'] == 0.5
 
 
+def test_every_stop_ends_a_text():
+  """A chat's end of turn is no word: a text that begins with it is empty."""
+  tokens = np.array([[7, EOS, EOS], [1, 7, EOS]], np.int32)
+  completion = np.array([[1, 0, 0], [1, 1, 0]], bool)
+  zeros = np.zeros((1, 2))
+  found = [
+    health.buffer_metrics(tokens, completion, stops, zeros, zeros)['empty']
+    for stops in ((EOS,), (EOS, 7))
+  ]
+  assert found == [0.0, 0.5]
+
+
 @pytest.mark.parametrize(
   'texts, share',
   [

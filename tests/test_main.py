@@ -823,7 +823,7 @@ def test_no_cache_of_programs(updates, tmp_path):
 # What a block-causal checkpoint (blocks of 4) is asked for -> the field and the remedy.
 BLOCKS = [
   (['sampler.block=3', 'sampler.length=12', 'sampler.steps=12'], '= 3.*divides'),
-  (['sampler.length=10', 'sampler.block=2', 'sampler.steps=10'], 'length = 10.*blocks of 4'),
+  (['sampler.length=10', 'sampler.block=2', 'sampler.steps=10'], '= 10.*blocks of 4'),
   (['eval.sampler.block=8'], r'eval\.sampler\.block = 8.*blocks of 4.*divides'),
   (['sampler.cache=dual'], r'sampler\.cache = dual.*set block'),
   (['eval.sampler.cache=prefix'], r'eval\.sampler\.cache = prefix.*set block'),

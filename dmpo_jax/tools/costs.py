@@ -26,7 +26,8 @@ INDEXED = re.compile(r'branch_computations=\{%?([\w.\-]+), %?([\w.\-]+)\}')
 # One instruction of a computation: (kind or '', bytes, channel, [(callee, times)]).
 # times is None for a loop without a known number of steps, and False or True for the
 # branches of a condition.
-Instruction = tuple[str, int, str, list[tuple[str, int | None]]]
+Call = tuple[str, int | None]
+Instruction = tuple[str, int, str, list[Call]]
 
 
 def shares(trips: Sequence[float]) -> tuple[float, float]:
@@ -146,7 +147,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     sizes[result], here.lines[result] = largest(kind), (op, rest)
     if line.lstrip().startswith('ROOT'):
       here.root.append(result)
-    calls = [(callee, 1) for callee in CALL.findall(rest)] + branches(rest)
+    calls: list[Call] = [(callee, 1) for callee in CALL.findall(rest)]
+    calls += branches(rest)
     if op == 'while':
       loops.append((calls, here, result))
     base = op.removesuffix('-start')
@@ -208,7 +210,7 @@ def step_of(
   return next((x for x in found if x), None)
 
 
-def branches(rest: str) -> list[tuple[str, bool]]:
+def branches(rest: str) -> list[Call]:
   """Returns the two computations of a condition, each with the condition's value."""
   if match := INDEXED.search(rest):
     return [(match[1], False), (match[2], True)]
