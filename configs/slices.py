@@ -27,6 +27,8 @@ class Slice(NamedTuple):
 DOTS, HALF = {'model.remat': 'dots'}, {'train.prompts': 4, 'eval.batch': 64}
 # Every device holds the whole base, so that none of it is gathered.
 INT8 = {'model.quantize': 'int8'}
+# A sixteenth of the weights on each chip; they are gathered for every forward.
+SPLIT = {'mesh.fsdp': 16}
 # Of cards with 80 GB. A row of llada_8b and dream_7b has 512 tokens, that of a block
 # model a packed copy for each recorded step beside its text.
 CARD = {
@@ -43,17 +45,18 @@ SLICES = {
   'l40s': Slice(
     'l40s',
     1,
-    {
-      'llada_8b': (2, {**INT8, **HALF}),
-      'dream_7b': (2, {**INT8, **HALF}),
-      'sdar_1_7b': (8, {}),
-      'a2d_0_6b': (8, {}),
-    },
+    {'llada_8b': (2, {**INT8, **HALF}), 'sdar_1_7b': (8, {}), 'a2d_0_6b': (8, {})},
   ),
   'v5e16': Slice(
     'v5e:4x4',
     16,
-    {'llada_8b': (1, INT8), 'dream_7b': (1, INT8), 'sdar_4b': (1, {'mesh.fsdp': 16})},
+    {
+      'llada_8b': (1, INT8),
+      'dream_7b': (1, SPLIT),  # its adapters are too large beside a whole base
+      'fast_dllm_7b': (1, SPLIT),
+      'sdar_4b': (1, SPLIT),
+      'sdar_1_7b': (1, SPLIT),
+    },
   ),
   'v5p64': Slice('v5p:2x4x4', 32, {'llada_8b': (4, DOTS), 'dream_7b': (4, DOTS)}),
 }
