@@ -5,7 +5,8 @@ python main.py --config=configs/dream_math.py \
     --config.data.path=DIR
 
 The data is that of llada_math.py, the model's settings are those of dream_countdown.py.
-Planned for 16 TPU v5e (mesh.fsdp=16): 13.1 GiB of a chip's 16, at least 9.2 h.
+Planned for one H100 (:h100): 52.9 GiB of the 72.8 that JAX takes, at least 12.2 h. For
+16 TPU v5e (mesh.fsdp=16): 13.1 GiB of a chip's 15.75.
 Published (mean over 128, 256, 512 tokens): base 44.0, ESPO 46.0.
 """
 
