@@ -1,9 +1,9 @@
-"""The tables of docs/plans.md: LLaDA-8B on TPU slices, planned, not run.
+"""The tables of docs/plans.md: real models on GPUs and TPU slices, planned, not run.
 
-python -m benchmarks.plans
+JAX_PLATFORMS=cpu python -m benchmarks.plans --slices=h100,v5e16
 
-Needs libtpu (pip install libtpu) and no TPU; two to sixteen minutes a plan on
-two cores. Run with JAX_PLATFORMS=cpu.
+Needs no such device, but the plugin that compiles for it: pip install libtpu, or
+pip install -e '.[cuda]'. A plan takes a minute for GPUs and some minutes for TPUs.
 """
 
 import argparse
@@ -11,51 +11,46 @@ from typing import Any
 
 import jax
 
-from configs import llada_countdown
-from dmpo_jax import build, model
+from configs import slices
+from dmpo_jax import build, config, fits, model
 from dmpo_jax.tools import plan
 
-LORA = {}  # as the config says
-FULL = {'lora.rank': 0, 'lora.dropout': 0.0, 'model.param_dtype': 'float32'}
-# (slice, topology, chips as `v5p-N` counts cores, prompts, mesh)
-SLICES = (
-  ('v5e-16', 'v5e:4x4', 8, {'mesh.fsdp': 16}),
-  ('v5p-64', 'v5p:2x4x4', 16, {'mesh.fsdp': 8}),
-  ('v5p-256', 'v5p:4x4x8', 64, {'mesh.fsdp': 8}),
+# One config of each model; the others of a model have the same programs.
+CONFIGS = (
+  'llada_countdown',
+  'dream_countdown',
+  'fast_dllm_math',
+  'sdar_math',
+  'sdar_gsm8k',
+  'tiny_a2d_gsm8k',
 )
+# All parameters in float32 with Adam's moments, and a second copy as the reference.
+FULL = {'lora.rank': 0, 'lora.dropout': 0.0, 'model.param_dtype': 'float32'}
 
 
-def planned(topology, prompts, settings):
-  """Returns the plan of a slice."""
-  c = llada_countdown.get_config()
-  c.update_from_flattened_dict(
-    {**settings, 'train.prompts': prompts, 'eval.batch': 128}
-  )
-  return plan.make(c, topology)
-
-
-def row(name, kind, p):
+def row(name, stem, c, made):
   """Returns a plan as a row of Markdown."""
-  gib = lambda x: f'{x / plan.GIB:.2f}'
-  by_name = {program.name: program for program in p.programs}
-  temporary = max(program.temporaries for program in p.programs)
-  sent = {
-    k: v
-    for program in p.programs
-    for k, v in (program.collectives or {}).items()
-    if v[1] > 2**20
-  }
-  fits = 'yes' if p.total < 0.95 * p.memory else 'no'
-  compiled = sum(program.compile_seconds for program in p.programs)
+  gib = lambda x: f'{x / fits.GIB:.1f}'
+  largest = max(made.programs, key=lambda p: p.temporaries + p.output)
+  update = next(p for p in made.programs if p.name == 'update')
+  settings = [
+    f'{field.split(".")[-1]}={value}'
+    for field, value in (
+      ('train.prompts', c.train.prompts),
+      ('train.microbatches', c.train.microbatches),
+      ('model.remat', c.model.remat),
+      ('model.quantize', c.model.quantize),
+      ('mesh.fsdp', c.mesh.fsdp),
+    )
+    if value not in ('none', 1)
+  ]
+  times = [plan.duration(made.seconds[x]) for x in ('rollout', 'update', 'run')]
+  verdict = 'no' if made.misfit else 'yes'
   return (
-    f'| {name} | {kind} | {p.rows} | {gib(p.parameters)} | '
-    f'{gib(p.reference)} | {gib(p.optimizer)} | {gib(temporary)} | '
-    f'{gib(p.total)} of {p.memory / plan.GIB:.0f}: {fits} | '
-    f'{by_name["update"].flops / 1e12:.0f} | '
-    f'{plan.duration(p.seconds["rollout"])} | '
-    f'{plan.duration(p.seconds["update"])} | '
-    f'{plan.duration(p.seconds["run"])} | '
-    f'{", ".join(sorted(sent)) or "none"} | {compiled:.0f} s |'
+    f'| {name} | {stem} | {", ".join(settings)} | {gib(sum(made.held))} | '
+    f'{largest.name} {gib(largest.temporaries + largest.output)} | '
+    f'{gib(made.total)} of {gib(made.memory)}: {verdict} | {" | ".join(times)} | '
+    f'{plan.sent(update)} |'
   )
 
 
@@ -69,34 +64,36 @@ def quantized():
   )
   print('\n| frozen base | GiB |\n|---|---|')
   for kind in ('none', *model.QUANT):
-    stored = build.quantized_shapes(tree, kind)
+    stored = build.quantized_shapes({'params': tree['params']}, kind)
     # keep_unused: JAX would drop an argument that is not read.
     program = jax.jit(lambda tree: 0, keep_unused=True).lower(stored).compile()
     memory: Any = program.memory_analysis()
     size = memory.argument_size_in_bytes
     print(
       f'| {kind} (bfloat16) |' if kind == 'none' else f'| {kind} |',
-      f'{size / plan.GIB:.2f} |',
+      f'{size / fits.GIB:.2f} |',
     )
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--only', default='', help='such as v5e-16')
-  parser.add_argument('--kind', default='', help='LoRA or full')
+  parser.add_argument('--slices', default=','.join(slices.SLICES))
+  parser.add_argument('--configs', default=','.join(CONFIGS))
+  parser.add_argument('--full', action='store_true', help='train all parameters')
   args = parser.parse_args()
   print(
-    '| slice | trained | rows | parameters | reference | optimizer | '
-    'temporaries | worst, GiB | update, TFLOP | rollout | update | run | '
-    'collectives | compiled in |\n|' + '---|' * 14
+    '| slice | config | settings | held | largest program | peak, GiB | rollout | '
+    'update | run | collectives of an update |\n|' + '---|' * 10
   )
-  for name, topology, prompts, settings in SLICES:
-    if args.only in ('', name):
-      for kind, more in (('LoRA', LORA), ('full', FULL)):
-        if args.kind not in ('', kind):
-          continue
-        made = planned(topology, prompts, {**settings, **more})
-        print(row(name, kind, made), flush=True)
+  for name in args.slices.split(','):
+    for stem in args.configs.split(','):
+      where = slices.SLICES[name]
+      preset = config.load(f'configs/{stem}.py')[1].model.preset
+      if preset not in where.models:
+        continue
+      _, c = config.load(f'configs/{stem}.py:{name}')
+      c.update_from_flattened_dict(FULL if args.full else {})
+      print(row(name, stem, c, plan.make(c, where.topology)), flush=True)
   quantized()
 
 

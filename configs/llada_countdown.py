@@ -7,8 +7,7 @@ The checkpoint is a directory or a hub name. Problems are generated, each with a
 solution. --config.data.path=FILE reads a file instead (fields `nums`, `target` or
 `input`, `output`); --config.data.numbers=3 keeps its problems with three numbers, which
 published models train on. Plan a run before you pay for it: --mode=plan needs no
-checkpoint, and without TPUs at hand --topology=v5e:4x4 --config.mesh.fsdp=16 plans for
-them.
+checkpoint, and --topology=h100 or v5e:4x4 plans for devices that are not here.
 
 The settings are those of DMPO's release: adapters on q, k, v, up; 16 completions per
 prompt, 8 updates per buffer, alpha 0.04, baseline `individual`, 256 tokens at two
@@ -23,9 +22,13 @@ After the file name may stand
                 --config.objective.name=espo does the same
   :diffu_grpo   d1's recipe: also its learning rate, group and updates per buffer
                 (RECIPES in dmpo_jax/config.py)
+  :h100, ...    settings that fit on this hardware (configs/slices.py): h100, h100x8,
+                a100, l40s, v5e16, v5p64; :espo,h100 is both
 
-Planned for 16 TPU v5e (mesh.fsdp=16): 11.3 GiB of a chip's 16, at least 42 s a rollout,
-3.5 s an update, 9.8 h in all. docs/plans.md has larger slices.
+Planned for one H100 (:h100): 57.9 GiB of the 72.8 that JAX takes, at least 23 s a
+rollout, 8.4 s an update, 12.6 h in all. For 16 TPU v5e (:v5e16): 13.3 GiB of a chip's
+15.75, at least 7.4 s, 3.5 s, 5.0 h. docs/plans.md has more. Without such a name after
+the colon the settings are for a slice of 16 chips, split by --config.mesh.fsdp=16.
 Published, 256 test problems at 128 / 256 / 512 tokens: base 20.7 / 19.5 / 16.0, d1
 34.8 / 32.0 / 42.2, SPG 68.8 / 70.7 / 70.3, DMPO best 83.2 (one token a step). The
 standard error of one number is 2.4 to 3.1. To measure as they did, add --mode=eval
@@ -33,7 +36,7 @@ standard error of one number is 2.4 to 3.1. To measure as they did, add --mode=e
 a step. The default here is one token a step and the prompts of training.
 """
 
-from configs import base
+from configs import base, slices
 from dmpo_jax import config
 from dmpo_jax.tasks import TASKS
 
@@ -75,16 +78,23 @@ def llada():
 
 
 def choose(c, recipe):
-  """Applies what stands after the colon: ours, paper or the name of an objective."""
-  if recipe == 'ours':
+  """Applies what stands after the colon: a recipe, a slice, or both with a comma.
+
+  A recipe is ours, paper or the name of an objective; ours where none is named.
+  """
+  places = [name for name in recipe.split(',') if name in slices.SLICES]
+  recipes = [name for name in recipe.split(',') if name not in places] or ['ours']
+  if len(recipes) > 1 or len(places) > 1:
+    raise ValueError(f'{recipe} after the colon: name one recipe and one slice at most')
+  if recipes == ['ours']:
     c.objective.strength = 0.3
     c.objective.best = TASKS[c.data.task].best
-  elif recipe != 'paper':
-    names = ('ours', 'paper', *config.OBJECTIVES)
-    if wrong := config.nearest('the recipe after the colon', recipe, names):
+  elif recipes != ['paper']:
+    names = ('ours', 'paper', *config.OBJECTIVES, *slices.SLICES)
+    if wrong := config.nearest('the recipe after the colon', recipes[0], names):
       raise ValueError(wrong[0])
-    config.choose_objective(c, recipe)
-  return c
+    config.choose_objective(c, recipes[0])
+  return slices.place(c, places[0]) if places else c
 
 
 def get_config(recipe='ours'):

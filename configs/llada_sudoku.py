@@ -7,7 +7,7 @@ Puzzles are generated; no solution grid of the test is ever trained on. In the s
 the published papers all 288 grids are in both; --config.data.path=FILE reads their CSV.
 Protocol `paper` grades cells, not whole puzzles. llada_countdown.py explains the
 settings and the recipes after the colon.
-Planned for 16 TPU v5e: 11.3 GiB a chip, at least 9.8 h.
+Planned: at least 12.6 h on one H100 (:h100), 5.0 h on 16 TPU v5e (:v5e16).
 Published cell accuracy, zero-shot at 128 / 256 / 512 tokens: base 11.7 / 6.7 / 5.5, d1
 22.1 / 16.7 / 9.5, DMPO best 32.8 (one token a step).
 """

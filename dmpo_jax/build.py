@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from dmpo_jax import (
   check,
@@ -460,14 +459,10 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
 
   They come from tracing sample, score and pack themselves.
   """
-  c = built.config
-  rows, by_row = c.train.prompts * c.train.group, mesh.rows(built.mesh)
-  row = lambda shape, dtype: jax.ShapeDtypeStruct(
-    (rows, *shape), dtype, sharding=by_row
-  )
+  c, by_row = built.config, mesh.rows(built.mesh)
   frozen, state = abstract_states(built)
   refs = abstract_references(built, frozen, state)
-  prompts = row((prompt,), np.int32), row((prompt,), bool), row((), np.int32)
+  prompts = abstract_prompts(built, c.train.prompts * c.train.group, prompt)
   jit = make_sample(
     c,
     jit_section(c.sampler),
@@ -488,6 +483,16 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
   return Abstract(frozen, state, refs, prompts, sampled, batch)
 
 
+def abstract_prompts(built: Built, rows: int, prompt: int) -> tuple:
+  """Returns a sampler's arguments tokens, valid and row as shapes."""
+  kinds = ((prompt,), np.int32), ((prompt,), bool), ((), np.int32)
+  by_row = mesh.rows(built.mesh)
+  return tuple(
+    jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=by_row)
+    for shape, dtype in kinds
+  )
+
+
 def jit_section(section: Any) -> Any:
   """Returns the sampler section with parallel = jit, for its shapes."""
   copy = section.copy_and_resolve_references()
@@ -501,28 +506,19 @@ def abstract_batch(built: Built, prompt: int) -> TrainBatch:
   return abstract_buffer(built, prompt).batch
 
 
-def programs(built: Built, prompt: int) -> list[tuple[str, Any, tuple]]:
-  """Returns (name, function, arguments as shapes) of the three programs of a buffer."""
+def programs(built: Built, prompt: int, held_out: int) -> list[tuple[str, Any, tuple]]:
+  """Returns (name, function, arguments as shapes) of the programs of a run.
+
+  prompt, held_out: tokens of the prompts in training and in evaluation.
+  """
   a, steps = abstract_buffer(built, prompt), built.steps
   inner = jax.ShapeDtypeStruct((), np.int32)
   score_args = (a.state.trainable, a.frozen, a.references, a.sampled)
+  params = {**a.frozen, **a.state.trainable}
+  evaluated = abstract_prompts(built, built.config.eval.batch, held_out)
   return [
-    ('sample', steps.sample, ({**a.frozen, **a.state.trainable}, *a.prompts)),
+    ('sample', steps.sample, (params, *a.prompts)),
     ('score', steps.score, score_args),
     ('update', steps.update, (a.state, a.frozen, a.batch, inner)),
+    ('evaluate', steps.sample_eval, (params, *evaluated)),
   ]
-
-
-def compile_longest(built: Built, prompt: int) -> None:
-  """Compiles the programs of the longest prompts, if a cache keeps them.
-
-  A program that does not fit fails here, not at the long prompt hours later.
-  """
-  settings: Any = jax.config
-  if not settings.jax_compilation_cache_dir:
-    return
-  for name, program, args in programs(built, prompt):
-    if not hasattr(program, 'trace'):  # pmap compiles when it is called
-      continue
-    logging.info('compiling %s for prompts of %d tokens', name, prompt)
-    program.trace(*args).lower().compile()

@@ -43,6 +43,7 @@ from dmpo_jax import (
   data,
   evaluate,
   files,
+  fits,
   guard,
   hf,
   mesh,
@@ -73,7 +74,7 @@ PROTOCOL = _choice('protocol', 'strict', ('strict', 'paper'), 'score without --c
 PROBLEM = _int('problem', 0, 'sample: number of the test problem')
 PROMPT = _text('prompt', '', 'sample: a prompt of your own')
 HTML = _text('html', '', 'sample: also writes a web page to this file')
-TOPOLOGY = _text('topology', '', 'plan: absent TPUs, such as v5p:4x4x4; needs libtpu')
+TOPOLOGY = _text('topology', '', 'plan: absent devices, such as v5p:4x4x4 or h100x8')
 RUNS = _text('runs', '', 'report: pattern of the workdirs to compare')
 CARDS = _text('cards', '', 'report: pattern of the *.card.json to compare')
 BY = _text('by', 'objective.baseline', 'report --runs: config field to group by')
@@ -185,6 +186,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'unexpected arguments {stray}: flags are --name=value')
   quiet()
   fix_numbers()
+  share_gpu()
   refuse_flags()
   command, many = read_config(fields), cluster()
   if command.config is not None:
@@ -300,6 +302,15 @@ def see_devices() -> None:
       f'JAX_PLATFORMS = {asked.jax_platforms}: no such devices are here ({why}): unset '
       'it, or set cpu'
     ) from None
+
+
+def share_gpu() -> None:
+  """Lets JAX take fits.FRACTION of a GPU where the user has not said how much.
+
+  Its own default is three quarters. The variables have no effect on other devices.
+  """
+  if not any(os.environ.get(name) for name in fits.FRACTIONS):
+    os.environ[fits.FRACTIONS[1]] = str(fits.FRACTION)
 
 
 def split_cpu(count: int) -> None:
@@ -435,6 +446,8 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
       kind = jax.devices()[0].device_kind
       logging.info('%s on %d %s, in %s', c.name, jax.device_count(), kind, workdir)
       with files.naming(workdir), guard.alone(workdir):
+        if not only_sft:  # refuse a run that does not fit before weights are loaded
+          fits.check(built, lambda: dog.beat('compile', 0))
         runs.claim(c, workdir)
         dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
         run_train(built, workdir, command.overrides, only_sft, dog, asked)

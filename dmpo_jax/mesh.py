@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmpo_jax.types import Array
@@ -54,15 +54,26 @@ def make_mesh(
   `devices` may be those of a topology that is not here. ValueError if the product
   is not the number of devices.
   """
-  count = len(devices or jax.devices())
+  devices = devices or jax.devices()
+  count = len(devices)
   data = data or count // (fsdp * tensor)
   if data * fsdp * tensor != count:
     raise ValueError(
       f'mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} '
       f'must equal the {count} devices'
     )
-  types = (AxisType.Auto,) * 3
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+  placed = arrange((data, fsdp, tensor), devices)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+  """Returns devices as an array in which neighbours are close.
+
+  An axis may be a part of a physical axis of a TPU slice, so any shape is possible.
+  """
+  if len({getattr(device, 'slice_index', 0) for device in devices}) > 1:
+    raise ValueError('the devices are of several TPU slices: use one slice')
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def path_of(path: Sequence[Any]) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
+from configs import base, slices
 from dmpo_jax import build, check, config, optim, sampler
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
@@ -21,7 +21,9 @@ from dmpo_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(
-  p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'base')
+  p.stem
+  for p in (ROOT / 'configs').glob('*.py')
+  if p.stem not in ('__init__', 'base', 'slices')
 )
 TRAINS = [stem for stem in FILES if stem not in ('baselines', 'compare')]
 BLOCKS = ('sdar_math', 'sdar_gsm8k', 'fast_dllm_math', 'tiny_a2d_gsm8k')
@@ -101,6 +103,10 @@ def test_configs_of_block_models(stem):
   [
     ('llada_math', 'papr', "did you mean 'paper'"),
     ('llada_math', 'espoo', "did you mean 'espo'"),
+    ('llada_math', 'h1000', "did you mean 'h100"),
+    ('llada_math', 'espo,wd1', 'one recipe and one slice'),
+    ('llada_math', 'h100,v5e16', 'one recipe and one slice'),
+    ('sdar_math', 'l40s', 'slice l40s .* model.preset = sdar_4b: h100.* have'),
     ('compare', 'chess', 'sudoku or countdown'),
     ('quickstart', 'esp', "did you mean 'espo'"),
     ('baselines', 'espo', 'nothing after the colon'),
@@ -118,6 +124,45 @@ def test_missing_config_file_is_refused_with_the_nearest_name():
     config.load(f'{ROOT}/configs/quickstart')
   with pytest.raises(ValueError, match='no such file'):
     config.load('nowhere/at_all.py:espo')
+
+
+PLACED = [
+  (stem, name)
+  for stem in (*PUBLISHED, *BLOCKS)
+  for name, where in slices.SLICES.items()
+  if file_of(stem).get_config().model.preset in where.models
+]
+
+
+@pytest.mark.parametrize('stem, name', PLACED)
+def test_slice_changes_how_a_run_is_computed(stem, name):
+  """It can run there, and its rows are whole microbatches of the planned size."""
+  where, plain = slices.SLICES[name], file_of(stem).get_config()
+  c = file_of(stem).get_config(name)
+  check.config(c, where.devices, 'tpu' if name.startswith('v') else 'gpu')
+  before, after = check.flatten(plain), check.flatten(c)
+  free = {'train.microbatches', 'model.remat', 'model.quantize', 'eval.batch'}
+  free |= {'sampler.cache', 'eval.sampler.cache', 'train.prompts', 'mesh.fsdp'}
+  assert {field for field in before if before[field] != after[field]} <= free
+  rows = c.train.prompts * c.train.group
+  piece = rows // where.devices // c.train.microbatches
+  assert piece <= where.models[c.model.preset][0]
+  assert piece * where.devices * c.train.microbatches == rows
+  assert c.sampler.cache == ('block' if stem in BLOCKS else 'dual')
+
+
+@pytest.mark.parametrize('name', OBJECTIVES)
+def test_slice_and_objective_combine(name):
+  """Both orders are the same; the objective's own settings stay."""
+  get = file_of('llada_math').get_config
+  c = get(f'{name},v5e16')
+  assert check.flatten(c) == check.flatten(get(f'v5e16,{name}'))
+  check.config(c, 16, 'tpu')
+  alone, both = check.flatten(get(name)), check.flatten(c)
+  assert all(
+    both[field] == alone[field] for field in both if field.startswith('objective.')
+  )
+  assert both['model.quantize'] == 'int8'
 
 
 HEAD = 'from configs import base\n\n\ndef get_config():\n  c = base.get_config()\n  '

@@ -26,7 +26,7 @@ FLOORS = {
   'check': 7, 'score': 7, 'rollout': 7,
   'parts': 8,
   'build': 9,
-  'evaluate': 10, 'resume': 10,
+  'evaluate': 10, 'resume': 10, 'fits': 10,
   'tools': 11, 'phases': 11, 'runs': 11,
   'train': 12,
   'cli': 13,

@@ -21,6 +21,7 @@ from dmpo_jax import (
   config,
   data,
   evaluate,
+  fits,
   guard,
   hf,
   metrics,
@@ -589,6 +590,29 @@ def test_command_trains_once(command, phases, monkeypatch, tmp_path, capsys):
   command('--workdir=run', '--config.seed=3')
   again = json.loads(pathlib.Path('run/results.json').read_text())
   assert again['final'] == results['final']
+
+
+def test_run_that_does_not_fit_is_refused_first(
+  command, phases, monkeypatch, capsys, tmp_path
+):
+  """No weights are read, and the workdir stays free for another config."""
+  large = fits.Use('update', 2**50, 0, 0.0, None, None)
+  monkeypatch.setattr(fits, 'limit', lambda _: 2**40)
+  monkeypatch.setattr(fits, 'compiled', lambda *_: large)
+  phases(sft=lambda _: pytest.fail('weights are loaded'))
+  with pytest.raises(SystemExit, match='error: this run does not fit: .*update'):
+    command(f'--workdir={tmp_path}/run')
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+def test_share_of_a_gpu_is_ours_or_the_users(monkeypatch):
+  for name in fits.FRACTIONS:
+    monkeypatch.delenv(name, raising=False)
+  main.share_gpu()
+  assert os.environ.pop('XLA_PYTHON_CLIENT_MEM_FRACTION') == '0.92'
+  monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '.5')  # JAX refuses both
+  main.share_gpu()
+  assert 'XLA_PYTHON_CLIENT_MEM_FRACTION' not in os.environ
 
 
 def test_mode_sft_leaves_no_results(command, phases, capsys):

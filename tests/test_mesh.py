@@ -14,12 +14,52 @@ from dmpo_jax import build, mesh, model, optim, rng, step
 from dmpo_jax.tools import costs
 from dmpo_jax.types import TrainBatch
 
+AUTO = jax.sharding.AxisType.Auto
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2))
 R, PROMPT, L = 8, 4, 16
 
 
 def grid(*shape):
   return mesh.make_mesh(*shape)
+
+
+def test_order_of_devices_on_cpus():
+  """The mesh has JAX's own order, so that runs keep their bits."""
+  for shape in MESHES:
+    assert [*grid(*shape).devices.flat] == jax.devices()
+    assert grid(*shape) == jax.make_mesh(shape, mesh.AXES, axis_types=(AUTO,) * 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A chip of a TPU slice, as far as the order of a mesh depends on it."""
+
+  id: int
+  coords: tuple
+  device_kind: str = 'TPU v5'
+  platform: str = 'tpu'
+  core_on_chip: int = 0
+  process_index: int = 0
+  slice_index: int = 0
+
+
+def test_any_shape_on_a_torus():
+  """An axis of eight on a torus of 4 x 4 x 4 is one physical axis and half another."""
+  chips = [Chip(i, at) for i, at in enumerate(np.ndindex(4, 4, 4))]
+  powers = [2**i for i in range(7)]
+  shapes = [(f, t) for f in powers for t in powers if f * t <= 64]
+  assert len(shapes) == 28
+  for fsdp, tensor in shapes:
+    shape = (64 // (fsdp * tensor), fsdp, tensor)
+    placed = mesh.arrange(shape, chips)
+    assert placed.shape == shape
+    assert {*placed.flat} == {*chips}
+  # Neighbours along the axis that talks most are neighbours on the torus.
+  for ring in mesh.arrange((4, 4, 4), chips).reshape(-1, 4):
+    assert sum(len({chip.coords[i] for chip in ring}) > 1 for i in range(3)) == 1
+  two = [dataclasses.replace(chip, slice_index=chip.id // 32) for chip in chips]
+  with pytest.raises(ValueError, match='several TPU slices'):
+    mesh.arrange((8, 8, 1), two)
 
 
 def settings(shape):

@@ -1,7 +1,12 @@
 """Tests plans against closed forms and against the bytes that a run allocates."""
 
 import dataclasses
+import importlib.util
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +14,8 @@ import numpy as np
 import pytest
 
 from configs import base, llada_countdown
-from dmpo_jax import build, mesh, model
-from dmpo_jax.tools import costs, plan
+from dmpo_jax import build, fits, mesh, model
+from dmpo_jax.tools import chips, costs, plan
 
 A, B = np.zeros((4, 6), np.float32), np.zeros((6, 8), np.float32)
 ONE = 2 * 4 * 6 * 8  # FLOPs of A @ B
@@ -129,17 +134,65 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
+# As XLA for TPU writes them: a loop of 32 laps that is unrolled twice and begins at 2,
+# so that 15 are left, and a gather that this loop spans.
+UNROLLED = """
+%add.5 (p: s32[]) -> s32[] {
+  %two = s32[] constant(2)
+  ROOT %sum = s32[]{:T(128)} add(%p, %two)
+}
+
+%wide.body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %s = f32[8]{0} collective-permute(%x), channel_id=5, source_target_pairs={{0,1},{1,0}}
+  %part = f32[64]{0} fusion(%x), kind=kLoop, calls=%spanning
+  %next = s32[]{:T(128)} fusion(%i), kind=kLoop, calls=%add.5
+  ROOT %out = (s32[]{:T(128)}, f32[8]{0}) tuple(%next, /*index=1*/%s)
+}
+
+%spanning (p: f32[8]) -> f32[64] {
+  %g = f32[64]{0} all-gather(%p), channel_id=6, dimensions={0}
+}
+
+%wide.cond (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[] constant(32)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %begun = s32[]{:T(128)} constant(2)
+  %t = (s32[]{:T(128)}, f32[8]{0}) tuple(%begun, %a)
+  %w = (s32[]{:T(128)}, f32[8]{0}) while(%t), condition=%wide.cond, body=%wide.body
+  %end = f32[64]{0} fusion(%a), kind=kLoop, calls=%finish
+}
+
+%finish (p: f32[8]) -> f32[64] {
+  %g2 = f32[64]{0} all-gather(%p), channel_id=6, dimensions={0}
+}
+"""
+
+
 def test_collectives_of_a_text():
   """Trip counts are known, in the condition, or given; async pairs count once."""
   assert costs.collectives(HLO, trips=(9,)) == {
     'all-gather': (5, 5 * 64 * 4),
-    'all-reduce': (9, 9 * 6 * 2),
+    'all-reduce': (9 + 3, 12 * 6 * 2),  # of the open loop, and of the known one
     'reduce-scatter': (1, 16 * 4),
   }
+  assert costs.collectives(UNROLLED, trips=(9,)) == {
+    'collective-permute': (15, 15 * 8 * 4),
+    'all-gather': (1, 64 * 4),
+  }
+  plain = UNROLLED.replace('%two = s32[] constant(2)', '%one = s32[] constant(1)')
+  plain = plain.replace('add(%p, %two)', 'add(%p, %one)')
+  plain = plain.replace('%begun = s32[]{:T(128)} constant(2)', '')
+  assert costs.collectives(plain, trips=(9,))['collective-permute'][0] == 32
   body = HLO[HLO.index('%open.body') : HLO.index('%start')]
   assert costs.collectives(body + BRANCHING, trips=(8, 0.25)) == {
     'all-reduce': (6, 6 * 6 * 2),
-    'all-to-all': (2, 2 * 10 * 4),
+    'all-to-all': (2 + 2, 4 * 10 * 4),  # both conditions call it
   }
 
 
@@ -203,21 +256,21 @@ def test_bytes_are_what_a_run_allocates(rank):
     (state.trainable, real.trainable),
     (state.opt_state, real.opt_state),
   ):
-    assert abs(plan.per_device(planned) / held(allocated) - 1) < 0.01
+    assert abs(fits.per_device(planned) / held(allocated) - 1) < 0.01
 
 
 def test_a_plan():
   """Totals add up and loops count as configured; a CPU has no data sheet."""
   c = small(**{'sampler.cache': 'dual'})
   made = plan.make(c)
-  sample, score, update = made.programs
-  assert [p.name for p in made.programs] == ['sample', 'score', 'update']
-  assert made.total >= (
-    made.parameters
-    + made.reference
-    + made.optimizer
-    + max(p.temporaries for p in made.programs)
+  sample, score, update, evaluate = made.programs
+  names = [p.name for p in made.programs]
+  assert names == ['sample', 'score', 'update', 'evaluate']
+  assert made.total == sum(made.held) + max(
+    p.temporaries + p.output for p in made.programs
   )
+  # The same network and lengths, but more rows, without a cache.
+  assert evaluate.flops > sample.flops * c.eval.batch / made.rows
   assert made.cache == 2 * 2 * 8 * 36 * 16 * 4  # k and v, N, rows, S, D, f32
   assert update.collectives and math.isnan(update.seconds)
   text = plan.show(made, c)
@@ -264,61 +317,107 @@ def test_tokens_of_a_block_model():
 
 def test_roofline():
   """The slowest of arithmetic, memory and network bounds the time."""
-  chip = plan.Chip(1e-6, 1e9, 1e9, 1e9)
+  chip = chips.Chip(1e-6, 1e9, 1e9, 1e9)
   built = build.build(small())
   job = plan.jobs(built, 20)[2]
-  p = plan.compiled(built, chip, job)
+  _, p = plan.compiled(built, chip, fits.Target(0), job)
   sent = sum(
     size * (2 if kind == 'all-reduce' else 1)
     for kind, (_, size) in p.collectives.items()
   )
   assert p.seconds == max(p.flops, p.bytes, sent) / 1e9
-  made = plan.make(small())._replace(memory=10, programs=[p] * 3)
+  made = plan.make(small())._replace(memory=10, programs=[p] * 3, misfit='too large')
   text = plan.show(made, small())
-  assert 'DOES NOT FIT' in text and 'data sheet' not in text
-  made = made._replace(memory=2**40, seconds={'update': p.seconds})
-  text = plan.show(made, small())
-  assert 'fits in' in text and text.endswith(plan.duration(p.seconds))
+  assert text.endswith('DOES NOT FIT: too large') and 'data sheet' not in text
+  made = made._replace(memory=2**40, misfit='', seconds={'update': p.seconds})
+  *_, times, last = plan.show(made, small()).splitlines()
+  assert times.endswith(plan.duration(p.seconds))
+  assert last == f'fits: {fits.size(made.total)} of 1024.00 GiB'
+  made = made._replace(devices='8 NVIDIA H100 80GB HBM3')
+  assert 'XLA_PYTHON_CLIENT_MEM_FRACTION' in plan.show(made, small())
+
+
+@pytest.mark.parametrize('every, validations', [(10, 4), (15, 3), (40, 2), (0, 1)])
+def test_seconds_of_a_run(every, validations):
+  """A run has its buffers, its validations from the first on, and two final tests."""
+  c = small(
+    **{
+      'train.iterations': 30,
+      'train.inner': 3,
+      'eval.every': every,
+      'eval.batch': 100,
+      'data.validation_size': 201,
+      'data.test_size': 0,
+    }
+  )
+  got = plan.times(c, {'sample': 1, 'score': 2, 'update': 5, 'evaluate': 1000})
+  assert got['rollout'] == 3 and got['update'] == 5 and got['validation'] == 3000
+  assert got['run'] == 30 * (3 + 3 * 5) + validations * 3000 + 2 * 1000
 
 
 def test_memory_of_a_device(monkeypatch):
-  """The device is asked first, then the data sheet, of which JAX leaves a part."""
+  """The device is asked first, then the data sheet, of which JAX takes a part."""
 
   class Device:
-    platform, stats = 'gpu', {'bytes_limit': 77}
+    platform, device_kind, stats = 'gpu', 'NVIDIA H100 80GB', {'bytes_limit': 77}
 
     def memory_stats(self):
       return self.stats
 
-  chip, device = plan.CHIPS['NVIDIA H100'], Device()
-  assert plan.memory_of(device, chip) == plan.memory_of(device, None) == 77
-  device.stats = None  # as of CPUs
-  assert plan.memory_of(device, None) == 0
-  for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+  device, card = Device(), int(chips.CHIPS['NVIDIA H100'].memory * fits.GIB)
+  memory = lambda *args: chips.target_of(device, *args).memory
+  assert memory() == 77
+  for name in fits.FRACTIONS:
     monkeypatch.delenv(name, raising=False)
-  assert plan.memory_of(device, chip) == 60 * plan.GIB
-  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.9')
-  assert plan.memory_of(device, chip) == 72 * plan.GIB
-  device.platform = 'tpu'
+  assert memory('h100') == int(fits.FRACTION * card)
+  monkeypatch.setenv(fits.FRACTIONS[1], '.75')
+  assert memory('h100') == pytest.approx(0.75 * card, abs=1)
+  device.stats = None  # as of CPUs
+  assert memory() == pytest.approx(0.75 * card, abs=1)
+  device.device_kind = 'cpu'
+  assert memory() == 0 and chips.chip_of(device) is None
+  device.platform, device.device_kind = 'tpu', 'TPU v5 lite'
   device.memory_stats = None  # one that is not here cannot be asked
-  assert plan.memory_of(device, chip, 'v5e:4x4') == 80 * plan.GIB
+  target = chips.target_of(device, 'v5e:4x4')
+  assert target.memory == int(15.75 * fits.GIB)
+  assert target.platforms == ('tpu',) and not target.options
+
+
+def test_options_of_the_user_stay(monkeypatch):
+  """Options of a GPU that is not here are set, but those of XLA_FLAGS."""
+
+  class Device:
+    platform, device_kind = 'gpu', 'NVIDIA H100 80GB'
+
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
+  assert chips.target_of(Device(), 'h100').options == chips.OPTIONS
+  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_autotune_level=2')
+  left = chips.target_of(Device(), 'h100').options
+  assert {*chips.OPTIONS} - {*left} == {'xla_gpu_autotune_level'}
 
 
 def test_plans_that_are_refused(monkeypatch):
-  """A missing topology, libtpu or prompt length, and pmap are refused."""
+  """A missing topology, plugin or prompt length, and pmap are refused."""
   from jax.experimental import topologies
 
-  def fail(*_):
+  def fail(*_, **__):
     raise RuntimeError('Invalid TPU external name: TPU v9\nmore')
 
   monkeypatch.setattr(topologies, 'get_topology_desc', fail)
-  monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda _: True)
+  monkeypatch.setattr(chips.importlib.util, 'find_spec', lambda _: True)
   with pytest.raises(ValueError, match='--topology=v9:2x2: Invalid .* v9; .*v5e:4x4'):
-    plan.topology_devices('v9:2x2')
-  monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda _: None)
+    chips.devices_of('v9:2x2')
+  with pytest.raises(ValueError, match='--topology=h100: Invalid'):
+    chips.devices_of('h100')
+  for wrong in ('h1000', 'h100x0', 'v100'):
+    with pytest.raises(ValueError, match=f'{wrong}: no such GPUs; .*h100.*l40s'):
+      chips.devices_of(wrong)
+  monkeypatch.setattr(chips.importlib.util, 'find_spec', lambda _: None)
   with pytest.raises(ValueError, match='--topology=v5e:4x4 .*pip install libtpu'):
-    plan.topology_devices('v5e:4x4')
-  assert plan.topology_devices('') is None
+    chips.devices_of('v5e:4x4')
+  with pytest.raises(ValueError, match='--topology=h100x8 .*pip install .*cuda'):
+    chips.devices_of('h100x8')
+  assert chips.devices_of('') is None
   with pytest.raises(ValueError, match='sampler.parallel = pmap .*set jit'):
     plan.make(small(**{'sampler.parallel': 'pmap', 'mesh.fsdp': 1, 'mesh.tensor': 1}))
   c = llada_countdown.get_config()
@@ -328,48 +427,16 @@ def test_plans_that_are_refused(monkeypatch):
     plan.prompt_length(build.build(c))
 
 
-def test_longest_prompts_with_pmap(monkeypatch, tmp_path, no_program_cache):
-  """pmap programs are left out; the others are compiled ahead."""
-
-  class Stub:
-    calls = 0
-
-    def trace(self):
-      return self
-
-    lower = trace
-
-    def compile(self):
-      self.calls += 1
-
-  built, stub = (
-    build.build(
-      small(**{'sampler.parallel': 'pmap', 'mesh.fsdp': 1, 'mesh.tensor': 1})
-    ),
-    Stub(),
-  )
-  monkeypatch.setattr(
-    build,
-    'programs',
-    lambda *_: [('sample', built.steps.sample, ()), ('update', stub, ())],
-  )
-  build.compile_longest(built, 20)
-  assert not stub.calls  # without a cache the program would be lost
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
-  build.compile_longest(built, 20)
-  assert stub.calls == 1
-
-
 def test_the_real_size_from_shapes_alone():
   """LLaDA-8B has 8.02 billion parameters; none is allocated."""
   c = llada_countdown.get_config()
   c.mesh.fsdp = 8
   frozen, state = build.abstract_states(build.build(c))
-  assert plan.per_device(frozen) * 8 == pytest.approx(8_015_581_184 * 2, rel=1e-3)
+  assert fits.per_device(frozen) * 8 == pytest.approx(8_015_581_184 * 2, rel=1e-3)
   adapters = 32 * (3 * (4096 + 4096) + 4096 + 12288) * 128 * 4
   held = sum(x.size * 4 for x in jax.tree.leaves(state.trainable))
   assert held == pytest.approx(adapters, rel=1e-6)
-  assert held / 8 < plan.per_device(state.trainable) < held
+  assert held / 8 < fits.per_device(state.trainable) < held
   int8 = build.quantized_shapes({'params': frozen['params']}, 'int8')
   assert dataclasses.is_dataclass(int8['params']['layers']['q']['kernel'])
 
@@ -386,21 +453,127 @@ def test_program_that_is_too_large_to_compile():
     def lower(self, **_):
       return self
 
-    def compile(self):
+    def compile(self, _):
       raise jax.errors.JaxRuntimeError(self.message)
 
-  built, chip = build.build(small()), plan.CHIPS['TPU v5 lite']
-  stub = Stub()
+  built, chip = build.build(small()), chips.CHIPS['TPU v5 lite']
+  stub, target = Stub(), fits.Target(16 * fits.GIB)
   job = ('update', stub, (), (1,))
-  stub.message = (
-    'RESOURCE_EXHAUSTED: the total memory required for HLO '
-    'temporaries (16.30G) exceeds available HBM (15.75G)'
-  )
-  made = plan.compiled(built, chip, job)
-  assert made.temporaries == int(16.3 * plan.GIB) and made.collectives is None
-  stub.message = 'RESOURCE_EXHAUSTED'
-  made = plan.compiled(built, chip, job)
-  assert made.temporaries == 16 * plan.GIB
+  for stub.message, needs in (
+    (
+      'RESOURCE_EXHAUSTED: the total memory required for HLO '
+      'temporaries (16.30G) exceeds available HBM (15.75G)',
+      16.3,
+    ),
+    (
+      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 63.80G of '
+      '30.75G hbm. Exceeded hbm capacity by 33.05G.',
+      63.8,
+    ),
+    ('RESOURCE_EXHAUSTED', 16),
+  ):
+    use, made = plan.compiled(built, chip, target, job)
+    assert use.size == made.temporaries == int(needs * fits.GIB)
+    assert made.collectives is None
   stub.message = 'INTERNAL'
   with pytest.raises(jax.errors.JaxRuntimeError):
-    plan.compiled(built, chip, job)
+    plan.compiled(built, chip, target, job)
+
+
+# --- real sizes, compiled ahead for devices that are not here
+
+PLUGINS = {'h100': ('jax_cuda13_plugin', 'jax_cuda12_plugin'), 'v5e:4x4': ('libtpu',)}
+PROGRAM = """
+import sys
+from dmpo_jax import build, config, fits
+from dmpo_jax.tools import chips, plan
+
+file, topology = sys.argv[1:]
+_, c = config.load(file)
+built = build.build(c, chips.devices_of(topology))
+device = built.mesh.devices.flat[0]
+chip, target = chips.chip_of(device), chips.target_of(device, topology)
+for job in plan.jobs(built, 256):
+  if job[0] in ('sample', 'update'):
+    use, program = plan.compiled(built, chip, target, job)
+    need = sum(fits.held(built)) + use.size
+    print(job[0], need, target.memory, program.seconds, program.collectives)
+"""
+
+
+def ahead(topology, *args):
+  """Runs Python with JAX on the CPU; skips without the plugin of a topology."""
+  if not any(map(importlib.util.find_spec, PLUGINS[topology])):
+    pytest.skip(f'no plugin compiles for {topology}')
+  done = subprocess.run(
+    [sys.executable, *args],
+    cwd=pathlib.Path(__file__).parents[1],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'},
+    capture_output=True,
+    text=True,
+  )
+  assert not done.returncode, done.stderr[-2000:]
+  return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, topology', [('h100', 'h100'), ('v5e16', 'v5e:4x4')])
+def test_programs_of_8b_compile_and_fit(name, topology):
+  """The sampler and the update of LLaDA-8B fit with the settings of their slice."""
+  file = f'configs/llada_countdown.py:{name}'
+  lines = ahead(topology, '-c', PROGRAM, file, topology)
+  assert [line.split()[0] for line in lines] == ['sample', 'update']
+  for line in lines:
+    need, memory, seconds = map(float, line.split()[1:4])
+    assert 8 * fits.GIB < need < (1 - fits.SPARE) * memory
+    assert 0.1 < seconds < 60
+  if topology == 'h100':
+    assert all(line.endswith('{}') for line in lines)  # one card sends nothing
+
+
+@pytest.mark.slow
+def test_plan_of_one_h100_has_a_verdict():
+  """The release's settings do not fit; the verdict names microbatches that do."""
+  args = ('--mode=plan', '--topology=h100', '--config=configs/llada_countdown.py')
+  *_, last = ahead('h100', 'main.py', *args)
+  assert last.startswith('DOES NOT FIT: ') and 'update 1' in last
+  assert '--config.train.microbatches=' in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('card', chips.CARDS)
+def test_card_is_described_well(card):
+  """The plugin takes each description, and names the card as its data sheet does."""
+  code = """
+import sys, jax
+from dmpo_jax.tools import chips
+device, _ = chips.devices_of(sys.argv[1])
+options = chips.target_of(device, sys.argv[1]).options
+where = jax.sharding.SingleDeviceSharding(device)
+x = jax.ShapeDtypeStruct((8192, 65536), 'float32', sharding=where)
+sort = jax.jit(jax.numpy.sort).trace(x).lower(lowering_platforms=('cuda',))
+size = sort.compile(options).memory_analysis().output_size_in_bytes
+print(chips.chip_of(device).flops, size)
+"""
+  flops, size = ahead('h100', '-c', code, f'{card}x2')[-1].split()
+  assert float(flops) > 1e14 and int(size) == 8192 * 65536 * 4
+
+
+@pytest.mark.slow
+def test_meshes_of_any_shape_on_any_slice():
+  """Every (data, fsdp, tensor) of powers of two is a mesh of all devices."""
+  code = """
+from dmpo_jax import mesh
+from dmpo_jax.tools import chips
+for name in ('v5e:4x4', 'v6e:8x8', 'v5p:2x4x4', 'v5p:4x4x4', 'v5p:4x4x8'):
+  devices = chips.devices_of(name)
+  powers = [2**i for i in range(8) if 2**i <= len(devices)]
+  for fsdp in powers:
+    for tensor in powers:
+      if fsdp * tensor <= len(devices):
+        grid = mesh.make_mesh(0, fsdp, tensor, devices)
+        assert {*grid.devices.flat} == {*devices} and grid.devices.size == len(devices)
+        assert grid.axis_types == (mesh.AxisType.Auto,) * 3
+  print(name)
+"""
+  assert len(ahead('v5e:4x4', '-c', code)) == 5

@@ -26,7 +26,7 @@ from tiny_run import (
   watched,
 )
 
-from dmpo_jax import build, checkpoint, data, evaluate, guard, mesh, resume
+from dmpo_jax import build, checkpoint, data, evaluate, fits, guard, mesh, resume
 from dmpo_jax.phases import rl
 
 pytest_plugins = ('tiny_run',)
@@ -126,9 +126,7 @@ def test_overlap_resumes_from_the_buffer_ahead(
   same_run(run(part, tmp_path, base_params), tmp_path, ahead)
 
 
-def test_buffer_ahead_with_longer_prompts_resumes(
-  early, base_params, tmp_path, monkeypatch
-):
+def test_buffer_ahead_with_longer_prompts_resumes(early, base_params, tmp_path):
   """data.bucket: each buffer is read in its own shape; the longest compiles first."""
   problems = build.problems(early, 'train')
   count, width = problems.tokens.shape
@@ -141,18 +139,14 @@ def test_buffer_ahead_with_longer_prompts_resumes(
     early, data={'bucket': 1}, checkpoint={'every': 2}, train={'iterations': 2}
   )
   part = part._replace(encoded={**part.encoded, 'train': longer})
-  asked, widths = [], []
-
-  def note(built, prompt):
-    asked.append(prompt)
+  widths = []
 
   def watch(name, args):
     if name == 'update':
       widths.append(args[2].tokens.shape[1])
 
-  monkeypatch.setattr(build, 'compile_longest', note, raising=False)
   once = run(watched(part, watch), tmp_path / 'once', base_params)
-  assert asked == [width + 4]
+  assert fits.prompts_of(part)[0] == width + 4
   assert widths == [width + 16] * INNER + [width + 4 + 16] * INNER
   with pytest.raises(KeyboardInterrupt):
     run(fail_at(part, 3, interrupt), tmp_path / 'twice', base_params)

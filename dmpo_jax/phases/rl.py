@@ -71,8 +71,6 @@ class RL(Phase):
       resume.rewind_lines(workdir, name, last)
     resume.rewind_lines(workdir, 'health.jsonl', it - (not self.overlap))
     self.best = resume.best_validation(workdir, self.inner, update)
-    if bucket := self.config.data.bucket:  # fail now if the longest does not fit
-      build.compile_longest(self.built, data.bucketed(self.problems.valid, bucket))
     return self.best and self.best.update
 
   # --- a buffer

@@ -7,7 +7,7 @@ read from the text of a compiled one.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 KINDS = (
   'all-gather',
@@ -26,7 +26,8 @@ INDEXED = re.compile(r'branch_computations=\{%?([\w.\-]+), %?([\w.\-]+)\}')
 # One instruction of a computation: (kind or '', bytes, channel, [(callee, times)]).
 # times is None for a loop without a known number of steps, and False or True for the
 # branches of a condition.
-Instruction = tuple[str, int, str, list[tuple[str, int | None]]]
+Call = tuple[str, int | None]
+Instruction = tuple[str, int, str, list[Call]]
 
 
 def shares(trips: Sequence[float]) -> tuple[float, float]:
@@ -80,74 +81,136 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 def collectives(text: str, trips: Sequence[float]) -> dict[str, tuple[int, int]]:
   """Returns {kind: (count, bytes)} of a device's collectives, from compiled HLO.
 
-  Bytes of a collective are those of the larger of its operand and result. A
-  collective that is split over several computations has one channel and counts
-  once. trips: as in `matmuls`.
+  Bytes of a collective are those of the larger of its operand and result. The parts of
+  an asynchronous collective have one channel. One part may lie in a loop that the
+  collective spans, so the part that runs least often counts. trips: as in `matmuls`.
   """
   computations, entry = parse(text)
-  seen = {}
+  times, sizes = {}, {}  # channel and kind -> {its part: how often}, bytes
 
-  def visit(name, times, trips):
-    for kind, size, channel, calls in computations.get(name, ()):
+  def visit(name, often, trips):
+    for at, (kind, size, channel, calls) in enumerate(computations.get(name, ())):
       if kind:
-        key = (channel, kind)
-        seen[key] = max(seen.get(key, (0, 0)), (times, size))
+        parts = times.setdefault((channel, kind), {})
+        parts[name, at] = parts.get((name, at), 0) + often
+        sizes[channel, kind] = max(sizes.get((channel, kind), 0), size)
       for child, own in calls:
         if own is None:
-          visit(child, times * trips[0], trips[1:] or trips)
+          visit(child, often * trips[0], trips[1:] or trips)
         elif isinstance(own, bool):
-          visit(child, times * shares(trips)[own], trips)
+          visit(child, often * shares(trips)[own], trips)
         else:
-          visit(child, times * own, trips)
+          visit(child, often * own, trips)
 
   visit(entry, 1, trips)
   out = {}
-  for (_, kind), (times, size) in seen.items():
+  for (channel, kind), parts in times.items():
+    often = min(parts.values())
     count, total = out.get(kind, (0, 0))
-    out[kind] = round(count + times), round(total + times * size)
-  return out
+    out[kind] = count + often, total + often * sizes[channel, kind]
+  return {kind: (round(count), round(total)) for kind, (count, total) in out.items()}
+
+
+class Computation(NamedTuple):
+  """What a computation of an HLO text says, as far as loops and collectives need it."""
+
+  lines: dict[str, tuple[str, str]]  # result -> (operation, the rest of its line)
+  root: list[str]  # [result]; the line that the computation returns
+  found: list[Instruction]
+
+  def constant(self, name: str) -> int | None:
+    """Returns the value of an integer constant; None if `name` is none."""
+    op, rest = self.lines.get(name, ('', ''))
+    value = rest.split(')')[0]
+    return int(value) if op == 'constant' and value.isdigit() else None
+
+  def operands(self, name: str) -> list[str]:
+    """Returns the names of an operation's operands."""
+    rest = self.lines.get(name, ('', ''))[1].split(')')[0]
+    return re.findall(r'%?([\w.\-]+)(?=,|$)', rest)
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
   """Returns ({computation: its collectives and calls}, name of the entry)."""
-  computations, bounds, entry, name = {}, {}, '', ''
-  sizes, constants, loops = {}, {}, []
+  computations, entry, loops = {}, '', []
+  here, name, sizes = Computation({}, [], []), '', {}
   for line in text.splitlines():
     if head := HEAD.match(line):
-      name, sizes, constants = head[2], {}, {}
-      computations[name] = []
+      here, name, sizes = Computation({}, [], []), head[2], {}
+      computations[name] = here
       entry = name if head[1] else entry
       continue
     match = LINE.match(line)
     if not match:
       continue
     result, kind, op, rest = match.groups()
-    sizes[result] = largest(kind)
-    if op == 'constant':
-      constants[result] = rest.split(')')[0]
-    if op == 'compare' and 'direction=LT' in rest and 'ROOT' in line:
-      limit = re.findall(r'%?([\w.\-]+)[,)]', rest)[1]
-      bounds[name] = constants.get(limit)
-    calls = [(callee, 1) for callee in CALL.findall(rest)] + branches(rest)
+    sizes[result], here.lines[result] = largest(kind), (op, rest)
+    if line.lstrip().startswith('ROOT'):
+      here.root.append(result)
+    calls: list[Call] = [(callee, 1) for callee in CALL.findall(rest)]
+    calls += branches(rest)
     if op == 'while':
-      count = re.search(r'known_trip_count\D+(\d+)', rest)
-      condition = re.findall(r'condition=%?([\w.\-]+)', rest)[0]
-      loops.append((calls, int(count[1]) if count else None, condition))
+      loops.append((calls, here, result))
     base = op.removesuffix('-start')
     if base in KINDS or calls:
       operand = re.match(r'%?([\w.\-]+)', rest)
       size = max(sizes[result], sizes.get(operand[1], 0) if operand else 0)
       channel = re.search(r'channel_id=(\d+)', rest)
       channel = channel[1] if channel else f'{name}/{result}'
-      computations[name].append((base if base in KINDS else '', size, channel, calls))
-  for calls, count, condition in loops:
-    limit = bounds.get(condition)
-    times = count or (int(limit) if limit and limit.isdigit() else None)
+      here.found.append((base if base in KINDS else '', size, channel, calls))
+  for calls, around, result in loops:
+    times = laps(computations, around, result)
     calls[:] = [(callee, times) for callee, _ in calls]
-  return computations, entry
+  return {name: c.found for name, c in computations.items()}, entry
 
 
-def branches(rest: str) -> list[tuple[str, bool]]:
+def laps(
+  computations: dict[str, Computation], around: Computation, loop: str
+) -> int | None:
+  """Returns how often a loop runs; None if that is not known.
+
+  XLA says it, or the condition compares a counter with a constant. The compiler may
+  unroll such a loop: then its counter begins at another number or takes larger steps.
+  """
+  rest = around.lines[loop][1]
+  if told := re.search(r'known_trip_count\D+(\d+)', rest):
+    return int(told[1])
+  name = {
+    key: re.findall(rf'{key}=%?([\w.\-]+)', rest) for key in ('condition', 'body')
+  }
+  condition = computations.get(''.join(name['condition']))
+  body = computations.get(''.join(name['body']))
+  if not condition or not condition.root:
+    return None
+  op, test = condition.lines[condition.root[0]]
+  if op != 'compare' or 'direction=LT' not in test:
+    return None
+  counter, limit = condition.operands(condition.root[0])[:2]
+  end = condition.constant(limit)
+  at = re.search(r'index=(\d+)', condition.lines.get(counter, ('', ''))[1])
+  if end is None or not at:
+    return end
+  begun, step = 0, 1
+  if start := around.operands(around.operands(loop)[0])[int(at[1]) :][:1]:
+    begun = around.constant(start[0]) or 0
+  if body and body.root:
+    step = step_of(computations, body, int(at[1])) or 1
+  return max(0, -(-(end - begun) // step))
+
+
+def step_of(
+  computations: dict[str, Computation], body: Computation, at: int
+) -> int | None:
+  """Returns what a loop's body adds to the counter at place `at` of its tuple."""
+  name = (body.operands(body.root[0])[at:] or [''])[0]
+  op, rest = body.lines.get(name, ('', ''))
+  inside = computations.get(''.join(CALL.findall(rest)[:1])) if op == 'fusion' else body
+  names = inside.lines if inside and inside is not body else body.operands(name)
+  found = [inside.constant(x) for x in names] if inside else []
+  return next((x for x in found if x), None)
+
+
+def branches(rest: str) -> list[Call]:
   """Returns the two computations of a condition, each with the condition's value."""
   if match := INDEXED.search(rest):
     return [(match[1], False), (match[2], True)]

@@ -1,51 +1,26 @@
 """Plans a run before anything is loaded: whether it fits, and how long it takes.
 
-Compiles the sampler, the log-prob pass and the update from shapes alone, for the
-devices here or for a TPU topology (libtpu compiles without TPUs). Memory and
-collectives are read from the compiled programs. FLOPs and bytes are those of the
-matmuls in the traced programs.
+Compiles the samplers, the log-prob pass and the update from shapes alone, for the
+devices here or for those of a topology (chips.py). Memory and collectives are read from
+the compiled programs. FLOPs and bytes are those of the matmuls in the traced programs.
 """
 
 import glob
-import importlib.util
 import math
 import os
-import re
 import tempfile
-import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
-from dmpo_jax import build
+from dmpo_jax import build, fits
+from dmpo_jax.fits import GIB, size
 from dmpo_jax.sampler import SAMPLERS
+from dmpo_jax.tools import chips
+from dmpo_jax.tools.chips import Chip
 from dmpo_jax.tools.costs import collectives, matmuls
-from dmpo_jax.types import Params, TrainState
-
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-  """Figures of one device from its data sheet."""
-
-  memory: float  # GiB
-  flops: float  # bfloat16, per second
-  bandwidth: float  # of its memory, bytes per second
-  network: float  # to its neighbours, bytes per second
-
-
-# By the start of jax's device_kind; the first match counts.
-CHIPS = {
-  'TPU v4': Chip(32, 275e12, 1.23e12, 300e9),
-  'TPU v5 lite': Chip(16, 197e12, 0.82e12, 200e9),
-  'TPU v5': Chip(95, 459e12, 2.76e12, 600e9),
-  'TPU v6 lite': Chip(32, 918e12, 1.64e12, 448e9),
-  'NVIDIA A100': Chip(80, 312e12, 2.0e12, 300e9),
-  'NVIDIA H100': Chip(80, 989e12, 3.35e12, 450e9),
-  'NVIDIA H200': Chip(141, 989e12, 4.8e12, 450e9),
-}
 
 
 class Program(NamedTuple):
@@ -58,7 +33,7 @@ class Program(NamedTuple):
   bytes: float  # that its matmuls read and write
   collectives: dict | None  # kind -> (count, bytes); None if it does not compile
   compile_seconds: float
-  seconds: float  # lower bound by the roofline; nan without a data sheet
+  seconds: float  # at the roofline; nan without a data sheet
 
 
 class Plan(NamedTuple):
@@ -68,38 +43,13 @@ class Plan(NamedTuple):
   mesh: dict
   rows: int
   prompt: int  # P in tokens
-  parameters: int  # bytes a device holds of the model it samples with
-  reference: int  # further bytes for the reference policy
-  optimizer: int  # bytes
+  held: fits.Held
   cache: int  # K/V bytes while it samples
   programs: list
   total: int  # bytes at the peak
   memory: int  # bytes of the chip that JAX may take; 0 = unknown
-  seconds: dict  # of rollout, update and run: lower bounds; nan = unknown
-
-
-def topology_devices(name: str) -> list | None:
-  """Returns the devices of a TPU topology such as v5p:4x4x4; None for ''.
-
-  Raises ValueError if libtpu is not installed or the topology does not exist.
-  """
-  if not name:
-    return None
-  if not importlib.util.find_spec('libtpu'):
-    raise ValueError(
-      f'--topology={name} needs libtpu, which compiles for TPU slices (and only '
-      'for these) on any machine: pip install libtpu'
-    )
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # no TPU host to ask
-  from jax.experimental import topologies
-
-  try:
-    return list(topologies.get_topology_desc(name, 'tpu').devices)
-  except Exception as error:  # libtpu has exceptions of its own
-    raise ValueError(
-      f'--topology={name}: {str(error).splitlines()[0]}; name a TPU slice such as '
-      'v5e:4x4, v5p:2x4x4 or v6e:8x8 (only one process at a time can use libtpu)'
-    ) from None
+  misfit: str  # why it does not fit, and with which settings it would; '' = it fits
+  seconds: dict  # of rollout, update, validation and run; nan = unknown
 
 
 def run(c: Any, topology: str = '') -> str:
@@ -109,57 +59,59 @@ def run(c: Any, topology: str = '') -> str:
 
 def make(c: Any, topology: str = '') -> Plan:
   """Returns the Plan of a config; loads no weights."""
-  if c.sampler.parallel == 'pmap':
-    raise ValueError('sampler.parallel = pmap cannot be planned: set jit')
-  devices = topology_devices(topology)
+  for field, section in (('', c.sampler), ('eval.', c.eval.sampler)):
+    if section.parallel == 'pmap':
+      raise ValueError(f'{field}sampler.parallel = pmap cannot be planned: set jit')
+  devices = chips.devices_of(topology)
   built = build.build(c, devices)
-  devices = devices or jax.devices()
-  kind = devices[0].device_kind
-  chip = next((x for name, x in CHIPS.items() if kind.startswith(name)), None)
+  device = built.mesh.devices.flat[0]
+  chip, target = chips.chip_of(device), chips.target_of(device, topology)
   prompt = prompt_length(built)
-  programs = [compiled(built, chip, job) for job in jobs(built, prompt)]
-  frozen, state = build.abstract_states(built)
-  held = per_device(frozen) + per_device(state) + fixed_bytes(built, frozen, state)
-  parameters = per_device({**frozen, **state.trainable})
-  sample, score, update = (p.seconds for p in programs)
-  rollout, t = sample + score, c.train
+  uses, programs = [], []
+  for job in jobs(built, prompt):
+    use, program = compiled(built, chip, target, job)
+    uses.append(use)
+    programs.append(program)
+  held = fits.held(built)
   return Plan(
-    devices=f'{len(devices)} {kind}',
+    devices=f'{built.mesh.devices.size} {device.device_kind}',
     mesh=dict(built.mesh.shape),
-    rows=t.prompts * t.group,
+    rows=c.train.prompts * c.train.group,
     prompt=prompt,
-    parameters=parameters,
-    reference=held - parameters - per_device(state.opt_state),
-    optimizer=per_device(state.opt_state),
+    held=held,
     cache=cache_bytes(built, prompt),
     programs=programs,
-    total=held + max(p.temporaries + p.output for p in programs),
-    memory=memory_of(devices[0], chip, topology),
-    seconds={
-      'rollout': rollout,
-      'update': update,
-      'run': t.iterations * (rollout + t.inner * update),
-    },
+    total=sum(held) + max(use.size for use in uses),
+    memory=target.memory,
+    misfit=fits.verdict(built, (prompt, prompt), target, uses),
+    seconds=times(c, {program.name: program.seconds for program in programs}),
   )
 
 
-def memory_of(device: Any, chip: Chip | None, topology: str = '') -> int:
-  """Returns the bytes of a device that JAX hands out; 0 = unknown.
+def times(c: Any, seconds: dict[str, float]) -> dict[str, float]:
+  """Returns the seconds of a rollout, an update, a validation and all of the run.
 
-  A device that is here says so itself. Else the data sheet counts, of which JAX
-  by default leaves a quarter of a GPU to other programs.
+  seconds: of each program. The final test samples its problems from the base model and
+  from the trained one. A size of 0 (all of a file) counts as one batch.
   """
-  stats = {} if topology else device.memory_stats() or {}
-  if 'bytes_limit' in stats or not chip:
-    return stats.get('bytes_limit', 0)
-  names = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
-  fractions = [os.environ[name] for name in names if os.environ.get(name)]
-  fraction = float([*fractions, 0.75][0]) if device.platform == 'gpu' else 1.0
-  return int(fraction * chip.memory * GIB)
+  t, e = c.train, c.eval
+  batches = lambda count: -(-count // e.batch) or 1
+  rollout = seconds['sample'] + seconds['score']
+  validation = batches(c.data.validation_size) * seconds['evaluate']
+  test = 2 * batches(c.data.test_size) * seconds['evaluate']
+  validated = {it for it in range(t.iterations) if e.every and it % e.every == 0}
+  count = len(validated | {t.iterations})
+  training = t.iterations * (rollout + t.inner * seconds['update'])
+  return {
+    'rollout': rollout,
+    'update': seconds['update'],
+    'validation': validation,
+    'run': training + count * validation + test,
+  }
 
 
 def prompt_length(built: build.Built) -> int:
-  """Returns P: data.prompt_length, else the longest training prompt."""
+  """Returns P: data.prompt_length, else the longest prompt of any split."""
   if built.config.data.prompt_length:
     return built.config.data.prompt_length
   if built.tokenizer is None:
@@ -167,34 +119,7 @@ def prompt_length(built: build.Built) -> int:
       'data.prompt_length = 0: without a checkpoint the length of the prompts is '
       'unknown, set it to plan'
     )
-  return build.problems(built, 'train').tokens.shape[1]
-
-
-# --- shapes
-
-
-def fixed_bytes(built: build.Built, frozen: Params, state: TrainState) -> int:
-  """Returns bytes of the references that are read; the state has the moving one."""
-  return sum(
-    per_device(tree)
-    for path, tree in zip(
-      built.config.reference.of,
-      build.abstract_references(built, frozen, state),
-      strict=False,
-    )
-    if path != 'moving'
-  )
-
-
-def per_device(tree: Any) -> int:
-  """Returns bytes that one device holds of a tree of sharded shapes."""
-
-  def size(x):
-    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    bits = 4 if x.dtype in (jnp.uint4, jnp.int4) else 8 * x.dtype.itemsize
-    return math.prod(shape) * bits // 8
-
-  return sum(size(x) for x in jax.tree.leaves(tree))
+  return max(fits.prompts_of(built))
 
 
 def cache_bytes(built: build.Built, prompt: int) -> int:
@@ -213,62 +138,57 @@ def cache_bytes(built: build.Built, prompt: int) -> int:
   return 2 * cfg.layers * rows * tokens * width
 
 
-def jobs(built: build.Built, prompt: int) -> list[tuple]:
-  """Returns build.programs, each with the trips of its open loops.
+def trips_of(built: build.Built, s: Any) -> tuple[float, ...]:
+  """Returns the trips of a sampler's open loops (costs.matmuls); s: its section.
 
   Of the cache `block` it counts a step's own block, and once a block the one before it.
   Rows whose prompts end elsewhere in their blocks compute that one more often.
   """
+  steps = s.steps if SAMPLERS[s.pick].scheduled else s.length
+  if s.cache == 'none':
+    return (steps,)
+  if s.cache == 'block':
+    return (steps, s.length / built.model.block_causal / steps)
+  a_block = steps // (s.length // s.block)  # laps of a block, cached steps of a lap
+  a_lap = min(a_block, s.refresh or a_block)
+  return (-(-a_block // a_lap), a_lap - 1)
+
+
+def jobs(built: build.Built, prompt: int) -> list[tuple]:
+  """Returns build.programs, each with the trips of its open loops."""
   c = built.config
-  length = steps = c.sampler.length
-  if SAMPLERS[c.sampler.pick].scheduled:
-    steps = c.sampler.steps
-  trips = (steps,)
-  if c.sampler.cache == 'block':
-    trips = (steps, length / built.model.block_causal / steps)
-  elif c.sampler.cache != 'none':  # laps of a block, cached steps of a lap
-    a_block = steps // (length // c.sampler.block)
-    a_lap = min(a_block, c.sampler.refresh or a_block)
-    trips = (-(-a_block // a_lap), a_lap - 1)
-  loops = {'sample': trips, 'score': (steps,), 'update': (1,)}
-  return [(*job, loops[job[0]]) for job in build.programs(built, prompt)]
+  trips = {
+    'sample': trips_of(built, c.sampler),
+    'evaluate': trips_of(built, c.eval.sampler),
+  }
+  # A trajectory has as many states as steps.
+  steps = c.sampler.steps if SAMPLERS[c.sampler.pick].scheduled else c.sampler.length
+  trips |= {'score': (steps,), 'update': (1,)}
+  return [(*job, trips[job[0]]) for job in build.programs(built, prompt, prompt)]
 
 
-def compiled(built: build.Built, chip: Chip | None, job: tuple) -> Program:
+def compiled(
+  built: build.Built, chip: Chip | None, target: fits.Target, job: tuple
+) -> tuple[fits.Use, Program]:
   """Traces, counts and compiles one of `jobs`."""
   name, program, args, trips = job
   traced, grid = program.trace(*args), built.mesh
   flops, moved = matmuls(
     traced.jaxpr.jaxpr, trips, grid.devices.size, grid.shape['tensor']
   )
-  begun = time.time()
-  lowered = traced.lower(lowering_platforms=(grid.devices.flat[0].platform,))
-  least = max(flops / chip.flops, moved / chip.bandwidth) if chip else math.nan
-  try:
-    done = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    needed = needed_bytes(str(error), chip)
-    return Program(name, needed, 0, flops, moved, None, time.time() - begun, least)
-  spent = time.time() - begun
-  memory = done.memory_analysis()
-  traffic = collectives(hlo_text(lowered, done), trips)
-  if chip:
+  use = fits.compiled(name, traced, target)
+  traffic, received = None, 0
+  if use.program:
+    traffic = collectives(hlo_text(use.lowered, use.program), trips)
     received = sum(
       count * (2 if kind == 'all-reduce' else 1) for kind, (_, count) in traffic.items()
     )
-    least = max(least, received / chip.network)
-  output = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-  return Program(
-    name, memory.temp_size_in_bytes, output, flops, moved, traffic, spent, least
+  seconds = math.nan
+  if chip:
+    seconds = max(flops / chip.flops, moved / chip.bandwidth, received / chip.network)
+  return use, Program(
+    name, use.temporaries, use.output, flops, moved, traffic, use.seconds, seconds
   )
-
-
-def needed_bytes(error: str, chip: Chip | None) -> int:
-  """Returns the bytes that a program needs which the compiler refuses as too large."""
-  match = re.search(r'\(([\d.]+)G\) exceeds', error)
-  return int((float(match[1]) if match else chip.memory if chip else 0) * GIB)
 
 
 def hlo_text(lowered: Any, done: Any) -> str:
@@ -303,47 +223,44 @@ def show(plan: Plan, c: Any) -> str:
     f'{t.iterations} iterations',
     '',
     'memory of a device',
-    f'  parameters      {size(plan.parameters)}',
-    f'  reference       {size(plan.reference)}',
-    f'  optimizer       {size(plan.optimizer)}',
+    *(f'  {name:16}{size(count)}' for name, count in plan.held._asdict().items()),
     '  temporaries     '
     + ', '.join(f'{p.name} {size(p.temporaries)}' for p in programs)
     + (f' (K/V cache {size(plan.cache)})' if plan.cache else ''),
-    f'  peak            {size(plan.total)}{fits(plan)}',
+    f'  peak            {size(plan.total)}',
     '',
-    'program   TFLOP  GiB moved  ' + ' at least  ' * timed + 'compile  collectives',
+    'program      TFLOP  GiB moved  ' + ' at least  ' * timed + 'compile  collectives',
   ]
   for p in programs:
     lines.append(
-      f'{p.name:8}{p.flops / 1e12:7.2f}{p.bytes / GIB:11.2f}'
+      f'{p.name:8}{p.flops / 1e12:10.2f}{p.bytes / GIB:11.2f}'
       + (f'{duration(p.seconds):>11}' if timed else '')
       + f'{p.compile_seconds:7.0f} s  {sent(p)}'
     )
   lines.append('')
   if timed:
-    times = (f'{name} at least {duration(s)}' for name, s in plan.seconds.items())
-    lines.append(', '.join(times))
+    spans = (f'{name} at least {duration(s)}' for name, s in plan.seconds.items())
+    lines.append(', '.join(spans))
   if not timed or not plan.memory:
     unknown = ['the memory limit'] * (not plan.memory) + ['the times'] * (not timed)
     lines.append(
-      f'unknown: {" and ".join(unknown)}, as dmpo_jax/tools/plan.py (CHIPS) has no '
-      'data sheet of this device; --topology=v5e:4x4 plans for a TPU slice'
+      f'unknown: {" and ".join(unknown)}, as dmpo_jax/tools/chips.py has no data sheet '
+      'of this device; --topology=v5e:4x4 plans for a TPU slice, --topology=h100 for a '
+      'GPU'
     )
-  return '\n'.join(lines)
+  return '\n'.join(lines + verdict(plan))
 
 
-def size(count: int) -> str:
-  """Returns bytes as text, in GiB or MiB."""
-  return f'{count / GIB:.2f} GiB' if count >= GIB / 20 else f'{count / 2**20:.2f} MiB'
-
-
-def fits(plan: Plan) -> str:
-  """Returns whether the peak fits in the memory; '' if the memory is unknown."""
+def verdict(plan: Plan) -> list[str]:
+  """Returns the plan's last line; none if the memory is unknown."""
   if not plan.memory:
-    return ''
-  if plan.total < 0.95 * plan.memory:
-    return f': fits in {size(plan.memory)}'
-  return f': DOES NOT FIT in {size(plan.memory)} (5 % kept free)'
+    return []
+  if plan.misfit:
+    return [f'DOES NOT FIT: {plan.misfit}']
+  share = ''
+  if ' NVIDIA ' in plan.devices:
+    share = f', the share of the card that JAX takes ({fits.FRACTIONS[1]})'
+  return [f'fits: {size(plan.total)} of {size(plan.memory)}{share}']
 
 
 def sent(program: Program) -> str:
