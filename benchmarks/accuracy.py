@@ -93,7 +93,7 @@ def answers(built, params, held, section):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument('--workdir', required=True, help='of a finished run')
   parser.add_argument('--block', type=int, default=0, help="0: the run's")
   parser.add_argument('--refresh', type=int, default=0, help='of the caches')

@@ -53,6 +53,9 @@ def sampling_arguments(parser):
   parser.add_argument('--threshold', type=float, default=0.9)
   parser.add_argument('--cache', default='none', choices=sampler.CACHES)
   parser.add_argument('--refresh', type=int, default=0)
+  parser.add_argument(
+    '--attention-block', type=int, default=0, help='tokens; 0: the whole text'
+  )
 
 
 def sample_config(args, **changes):
@@ -78,6 +81,7 @@ def make_model(args):
     param_dtype=args.dtype,
     remat='full' if args.size.endswith('b') else 'none',
     lora_rank=rank,
+    block_causal=getattr(args, 'attention_block', 0),
   )
   params = jax.jit(lambda: model.init(cfg, jax.random.key(0)))()
   params['params']['head'] *= args.sharpness
@@ -121,6 +125,23 @@ def spread(spent):
   return {'median': statistics.median(spent), 'min': min(spent), 'max': max(spent)}
 
 
+def network_tokens(args, forwards):
+  """Returns how many tokens of a row the network computes in a rollout.
+
+  All rows finish their blocks at the same step, as those of scheduled picks do.
+  """
+  text, blocks = args.prompt + args.length, args.length // args.block
+  if args.cache == 'none':
+    return forwards * text
+  if args.cache == 'block':  # a block's first step computes the block before, too
+    behind = args.length - args.attention_block
+    return args.prompt + (forwards - 1) * args.attention_block + behind
+  spans = [args.block] * blocks
+  if args.cache == 'prefix':
+    spans = [args.length - i * args.block for i in range(blocks)]
+  return blocks * text + sum(span * (forwards / blocks - 1) for span in spans)
+
+
 def flops_of(run, trips, *inputs):
   """Returns FLOPs of the matmuls of a jitted function; trips: as costs.matmuls."""
   return costs.matmuls(run.trace(*inputs).jaxpr.jaxpr, trips, 1)[0]
@@ -128,7 +149,7 @@ def flops_of(run, trips, *inputs):
 
 def trips_of(hp, forwards):
   """Returns how often the sampler's open loops ran, for `flops_of`."""
-  if hp.cache == 'none':
+  if hp.cache in ('none', 'block'):
     return (forwards,)
   blocks = hp.length // hp.block
   a_block = forwards / blocks

@@ -52,7 +52,7 @@ def share_cores(workers):
   there = (
     sorted(os.sched_getaffinity(0))
     if hasattr(os, 'sched_getaffinity')
-    else list(range(os.cpu_count()))
+    else list(range(os.cpu_count() or 1))
   )
   for i in range(workers):
     CORES.put(set(there[i::workers]) or {there[i % len(there)]})
@@ -157,7 +157,7 @@ def best_rate(rows):
   areas = {row['rate']: row['area'] for row in rows if row['seed'] == compare.SEEDS[0]}
   if len(areas) < len(compare.RATES):
     return None
-  return max(compare.RATES, key=areas.get)
+  return max(compare.RATES, key=lambda rate: areas[rate])
 
 
 # --- what a run says
@@ -269,7 +269,9 @@ def judge(args, task):
   shapes = {'state': checkpoint.abstract(built.steps.start(frozen))}
   for workdir in todo:
     with checkpoint.open_manager(str(workdir / 'rl'), 2) as manager:
-      tuned = checkpoint.restore(manager, lambda step: shapes).trees['state']
+      found = checkpoint.restore(manager, lambda step: shapes)
+    assert found, f'{workdir}: no checkpoint'
+    tuned = found.trees['state']
     numbers = collector.finish(collector.start(tuned.trainable, (), 0))[1]
     kept = {
       'kl': numbers['kl_ref'],
@@ -305,8 +307,10 @@ def gain(runs, rival):
 
 def line(arm, runs, against, target):
   """A row of the table."""
+  curves = [[np.array(axis) for axis in run['curve']] for run in runs]
   spent = [
-    reached(*map(np.array, run['curve']), target) * run['forwards'] for run in runs
+    reached(share, values, target) * run['forwards']
+    for run, (share, values) in zip(runs, curves, strict=True)
   ]
   got = [x for x in spent if not math.isnan(x)]
   quick = f'{statistics.median(got):.0f} ({len(got)})' if got else 'never'
@@ -413,7 +417,7 @@ def ess_of(runs):
 
 
 def main(argv=None):
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument('--task', default=','.join(compare.TASKS))
   parser.add_argument('--arms', default=','.join(compare.ARMS))
   parser.add_argument('--seeds', type=int, default=len(compare.SEEDS))

@@ -1,6 +1,7 @@
 """log p_ref - log p_old and DMPO's gradient: bias, noise, ESS and forwards.
 
 python -m benchmarks.estimators                    enumerable, random weights
+python -m benchmarks.estimators --block=2          the same, in attention blocks
 python main.py --config=configs/quickstart.py --workdir=runs/q \
     --config.train.iterations=30
 python -m benchmarks.estimators --workdir=runs/q   a policy and its base
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +40,11 @@ ELBOS = {
   'released ELBO, 4 draws': LogprobConfig(),
   'stratified ELBO, 4 draws': LogprobConfig(elbo='stratified'),
 }
+BLOCK_ELBOS = {
+  'ELBO, counts 1..W, 4 draws': LogprobConfig(),
+  'ELBO, spread counts, 4 draws': LogprobConfig(elbo='stratified'),
+  'ELBO, one random order': LogprobConfig(elbo='order'),
+}
 
 
 class Case(NamedTuple):
@@ -57,7 +64,7 @@ class Found(NamedTuple):
   """An estimator on a sampler's rollouts."""
 
   log_rnd: Any  # (M, R) float64, M repeats
-  forwards: float  # of a completion
+  forwards: float  # of a completion: tokens through the network / its text's
 
 
 # ---- log-probs
@@ -69,16 +76,22 @@ def elbo_gap(case, out, masks):
   )
 
 
-def text_of(rows, length):
+def canvas_of(case, out):
+  """Returns where masks may stand; not on tokens of the prompt."""
+  block = case.cfg.block_causal
+  return types.Canvas(out.order.shape[1], block, out.order >= 0 if block else None)
+
+
+def text_of(case, out):
   """Returns the Text of whole completions, of which nothing else is known."""
-  return Text(
-    jnp.ones((rows, length), bool), None, None, length, types.Canvas(length), None
-  )
+  canvas = canvas_of(case, out)
+  whole = jnp.ones(out.order.shape, bool)
+  return Text(whole, whole, whole[:, :0], canvas.length, canvas)
 
 
-def gauss(key, row_R, length):
+def gauss(key, row_R, text):
   """Draws GDPO's masks: a mask ratio at each of three Gauss-Legendre nodes."""
-  return gdpo.draw(key, row_R, text_of(len(row_R), length), gdpo.Config(draws=3))
+  return gdpo.draw(key, row_R, text, gdpo.Config(draws=3))
 
 
 def random_path(case, out, hp, key, row_R):
@@ -115,7 +128,7 @@ def own_order(cfg, params, out, hp):
   def step(carry):
     hidden, since_R, total_R = carry
     start_R, logits = looked(cfg, params, out, hp, hidden)
-    window = lambda x: unmask.windows(x, start_R, hp.block)
+    window = lambda x: model.windows(x, start_R, hp.block)
     prob, masked = jax.nn.softmax(logits), window(hidden)
     look = picks.Look(
       prob,
@@ -138,11 +151,7 @@ def own_order(cfg, params, out, hp):
     )
 
   rows = len(out.tokens)
-  first = (
-    jnp.ones((rows, hp.length), bool),
-    jnp.zeros((rows,), jnp.int32),
-    jnp.zeros((rows,)),
-  )
+  first = (out.order >= 0, jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,)))
   return jax.lax.while_loop(lambda c: jnp.any(c[0]), step, first)[2]
 
 
@@ -156,7 +165,7 @@ def position_term(cfg, params, out, hp):
 
   def add(at, total_R):
     start_R, logits = looked(cfg, params, out, hp, out.order >= at)
-    window = lambda x: unmask.windows(x, start_R, hp.block)
+    window = lambda x: model.windows(x, start_R, hp.block)
     prob = jax.nn.softmax(logits)
     own = jnp.take_along_axis(prob, window(out.tokens[:, prompt:])[..., None], -1)[
       ..., 0
@@ -173,19 +182,28 @@ def position_term(cfg, params, out, hp):
 
 def estimators(case, hp):
   """{name: ((out, key, row_R) -> (R,), repeats it, row-forwards)}."""
-  length, steps = hp.length, hp.steps
+  length, steps, block = hp.length, hp.steps, case.cfg.block_causal
   found = {}
+
+  def cost(copies):  # in forwards of the text
+    text = case.prompts.shape[1] + length
+    return round(1 + copies * length / text, 1) if block else copies
+
+  rounds = min(block, max(1, steps * block // length)) if block else steps
   for name, states in FROZEN.items():
+    if block and states >= block:
+      continue  # as all
 
     def along(out, key, row_R, states=states):
       u_R = rng.per_row(key, row_R, jax.random.uniform)
       ref, old = logprob.trajectory_logp(case.cfg, case.ref, out, hp.law(), states, u_R)
       return ref - old
 
-    found[name] = along, bool(states), states or steps
+    found[name] = along, bool(states), cost(states or rounds)
   if hp.pick == 'random_order':
-    return {'its own trajectory': (found['frozen scheduler, all'][0], False, length)}
-  if hp.rank == 'token':
+    all_of = found['frozen scheduler, all'][0]
+    return {'its own trajectory': (all_of, False, cost(block or length))}
+  if hp.rank == 'token' and not block:
 
     def whole(out, key, row_R):
       terms = [
@@ -198,14 +216,16 @@ def estimators(case, hp):
       'token term alone': (along_all, False, steps),
       'with the position term': (whole, False, steps),
     }
-  for name, how in ELBOS.items():
+  for name, how in (BLOCK_ELBOS if block else ELBOS).items():
 
     def elbo(out, key, row_R, how=how):
-      return elbo_gap(case, out, logprob.draw(key, row_R, types.Canvas(length), how))
+      return elbo_gap(case, out, logprob.draw(key, row_R, canvas_of(case, out), how))
 
-    found[name] = elbo, True, 2 * how.draws
+    found[name] = elbo, True, 2 * cost(block if how.elbo == 'order' else how.draws)
+  if block:
+    return found
   found['Gauss nodes, 3 draws'] = (
-    lambda out, key, row_R: elbo_gap(case, out, gauss(key, row_R, length)),
+    lambda out, key, row_R: elbo_gap(case, out, gauss(key, row_R, text_of(case, out))),
     True,
     6,
   )
@@ -356,6 +376,13 @@ LOSSES = {
   'stratified, K = 4, complements': dict(spread=True),
   'stratified, K = 4': dict(antithetic=False, spread=True),
 }
+BLOCK_LOSSES = {
+  f'counts 1..W of each block, K = {k}{", spread" * spread}': dmpo.Config(
+    draws=k, spread=spread, antithetic=False
+  )
+  for k in (2, 4)
+  for spread in (False, True)
+}
 SUBSETS = (1, 2, 4)  # of the masked tokens in the loss, with Bernoulli K = 4
 
 
@@ -374,20 +401,22 @@ def loss_table(case, out, weight_R, goal, args):
   """Noise of an update's gradient over mask draws, the weights fixed."""
   ids = jnp.arange(len(weight_R))
   signed = jnp.asarray(weight_R - 1 / case.group, jnp.float32)
-  text = text_of(*out.order.shape)
+  text = text_of(case, out)
   groups = len(weight_R) // case.group
 
   def run(hp, count):
     @jax.jit
     def call(key):
-      masked = dmpo.draw(key, ids, text, hp).masked
-      kept = (
-        some_of(jax.random.fold_in(key, 1), ids, masked, count) if (count) else masked
-      )
+      masks = dmpo.draw(key, ids, text, hp)
+      kept = masks.masked
+      if count:
+        kept = some_of(jax.random.fold_in(key, 1), ids, kept, count)
 
       def loss(params):
-        logp = logprob.token_logp(case.cfg, params, out.tokens, masked, out.valid)
-        return dmpo.wdce(jnp.where(kept, logp, 0.0), kept, signed) / groups
+        args = out.tokens, masks.masked, out.valid
+        logp = logprob.token_logp(case.cfg, params, *args)
+        masked = masks._replace(masked=kept)
+        return dmpo.wdce(jnp.where(kept, logp, 0.0), masked, signed) / groups
 
       return flat(jax.grad(loss)(case.old))
 
@@ -400,10 +429,13 @@ def loss_table(case, out, weight_R, goal, args):
   lines = [
     (name, dataclasses.replace(base, **changes), 0) for name, changes in LOSSES.items()
   ]
-  lines += [
-    (f'Bernoulli, K = 4, complements, {n} of the masked tokens', base, n)
-    for n in SUBSETS
-  ]
+  if case.cfg.block_causal:
+    lines = [(name, hp, 0) for name, hp in BLOCK_LOSSES.items()]
+  else:
+    lines += [
+      (f'Bernoulli, K = 4, complements, {n} of the masked tokens', base, n)
+      for n in SUBSETS
+    ]
   for name, hp, count in lines:
     bias, sd = apart(run(hp, count), goal)
     print(f'| {name} | {bias:.2f} | {sd:.2f} |', flush=True)
@@ -414,22 +446,42 @@ def flat(tree):
 
 
 def slopes_of(case, tokens, valid, masks):
-  """(R, N) gradient of each row's weighted masked mean; masks (R, K, L)."""
+  """(R, N) gradient of each row's loss: minus the sum of weight times log-prob."""
 
   def one(row):
-    tokens, valid, masked, share = row
+    tokens, valid, masked, weight = row
 
     def loss(params):
-      logp = logprob.token_logp(
-        case.cfg, params, tokens[None], masked[None], valid[None]
-      )[0]
-      count = jnp.maximum(jnp.sum(masked, axis=-1), 1)
-      return -jnp.sum(share[:, 0] * jnp.sum(logp, axis=-1) / count)
+      args = tokens[None], masked[None], valid[None]
+      return -jnp.sum(weight * logprob.token_logp(case.cfg, params, *args)[0])
 
     return flat(jax.grad(loss)(case.old))
 
   run = jax.jit(lambda *rows: jax.lax.map(one, rows))
   return np.asarray(run(tokens, valid, masks.masked, masks.weight))
+
+
+def every_mask(block):
+  """Returns Masks of all subsets of the four tokens, weighed as the loss's mean.
+
+  A block has counts 1..W alike, the whole text 0..L.
+  """
+  subsets = np.array(list(itertools.product([False, True], repeat=LENGTH)))
+  size = block or LENGTH
+  ways_of = np.array([math.comb(size, m) for m in range(size + 1)])
+  if not block:
+    count = subsets.sum(1)
+    weight = 1 / ((LENGTH + 1) * ways_of[count] * np.maximum(count, 1))[:, None]
+  else:
+    count = subsets.reshape(len(subsets), -1, size).sum(-1)
+    chance = np.where(count > 0, 1 / (size * ways_of[count]), 0)
+    # A block is read where the others are masked as may be: each of their ways alike.
+    others = 2 ** (LENGTH - size)
+    weight = chance * size / np.maximum(count, 1) / LENGTH / others
+    weight = np.repeat(weight, size, axis=1)
+  rows = len(OUTPUTS)
+  tile = lambda x, dtype: np.broadcast_to(x.astype(dtype), (rows, *x.shape))
+  return types.Masks(tile(subsets, bool), tile(weight, np.float32))
 
 
 # ---- four tokens of three symbols
@@ -454,6 +506,7 @@ def tiny_case(args):
     mlp=24,
     dtype='float32',
     remat='none',
+    block_causal=args.block,
   )
   draw = np.random.default_rng(0)
   tree = model.init(cfg, jax.random.key(0))
@@ -462,10 +515,10 @@ def tiny_case(args):
   )
   add = functools.partial(jax.tree.map, jnp.add)
   ref = add(tree, noise(0.25))
-  prompts = np.full((args.rows, 1), 1, np.int32)
+  prompts = np.full((args.rows, max(1, args.block)), 1, np.int32)
 
   def reward(out):
-    x = np.asarray(out.tokens[:, 1:])
+    x = np.asarray(out.tokens[:, -LENGTH:])
     return np.mean(x[:, 1:] == x[:, :-1], axis=1) + 0.5 * (x[:, 0] == 2)
 
   return Case(
@@ -482,11 +535,11 @@ def tiny_case(args):
 
 def law_of(case, params, hp):
   """(81,) the law of completions under a sampler, over all its paths."""
-  tokens = np.concatenate([np.full((len(STATES), 1), 1), STATES], 1)
+  tokens = behind_prompt(case, STATES)
   logits = np.asarray(
     jax.jit(lambda tokens: model.full_logits(case.cfg, params, tokens))(tokens),
     np.float64,
-  )[:, 1:, :SYMBOLS]
+  )[:, -LENGTH:, :SYMBOLS]
   soft = lambda x: (
     np.exp(x - x.max(-1, keepdims=True))
     / np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
@@ -504,8 +557,15 @@ def law_of(case, params, hp):
   return reached[OUTPUTS @ PLACES]
 
 
+def behind_prompt(case, completions):
+  """Returns (N, S) int32 texts of the completions behind the prompt."""
+  prompts = np.broadcast_to(case.prompts[:1], (len(completions), len(case.prompts[0])))
+  return np.concatenate([prompts, completions], 1).astype(np.int32)
+
+
 def ways(left, sure, law, hp):
   """(places, tokens, probability) of all that a step may reveal."""
+  left = [i for i in left if i // hp.block == left[0] // hp.block]
   count = hp.length // hp.steps
   if hp.pick == 'random_order':
     choices, count = [((i,), 1 / len(left)) for i in left], 1
@@ -527,7 +587,8 @@ def ways(left, sure, law, hp):
 
 def tiny(args):
   case = tiny_case(args)
-  hp = sampler.SampleConfig(LENGTH, LENGTH, LENGTH, args.temperature, rank='max')
+  block = args.block or LENGTH
+  hp = sampler.SampleConfig(LENGTH, block, LENGTH, args.temperature, rank='max')
   samplers = {
     'max, 1 a step': hp,
     'max, 2 a step': dataclasses.replace(hp, steps=2),
@@ -535,18 +596,13 @@ def tiny(args):
     'token, 1 a step': dataclasses.replace(hp, rank='token'),
     'token, 2 a step': dataclasses.replace(hp, rank='token', steps=2),
   }
+  if args.block:  # LLaDA's rule in blocks has no estimator here
+    samplers = {name: hp for name, hp in samplers.items() if hp.rank == 'max'}
   place = SYMBOLS ** np.arange(LENGTH)[::-1]
-  name_of = lambda out: np.asarray(out.tokens[:, 1:]) @ place
-  subsets = np.array(list(itertools.product([False, True], repeat=LENGTH)))
-  count = subsets.sum(1)
-  ways_of = np.array([np.sum(count == m) for m in count])
-  share = 1 / ((LENGTH + 1) * ways_of)
-  full = masking.per_copy(
-    np.broadcast_to(subsets, (81, *subsets.shape)),
-    np.broadcast_to(share.astype(np.float32), (81, len(share))),
-  )
-  tokens = np.concatenate([np.full((81, 1), 1), OUTPUTS], 1).astype(np.int32)
-  slopes = slopes_of(case, tokens, np.ones(tokens.shape, bool), full)
+  name_of = lambda out: np.asarray(out.tokens[:, -LENGTH:]) @ place
+  tokens = behind_prompt(case, OUTPUTS)
+  masks = every_mask(args.block)
+  slopes = slopes_of(case, tokens, np.ones(tokens.shape, bool), masks)
   all_of = case.reward(sampler.Rollouts(tokens, *[None] * 5))
 
   def truth_of(hp, out):
@@ -586,11 +642,9 @@ def run_case(args):
   at = np.repeat(np.arange(args.rows // args.group), args.group)
 
   def reward(out):
-    texts = data.decode(
-      built.tokenizer,
-      np.asarray(out.tokens[:, -c.sampler.length :]),
-      data.stop_ids(built.tokenizer),
-    )
+    tokens = np.asarray(out.tokens[:, -c.sampler.length :])
+    tokens = data.after_given(out.order, tokens, built.tokenizer.eos_token_id)
+    texts = data.decode(built.tokenizer, tokens, data.stop_ids(built.tokenizer))
     return grader.judge(
       built.task,
       c.data.protocol,
@@ -615,12 +669,15 @@ def run_case(args):
 
 def run(args):
   case, length = run_case(args)
-  hp = sampler.SampleConfig(length, length, length, args.temperature, rank='max')
+  block = case.cfg.block_causal or length
+  hp = sampler.SampleConfig(length, block, length, args.temperature, rank='max')
   samplers = {
     'max, 1 a step': hp,
     'max, 2 a step': dataclasses.replace(hp, steps=length // 2),
     'token, 1 a step': dataclasses.replace(hp, rank='token'),
   }
+  if case.cfg.block_causal:
+    samplers.pop('token, 1 a step')
   ids, kept = jnp.arange(args.rows), {}
 
   def truth_of(hp, out):
@@ -635,10 +692,9 @@ def run(args):
     return ref - old, np.asarray(ids), None
 
   def slopes(out):
-    masks = masking.draw_even(
-      rng.key_for(1, 'mask'), ids, types.Canvas(length), args.masks, (0.0, 1.0)
-    )
-    masks = masks._replace(weight=jnp.full(masks.weight.shape, 1 / args.masks))
+    args_ = rng.key_for(1, 'mask'), ids, canvas_of(case, out), args.masks
+    masks = masking.draw_even(*args_, (0.0, 1.0))
+    masks = masks._replace(weight=masks.weight / length / args.masks)
     return slopes_of(case, out.tokens, out.valid, masks)
 
   def exact(hp, out, truth):
@@ -656,11 +712,15 @@ def run(args):
     return slopes_kept[0]
 
   measure(case, samplers, args, truth_of, keeping, exact, 1)
-  loss_table(case, *kept['loss'], args)
+  out, weight_R, goal = kept['loss']
+  loss_table(case, out, weight_R, goal, args)
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+  parser.add_argument(
+    '--block', type=int, default=0, choices=(0, 2), help='without: attention block'
+  )
   parser.add_argument('--workdir', default='', help='of a run; its base is ref')
   parser.add_argument('--rows', type=int, default=0, help='completions')
   parser.add_argument('--group', type=int, default=8, help='G')

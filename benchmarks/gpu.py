@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 import traceback
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +177,7 @@ class Check:
     spent = timed(lambda: done(params, prompts, keys), repeats)
     seconds, forwards = statistics.median(spent), int(out.forwards)
     flops = plan.matmuls(traced.jaxpr.jaxpr, common.trips_of(hp, forwards), 1)[0]
-    memory = done.memory_analysis()
+    memory: Any = done.memory_analysis()
     want = a.length // 2 if pick == 'confidence' else forwards
     figures = dict(
       rows=rows,
@@ -263,7 +264,7 @@ class Check:
     seconds = statistics.median(spent)
     flops = plan.matmuls(traced.jaxpr.jaxpr, (1,), 1)[0]
     tokens = rows * draws * (a.prompt + a.length)
-    memory = done.memory_analysis()
+    memory: Any = done.memory_analysis()
     figures = dict(
       rows=rows,
       draws=draws,
@@ -333,7 +334,7 @@ def timed(run, repeats):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument('--out', required=True)
   parser.add_argument('--seconds', type=float, default=300)
   parser.add_argument('--size', default='llada_8b', choices=tuple(common.SIZES))

@@ -157,7 +157,8 @@ def seen(session):
 
 def in_peace(workdir, arguments):
   """Runs to the end; returns {phase: seconds it takes at a time}."""
-  spent, visits = collections.Counter(), collections.Counter()
+  spent: dict = collections.defaultdict(float)
+  visits = collections.Counter()
   before, then = None, time.monotonic()
   for now in seen(begin(workdir, arguments)):
     spent[before] += time.monotonic() - then
@@ -267,7 +268,7 @@ def differences(one, two):
 
 
 def main(argv=None):
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument('--kills', type=int, default=20)
   parser.add_argument('--seed', type=int, default=0, help='of the moments')
   parser.add_argument('--folder', default='runs/kills', help='a new one')

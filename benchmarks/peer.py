@@ -56,17 +56,19 @@ class Peer:
       stdout=subprocess.PIPE,
       text=True,
     )
+    assert self.process.stdin and self.process.stdout
+    self.said, self.asked = self.process.stdout, self.process.stdin
     self.about = self.read()
 
   def read(self):
-    line = self.process.stdout.readline()
+    line = self.said.readline()
     if not line:
       raise RuntimeError('the reference has stopped; see its message above')
     return json.loads(line)
 
   def ask(self, **request):
-    self.process.stdin.write(json.dumps(request) + '\n')
-    self.process.stdin.flush()
+    self.asked.write(json.dumps(request) + '\n')
+    self.asked.flush()
     return self.read()
 
 
@@ -136,7 +138,7 @@ def compare_training(args, cfg, params, peer):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   common.arguments(parser)
   common.sampling_arguments(parser)
   train_step.arguments(parser)
@@ -157,7 +159,7 @@ def main():
         else compare(args, cfg, params, peer, name)
       )
       print(json.dumps(found | peer.about), flush=True)
-    peer.process.stdin.close()
+    peer.asked.close()
     peer.process.wait()
 
 

@@ -7,11 +7,12 @@ two cores. Run with JAX_PLATFORMS=cpu.
 """
 
 import argparse
+from typing import Any
 
 import jax
 
 from configs import llada_countdown
-from dmpo_jax import model
+from dmpo_jax import build, model
 from dmpo_jax.tools import plan
 
 LORA = {}  # as the config says
@@ -68,10 +69,11 @@ def quantized():
   )
   print('\n| frozen base | GiB |\n|---|---|')
   for kind in ('none', *model.QUANT):
-    stored = plan.quantized(tree, kind)
+    stored = build.quantized_shapes(tree, kind)
     # keep_unused: JAX would drop an argument that is not read.
     program = jax.jit(lambda tree: 0, keep_unused=True).lower(stored).compile()
-    size = program.memory_analysis().argument_size_in_bytes
+    memory: Any = program.memory_analysis()
+    size = memory.argument_size_in_bytes
     print(
       f'| {kind} (bfloat16) |' if kind == 'none' else f'| {kind} |',
       f'{size / plan.GIB:.2f} |',

@@ -13,7 +13,7 @@ from benchmarks import common
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   common.arguments(parser)
   common.sampling_arguments(parser)
   args = parser.parse_args()
@@ -36,6 +36,8 @@ def main():
       'pick': args.pick,
       'cache': args.cache,
       'refresh': args.refresh,
+      'attention_block': args.attention_block,
+      'network_tokens': common.network_tokens(args, forwards),
     },
   )
 

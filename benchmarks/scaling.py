@@ -61,7 +61,7 @@ def report(axis, sizes, times):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   common.arguments(parser)
   common.sampling_arguments(parser)
   parser.add_argument(

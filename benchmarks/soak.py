@@ -125,7 +125,7 @@ def lost(workdir):
 
 
 def main(argv=None):
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument('--minutes', type=float, default=60)
   parser.add_argument(
     '--mean', type=float, default=8, help='minutes from the warm-up to a kill'

@@ -66,7 +66,7 @@ def make_step(args, cfg, params):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   common.arguments(parser)
   arguments(parser)
   args = parser.parse_args()

@@ -94,17 +94,13 @@ def block_causal(
     raise ValueError(
       f'a completion of {length} tokens is no multiple of the attention block, {block}'
     )
-  # The column of the text that each column of the row repeats, and its copy.
+  # The column of the text that each column of the row repeats.
   index = np.concatenate(
     [np.arange(size), np.tile(np.arange(size - length, size), draws)]
   )
-  copies = np.concatenate(
-    [np.zeros(size, int), np.repeat(np.arange(draws) + 1, length)]
-  )
   valid = jnp.ones(tokens_RxS.shape, bool) if valid_RxS is None else valid_RxS
   positions = model.positions_of(valid)
-  blocks = model.blocks_of(cfg, valid, positions)
-  mask = model.packed_mask(blocks[:, index], jnp.asarray(copies), valid[:, index])
+  mask = model.Packed(valid, length, draws, block)
   masked = masks.masked
   if masks.sampled is not None:  # given tokens stay; a later block that was not
     masked = masked & masks.sampled[:, None]  # sampled is seen by none that was

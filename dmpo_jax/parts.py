@@ -101,6 +101,11 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
     hp = check.settings(SampleConfig, section)
     if problem := sampler.block_problem(cfg, hp):
       raise ValueError(problem.replace('sampler.', f'{name}.'))
+    if cfg.block_causal and cfg.attention == 'splash' and hp.cache != 'block':
+      raise ValueError(
+        f'{name}.cache = {hp.cache}: model.attention = splash reads attention blocks '
+        'with the cache block alone; set it, or model.attention = xla'
+      )
   if c.logprob.elbo == 'order' and not cfg.block_causal:
     raise ValueError(
       'logprob.elbo = order needs a model that attends block by block: set paper or '
@@ -108,10 +113,6 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
     )
   if not cfg.block_causal:
     return
-  if cfg.attention == 'splash':
-    raise ValueError(
-      'model.attention = splash has no mask of attention blocks: set xla or cudnn'
-    )
   if not c.train.iterations:
     return
   why = OBJECTIVES[c.objective.name].whole_text

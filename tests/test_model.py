@@ -390,6 +390,58 @@ def test_splash_equals_attend(heads):
     model.attend_splash(*heads[:3], jnp.ones((4, 1, 5, 9), bool))
 
 
+@pytest.fixture(scope='module')
+def noisy_copies():
+  """Queries, keys and values of rows [text | 2 noisy copies], with padding in front,
+  and the rule of their mask: a text of 2 + 3 blocks of four tokens."""
+  draw = np.random.default_rng(0)
+  real = np.arange(20)[None] >= np.array([[0], [4], [8]])
+  packed = model.Packed(jnp.asarray(real), length=12, copies=2, block=4)
+  heads = (
+    jnp.asarray(draw.normal(size=(3, n, 44, 128)) / 4, jnp.float32) for n in (4, 2, 2)
+  )
+  return *heads, packed
+
+
+def test_kernels_agree_on_noisy_copies(noisy_copies, monkeypatch):
+  """Every kernel equals plain attention under the mask as one array, in values and
+  gradients. The first is interpreted, the last gets its arguments."""
+  q, k, v, packed = noisy_copies
+  real = np.asarray(packed.real_columns())
+  put = jax.nn.dot_product_attention
+  monkeypatch.setattr(
+    jax.nn,
+    'dot_product_attention',
+    lambda *args, implementation, **kw: put(*args, **kw),
+  )
+  loss = lambda kernel, mask: jax.value_and_grad(
+    lambda *args: jnp.sum(jnp.sin(kernel(*args, mask)) * real[:, None, :, None]),
+    (0, 1, 2),
+  )
+  want = loss(model.attend, packed.dense())(q, k, v)
+  splash = functools.partial(model.attend_splash, interpret=True)
+  for kernel in (model.attend, splash, model.attend_cudnn):
+    found = jax.jit(loss(kernel, packed))(q, k, v)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, want
+    )
+
+
+def test_no_array_of_all_pairs_of_noisy_copies(noisy_copies):
+  """Scores are those of text with text, copies with text, and copies with their own
+  block: 3 rows, 4 heads."""
+  q, k, v, packed = noisy_copies
+  text = jax.make_jaxpr(lambda *args: model.attend(*args, packed))(q, k, v)
+  sizes = [
+    np.prod(x.aval.shape)
+    for eqn in text.jaxpr.eqns
+    if eqn.primitive.name == 'dot_general'
+    for x in eqn.outvars
+  ]
+  pairs = 20 * 20, 24 * 20, 24 * 4
+  assert sizes[::2] == [3 * 4 * n for n in pairs]  # each before a product with values
+
+
 @pytest.mark.parametrize('wide', [6, 2])
 def test_gradients_of_matmul_equal_jax(wide):
   """Both orders of the kernel's gradient give JAX's own."""

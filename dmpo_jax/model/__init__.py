@@ -7,6 +7,7 @@ attention over the whole text (LLaDA, Dream) or up to a token's own block (SDAR)
 
   presets      ModelConfig and the sizes that have a name
   attention    positions, masks, RoPE, kernels
+  packed       the mask of a text and its noisy copies in one row
   canvas       where the completion of a block-causal model begins
   lora         adapters, and products of a frozen base
   quantize     8 and 4 bit kernels of a frozen base
@@ -21,8 +22,6 @@ from dmpo_jax.model.attention import (
   attend_cudnn,
   attend_splash,
   attention_mask,
-  blocks_of,
-  packed_mask,
   positions_of,
 )
 from dmpo_jax.model.canvas import Aligned, align
@@ -43,6 +42,7 @@ from dmpo_jax.model.forward import (
 )
 from dmpo_jax.model.law import is_stop, logp_of, sampling_logits, without_mask
 from dmpo_jax.model.lora import matmul, matmul_frozen
+from dmpo_jax.model.packed import Packed
 from dmpo_jax.model.presets import LINEARS, LORA_TARGETS, PRESETS, ModelConfig
 from dmpo_jax.model.quantize import QUANT, dense, quantize
 from dmpo_jax.model.transformer import REMAT, Cache, Inputs, constrain

@@ -3,18 +3,23 @@
 Every kernel in ATTENTION is a function of queries (R, H, T, C) that are already
 scaled, keys and values (R, J, S, C), and a mask. H / J query heads share one head
 of keys and values. The mask is bool, (R, 1, 1 or T, S), True where a query may
-see a key; None means everywhere.
+see a key; None means everywhere; `Packed` is a rule.
 """
 
 from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from dmpo_jax import types as t
+from dmpo_jax.model.packed import Packed, see
 from dmpo_jax.model.presets import ModelConfig
 
+Mask = t.BoolR1TS | Packed | None
+# Sums of values under exp(score - top), of the exps, and the top: (R, H, T, C or 1).
+Part = tuple[t.Array, t.Array, t.Array]
 Rope = tuple[t.FloatR1TX, t.FloatR1TX]  # cos and sin of C/2 angles
 
 
@@ -54,24 +59,6 @@ def attention_mask(
   return mask
 
 
-def packed_mask(
-  blocks_RxT: t.IntRT, copies_T: t.Array, real_RxT: t.BoolRT
-) -> t.BoolR1TS:
-  """Returns which columns see which in a row [text | noisy copy 1 | ... | copy K].
-
-  copies_T: 0 for the text, k for its noisy copy k. The text sees itself up to its own
-  block. A noisy token sees the text before its block, and its block in its own copy.
-  So its state is that of a forward of [text before the block | noisy block].
-  """
-  query, key = blocks_RxT[:, :, None], blocks_RxT[:, None, :]
-  noisy = copies_T > 0
-  last = query - noisy[None, :, None]  # the last block of the text that a token sees
-  past = ~noisy[None, None, :] & (key <= last)
-  copy = noisy[:, None] & (copies_T[:, None] == copies_T[None])
-  see = past | (copy[None] & (key == query))
-  return (see & real_RxT[:, None, :])[:, None]
-
-
 def rope_table(cfg: ModelConfig, positions_RxT: t.IntRT) -> Rope:
   """Returns the cosines and sines of the rotary angles, in float32."""
   dim = cfg.head_dim or cfg.width // cfg.heads
@@ -90,10 +77,7 @@ def rotate(x: t.FloatRHTC, rope: Rope, gain: float = 1.0) -> t.FloatRHTC:
 
 
 def attend(
-  q_RxHxTxC: t.FloatRHTC,
-  k_RxJxSxC: t.FloatRJSC,
-  v_RxJxSxC: t.FloatRJSC,
-  mask: t.BoolR1TS | None,
+  q_RxHxTxC: t.FloatRHTC, k_RxJxSxC: t.FloatRJSC, v_RxJxSxC: t.FloatRJSC, mask: Mask
 ) -> t.FloatRHTC:
   """Computes softmax attention in plain XLA; the weights are float32.
 
@@ -102,53 +86,88 @@ def attend(
   batched matrices as they lie in memory. The mask is added. The sum divides the
   result, which is smaller than the weights.
   """
-  return attend_parts(q_RxHxTxC, ((k_RxJxSxC, v_RxJxSxC, mask),))
+  if isinstance(mask, Packed):
+    return attend_packed(q_RxHxTxC, k_RxJxSxC, v_RxJxSxC, mask)
+  part = attend_part(q_RxHxTxC, k_RxJxSxC, v_RxJxSxC, mask)
+  return merged([part], v_RxJxSxC.dtype)
 
 
-def attend_parts(
-  q_RxHxTxC: t.FloatRHTC, parts: tuple[tuple[t.Array, t.Array, t.Array | None], ...]
-) -> t.FloatRHTC:
-  """Computes `attend` over keys, values and masks in several arrays, of any S each.
+def attend_part(
+  q_RxHxTxC: t.Array, k_RxJxSxC: t.Array, v_RxJxSxC: t.Array, mask: t.BoolR1TS | None
+) -> Part:
+  """Computes what some of the keys contribute to an attention: see `merged`.
+
+  The mask has 1 row of queries, T, or a divisor of T, after which it repeats.
+  """
+  product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+  shape = q_RxHxTxC.shape
+  q = q_RxHxTxC.reshape(shape[0], k_RxJxSxC.shape[1], -1, shape[-1])
+  w = product('rjqc,rjsc->rjqs', q, k_RxJxSxC)
+  if mask is not None:
+    if mask.shape[2] > 1:
+      mask = jnp.tile(mask, (1, 1, q.shape[2] // mask.shape[2], 1))
+    w += jnp.where(mask, 0.0, -1e30)
+  top = jax.lax.stop_gradient(jnp.max(w, axis=-1, keepdims=True))
+  w = jnp.exp(w - top)
+  y = product('rjqs,rjsc->rjqc', w.astype(v_RxJxSxC.dtype), v_RxJxSxC)
+  total = jnp.sum(w, axis=-1, keepdims=True)
+  y, total, top = (x.reshape(*shape[:-1], -1) for x in (y, total, top))
+  return y, total, top
+
+
+def merged(parts: list[Part], dtype: t.Any) -> t.FloatRHTC:
+  """Returns the attention over the keys of all parts.
 
   So that a cache and new tokens are never copied into one array.
   """
-  rows, count, _, dim = q_RxHxTxC.shape
-  k, v, _ = parts[0]
-  q = q_RxHxTxC.reshape(rows, k.shape[1], -1, dim)
-  product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+  if len(parts) == 1:
+    y, total, _ = parts[0]
+    return (y / total).astype(dtype)
+  top = reduce(jnp.maximum, [top for _, _, top in parts])
+  scales = [jnp.exp(own - top) for _, _, own in parts]
+  y, total = (
+    reduce(jnp.add, [part[i] * x for part, x in zip(parts, scales, strict=True)])
+    for i in (0, 1)
+  )
+  return (y / total).astype(dtype)
 
-  def scores(k: t.Array, mask: t.Array | None) -> t.Array:
-    w = product('rjqc,rjsc->rjqs', q, k)
-    if mask is not None:
-      if mask.shape[2] > 1:
-        mask = jnp.tile(mask, (1, 1, count // k.shape[1], 1))
-      w += jnp.where(mask, 0.0, -1e30)
-    return w
 
-  weights = [scores(k, mask) for k, _, mask in parts]
-  top = reduce(jnp.maximum, [jnp.max(w, -1, keepdims=True) for w in weights])
-  weights = [jnp.exp(w - jax.lax.stop_gradient(top)) for w in weights]
-  values = [
-    product('rjqs,rjsc->rjqc', w.astype(v.dtype), v)
-    for w, (_, v, _) in zip(weights, parts, strict=True)
-  ]
-  y = reduce(jnp.add, values)
-  y /= reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
-  return y.reshape(q_RxHxTxC.shape).astype(v.dtype)
+def attend_packed(
+  q_RxHxTxC: t.Array, k_RxJxSxC: t.Array, v_RxJxSxC: t.Array, packed: Packed
+) -> t.Array:
+  """Computes `attend` under a `Packed` mask without the pairs that see nothing.
+
+  The text's queries meet the text, (S, S) pairs; those of the copies meet the text and
+  their own block, (K L, S + W) pairs.
+  """
+  size = packed.real.shape[1]
+  parts = ((x[:, :, :size], x[:, :, size:]) for x in (q_RxHxTxC, k_RxJxSxC, v_RxJxSxC))
+  (q, noisy_q), (k, noisy_k), (v, noisy_v) = parts
+  y = merged([attend_part(q, k, v, packed.text_mask())], v.dtype)
+  if not packed.copies:
+    return y
+  past = attend_part(noisy_q, k, v, packed.past_mask())
+  fold = lambda x: x.reshape(*x.shape[:2], -1, packed.block, x.shape[-1])
+  args = fold(noisy_q), fold(noisy_k), fold(noisy_v), packed.own_mask()
+  own = jax.vmap(attend_part, (2, 2, 2, 3), 2)(*args)
+  own = jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1]), own)
+  return jnp.concatenate([y, merged([past, own], v.dtype)], axis=2)
 
 
 def attend_cudnn(
-  q_RxHxTxC: t.FloatRHTC,
-  k_RxJxSxC: t.FloatRJSC,
-  v_RxJxSxC: t.FloatRJSC,
-  mask: t.BoolR1TS | None,
+  q_RxHxTxC: t.FloatRHTC, k_RxJxSxC: t.FloatRJSC, v_RxJxSxC: t.FloatRJSC, mask: Mask
 ) -> t.FloatRHTC:
-  """Computes `attend` by cuDNN's kernel: GPUs, bfloat16, C a multiple of 8."""
-  if mask is not None:  # cuDNN takes no mask of one row for all queries
-    mask = jnp.broadcast_to(mask, (*mask.shape[:2], q_RxHxTxC.shape[2], mask.shape[3]))
+  """Computes `attend` by cuDNN's kernel: GPUs, bfloat16, C a multiple of 8.
+
+  It reads a mask from memory: a `Packed` one takes R T^2 numbers of 2 bytes.
+  """
+  pairs = mask.dense() if isinstance(mask, Packed) else mask
+  if pairs is not None:  # cuDNN takes no mask of one row for all queries
+    shape = *pairs.shape[:2], q_RxHxTxC.shape[2], pairs.shape[3]
+    pairs = jnp.broadcast_to(pairs, shape)
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_RxHxTxC, k_RxJxSxC, v_RxJxSxC))
   y = jax.nn.dot_product_attention(
-    q, k, v, mask=mask, scale=1.0, implementation='cudnn'
+    q, k, v, mask=pairs, scale=1.0, implementation='cudnn'
   )
   return jnp.swapaxes(y, 1, 2)
 
@@ -157,24 +176,30 @@ def attend_splash(
   q_RxHxTxC: t.FloatRHTC,
   k_RxJxSxC: t.FloatRJSC,
   v_RxJxSxC: t.FloatRJSC,
-  mask: t.BoolR1TS | None,
+  mask: Mask,
   interpret: bool = False,
 ) -> t.FloatRHTC:
-  """Computes `attend` by Pallas' splash kernel, on TPUs; the mask has T = 1.
+  """Computes `attend` by Pallas' splash kernel, on TPUs; a mask array has T = 1.
 
-  Pads lengths to the kernel's tiles of 128. The compiler does not partition a
-  kernel, so under a mesh each device runs its own rows and heads. ValueError if
-  the mask differs between queries.
+  Pads lengths to the kernel's tiles of 128, and skips tiles that a `Packed` mask hides.
+  The compiler does not partition a kernel, so under a mesh each device runs its own
+  rows and heads. ValueError if a mask array differs between queries.
   """
-  if mask is None:
-    mask = jnp.ones((q_RxHxTxC.shape[0], 1, 1, k_RxJxSxC.shape[2]), bool)
-  if mask.shape[2] > 1:
+  columns = None
+  if isinstance(mask, Packed):
+    columns, real = np.stack(mask.columns()), mask.real_columns()
+  elif mask is None:
+    real = jnp.ones((q_RxHxTxC.shape[0], k_RxJxSxC.shape[2]), bool)
+  elif mask.shape[2] == 1:
+    real = mask[:, 0, 0]
+  else:
     raise ValueError(
       'model.attention = splash hides a key from all queries or from none. '
-      'Block-causal models and the sampler wino need model.attention = xla'
+      'The sampler wino, and block-causal models without sampler.cache = block, need '
+      'model.attention = xla'
     )
-  args = q_RxHxTxC, k_RxJxSxC, v_RxJxSxC, mask[:, 0, 0].astype(jnp.int32)
-  local = partial(splash_local, interpret=interpret)
+  args = q_RxHxTxC, k_RxJxSxC, v_RxJxSxC, real.astype(jnp.int32)
+  local = partial(splash_local, columns=columns, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or 'fsdp' not in mesh.axis_names:
     return local(*args)
@@ -189,7 +214,12 @@ def attend_splash(
 
 
 def splash_local(
-  q: t.FloatRHTC, k: t.FloatRJSC, v: t.FloatRJSC, real_RxS: t.IntRS, interpret: bool
+  q: t.FloatRHTC,
+  k: t.FloatRJSC,
+  v: t.FloatRJSC,
+  real_RxS: t.IntRS,
+  columns: np.ndarray | None,
+  interpret: bool,
 ) -> t.FloatRHTC:
   """Runs the splash kernel on the rows and heads of one device."""
   from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -199,6 +229,19 @@ def splash_local(
     splash_attention_mask as masks,
   )
 
+  class Rule(masks.Mask):
+    """A `Packed` mask, worked out tile by tile; one for all heads."""
+
+    def __init__(self, columns: np.ndarray):
+      self.columns = columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+      return (self.columns.shape[1],) * 2
+
+    def __getitem__(self, tile: tuple[slice, slice]) -> np.ndarray:
+      return np.asarray(see(*(self.columns[:, part] for part in tile)))
+
   def pad(x: t.Array, axis: int) -> t.Array:
     return jnp.pad(
       x, [(0, -n % 128 if i == axis else 0) for i, n in enumerate(x.shape)]
@@ -207,15 +250,18 @@ def splash_local(
   length = q.shape[2]
   k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
   q, k, v, real = pad(q, 2), pad(k, 2), pad(v, 2), pad(real_RxS, 1)
-  full = masks.FullMask((q.shape[2], k.shape[2]))
+  seen = masks.FullMask((q.shape[2], k.shape[2]))
+  if columns is not None:  # the tiles' padding stands behind the text: it sees it
+    far = np.array([[0], [length]])
+    seen = Rule(np.concatenate([columns, np.tile(far, -length % 128)], 1))
   kernel = splash.make_splash_mha(
-    masks.MultiHeadMask([full] * q.shape[1]),
+    masks.MultiHeadMask([seen] * q.shape[1]),
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,
   )
-  seen = splash.SegmentIds(jnp.ones((len(q), q.shape[2]), jnp.int32), real)
-  out: t.Array = jax.vmap(kernel)(q, k, v, seen)
+  ids = splash.SegmentIds(jnp.ones((len(q), q.shape[2]), jnp.int32), real)
+  out: t.Array = jax.vmap(kernel)(q, k, v, ids)
   return out[:, :, :length]
 
 

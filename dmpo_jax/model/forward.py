@@ -11,13 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import types as t
-from dmpo_jax.model.attention import (
-  attention_mask,
-  blocks_of,
-  packed_mask,
-  positions_of,
-)
+from dmpo_jax.model.attention import attention_mask, positions_of
 from dmpo_jax.model.law import without_mask
+from dmpo_jax.model.packed import Packed
 from dmpo_jax.model.presets import ModelConfig
 from dmpo_jax.model.transformer import Cache, Inputs, Transformer
 
@@ -152,15 +148,14 @@ def beside_cache(
 ) -> tuple[t.FloatRTD, Cache]:
   """Returns states of each row's window [start, start + width), and its new cache.
 
-  The cache that it returns has the window's columns alone. The window sees the cache
-  before `start`, and itself up to each token's own attention block. A family that
+  The cache that it returns has the window's columns alone. The window, of whole
+  attention blocks, sees the cache before `start`, and itself up to each token's own
+  block. A family that
   shifts is not undone.
   """
-  positions = positions_of(valid_RxS)
   cut = lambda x: windows(x, start_R, width)
-  queries, real = cut(positions), cut(valid_RxS)
-  blocks = blocks_of(cfg, valid_RxS, positions)
-  mask = packed_mask(cut(blocks), jnp.zeros(width, jnp.int32), real)
+  queries, real = cut(positions_of(valid_RxS)), cut(valid_RxS)
+  mask = Packed(real, 0, 0, cfg.block_causal).text_mask()
   column = jnp.arange(tokens_RxS.shape[1])
   past = (valid_RxS & (column[None] < start_R[:, None]))[:, None, None]
   inputs = Inputs(cut(tokens_RxS), queries, mask, cache, past=past)

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dmpo_jax import types as t
-from dmpo_jax.model.attention import ATTENTION, Rope, attend_parts, rope_table, rotate
+from dmpo_jax.model.attention import (
+  ATTENTION,
+  Mask,
+  Rope,
+  attend_part,
+  merged,
+  rope_table,
+  rotate,
+)
 from dmpo_jax.model.lora import adapter, dropout, matmul, matmul_frozen
 from dmpo_jax.model.presets import ModelConfig
 from dmpo_jax.model.quantize import dense
@@ -39,7 +47,7 @@ class Inputs(NamedTuple):
 
   tokens: t.IntRT
   positions: t.IntRT
-  mask: t.BoolR1TS | None = None  # which keys a token sees; None = all
+  mask: Mask = None  # which keys a token sees; None = all
   cache: Cache | None = None  # keys and values of other tokens
   # First column of the cache that the tokens replace; None: they stand beside it.
   start: t.IntScalar | int | None = None
@@ -112,7 +120,8 @@ class Block(nn.Module):
     q, k, v = self.project(y, keys)
     q, k = rotate(q, rope, q.shape[-1] ** -0.5), rotate(k, rope)
     if cache is not None and inputs.start is None:
-      y = attend_parts(q, ((*cache, inputs.past), (k, v, inputs.mask)))
+      parts = (*cache, inputs.past), (k, v, inputs.mask)
+      y = merged([attend_part(q, *part) for part in parts], q.dtype)
     else:
       if cache is not None:
         at: Any = (0, 0, inputs.start, 0)

@@ -28,7 +28,9 @@ class State(NamedTuple):
 def by_block(setting: Setting, loop: Loop) -> Loop:
   """Reveals block by block with the exact cache, until no mask is left."""
   tokens, valid = (x[:, : setting.prompt] for x in texts(setting, loop))
-  _, cache = model.hidden(setting.cfg, setting.params, tokens, valid, keep=True)
+  mask = model.Packed(valid, 0, 0, setting.cfg.block_causal)
+  inputs = model.Inputs(tokens, model.positions_of(valid), mask)
+  _, cache = model.states(setting.cfg, setting.params, inputs, keep=True)
   assert cache is not None
   pad = [(0, 0)] * 3 + [(0, setting.hp.length), (0, 0)]
   cache = model.Cache(*(jnp.pad(x, pad) for x in cache))

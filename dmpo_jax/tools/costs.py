@@ -30,7 +30,7 @@ Instruction = tuple[str, int, str, list[tuple[str, int | None]]]
 
 
 def matmuls(
-  jaxpr: Any, trips: Sequence[int], devices: int, tensor: int = 1
+  jaxpr: Any, trips: Sequence[float], devices: int, tensor: int = 1
 ) -> tuple[float, float]:
   """Returns (FLOPs, bytes) that a device spends on the matmuls of a program.
 
