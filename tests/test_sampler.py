@@ -499,6 +499,53 @@ def test_nucleus_and_top_k():
   near(law(temperature=1.0, top_k=9), prob)
 
 
+def rows_of_logits():
+  """Returns logits (rows, V) with ties, -inf, one best, all equal, and extremes."""
+  noise = np.random.default_rng(3)
+  wide, flat = noise.normal(size=(2, 40, 300)) * np.array([[[5.0]], [[0.05]]])
+  rows = [*wide, *flat, *np.round(wide[:20]), *np.round(flat[:5], 2)]
+  rows += [np.zeros(300), np.full(300, -7.25), 1e30 * wide[0], 1e-30 * wide[1]]
+  rows += [np.where(np.arange(300) == 4, 0.0, -np.inf), -np.abs(wide[2]) - 1e6]
+  rows += list(np.where(noise.random((20, 300)) < 0.9, -np.inf, np.round(wide[:20])))
+  return np.asarray(rows, np.float32)
+
+
+def kept_by_sorting(logits, top_p, top_k):
+  """Returns what top_p and then top_k keep, by a sort in float64; ties stay."""
+  x = logits.astype(np.float64)
+  ordered = -np.sort(-x, axis=-1)
+  mass = np.exp(ordered - ordered[:, :1])
+  before = np.cumsum(mass, axis=-1) - mass
+  inside = (before < top_p * np.sum(mass, axis=-1, keepdims=True)) | (top_p == 1)
+  least = np.min(np.where(inside, ordered, np.inf), axis=-1, keepdims=True)
+  x = np.where(x < least, -np.inf, x)
+  if top_k:
+    x = np.where(x < -np.sort(-x, axis=-1)[:, top_k - 1 : top_k], -np.inf, x)
+  return np.isfinite(x)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'top_p, top_k', [(0.9, 0), (0.3, 0), (1e-6, 0), (1.0, 3), (1.0, 40), (0.95, 20)]
+)
+def test_nucleus_and_top_k_keep_what_a_sort_keeps(top_p, top_k, dtype):
+  """Also of equal logits, of -inf, and of bfloat16."""
+  logits = jnp.asarray(rows_of_logits()).astype(dtype)
+  law = jax.jit(lambda x: model.sampling_logits(x, 1.0, top_p, top_k))(logits)
+  kept = np.isfinite(np.asarray(law, np.float32))
+  np.testing.assert_array_equal(
+    kept, kept_by_sorting(np.asarray(logits, np.float32), top_p, top_k)
+  )
+  assert (np.asarray(law)[kept] == np.asarray(logits)[kept]).all()
+
+
+def test_nucleus_and_top_k_do_not_sort():
+  """A sort of a vocabulary takes as long as a step of the network on a GPU."""
+  law = lambda x: model.sampling_logits(x, 1.0, 0.9, 50)
+  program = str(jax.make_jaxpr(law)(jnp.zeros((2, 3, 100))))
+  assert 'sort' not in program and 'top_k' not in program
+
+
 # Termination.
 
 
