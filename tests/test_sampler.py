@@ -433,6 +433,41 @@ def test_caches_that_are_exact(fields, tiny, sharp, prompts, run):
   np.testing.assert_allclose(cached.logp, plain.logp, atol=1e-5)
 
 
+def block_by_block(setting, loop):
+  """Unmasks with the cache prefix and one program a block."""
+  hp, first = setting.hp, setting.prompt
+  for start in range(first, first + hp.length, hp.block):
+    span = first + hp.length - start
+    loop = unmask.unmask_block(setting, start, span, loop)
+  return loop
+
+
+@pytest.mark.parametrize('shift', [False, True])
+@pytest.mark.parametrize('refresh', [0, 2])
+def test_prefix_of_many_blocks(shift, refresh, tiny, sharp, prompts, monkeypatch):
+  """Blocks that share a program have the tokens of a program each, to the bit."""
+  cfg = config(tiny, shift)
+  hp = dataclasses.replace(
+    BASE, length=21, block=3, steps=21, cache='prefix', refresh=refresh
+  )
+  assert hp.length // hp.block > unmask.SPANS
+  shared = jax.device_get(jax.jit(sampling(cfg, hp))(sharp, *prompts))
+  monkeypatch.setattr(unmask, 'by_rule', block_by_block)
+  each = jax.device_get(jax.jit(sampling(cfg, hp))(sharp, *prompts))
+  np.testing.assert_array_equal(shared.tokens, each.tokens)
+  np.testing.assert_array_equal(shared.order, each.order)
+  np.testing.assert_array_equal(shared.forwards, each.forwards)
+  np.testing.assert_allclose(shared.logp, each.logp, atol=1e-5)
+
+
+def test_prefix_does_not_grow_with_the_blocks(tiny, sharp, prompts):
+  def size(length):
+    hp = dataclasses.replace(BASE, length=length, steps=length, cache='prefix')
+    return str(jax.make_jaxpr(sampling(tiny, hp))(sharp, *prompts)).count(' = ')
+
+  assert size(24 * BASE.block) == size(6 * BASE.block)
+
+
 @pytest.mark.parametrize('name', ['eos', 'eos, threshold'])
 def test_eos_stop_changes_no_text(name, tiny, sharp, prompts, run):
   """A row that stops early has the same tokens, steps and log-probs up to its

@@ -107,7 +107,9 @@ def window_logits(
   where there is no cache. guidance > 0 is the scale of classifier-free guidance
   (LLaDA generate.py:81-91), with the first `prompt` tokens masked in a second row.
   With a cache only `span` positions from start on are computed (0 = `width`), and
-  the rest is read from it. keep returns the new cache, else None.
+  the rest is read from it. Where the text ends before, `span` positions up to its end
+  are computed, and those before start leave the cache as it is. keep returns the new
+  cache, else None.
   """
   if guidance:
     tokens_RxS, valid_RxS = with_blind_rows(cfg, tokens_RxS, valid_RxS, prompt)
@@ -117,13 +119,17 @@ def window_logits(
     h = windows(h, jnp.repeat(start_R, 1 + bool(guidance)), width)
   else:
     first, size = start - cfg.shift, (span or width) + cfg.shift
+    skip = None
+    if span:
+      last = tokens_RxS.shape[1] - size
+      first, skip = jnp.minimum(first, last), jnp.maximum(first - last, 0)
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1)
     positions = positions_of(valid_RxS)
     queries = part(positions)
     mask = attention_mask(cfg, valid_RxS, positions, queries)
-    inputs = Inputs(part(tokens_RxS), queries, mask, cache, first)
+    inputs = Inputs(part(tokens_RxS), queries, mask, cache, first, skip)
     h, cache = states(cfg, params, inputs, keep)
-    h = h[:, :width]
+    h = h[:, :width] if skip is None else windows(h, jnp.full(len(h), skip), width)
   logits = head(cfg, params, h)
   if guidance:
     logits = guided(logits, guidance)

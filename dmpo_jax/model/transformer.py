@@ -51,6 +51,8 @@ class Inputs(NamedTuple):
   cache: Cache | None = None  # keys and values of other tokens
   # First column of the cache that the tokens replace; None: they stand beside it.
   start: t.IntScalar | int | None = None
+  # How many of the tokens leave the cache as it is, the first ones; None: no one.
+  skip: t.IntScalar | int | None = None
   past: t.BoolR1TS | None = None  # which of the cache a token sees that stands beside
   dropout: t.KeyR | None = None  # keys for lora_dropout; None = no dropout
 
@@ -124,9 +126,7 @@ class Block(nn.Module):
       y = merged([attend_part(q, *part) for part in parts], q.dtype)
     else:
       if cache is not None:
-        at: Any = (0, 0, inputs.start, 0)
-        k = jax.lax.dynamic_update_slice(cache.keys, k, at)
-        v = jax.lax.dynamic_update_slice(cache.values, v, at)
+        k, v = written(cache.keys, k, inputs), written(cache.values, v, inputs)
       y = ATTENTION[cfg.attention](q, k, v, inputs.mask)
     y = jnp.swapaxes(y, 1, 2).reshape(x.shape[:2] + (-1,))
     x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y, keys)
@@ -149,6 +149,18 @@ class Block(nn.Module):
       return jnp.swapaxes(z, 1, 2)
 
     return heads('q', cfg.heads), heads('k', cfg.kv_heads), heads('v', cfg.kv_heads)
+
+
+def written(
+  cache_RxJxSxC: t.FloatRJSC, new_RxJxTxC: t.Array, inputs: Inputs
+) -> t.FloatRJSC:
+  """Returns a cache with the tokens' keys or values in it."""
+  at: Any = (0, 0, inputs.start, 0)
+  if inputs.skip is not None:
+    old = jax.lax.dynamic_slice(cache_RxJxSxC, at, new_RxJxTxC.shape)
+    fresh = jnp.arange(old.shape[2])[:, None] >= inputs.skip
+    new_RxJxTxC = jnp.where(fresh[None, None], new_RxJxTxC, old)
+  return jax.lax.dynamic_update_slice(cache_RxJxSxC, new_RxJxTxC, at)
 
 
 class Transformer(nn.Module):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dmpo_jax import model
 from dmpo_jax import types as t
@@ -22,6 +23,7 @@ from dmpo_jax.sampler.config import SampleConfig
 from dmpo_jax.sampler.records import Recorder
 from dmpo_jax.types import Array
 
+SPANS = 4  # programs of the cache prefix, each for some of the blocks
 Start = int | t.IntScalar  # index of a block's first token, the same in all rows
 
 
@@ -68,12 +70,18 @@ def by_rule(setting: Setting, loop: Loop) -> Loop:
   if hp.cache == 'none':
     more = partial(masks_remain, setting)
     return jax.lax.while_loop(more, partial(step_each_row, setting), loop)
-  starts = range(prompt, prompt + hp.length, hp.block)
-  if hp.cache == 'dual':  # every block has the same shapes: one program
-    body = lambda loop, start: (unmask_block(setting, start, hp.block, loop), None)
-    return jax.lax.scan(body, loop, jnp.asarray(starts))[0]
-  for start in starts:
-    loop = unmask_block(setting, start, prompt + hp.length - start, loop)
+  end = prompt + hp.length
+  starts = np.arange(prompt, end, hp.block)
+  # Blocks whose steps have the same shapes are one program. With the cache prefix
+  # a step computes all up to the end: as many positions as for its group's first.
+  groups = 1 if hp.cache == 'dual' else min(SPANS, len(starts))
+  for group in np.array_split(starts, groups):
+    span = 0 if hp.cache == 'dual' else int(end - group[0])
+
+    def body(loop, start, span=span):
+      return unmask_block(setting, start, span, loop), None
+
+    loop, _ = jax.lax.scan(body, loop, jnp.asarray(group))
   return loop
 
 
@@ -149,7 +157,7 @@ def block_remains(setting: Setting, start: Start, loop: Loop) -> Array:
 def lap(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
   """Takes a step that fills the cache, and cached ones until the next such step.
 
-  A cached step computes the `span` positions from `start` on.
+  A cached step computes the `span` positions from `start` on; see model.window_logits.
   """
   logits, cache = forward(setting, loop, start, keep=True)
   loop = step_block(setting, start, loop, logits)
