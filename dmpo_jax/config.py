@@ -114,11 +114,7 @@ class Model(Section):
 class Lora(Section):
   """Low-rank adapters."""
 
-  OWN = {
-    'alpha': above(0),
-    'dropout': chance,
-    'dtype': one_of('float32', 'bfloat16'),
-  }
+  OWN = {'alpha': above(0), 'dropout': chance, 'dtype': one_of('float32', 'bfloat16')}
 
   rank: int = 0  # rank A; 0 = no adapters, every parameter is trained
   alpha: float = 64.0  # the adapter's output is scaled by alpha / rank
