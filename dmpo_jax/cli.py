@@ -446,7 +446,7 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
     if not os.path.exists(os.path.join(workdir, 'curves.png')):
       with contextlib.suppress(report.NoData):
         report.curves(workdir)
-    again = shlex.join(sys.argv)
+    again = re.sub(r' --?profile[= ]\d+', '', shlex.join(sys.argv))
     print(report.summary(workdir))
     print(f'workdir: {workdir}')
     print(f'next: python {again} --mode=sample (or eval, export)')

@@ -107,6 +107,7 @@ def test_the_parts_add_up_to_the_time_of_a_row(
   prompt = build.problems(built, 'train').tokens.shape[1]
   (first, *_), (second, *given) = seen
   assert row['tokens_per_second'] == second - first and given == [prompt, INNER]
+  assert 'seconds/profile' in row
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 

@@ -30,8 +30,9 @@ class Tracer:
   several processes the first traces its own devices.
   """
 
-  def __init__(self, folder: str, count: int):
+  def __init__(self, folder: str, count: int, clock: metrics.Clock):
     self.folder, self.count = folder, count * (jax.process_index() == 0)
+    self.clock = clock
     self.first: int | None = None  # iteration of the session
     self.on = False
 
@@ -41,13 +42,15 @@ class Tracer:
       return
     self.first = iteration if self.first is None else self.first
     if not self.on and iteration == self.first + 1:
-      jax.profiler.start_trace(self.folder)
+      with self.clock('profile'):
+        jax.profiler.start_trace(self.folder)
       self.on = True
     if self.on and iteration == self.first + 1 + self.count:
       self.stop()
 
   def stop(self) -> None:
-    jax.profiler.stop_trace()
+    with self.clock('profile'):
+      jax.profiler.stop_trace()
     self.count, self.on = 0, False
     logging.info('trace in %s: tensorboard --logdir shows it', self.folder)
 
@@ -89,7 +92,7 @@ class Phase(abc.ABC):
     self.session, self.built = session, session.built
     self.config, self.writer = session.built.config, session.writer
     self.clock = metrics.Clock(session.beat)
-    self.tracer = Tracer('', 0)
+    self.tracer = Tracer('', 0, self.clock)
     self.frozen: Params = {}  # parameters that do not train
     self.shown: dict[str, float] = {}  # the newest numbers, for the progress line
     self.refuse = resume.refuse(self.config)  # meta -> why it is not this run's

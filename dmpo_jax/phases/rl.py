@@ -34,7 +34,8 @@ class RL(Phase):
     self.collector = build.collector(self.built, self.frozen)
     self.references: tuple = ()  # read by `start`
     self.best: resume.Best | None = None
-    self.tracer = Tracer(os.path.join(session.workdir, 'profile'), session.profile)
+    folder = os.path.join(session.workdir, 'profile')
+    self.tracer = Tracer(folder, session.profile, self.clock)
     self.taken = 0  # updates since the last row of phase rl
 
   def start(self) -> TrainState:

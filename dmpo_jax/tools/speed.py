@@ -10,7 +10,7 @@ from dmpo_jax import build
 from dmpo_jax.tools import costs, plan
 
 # Parts of an iteration that are no training: they do not count in rates.
-APART = ('evaluate', 'checkpoint')
+APART = ('evaluate', 'checkpoint', 'profile')
 OVERLAID = ('compile',)  # their seconds are in those of other parts
 
 
