@@ -468,6 +468,35 @@ def test_prefix_does_not_grow_with_the_blocks(tiny, sharp, prompts):
   assert size(24 * BASE.block) == size(6 * BASE.block)
 
 
+@pytest.mark.parametrize('name', [
+  'top_k', 'shift, guidance', 'dual, confidence', 'prefix, eos'])  # fmt: skip
+@pytest.mark.parametrize('chunk', [1, 3])
+def test_rows_in_pieces_have_the_same_tokens(name, chunk, tiny, sharp, prompts, run):
+  """Where the head has no logits of more than so many positions of each row."""
+  shift, hp = CASES[name]
+  cfg = dataclasses.replace(config(tiny, shift), head_chunk=chunk)
+  go = sampling(cfg, hp)
+  pieces = jax.device_get(jax.jit(go)(sharp, *prompts))
+  jax.tree.map(np.testing.assert_array_equal, pieces, run(name))
+  program = str(jax.make_jaxpr(go)(sharp, *prompts))
+  all_rows = ROWS * (2 if hp.guidance else 1)
+  few = all_rows // {1: hp.block, 3: 2}[chunk]
+  assert f'f32[{few},{hp.block},{cfg.vocab}]' in program
+  assert f'f32[{all_rows},{hp.block},{cfg.vocab}]' not in program
+
+
+def test_each_device_keeps_its_rows_in_pieces(tiny, sharp, prompts, run):
+  """Of four devices with two rows each, two pieces have a row of each device."""
+  cfg = dataclasses.replace(tiny, head_chunk=1)
+  go, grid = sampling(cfg, CASES['top_k'][1]), mesh.make_mesh(data=2, fsdp=2, tensor=2)
+  weights = jax.tree.map(mesh.put, sharp, mesh.shardings(sharp, grid))
+  rows = [mesh.put(x, mesh.rows(grid)) for x in prompts]
+  with jax.set_mesh(grid):
+    assert f'f32[4,4,{cfg.vocab}]' in str(jax.make_jaxpr(go)(weights, *rows))
+    found = mesh.fetch(jax.jit(go)(weights, *rows))
+  np.testing.assert_array_equal(found.tokens, run('top_k').tokens)
+
+
 @pytest.mark.parametrize('name', ['eos', 'eos, threshold'])
 def test_eos_stop_changes_no_text(name, tiny, sharp, prompts, run):
   """A row that stops early has the same tokens, steps and log-probs up to its

@@ -7,7 +7,13 @@ from dmpo_jax import build
 from dmpo_jax.tools import plan, speed
 
 P = 18
-CLOCKS = {'sample': 4.0, 'update': 5.0, 'between': 1.0, 'evaluate': 50.0, 'compile': 3.0}
+CLOCKS = {
+  'sample': 4.0,
+  'update': 5.0,
+  'between': 1.0,
+  'evaluate': 50.0,
+  'compile': 3.0,
+}
 NUMBERS = {'forwards': 4, 'length': 12.5, 'seconds/checkpoint': 30.0}
 NUMBERS |= {f'seconds/{name}': spent for name, spent in CLOCKS.items()}
 

@@ -100,7 +100,8 @@ def window_logits(
   keep: bool = False,
   cache: Cache | None = None,
   span: int = 0,
-) -> tuple[t.FloatRWV, Cache | None]:
+  as_states: bool = False,
+) -> tuple[t.Array, Cache | None]:
   """Returns logits of positions [start, start + width), and the cache.
 
   The mask token has -inf: no sampler emits it. start may differ between rows
@@ -109,7 +110,7 @@ def window_logits(
   With a cache only `span` positions from start on are computed (0 = `width`), and
   the rest is read from it. Where the text ends before, `span` positions up to its end
   are computed, and those before start leave the cache as it is. keep returns the new
-  cache, else None.
+  cache, else None. as_states returns what `logits_of` takes instead of the logits.
   """
   if guidance:
     tokens_RxS, valid_RxS = with_blind_rows(cfg, tokens_RxS, valid_RxS, prompt)
@@ -130,10 +131,20 @@ def window_logits(
     inputs = Inputs(part(tokens_RxS), queries, mask, cache, first, skip)
     h, cache = states(cfg, params, inputs, keep)
     h = h[:, :width] if skip is None else windows(h, jnp.full(len(h), skip), width)
-  logits = head(cfg, params, h)
+  return h if as_states else logits_of(cfg, params, h, guidance), cache
+
+
+def logits_of(
+  cfg: ModelConfig, params: t.Params, h_RxWxD: t.Array, guidance: float = 0.0
+) -> t.Array:
+  """Returns the logits of windows' states; with guidance from those of 2R rows.
+
+  The mask token has -inf.
+  """
+  logits = head(cfg, params, h_RxWxD)
   if guidance:
     logits = guided(logits, guidance)
-  return without_mask(cfg, logits), cache
+  return without_mask(cfg, logits)
 
 
 def guided(logits_RxWxV: t.Array, guidance: float) -> t.Array:

@@ -47,7 +47,7 @@ class ModelConfig:
   param_dtype: str = 'float32'  # of the parameters
   remat: str = 'none'  # what backward recomputes of a layer; a name in REMAT
   attention: str = 'xla'  # a name in ATTENTION
-  head_chunk: int = 0  # completion tokens per head call in log-probs; 0 = all
+  head_chunk: int = 0  # completion tokens per head call; 0 = all
 
 
 # vocab and special ids of the small ones come from the tokenizer. 'tiny' is for
