@@ -485,6 +485,19 @@ def test_rows_in_pieces_have_the_same_tokens(name, chunk, tiny, sharp, prompts, 
   assert f'f32[{all_rows},{hp.block},{cfg.vocab}]' not in program
 
 
+def test_rows_of_a_block_model_in_pieces(tiny, sharp, prompts):
+  """With the cache block, whose steps apply the head themselves."""
+  cfg = dataclasses.replace(tiny, block_causal=4)
+  hp = dataclasses.replace(BASE, block=2, cache='block', guidance=0.7, steps=8)
+  found = []
+  for chunk in (0, 1):
+    go = sampling(dataclasses.replace(cfg, head_chunk=chunk), hp)
+    found.append(jax.device_get(jax.jit(go)(sharp, *prompts)))
+    few = 2 * ROWS // (1 + chunk)
+    assert f'f32[{few},2,{cfg.vocab}]' in str(jax.make_jaxpr(go)(sharp, *prompts))
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_each_device_keeps_its_rows_in_pieces(tiny, sharp, prompts, run):
   """Of four devices with two rows each, two pieces have a row of each device."""
   cfg = dataclasses.replace(tiny, head_chunk=1)
