@@ -644,7 +644,7 @@ def run_case(args):
   def reward(out):
     tokens = np.asarray(out.tokens[:, -c.sampler.length :])
     tokens = data.after_given(out.order, tokens, built.tokenizer.eos_token_id)
-    texts = data.decode(built.tokenizer, tokens, data.stop_ids(built.tokenizer))
+    texts = data.decode(built.tokenizer, tokens, model.stops(built.model))
     return grader.judge(
       built.task,
       c.data.protocol,

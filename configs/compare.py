@@ -62,6 +62,7 @@ COSTS = {
   'coupled_grpo': (8, 12, 9),
   'diffpo': (8, 8, 6),
   'diffu_grpo': (8, 4, 3),
+  'dipo': (8, 0, 48),
   'egspo': (8, 8, 24),
   'espo': (8, 16, 12),
   'fork_grpo': (16, 0, 48),
@@ -71,6 +72,7 @@ COSTS = {
   'mapg': (8, 0, 36),
   'residual': (8, 8, 16),
   'spg': (8, 0, 6),
+  'tracerl': (8, 0, 48),
   'vrpo': (8, 16, 32),
   'wd1': (8, 0, 3),
 }

@@ -198,6 +198,7 @@ def collector(built: Built, frozen: Params) -> Collector:
     bucket=c.data.bucket,
     protocol=c.data.protocol,
     weights=dict(c.reward.weights),
+    stops=model.stops(built.model),
     samples=c.log.samples,
   )
 
@@ -283,9 +284,10 @@ def make_sample(
   records: tuple[str, ...] = (),
 ) -> Callable:
   """Returns (params, tokens, valid, row) -> Sampled, on the device."""
-  hp = check.settings(sampler.SampleConfig, section)
+  hp, whole = check.settings(sampler.SampleConfig, section), gather_of(c, grid)
 
   def sample(params, tokens, valid, row, seed):
+    params = whole(params)
     keys_R = rng.row_keys(rng.key_for(seed, stream), row)
     out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, records)
     own = out.order != GIVEN
@@ -301,6 +303,13 @@ def make_sample(
   rollouts = rollouts._replace(forwards=mesh.replicated(grid))
   out = Sampled._make([rollouts, by_row, by_row])
   return Compiled(grid, sample, last=(seed,), by_row=(1, 2, 3), out_shardings=out)
+
+
+def gather_of(c: Any, grid: Any) -> Callable:
+  """Returns what makes parameters whole before the loops of a pass without gradient."""
+  if c.mesh.gather == 'rollout' and c.mesh.fsdp > 1:
+    return functools.partial(mesh.gathered, mesh=grid)
+  return lambda tree: tree
 
 
 def pmap_rows(sample: Callable, grid: Any) -> Callable:
@@ -355,8 +364,10 @@ def make_training(
   """Returns score, pack, update, sft."""
   seed = np.uint32(c.seed)
 
+  whole = gather_of(c, grid)
+
   def score(trainable, frozen, references, sampled, seed):
-    who = scoring.policies(trainable, frozen, references)
+    who = whole(scoring.policies(trainable, frozen, references))
     keys = rng.key_for(seed, 'score'), rng.key_for(seed, 'mask')
     return scoring.score(who, sampled, *keys, setup)
 

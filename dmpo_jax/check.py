@@ -5,6 +5,7 @@ which hold between sections, into one error. The end of the file compares config
 a run that is resumed or evaluated.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Container
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import sampler
+from dmpo_jax import sampler, weights
 from dmpo_jax.config import (
   SECTIONS,
   TERMS,
@@ -27,7 +28,7 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.rules import nearest, without_effect
 from dmpo_jax.tasks import TASKS
-from dmpo_jax.types import Scored, Wants
+from dmpo_jax.types import Record, Scored, Wants
 
 
 def config(c: Any, count: int, platform: str = '') -> None:
@@ -51,8 +52,10 @@ def config(c: Any, count: int, platform: str = '') -> None:
 
 def section_problems(c: Any) -> tuple[list[str], set[str]]:
   """Returns the complaints about sections by themselves, and the sections they name."""
-  found, wrong = [], set()
+  found, wrong, block = [], set(), model_block(c)
   for name, one in parts(c):
+    if block:
+      one = dataclasses.replace(one, **one.WHOLE_TEXT)
     prefix = name.rpartition('.')[0]  # a nested sampler's complaints begin 'sampler.'
     said = one.problems()
     found += [f'{prefix}.{text}' if prefix else text for text in said]
@@ -91,6 +94,20 @@ def parts(c: Any) -> list[tuple[str, Any]]:
   return [(name, part(c, name)) for name in SECTIONS] + own
 
 
+def model_block(c: Any) -> int:
+  """Returns the tokens of the model's attention blocks; 0 = it sees the whole text.
+
+  Also 0 of a checkpoint that cannot be read; `build` says what is wrong with it.
+  """
+  size, path = c.model.attention_block, c.model.checkpoint
+  if size >= 0 or not path:
+    return max(size, 0)
+  try:
+    return weights.read_config(weights.locate(path, False))['block_causal']
+  except ValueError:
+    return 0
+
+
 def idle(c: Any) -> dict[str, str]:
   """Returns {'section.field': what it needs} of fields without effect in a config."""
   own = {
@@ -98,6 +115,9 @@ def idle(c: Any) -> dict[str, str]:
     for name, p in parts(c)
     for x, need in p.idle().items()
   }
+  if block := model_block(c):
+    need = f'a model that sees the whole text, this one attends in blocks of {block}'
+    own |= {f'{name}.{x}': need for name, p in parts(c) for x in p.WHOLE_TEXT}
   return own | idle_between(c)
 
 
@@ -227,9 +247,20 @@ def devices(c: Any, count: int) -> list[str]:
   for name, batch in (
     ('eval.batch', c.eval.batch),
     ('sft.batch', c.sft.batch if c.sft.steps else 0),
+    ('sampler.slots', c.sampler.slots),
+    ('eval.sampler.slots', c.eval.sampler.slots),
   ):
     if batch % shards:
       found.append(f'{name} = {batch} must be a multiple of the {shards} device shards')
+  for prefix, hp, batch in (
+    ('', c.sampler, rows),
+    ('eval.', c.eval.sampler, c.eval.batch),
+  ):
+    if 0 < hp.slots < batch and batch % hp.slots and hp.cache in ('prefix', 'dual'):
+      found.append(
+        f'{prefix}sampler.slots = {hp.slots} must divide the {batch} rows with '
+        f'{prefix}sampler.cache = {hp.cache}'
+      )
   return found
 
 
@@ -353,13 +384,13 @@ def old_policy(c: Any) -> list[str]:
     )
   if 'old' not in wants.elbo or wants.common_masks:
     return found
-  why = 'log p_old and log p_theta are compared'
+  why, whole = 'log p_old and log p_theta are compared', not model_block(c)
   found += [
     f'logprob.{field} = {e[field]} must be objective.{field} = {o[field]}: {why}'
     for field in ('low', 'high', 'antithetic')
-    if field in o and e[field] != o[field]
+    if whole and field in o and e[field] != o[field]
   ]
-  if e.elbo != 'paper':
+  if whole and e.elbo != 'paper':
     found.append(f'logprob.elbo = {e.elbo} must be paper: {why}')
   if 'loss_tail' in o and not o.loss_tail:
     found.append(
@@ -420,8 +451,13 @@ def weigh_metrics(c: Any, hp: Any) -> Any:
   """Returns the metrics of an objective's `weigh`, as shapes."""
   groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
   guess = jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
-  weigh = OBJECTIVES[c.objective.name].weigh
-  return jax.eval_shape(lambda *args: weigh(Scored(*args), hp), *groups, guess)[2]
+  number, step = (jax.ShapeDtypeStruct((2, 1), x) for x in (jnp.float32, jnp.int32))
+  record, objective = Record(step, number, number, {}), OBJECTIVES[c.objective.name]
+
+  def weigh(record, *args):
+    return objective.weigh(Scored(*args, record=record, block=0), hp)
+
+  return jax.eval_shape(weigh, record, *groups, guess)[2]
 
 
 # Each rule, with the sections that must be right themselves before it can be asked.

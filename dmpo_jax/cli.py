@@ -515,7 +515,7 @@ def eval_mode(command: Command) -> None:
   c = command.config
   out, workdir = runs.path_of('--out', OUT.value, written=True), run_of(c)
   built = ready(c)
-  build.problems(built, 'test')
+  cards.sections_of(built)
   with watched(c) as (asked, _):
     params, _, name = params_of(built, workdir)
     above = workdir or WORKDIR.value or os.path.join(runs.EVALS, c.name)
@@ -552,7 +552,10 @@ def sample_mode(command: Command) -> None:
 def shown_prompt(built: build.Built) -> tuple[data.Problems, str]:
   """Returns one problem and its text: --prompt, else --problem of the test."""
   if PROMPT.value:
-    return data.encode_problems([{}], [PROMPT.value], built.tokenizer), PROMPT.value
+    problem = data.encode_problems([{}], [PROMPT.value], built.tokenizer)
+    length = {'eval.sampler.length': built.config.eval.sampler.length}
+    data.check_positions(problem, length, built.model.positions)
+    return problem, PROMPT.value
   test, at = build.problems(built, 'test'), PROBLEM.value
   if not 0 <= at < len(test.examples):
     raise ValueError(f'--problem={at} must be in 0 to {len(test.examples) - 1}')

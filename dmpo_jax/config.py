@@ -87,7 +87,7 @@ class Model(Section):
   remat: str = 'none'  # recomputed in the backward pass; none | dots | full
   attention: str = 'xla'  # kernel; xla | cudnn (GPU, bfloat16) | splash (TPU)
   # Tokens of an attention block (SDAR, A2D's bd3lm); 0 = attention over the whole
-  # text; -1 = the checkpoint's own, else 0.
+  # text; -1 = the checkpoint's own, else the preset's.
   attention_block: int = -1
   # Where attention blocks begin: text (its first token) | prompt (its end: dllm's
   # sampler for bd3lm).
@@ -315,12 +315,21 @@ class Checkpoint(Section):
 class Mesh(Section):
   """How devices share the work."""
 
-  OWN = dict.fromkeys(('fsdp', 'tensor', 'cpu'), least(1))
+  OWN = {
+    **dict.fromkeys(('fsdp', 'tensor', 'cpu'), least(1)),
+    'gather': one_of('rollout', 'forward'),
+  }
 
   data: int = 0  # devices that replicate weights; 0 = what the others leave
   fsdp: int = 1  # devices that split weights
   tensor: int = 1  # devices that split heads and MLP
   cpu: int = 1  # devices that a CPU is split into where it is the only device
+  # When devices that split weights (fsdp) gather them to sample and score: rollout
+  # (once, to hold them whole for that time) | forward (each time, layer by layer).
+  gather: str = 'forward'
+
+  def idle(self) -> dict[str, str]:
+    return without_effect(('gather', self.fsdp > 1, 'mesh.fsdp > 1'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,7 +434,7 @@ def compares_old(wants: Wants) -> bool:
   log p_old is computed without dropout, so the adapters then need dropout 0. An ELBO
   that only `reweigh` reads comes from a pass without dropout itself.
   """
-  views = 'old' in wants.views or wants.records is not None
+  views = 'old' in wants.views or (wants.records is not None and wants.recorded)
   return views or ('old' in wants.elbo and not wants.reweigh)
 
 

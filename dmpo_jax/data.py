@@ -17,6 +17,7 @@ from dmpo_jax import files
 from dmpo_jax.tasks.answers import PREFILL, TAGS
 from dmpo_jax.types import (
   GIVEN,
+  STOP_TOKENS,
   Array,
   BoolBP,
   BoolRP,
@@ -199,7 +200,7 @@ def read_tokenizer(folder: str) -> Tokenizer:
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
   """Returns the ids that end a completion's text: EOS and the chat's end of turn."""
   vocab = tokenizer.get_vocab()
-  ends = {vocab[t] for t in ('<|eot_id|>', '<|im_end|>') if t in vocab}
+  ends = {vocab[t] for t in STOP_TOKENS if t in vocab}
   return tuple(sorted(ends | {tokenizer.eos_token_id}))
 
 

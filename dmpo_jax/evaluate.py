@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmpo_jax import data, grader, mesh
+from dmpo_jax import data, grader, mesh, model
 from dmpo_jax.build import Built
 from dmpo_jax.types import Params, Task
 
@@ -104,7 +104,7 @@ def generate(
   on the batch. The last batch is padded with repeats that are left out.
   """
   batch, count = built.config.eval.batch, len(problems.examples)
-  stop = data.stop_ids(built.tokenizer)
+  stop = model.stops(built.model)
   for start in range(first, total, batch):
     row = np.arange(start, start + batch, dtype=np.int32)
     at = np.minimum(row, total - 1) % count

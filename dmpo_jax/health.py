@@ -81,20 +81,21 @@ class State:
 def buffer_metrics(
   tokens_RxL: IntRL,
   completion_RxL: BoolRL,
-  eos_id: int,
+  stops: tuple[int, ...],
   reward_BxG: FloatBG | IntBG,
   grade_BxG: FloatBG | IntBG,
 ) -> dict[str, float]:
   """Returns numbers that show a policy without content or without variety.
 
-  empty: share of completions whose first token is EOS. repeated: share of tokens that
-  equal the token before, among those that have one before the first EOS. distinct:
-  mean over groups of (different completions) / G, compared up to the first EOS.
+  stops: tokens that end a text, EOS below. empty: share of completions whose first
+  token is EOS. repeated: share of tokens that equal the token before, among those that
+  have one before the first EOS. distinct: mean over groups of (different completions)
+  / G, compared up to the first EOS.
   distinct_right: mean number of different completions with the full grade.
   equal_reward_groups: share of groups whose rewards are equal. equal_wrong_groups:
   share of groups whose rewards are equal and whose grades are all 0.
   """
-  words = completion_RxL & (tokens_RxL != eos_id)
+  words = completion_RxL & ~np.isin(tokens_RxL, stops)
   follows = words[:, 1:]  # a word's predecessor is always a word
   again = follows & (tokens_RxL[:, 1:] == tokens_RxL[:, :-1])
   group = reward_BxG.shape[1]

@@ -48,6 +48,7 @@ class LogprobConfig(rules.Section):
     'draws': rules.least(1),
     'states': rules.least(0),
   }
+  WHOLE_TEXT = masking.WHOLE_TEXT
 
   estimator: str = 'elbo'  # elbo | trajectory (along the recorded unmasking steps)
   # Masks of the ELBO: paper (Bernoulli, L/m; in attention blocks 1..W of each) |
@@ -66,12 +67,14 @@ class LogprobConfig(rules.Section):
       ('states', self.estimator == 'trajectory', 'logprob.estimator = trajectory'),
       ('tail fuse', self.estimator == 'elbo', 'logprob.estimator = elbo'),
       ('low high antithetic', self.elbo == 'paper', 'logprob.elbo = paper'),
+      ('draws', self.elbo != 'order', 'logprob.elbo = paper or stratified'),
     )
 
   def problems(self) -> list[str]:
     """Returns a sentence for each impossible setting."""
     bad = super().problems()
-    if self.draws % 2 and (self.antithetic or self.elbo == 'stratified'):
+    pairs = {'paper': self.antithetic, 'stratified': True}.get(self.elbo, False)
+    if self.draws % 2 and pairs:
       bad.append(
         f'logprob.draws = {self.draws} must be even with logprob.antithetic=True or '
         'logprob.elbo=stratified: their masks come in pairs'
@@ -338,7 +341,7 @@ def limits(
 
 
 def passed_over(law: Law, logits: Array, judged: Array, limit: Array) -> Array:
-  """Returns orders.below under a policy's logits; judged: of the policy that sampled."""
+  """Returns orders.below of a policy's logits; judged: of the one that sampled."""
   if law.rank_law == 'sampling':
     judged = model.sampling_logits(judged, law.temperature)
   return orders.below(model.sampling_logits(logits, law.temperature), judged, limit)
@@ -409,7 +412,8 @@ def packed_trajectory(
 
     logp += in_chunks(cfg, of_chunk, h, theirs, limit).reshape(now.shape)
   old = jnp.where(now, recorded(rollouts, law)[:, None], 0.0)
-  return tuple(scale * jnp.sum(x, axis=(1, 2)) for x in (logp, old))
+  add = lambda x: scale * jnp.sum(x, axis=(1, 2))
+  return add(logp), add(old)
 
 
 def trajectory_logp(

@@ -25,6 +25,9 @@ from dmpo_jax.types import (
   Masks,
 )
 
+# Settings of draws that attention blocks do not read, as if none were set.
+WHOLE_TEXT = {'low': 0.0, 'high': 1.0, 'antithetic': False}
+
 
 def completion_mask(stop_RxL: BoolRL) -> BoolRL:
   """Returns True up to and including the first stop of each completion."""
@@ -90,12 +93,17 @@ def draw_order(key: AnyKey, row_R: IntR, canvas: Canvas) -> Masks:
   Copy k masks all but the first k free tokens, and reads the next. The mean over copies
   of the weighted sum is unbiased for the ELBO; it varies only as the orders differ.
   """
+  return in_rounds(random_rounds(key, row_R, canvas), canvas.block)
+
+
+def random_rounds(key: AnyKey, row_R: IntR, canvas: Canvas) -> IntRL:
+  """Draws each free token's place in a random order of its block; -1 = not free."""
   noise = lambda key: jax.random.uniform(key, (canvas.length,))
   free = free_of(canvas, row_R)
   noise = jnp.where(free, rng.per_row(key, row_R, noise), 2.0)
-  noise = noise.reshape(len(free), -1, canvas.block)
+  noise = noise.reshape(len(free), -1, canvas.block or canvas.length)
   rank = jnp.argsort(jnp.argsort(noise, -1), -1).reshape(free.shape)
-  return in_rounds(jnp.where(free, rank, -1), canvas.block)
+  return jnp.where(free, rank, -1)
 
 
 def in_rounds(round_RxL: IntRL, rounds: int) -> Masks:

@@ -99,6 +99,21 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   )
 
 
+def gathered(tree: Any, mesh: Mesh) -> Any:
+  """Returns parameters that each device of the fsdp axis holds whole; only in a jit.
+
+  XLA gathers what is split at every use. Called before a loop, this gathers once, and
+  keeps quantized kernels as they are stored.
+  """
+
+  def of_leaf(path: Sequence[Any], leaf: Any) -> Any:
+    spec = spec_of(path_of(path), leaf, mesh)
+    whole = P(*(None if axis == 'fsdp' else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+
+  return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose first axis is rows."""
   return NamedSharding(mesh, ROWS)

@@ -50,7 +50,7 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
     fields = dict(model.PRESETS[c.model.preset])
     if fields['heads'] == fields['kv_heads']:  # GQA only where it is asked for
       fields['kv_heads'] = changed.get('heads', fields['heads'])
-    fields |= {**changed, 'block_causal': block or 0}
+    fields |= changed | ({} if block is None else {'block_causal': block})
     if tokenizer is not None:
       fields |= dict(
         vocab=max(len(tokenizer), fields.get('vocab', 0)),
@@ -97,7 +97,13 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
 
 
 def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
-  """ValueError if samplers, log-probs or objective do not fit attention blocks."""
+  """ValueError if objective, samplers or log-probs do not fit attention blocks."""
+  why = OBJECTIVES[c.objective.name].whole_text
+  if cfg.block_causal and c.train.iterations and why:
+    raise ValueError(
+      f'objective.name = {c.objective.name} is not for a model that attends in blocks '
+      f'of {cfg.block_causal}: {why}'
+    )
   for name, section in (('sampler', c.sampler), ('eval.sampler', c.eval.sampler)):
     hp = check.settings(SampleConfig, section)
     if problem := sampler.block_problem(cfg, hp):
@@ -107,20 +113,15 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
         f'{name}.cache = {hp.cache}: model.attention = splash reads attention blocks '
         'with the cache block alone; set it, or model.attention = xla'
       )
+  if c.model.attention_grid == 'prompt' and not cfg.block_causal:
+    raise ValueError(
+      'model.attention_grid = prompt needs a model that attends block by block, and '
+      'this one sees the whole text: set text'
+    )
   if c.logprob.elbo == 'order' and not cfg.block_causal:
     raise ValueError(
       'logprob.elbo = order needs a model that attends block by block: set paper or '
       'stratified'
-    )
-  if not cfg.block_causal:
-    return
-  if not c.train.iterations:
-    return
-  why = OBJECTIVES[c.objective.name].whole_text
-  if why:
-    raise ValueError(
-      f'objective.name = {c.objective.name} is not for a model that attends in blocks '
-      f'of {cfg.block_causal}: {why}'
     )
 
 
@@ -181,17 +182,18 @@ def is_adapter(path: str) -> bool:
 
 
 # Fields of ModelConfig in which a reference may differ from the policy.
-OF_THE_RUN = ('dtype', 'param_dtype', 'remat', 'head_chunk', 'attention')
+OF_THE_RUN = ('dtype', 'param_dtype', 'remat', 'head_chunk', 'attention', 'stop_ids')
 
 
-def check_reference(path: str, cfg: model.ModelConfig) -> None:
+def check_reference(c: Any, path: str, cfg: model.ModelConfig) -> None:
   """ValueError if a reference has another vocabulary or shape than the policy."""
   same = [
     field.name
     for field in dataclasses.fields(cfg)
     if field.name not in OF_THE_RUN and 'lora' not in field.name
   ]
-  theirs = {name: getattr(cfg, name) for name in same} | weights.read_config(path)
+  theirs = {name: getattr(cfg, name) for name in same}
+  theirs |= weights.read_config(path, attention_block(c))
   differing = [
     f'{name} = {theirs[name]}, but the policy has {getattr(cfg, name)}'
     for name in same
@@ -225,7 +227,7 @@ def references(
       weights.check_adapter(path, cfg, folder, c.model.checkpoint)
       return lambda: weights.read_adapter(path, cfg, folder, grid)
     found = weights.locate(path, False)
-    check_reference(found, cfg)
+    check_reference(c, found, cfg)
     return lambda: quantize(weights.read_params(weights.locate(path), plain, grid))
 
   readers = [reader(path) for path in c.reference.of]

@@ -92,6 +92,7 @@ class Collector:
   bucket: int  # prompts are padded to a multiple of this; 0 = all of P
   protocol: str  # of rewards: paper | strict
   weights: dict  # factor of each reward term
+  stops: tuple[int, ...]  # tokens that end a text: model.stops
   samples: int = 0  # completions per buffer that are written down
 
   def start(
@@ -165,11 +166,11 @@ class Collector:
     metrics = reward_metrics(graded, started.host) | health.buffer_metrics(
       started.completions,
       started.host.completion,
-      self.tokenizer.eos_token_id,
+      self.stops,
       to_groups(np.asarray(graded.reward), self.group),
       to_groups(np.asarray(graded.grades), self.group),
     )
-    ended = np.isin(started.completions, data.stop_ids(self.tokenizer))
+    ended = np.isin(started.completions, self.stops)
     metrics['cut'] = float(np.mean(~ended.any(axis=1)))
     metrics['policy_age'] = started.age
     metrics['prompts_changed'] = self.problems.changed
@@ -181,7 +182,7 @@ class Collector:
     return batch, metrics, files
 
   def decode(self, tokens: Array) -> list[str]:
-    return data.decode(self.tokenizer, tokens, data.stop_ids(self.tokenizer))
+    return data.decode(self.tokenizer, tokens, self.stops)
 
   def judge(self, texts: list, examples: list, rows: Array) -> grader.Graded:
     """Grades the texts of `rows`; the other processes grade the others."""

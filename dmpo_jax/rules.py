@@ -75,6 +75,8 @@ class Section:
 
   NAME: ClassVar[str] = ''  # in sentences; '' = the class's, in small letters
   OWN: ClassVar[Mapping[str, Rule]] = {}  # field -> rule
+  # Fields that attention blocks do not read, with the values that ask for nothing.
+  WHOLE_TEXT: ClassVar[Mapping[str, Any]] = {}
 
   def number(self, x: float) -> str:
     """The rule of numbers that have none of their own."""

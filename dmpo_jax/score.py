@@ -14,6 +14,7 @@ from dmpo_jax import logprob, rng
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.step import Rows, Setup, canvas_of, draw, in_microbatches, view
 from dmpo_jax.types import (
+  NOT_ASKED,
   Array,
   BoolRL,
   FloatBG,
@@ -264,6 +265,7 @@ def pack(
   live_B: Any = None
   if skip:
     live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
+  record, block = record_of(sampled, setup.wants), setup.cfg.block_causal
   scored = Scored(
     reward_BxG,
     to_groups(jnp.sum(sampled.completion, axis=1), group),
@@ -271,6 +273,8 @@ def pack(
     grouped(scores.logp_ref),
     grouped(scores.guess_reward),
     live_B,
+    record,
+    block if setup.wants.records is not None else NOT_ASKED,
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
   if skip:
@@ -289,7 +293,7 @@ def pack(
     norm=jnp.float32(groups),
     total=jnp.float32(len(sampled.row)),
     sampled=sampled_of(sampled, setup),
-    record=record_of(sampled, setup.wants),
+    record=record,
     old=scores.old,
     ref=scores.ref,
   )

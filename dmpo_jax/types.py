@@ -109,6 +109,7 @@ def _asked_for(self: tuple, name: str) -> Any:
 
 
 GIVEN = -2  # in Rollouts.order
+STOP_TOKENS = ('<|eot_id|>', '<|im_end|>')  # end a turn of a chat
 
 
 class Prompts(NamedTuple):
@@ -240,6 +241,10 @@ class Scored(NamedTuple):
   logp_ref: FloatBG = NOT_ASKED  # nats
   guess: FloatBGK = NOT_ASKED  # rewards of guesses; nan: no copy
   live: BoolB = NOT_ASKED  # groups that count (skip_equal)
+  # Only if Wants.records is set: the rows' record, and the tokens of an attention
+  # block; 0 = the model sees the whole text.
+  record: Record = NOT_ASKED
+  block: int = NOT_ASKED
 
   __getattribute__ = _asked_for
 
@@ -292,6 +297,7 @@ class Wants:
   # Names in sampler.RECORDS; () gives order, logp and confidence alone; None: no
   # record of the sampler's steps.
   records: tuple[str, ...] | None = None
+  recorded: bool = True  # the loss compares with the record's log-probs, if wanted
   law: bool = False  # log-probs are the sampling law's, not those at temperature 1
   reweigh: bool = False  # `reweigh` is called before every update
   fresh: bool = False  # `reweigh` gets ELBOs under other masks than the loss's

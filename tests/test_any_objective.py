@@ -64,6 +64,7 @@ SIZES = {
 VARIANTS = {
   'dmpo': {'objective.draws': 2},
   'dmpo, model baseline': {'objective.draws': 2, 'objective.baseline': 'model'},
+  'dmpo, rounds': {'objective.draws': 2, 'objective.masks': 'rounds'},
 }
 
 
@@ -75,6 +76,8 @@ BLOCKS = {
 }
 BLOCKWISE = [name for name, x in OBJECTIVES.items() if not x.whole_text]
 BLOCK_VARIANTS = {f'{name}, blocks': BLOCKS for name in OBJECTIVES}
+for masks in ('order', 'rounds'):
+  BLOCK_VARIANTS[f'dmpo, {masks}, blocks'] = {**BLOCKS, 'objective.masks': masks}
 BLOCK_VARIANTS['just_grpo, blocks'] = {**BLOCKS, 'sampler.block': 1}
 
 
@@ -482,6 +485,12 @@ def test_the_example_of_the_docs_is_an_objective_in_one_file(tmp_path, monkeypat
 # Field that is named -> objective, changes.
 REFUSED = {
   'sampler.pick = wino.*agrpo': ('agrpo', {'sampler.pick': 'wino'}),
+  'sampler.pick = wino.*tracerl': ('tracerl', {'sampler.pick': 'wino'}),
+  'sampler.pick = wino.*dmpo': (
+    'dmpo',
+    {'objective.masks': 'rounds', 'sampler.pick': 'wino'},
+  ),
+  'sampler.top_k = 50.*dipo': ('dipo', {'sampler.top_k': 50}),
   'sampler.temperature = 0.*diffpo': ('diffpo', {'sampler.temperature': 0.0}),
   'sampler.top_p = 0.9.*egspo': ('egspo', {'sampler.top_p': 0.9}),
   'sampler.guidance = 1.0.*mapg': ('mapg', {'sampler.guidance': 1.0}),
@@ -519,7 +528,7 @@ def test_an_impossible_config_is_refused_before_anything_compiles(message):
   'name',
   [
     pytest.param(x, marks=() if x in ('dmpo', 'espo') else pytest.mark.slow)
-    for x in BLOCKWISE
+    for x in [*BLOCKWISE, 'dmpo, order', 'dmpo, rounds']
   ],
 )
 def test_block_causal_models_train(name):

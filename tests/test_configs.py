@@ -17,13 +17,15 @@ from configs import base
 from dmpo_jax import build, check, config, optim, sampler
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
+from dmpo_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(
   p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'base')
 )
 TRAINS = [stem for stem in FILES if stem not in ('baselines', 'compare')]
-PUBLISHED = [stem for stem in TRAINS if stem.startswith(('llada', 'dream'))]
+BLOCKS = ('sdar_math', 'sdar_gsm8k', 'fast_dllm_math', 'tiny_a2d_gsm8k')
+PUBLISHED = [s for s in TRAINS if s.startswith(('llada', 'dream')) or s in BLOCKS]
 NAMED = ('quickstart', 'llada_math')  # where each objective is named in turn
 CLASSES = sorted(
   {*config.SECTIONS.values()}, key=lambda cls: (cls.__module__, cls.__qualname__)
@@ -68,6 +70,30 @@ def test_recipe_paper_is_the_release(stem):
   assert {'objective.strength'} <= different
   assert different <= {'objective.strength', 'objective.best'}
   assert paper['objective.strength'] == 1 and paper['objective.best'] == 0
+
+
+@pytest.mark.parametrize('stem', BLOCKS)
+def test_configs_of_block_models(stem):
+  """The weights are exact, only the answer is paid, lengths are whole blocks, and each
+  objective after the colon fits or is refused for its own reason."""
+  c = file_of(stem).get_config()
+  hp, block = check.settings(sampler.SampleConfig, c.sampler), build.build(c).model
+  assert block.block_causal == (4 if 'sdar' in stem else 32)
+  assert hp.order_from() == 'state' and hp.temperature == 1 and hp.cache == 'block'
+  assert (c.logprob.estimator, c.logprob.states) == ('trajectory', 0)
+  terms = TASKS[c.data.task].terms
+  assert {t for t in terms if c.reward.weights[t]} == {'correctness'}
+  for s in (c.sampler, c.eval.sampler):
+    assert s.eos_stop and s.length % block.block_causal == 0
+  assert not c.eval.sampler.temperature
+  for name, objective in OBJECTIVES.items():
+    other = file_of(stem).get_config(name)
+    other.train.microbatches = 1
+    if objective.whole_text:
+      with pytest.raises(ValueError, match=objective.whole_text):
+        build.build(other)
+    else:
+      assert build.build(other).setup.objective is objective
 
 
 @pytest.mark.parametrize(
@@ -462,6 +488,16 @@ USELESS = [
   ({}, 'reference.mix', 'reference.of'),
   ({}, 'lora.alpha', 'lora.rank'),
   ({}, 'lora.targets', 'lora.rank'),
+  *(
+    ({'model.attention_block': 4}, field, 'sees the whole text')
+    for field in (
+      'objective.low',
+      'objective.antithetic',
+      'logprob.high',
+      'logprob.antithetic',
+    )
+  ),
+  ({'objective.masks': 'rounds'}, 'objective.low', 'objective.masks'),
   ({}, 'data.overlong', 'data.prompt_length'),
   ({'data.attend_padding': True}, 'data.bucket', 'data.attend_padding'),
   ({'data.template': __file__, 'sft.steps': 0}, 'data.style', 'data.template'),
@@ -492,6 +528,20 @@ def test_a_field_without_effect_is_refused_on_the_command_line(fields, useless, 
   with pytest.raises(ValueError, match=f'{useless} = .*needs .*{needs}'):
     check.effects(c, {useless})
   assert not check.effects(c, {'seed'}).count('\n')
+
+
+def test_a_rule_of_fields_without_effect_refuses_nothing():
+  """Masks of attention blocks come in no pairs, so a number of copies may be odd."""
+  c = file_of('quickstart_block').get_config()
+  fields = {'logprob.estimator': 'elbo', 'logprob.draws': 3, 'objective.draws': 4}
+  config.update(c, {**fields, 'objective.loss': 'ddo', 'objective.spread': False})
+  check.config(c, 1)
+  config.update(c, {'objective.loss': 'wdce', 'objective.draws': 3})
+  check.config(c, 1)
+  assert not check.effects(c, {'objective.draws', 'objective.loss'})
+  c.model.attention_block = 0
+  with pytest.raises(ValueError, match='objective.draws = 3 must be even'):
+    check.config(c, 1)
 
 
 @pytest.mark.parametrize('stem', [*TRAINS, 'base'])

@@ -40,8 +40,14 @@ NOISE = {
   # By the sampled tokens, with the log-prob of the order.
   'the rule of LLaDA, its order': dict(steps=3, rank='token', order_logp=True),
   'dynamic': dict(
-    pick='dynamic', threshold=0.5, rank='token', order_logp=True, rank_law='sampling',
-    length=4, block=4, steps=2,
+    pick='dynamic',
+    threshold=0.5,
+    rank='token',
+    order_logp=True,
+    rank_law='sampling',
+    length=4,
+    block=4,
+    steps=2,
   ),
 }
 TOKENS = {'the rule of LLaDA': dict(steps=3, rank='token')}
@@ -241,8 +247,10 @@ def test_the_order_has_the_chance_of_its_proposals(name, rank_law):
   masked = np.array([True, True, name != 'one', True])
   q, q_ref = (np.exp(x / 0.7) / np.exp(x / 0.7).sum(-1, keepdims=True)
               for x in (logits, ref))  # fmt: skip
-  judged = q if rank_law == 'sampling' else np.exp(logits) / np.exp(logits).sum(
-    -1, keepdims=True
+  judged = (
+    q
+    if rank_law == 'sampling'
+    else np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   )
   x = np.array(list(itertools.product(range(3), repeat=4)))
   at = np.arange(4)

@@ -8,6 +8,7 @@ its context in WITH. In any other context a part must say that a field has no ef
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -39,7 +40,7 @@ WORDS = (
   'mean loo zscore k1 k2 k3 k3_ratio each uniform entropy top stratified random '
   'bernoulli rounded block released formula elbo unit eubo mix none all best wdce ddo '
   'group individual model token max sampling even dream leftmost prefix dual threshold '
-  'paper trajectory'
+  'paper trajectory order rounds'
 ).split()
 # Field -> what else must be set for it to matter.
 WITH = {
@@ -107,13 +108,15 @@ def possible(hp, **fields):
   return hp
 
 
-def objective_text(objective, hp):
+def objective_text(objective, hp, block=0):
   """Returns what an objective wants, draws, weighs and loses, as text."""
   full = np.ones((ROWS, L), np.float32)
   order = np.tile(np.arange(L, dtype=np.int32), (ROWS, 1))
   more = {'entropy': full, 'place': -full, 'fallback': full > 0}
   record = Record(order, -full, full, more)
-  text = Text(full > 0, full > 0, np.ones((ROWS, P), bool), L // 2, Canvas(L), record)
+  canvas, words = Canvas(L, block), full > 0
+  words[:, -2:] = False  # an EOS and its tail
+  text = Text(words, words, np.ones((ROWS, P), bool), L // 2, canvas, record)
   wants, row = objective.wants(hp), np.arange(ROWS, dtype=np.int32)
   if 'old' not in wants.elbo:  # nothing reads it
     wants = dataclasses.replace(wants, common_masks=True)
@@ -123,7 +126,15 @@ def objective_text(objective, hp):
     x = -jnp.ones(masks.masked.shape)
     groups = reward.shape
     guess = jnp.ones((*groups, x.shape[1]))
-    scored = Scored(reward, jnp.full(groups, L), reward, -reward, guess)
+    scored = Scored(
+      reward,
+      jnp.full(groups, L - 2),
+      reward,
+      -reward,
+      guess,
+      record=record,
+      block=block,
+    )
     weight, own, _ = objective.weigh(scored, hp)
     rows = lambda x: jnp.reshape(x, (ROWS, *x.shape[2:]))
     views = Views(-jnp.ones(ROWS), x, {'centred': x, 'score': x})
@@ -197,6 +208,18 @@ def test_objective_says_which_of_its_fields_have_no_effect(name):
     for field in vars(hp):
       effect = has_effect(hp, field, text)
       assert effect is None or effect == (field not in hp.idle()), (hp, field)
+
+
+@pytest.mark.parametrize('name', ['dmpo', 'espo', 'tracerl', 'dipo'])
+def test_an_objective_says_what_attention_blocks_do_not_read(name):
+  """Beside every other setting of one field, too."""
+  objective = OBJECTIVES[name]
+  text = functools.cache(functools.partial(objective_text, objective, block=4))
+  for hp in contexts(objective.Config()):
+    useless = {**hp.idle(), **hp.WHOLE_TEXT}
+    for field in vars(hp):
+      effect = has_effect(hp, field, text)
+      assert effect is None or effect == (field not in useless), (hp, field)
 
 
 @pytest.fixture(scope='module')
@@ -308,14 +331,23 @@ SCORING = [
 ]
 
 
-@pytest.mark.parametrize('fields', SCORING, ids=str)
+WHOLE_TEXT = [(*x, 0) for x in itertools.product(SCORING, ('paper', 'stratified'))]
+IN_BLOCKS = [
+  (fields, elbo, 4)
+  for fields in (SCORING[0], SCORING[4], SCORING[-1])
+  for elbo in ('paper', 'stratified', 'order')
+]
+
+
+@pytest.mark.parametrize('fields, elbo, block', WHOLE_TEXT + IN_BLOCKS, ids=str)
 @pytest.mark.parametrize('estimator', ['elbo', 'trajectory'])
-@pytest.mark.parametrize('elbo', ['paper', 'stratified'])
 def test_check_says_which_logprob_fields_have_no_effect(
-  fields, estimator, elbo, tiny, shapes
+  fields, estimator, elbo, block, tiny, shapes
 ):
   """Beside the objectives that want their estimates, and those that do not."""
   c = base.get_config()
+  c.model.attention_block = block
+  tiny = dataclasses.replace(tiny, block_causal=block)
   config.update(c, fields | {'logprob.estimator': estimator, 'logprob.elbo': elbo})
   full = jnp.ones((ROWS, L))
   tokens, valid = jnp.zeros((ROWS, P + L), jnp.int32), jnp.ones((ROWS, P + L), bool)

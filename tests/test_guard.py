@@ -181,7 +181,7 @@ started = rollout.Started(0, 0, np.zeros(2, np.int32), None, types.Scores(), hos
 problems = data.Problems([{}], tokens, mask)
 collector = rollout.Collector(
     None, task, tokenizer, problems, {}, prompts=1, group=2, seed=0, bucket=0,
-    protocol='strict', weights={}, samples=1)
+    protocol='strict', weights={}, stops=(1,), samples=1)
 with guard.Watchdog(1.0, sys.argv[1]) as dog:
   clock = metrics.Clock(dog.beat)
   for clock.step in range(8):  # longer than the limit, but it makes progress

@@ -25,7 +25,7 @@ def measured(texts, group, reward=None, grade=None):
   return health.buffer_metrics(
     tokens,
     ended == 0,
-    EOS,
+    (EOS,),
     zeros if reward is None else np.array(reward),
     zeros if grade is None else np.array(grade),
   )
@@ -33,6 +33,18 @@ def measured(texts, group, reward=None, grade=None):
 
 def test_empty_counts_completions_that_begin_with_eos():
   assert measured(['', '1', '12345', ''], 2)['empty'] == 0.5
+
+
+def test_every_stop_ends_a_text():
+  """A chat's end of turn is no word: a text that begins with it is empty."""
+  tokens = np.array([[7, EOS, EOS], [1, 7, EOS]], np.int32)
+  completion = np.array([[1, 0, 0], [1, 1, 0]], bool)
+  zeros = np.zeros((1, 2))
+  found = [
+    health.buffer_metrics(tokens, completion, stops, zeros, zeros)['empty']
+    for stops in ((EOS,), (EOS, 7))
+  ]
+  assert found == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +65,7 @@ def test_tokens_after_the_eos_do_not_count():
   tokens = np.array([[1, 1, EOS, 3, 3], [1, 1, EOS, 4, 5]], np.int32)
   completion = np.array([[1, 1, 1, 0, 0]] * 2, bool)
   zeros = np.zeros((1, 2))
-  found = health.buffer_metrics(tokens, completion, EOS, zeros, zeros)
+  found = health.buffer_metrics(tokens, completion, (EOS,), zeros, zeros)
   assert found == measured(['11', '11'], 2)
   assert found['distinct'] == 0.5 and found['repeated'] == 1
 

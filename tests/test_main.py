@@ -24,6 +24,7 @@ from dmpo_jax import (
   guard,
   hf,
   metrics,
+  model,
   parts,
   runs,
   train,
@@ -793,6 +794,57 @@ def test_no_cache_of_programs(updates, tmp_path):
   main.cache_programs(tiny(cache=False))
   assert updates == {'jax_enable_compilation_cache': False}
   assert not (tmp_path / 'mine').exists()
+
+
+# What a block-causal checkpoint (blocks of 4) is asked for -> the field and the remedy.
+BLOCKS = [
+  (['sampler.block=3', 'sampler.length=12', 'sampler.steps=12'], '= 3.*divides'),
+  (['sampler.length=10', 'sampler.block=2', 'sampler.steps=10'], '= 10.*blocks of 4'),
+  (['eval.sampler.block=8'], r'eval\.sampler\.block = 8.*blocks of 4.*divides'),
+  (['sampler.cache=dual'], r'sampler\.cache = dual.*set block'),
+  (['eval.sampler.cache=prefix'], r'eval\.sampler\.cache = prefix.*set block'),
+  (['sampler.pick=wino'], r'sampler\.pick = wino.*another pick'),
+  (['sampler.cache=block', 'sampler.guidance=1.0'], r'sampler\.guidance = 1.0.*cache'),
+  (['objective.name=diffu_grpo'], r'objective\.name = diffu_grpo.*masks the prompt'),
+  (['objective.name=wd1'], r'objective\.name = wd1.*masks the prompt'),
+  (['data.prompt_length=400'], '400 tokens.*length = 16.*lower .*prompt_length'),
+  (['model.attention_block=0', 'sampler.cache=block'], 'cache = block.*whole text'),
+  (['model.attention_block=0', 'model.attention_grid=prompt'], 'grid = prompt.*text'),
+  (['model.attention_block=6'], 'blocks of 6.*divides'),
+  (['eval.sampler.block=2', 'eval.lengths=(16,18)'], r'eval\.lengths = .*blocks of 4'),
+]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def block_folder(tmp_path_factory):
+  """An SDAR directory whose weights cannot be read."""
+  ids, folder = data.char_tokenizer(), tmp_path_factory.mktemp('sdar')
+  cfg = model.ModelConfig(
+    vocab=len(ids), width=16, layers=1, heads=2, kv_heads=2, mlp=32, qk_norm=True,
+    mask_id=1, eos_id=2, pad_id=0, positions=300, block_causal=4,
+  )  # fmt: skip
+  hf.save_hf(folder, cfg, model.init(cfg, jax.random.key(0)), ids)
+  (folder / 'model.safetensors').write_bytes(b'')
+  return folder
+
+
+@pytest.mark.parametrize('fields, named', BLOCKS, ids=lambda x: str(x)[:30])
+def test_what_blocks_cannot_do_is_refused_first(
+  command, block_folder, monkeypatch, fields, named
+):
+  """In one sentence, before weights are read and before anything is compiled."""
+
+  def compile_(*_):
+    raise AssertionError('compiles')
+
+  monkeypatch.setattr(build.Compiled, '__call__', compile_)
+  mode = ['--mode=eval', '--of=base'] * any('lengths' in field for field in fields)
+  small = ['sampler.block=4', 'eval.sampler.block=4']
+  small = [x for x in small if x.split('=')[0] not in '='.join(fields).split('=')]
+  flags_ = [f'--config.{x}' for x in (*small, *fields)]
+  with pytest.raises(SystemExit, match=f'(?s)^error: .*{named}') as error:
+    command(f'--config.model.checkpoint={block_folder}', *flags_, *mode)
+  assert str(error.value).count('\n') <= 1 and 'model.safetensors' not in str(error)
 
 
 # --- data files

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import base
 from dmpo_jax import build, mesh, model, optim, rng, step
+from dmpo_jax.tools import costs
 from dmpo_jax.types import TrainBatch
 
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2))
@@ -241,6 +242,31 @@ def test_update_is_the_same_on_every_mesh(shape, plain):
   jax.tree.map(functools.partial(close, atol=2e-6), got.trainable, want.trainable)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), got.trainable, params)
   assert min(jax.tree.leaves(moved)) > 5e-6  # lr/warmup = 1e-5
+
+
+def test_weights_are_gathered_once_a_rollout(plain):
+  """mesh.gather moves the weights out of the sampler's loop, and no token."""
+  shape, found = MESHES[1], {}
+  prompts = np.random.default_rng(0).integers(0, 90, (R, PROMPT)).astype(np.int32)
+  valid, row = np.ones((R, PROMPT), bool), np.arange(R, dtype=np.int32)
+  for how in ('forward', 'rollout'):
+    c = settings(shape)
+    c.mesh.gather, c.sampler.cache, c.sampler.block = how, 'dual', 8
+    built = build.build(c)
+    sample = built.steps.sample
+    params = placed(plain[0], shape)
+    out = mesh.fetch(sample(params, prompts, valid, row))
+    text = sample.trace(params, prompts, valid, row).lower().compile().as_text()
+    bytes_ = [
+      costs.collectives(text, trips)['all-gather'][1] for trips in ((1, 1), (1, 9))
+    ]
+    found[how] = out, bytes_[1] > 1.5 * bytes_[0]
+  one, other = (found[how][0].rollouts for how in found)
+  np.testing.assert_array_equal(one.tokens, other.tokens)
+  np.testing.assert_array_equal(one.order, other.order)
+  # XLA may add up a split contraction in another order.
+  np.testing.assert_allclose(one.logp, other.logp, atol=2e-6)
+  assert (found['forward'][1], found['rollout'][1]) == (True, False)
 
 
 def test_gradient_norm_is_unchanged(plain):

@@ -148,7 +148,9 @@ def test_window_and_cache_equal_the_formulas(net):
   np.testing.assert_allclose(logits, full[:, start : start + width], **close)
   again, kept = look(tokens, start, cache)
   np.testing.assert_allclose(again, logits, **close)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **close), kept, cache)
+  own = slice(start - cfg.shift, start + width)  # it returns the window's columns
+  for one, whole in zip(kept, cache, strict=True):
+    np.testing.assert_allclose(one, whole[:, :, :, own], **close)
 
   changed = tokens.at[:, start : start + width].set(cfg.mask_id)
   found, _ = look(changed, start, cache)
@@ -384,6 +386,21 @@ def test_program_does_not_grow_with_depth(tiny):
       2 * 151936 * 4096
       + 36 * (2 * 4096**2 + 2 * 4096 * 1024 + 2 * 128 + 3 * 4096 * 12288 + 2 * 4096)
       + 4096,
+    ),
+    # Half of total_size in model.safetensors.index.json: bfloat16.
+    ('sdar_4b', 8822848512 // 2),
+    ('fast_dllm_7b', 15231233024 // 2),
+    (
+      'sdar_1_7b',
+      2 * 151936 * 2048
+      + 28 * (2 * 2048**2 + 2 * 2048 * 1024 + 2 * 128 + 3 * 2048 * 6144 + 2 * 2048)
+      + 2048,
+    ),
+    (
+      'a2d_0_6b',
+      151936 * 1024
+      + 28 * (4 * 1024 * 2048 - 2 * 1024**2 + 2 * 128 + 3 * 1024 * 3072 + 2 * 1024)
+      + 1024,
     ),
   ],
 )

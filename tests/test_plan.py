@@ -39,7 +39,17 @@ def test_flops_of_loops_and_branches():
   def around(a, b):
     return jax.lax.while_loop(lambda c: c < 1, lambda c: c + open_loop(a, b), 0.0)
 
+  def branch(a, b):
+    twice = lambda a: (a @ b) @ b.T @ b
+    return jax.lax.cond(a.sum() > 0, twice, lambda a: a @ b, a)
+
+  def branches(a, b):
+    step = lambda c: c + branch(a + c, b).sum()
+    return jax.lax.while_loop(lambda c: c < 1, step, 0.0)
+
   assert flops(open_loop, A, B, trips=(7,)) == 7 * ONE
+  assert flops(branch, A, B) == 3 * ONE  # of which nothing is known
+  assert flops(branches, A, B, trips=(8, 0.25)) == (6 * 1 + 2 * 3) * ONE
   assert flops(around, A, B, trips=(2, 7)) == 14 * ONE
   assert flops(jax.jit(scan), A, B) == 5 * ONE
 
@@ -103,6 +113,20 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %h = f32[16] fusion(%f), kind=kLoop, calls=%done
 }
 """  # noqa: E501
+BRANCHING = """
+%branching (p: f32[2]) -> f32[2] {
+  %c = f32[2]{0} conditional(%i, %p, %p), branch_computations={%open.body, %rare}
+  %d = f32[2]{0} conditional(%i, %p, %p), true_computation=%rare, false_computation=%add
+}
+
+%rare (p: f32[2]) -> f32[2] {
+  %z = f32[10]{0} all-to-all(%p), channel_id=9
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %b = f32[2] while(%u), condition=%open.cond, body=%branching
+}
+"""
 
 
 def test_collectives_of_a_text():
@@ -111,6 +135,11 @@ def test_collectives_of_a_text():
     'all-gather': (5, 5 * 64 * 4),
     'all-reduce': (9, 9 * 6 * 2),
     'reduce-scatter': (1, 16 * 4),
+  }
+  body = HLO[HLO.index('%open.body') : HLO.index('%start')]
+  assert costs.collectives(body + BRANCHING, trips=(8, 0.25)) == {
+    'all-reduce': (6, 6 * 6 * 2),
+    'all-to-all': (2, 2 * 10 * 4),
   }
 
 
@@ -197,6 +226,40 @@ def test_a_plan():
   more = plan.make(small(**{'sampler.cache': 'dual', 'sampler.steps': 16}))
   assert more.programs[0].flops > 1.5 * sample.flops
   assert more.programs[2].flops == update.flops
+
+
+def test_tokens_of_a_block_model():
+  """The sampler computes the prompt once, W tokens a step and W a block; the scores
+  P + (W + 1) L tokens, of which a copy's see the text and their own block."""
+  changes = {
+    'model.attention_block': 4,
+    'data.prompt_length': 22,  # two tokens of it stand on the canvas
+    'sampler.block': 2,
+    'eval.sampler.block': 4,
+    'sampler.steps': 16,
+    'sampler.cache': 'block',
+    'sampler.pick': 'dynamic',
+    'logprob.estimator': 'trajectory',
+  }
+  built = build.build(small(**changes))
+  cfg, rows, prompt, length, block, steps = built.model, 32, 20, 16, 4, 16
+  layer = 2 * 4 * 16 * 16 + 2 * 3 * 16 * 32
+  linear = lambda tokens: cfg.layers * layer * tokens
+  pairs = lambda queries, keys: cfg.layers * 4 * queries * keys * 16
+  head = lambda tokens: 2 * tokens * 16 * cfg.vocab
+  window = lambda count: linear(count) + pairs(count, prompt + length + count)
+  sample = linear(prompt) + pairs(prompt, prompt)
+  sample += steps * (window(block) + head(2))
+  sample += length // block * (window(2 * block) - window(block))
+  size, noisy = prompt + length, block * length
+  score = linear(size + noisy) + pairs(size, size) + pairs(noisy, size + block)
+  score += head(noisy)
+  for job, want in zip(plan.jobs(built, 22), (sample, score), strict=False):
+    traced = job[1].trace(*job[2])
+    got, _ = costs.matmuls(traced.jaxpr.jaxpr, job[3], devices=1)
+    assert got == rows * want, job[0]
+  # k and v, layers, rows of 4 shards, tokens, width, float32
+  assert plan.cache_bytes(built, 22) == 2 * 2 * 8 * size * 16 * 4
 
 
 def test_roofline():

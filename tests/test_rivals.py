@@ -50,8 +50,8 @@ def close(a, b, tol=2e-5):
   np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tol, atol=tol)
 
 
-def text_of(completion=COMPLETION, record=None):
-  """Returns the Text of rows with whole prompts."""
+def text_of(completion=COMPLETION, record=None, block=0):
+  """Returns the Text of rows with whole prompts; block: the attention block."""
   rows, words = len(completion), completion & (np.arange(L) < 6)
   prompt = jnp.ones((rows, P), bool)
   return Text(
@@ -59,7 +59,7 @@ def text_of(completion=COMPLETION, record=None):
     jnp.asarray(words),
     prompt,
     W,
-    Canvas(len(completion[0])),
+    Canvas(len(completion[0]), block),
     record,
   )
 
@@ -74,7 +74,7 @@ class Case:
   The batch holds what the objective asks for and nothing else.
   """
 
-  def __init__(self, name, **changes):
+  def __init__(self, name, block=0, **changes):
     self.objective = OBJECTIVES[name]
     self.hp = self.objective.Config(**changes)
     assert self.hp.problems() == []
@@ -83,7 +83,7 @@ class Case:
     if self.wants.records is not None:
       more = {name: MORE[name] for name in self.wants.records}
       record = jax.tree.map(jnp.asarray, Record(ORDER, LOGP, CONFIDENCE, more))
-    text = text_of(record=record)
+    text = text_of(record=record, block=block)
     self.masks = self.objective.draw(KEY, jnp.arange(R), text, self.hp)
     self.masked = np.asarray(self.masks.masked)
     self.K = self.masked.shape[1]
@@ -93,7 +93,8 @@ class Case:
       self.counted = np.broadcast_to(self.masks.counted, self.masked.shape)
     self.draw_numbers(np.random.default_rng(1))
     guess = jnp.asarray(self.guess) if self.wants.guess else None
-    weight, own, _ = self.objective.weigh(scored(guess=guess), self.hp)
+    known = scored(guess=guess, record=record, block=block)
+    weight, own, _ = self.objective.weigh(known, self.hp)
     self.batch = TrainBatch(
       tokens=None,
       valid=None,
@@ -681,3 +682,119 @@ def test_mapg(places):
       value += ppo(now - PLACE[r, at[0]], a[r], 0.2, 0.2)
     total -= c.weight[r, k] * value / 5 / R
   close(c.loss(), total, 1e-4)
+
+
+# --- recorded rounds
+
+
+def rounds_by_hand(block, shrink):
+  """Returns the round of each token (R, L): its step's number within its block."""
+  out = np.zeros((R, L), int)
+  for r, i in itertools.product(range(R), range(L)):
+    own = [j for j in range(L) if not block or j // block == i // block]
+    out[r, i] = sorted({ORDER[r, j] for j in own}).index(ORDER[r, i]) // shrink
+  return out
+
+
+def round_terms(c, rounds, counted, term):
+  """Returns the sum over tokens of term(r, i, now, other view), each read once."""
+  copies = int(c.weight.shape[1])
+  assert (c.masks.masked == (rounds[:, None] >= np.arange(copies)[:, None])).all()
+  total = 0.0
+  for r, i in zip(*np.nonzero(counted), strict=True):
+    (k,) = np.nonzero(c.counted[r, :, i])[0]
+    assert k == rounds[r, i]
+    total += term(r, k, i)
+  assert c.counted.sum() == counted.sum()
+  return total
+
+
+@pytest.mark.parametrize('norm', ['constant', 'released'])
+@pytest.mark.parametrize('block, shrink', [(0, 1), (0, 2), (4, 1), (4, 2), (4, 4)])
+def test_tracerl(block, shrink, norm):
+  """Every token is read once, in its round; the KL is to the policy that sampled."""
+  c = Case('tracerl', block, shrink=shrink, beta=0.1, norm=norm)
+  rounds, a = rounds_by_hand(block, shrink), advantage_of('zscore')
+
+  def term(r, k, i):
+    gap = c.now[r, k, i] - (c.old[r, k, i] if shrink > 1 else LOGP[r, i])
+    return -ppo(gap, a[r], 0.2, 0.2) + 0.1 * k3(gap)
+
+  rows = R
+  if norm == 'released':  # a row for each round up to the last trained
+    rows = sum(rounds[r][COMPLETION[r]].max() + 1 for r in range(R))
+  close(c.loss(), round_terms(c, rounds, COMPLETION, term) / rows / L, 1e-4)
+
+
+@pytest.mark.parametrize('norm', ['constant', 'released'])
+@pytest.mark.parametrize('block', [0, 4])
+def test_dipo(block, norm):
+  """Ratios are clipped to 0.8 and 1.28; all sampled tokens are trained."""
+  c = Case('dipo', block, beta=0.1, norm=norm)
+  rounds, a = rounds_by_hand(block, 1), advantage_of('zscore')
+  count = [rounds[r].max() + 1 for r in range(R)]
+  rows = np.array([sum(count[r // G * G : r // G * G + G]) for r in range(R)])
+  # Tokens of a group's rows / W, and the mean over groups; or rows times length.
+  size = R * L if norm == 'constant' else B * rows * L / (block or L)
+
+  def term(r, k, i):
+    gap, far = c.now[r, k, i] - LOGP[r, i], c.now[r, k, i] - c.ref[r, k, i]
+    loss = -ppo(gap, a[r], 0.2, 0.28) + 0.1 * k3(far)
+    return loss / (size if norm == 'constant' else size[r])
+
+  every = np.ones((R, L), bool)
+  close(c.loss(), round_terms(c, rounds, every, term), 1e-4)
+
+
+def test_dipo_clips_above_at_another_ratio_than_below():
+  gaps = np.log([0.79, 0.81, 1.27, 1.29])
+  hp = OBJECTIVES['dipo'].Config()
+  slope = jax.vmap(
+    jax.grad(lambda gap, a: shared.surrogate(gap, a, *hp.bounds)), (0, None)
+  )
+  assert (slope(gaps, 1.0) != 0).tolist() == [True, True, True, False]
+  assert (slope(gaps, -1.0) != 0).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize('name', ['tracerl', 'dipo'])
+def test_a_constant_norm_has_no_length_bias(name):
+  """A token weighs the same in short and long completions, and in all groups."""
+  c = Case(name, 4)
+  np.testing.assert_allclose(c.batch.own['scale'], 1 / (G * L), rtol=1e-6)
+  released = Case(name, 4, norm='released').batch.own['scale']
+  assert (released != c.batch.own['scale']).all()
+
+
+@pytest.mark.parametrize('block', [0, 4])
+@pytest.mark.parametrize('draws', [1, 2, 3])
+def test_few_rounds_stand_for_all(block, draws):
+  """The mean over draws is the sum over all trained tokens; masks are of the rounds."""
+  copies = 4000
+  tile = lambda x: jnp.repeat(jnp.asarray(x), copies, axis=0)
+  value = np.random.default_rng(3).normal(size=(R, L))
+  rounds, most = shared.recorded_rounds(tile(ORDER), block)
+  np.testing.assert_array_equal(rounds[::copies], rounds_by_hand(block, 1))
+  masks = shared.draw_rounds(
+    KEY, jnp.arange(R * copies), rounds, tile(COMPLETION), most, draws
+  )
+  assert masks.masked.shape[1] == draws
+  sums = np.asarray(shared.logprob.seq_elbo(tile(value)[:, None], masks.weight))
+  sums = sums.reshape(R, copies)
+  want = np.sum(value * COMPLETION, axis=1)
+  error = sums.std(1) / copies**0.5
+  assert (np.abs(sums.mean(1) - want) <= 4 * error + 1e-4).all()
+  if draws >= rounds_by_hand(block, 1).max() + 1:
+    close(sums, np.broadcast_to(want[:, None], sums.shape), 1e-4)
+
+
+def test_rounds_of_tokens_that_were_never_masked_count_nothing():
+  order = np.where(np.arange(L) < 5, np.arange(L), -1)[None]
+  for block, most in ((0, L), (4, 4)):
+    rounds, limit = shared.recorded_rounds(jnp.asarray(order), block)
+    assert limit == most and (np.asarray(rounds)[0, 5:] == -1).all()
+    masks = shared.draw_rounds(
+      KEY, jnp.arange(1), rounds, jnp.ones((1, L), bool), limit, 0
+    )
+    assert not np.asarray(masks.masked)[..., 5:].any()
+    assert not np.asarray(masks.weight)[..., 5:].any()
+    close(np.asarray(masks.weight).mean(1)[0, :5], np.ones(5))

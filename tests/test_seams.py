@@ -163,6 +163,9 @@ def test_every_rule_refuses_a_bad_value_and_names_its_field(name, field):
     ('dmpo', dict(low=0.5, high=0.5), 'objective.high'),
     ('dmpo', dict(high=1.1), 'objective.high'),
     ('dmpo', dict(loss='ddo'), 'objective.antithetic=False'),
+    ('dmpo', dict(masks='rounds', loss='ddo'), 'objective.loss = wdce'),
+    ('dmpo', dict(masks='order', baseline='model'), 'objective.common_masks = True'),
+    ('tracerl', dict(shrink=0), 'objective.shrink'),
     ('coupled_grpo', dict(high=1.0), 'objective.high'),
     ('coupled_grpo', dict(low=0.9), 'objective.low'),
     ('spg', dict(low=0.6, high=0.5), 'objective.low'),
@@ -185,6 +188,8 @@ def test_rules_between_fields_name_what_to_set(name, fields, named):
   [
     ('dmpo', dict(alpha=0.0, coef=5.0)),
     ('dmpo', dict(draws=3, antithetic=False)),
+    ('dmpo', dict(draws=3, masks='order')),
+    ('dmpo', dict(masks='rounds', baseline='model', common_masks=True)),
     ('dmpo', dict(loss='ddo', antithetic=False)),
     ('vrpo', dict(draws=1)),  # its masks do not come in pairs
     ('espo', dict(draws=3, masks='random')),

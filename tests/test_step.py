@@ -400,6 +400,20 @@ def test_along_the_trajectory(params):
   close(got.logp_ref, got.logp_old, 1e-4)
 
 
+def test_the_policy_ranks_what_the_reference_proposes(params):
+  """With the order's log-prob p_ref depends on the confidences of the policy."""
+  hp = sampler.SampleConfig(L, L // 2, L, 0.7, rank='token', order_logp=True)
+  prompts = jnp.asarray([[1, 2, 3], [3, 2, 1], [0, 0, 4], [5, 1, 1]])
+  out = jax.jit(lambda: sampler.generate(CFG, params, prompts, jax.random.key(3), hp))()
+  how, law = logprob.LogprobConfig(estimator='trajectory'), hp.law()
+  ref = jax.tree.map(lambda x: 0.8 * x, params)
+  got = scores(params, out, HPS['wdce'], how, law, frozen=ref)
+  along = lambda **policy: logprob.trajectory_logp(CFG, ref, out, law, **policy)[0]
+  close(got.logp_ref, along(policy=params), 1e-4)
+  assert float(jnp.max(jnp.abs(got.logp_ref - along()))) > 1e-2
+  close(got.logp_old, jnp.sum(out.logp + out.more['order_logp'], 1), 1e-5)
+
+
 def test_nothing_is_computed_for_alpha_zero(params, rollouts):
   """No log-probs are computed where the weights use none."""
   hp = dataclasses.replace(HPS['wdce'], alpha=0.0)

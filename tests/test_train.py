@@ -312,6 +312,7 @@ def test_cut_counts_completions_without_eos():
     bucket=0,
     protocol='strict',
     weights={},
+    stops=(eos,),
     samples=1,
   )
   _, numbers, _ = collector.finish(started)

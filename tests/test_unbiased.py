@@ -333,6 +333,7 @@ def test_vrpo_is_biased_by_noise():
   [
     ('espo', 1 / L, {}),
     ('espo', 1 / L, dict(masks='random')),
+    ('espo', 1 / L, dict(masks='order', draws=2)),
     ('gdpo', 1 / L, dict(draws=2)),
     ('coupled_grpo', 1, dict(variant='elbo')),
     ('gdsd', 20 / L, {}),
@@ -372,6 +373,51 @@ def test_gradient_is_that_of_the_expected_reward(name, rule, hp):
   got = steps[0] * gradient(name, tokens, p * reward_of(tokens), record, copies, **hp)
   exact = policy_gradient(rule)
   assert error(got, exact) < (2e-4 if copies == 1 else 0.03)
+
+
+@pytest.mark.parametrize('name', ['tracerl', 'dipo'])
+@pytest.mark.parametrize('rule', ['random', 'threshold'])
+@pytest.mark.parametrize('draws', [0, 2])
+def test_gradient_of_recorded_rounds_is_that_of_the_expected_reward(name, rule, draws):
+  """Whether steps unmask one token or several."""
+  tokens, p, record = record_of(rule)
+  copies = 2000 if draws else 1
+  weight = p * reward_of(tokens)
+  got = gradient(name, tokens, weight, record, copies, draws=draws, beta=0.0)
+  assert error(got, policy_gradient(rule)) < (0.03 if draws else 2e-4)
+
+
+@pytest.mark.parametrize('rule', ['random', 'threshold'])
+def test_ratios_of_recorded_rounds_have_mean_one(rule):
+  """E_old of a token's ratio is one, for each of the three; so the record is p_old."""
+  tokens, p, record = record_of(rule)
+  objective, rows = OBJECTIVES['dipo'], len(tokens)
+  text = text_of(rows, jax.tree.map(jnp.asarray, record))
+  masks = objective.draw(jax.random.key(0), jnp.arange(rows), text, objective.Config())
+  other = THETA + np.random.default_rng(6).normal(size=THETA.shape).astype(np.float32)
+  gap = view(other, jnp.asarray(tokens), masks).logp - record.logp[:, None]
+  ratio = np.where(masks.counted, np.exp(gap), 0.0)
+  assert ratio.max() > 2
+  assert np.sum(p[:, None] * ratio.sum(1)) == pytest.approx(L, abs=1e-4)
+  one = np.where(record.order == 0, ratio.sum(1), 0.0).sum(1)
+  size = (record.order == 0).sum(1)
+  assert np.sum(p * one / size) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize('masks', ['order', 'rounds'])
+def test_dmpo_fits_an_order_or_the_recorded_rounds(masks):
+  """Its gradient is that of the ELBO, or of the log-prob along the record, over L."""
+  if masks == 'order':
+    tokens, weight, record, exact = OUTPUTS, WEIGHT, None, elbo_gradient(WEIGHT)
+  else:
+    tokens, p, record = record_of('threshold')
+    weight = p * reward_of(tokens)
+    exact = policy_gradient('threshold')
+  copies = MANY if masks == 'order' else MANY // 4
+  got = gradient(
+    'dmpo', tokens, weight, record, copies, masks=masks, draws=2, antithetic=False
+  )
+  assert error(L * got, exact) < 0.03
 
 
 def test_mapg_needs_its_position_term():

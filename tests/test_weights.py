@@ -14,7 +14,8 @@ import pytest
 import reference
 from safetensors.numpy import save_file
 
-from dmpo_jax import data, mesh, model, weights
+from configs import base
+from dmpo_jax import check, data, mesh, model, weights
 from dmpo_jax.hf import read
 
 V, D, N, F = 40, 16, 2, 24
@@ -558,6 +559,17 @@ def test_the_attention_block_is_read_or_said_never_guessed(tmp_path):
   del a2d['block_size']
   with pytest.raises(ValueError, match='block_size is missing.*model.attention_block'):
     block('i', a2d)
+
+
+def test_fields_that_its_attention_blocks_do_not_read_are_refused(tmp_path):
+  """The checkpoint says how it attends, not the config."""
+  c = base.get_config()
+  for kind, refused in (('sdar', True), ('llada', False)):
+    c.model.checkpoint = str(write(tmp_path / kind, CONFIGS[kind], tensors={}))
+    found = check.idle(c)
+    assert ('objective.low' in found) == ('logprob.low' in found) == refused
+  c.model.checkpoint = str(tmp_path / 'nowhere')
+  assert 'objective.low' not in check.idle(c)
 
 
 def test_one_error_lists_all_wrong_tensors(tmp_path, monkeypatch):

@@ -13,13 +13,16 @@ from typing import Any
 from dmpo_jax import files, mesh, model
 from dmpo_jax.hf import families
 from dmpo_jax.hf.families import FAMILIES, Family
+from dmpo_jax.types import STOP_TOKENS
 
 KINDS = {field.name: field.type for field in dataclasses.fields(model.ModelConfig)}
 SIZES = ('width', 'layers', 'heads', 'mlp', 'vocab')  # no default stands for them
 # Usual names, where neither config.json nor tokenizer_config.json has the token.
 MASK_TOKENS = (
-  '<|mdm_mask|>', '<|mask|>', '<|MASK|>', '<MASK>', '|<MASK>|', '[MASK]', '<mask>',
+  '<|mdm_mask|>', '<|mask|>', '<|MASK|>', '<MASK>', '|<MASK>|', '<[MASK]>', '[MASK]',
+  '<mask>',
 )  # fmt: skip
+EXPERTS = re.compile(r'n(um)?_(\w+_)?experts')  # fields of a mixture of experts
 
 
 def complain(where: str, problems: list[str]) -> None:
@@ -47,15 +50,17 @@ def family_of(folder: str) -> tuple[Family, dict[str, Any], dict[str, Any]]:
   if not raw:
     raise ValueError(f'{folder} has no config.json: it is no Hugging Face checkpoint')
   kind = raw.get('model_type')
-  if isinstance(kind, str) and kind in FAMILIES:
+  experts = any(EXPERTS.fullmatch(name) and raw[name] not in (None, 0) for name in raw)
+  experts |= 'moe' in str(kind).lower()
+  if isinstance(kind, str) and kind in FAMILIES and not experts:
     return *FAMILIES[kind][:2], raw
   plain = lambda name: re.sub('[^a-z0-9]', '', str(name).lower())
   same = [name for name in FAMILIES if plain(name) == plain(kind)]
   why = 'is not implemented'
-  if same:
+  if experts:
+    why += ': it is a mixture of experts, which no family here is yet'
+  elif same:
     why = f'must be written {same[0]!r}'
-  elif any('expert' in name for name in raw):
-    why += ': it is a mixture of experts'
   raise ValueError(
     f'{folder}/config.json: model_type = {kind!r} {why} (known are '
     f'{", ".join(FAMILIES)})'
@@ -79,7 +84,7 @@ def read_config(folder: str, block: int | None = None) -> dict[str, Any]:
   }
   if raw.get('vocab_size') is not None:
     found.setdefault('vocab', ('vocab_size', raw['vocab_size']))
-  size, wrong = block_of(raw, block)
+  size, wrong = block_of(folder, raw, block)
   problems = wrong + [
     f'{theirs} is missing'
     for theirs, ours in family.fields.items()
@@ -104,19 +109,29 @@ def read_config(folder: str, block: int | None = None) -> dict[str, Any]:
   return {**fields, **ids, 'block_causal': size}
 
 
-def block_of(raw: dict[str, Any], told: int | None) -> tuple[int, list[str]]:
+def block_of(
+  folder: str, raw: dict[str, Any], told: int | None
+) -> tuple[int, list[str]]:
   """Returns the attention block, in tokens, and what is wrong with it.
 
   Takes its field out of config.json's fields. The block is `told`, else the field's,
-  else the family's. A family whose directories differ is never guessed.
+  else the family's. A family whose directories differ is never guessed. A warning
+  says where `told` is not the checkpoint's own.
   """
   field, default = families.BLOCKS.get(raw['model_type'], ('', 0))
   value = raw.pop(field, None)
   if type(value) is not int and value is not None or (value or 0) < 0:
     return 0, [f'{field} = {shown(value)} must be a whole number >= 0']
-  for size in (told, value, default):
-    if size is not None:
-      return size, []
+  own = default if value is None else value
+  if told is not None:
+    if own not in (None, told):
+      mesh.warn_once(
+        f'model.attention_block = {told}, but {folder} was trained with '
+        + (f'blocks of {own}' if own else 'attention over the whole text')
+      )
+    return told, []
+  if own is not None:
+    return own, []
   return 0, [
     f'{field} is missing: set model.attention_block to the tokens of an attention '
     'block that it was trained with (SDAR: 4, or 8 to 64 as its name ends; bd3lm: its '
@@ -220,19 +235,21 @@ def added_tokens(folder: str, told: dict[str, Any]) -> dict[str, int]:
 
 def special_ids(
   folder: str, raw: dict[str, Any], vocab: int
-) -> tuple[dict[str, int | None], list[str]]:
-  """Returns {mask_id, eos_id, pad_id} and what is wrong with them.
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns {mask_id, eos_id, pad_id, stop_ids} and what is wrong with them.
 
   An id comes from config.json, else from the token that tokenizer_config.json
-  names, else (the mask) from the usual names among the added tokens. Where
-  config.json lists several, the tokenizer's is taken. Mask and EOS must be the
-  same in both files. Padding is never read, so there config.json's is taken.
+  names, else (the mask) from the usual names among the added tokens, else from
+  the family. Where config.json lists several, the tokenizer's is taken. Mask and
+  EOS must be the same in both files. Padding is never read, so there config.json's
+  is taken. stop_ids: the other EOS of config.json and of generation_config.json, and
+  a chat's end of turn.
   """
   told = files.read_object(os.path.join(folder, 'tokenizer_config.json'))
   added, ids, problems = added_tokens(folder, told), {}, []
   for name in ('mask', 'eos', 'pad'):
     field, value = f'{name}_token_id', raw.get(f'{name}_token_id')
-    several = [] if value is None else value if isinstance(value, list) else [value]
+    several = listed(value)
     if wrong := [x for x in several if type(x) is not int]:
       problems.append(f'{field} = {shown(wrong[0])} must be a whole number')
       several = []
@@ -248,7 +265,9 @@ def special_ids(
       )
     ids[f'{name}_id'] = named if named in several or not several else several[0]
   if ids['mask_id'] is None:
-    ids['mask_id'] = next((added[t] for t in MASK_TOKENS if t in added), None)
+    of_family = families.MASKS.get(raw['model_type'], vocab)
+    known = [added[t] for t in MASK_TOKENS if t in added]
+    ids['mask_id'] = next(iter(known), of_family if of_family < vocab else None)
   if ids['pad_id'] is None:
     ids['pad_id'] = ids['eos_id']
   for name, value in ids.items():
@@ -261,4 +280,19 @@ def special_ids(
       problems.append(f'{field} = {shown(value)} is outside the vocabulary of {vocab}')
   if ids['mask_id'] is not None and ids['mask_id'] == ids['eos_id']:
     problems.append(f'mask_token_id = eos_token_id = {ids["mask_id"]}')
-  return ids, problems
+  sampling = files.read_object(os.path.join(folder, 'generation_config.json'))
+  stops = listed(raw.get('eos_token_id')) + listed(sampling.get('eos_token_id'))
+  ends = [x for x in stops if type(x) is int and 0 <= x < (vocab or 2**31)]
+  if len(ends) < len(stops) and not any('eos' in problem for problem in problems):
+    problems.append(
+      f'eos_token_id = {shown(stops)}, here and in generation_config.json, must be '
+      f'tokens of the vocabulary of {vocab}'
+    )
+  ends = {*ends, *(added[t] for t in STOP_TOKENS if t in added)}
+  ends -= {ids['mask_id'], ids['eos_id']}
+  return {**ids, 'stop_ids': tuple(sorted(ends))}, problems
+
+
+def listed(value: Any) -> list:
+  """Returns a field that may hold one value, several or none as a list."""
+  return [] if value is None else value if isinstance(value, list) else [value]

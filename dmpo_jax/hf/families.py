@@ -126,6 +126,7 @@ FAMILIES = {
   'a2d-qwen3': (QWEN, QWEN3, 'A2DQwen3LMHeadModel'),
   'llama': (QWEN, LLAMA, 'LlamaForCausalLM'),
   'a2d-llama': (QWEN, LLAMA, 'A2DLlamaLMHeadModel'),
+  'illada': (QWEN, LLAMA, 'ILLaDAForCausalLM'),
 }
 # model_type -> config.json's field of the attention block, and the block where that
 # field is missing. None: such directories differ, so the user must say it.
@@ -134,12 +135,14 @@ BLOCKS = {
   'Fast_dLLM_Qwen': ('bd_size', 32),
   **dict.fromkeys(('a2d-qwen2', 'a2d-qwen3', 'a2d-llama'), ('block_size', None)),
 }
+# model_type -> the mask's id of the published models, where no file names the token.
+MASKS = {'llada': 126336, 'illada': 5, 'sdar': 151669, 'Fast_dLLM_Qwen': 151665}
 # Fields of any family that describe the files or the training of the model, or
 # have no effect beside the fields above.
 HARMLESS = re.compile(
   r'_?name_or_path|architectures|auto_map|model_type|(torch_)?dtype|\w*_version|'
   r'\w+_token_id|use_cache|return_dict|output_\w+|id2label|label2id|num_labels|'
-  r'init(ializer)?_\w+|emb_init_std|\w+_dropout|precision|_commit_hash|'
+  r'init(ializer)?_\w+|emb_init_std|\w+_(dropout|pdrop)|precision|_commit_hash|'
   r'tokenizer_class|problem_type|finetuning_task|task_specific_params|prefix|'
   r'alibi_bias_max|attention_layer_norm_with_affine|block_group_size|mlp_ratio|'
   r'rope_full_precision|vocab_size|sliding_window|max_window_layers|'

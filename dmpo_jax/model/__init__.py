@@ -38,12 +38,12 @@ from dmpo_jax.model.forward import (
   states,
   unshift,
   window_logits,
-  with_blind_rows,
   windows,
+  with_blind_rows,
 )
-from dmpo_jax.model.law import is_stop, logp_of, sampling_logits, without_mask
+from dmpo_jax.model.law import is_stop, logp_of, sampling_logits, stops, without_mask
 from dmpo_jax.model.lora import matmul, matmul_frozen
 from dmpo_jax.model.packed import Packed
 from dmpo_jax.model.presets import LINEARS, LORA_TARGETS, PRESETS, ModelConfig
 from dmpo_jax.model.quantize import QUANT, dense, quantize
-from dmpo_jax.model.transformer import REMAT, Cache, Inputs, constrain
+from dmpo_jax.model.transformer import REMAT, Cache, Inputs, constrain, on_own_rows

@@ -108,9 +108,9 @@ def window_logits(
   where there is no cache. guidance > 0 is the scale of classifier-free guidance
   (LLaDA generate.py:81-91), with the first `prompt` tokens masked in a second row.
   With a cache only `span` positions from start on are computed (0 = `width`), and
-  the rest is read from it. Where the text ends before, `span` positions up to its end
-  are computed, and those before start leave the cache as it is. keep returns the new
-  cache, else None. as_states returns what `logits_of` takes instead of the logits.
+  the rest is read from it. Where the text ends before, they are its last `span` ones.
+  Without a cache `keep` returns one, else None. as_states returns what `logits_of`
+  takes instead of the logits.
   """
   if guidance:
     tokens_RxS, valid_RxS = with_blind_rows(cfg, tokens_RxS, valid_RxS, prompt)
@@ -119,18 +119,14 @@ def window_logits(
     start_R = jnp.broadcast_to(start, (len(h) // (1 + bool(guidance)),))
     h = windows(h, jnp.repeat(start_R, 1 + bool(guidance)), width)
   else:
-    first, size = start - cfg.shift, (span or width) + cfg.shift
-    skip = None
+    first, size, skip = start - cfg.shift, (span or width) + cfg.shift, 0
     if span:
       last = tokens_RxS.shape[1] - size
       first, skip = jnp.minimum(first, last), jnp.maximum(first - last, 0)
-    part = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1)
-    positions = positions_of(valid_RxS)
-    queries = part(positions)
-    mask = attention_mask(cfg, valid_RxS, positions, queries)
-    inputs = Inputs(part(tokens_RxS), queries, mask, cache, first, skip)
-    h, cache = states(cfg, params, inputs, keep)
-    h = h[:, :width] if skip is None else windows(h, jnp.full(len(h), skip), width)
+    first_R = jnp.broadcast_to(jnp.int32(first), tokens_RxS.shape[:1])
+    args = tokens_RxS, valid_RxS, first_R, size, cache, skip
+    h, cache = beside_cache(cfg, params, *args)
+    h = jax.lax.dynamic_slice_in_dim(h, skip, width, 1)
   return h if as_states else logits_of(cfg, params, h, guidance), cache
 
 
@@ -162,20 +158,26 @@ def beside_cache(
   start_R: t.IntR,
   width: int,
   cache: Cache,
+  skip: int | t.IntScalar = 0,
 ) -> tuple[t.FloatRTD, Cache]:
   """Returns states of each row's window [start, start + width), and its new cache.
 
-  The cache that it returns has the window's columns alone. The window, of whole
-  attention blocks, sees the cache before `start`, and itself up to each token's own
-  block. A family that
-  shifts is not undone.
+  The cache that it returns has the window's columns alone. The window sees itself and
+  the cache outside it. One of whole attention blocks sees the cache before it, and
+  itself up to each token's own block. A family that shifts is not undone. The first
+  `skip` tokens of the window are seen as the cache has them.
   """
   cut = lambda x: windows(x, start_R, width)
   queries, real = cut(positions_of(valid_RxS)), cut(valid_RxS)
-  mask = Packed(real, 0, 0, cfg.block_causal).text_mask()
-  column = jnp.arange(tokens_RxS.shape[1])
-  past = (valid_RxS & (column[None] < start_R[:, None]))[:, None, None]
-  inputs = Inputs(cut(tokens_RxS), queries, mask, cache, past=past)
+  column = jnp.arange(tokens_RxS.shape[1])[None] - start_R[:, None]
+  own = real & (jnp.arange(width)[None] >= skip)
+  past, mask = column < skip, own[:, None, None]
+  if cfg.block_causal:
+    mask = Packed(real, 0, 0, cfg.block_causal).text_mask()
+  else:
+    past |= column >= width
+  past = (valid_RxS & past)[:, None, None]
+  inputs = Inputs(cut(tokens_RxS), queries, mask, cache, past)
   h, new = states(cfg, params, inputs, keep=True)
   assert new is not None
   return h, new
@@ -186,7 +188,8 @@ def with_blind_rows(
 ) -> tuple[t.Array, t.Array]:
   """Puts behind each row a copy whose prompt is masked, (2R, S) each.
 
-  prompt: its columns, the same in all rows or one number a row. A row and its copy are neighbours, so both are on the same device.
+  prompt: its columns, the same in all rows or one number a row. A row and its copy are
+  neighbours, so both are on the same device.
   """
   blank = jnp.arange(tokens_RxS.shape[1])[None] < jnp.reshape(prompt, (-1, 1))
   blind = jnp.where(blank, cfg.mask_id, tokens_RxS)

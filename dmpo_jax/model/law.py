@@ -15,8 +15,13 @@ def without_mask(cfg: ModelConfig, logits: FloatRWV) -> FloatRWV:
   return jnp.where(is_mask, -jnp.inf, logits)
 
 
+def stops(cfg: ModelConfig) -> tuple[int, ...]:
+  """Returns the tokens that end a text: EOS, and those of cfg.stop_ids."""
+  return (cfg.eos_id, *cfg.stop_ids)
+
+
 def is_stop(cfg: ModelConfig, tokens: IntX) -> BoolX:
-  """Returns where tokens end a text: EOS, or one of cfg.stop_ids."""
+  """Returns where tokens end a text."""
   found = tokens == cfg.eos_id
   for other in cfg.stop_ids:
     found |= tokens == other

@@ -50,6 +50,21 @@ class ModelConfig:
   head_chunk: int = 0  # completion tokens per head call; 0 = all
 
 
+# What SDAR's models share, and dllm's with a Qwen3 body but for some ids.
+QWEN3 = dict(
+  vocab=151936,
+  kv_heads=8,
+  head_dim=128,
+  mask_id=151669,
+  eos_id=151643,
+  pad_id=151643,
+  stop_ids=(151645,),
+  rope_theta=1e6,
+  eps=1e-6,
+  positions=32768,
+  qk_norm=True,
+  block_causal=4,
+)
 # vocab and special ids of the small ones come from the tokenizer. 'tiny' is for
 # short sequences: a small RoPE base and q/k norms make it learn several times
 # faster there.
@@ -93,20 +108,37 @@ PRESETS = {
     qkv_bias=True,
     shift=True,
   ),
-  'sdar_8b': dict(
-    vocab=151936,
-    width=4096,
-    layers=36,
-    heads=32,
-    kv_heads=8,
-    mlp=12288,
-    head_dim=128,
-    mask_id=151669,
-    eos_id=151643,
-    pad_id=151643,
+  'sdar_1_7b': dict(QWEN3, width=2048, layers=28, heads=16, mlp=6144),
+  'sdar_4b': dict(QWEN3, width=2560, layers=36, heads=32, mlp=9728),
+  'sdar_8b': dict(QWEN3, width=4096, layers=36, heads=32, mlp=12288),
+  'a2d_0_6b': dict(  # dllm's bd3lm; its mdlm sees the whole text
+    QWEN3,
+    width=1024,
+    layers=28,
+    heads=16,
+    mlp=3072,
+    eos_id=151645,
+    stop_ids=(151643,),
+    positions=40960,
+    tied=True,
+    block_causal=32,
+  ),
+  'fast_dllm_7b': dict(
+    vocab=152064,
+    width=3584,
+    layers=28,
+    heads=28,
+    kv_heads=4,
+    mlp=18944,
+    mask_id=151665,
+    eos_id=151645,
+    pad_id=151645,
+    stop_ids=(151643,),
     rope_theta=1e6,
     eps=1e-6,
     positions=32768,
-    qk_norm=True,
+    qkv_bias=True,
+    shift=True,
+    block_causal=32,
   ),
 }

@@ -5,6 +5,7 @@ Layers are scanned, so the program's size does not grow with their number.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -49,11 +50,7 @@ class Inputs(NamedTuple):
   positions: t.IntRT
   mask: Mask = None  # which keys a token sees; None = all
   cache: Cache | None = None  # keys and values of other tokens
-  # First column of the cache that the tokens replace; None: they stand beside it.
-  start: t.IntScalar | int | None = None
-  # How many of the tokens leave the cache as it is, the first ones; None: no one.
-  skip: t.IntScalar | int | None = None
-  past: t.BoolR1TS | None = None  # which of the cache a token sees that stands beside
+  past: t.BoolR1TS | None = None  # which of the cache a token sees
   dropout: t.KeyR | None = None  # keys for lora_dropout; None = no dropout
 
 
@@ -121,13 +118,11 @@ class Block(nn.Module):
     y = Norm(cfg, name='attn_norm')(x)
     q, k, v = self.project(y, keys)
     q, k = rotate(q, rope, q.shape[-1] ** -0.5), rotate(k, rope)
-    if cache is not None and inputs.start is None:
+    if cache is None:
+      y = ATTENTION[cfg.attention](q, k, v, inputs.mask)
+    else:  # no kernel reads two arrays, and joining them would copy the cache
       parts = (*cache, inputs.past), (k, v, inputs.mask)
       y = merged([attend_part(q, *part) for part in parts], q.dtype)
-    else:
-      if cache is not None:
-        k, v = written(cache.keys, k, inputs), written(cache.values, v, inputs)
-      y = ATTENTION[cfg.attention](q, k, v, inputs.mask)
     y = jnp.swapaxes(y, 1, 2).reshape(x.shape[:2] + (-1,))
     x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y, keys)
     y = Norm(cfg, name='mlp_norm')(x)
@@ -149,18 +144,6 @@ class Block(nn.Module):
       return jnp.swapaxes(z, 1, 2)
 
     return heads('q', cfg.heads), heads('k', cfg.kv_heads), heads('v', cfg.kv_heads)
-
-
-def written(
-  cache_RxJxSxC: t.FloatRJSC, new_RxJxTxC: t.Array, inputs: Inputs
-) -> t.FloatRJSC:
-  """Returns a cache with the tokens' keys or values in it."""
-  at: Any = (0, 0, inputs.start, 0)
-  if inputs.skip is not None:
-    old = jax.lax.dynamic_slice(cache_RxJxSxC, at, new_RxJxTxC.shape)
-    fresh = jnp.arange(old.shape[2])[:, None] >= inputs.skip
-    new_RxJxTxC = jnp.where(fresh[None, None], new_RxJxTxC, old)
-  return jax.lax.dynamic_update_slice(cache_RxJxSxC, new_RxJxTxC, at)
 
 
 class Transformer(nn.Module):
@@ -213,6 +196,27 @@ class Transformer(nn.Module):
 
   def __call__(self, inputs: Inputs) -> t.FloatXV:
     return self.logits(self.hidden(inputs)[0])
+
+
+def on_own_rows(fn: Callable, axes: Sequence[int], *args: t.Array) -> t.Array:
+  """Applies fn where each device has its own rows, so that none is sent.
+
+  axes: which axis of each argument has the rows; the result has them where the first
+  has. XLA does not see that reads and writes at places of each row's own are local.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or 'fsdp' not in mesh.axis_names:
+    return fn(*args)
+  specs = [PartitionSpec(*[None] * axis, ('data', 'fsdp')) for axis in axes]
+  run = jax.shard_map(
+    fn,
+    mesh=mesh,
+    in_specs=tuple(specs),
+    out_specs=specs[0],
+    axis_names={'data', 'fsdp'},
+    check_vma=False,
+  )
+  return run(*args)
 
 
 def constrain(x_RxTxD: t.FloatRTD) -> t.FloatRTD:

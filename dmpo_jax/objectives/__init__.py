@@ -12,6 +12,7 @@ NAMES = (
   'coupled_grpo',
   'diffpo',
   'diffu_grpo',
+  'dipo',
   'egspo',
   'espo',
   'fork_grpo',
@@ -21,6 +22,7 @@ NAMES = (
   'mapg',
   'residual',
   'spg',
+  'tracerl',
   'vrpo',
   'wd1',
 )

@@ -99,5 +99,5 @@ OBJECTIVE = Objective(
   draw,
   shared.weigh_tokens,
   loss,
-  whole_text='its complementary masks are of the whole completion',
+  whole_text='its masks come with complements, and those of blocks do not',
 )

@@ -13,6 +13,11 @@ completions of one prompt, drawn from p_old:
 is the proximal form: its target is p_old^(1-c) p_ref^c exp(c r/alpha). `best` scales
 groups by how near they come to the target's mass (`coverage`; ours).
 
+masks = rounds trains the recorded states instead of random ones (ours):
+-sum_g weight_g log p^F(x_g) / L, with p^F the law of a sampler that unmasks in the
+recorded order. With target weights that is the maximum-likelihood fit of this law to
+p*; random masks fit all orders.
+
 Where we differ from the released code (dmpo_trainer.py), on purpose:
 * c by ESS, the reported ESS, the group mean and the softmax of the 'model' baseline
   are taken over the whole group. The release takes them over the completions that one
@@ -67,8 +72,10 @@ class Config(shared.Settings):
     **dict.fromkeys(('coef', 'ddo_beta'), shared.above(0)),
     'baseline': shared.one_of(*BASELINES),
     'loss': shared.one_of('wdce', 'ddo'),
+    'masks': shared.one_of('random', 'order', 'rounds'),
     'ess': shared.chance,
   }
+  WHOLE_TEXT = masking.WHOLE_TEXT
   alpha: float = 0.04  # temperature of the target; 0 = weigh by the reward alone
   coef: float = 1.0  # proximal coefficient c in (0, 1]; > 0 where alpha = 0
   ess: float = 0.0  # c per group for this effective size in (0, 1); 0 = coef as given
@@ -78,6 +85,9 @@ class Config(shared.Settings):
   loss: str = 'wdce'  # wdce (denoising cross-entropy) | ddo (discriminative)
   ddo_alpha: float = 1.0  # ddo: factor of the term that pushes down
   ddo_beta: float = 1.0  # ddo: inverse temperature of the ELBO gap
+  # Masked copies: random counts | order (of one random order of the tokens) | rounds
+  # (the recorded ones: of attention blocks, else the row's steps).
+  masks: str = 'random'
   draws: int = 4  # K masked copies of a completion per update
   spread: bool = False  # stratify the masked counts over a completion's copies
   low: float = 0.1  # mask ratio ~ U(low, high)
@@ -88,6 +98,7 @@ class Config(shared.Settings):
 
   def idle(self) -> dict[str, str]:
     ddo, model = self.loss == 'ddo', self.baseline == 'model'
+    random = self.masks == 'random'
     subtracts = self.baseline != 'none' and not ddo
     return shared.without_effect(
       ('coef', not self.ess, 'objective.ess = 0'),
@@ -95,6 +106,7 @@ class Config(shared.Settings):
       ('strength', subtracts, 'objective.loss = wdce, with a baseline'),
       ('ddo_alpha ddo_beta', ddo, 'objective.loss = ddo'),
       ('common_masks', model, 'objective.baseline = model'),
+      ('spread low high antithetic', random, 'objective.masks = random'),
     )
 
   def problems(self) -> list[str]:
@@ -106,12 +118,14 @@ class Config(shared.Settings):
       )
     if self.best and not self.alpha:
       bad.append(f'objective.best = {self.best} needs objective.alpha > 0')
-    if self.antithetic and self.draws % 2:
+    random = self.masks == 'random'
+    antithetic, spread = random and self.antithetic, random and self.spread
+    if antithetic and self.draws % 2:
       bad.append(
         f'objective.draws = {self.draws} must be even with objective.antithetic=True: '
         'masks come in pairs of complements'
       )
-    if self.spread and self.draws < 2 + 2 * self.antithetic:
+    if spread and self.draws < 2 + 2 * antithetic:
       bad.append(
         f'objective.spread = True needs objective.draws >= 2, or >= 4 with '
         f'objective.antithetic=True; it is {self.draws}'
@@ -121,7 +135,14 @@ class Config(shared.Settings):
         f'objective.low = {self.low} and objective.high = {self.high} must satisfy '
         '0 <= low < high <= 1'
       )
-    dependent = self.antithetic or self.spread or self.common_masks
+    model = self.loss == 'wdce' and self.baseline == 'model'
+    if not random and (self.loss == 'ddo' or model and not self.common_masks):
+      bad.append(
+        f'objective.masks = {self.masks} compares with log p_old under masks of its '
+        'own: set objective.loss = wdce, and objective.common_masks = True with '
+        'objective.baseline = model'
+      )
+    dependent = antithetic or spread or self.common_masks
     if self.loss == 'ddo' and (dependent or self.draws % 2):
       bad.append(
         'objective.loss = ddo needs independent halves of an even number of copies: '
@@ -234,7 +255,15 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
   it. `spread` keeps the law of each copy, and so the expectation of the loss. On (0, 1)
   all counts 0..L are equally likely, and the expectation of 1/m times the masked sum is
   the ELBO over L + 1.
+
+  masks = order reads `draws` places of one random order of a block's tokens (of all
+  tokens, where the model sees the whole text), and masks what comes later in it: the
+  ELBO. masks = rounds reads `draws` of the recorded rounds: the log-prob of the
+  completion along its recorded states. Both are exact in attention blocks of at most
+  `draws` tokens, and unbiased in longer ones.
   """
+  if hp.masks != 'random':
+    return draw_rounds(key, row_R, text, hp)
   kind = masking.draw_even if hp.spread else masking.draw_bernoulli
   rates, canvas = (hp.low, hp.high), text.canvas
   if canvas.block and not hp.loss_tail:
@@ -244,12 +273,23 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
   return masks if hp.loss_tail else masking.restrict(masks, text.completion)
 
 
+def draw_rounds(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
+  """Draws the states before the places of one random order, or the recorded rounds."""
+  canvas = text.canvas
+  counted = masking.free_of(canvas, row_R) & (text.completion | hp.loss_tail)
+  if hp.masks == 'rounds':
+    rounds, most = shared.recorded_rounds(text.record.order, canvas.block)
+    return shared.draw_rounds(key, row_R, rounds, counted, most, hp.draws)
+  return shared.draw_order(key, row_R, canvas._replace(free=counted), hp.draws)
+
+
 def wdce(logp_RxKxL: FloatRKL, masks: Masks, weight_R: FloatR) -> Array:
   """Returns the weighted denoising cross-entropy: a sum over rows.
 
   sum_r weight_r 1/K sum_k 1/max(m, 1) sum_masked -logp (dmpo_trainer.py:150-184). In
   attention blocks, each with its own count m_b of W_b free tokens, 1/m becomes
-  (W_b / m_b) / L. logp must be 0 where not masked.
+  (W_b / m_b) / L. Of an order or of rounds it is that of the tokens read, over L. logp
+  must be 0 where not masked.
   """
   if masks.weight.shape[-1] > 1:
     nll = -logprob.copy_sums(logp_RxKxL, masks.weight) / logp_RxKxL.shape[-1]
@@ -285,13 +325,20 @@ def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
 
 
 def wants(hp: Config) -> Wants:
-  """ddo and the 'model' baseline compare with the ELBO of the old policy."""
+  """ddo and the 'model' baseline compare with the ELBO of the old policy.
+
+  Of recorded rounds log-probs are the sampling law's.
+  """
+  rounds = hp.masks == 'rounds'
   model = hp.loss == 'wdce' and hp.baseline == 'model'
   return Wants(
     sequence=('old', 'ref') if hp.alpha else (),
     elbo=('old',) if model or hp.loss == 'ddo' else (),
     common_masks=hp.common_masks,
     reweigh=model,
+    records=() if rounds else None,
+    recorded=not rounds,
+    law=rounds,
   )
 
 

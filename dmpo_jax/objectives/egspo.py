@@ -80,5 +80,5 @@ OBJECTIVE = Objective(
   draw,
   weigh,
   loss,
-  whole_text='it completes a state in one step, and such a model one block',
+  whole_text='it grades states completed in one step, which ends one block alone',
 )

@@ -7,8 +7,10 @@ arXiv 2510.08554. N = `draws` Gauss-Legendre nodes t_n with weights w_n:
 
 masks = bernoulli: each position at ratio t_n, so N nodes are exact where L <= 2N.
 rounded: exactly max(1, round(t_n L)) positions but the weight of t_n, as the reference
-does; this rounding bias shrinks with L. The tail after the first EOS counts, and so L
-does. The paper's coefficient of the KL is not known; the default is ESPO's.
+does; this rounding bias shrinks with L. Attention blocks share the ratio of a copy,
+and N nodes are exact where a block has at most 2N tokens. The tail after the first EOS
+counts, and so L does. The paper's coefficient of the KL is not known; the default is
+ESPO's.
 """
 
 import dataclasses
@@ -61,11 +63,4 @@ def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   return value / now.logp.shape[-1], metrics
 
 
-OBJECTIVE = Objective(
-  Config,
-  espo.wants,
-  draw,
-  shared.weigh_rows,
-  loss,
-  whole_text='its quadrature is over one mask ratio of the whole completion',
-)
+OBJECTIVE = Objective(Config, espo.wants, draw, shared.weigh_rows, loss)

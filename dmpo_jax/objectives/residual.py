@@ -25,7 +25,7 @@ class Config(shared.Settings):
   OWN = {'alpha': shared.above(0)}
   advantage: str = 'mean'  # reward less: mean | loo (mean of the others) | zscore
   alpha: float = 0.04  # temperature of the target
-  masks: str = 'stratified'  # masks of the ELBO: stratified (in pairs) | random
+  masks: str = 'stratified'  # masks of the ELBO: stratified | random | order
   draws: int = 4  # masked copies of a completion per update
   fresh: bool = True  # take the gap to the reference under masks of its own
   per_token: bool = False  # divide ELBOs by the completion length

@@ -266,12 +266,14 @@ def draw_random(key: AnyKey, row_R: IntR, canvas: Canvas, draws: int) -> Masks:
 def elbo_rules(hp: Any) -> dict[str, Callable]:
   """Returns the rules of the fields of `draw_elbo`."""
   draws = pairs if hp.masks == 'stratified' else least(1)
-  return {'masks': one_of('stratified', 'random'), 'draws': draws}
+  return {'masks': one_of('stratified', 'random', 'order'), 'draws': draws}
 
 
 def draw_elbo(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
-  """Draws masks of an unbiased ELBO, by hp.masks: stratified (pairs) | random."""
-  draw = {'stratified': masking.draw_stratified, 'random': draw_random}
+  """Draws masks of an unbiased ELBO: hp.masks = stratified (pairs) | random | order."""
+  draw = {
+    'stratified': masking.draw_stratified, 'random': draw_random, 'order': draw_order
+  }  # fmt: skip
   return draw[hp.masks](key, row_R, text.canvas, hp.draws)
 
 
@@ -414,6 +416,44 @@ def draw_steps(
   masked = (order >= step) | (order < 0)
   masks = masking.per_copy(masked, weight)
   return masks._replace(counted=(order == step) & (masks.weight > 0))
+
+
+def recorded_rounds(order_RxL: IntRL, block: int, shrink: int = 1) -> tuple[IntRL, int]:
+  """Returns each token's round (-1: it was never masked), and how many there can be.
+
+  Rounds are those of a token's attention block, else (block 0) the row's steps. shrink:
+  so many consecutive ones are one.
+  """
+  rounds = logprob.rounds_of(order_RxL, block) if block else order_RxL
+  rounds = jnp.where(rounds < 0, -1, rounds // shrink)
+  return rounds, -(-(block or order_RxL.shape[1]) // shrink)
+
+
+def draw_rounds(
+  key: AnyKey, row_R: IntR, round_RxL: IntRL, counted_RxL: BoolRL, most: int, draws: int
+) -> Masks:
+  """Draws the states before `draws` (0: all) of the rounds, which read their tokens.
+
+  Rounds are below `most`; a token of round -1 is never masked. The mean over copies of
+  the weighted sum is the sum over the counted tokens: exact where a row has no more
+  rounds than `draws`, else unbiased.
+  """
+  wanted = by_step(round_RxL, counted_RxL.astype(jnp.int32))[:, :most] > 0
+  at, weight = choose_steps(key, row_R, wanted, None, 'each', draws or most)
+  weight *= jnp.sum(wanted, axis=1, keepdims=True)
+  round_RxKxL, at, weight = round_RxL[:, None], at[..., None], weight[..., None]
+  now = (round_RxKxL == at) & counted_RxL[:, None] & (weight > 0)
+  return Masks(round_RxKxL >= at, jnp.where(now, weight, 0.0), now)
+
+
+def draw_order(key: AnyKey, row_R: IntR, canvas: Canvas, draws: int) -> Masks:
+  """Draws one random order of a block's free tokens, and reads `draws` places of it.
+
+  The ELBO under these masks is unbiased; with all places each token is read once.
+  """
+  order = masking.random_rounds(rng.substream(key, 'order'), row_R, canvas)
+  most = canvas.block or canvas.length
+  return draw_rounds(key, row_R, order, order >= 0, most, draws)
 
 
 def shown_steps(record: Record, tokens_RxL: BoolRL) -> BoolRL:

@@ -153,5 +153,5 @@ OBJECTIVE = Objective(
   draw,
   weigh,
   loss,
-  whole_text='its masks hide later blocks, which no block sees anyway',
+  whole_text='it masks the prompt, which copies share, and later blocks, unseen',
 )

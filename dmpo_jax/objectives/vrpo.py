@@ -42,7 +42,7 @@ class Config(shared.Settings):
   beta: float = 0.2  # inverse temperature of the ELBO gap
   sft_coef: float = 0.05  # factor of the winners' likelihood; 0 = off
   variant: str = 'all'  # pairs of a group: all | best (first best and first worst)
-  masks: str = 'random'  # masks of the ELBO: stratified (in pairs) | random
+  masks: str = 'random'  # masks of the ELBO: stratified | random | order
   draws: int = 8  # masked copies of a completion per update
 
   def rules(self) -> dict:

@@ -48,5 +48,5 @@ OBJECTIVE = Objective(
   diffu_grpo.draw,
   weigh,
   loss,
-  whole_text='it masks the prompt, which all copies of a completion share',
+  whole_text='it reads all tokens off the prompt alone, and blocks off what is before',
 )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from dmpo_jax import model, rng
-from dmpo_jax.sampler import blocks, orders, picks, records, unmask, wino
+from dmpo_jax.sampler import blocks, orders, picks, records, rolling, unmask, wino
 from dmpo_jax.sampler.config import CACHES, SAMPLERS, Law, SampleConfig, Sampler
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
@@ -106,6 +106,8 @@ def sample(
     cfg, params, hp, valid, prompt, keys_R, {name: RECORDS[name] for name in records}
   )
   rule = blocks.by_block if hp.cache == 'block' else unmask.by_rule
+  if 0 < hp.slots < len(canvas):
+    rule = rolling.by_slot
   loop = (SAMPLERS[hp.pick].unmask or rule)(setting, loop)
   # 3. Where eos_stop has left a mask stands EOS, which belongs to no step.
   completion = loop.tokens[:, prompt:]
@@ -154,5 +156,10 @@ def block_problem(cfg: model.ModelConfig, hp: SampleConfig) -> str:
     return (
       f'sampler.cache = {hp.cache} is for models that see the whole text, and this one '
       f'attends in blocks of {size}: set block, which is exact, or none'
+    )
+  if size and not SAMPLERS[hp.pick].plain:
+    return (
+      f'sampler.pick = {hp.pick} is for models that see the whole text, and this one '
+      f'attends in blocks of {size}: set another pick'
     )
   return ''

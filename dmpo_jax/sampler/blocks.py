@@ -6,7 +6,7 @@ work on blocks of their own: none waits for another.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,18 @@ class State(NamedTuple):
   """The rows' loop, and what is kept of their finished blocks."""
 
   loop: Loop
-  cache: model.Cache
+  cache: Any  # model.Cache; None: nothing is kept
   done: t.IntR  # columns of each row whose keys and values are in the cache
 
 
 def by_block(setting: Setting, loop: Loop) -> Loop:
   """Reveals block by block with the exact cache, until no mask is left."""
+  more = lambda state: unmask.masks_remain(setting, state.loop)
+  return jax.lax.while_loop(more, partial(step, setting), begin(setting, loop)).loop
+
+
+def begin(setting: Setting, loop: Loop) -> State:
+  """Computes the keys and values of the prompts."""
   tokens, valid = (x[:, : setting.prompt] for x in texts(setting, loop))
   mask = model.Packed(valid, 0, 0, setting.cfg.block_causal)
   inputs = model.Inputs(tokens, model.positions_of(valid), mask)
@@ -36,13 +42,11 @@ def by_block(setting: Setting, loop: Loop) -> Loop:
   cache = model.Cache(*(jnp.pad(x, pad) for x in cache))
   # A family that shifts reads a block's first token off the block before it.
   done = setting.prompt - setting.cfg.block_causal * setting.cfg.shift
-  state = State(
+  return State(
     loop._replace(forwards=loop.forwards + 1),
     cache,
     jnp.full((len(loop.tokens),), done, jnp.int32),
   )
-  more = lambda state: unmask.masks_remain(setting, state.loop)
-  return jax.lax.while_loop(more, partial(step, setting), state).loop
 
 
 def step(setting: Setting, state: State) -> State:
@@ -93,7 +97,7 @@ def window(
   def put(x: t.Array, part: t.Array, at: t.Array) -> t.Array:  # one row
     return jax.lax.dynamic_update_slice(x, part, (0, 0, at, 0))
 
-  put = jax.vmap(put, (1, 1, 0), 1)
+  put = partial(model.on_own_rows, jax.vmap(put, (1, 1, 0), 1), (1, 1, 0))
   cache = (
     put(x, y[..., :size, :], first_R) for x, y in zip(state.cache, new, strict=True)
   )

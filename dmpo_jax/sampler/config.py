@@ -85,6 +85,9 @@ class SampleConfig(rules.Section):
   # the finished blocks, exact).
   cache: str = 'none'
   refresh: int = 0  # steps between full forwards with a cache; 0 = once a block
+  # Rows that are sampled at a time; 0 = all. A row that has ended hands its slot to the
+  # next one; with the caches prefix and dual, pieces of so many rows follow each other.
+  slots: int = 0
   # End a row when all before its first EOS is revealed. What it leaves masked has no
   # part in any log-prob or loss.
   eos_stop: bool = False
@@ -168,29 +171,34 @@ class SampleConfig(rules.Section):
 
     own = {name for other in SAMPLERS.values() for name in other.reads}
     return rules.without_effect(
-      row('cache guidance', lambda x: x.plain),
-      ('refresh', self.cache != 'none', 'sampler.cache = prefix or dual'),
+      row('cache guidance slots', lambda x: x.plain),
+      ('refresh', self.cache in ('prefix', 'dual'), 'sampler.cache = prefix or dual'),
       row('steps schedule', lambda x: x.scheduled),
       row('rank_temperature', lambda x: x.scored),
       row('rank', lambda x: x.judged),
       row('rank_law', lambda x: x.judged or x.scored or 'rank_law' in x.reads),
-      ('top_p top_k', self.temperature, 'sampler.temperature > 0'),
+      ('top_p top_k order_logp', self.temperature, 'sampler.temperature > 0'),
       *(row(name, lambda x, name=name: name in x.reads) for name in own - {'rank_law'}),
     )
 
   def _problems_of_pick(self) -> list[str]:
     """Refuses those settings without effect of which more was expected."""
-    strict = 'cache', 'guidance', 'refresh', 'fallback', 'schedule', 'rank_temperature'
+    strict = 'cache', 'guidance', 'refresh', 'slots', 'fallback', 'schedule'
+    strict += ('rank_temperature',)
     found = [
       f'sampler.{field} = {value!r} needs {need}'
       for field, need in self.idle().items()
       if field in (*strict, 'order_logp')
       and (value := getattr(self, field)) != self.default(field)
     ]
+    if self.slots and self.guidance and self.cache == 'block':
+      found.append(
+        f'sampler.slots = {self.slots}: with the cache block and guidance all rows are '
+        'sampled at once; set 0'
+      )
     if self.order_logp and not found:
       for field, bad, need in (
         ('rank', self.rank != 'token', 'token, whose proposals decide the order'),
-        ('temperature', not self.temperature, '> 0: greedy tokens have no density'),
         ('rank_temperature', self.rank_temperature, '0: its draw has another log-prob'),
         ('cache', self.cache in ('prefix', 'dual'), 'none or block, which are exact'),
         ('schedule', self.schedule == 'dream', 'one by which each step keeps a token'),

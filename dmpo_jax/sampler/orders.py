@@ -2,8 +2,8 @@
 
 Every masked position of a window proposes a token of its own. Given the tokens that a
 step keeps, each position that it passes over must have proposed one less confident
-than a limit (METHODS: SDAR's rules). So the log-prob of a step is the sum of its tokens'
-and of log Phi over the others, Phi the chance of a proposal below the limit.
+than a limit. So the log-prob of a step is the sum of its tokens' and of log Phi over
+the others, Phi the chance of a proposal below the limit.
 """
 
 import jax

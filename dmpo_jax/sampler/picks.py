@@ -249,7 +249,9 @@ PICKS: dict[str, Pick] = {
   ),
   'random': Pick(pick_random, scheduled=True, drawn=True),
   'random_order': Pick(pick_random_order, drawn=True),
-  'threshold': Pick(pick_threshold, judged=True, reads=('threshold', 'fallback', 'order_logp')),
+  'threshold': Pick(
+    pick_threshold, judged=True, reads=('threshold', 'fallback', 'order_logp')
+  ),
   'factor': Pick(pick_factor, judged=True, reads=('factor',)),
   'dynamic': Pick(
     pick_dynamic, scheduled=True, judged=True, reads=('threshold', 'order_logp')

@@ -19,7 +19,7 @@ import numpy as np
 from dmpo_jax import mesh, model
 from dmpo_jax import types as t
 from dmpo_jax.sampler import orders, picks
-from dmpo_jax.sampler.config import SampleConfig
+from dmpo_jax.sampler.config import SAMPLERS, SampleConfig
 from dmpo_jax.sampler.records import Recorder
 from dmpo_jax.types import Array
 
@@ -316,7 +316,7 @@ def propose(
   if hp.rank == 'max':
     best = jnp.max(judged, axis=-1)
     confidence = jnp.exp(best - jax.nn.logsumexp(judged, axis=-1))
-  if hp.order_logp:
+  if hp.order_logp and 'order_logp' in SAMPLERS[hp.pick].reads:
     confidence = jnp.minimum(confidence, orders.SURE)
   noise = jax.vmap(lambda k: jax.random.uniform(k, (hp.block,)))(noise_key)
   quota, share = picks.schedule(hp, masked, loop.since)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from dmpo_jax import build, check, data, evaluate, files, grader, mesh, metrics
+from dmpo_jax.sampler import SampleConfig, block_problem
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.tools import provenance, saved
 from dmpo_jax.types import Params, Task
@@ -55,19 +56,29 @@ def run(
   ValueError before it samples, if a length is impossible or the folder has
   generations of another model or config.
   """
-  c = built.config
-  lengths = c.eval.lengths or (c.eval.sampler.length,)
-  sections = [section_of(c.eval.sampler, length) for length in lengths]
-  problems = build.problems(built, split)
-  room = built.model.positions - problems.tokens.shape[1]
-  if max(lengths) > room:
-    raise ValueError(
-      f'eval.lengths = {lengths}: after prompts of {problems.tokens.shape[1]} '
-      f'tokens the model has {room} positions, set no length above'
-    )
+  sections, problems = sections_of(built, split), build.problems(built, split)
   claim(folder, source_of(built, params))
   evaluation = Evaluation(built, params, what, split, problems, beat)
   return [run_length(evaluation, section, folder) for section in sections]
+
+
+def sections_of(built: build.Built, split: str = 'test') -> list:
+  """Returns eval.sampler at each of eval.lengths; ValueError if one is impossible."""
+  c = built.config
+  lengths = c.eval.lengths or (c.eval.sampler.length,)
+  sections = [section_of(c.eval.sampler, length) for length in lengths]
+  for section in sections:
+    hp = check.settings(SampleConfig, section)
+    if problem := block_problem(built.model, hp):
+      raise ValueError(f'eval.lengths = {lengths}: eval.{problem}')
+  prompt = build.problems(built, split).tokens.shape[1]
+  room = built.model.positions - prompt
+  if max(lengths) > room:
+    raise ValueError(
+      f'eval.lengths = {lengths}: after prompts of {prompt} tokens the model has '
+      f'{room} positions, set no length above'
+    )
+  return sections
 
 
 def run_length(evaluation: Evaluation, section: Any, folder: str) -> dict:

@@ -19,14 +19,20 @@ KINDS = (
 HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 LINE = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z\-]+)\((.*)$')
 TYPE = re.compile(r'(pred|[a-z]+\d+)\w*\[([\d,]*)\]')
-CALL = re.compile(
-  r'(?:calls|to_apply|body|condition|true_computation|'
-  r'false_computation)=%?([\w.\-]+)'
-)
+CALL = re.compile(r'(?:calls|to_apply|body|condition)=%?([\w.\-]+)')
+BRANCH = re.compile(r'(true|false)_computation=%?([\w.\-]+)')
+INDEXED = re.compile(r'branch_computations=\{%?([\w.\-]+), %?([\w.\-]+)\}')
 
 # One instruction of a computation: (kind or '', bytes, channel, [(callee, times)]).
-# times is None for a loop without a known number of steps.
+# times is None for a loop without a known number of steps, and False or True for the
+# branches of a condition.
 Instruction = tuple[str, int, str, list[tuple[str, int | None]]]
+
+
+def shares(trips: Sequence[float]) -> tuple[float, float]:
+  """Returns how often a condition is false and true, where trips[0] says it."""
+  true = min(1.0, trips[0])
+  return 1.0 - true, true
 
 
 def matmuls(
@@ -36,8 +42,9 @@ def matmuls(
 
   jaxpr: of the traced program. A loop with a fixed number of steps counts as
   often as it runs. A loop without one (unmasking steps) counts trips[0] times,
-  such a loop inside it trips[1] times. Operands of two dimensions are weights,
-  which only the tensor axis splits; all devices share the others.
+  such a loop inside it trips[1] times. The condition of a branch (lax.cond) is true
+  so often as the next of trips says, at most once. Operands of two dimensions are
+  weights, which only the tensor axis splits; all devices share the others.
   """
   flops = moved = 0.0
   for eqn in jaxpr.eqns:
@@ -50,12 +57,14 @@ def matmuls(
         x.size * x.dtype.itemsize / (tensor if x.ndim <= 2 else devices) for x in shapes
       )
       continue
-    is_open = eqn.primitive.name == 'while'
-    times = trips[0] if is_open else eqn.params.get('length', 1)
+    is_open, parts = eqn.primitive.name == 'while', list(inner_jaxprs(eqn.params))
+    times = [trips[0] if is_open else eqn.params.get('length', 1)] * len(parts)
+    if eqn.primitive.name == 'cond' and len(parts) == 2:
+      times = shares(trips)
     inside = trips[1:] or trips if is_open else trips
-    for part in inner_jaxprs(eqn.params):
+    for often, part in zip(times, parts, strict=True):
       f, m = matmuls(part, inside, devices, tensor)
-      flops, moved = flops + times * f, moved + times * m
+      flops, moved = flops + often * f, moved + often * m
   return flops, moved
 
 
@@ -68,7 +77,7 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
         yield x
 
 
-def collectives(text: str, trips: Sequence[int]) -> dict[str, tuple[int, int]]:
+def collectives(text: str, trips: Sequence[float]) -> dict[str, tuple[int, int]]:
   """Returns {kind: (count, bytes)} of a device's collectives, from compiled HLO.
 
   Bytes of a collective are those of the larger of its operand and result. A
@@ -86,6 +95,8 @@ def collectives(text: str, trips: Sequence[int]) -> dict[str, tuple[int, int]]:
       for child, own in calls:
         if own is None:
           visit(child, times * trips[0], trips[1:] or trips)
+        elif isinstance(own, bool):
+          visit(child, times * shares(trips)[own], trips)
         else:
           visit(child, times * own, trips)
 
@@ -93,7 +104,7 @@ def collectives(text: str, trips: Sequence[int]) -> dict[str, tuple[int, int]]:
   out = {}
   for (_, kind), (times, size) in seen.items():
     count, total = out.get(kind, (0, 0))
-    out[kind] = count + times, total + times * size
+    out[kind] = round(count + times), round(total + times * size)
   return out
 
 
@@ -117,7 +128,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     if op == 'compare' and 'direction=LT' in rest and 'ROOT' in line:
       limit = re.findall(r'%?([\w.\-]+)[,)]', rest)[1]
       bounds[name] = constants.get(limit)
-    calls = [(callee, 1) for callee in CALL.findall(rest)]
+    calls = [(callee, 1) for callee in CALL.findall(rest)] + branches(rest)
     if op == 'while':
       count = re.search(r'known_trip_count\D+(\d+)', rest)
       condition = re.findall(r'condition=%?([\w.\-]+)', rest)[0]
@@ -134,6 +145,13 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     times = count or (int(limit) if limit and limit.isdigit() else None)
     calls[:] = [(callee, times) for callee, _ in calls]
   return computations, entry
+
+
+def branches(rest: str) -> list[tuple[str, bool]]:
+  """Returns the two computations of a condition, each with the condition's value."""
+  if match := INDEXED.search(rest):
+    return [(match[1], False), (match[2], True)]
+  return [(name, value == 'true') for value, name in BRANCH.findall(rest)]
 
 
 def largest(kind: str) -> int:

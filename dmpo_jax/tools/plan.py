@@ -207,17 +207,26 @@ def cache_bytes(built: build.Built, prompt: int) -> int:
   rows *= 2 if c.sampler.guidance else 1
   dim = cfg.head_dim or cfg.width // cfg.heads
   width = cfg.kv_heads * dim * jnp.dtype(cfg.dtype).itemsize
-  return 2 * cfg.layers * rows * (prompt + c.sampler.length) * width
+  tokens = prompt + c.sampler.length
+  if cfg.block_causal:  # the rest of the prompt stands on the canvas
+    tokens -= prompt % cfg.block_causal
+  return 2 * cfg.layers * rows * tokens * width
 
 
 def jobs(built: build.Built, prompt: int) -> list[tuple]:
-  """Returns build.programs, each with the trips of its open loops."""
+  """Returns build.programs, each with the trips of its open loops.
+
+  Of the cache `block` it counts a step's own block, and once a block the one before it.
+  Rows whose prompts end elsewhere in their blocks compute that one more often.
+  """
   c = built.config
   length = steps = c.sampler.length
   if SAMPLERS[c.sampler.pick].scheduled:
     steps = c.sampler.steps
   trips = (steps,)
-  if c.sampler.cache != 'none':  # laps of a block, cached steps of a lap
+  if c.sampler.cache == 'block':
+    trips = (steps, length / built.model.block_causal / steps)
+  elif c.sampler.cache != 'none':  # laps of a block, cached steps of a lap
     a_block = steps // (length // c.sampler.block)
     a_lap = min(a_block, c.sampler.refresh or a_block)
     trips = (-(-a_block // a_lap), a_lap - 1)
