@@ -14,7 +14,7 @@ import optax
 
 from dmpo_jax import logprob, masking, model, optim, rng
 from dmpo_jax.logprob import LogprobConfig
-from dmpo_jax.mesh import in_microbatches, join_rows, split_rows
+from dmpo_jax.mesh import join_rows, split_rows
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.rng import AnyKey
