@@ -53,6 +53,13 @@ def sampling_arguments(parser):
   parser.add_argument('--threshold', type=float, default=0.9)
   parser.add_argument('--cache', default='none', choices=sampler.CACHES)
   parser.add_argument('--refresh', type=int, default=0)
+  parser.add_argument('--slots', type=int, default=0, help='rows at a time')
+  parser.add_argument(
+    '--mean',
+    type=int,
+    default=0,
+    help='tokens after which a row ends, drawn geometrically; needs --temperature=1',
+  )
   parser.add_argument(
     '--attention-block', type=int, default=0, help='tokens; 0: the whole text'
   )
@@ -68,6 +75,8 @@ def sample_config(args, **changes):
     threshold=args.threshold,
     cache=args.cache,
     refresh=args.refresh,
+    slots=args.slots,
+    eos_stop=bool(args.mean),
   )
   return dataclasses.replace(hp, **changes)
 
@@ -83,6 +92,8 @@ def make_model(args):
     lora_rank=rank,
     block_causal=getattr(args, 'attention_block', 0),
   )
+  if mean := getattr(args, 'mean', 0):  # random weights draw tokens almost evenly
+    cfg = dataclasses.replace(cfg, stop_ids=tuple(range(cfg.vocab // mean)))
   params = jax.jit(lambda: model.init(cfg, jax.random.key(0)))()
   params['params']['head'] *= args.sharpness
   return cfg, params

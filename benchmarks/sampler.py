@@ -9,6 +9,8 @@ process measures.
 
 import argparse
 
+import jax.numpy as jnp
+
 from benchmarks import common
 
 
@@ -29,13 +31,14 @@ def main():
     times,
     flops,
     {
-      'tokens_per_second': args.rows * args.length / times['median'],
+      'tokens_per_second': int(jnp.sum(out.order >= 0)) / times['median'],
       'forwards': forwards,
       'steps': args.steps,
       'block': args.block,
       'pick': args.pick,
       'cache': args.cache,
       'refresh': args.refresh,
+      'slots': args.slots,
       'attention_block': args.attention_block,
       'network_tokens': common.network_tokens(args, forwards),
     },

@@ -97,8 +97,8 @@ def window(
   def put(x: t.Array, part: t.Array, at: t.Array) -> t.Array:  # one row
     return jax.lax.dynamic_update_slice(x, part, (0, 0, at, 0))
 
-  put = partial(model.on_own_rows, jax.vmap(put, (1, 1, 0), 1), (1, 1, 0))
+  rows = partial(model.on_own_rows, jax.vmap(put, (1, 1, 0), 1), (1, 1, 0))
   cache = (
-    put(x, y[..., :size, :], first_R) for x, y in zip(state.cache, new, strict=True)
+    rows(x, y[..., :size, :], first_R) for x, y in zip(state.cache, new, strict=True)
   )
   return h[:, size:], model.Cache(*cache)
