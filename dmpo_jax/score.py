@@ -116,7 +116,9 @@ def repeat(elbo_R: FloatR, setup: Setup) -> Array:
 def over_rows(fn: Callable, sampled: Sampled, setup: Setup) -> Any:
   """Applies fn to a Sampled in microbatches."""
   rollouts = sampled.rollouts._replace(forwards=None)  # it has no row axis
-  return mesh.in_microbatches(fn, sampled._replace(rollouts=rollouts), setup.microbatches)
+  return mesh.in_microbatches(
+    fn, sampled._replace(rollouts=rollouts), setup.microbatches
+  )
 
 
 def sequence_scores(
