@@ -40,7 +40,7 @@ def of_tokens(cfg, tokens, seen):
 
 @pytest.mark.parametrize('cache', ['none', 'dual', 'prefix'])
 def test_flops_of_a_forward(cache):
-  """One forward more, of all tokens or of those that the cache does not hold."""
+  """One forward more, of all tokens, or of those beside a cache, which they see too."""
   one = meter(**{'sampler.cache': cache, 'sampler.block': 4, 'sampler.steps': 16})
   cfg, devices = one.built.model, one.built.mesh.devices.size
   whole, text = one.flops(P, 4, 0), P + 16
@@ -48,7 +48,11 @@ def test_flops_of_a_forward(cache):
   spans = {'none': [text] * 4, 'dual': [4] * 4, 'prefix': [16, 12, 8, 4]}[cache]
   assert more == pytest.approx(
     sum(
-      8 * (of_tokens(cfg, x, text) + 2 * 4 * cfg.width * cfg.vocab) / devices
+      8
+      * (
+        of_tokens(cfg, x, text + (cache != 'none') * x) + 2 * 4 * cfg.width * cfg.vocab
+      )
+      / devices
       for x in spans
     )
   )
