@@ -158,14 +158,10 @@ def flops_of(run, trips, *inputs):
   return costs.matmuls(run.trace(*inputs).jaxpr.jaxpr, trips, 1)[0]
 
 
-def trips_of(hp, forwards):
+def trips_of(args, hp, forwards):
   """Returns how often the sampler's open loops ran, for `flops_of`."""
-  if hp.cache in ('none', 'block'):
-    return (forwards,)
-  blocks = hp.length // hp.block
-  a_block = forwards / blocks
-  a_lap = min(a_block, hp.refresh or a_block)
-  return a_block / a_lap, a_lap - 1
+  steps = forwards * hp.slots / args.rows if 0 < hp.slots < args.rows else forwards
+  return costs.trips_of(hp, getattr(args, 'attention_block', 0), args.rows, steps)
 
 
 def matmul_rate(dtype, size=0, repeats=5):

@@ -176,7 +176,7 @@ class Check:
     out = jax.block_until_ready(done(params, prompts, keys))  # warm
     spent = timed(lambda: done(params, prompts, keys), repeats)
     seconds, forwards = statistics.median(spent), int(out.forwards)
-    flops = plan.matmuls(traced.jaxpr.jaxpr, common.trips_of(hp, forwards), 1)[0]
+    flops = plan.matmuls(traced.jaxpr.jaxpr, common.trips_of(a, hp, forwards), 1)[0]
     memory: Any = done.memory_analysis()
     want = a.length // 2 if pick == 'confidence' else forwards
     figures = dict(

@@ -24,7 +24,7 @@ def main():
   run, inputs = common.sampling(cfg, hp), common.prompts_of(args, cfg)
   times, out = common.measure(run, args.repeats, params, *inputs)
   forwards = int(out.forwards)
-  flops = common.flops_of(run, common.trips_of(hp, forwards), params, *inputs)
+  flops = common.flops_of(run, common.trips_of(args, hp, forwards), params, *inputs)
   common.show(
     args,
     params,

@@ -146,6 +146,7 @@ def idle_between(c: Any) -> dict[str, str]:
       rates,
       f'logprob.estimator = elbo, logprob.elbo = paper, and {asks}',
     ),
+    ('lora.dtype', c.model.dtype == 'bfloat16', 'model.dtype = bfloat16'),
     ('data.style', not c.data.template or c.sft.steps, "data.template = ''"),
     *weights,
     (' '.join(rl), c.train.iterations, 'train.iterations > 0'),

@@ -55,7 +55,7 @@ from dmpo_jax import (
   train,
 )
 from dmpo_jax.tasks import TASKS, symbolic
-from dmpo_jax.tools import cards, plan, provenance, report, status, watch
+from dmpo_jax.tools import cards, plan, provenance, report, speed, status, watch
 
 NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report')
 _text, _int, _choice = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum
@@ -74,6 +74,7 @@ PROTOCOL = _choice('protocol', 'strict', ('strict', 'paper'), 'score without --c
 PROBLEM = _int('problem', 0, 'sample: number of the test problem')
 PROMPT = _text('prompt', '', 'sample: a prompt of your own')
 HTML = _text('html', '', 'sample: also writes a web page to this file')
+PROFILE = _int('profile', 0, 'train: iterations of RL to trace into WORKDIR/profile')
 TOPOLOGY = _text('topology', '', 'plan: absent devices, such as v5p:4x4x4 or h100x8')
 RUNS = _text('runs', '', 'report: pattern of the workdirs to compare')
 CARDS = _text('cards', '', 'report: pattern of the *.card.json to compare')
@@ -101,6 +102,7 @@ READ_BY = {
   'generations task protocol': ('score',),
   'problem prompt html': ('sample',),
   'topology': ('plan',),
+  'profile': ('train',),
   'runs cards by': ('report',),
 }
 
@@ -153,6 +155,8 @@ def refuse_flags() -> None:
       for names, modes in READ_BY.items()
     ),
   )
+  if PROFILE.value < 0:
+    raise ValueError(f'--profile={PROFILE.value} must be >= 0 iterations')
   given = {name: need for name, need in useless.items() if flags.FLAGS[name].present}
   if given:
     text = '; '.join(f'--{name} needs {need}' for name, need in given.items())
@@ -455,7 +459,7 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
     if not os.path.exists(os.path.join(workdir, 'curves.png')):
       with contextlib.suppress(report.NoData):
         report.curves(workdir)
-    again = shlex.join(sys.argv)
+    again = re.sub(r' --?profile[= ]\d+', '', shlex.join(sys.argv))
     print(report.summary(workdir))
     print(f'workdir: {workdir}')
     print(f'next: python {again} --mode=sample (or eval, export)')
@@ -483,7 +487,8 @@ def run_train(
     provenance.append(workdir, start)
     built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
   with metrics.Writer(workdir, enabled=first) as writer:
-    session = train.Session(built, workdir, writer, dog.beat)
+    meter = speed.Meter(built)
+    session = train.Session(built, workdir, writer, dog.beat, meter, PROFILE.value)
     base, sft_seconds = train.run('sft', session)
     if only_sft:
       return say(f'base model in {os.path.join(workdir, "sft")}')

@@ -114,16 +114,19 @@ class Model(Section):
 class Lora(Section):
   """Low-rank adapters."""
 
-  OWN = {'alpha': above(0), 'dropout': chance}
+  OWN = {'alpha': above(0), 'dropout': chance, 'dtype': one_of('float32', 'bfloat16')}
 
   rank: int = 0  # rank A; 0 = no adapters, every parameter is trained
   alpha: float = 64.0  # the adapter's output is scaled by alpha / rank
   targets: str = 'all'  # adapted linears; all | paper (q, k, v, up) | a regex
   dropout: float = 0.0  # on the adapters' input in updates; probability, 0 = none
+  # Of the adapters' matrix products; float32 | bfloat16 (as PEFT under autocast, where
+  # model.dtype is bfloat16). The adapters are stored in float32.
+  dtype: str = 'float32'
   path: str = ''  # PEFT adapter directory to start from; '' = a new adapter
 
   def idle(self) -> dict[str, str]:
-    return without_effect(('alpha targets dropout', self.rank, 'lora.rank > 0'))
+    return without_effect(('alpha targets dropout dtype', self.rank, 'lora.rank > 0'))
 
   def problems(self) -> list[str]:
     found = super().problems()

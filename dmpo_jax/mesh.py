@@ -9,10 +9,11 @@ so nothing is replicated by accident.
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
@@ -198,3 +199,32 @@ def agree(flag: object) -> bool:
   if jax.process_count() == 1:
     return bool(flag)
   return bool(multihost_utils.process_allgather(np.bool_(bool(flag))).any())
+
+
+# --- pieces of rows
+
+
+def split_rows(x: Array, microbatches: int) -> Array:
+  """Cuts (R, ...) into (M, R/M, ...), striped so that devices keep their rows."""
+  x = x.reshape((-1, microbatches) + x.shape[1:])
+  return jnp.swapaxes(x, 0, 1)
+
+
+def join_rows(x: Array) -> Array:
+  """Inverts `split_rows`."""
+  x = jnp.swapaxes(x, 0, 1)
+  return x.reshape((-1,) + x.shape[2:])
+
+
+def in_microbatches(fn: Callable, rows: Any, microbatches: int) -> Any:
+  """Applies fn to the rows of a pytree, one microbatch after the other."""
+  if microbatches == 1:
+    return fn(rows)
+  parts = jax.tree.map(lambda x: split_rows(x, microbatches), rows)
+  return jax.tree.map(join_rows, jax.lax.map(fn, parts))
+
+
+def row_shards() -> int:
+  """Returns among how many devices rows are split, under the mesh in force."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape['data'] * mesh.shape['fsdp'] if 'fsdp' in mesh.axis_names else 1

@@ -24,7 +24,7 @@ from dmpo_jax import files
 
 FILE = 'metrics.jsonl'
 RESERVED = ('phase', 'step', 'time')
-SHOWN = ('reward', 'accuracy', 'ess', 'loss', 'grad_norm')
+SHOWN = ('reward', 'accuracy', 'ess', 'loss', 'grad_norm', 'tokens_per_second', 'mfu')
 NOT_FINITE = {'nan': math.nan, 'inf': math.inf, '-inf': -math.inf}
 
 # Meaning of each metric, then its unit. A name that ends with '/' is a prefix.
@@ -82,7 +82,11 @@ METRICS = {
   # --- the program (rl)
   'ill': 'health rules that are broken; count',
   'compilations': 'programs compiled since the row before; count',
-  'seconds/': 'host time of one part since the row before; seconds',
+  'seconds/': 'time that the host worked in or waited for a part; seconds',
+  'tokens_per_second': 'tokens of the completions by training time; tokens / second',
+  'forwards_per_second': 'forwards by seconds/sample; forwards / second',
+  'mfu': 'share of the peak FLOP rate that matmuls reach; 0 to 1, none = no data sheet',
+  'gib/': 'memory of a device: weights, or keys and values of a rollout; GiB',
 }
 
 
@@ -276,25 +280,33 @@ class Progress:
 class Clock:
   """Sums seconds per name: `with clock('sample'): ...`.
 
-  It measures host time: device work counts where the host waits for it. Each
-  begin and end calls beat(name, step) of a watchdog. The caller sets `step`.
+  It measures host time: device work counts where the host waits for it. A part inside
+  another one stops the outer one's clock, and what is in no part is `between`: so the
+  sums add up to the time that has passed. Each begin and end calls beat(name, step) of
+  a watchdog. The caller sets `step`.
   """
 
   def __init__(self, beat: Callable[[str, int], Any] = lambda phase, step: None):
     self.step, self._seconds, self._open, self._beat = 0, {}, ['between'], beat
+    self._since = time.perf_counter()
+
+  def _charge(self):
+    """Gives the time since the last call to the innermost open part."""
+    now, name = time.perf_counter(), self._open[-1]
+    self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+    self._since = now
 
   @contextlib.contextmanager
   def __call__(self, name: str) -> Iterator[None]:
-    begin = time.perf_counter()
+    self._charge()
     self._open.append(name)
     self.beat()
     try:
       yield
     finally:
+      self._charge()
       self._open.pop()
       self.beat()
-      spent = time.perf_counter() - begin
-      self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
   def beat(self) -> None:
     """Tells the watchdog that the innermost open part makes progress."""
@@ -302,6 +314,7 @@ class Clock:
 
   def take(self) -> dict[str, float]:
     """Returns the sums as metrics `seconds/<name>`, and starts from zero."""
+    self._charge()
     taken = {f'seconds/{name}': spent for name, spent in self._seconds.items()}
     self._seconds = {}
     return taken

@@ -72,6 +72,7 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
     lora_rank=c.lora.rank,
     lora_alpha=c.lora.alpha,
     lora_dropout=c.lora.dropout,
+    lora_dtype=c.lora.dtype if c.model.dtype == 'bfloat16' else 'float32',
     lora_targets=model.LORA_TARGETS.get(c.lora.targets) or c.lora.targets,
   )
   check_targets(cfg)

@@ -7,6 +7,7 @@ it, while the host decodes and rewards.
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from dmpo_jax import data, grader, health, mesh
@@ -107,19 +108,23 @@ class Collector:
     Waits for the completions alone, so that later work of the device (updates that
     donate `trainable`, too) runs while the host grades.
     """
-    with (clock or Clock())('data'):
+    clock = clock or Clock()
+    with clock('data'):
       prompts = data.prompts_at(
         self.problems, iteration, self.prompts, self.seed, self.bucket
       )
     tokens, valid, row = rows_of(prompts, self.group, iteration)
     policy = {**self.frozen, **trainable}
-    sampled = self.steps.sample(policy, tokens, valid, row)
-    rollouts, completion, _ = sampled
-    scores = self.steps.score(trainable, self.frozen, references, sampled)
+    with clock('sample'):
+      sampled = self.steps.sample(policy, tokens, valid, row)
+    with clock('score'):
+      scores = self.steps.score(trainable, self.frozen, references, sampled)
+    with clock('sample'):
+      rollouts, completion, _ = jax.block_until_ready(sampled)
     # Fetched here, not in `finish`: with several processes fetching is a program,
     # which would stand behind the caller's updates.
-    host = Fetched(
-      *mesh.fetch(
+    with clock('score'):  # the program stands behind it
+      found = mesh.fetch(
         (
           rollouts.tokens,
           rollouts.order,
@@ -129,7 +134,7 @@ class Collector:
           scores.guess,
         )
       )
-    ).of_completions(self.tokenizer.eos_token_id)
+    host = Fetched(*found).of_completions(self.tokenizer.eos_token_id)
     mine = mesh.my_rows(completion)
     return Started(iteration, age, prompts.index, sampled, scores, host, mine)
 
@@ -143,7 +148,8 @@ class Collector:
     """
     texts = self.decode(started.completions[started.mine])
     examples = [self.problems.examples[i] for i in np.repeat(started.index, self.group)]
-    with (clock or Clock())('reward'):
+    clock = clock or Clock()
+    with clock('reward'):
       graded = self.judge(texts, examples, started.mine)
       scores, failed = started.scores, graded.failed
       if started.host.guess is not None:
@@ -151,7 +157,12 @@ class Collector:
         scores = scores._replace(guess=None, guess_reward=rewards)
         failed = failed + lost
     reward_BxG = to_groups(graded.reward, self.group)
-    batch, weighed = self.steps.pack(started.sampled, reward_BxG, scores)
+    with clock('score'):
+      batch, weighed = self.steps.pack(started.sampled, reward_BxG, scores)
+      jax.block_until_ready(scores)
+    # The updates that were queued before it are what it waits for.
+    with clock('update' if started.age else 'score'):
+      weighed = mesh.fetch(weighed)
     metrics = reward_metrics(graded, started.host) | health.buffer_metrics(
       started.completions,
       started.host.completion,
@@ -163,7 +174,7 @@ class Collector:
     metrics['cut'] = float(np.mean(~ended.any(axis=1)))
     metrics['policy_age'] = started.age
     metrics['prompts_changed'] = self.problems.changed
-    metrics |= {name: float(x) for name, x in mesh.fetch(weighed).items()}
+    metrics |= {name: float(x) for name, x in weighed.items()}
     files = {
       'samples.jsonl': self.samples_of(started, examples, graded),
       'failed_grades.jsonl': [dict(iteration=started.iteration, **x) for x in failed],

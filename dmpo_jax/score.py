@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import logprob, rng
+from dmpo_jax import logprob, mesh, rng
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.step import Rows, Setup, canvas_of, draw, in_microbatches, view
+from dmpo_jax.step import Rows, Setup, canvas_of, draw, view
 from dmpo_jax.types import (
   NOT_ASKED,
   Array,
@@ -116,7 +116,9 @@ def repeat(elbo_R: FloatR, setup: Setup) -> Array:
 def over_rows(fn: Callable, sampled: Sampled, setup: Setup) -> Any:
   """Applies fn to a Sampled in microbatches."""
   rollouts = sampled.rollouts._replace(forwards=None)  # it has no row axis
-  return in_microbatches(fn, sampled._replace(rollouts=rollouts), setup.microbatches)
+  return mesh.in_microbatches(
+    fn, sampled._replace(rollouts=rollouts), setup.microbatches
+  )
 
 
 def sequence_scores(

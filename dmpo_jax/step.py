@@ -14,6 +14,7 @@ import optax
 
 from dmpo_jax import logprob, masking, model, optim, rng
 from dmpo_jax.logprob import LogprobConfig
+from dmpo_jax.mesh import join_rows, split_rows
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.rng import AnyKey
@@ -85,26 +86,6 @@ def init_state(trainable: Params, optimizer: Any) -> TrainState:
 
 
 # --- microbatches
-
-
-def split_rows(x: Array, microbatches: int) -> Array:
-  """Cuts (R, ...) into (M, R/M, ...), striped so that devices keep their rows."""
-  x = x.reshape((-1, microbatches) + x.shape[1:])
-  return jnp.swapaxes(x, 0, 1)
-
-
-def join_rows(x: Array) -> Array:
-  """Inverts `split_rows`."""
-  x = jnp.swapaxes(x, 0, 1)
-  return x.reshape((-1,) + x.shape[2:])
-
-
-def in_microbatches(fn: Callable, rows: Any, microbatches: int) -> Any:
-  """Applies fn to the rows of a pytree, one microbatch after the other."""
-  if microbatches == 1:
-    return fn(rows)
-  parts = jax.tree.map(lambda x: split_rows(x, microbatches), rows)
-  return jax.tree.map(join_rows, jax.lax.map(fn, parts))
 
 
 def split_batch(batch: TrainBatch, microbatches: int) -> TrainBatch:

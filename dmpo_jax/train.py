@@ -48,7 +48,8 @@ def run(
       state, buffers, place = enter(phase, manager)
     asked.check()
     if place.update < phase.updates or phase.validates:
-      state, place = loop(phase, manager, asked, state, buffers, place)
+      with phase.tracer:
+        state, place = loop(phase, manager, asked, state, buffers, place)
   return {**phase.frozen, **state.trainable}, place.seconds
 
 
@@ -99,6 +100,7 @@ def loop(
   for update in range(place.update, phase.updates):
     it, inner = divmod(update, phase.inner)
     phase.clock.step, last = update + 1, inner + 1 == phase.inner
+    phase.tracer.at(it)
     # 1. Sample completions with the current policy; score, grade and weigh them.
     if batch is None:
       batch, place = phase.finish(phase.begin(state, it, 0), place)
@@ -117,10 +119,8 @@ def loop(
     # 4. Grade the buffer that was sampled ahead, while the device updates.
     if coming and (due or last):
       (ahead, place), coming = phase.finish(coming, place), None
-      write_late(phase, pending, batch)
     # 5. Check the numbers and validate: an unhealthy policy is never the best.
-    numbers = phase.writer.flush() if due or last else None
-    stop_if_not_finite(phase, numbers, batch)
+    numbers = None if coming else write_late(phase, pending, batch, due or last)
     place = dataclasses.replace(place, update=update + 1, seconds=time.time() - begun)
     if last:
       batch, ahead = ahead, None
@@ -211,12 +211,22 @@ def wait(phase: Phase, manager: checkpoint.Manager) -> None:
     manager.wait_until_finished()
 
 
-def write_late(phase: Phase, pending: list, batch: Any) -> None:
-  """Hands (step, numbers) of updates to the writer, oldest first; empties `pending`."""
-  while pending:
-    numbers = phase.writer.late(phase.rows, *pending.pop(0))
-    stop_if_not_finite(phase, numbers, batch)
-    phase.shown |= numbers or {}
+def write_late(
+  phase: Phase, pending: list, batch: Any, flush: bool = False
+) -> dict[str, Any] | None:
+  """Hands (step, numbers) of updates to the writer, oldest first; empties `pending`.
+
+  Here the host waits for the updates but the last one; with `flush` for that one too,
+  whose numbers it then returns.
+  """
+  with phase.clock(phase.rows):
+    while pending:
+      numbers = phase.writer.late(phase.rows, *pending.pop(0))
+      stop_if_not_finite(phase, numbers, batch)
+      phase.shown |= numbers or {}
+    numbers = phase.writer.flush() if flush else None
+  stop_if_not_finite(phase, numbers, batch)
+  return numbers
 
 
 def stop_if_not_finite(phase: Phase, numbers: dict | None, batch: Any) -> None:

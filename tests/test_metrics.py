@@ -291,14 +291,20 @@ def test_metrics_are_explained_by_name_or_prefix():
 
 
 def test_clock(monkeypatch):
-  now = iter([0.0, 1.0, 5.0, 7.0, 8.0, 8.5])
+  """A part inside another stops the outer clock, so that the sums are the time."""
+  times = [0.0, 1.0, 5.0, 5.5, 7.0, 8.0, 8.5, 10.0, 11.0]
+  now = iter(times)
   monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(now))
   clock = metrics.Clock()
   with clock('sample'):
-    pass
-  with clock('sample'):
-    pass
+    with clock('score'):
+      pass
   with pytest.raises(KeyError), clock('train'):
     raise KeyError
-  assert clock.take() == {'seconds/sample': 3.0, 'seconds/train': 0.5}
-  assert clock.take() == {}
+  taken = clock.take()
+  assert taken == {
+    'seconds/between': 3.5, 'seconds/sample': 5.5, 'seconds/score': 0.5,
+    'seconds/train': 0.5,
+  }  # fmt: skip
+  assert sum(taken.values()) == 10.0
+  assert clock.take() == {'seconds/between': 1.0}

@@ -11,6 +11,8 @@ import pytest
 import reference
 
 from dmpo_jax import mesh, model
+from dmpo_jax.model.lora import dropout
+from dmpo_jax.tools.costs import inner_jaxprs
 
 # The families: LLaDA, Dream, Qwen3-like, a tied head; GQA in two of them.
 VARIANTS = {
@@ -284,7 +286,8 @@ def test_lora_targets(tiny, name, wanted):
   assert kinds(shapes['params']) == {'bfloat16'}
 
 
-def test_bfloat16_is_close(adapted, weights):
+@pytest.mark.parametrize('lora_dtype', ['float32', 'bfloat16'])
+def test_bfloat16_is_close(lora_dtype, adapted, weights):
   """bfloat16 is for the matmuls alone: logits and the gradients of adapters are
   float32, and the logits are near those of float32."""
   cfg, fresh = adapted
@@ -293,6 +296,8 @@ def test_bfloat16_is_close(adapted, weights):
   found = []
   for dtype in ('float32', 'bfloat16'):
     one = dataclasses.replace(cfg, dtype=dtype)
+    if dtype == 'bfloat16':
+      one = dataclasses.replace(one, lora_dtype=lora_dtype)
 
     def logits(lora, one=one):
       tree = {**fresh, 'lora': lora}
@@ -304,6 +309,45 @@ def test_bfloat16_is_close(adapted, weights):
     assert found[-1].dtype == jnp.float32
   off = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
   assert 1e-4 < off < 0.05
+  program = jax.make_jaxpr(logits)(lora).jaxpr
+  products = {eqn.invars[0].aval.dtype.name for eqn in products_of(program)}
+  assert products == {'bfloat16', lora_dtype}
+
+
+def products_of(jaxpr):
+  """Returns the equations of a program, inner ones too, that multiply matrices."""
+  found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == 'dot_general']
+  inner = [part for eqn in jaxpr.eqns for part in inner_jaxprs(eqn.params)]
+  return found + [eqn for part in inner for eqn in products_of(part)]
+
+
+@pytest.mark.parametrize('rate', [0.05, 0.5])
+def test_dropout_keeps_its_rate_and_draws_apart(rate):
+  """The mean is exact, and no two neighbours, halves of a word or tokens are tied."""
+  rows, tokens, width = 4, 64, 257
+  keys = jax.random.split(jax.random.key(0), (rows, tokens))
+  ones = jnp.ones((rows, tokens, width))
+  drop = jax.jit(dropout, static_argnums=(2, 3))
+  found = np.asarray(drop(ones, keys, rate, 'q'), np.float64)
+  kept, count = found > 0, found.size
+  share = round((1 - rate) * 2**16) / 2**16
+  np.testing.assert_allclose(found[kept], 1 / share, rtol=1e-6)
+  assert abs(kept.mean() - share) < 4 * (rate * (1 - rate) / count) ** 0.5
+  assert abs(kept.mean((0, 1)) - share).max() < 5 * (rate / rows / tokens) ** 0.5
+  x = (kept - kept.mean()) / kept.std()
+  other = np.asarray(drop(ones, keys, rate, 'k') > 0, np.float64)
+  pairs = {
+    'neighbours': x[..., 1:] * x[..., :-1],
+    'two apart': x[..., 2:] * x[..., :-2],
+    'half a row apart': x[..., 128:256] * x[..., :128],
+    'tokens': x[:, 1:] * x[:, :-1],
+    'rows': x[1:] * x[:-1],
+    'linears': x * (other - other.mean()) / other.std(),
+  }
+  for name, product in pairs.items():
+    assert abs(product.mean()) < 5 / product.size**0.5, name
+  draws = jax.make_jaxpr(lambda x: dropout(x, keys, rate, 'q'))(ones)
+  assert f'u32[{rows},{tokens},129,1]' in str(draws)  # half as many as there are inputs
 
 
 def test_program_does_not_grow_with_depth(tiny):

@@ -433,6 +433,83 @@ def test_caches_that_are_exact(fields, tiny, sharp, prompts, run):
   np.testing.assert_allclose(cached.logp, plain.logp, atol=1e-5)
 
 
+def block_by_block(setting, loop):
+  """Unmasks with the cache prefix and one program a block."""
+  hp, first = setting.hp, setting.prompt
+  for start in range(first, first + hp.length, hp.block):
+    span = first + hp.length - start
+    loop = unmask.unmask_block(setting, start, span, loop)
+  return loop
+
+
+@pytest.mark.parametrize('shift', [False, True])
+@pytest.mark.parametrize('refresh', [0, 2])
+def test_prefix_of_many_blocks(shift, refresh, tiny, sharp, prompts, monkeypatch):
+  """Blocks that share a program have the tokens of a program each, to the bit."""
+  cfg = config(tiny, shift)
+  hp = dataclasses.replace(
+    BASE, length=21, block=3, steps=21, cache='prefix', refresh=refresh
+  )
+  assert hp.length // hp.block > unmask.SPANS
+  shared = jax.device_get(jax.jit(sampling(cfg, hp))(sharp, *prompts))
+  monkeypatch.setattr(unmask, 'by_rule', block_by_block)
+  each = jax.device_get(jax.jit(sampling(cfg, hp))(sharp, *prompts))
+  np.testing.assert_array_equal(shared.tokens, each.tokens)
+  np.testing.assert_array_equal(shared.order, each.order)
+  np.testing.assert_array_equal(shared.forwards, each.forwards)
+  np.testing.assert_allclose(shared.logp, each.logp, atol=1e-5)
+
+
+def test_prefix_does_not_grow_with_the_blocks(tiny, sharp, prompts):
+  def size(length):
+    hp = dataclasses.replace(BASE, length=length, steps=length, cache='prefix')
+    return str(jax.make_jaxpr(sampling(tiny, hp))(sharp, *prompts)).count(' = ')
+
+  assert size(24 * BASE.block) == size(6 * BASE.block)
+
+
+@pytest.mark.parametrize('name', [
+  'top_k', 'shift, guidance', 'dual, confidence', 'prefix, eos'])  # fmt: skip
+@pytest.mark.parametrize('chunk', [1, 3])
+def test_rows_in_pieces_have_the_same_tokens(name, chunk, tiny, sharp, prompts, run):
+  """Where the head has no logits of more than so many positions of each row."""
+  shift, hp = CASES[name]
+  cfg = dataclasses.replace(config(tiny, shift), head_chunk=chunk)
+  go = sampling(cfg, hp)
+  pieces = jax.device_get(jax.jit(go)(sharp, *prompts))
+  jax.tree.map(np.testing.assert_array_equal, pieces, run(name))
+  program = str(jax.make_jaxpr(go)(sharp, *prompts))
+  all_rows = ROWS * (2 if hp.guidance else 1)
+  few = all_rows // {1: hp.block, 3: 2}[chunk]
+  assert f'f32[{few},{hp.block},{cfg.vocab}]' in program
+  assert f'f32[{all_rows},{hp.block},{cfg.vocab}]' not in program
+
+
+def test_rows_of_a_block_model_in_pieces(tiny, sharp, prompts):
+  """With the cache block, whose steps apply the head themselves."""
+  cfg = dataclasses.replace(tiny, block_causal=4)
+  hp = dataclasses.replace(BASE, block=2, cache='block', guidance=0.7, steps=8)
+  found = []
+  for chunk in (0, 1):
+    go = sampling(dataclasses.replace(cfg, head_chunk=chunk), hp)
+    found.append(jax.device_get(jax.jit(go)(sharp, *prompts)))
+    few = 2 * ROWS // (1 + chunk)
+    assert f'f32[{few},2,{cfg.vocab}]' in str(jax.make_jaxpr(go)(sharp, *prompts))
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_each_device_keeps_its_rows_in_pieces(tiny, sharp, prompts, run):
+  """Of four devices with two rows each, two pieces have a row of each device."""
+  cfg = dataclasses.replace(tiny, head_chunk=1)
+  go, grid = sampling(cfg, CASES['top_k'][1]), mesh.make_mesh(data=2, fsdp=2, tensor=2)
+  weights = jax.tree.map(mesh.put, sharp, mesh.shardings(sharp, grid))
+  rows = [mesh.put(x, mesh.rows(grid)) for x in prompts]
+  with jax.set_mesh(grid):
+    assert f'f32[4,4,{cfg.vocab}]' in str(jax.make_jaxpr(go)(weights, *rows))
+    found = mesh.fetch(jax.jit(go)(weights, *rows))
+  np.testing.assert_array_equal(found.tokens, run('top_k').tokens)
+
+
 @pytest.mark.parametrize('name', ['eos', 'eos, threshold'])
 def test_eos_stop_changes_no_text(name, tiny, sharp, prompts, run):
   """A row that stops early has the same tokens, steps and log-probs up to its
@@ -497,6 +574,53 @@ def test_nucleus_and_top_k():
   near(law(temperature=1.0, top_k=3), np.array([10, 0, 5, 4]) / 19)
   near(law(temperature=0.5, top_p=0.95, top_k=2), [0.8, 0, 0.2, 0])
   near(law(temperature=1.0, top_k=9), prob)
+
+
+def rows_of_logits():
+  """Returns logits (rows, V) with ties, -inf, one best, all equal, and extremes."""
+  noise = np.random.default_rng(3)
+  wide, flat = noise.normal(size=(2, 40, 300)) * np.array([[[5.0]], [[0.05]]])
+  rows = [*wide, *flat, *np.round(wide[:20]), *np.round(flat[:5], 2)]
+  rows += [np.zeros(300), np.full(300, -7.25), 1e30 * wide[0], 1e-30 * wide[1]]
+  rows += [np.where(np.arange(300) == 4, 0.0, -np.inf), -np.abs(wide[2]) - 1e6]
+  rows += list(np.where(noise.random((20, 300)) < 0.9, -np.inf, np.round(wide[:20])))
+  return np.asarray(rows, np.float32)
+
+
+def kept_by_sorting(logits, top_p, top_k):
+  """Returns what top_p and then top_k keep, by a sort in float64; ties stay."""
+  x = logits.astype(np.float64)
+  ordered = -np.sort(-x, axis=-1)
+  mass = np.exp(ordered - ordered[:, :1])
+  before = np.cumsum(mass, axis=-1) - mass
+  inside = (before < top_p * np.sum(mass, axis=-1, keepdims=True)) | (top_p == 1)
+  least = np.min(np.where(inside, ordered, np.inf), axis=-1, keepdims=True)
+  x = np.where(x < least, -np.inf, x)
+  if top_k:
+    x = np.where(x < -np.sort(-x, axis=-1)[:, top_k - 1 : top_k], -np.inf, x)
+  return np.isfinite(x)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'top_p, top_k', [(0.9, 0), (0.3, 0), (1e-6, 0), (1.0, 3), (1.0, 40), (0.95, 20)]
+)
+def test_nucleus_and_top_k_keep_what_a_sort_keeps(top_p, top_k, dtype):
+  """Also of equal logits, of -inf, and of bfloat16."""
+  logits = jnp.asarray(rows_of_logits()).astype(dtype)
+  law = jax.jit(lambda x: model.sampling_logits(x, 1.0, top_p, top_k))(logits)
+  kept = np.isfinite(np.asarray(law, np.float32))
+  np.testing.assert_array_equal(
+    kept, kept_by_sorting(np.asarray(logits, np.float32), top_p, top_k)
+  )
+  assert (np.asarray(law)[kept] == np.asarray(logits)[kept]).all()
+
+
+def test_nucleus_and_top_k_do_not_sort():
+  """A sort of a vocabulary takes as long as a step of the network on a GPU."""
+  law = lambda x: model.sampling_logits(x, 1.0, 0.9, 50)
+  program = str(jax.make_jaxpr(law)(jnp.zeros((2, 3, 100))))
+  assert 'sort' not in program and 'top_k' not in program
 
 
 # Termination.

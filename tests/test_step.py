@@ -14,7 +14,7 @@ import optax
 import pytest
 from batches import text_of
 
-from dmpo_jax import logprob, masking, model, sampler, score, step, types
+from dmpo_jax import logprob, masking, mesh, model, sampler, score, step, types
 from dmpo_jax.objectives import dmpo
 from dmpo_jax.types import Rollouts, Sampled, Scored, TrainBatch, Views, to_groups
 
@@ -178,14 +178,14 @@ def test_split_and_join():
   """Stripes of rows, and back; a device's block of rows stays its own."""
   x = jnp.arange(24).reshape(12, 2)
   for pieces in (1, 2, 3, 4):
-    split = step.split_rows(x, pieces)
+    split = mesh.split_rows(x, pieces)
     assert split.shape == (pieces, 12 // pieces, 2)
-    same(step.join_rows(split), x)
-  same(step.split_rows(x, 3)[0, :, 0], x[::3, 0])
+    same(mesh.join_rows(split), x)
+  same(mesh.split_rows(x, 3)[0, :, 0], x[::3, 0])
   # The first 4 of 12 rows, one of 3 devices, are the head of every piece.
-  heads = step.split_rows(jnp.arange(12), 2)[:, :2]
+  heads = mesh.split_rows(jnp.arange(12), 2)[:, :2]
   same(np.sort(np.ravel(heads)), np.arange(4))
-  same(step.in_microbatches(lambda y: y * 2, x, 3), x * 2)
+  same(mesh.in_microbatches(lambda y: y * 2, x, 3), x * 2)
 
 
 @pytest.mark.parametrize(

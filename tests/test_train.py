@@ -1,5 +1,7 @@
 """A whole tiny run: what it does and writes, and what overlap changes."""
 
+import itertools
+import time
 import types
 
 import jax
@@ -79,9 +81,34 @@ def test_metrics_of_a_run(whole, built):
   for row in found['eval']:
     assert {'accuracy', 'reward', 'cell_accuracy', 'forwards'} <= set(row)
   timed = [r for r in metrics.read(workdir) if r['phase'] == 'rl']
-  assert all(r['seconds/rollout'] > 0 for r in timed)
-  assert timed[-1]['seconds/update'] > 0
+  parts = 'data sample score reward rollout between'.split()
+  assert all(r[f'seconds/{part}'] > 0 for r in timed for part in parts)
+  # The second row has the first one's updates, validation and checkpoint.
+  assert all(timed[1][f'seconds/{x}'] > 0 for x in ('update', 'evaluate', 'checkpoint'))
   assert set(params) == {'params'}
+
+
+def test_the_parts_add_up_to_the_time_of_a_row(
+  built, base_params, tmp_path, monkeypatch
+):
+  """By a clock that counts how often it is read; and one iteration is traced."""
+  ticks, seen = itertools.count(), []
+  clock = types.SimpleNamespace(**{**vars(time), 'perf_counter': lambda: next(ticks)})
+  monkeypatch.setattr(metrics, 'time', clock)
+
+  def rates(numbers, prompt, updates):
+    clocks = {k: v for k, v in numbers.items() if k.startswith('seconds/')}
+    del clocks['seconds/compile']  # it is in the others
+    seen.append((next(ticks), prompt, updates))
+    return {'tokens_per_second': sum(clocks.values())}
+
+  run(built, tmp_path, base_params, rates=rates, profile=1)
+  row = [r for r in metrics.read(tmp_path) if r['phase'] == 'rl'][1]
+  prompt = build.problems(built, 'train').tokens.shape[1]
+  (first, *_), (second, *given) = seen
+  assert row['tokens_per_second'] == second - first and given == [prompt, INNER]
+  assert 'seconds/profile' in row
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 
 def test_samples_of_a_run(whole, built):
@@ -229,9 +256,9 @@ def test_watchdog_hears_of_every_part(early, base_params, tmp_path, monkeypatch)
     'restore': {'checkpoint'},
     'save': {'checkpoint'},
     'prompts_at': {'data'},
-    'sample': {'rollout'},
-    'score': {'rollout'},
-    'pack': {'rollout'},
+    'sample': {'sample'},
+    'score': {'score'},
+    'pack': {'score'},
     'reward': {'reward', 'evaluate'},
     'update': {'update'},
   }

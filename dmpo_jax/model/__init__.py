@@ -33,6 +33,7 @@ from dmpo_jax.model.forward import (
   head,
   hidden,
   init,
+  logits_of,
   shadow_logits,
   states,
   unshift,

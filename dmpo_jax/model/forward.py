@@ -100,14 +100,17 @@ def window_logits(
   keep: bool = False,
   cache: Cache | None = None,
   span: int = 0,
-) -> tuple[t.FloatRWV, Cache | None]:
+  as_states: bool = False,
+) -> tuple[t.Array, Cache | None]:
   """Returns logits of positions [start, start + width), and the cache.
 
   The mask token has -inf: no sampler emits it. start may differ between rows
   where there is no cache. guidance > 0 is the scale of classifier-free guidance
   (LLaDA generate.py:81-91), with the first `prompt` tokens masked in a second row.
   With a cache only `span` positions from start on are computed (0 = `width`), and
-  the rest is read from it. Without one `keep` returns a cache, else None.
+  the rest is read from it. Where the text ends before, they are its last `span` ones.
+  Without a cache `keep` returns one, else None. as_states returns what `logits_of`
+  takes instead of the logits.
   """
   if guidance:
     tokens_RxS, valid_RxS = with_blind_rows(cfg, tokens_RxS, valid_RxS, prompt)
@@ -116,14 +119,28 @@ def window_logits(
     start_R = jnp.broadcast_to(start, (len(h) // (1 + bool(guidance)),))
     h = windows(h, jnp.repeat(start_R, 1 + bool(guidance)), width)
   else:
-    first = jnp.broadcast_to(jnp.int32(start - cfg.shift), tokens_RxS.shape[:1])
-    args = tokens_RxS, valid_RxS, first, (span or width) + cfg.shift, cache
+    first, size, skip = start - cfg.shift, (span or width) + cfg.shift, 0
+    if span:
+      last = tokens_RxS.shape[1] - size
+      first, skip = jnp.minimum(first, last), jnp.maximum(first - last, 0)
+    first_R = jnp.broadcast_to(jnp.int32(first), tokens_RxS.shape[:1])
+    args = tokens_RxS, valid_RxS, first_R, size, cache, skip
     h, cache = beside_cache(cfg, params, *args)
-    h = h[:, :width]
-  logits = head(cfg, params, h)
+    h = jax.lax.dynamic_slice_in_dim(h, skip, width, 1)
+  return h if as_states else logits_of(cfg, params, h, guidance), cache
+
+
+def logits_of(
+  cfg: ModelConfig, params: t.Params, h_RxWxD: t.Array, guidance: float = 0.0
+) -> t.Array:
+  """Returns the logits of windows' states; with guidance from those of 2R rows.
+
+  The mask token has -inf.
+  """
+  logits = head(cfg, params, h_RxWxD)
   if guidance:
     logits = guided(logits, guidance)
-  return without_mask(cfg, logits), cache
+  return without_mask(cfg, logits)
 
 
 def guided(logits_RxWxV: t.Array, guidance: float) -> t.Array:
@@ -141,17 +158,20 @@ def beside_cache(
   start_R: t.IntR,
   width: int,
   cache: Cache,
+  skip: int | t.IntScalar = 0,
 ) -> tuple[t.FloatRTD, Cache]:
   """Returns states of each row's window [start, start + width), and its new cache.
 
   The cache that it returns has the window's columns alone. The window sees itself and
   the cache outside it. One of whole attention blocks sees the cache before it, and
-  itself up to each token's own block. A family that shifts is not undone.
+  itself up to each token's own block. A family that shifts is not undone. The first
+  `skip` tokens of the window are seen as the cache has them.
   """
   cut = lambda x: windows(x, start_R, width)
   queries, real = cut(positions_of(valid_RxS)), cut(valid_RxS)
   column = jnp.arange(tokens_RxS.shape[1])[None] - start_R[:, None]
-  past, mask = column < 0, real[:, None, None]
+  own = real & (jnp.arange(width)[None] >= skip)
+  past, mask = column < skip, own[:, None, None]
   if cfg.block_causal:
     mask = Packed(real, 0, 0, cfg.block_causal).text_mask()
   else:

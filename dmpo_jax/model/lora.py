@@ -12,10 +12,10 @@ from dmpo_jax.types import Array, FloatDF, FloatRTD, FloatXD, FloatXF, KeyRT
 
 
 def adapter(module: nn.Module, cfg: ModelConfig, x: FloatXD, features: int) -> FloatXF:
-  """Returns x @ a @ b · alpha / rank, float32, of the adapter of a linear.
+  """Returns x @ a @ b · alpha / rank, in cfg.lora_dtype, of the adapter of a linear.
 
-  a and b are variables of `module` in the collection 'lora', initialised as PEFT
-  does: a by kaiming_uniform(sqrt 5), b with zeros.
+  a and b are float32 variables of `module` in the collection 'lora', initialised as
+  PEFT does: a by kaiming_uniform(sqrt 5), b with zeros.
   """
   inputs, bound = x.shape[-1], x.shape[-1] ** -0.5
   a = module.variable(
@@ -26,21 +26,25 @@ def adapter(module: nn.Module, cfg: ModelConfig, x: FloatXD, features: int) -> F
     ),
   )
   b = module.variable('lora', 'b', jnp.zeros, (cfg.lora_rank, features))
-  x = x.astype(jnp.float32)
-  return (x @ a.value) @ b.value * (cfg.lora_alpha / cfg.lora_rank)
+  x, down, up = (z.astype(cfg.lora_dtype) for z in (x, a.value, b.value))
+  return (x @ down) @ up * (cfg.lora_alpha / cfg.lora_rank)
 
 
 def dropout(x: FloatRTD, keys: KeyRT, rate: float, name: str) -> FloatRTD:
   """Sets a share `rate` of an adapter's input to zero and scales the rest up.
 
-  A token's mask depends on its own key and on the linear's name alone.
+  A token's mask depends on its own key and on the linear's name alone. Two inputs
+  share a word of random bits, for the words are what dropout costs. So the rate is
+  rounded to 2^-16; the scale has the rounded one, and the mean is exact.
   """
-  address = zlib.crc32(name.encode())
+  address, width = zlib.crc32(name.encode()), x.shape[-1]
+  kept = min(max(round((1 - rate) * 2**16), 1), 2**16 - 1)
 
   def drop(token: Array, key: Array) -> Array:
-    key = jax.random.fold_in(key, address)
-    keep = jax.random.bernoulli(key, 1 - rate, token.shape)
-    return jnp.where(keep, token / (1 - rate), 0).astype(token.dtype)
+    words = jax.random.bits(jax.random.fold_in(key, address), (-(-width // 2), 1))
+    draws = words >> jnp.arange(0, 32, 16, dtype=jnp.uint32)[None] & 0xFFFF
+    keep = draws.ravel()[:width] < kept
+    return jnp.where(keep, token / (kept / 2**16), 0).astype(token.dtype)
 
   return jax.vmap(jax.vmap(drop))(x, keys)
 

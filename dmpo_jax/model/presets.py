@@ -42,11 +42,12 @@ class ModelConfig:
   lora_alpha: float = 64.0  # adapters are scaled by lora_alpha / lora_rank
   lora_dropout: float = 0.0  # of an adapter's input, in updates; 0 = none
   lora_targets: str = LORA_TARGETS['all']  # regex on a linear's name
+  lora_dtype: str = 'float32'  # of the adapters' products; their parameters: float32
   dtype: str = 'float32'  # of the matmuls; norms, softmax, logits are float32
   param_dtype: str = 'float32'  # of the parameters
   remat: str = 'none'  # what backward recomputes of a layer; a name in REMAT
   attention: str = 'xla'  # a name in ATTENTION
-  head_chunk: int = 0  # completion tokens per head call in log-probs; 0 = all
+  head_chunk: int = 0  # completion tokens per head call; 0 = all
 
 
 # What SDAR's models share, and dllm's with a Qwen3 body but for some ids.

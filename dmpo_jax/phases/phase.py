@@ -2,8 +2,11 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
+from absl import logging
 
 from dmpo_jax import build, metrics, resume
 from dmpo_jax.types import Params, TrainState
@@ -11,6 +14,52 @@ from dmpo_jax.types import Params, TrainState
 
 def no_beat(phase: str, step: int) -> None:
   """Stands for a watchdog's beat where there is no watchdog."""
+
+
+def no_rates(
+  numbers: Mapping[str, float], prompt: int, updates: int
+) -> dict[str, float]:
+  """Stands for a meter where there is none."""
+  return {}
+
+
+class Tracer:
+  """Traces `count` iterations into a folder, for TensorBoard or Perfetto.
+
+  It begins with a session's second iteration, because the first one compiles. Of
+  several processes the first traces its own devices.
+  """
+
+  def __init__(self, folder: str, count: int, clock: metrics.Clock):
+    self.folder, self.count = folder, count * (jax.process_index() == 0)
+    self.clock = clock
+    self.first: int | None = None  # iteration of the session
+    self.on = False
+
+  def at(self, iteration: int) -> None:
+    """Begins or ends the trace where it is time; called before each update."""
+    if not self.count:
+      return
+    self.first = iteration if self.first is None else self.first
+    if not self.on and iteration == self.first + 1:
+      with self.clock('profile'):
+        jax.profiler.start_trace(self.folder)
+      self.on = True
+    if self.on and iteration == self.first + 1 + self.count:
+      self.stop()
+
+  def stop(self) -> None:
+    with self.clock('profile'):
+      jax.profiler.stop_trace()
+    self.count, self.on = 0, False
+    logging.info('trace in %s: tensorboard --logdir shows it', self.folder)
+
+  def __enter__(self) -> 'Tracer':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    if self.on:
+      self.stop()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +70,8 @@ class Session:
   workdir: str
   writer: metrics.Writer
   beat: Callable[[str, int], None] = no_beat  # guard.Watchdog.beat
+  rates: Callable[..., dict[str, float]] = no_rates  # tools.speed.Meter
+  profile: int = 0  # iterations of RL that are traced; 0 = none
 
 
 class Phase(abc.ABC):
@@ -41,6 +92,7 @@ class Phase(abc.ABC):
     self.session, self.built = session, session.built
     self.config, self.writer = session.built.config, session.writer
     self.clock = metrics.Clock(session.beat)
+    self.tracer = Tracer('', 0, self.clock)
     self.frozen: Params = {}  # parameters that do not train
     self.shown: dict[str, float] = {}  # the newest numbers, for the progress line
     self.refuse = resume.refuse(self.config)  # meta -> why it is not this run's

@@ -5,13 +5,14 @@ rollout.py; here are the files, the health rules and the validation around them.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
 from absl import logging
 
 from dmpo_jax import build, check, data, evaluate, guard, health, optim, resume, rollout
-from dmpo_jax.phases.phase import Phase, Session
+from dmpo_jax.phases.phase import Phase, Session, Tracer
 from dmpo_jax.types import Params, TrainBatch, TrainState
 
 
@@ -33,6 +34,9 @@ class RL(Phase):
     self.collector = build.collector(self.built, self.frozen)
     self.references: tuple = ()  # read by `start`
     self.best: resume.Best | None = None
+    folder = os.path.join(session.workdir, 'profile')
+    self.tracer = Tracer(folder, session.profile, self.clock)
+    self.taken = 0  # updates since the last row of phase rl
 
   def start(self) -> TrainState:
     self.references = self.built.steps.read_references()
@@ -98,12 +102,17 @@ class RL(Phase):
       logging.warning('%s', health.flat_sentence(state.flat, numbers['reward']))
     numbers['ill'] = len(health.broken(self.rules, state))
     numbers |= {**build.compilations(), **self.clock.take()}
+    order, tokens = begun.host.order, begun.sampled.rollouts.tokens
+    prompt = tokens.shape[1] - order.shape[1]
+    numbers |= self.session.rates(numbers, prompt, self.taken)
+    self.taken = 0
     self.shown |= self.writer.write('rl', begun.iteration, numbers)
     return batch, dataclasses.replace(place, health=state)
 
   def update(
     self, state: TrainState, batch: TrainBatch, inner: int
   ) -> tuple[TrainState, Any]:
+    self.taken += 1
     return self.built.steps.update(state, self.frozen, batch, inner)
 
   # --- health and validation

@@ -57,12 +57,10 @@ def step(setting: Setting, state: State) -> State:
   run = partial(window, setting, state, start_R)
   behind = jnp.any(live_R & (state.done < start_R))
   h, cache = jax.lax.cond(behind, partial(run, 2 * size), partial(run, size))
-  guidance = setting.hp.guidance
   h = model.windows(h, each(setting, at_R - start_R), setting.hp.block)
-  logits = model.head(setting.cfg, setting.params, h)
-  logits = model.guided(logits, guidance) if guidance else logits
-  logits = model.without_mask(setting.cfg, logits)
-  loop = unmask.reveal(setting, state.loop, logits, at_R, live_R)
+  if unmask.pieces(setting) == 1:
+    h = model.logits_of(setting.cfg, setting.params, h, setting.hp.guidance)
+  loop = unmask.reveal(setting, state.loop, h, at_R, live_R)
   return State(loop, cache, jnp.where(behind, start_R, state.done))
 
 

@@ -14,14 +14,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dmpo_jax import model
+from dmpo_jax import mesh, model
 from dmpo_jax import types as t
 from dmpo_jax.sampler import orders, picks
 from dmpo_jax.sampler.config import SAMPLERS, SampleConfig
 from dmpo_jax.sampler.records import Recorder
 from dmpo_jax.types import Array
 
+SPANS = 4  # programs of the cache prefix, each for some of the blocks
 Start = int | t.IntScalar  # index of a block's first token, the same in all rows
 
 
@@ -68,12 +70,18 @@ def by_rule(setting: Setting, loop: Loop) -> Loop:
   if hp.cache == 'none':
     more = partial(masks_remain, setting)
     return jax.lax.while_loop(more, partial(step_each_row, setting), loop)
-  starts = range(prompt, prompt + hp.length, hp.block)
-  if hp.cache == 'dual':  # every block has the same shapes: one program
-    body = lambda loop, start: (unmask_block(setting, start, hp.block, loop), None)
-    return jax.lax.scan(body, loop, jnp.asarray(starts))[0]
-  for start in starts:
-    loop = unmask_block(setting, start, prompt + hp.length - start, loop)
+  end = prompt + hp.length
+  starts = np.arange(prompt, end, hp.block)
+  # Blocks whose steps have the same shapes are one program. With the cache prefix
+  # a step computes all up to the end: as many positions as for its group's first.
+  groups = 1 if hp.cache == 'dual' else min(SPANS, len(starts))
+  for group in np.array_split(starts, groups):
+    span = 0 if hp.cache == 'dual' else int(end - group[0])
+
+    def body(loop, start, span=span):
+      return unmask_block(setting, start, span, loop), None
+
+    loop, _ = jax.lax.scan(body, loop, jnp.asarray(group))
   return loop
 
 
@@ -123,8 +131,8 @@ def own_blocks(setting: Setting, loop: Loop) -> tuple[t.IntR, t.BoolR]:
 def step_each_row(setting: Setting, loop: Loop) -> Loop:
   """Takes one step of every row in its own block."""
   start_R, live_R = own_blocks(setting, loop)
-  logits, _ = forward(setting, loop, start_R)
-  return reveal(setting, loop, logits, start_R, live_R)
+  seen, _ = forward(setting, loop, start_R)
+  return reveal(setting, loop, seen, start_R, live_R)
 
 
 # ---- with a cache
@@ -149,10 +157,10 @@ def block_remains(setting: Setting, start: Start, loop: Loop) -> Array:
 def lap(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
   """Takes a step that fills the cache, and cached ones until the next such step.
 
-  A cached step computes the `span` positions from `start` on.
+  A cached step computes the `span` positions from `start` on; see model.window_logits.
   """
-  logits, cache = forward(setting, loop, start, keep=True)
-  loop = step_block(setting, start, loop, logits)
+  seen, cache = forward(setting, loop, start, keep=True)
+  loop = step_block(setting, start, loop, seen)
   until = loop.forwards + setting.hp.refresh - 1
   return jax.lax.while_loop(
     partial(lap_goes_on, setting, start, until),
@@ -171,24 +179,40 @@ def lap_goes_on(
 
 def cached_step(setting: Setting, start: Start, cached: dict, loop: Loop) -> Loop:
   """Takes one step in the block that all rows share, by the cache."""
-  logits, _ = forward(setting, loop, start, **cached)
-  return step_block(setting, start, loop, logits)
+  seen, _ = forward(setting, loop, start, **cached)
+  return step_block(setting, start, loop, seen)
 
 
-def step_block(setting: Setting, start: Start, loop: Loop, logits: t.FloatRWV) -> Loop:
+def step_block(setting: Setting, start: Start, loop: Loop, seen: Array) -> Loop:
   """Reveals in the block that all rows share."""
   start_R = jnp.full((len(loop.tokens),), start, jnp.int32)
   live_R = jnp.any(remaining(setting, loop), axis=1)
-  return reveal(setting, loop, logits, start_R, live_R)
+  return reveal(setting, loop, seen, start_R, live_R)
 
 
 # ---- one step
 
 
+def pieces(setting: Setting) -> int:
+  """Returns in how many pieces the rows go through the output head, one after another.
+
+  So many that the logits of a piece are not more than those of all rows and of
+  cfg.head_chunk positions. Each device keeps its rows.
+  """
+  chunk, block = setting.cfg.head_chunk, setting.hp.block
+  if not chunk or chunk >= block:
+    return 1
+  rows = len(setting.valid)
+  own = rows // shards if rows % (shards := mesh.row_shards()) == 0 else rows
+  fit = (n for n in range(-(-block // chunk), own) if own % n == 0)
+  return next(fit, own)
+
+
 def forward(
   setting: Setting, loop: Loop, start: Start | t.IntR, **cache
-) -> tuple[t.FloatRWV, model.Cache | None]:
-  """Returns the logits of the windows from `start` on; see model.window_logits."""
+) -> tuple[Array, model.Cache | None]:
+  """Returns what `reveal` takes of the windows from `start` on, and the cache."""
+  cache['as_states'] = pieces(setting) > 1
   s, hp = setting, setting.hp
   where = s.valid, start, hp.block, prompt_of(s, loop), hp.guidance
   return model.window_logits(s.cfg, s.params, loop.tokens, *where, **cache)
@@ -209,9 +233,37 @@ def write(x_RxT: Array, start_R: t.IntR, where: t.BoolRW, new_RxW: Array) -> Arr
 
 
 def reveal(
+  setting: Setting, loop: Loop, seen: Array, start_R: t.IntR, live_R: t.BoolR
+) -> Loop:
+  """Proposes a token at every mask of the windows, and keeps what the rule picks.
+
+  seen: the windows' logits, or where `pieces` > 1 their states.
+  """
+  count, rows = pieces(setting), len(start_R)
+  if count == 1:
+    return reveal_by(setting, loop, seen, start_R, live_R)
+
+  def of_piece(part: tuple) -> Loop:
+    h, valid, keys, own, start_R, live_R = part
+    h = h.reshape(-1, *h.shape[2:])
+    logits = model.logits_of(setting.cfg, setting.params, h, setting.hp.guidance)
+    few = dataclasses.replace(setting, valid=valid, keys=keys)
+    own = own._replace(forwards=loop.forwards)
+    done = reveal_by(few, own, logits, start_R, live_R)
+    return done._replace(forwards=jnp.zeros_like(start_R))
+
+  h = seen.reshape(rows, -1, *seen.shape[1:])  # with guidance two for each row
+  own = loop._replace(forwards=jnp.zeros_like(start_R))  # all have a row axis
+  keys = jax.random.clone(setting.keys)  # each step cuts them in pieces again
+  parts = h, setting.valid, keys, own, start_R, live_R
+  done = mesh.in_microbatches(of_piece, parts, count)
+  return done._replace(forwards=loop.forwards + 1)
+
+
+def reveal_by(
   setting: Setting, loop: Loop, logits: t.FloatRWV, start_R: t.IntR, live_R: t.BoolR
 ) -> Loop:
-  """Proposes a token at every mask of the windows, and keeps what the rule picks."""
+  """Does what `reveal` says by the logits of some rows, which it takes for all."""
   proposal = propose(setting, loop, logits, start_R, live_R)
   look = proposal.look
   take = picks.PICKS[setting.hp.pick].rule(look, setting.hp)

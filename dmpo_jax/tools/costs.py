@@ -36,6 +36,26 @@ def shares(trips: Sequence[float]) -> tuple[float, float]:
   return 1.0 - true, true
 
 
+def trips_of(hp: Any, attention_block: int, rows: int, steps: float) -> tuple:
+  """Returns how often the sampler's open loops run, for `matmuls`.
+
+  hp: its settings. steps: forwards of a rollout; with slots, of so many rows.
+  """
+  rolls = 0 < hp.slots < rows
+  if hp.cache in ('prefix', 'dual'):  # laps of a block, cached steps of a lap
+    a_block = steps / (hp.length // hp.block)
+    a_lap = min(a_block, hp.refresh or a_block)
+    return a_block / a_lap, a_lap - 1
+  if rolls:  # laps that end with a new row in a slot, steps of a lap
+    laps = rows / hp.slots
+    loop = laps, steps
+  else:
+    loop = (steps,)
+  if hp.cache == 'block':  # how often a step computes the block before, too
+    loop += (hp.length / attention_block / steps,)
+  return loop
+
+
 def matmuls(
   jaxpr: Any, trips: Sequence[float], devices: int, tensor: int = 1
 ) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from dmpo_jax.fits import GIB, size
 from dmpo_jax.sampler import SAMPLERS
 from dmpo_jax.tools import chips
 from dmpo_jax.tools.chips import Chip
-from dmpo_jax.tools.costs import collectives, matmuls
+from dmpo_jax.tools.costs import collectives, matmuls, trips_of
 
 
 class Program(NamedTuple):
@@ -138,32 +138,22 @@ def cache_bytes(built: build.Built, prompt: int) -> int:
   return 2 * cfg.layers * rows * tokens * width
 
 
-def trips_of(built: build.Built, s: Any) -> tuple[float, ...]:
-  """Returns the trips of a sampler's open loops (costs.matmuls); s: its section.
-
-  Of the cache `block` it counts a step's own block, and once a block the one before it.
-  Rows whose prompts end elsewhere in their blocks compute that one more often.
-  """
-  steps = s.steps if SAMPLERS[s.pick].scheduled else s.length
-  if s.cache == 'none':
-    return (steps,)
-  if s.cache == 'block':
-    return (steps, s.length / built.model.block_causal / steps)
-  a_block = steps // (s.length // s.block)  # laps of a block, cached steps of a lap
-  a_lap = min(a_block, s.refresh or a_block)
-  return (-(-a_block // a_lap), a_lap - 1)
-
-
 def jobs(built: build.Built, prompt: int) -> list[tuple]:
-  """Returns build.programs, each with the trips of its open loops."""
+  """Returns build.programs, each with the trips of its open loops.
+
+  Rules that plan no steps take one a token. Of the cache `block` the block before a
+  step's own counts once a block. Rows whose prompts end elsewhere in their blocks
+  compute it more often.
+  """
   c = built.config
+  steps_of = lambda hp: hp.steps if SAMPLERS[hp.pick].scheduled else hp.length
+  rows = {'sample': c.train.prompts * c.train.group, 'evaluate': c.eval.batch}
   trips = {
-    'sample': trips_of(built, c.sampler),
-    'evaluate': trips_of(built, c.eval.sampler),
+    name: trips_of(hp, built.model.block_causal, rows[name], steps_of(hp))
+    for name, hp in (('sample', c.sampler), ('evaluate', c.eval.sampler))
   }
   # A trajectory has as many states as steps.
-  steps = c.sampler.steps if SAMPLERS[c.sampler.pick].scheduled else c.sampler.length
-  trips |= {'score': (steps,), 'update': (1,)}
+  trips |= {'score': (steps_of(c.sampler),), 'update': (1,)}
   return [(*job, trips[job[0]]) for job in build.programs(built, prompt, prompt)]
 
 
