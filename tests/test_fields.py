@@ -250,7 +250,7 @@ def test_sampler_field_changes_the_sampler(field, tiny, shapes):
 
 # Not of a step: the loop reads some, and at temperature 0 only the recorded log-probs
 # depend on the last two.
-NOT_OF_A_STEP = {'length', 'block', 'pick', 'guidance', 'cache', 'refresh'}
+NOT_OF_A_STEP = {'length', 'block', 'pick', 'guidance', 'cache', 'refresh', 'slots'}
 NOT_OF_A_STEP |= {'eos_stop', 'top_p', 'top_k'}
 
 

@@ -4,7 +4,7 @@ import pytest
 from tiny_run import tiny
 
 from dmpo_jax import build
-from dmpo_jax.tools import plan, speed
+from dmpo_jax.tools import chips, speed
 
 P = 18
 CLOCKS = {

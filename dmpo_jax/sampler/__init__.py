@@ -6,7 +6,7 @@ its own loop, as wino.py, is a file and a line in SAMPLERS. A new record of each
 token is a function and a line in RECORDS.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
@@ -105,10 +105,7 @@ def sample(
   setting = unmask.Setting(
     cfg, params, hp, valid, prompt, keys_R, {name: RECORDS[name] for name in records}
   )
-  rule = blocks.by_block if hp.cache == 'block' else unmask.by_rule
-  if 0 < hp.slots < len(canvas):
-    rule = rolling.by_slot
-  loop = (SAMPLERS[hp.pick].unmask or rule)(setting, loop)
+  loop = loop_of(hp, len(canvas))(setting, loop)
   # 3. Where eos_stop has left a mask stands EOS, which belongs to no step.
   completion = loop.tokens[:, prompt:]
   left = unmask.hidden(setting, loop)
@@ -122,6 +119,15 @@ def sample(
     confidence=loop.confidence,
     more=loop.more or None,
   )
+
+
+def loop_of(hp: SampleConfig, rows: int) -> Callable[..., unmask.Loop]:
+  """Returns the function that reveals all masks of so many rows."""
+  if own := SAMPLERS[hp.pick].unmask:
+    return own
+  if 0 < hp.slots < rows:
+    return rolling.by_slot
+  return blocks.by_block if hp.cache == 'block' else unmask.by_rule
 
 
 def lay_out(
