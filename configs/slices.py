@@ -5,8 +5,8 @@ configs/llada_math.py:h100, configs/llada_math.py:espo,h100. docs/plans.md has i
 memory and its time. A new slice is an entry here, and a plan (benchmarks/plans.py).
 
 A slice sets how a run is computed: the cache of bidirectional models, what is
-rematerialised, microbatches, how the base is stored. It does not change what is
-learned, but where it sets train.prompts: there the K/V cache of 128 rows does not fit.
+rematerialised, microbatches, rows at a time, how the base is stored. It does not change
+what is learned.
 """
 
 import math
@@ -24,7 +24,9 @@ class Slice(NamedTuple):
   models: dict
 
 
-DOTS, HALF = {'model.remat': 'dots'}, {'train.prompts': 4, 'eval.batch': 64}
+DOTS = {'model.remat': 'dots'}
+# Keys and values of 64 rows at a time; the other 64 follow.
+HALF = {'sampler.slots': 64, 'eval.batch': 64}
 # Every device holds the whole base, so that none of it is gathered.
 INT8 = {'model.quantize': 'int8'}
 # A sixteenth of the weights on each chip; they are gathered for every forward.
@@ -35,13 +37,14 @@ CARD = {
   'llada_8b': (2, DOTS),
   'dream_7b': (2, DOTS),
   'fast_dllm_7b': (2, {}),
+  'sdar_4b': (2, {}),
   'sdar_1_7b': (8, {}),
   'a2d_0_6b': (8, {}),
 }
 SLICES = {
-  'h100': Slice('h100', 1, {**CARD, 'sdar_4b': (2, HALF)}),
-  'a100': Slice('a100', 1, {**CARD, 'sdar_4b': (2, HALF)}),
-  'h100x8': Slice('h100x8', 8, {**CARD, 'sdar_4b': (2, {})}),
+  'h100': Slice('h100', 1, CARD),
+  'a100': Slice('a100', 1, CARD),
+  'h100x8': Slice('h100x8', 8, CARD),
   'l40s': Slice(
     'l40s',
     1,

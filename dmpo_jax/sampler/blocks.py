@@ -56,7 +56,10 @@ def step(setting: Setting, state: State) -> State:
   start_R = setting.prompt + (at_R - setting.prompt) // size * size
   run = partial(window, setting, state, start_R)
   behind = jnp.any(live_R & (state.done < start_R))
-  h, cache = jax.lax.cond(behind, partial(run, 2 * size), partial(run, size))
+  h, new = jax.lax.cond(behind, partial(run, 2 * size), partial(run, size))
+  # XLA copies what a branch of a condition writes to, but not what a loop does.
+  write = lambda _, cache: put(cache, new, each(setting, start_R - size))
+  cache = jax.lax.fori_loop(0, jnp.int32(behind), write, state.cache)
   h = model.windows(h, each(setting, at_R - start_R), setting.hp.block)
   if unmask.pieces(setting) == 1:
     h = model.logits_of(setting.cfg, setting.params, h, setting.hp.guidance)
@@ -83,7 +86,7 @@ def window(
   """Computes the attention blocks at `start`, with width = 2 W also those before.
 
   Returns the states that predict the blocks' tokens, (R, W, D) or with guidance
-  (2R, W, D), and the cache.
+  (2R, W, D), and keys and values of the blocks before; of width = W zeros.
   """
   cfg, size = setting.cfg, setting.cfg.block_causal
   first_R = each(setting, start_R + size - width)
@@ -92,13 +95,15 @@ def window(
   if cfg.shift:
     h = model.unshift(h, jnp.ones(h.shape[:2], bool))
   if width == size:
-    return h, state.cache
+    return h, jax.tree.map(jnp.zeros_like, new)
+  return h[:, size:], jax.tree.map(lambda x: x[..., :size, :], new)
 
-  def put(x: t.Array, part: t.Array, at: t.Array) -> t.Array:  # one row
+
+def put(cache: model.Cache, new: model.Cache, at_R: t.Array) -> model.Cache:
+  """Writes keys and values of some columns, at a place of each row's own."""
+
+  def of_row(x: t.Array, part: t.Array, at: t.Array) -> t.Array:
     return jax.lax.dynamic_update_slice(x, part, (0, 0, at, 0))
 
-  rows = partial(model.on_own_rows, jax.vmap(put, (1, 1, 0), 1), (1, 1, 0))
-  cache = (
-    rows(x, y[..., :size, :], first_R) for x, y in zip(state.cache, new, strict=True)
-  )
-  return h[:, size:], model.Cache(*cache)
+  rows = partial(model.on_own_rows, jax.vmap(of_row, (1, 1, 0), 1), (1, 1, 0))
+  return jax.tree.map(lambda x, part: rows(x, part, at_R), cache, new)

@@ -128,7 +128,7 @@ def cache_bytes(built: build.Built, prompt: int) -> int:
   if c.sampler.cache == 'none':
     return 0
   shards = built.mesh.shape['data'] * built.mesh.shape['fsdp']
-  rows = c.train.prompts * c.train.group // shards
+  rows = min(c.train.prompts * c.train.group, c.sampler.slots or math.inf) // shards
   rows *= 2 if c.sampler.guidance else 1
   dim = cfg.head_dim or cfg.width // cfg.heads
   width = cfg.kv_heads * dim * jnp.dtype(cfg.dtype).itemsize
