@@ -36,13 +36,13 @@ def row(name, stem, c, made):
   settings = [
     f'{field.split(".")[-1]}={value}'
     for field, value in (
-      ('train.prompts', c.train.prompts),
+      ('sampler.slots', c.sampler.slots),
       ('train.microbatches', c.train.microbatches),
       ('model.remat', c.model.remat),
       ('model.quantize', c.model.quantize),
       ('mesh.fsdp', c.mesh.fsdp),
     )
-    if value not in ('none', 1)
+    if value not in ('none', 0, 1)
   ]
   times = [plan.duration(made.seconds[x]) for x in ('rollout', 'update', 'run')]
   verdict = 'no' if made.misfit else 'yes'

@@ -12,7 +12,7 @@ training from the text's first token, as here, but those of its evaluation from 
 prompt's end: --config.model.attention_grid=prompt does the same.
 Blocks of 32 tokens have up to 32 rounds. The exact weights read them in 32 masked
 copies; --config.logprob.states=8 reads 8 of them, without bias.
-Planned for one H100 (:h100): 16.5 GiB at the peak, of the 72.8 that JAX takes. At least
+Planned for one H100 (:h100): 14.1 GiB at the peak, of the 72.8 that JAX takes. At least
 4.4 s a rollout (at one token a step), 1.5 s an update, 2.3 h.
 Published, 1319 test problems, 256 tokens: 46.3, and the sibling mdlm 29.3. The standard
 error of one number is 1.4.
