@@ -233,9 +233,7 @@ def lines(workdir):
   found = {}
   for i, row in enumerate(metrics.read(workdir)):
     found[f'{metrics.FILE}/{i + 1}'] = {
-      k: v
-      for k, v in row.items()
-      if k not in ('time', 'compilations') and not k.startswith('seconds')
+      k: v for k, v in row.items() if not metrics.of_machine(k)
     }
   for name in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl'):
     text = (workdir / name).read_text()

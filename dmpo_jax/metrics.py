@@ -90,6 +90,12 @@ METRICS = {
 }
 
 
+def of_machine(name: str) -> bool:
+  """Returns whether a metric tells of the machine, and not of what was computed."""
+  clocks = 'time', 'compilations', 'tokens_per_second', 'forwards_per_second', 'mfu'
+  return name in clocks or name.startswith(('seconds/', 'gib/'))
+
+
 def meaning(name: str) -> str:
   """Returns the line of METRICS for a metric; '' if it has none."""
   return METRICS.get(name) or METRICS.get(name.partition('/')[0] + '/', '')

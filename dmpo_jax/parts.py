@@ -123,6 +123,12 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
       'logprob.elbo = order needs a model that attends block by block: set paper or '
       'stratified'
     )
+  along = c.train.iterations and c.logprob.estimator == 'trajectory'
+  if cfg.block_causal and along and c.sampler.guidance:
+    raise ValueError(
+      f'sampler.guidance = {c.sampler.guidance} has no log-prob along the trajectory '
+      'of a block-causal model: set 0, or logprob.estimator = elbo'
+    )
 
 
 def check_targets(cfg: model.ModelConfig) -> None:

@@ -57,6 +57,7 @@ WITH = {
   'entropy_bound': {'pick': 'entropy'},
   'verify': {'pick': 'wino'},
   'refresh': {'cache': 'dual'},
+  'slots': {'slots': 1},
   'states': {'estimator': 'trajectory'},
 }
 

@@ -226,8 +226,7 @@ def rows(workdir):
     (row['phase'], row['step']): {
       name: x
       for name, x in row.items()
-      if name not in ('phase', 'step', 'time', 'compilations')
-      and not name.startswith('seconds/')
+      if name not in ('phase', 'step') and not metrics.of_machine(name)
     }
     for row in metrics.read(workdir)
   }
