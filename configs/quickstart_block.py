@@ -4,7 +4,10 @@ python main.py --config=configs/quickstart_block.py
 
 The model attends in blocks of four tokens, as SDAR and A2D's bd3lm do: a token sees all
 before its block, and the whole block. Blocks are sampled from left to right, with an
-exact cache. The rest is the quickstart.
+exact cache. The rest is the quickstart, with 400 iterations.
+
+Measured on 512 unseen puzzles: seeds 0 and 1 went from 27.9 to 89.8 % and from 42.2 to
+93.2 % in 220 iterations; seed 2 from 47.7 to 78.5 %, and to 89.5 % in 400.
 
 * `logprob.estimator = trajectory` reads all recorded rounds of all blocks in one packed
   pass of at most four masked copies: the weights are exact.
