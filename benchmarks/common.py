@@ -160,7 +160,7 @@ def flops_of(run, trips, *inputs):
 
 def trips_of(args, hp, forwards):
   """Returns how often the sampler's open loops ran, for `flops_of`."""
-  steps = forwards * hp.slots / args.rows if 0 < hp.slots < args.rows else forwards
+  steps = costs.steps_of(hp, args.rows, forwards)
   return costs.trips_of(hp, getattr(args, 'attention_block', 0), args.rows, steps)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dmpo_jax import mesh
 from dmpo_jax import types as t
 from dmpo_jax.sampler import blocks, unmask
 from dmpo_jax.sampler.unmask import Loop, Setting
@@ -164,16 +165,7 @@ def fill(setting: Setting, batch: Batch, count: int) -> Batch:
 
 def in_pieces(setting: Setting, loop: Loop) -> Loop:
   """Samples hp.slots rows after the others: caches that all rows share need that."""
-  parts, rows = shards(), len(loop.tokens)
-  count = rows // setting.hp.slots
-
-  def pieces(x: Array) -> Array:
-    x = x.reshape((parts, count, -1) + x.shape[1:])
-    return jnp.swapaxes(x, 0, 1).reshape((count, setting.hp.slots) + x.shape[3:])
-
-  def joined(x: Array) -> Array:
-    x = x.reshape((count, parts, -1) + x.shape[2:])
-    return jnp.swapaxes(x, 0, 1).reshape((rows,) + x.shape[3:])
+  count = len(loop.tokens) // setting.hp.slots
 
   def one(piece: Any) -> Loop:
     loop, valid, keys = piece
@@ -182,6 +174,6 @@ def in_pieces(setting: Setting, loop: Loop) -> Loop:
 
   keys = jax.random.key_data(setting.keys)
   whole = loop._replace(forwards=None), setting.valid, keys
-  done = jax.lax.map(one, jax.tree.map(pieces, whole))
+  done = jax.lax.map(one, jax.tree.map(lambda x: mesh.split_rows(x, count), whole))
   forwards, done = jnp.sum(done.forwards), done._replace(forwards=None)
-  return jax.tree.map(joined, done)._replace(forwards=forwards)
+  return jax.tree.map(mesh.join_rows, done)._replace(forwards=forwards)

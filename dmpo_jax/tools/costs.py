@@ -36,10 +36,15 @@ def shares(trips: Sequence[float]) -> tuple[float, float]:
   return 1.0 - true, true
 
 
+def steps_of(hp: Any, rows: int, forwards: float) -> float:
+  """Returns the forwards of a rollout; with slots, those of so many rows."""
+  return forwards * hp.slots / rows if 0 < hp.slots < rows else forwards
+
+
 def trips_of(hp: Any, attention_block: int, rows: int, steps: float) -> tuple:
   """Returns how often the sampler's open loops run, for `matmuls`.
 
-  hp: its settings. steps: forwards of a rollout; with slots, of so many rows.
+  hp: its settings. steps: as `steps_of`.
   """
   rolls = 0 < hp.slots < rows
   if hp.cache in ('prefix', 'dual'):  # laps of a block, cached steps of a lap

@@ -56,7 +56,7 @@ class Meter:
       }
     grid, c = self.built.mesh, self.built.config
     hp, rows = c.sampler, c.train.prompts * c.train.group
-    steps = forwards * hp.slots / rows if 0 < hp.slots < rows else forwards
+    steps = costs.steps_of(hp, rows, forwards)
     trips = costs.trips_of(hp, self.built.model.block_causal, rows, steps)
     trips = {'sample': trips, 'score': (steps,)}
     times = {'sample': 1, 'score': 1, 'update': updates}
