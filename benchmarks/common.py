@@ -92,6 +92,8 @@ def make_model(args):
     lora_rank=rank,
     block_causal=getattr(args, 'attention_block', 0),
   )
+  if cfg.block_causal and not cfg.shift:  # SDAR's body is Qwen3's
+    cfg = dataclasses.replace(cfg, qk_norm=True)
   if mean := getattr(args, 'mean', 0):  # random weights draw tokens almost evenly
     cfg = dataclasses.replace(cfg, stop_ids=tuple(range(cfg.vocab // mean)))
   params = jax.jit(lambda: model.init(cfg, jax.random.key(0)))()

@@ -2,10 +2,13 @@
 
 python -m benchmarks.peer --reference=DMPO/fast_samplers/fast_dllm \
     --python=/path/to/python/with/torch [--cases=none,dual]
+python -m benchmarks.peer --reference=SDAR --attention-block=4 --block=4 \
+    --steps=128 --python=...
 
-The reference is a folder of the DMPO release (or one like it); nothing of it is
+The reference is a folder of the DMPO release (or one like it), or SDAR's
+generate.py beside the modelling files of an SDAR checkpoint; nothing of it is
 here. It runs in a process of its own (benchmarks/peer_torch.py), whose Python
-needs torch, transformers 4.49, safetensors and einops; the two take turns, so
+needs torch, transformers 4.52, safetensors and einops; the two take turns, so
 that both see the same machine. One JSON line a case: tokens per second of both
 (medians), their ratio, forwards, and the share of tokens that agree.
 """
@@ -33,6 +36,11 @@ CASES = {
   'dual': dict(cache='dual'),
   'dual_threshold': dict(cache='dual', pick='threshold'),
   'prefix_threshold': dict(cache='prefix', pick='threshold'),
+}
+# With --attention-block: a block-causal model against SDAR's release.
+BLOCK_CASES = {
+  'block': dict(cache='block'),
+  'block_dynamic': dict(cache='block', pick='dynamic'),
 }
 
 
@@ -86,9 +94,9 @@ def in_turns(repeats, ours, theirs):
 
 def compare(args, cfg, params, peer, name):
   """The JSON of one case of sampling."""
-  hp = common.sample_config(args, **CASES[name])
+  hp = common.sample_config(args, **(CASES | BLOCK_CASES)[name])
   run, inputs = common.sampling(cfg, hp), common.prompts_of(args, cfg)
-  threshold = args.threshold if hp.pick == 'threshold' else None
+  threshold = args.threshold if hp.pick in ('threshold', 'dynamic') else None
   request = dict(
     what='sample',
     cache=hp.cache,
@@ -146,13 +154,14 @@ def main():
   parser.add_argument(
     '--python', default=sys.executable, help='an interpreter that has torch'
   )
-  parser.add_argument('--cases', default=','.join([*CASES, 'train_step']))
+  parser.add_argument('--cases', help='default: all of the family')
   args = parser.parse_args()
+  cases = BLOCK_CASES if args.attention_block else [*CASES, 'train_step']
   cfg, params = common.make_model(args)
   with tempfile.TemporaryDirectory() as folder:
     export_all(folder, args, cfg, params)
     peer = Peer(args, folder)
-    for name in args.cases.split(','):
+    for name in args.cases.split(',') if args.cases else cases:
       found = (
         compare_training(args, cfg, params, peer)
         if name == 'train_step'
