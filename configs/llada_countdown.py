@@ -16,8 +16,13 @@ faster and forgive a larger learning rate (docs/comparison.md): the baseline has
 of its strength, and groups without a right answer count less (where the task's reward
 says what is right: Task.best).
 
+Keys and values outside a block are as old as the block (sampler.cache = dual): an
+eighth of the FLOPs of a rollout, but an approximation. The quickstart's model loses one
+point of accuracy by it (benchmarks/README.md). To sample and to evaluate exactly:
+--config.sampler.cache=none --config.eval.sampler.cache=none.
+
 After the file name may stand
-  :paper        the release's own settings
+  :paper        the release's own settings, without a cache
   :espo, ...    another objective, at its own defaults and with its paper's sampler;
                 --config.objective.name=espo does the same
   :diffu_grpo   d1's recipe: also its learning rate, group and updates per buffer
@@ -32,8 +37,9 @@ the colon the settings are for a slice of 16 chips, split by --config.mesh.fsdp=
 Published, 256 test problems at 128 / 256 / 512 tokens: base 20.7 / 19.5 / 16.0, d1
 34.8 / 32.0 / 42.2, SPG 68.8 / 70.7 / 70.3, DMPO best 83.2 (one token a step). The
 standard error of one number is 2.4 to 3.1. To measure as they did, add --mode=eval
---config.eval.style=eval, and --config.eval.sampler.steps=128 where they take two tokens
-a step. The default here is one token a step and the prompts of training.
+--config.eval.style=eval --config.eval.sampler.cache=none, and
+--config.eval.sampler.steps=128 where they take two tokens a step. The default here is
+one token a step and the prompts of training.
 """
 
 from configs import base, slices
@@ -94,6 +100,8 @@ def choose(c, recipe):
     if wrong := config.nearest('the recipe after the colon', recipes[0], names):
       raise ValueError(wrong[0])
     config.choose_objective(c, recipes[0])
+  if recipes != ['paper']:
+    slices.add_cache(c)
   return slices.place(c, places[0]) if places else c
 
 

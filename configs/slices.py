@@ -65,6 +65,13 @@ SLICES = {
 }
 
 
+def add_cache(c):
+  """Caches keys and values in the samplers that can: `dual` where nothing is set."""
+  for s in (c.sampler, c.eval.sampler):
+    if s.cache == 'none' and SAMPLERS[s.pick].plain:
+      s.cache = 'dual'
+
+
 def place(c, name):
   """Gives a config the settings of a slice; ValueError if its model has none there."""
   slice_, preset = SLICES[name], c.model.preset
@@ -75,10 +82,8 @@ def place(c, name):
       f'{", ".join(known)} have'
     )
   rows, fields = slice_.models[preset]
+  add_cache(c)
   c.update_from_flattened_dict(fields)
-  for s in (c.sampler, c.eval.sampler):
-    if s.cache == 'none' and SAMPLERS[s.pick].plain:
-      s.cache = 'dual'
   of_device = c.train.prompts * c.train.group // slice_.devices
   c.train.microbatches = of_device // math.gcd(of_device, rows)
   return c

@@ -66,11 +66,13 @@ def test_config_file_can_run(stem):
 
 @pytest.mark.parametrize('stem', PUBLISHED)
 def test_recipe_paper_is_the_release(stem):
-  """Our settings differ from the release's in strength and best alone."""
+  """Our settings differ from the release's in strength, best and the cache alone."""
   ours, paper = (check.flatten(file_of(stem).get_config(x)) for x in ('ours', 'paper'))
   different = {name for name in ours if ours[name] != paper[name]}
   assert {'objective.strength'} <= different
-  assert different <= {'objective.strength', 'objective.best'}
+  assert different <= {
+    'objective.strength', 'objective.best', 'sampler.cache', 'eval.sampler.cache',
+  }  # fmt: skip
   assert paper['objective.strength'] == 1 and paper['objective.best'] == 0
 
 
@@ -142,13 +144,23 @@ def test_slice_changes_how_a_run_is_computed(stem, name):
   check.config(c, where.devices, 'tpu' if name.startswith('v') else 'gpu')
   before, after = check.flatten(plain), check.flatten(c)
   free = {'train.microbatches', 'model.remat', 'model.quantize', 'eval.batch'}
-  free |= {'sampler.cache', 'eval.sampler.cache', 'sampler.slots', 'mesh.fsdp'}
+  free |= {'sampler.slots', 'mesh.fsdp'}
   assert {field for field in before if before[field] != after[field]} <= free
   rows = c.train.prompts * c.train.group
   piece = rows // where.devices // c.train.microbatches
   assert piece <= where.models[c.model.preset][0]
   assert piece * where.devices * c.train.microbatches == rows
   assert c.sampler.cache == ('block' if stem in BLOCKS else 'dual')
+
+
+@pytest.mark.parametrize('stem', sorted({*PUBLISHED} - {*BLOCKS}))
+def test_only_the_papers_recipe_samples_without_a_cache(stem):
+  get = file_of(stem).get_config
+  for recipe, cache in (
+    ('ours', 'dual'), ('espo', 'dual'), ('paper', 'none'), ('paper,h100', 'dual'),
+  ):  # fmt: skip
+    c = get(recipe)
+    assert (c.sampler.cache, c.eval.sampler.cache) == (cache, cache), recipe
 
 
 @pytest.mark.parametrize('name', OBJECTIVES)
