@@ -337,6 +337,20 @@ def test_roofline():
   assert 'XLA_PYTHON_CLIENT_MEM_FRACTION' in plan.show(made, small())
 
 
+def test_plan_gathers_once_a_rollout_where_it_fits_and_is_faster():
+  built = build.build(small(**{'sampler.cache': 'dual'}))
+
+  def said(network, memory):
+    chip, target = chips.Chip(1.0, 1e15, 1e15, network), fits.Target(memory)
+    jobs = plan.jobs(built, 20)
+    programs = [plan.compiled(built, chip, target, job)[1] for job in jobs]
+    return plan.gather_once(built, chip, target, programs)
+
+  assert said(1e6, 2**34).startswith('--config.mesh.gather=rollout fits')
+  assert not said(1e6, 2 * sum(fits.held(built)))  # too small
+  assert not said(1e15, 2**34)  # the network bounds nothing
+
+
 @pytest.mark.parametrize('every, validations', [(10, 4), (15, 3), (40, 2), (0, 1)])
 def test_seconds_of_a_run(every, validations):
   """A run has its buffers, its validations from the first on, and two final tests."""
