@@ -6,8 +6,8 @@ The model attends in blocks of four tokens, as SDAR and A2D's bd3lm do: a token 
 before its block, and the whole block. Blocks are sampled from left to right, with an
 exact cache. The rest is the quickstart, with 400 iterations.
 
-Measured on 512 unseen puzzles: 27.9 to 93.2 % (seed 0), 42.2 to 96.9 % (seed 1) and 47.7
-to 89.5 % (seed 2). A run takes eight minutes on two cores.
+Measured on 512 unseen puzzles: 27.9 to 93.2 % (seed 0), 42.2 to 96.9 % (seed 1) and
+47.7 to 89.5 % (seed 2). A run takes eight minutes on two cores.
 
 * `logprob.estimator = trajectory` reads all recorded rounds of all blocks in one packed
   pass of at most four masked copies: the weights are exact.
