@@ -41,17 +41,20 @@ def replace(path: Path, content: str | bytes) -> None:
   os.replace(temporary, path)
 
 
+def read_json(path: Path) -> Any:
+  """Returns what a JSON file holds. ValueError names a damaged one."""
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding='utf-8-sig'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is no valid JSON: {lfs_hint(path) or error}') from None
+
+
 def read_object(path: Path) -> dict[str, Any]:
   """Returns the object of a JSON file; {} if there is no file.
 
   Raises ValueError, which names the file, if it holds anything else.
   """
-  if not os.path.exists(path):
-    return {}
-  try:
-    value = json.loads(pathlib.Path(path).read_text(encoding='utf-8-sig'))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path} is no valid JSON: {lfs_hint(path) or error}') from None
+  value = read_json(path) if os.path.exists(path) else {}
   if not isinstance(value, dict):
     raise ValueError(f'{path} must hold a JSON object, not {type(value).__name__}')
   return value
@@ -67,14 +70,6 @@ def lfs_hint(path: Path) -> str:
 def number(value: float | int) -> float | int | str:
   """Returns a number as JSON can hold it: nan and inf become strings."""
   return value if math.isfinite(value) else str(value)
-
-
-def read_json(path: Path) -> Any:
-  """Returns what a JSON file holds. ValueError names a damaged one."""
-  try:
-    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is damaged ({error})') from None
 
 
 def to_lines(rows: Iterable[dict]) -> str:

@@ -545,7 +545,7 @@ def test_damaged_config_of_a_workdir_is_named(tmp_path):
   path = tmp_path / 'run' / 'config.json'
   for text in (path.read_text()[:100], ''):
     path.write_text(text)
-    with pytest.raises(ValueError, match='config.json is damaged.*remove it'):
+    with pytest.raises(ValueError, match='config.json is no valid JSON.*remove it'):
       runs.claim(tiny(), workdir)
 
 
@@ -1139,7 +1139,7 @@ def test_generations_of_a_wrong_form_are_refused(command, tmp_path):
   path = tmp_path / 'x.json'
   good = {'question': '0' * 16, 'generations': '', 'ground_truth': '1' * 16}
   for value, message in (
-    ('{', 'x.json: not JSON'),
+    ('{', 'x.json is no valid JSON'),
     ('[]', 'no list of generations'),
     ('{"generations": []}', 'no list of generations, or an empty'),
     ('{"generations": ["x"]}', 'generation 0 is no object with fields'),
