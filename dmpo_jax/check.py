@@ -5,6 +5,7 @@ which hold between sections, into one error. The end of the file compares config
 a run that is resumed or evaluated.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -39,6 +40,7 @@ def config(c: Any, count: int, platform: str = '') -> None:
   """
   if found := misfits(c):
     raise ValueError('this config cannot run:\n  ' + '\n  '.join(found))
+  c = with_block(c)
   found, wrong = section_problems(c)
   for rule, sections in RULES.items():
     if not wrong & set(sections):
@@ -52,9 +54,9 @@ def config(c: Any, count: int, platform: str = '') -> None:
 
 def section_problems(c: Any) -> tuple[list[str], set[str]]:
   """Returns the complaints about sections by themselves, and the sections they name."""
-  found, wrong, block = [], set(), model_block(c)
+  found, wrong = [], set()
   for name, one in parts(c):
-    if block:
+    if c.model.attention_block > 0:
       one = dataclasses.replace(one, **one.WHOLE_TEXT)
     prefix = name.rpartition('.')[0]  # a nested sampler's complaints begin 'sampler.'
     said = one.problems()
@@ -94,18 +96,17 @@ def parts(c: Any) -> list[tuple[str, Any]]:
   return [(name, part(c, name)) for name in SECTIONS] + own
 
 
-def model_block(c: Any) -> int:
-  """Returns the tokens of the model's attention blocks; 0 = it sees the whole text.
+def with_block(c: Any) -> Any:
+  """Returns a copy with the checkpoint's own model.attention_block where it is -1.
 
-  Also 0 of a checkpoint that cannot be read; `build` says what is wrong with it.
+  It stays -1 of a checkpoint that cannot be read; `build` says what is wrong with it.
   """
-  size, path = c.model.attention_block, c.model.checkpoint
-  if size >= 0 or not path:
-    return max(size, 0)
-  try:
-    return weights.read_config(weights.locate(path, False))['block_causal']
-  except ValueError:
-    return 0
+  c = c.copy_and_resolve_references()
+  if c.model.attention_block == -1 and c.model.checkpoint:
+    with contextlib.suppress(ValueError):
+      fields = weights.read_config(weights.locate(c.model.checkpoint, False))
+      c.model.attention_block = fields['block_causal']
+  return c
 
 
 def idle(c: Any) -> dict[str, str]:
@@ -115,7 +116,7 @@ def idle(c: Any) -> dict[str, str]:
     for name, p in parts(c)
     for x, need in p.idle().items()
   }
-  if block := model_block(c):
+  if (block := c.model.attention_block) > 0:
     need = f'a model that sees the whole text, this one attends in blocks of {block}'
     own |= {f'{name}.{x}': need for name, p in parts(c) for x in p.WHOLE_TEXT}
   return own | idle_between(c)
@@ -160,7 +161,7 @@ def effects(c: Any, given: Container[str]) -> str:
   itself, which `config` refuses. given: fields of the command line. ValueError if one
   of them has no effect.
   """
-  if misfits(c) or section_problems(c)[1]:
+  if misfits(c) or section_problems(c := with_block(c))[1]:
     return ''
   found, values = idle(c), flatten(c)
   known = {f'{name}.{x}': p.default(x) for name, p in parts(c) for x in vars(p)}
@@ -384,7 +385,7 @@ def old_policy(c: Any) -> list[str]:
     )
   if 'old' not in wants.elbo or wants.common_masks:
     return found
-  why, whole = 'log p_old and log p_theta are compared', not model_block(c)
+  why, whole = 'log p_old and log p_theta are compared', c.model.attention_block <= 0
   found += [
     f'logprob.{field} = {e[field]} must be objective.{field} = {o[field]}: {why}'
     for field in ('low', 'high', 'antithetic')

@@ -566,10 +566,10 @@ def test_fields_that_its_attention_blocks_do_not_read_are_refused(tmp_path):
   c = base.get_config()
   for kind, refused in (('sdar', True), ('llada', False)):
     c.model.checkpoint = str(write(tmp_path / kind, CONFIGS[kind], tensors={}))
-    found = check.idle(c)
+    found = check.idle(check.with_block(c))
     assert ('objective.low' in found) == ('logprob.low' in found) == refused
   c.model.checkpoint = str(tmp_path / 'nowhere')
-  assert 'objective.low' not in check.idle(c)
+  assert 'objective.low' not in check.idle(check.with_block(c))
 
 
 def test_one_error_lists_all_wrong_tensors(tmp_path, monkeypatch):
