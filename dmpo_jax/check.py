@@ -110,7 +110,10 @@ def with_block(c: Any) -> Any:
 
 
 def idle(c: Any) -> dict[str, str]:
-  """Returns {'section.field': what it needs} of fields without effect in a config."""
+  """Returns {'section.field': what it needs} of fields without effect in a config.
+
+  c: as `with_block` returns it.
+  """
   own = {
     f'{name}.{x}': re.sub(r'\bsampler\.', f'{name}.', need)
     for name, p in parts(c)
@@ -257,7 +260,7 @@ def devices(c: Any, count: int) -> list[str]:
     ('', c.sampler, rows),
     ('eval.', c.eval.sampler, c.eval.batch),
   ):
-    if 0 < hp.slots < batch and batch % hp.slots and hp.cache in ('prefix', 'dual'):
+    if batch % sampler.at_once(hp, batch) and hp.cache in ('prefix', 'dual'):
       found.append(
         f'{prefix}sampler.slots = {hp.slots} must divide the {batch} rows with '
         f'{prefix}sampler.cache = {hp.cache}'

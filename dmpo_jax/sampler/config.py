@@ -48,6 +48,11 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {}
 
 
+def at_once(hp: Any, rows: int) -> int:
+  """Returns how many of a batch's rows are sampled at a time, by its settings."""
+  return hp.slots if 0 < hp.slots < rows else rows
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(rules.Section):
   """How completions are sampled: the config sections sampler and eval.sampler."""
