@@ -512,13 +512,3 @@ def changes(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> 
   more = len(found) - 8
   tail = [f'and {more} more, as a workdir of another version has'] if more > 0 else []
   return '; '.join(found[:8] + tail)
-
-
-def refuse(c: Any, free: tuple[str, ...] = JUDGING) -> Callable[[dict], str]:
-  """Returns meta -> why a checkpoint is not of this config, or ''."""
-
-  def why(meta: dict) -> str:
-    found = changes(meta['config'], plain(c), free) if 'config' in meta else ''
-    return found and f'it is of another config ({found})'
-
-  return why

@@ -47,9 +47,14 @@ def refuse(config: Any, free: tuple[str, ...] = check.JUDGING) -> Callable[[dict
 
   free: beginnings of the fields that may differ.
   """
-  of_config = check.refuse(config, free)
-  old = 'an older version of this code wrote it'
-  return lambda meta: of_config(meta) or ('' if 'update' in meta else old)
+
+  def why(meta):
+    new = check.plain(config)
+    if found := check.changes(meta.get('config', new), new, free):
+      return f'it is of another config ({found})'
+    return '' if 'update' in meta else 'an older version of this code wrote it'
+
+  return why
 
 
 def refuse_swapped(built: build.Built, meta: dict[str, Any]) -> None:
