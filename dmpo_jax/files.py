@@ -98,11 +98,6 @@ def keep(path: Path, wanted: Callable[[dict], bool] = lambda row: True) -> None:
     replace(path, text)
 
 
-def rewind(path: Path, last: int) -> None:
-  """Drops the rows of iterations after `last`: a resumed run makes them again."""
-  keep(path, lambda row: row['iteration'] <= last)
-
-
 def _read_pairs(path: Path) -> list[tuple[str, dict]]:
   """Returns (line, row) of every whole line."""
   if not os.path.exists(path):

@@ -181,4 +181,4 @@ def append_once(workdir: str, name: str, row: dict) -> None:
 def rewind_lines(workdir: str, name: str, last: int) -> None:
   """Drops lines of iterations after `last`, and an incomplete last line."""
   if jax.process_index() == 0:
-    files.rewind(os.path.join(workdir, name), last)
+    files.keep(os.path.join(workdir, name), lambda row: row['iteration'] <= last)
