@@ -92,7 +92,7 @@ def read_state(
   keep, digest = built.config.checkpoint.keep, built.steps.digest
   if not os.path.isdir(folder):
     return None
-  with checkpoint.open_manager(folder, keep, digest) as manager:
+  with checkpoint.Manager(folder, keep, digest) as manager:
     shapes = checkpoint.abstract(start())
     found = checkpoint.restore(
       manager, lambda step: {'state': shapes}, refuse(built.config), only

@@ -367,7 +367,7 @@ def test_checkpoints_restore_records_and_views(tmp_path):
   like = build.abstract_batch(built, P)
   batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, like)
   state = TrainState(mesh.put(np.int32(1), mesh.replicated(built.mesh)), {}, {})
-  with checkpoint.open_manager(str(tmp_path)) as manager:
+  with checkpoint.Manager(str(tmp_path)) as manager:
     checkpoint.save(manager, 1, {'state': state, 'batch': batch}, {})
     manager.wait_until_finished()
     shapes = {'state': checkpoint.abstract(state), 'batch': like}
