@@ -37,8 +37,6 @@ from dmpo_jax.types import (
   Wants,
 )
 
-SCALARS = ('norm', 'total')  # fields of TrainBatch without a row axis
-
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -90,12 +88,10 @@ def init_state(trainable: Params, optimizer: Any) -> TrainState:
 
 def split_batch(batch: TrainBatch, microbatches: int) -> TrainBatch:
   """Cuts a batch into microbatches on a new leading axis; each keeps the scalars."""
-  scalars = {
-    name: jnp.broadcast_to(getattr(batch, name), (microbatches,)) for name in SCALARS
-  }
+  whole = lambda x: jnp.broadcast_to(x, (microbatches,))
   return jax.tree.map(
-    lambda x: split_rows(x, microbatches) if x.ndim else x, batch
-  )._replace(**scalars)
+    lambda x: split_rows(x, microbatches) if x.ndim else whole(x), batch
+  )
 
 
 # --- one pass under the loss's masks
