@@ -60,13 +60,8 @@ class Started(NamedTuple):
   index: IntB  # problems
   sampled: Sampled  # on the device
   scores: Scores  # on the device
-  host: Fetched
+  host: Fetched  # of the completions
   mine: Array  # (n,) rows of the buffer that this process decodes and grades
-
-  @property
-  def completions(self) -> np.ndarray:
-    """The completions' tokens, (R, L), on the host."""
-    return self.host.tokens[:, -self.host.completion.shape[1] :]
 
 
 def rows_of(prompts: Prompts, group: int, iteration: int) -> tuple[Any, Any, Any]:
@@ -124,8 +119,8 @@ class Collector:
     # Fetched here, not in `finish`: with several processes fetching is a program,
     # which would stand behind the caller's updates.
     with clock('score'):  # the program stands behind it
-      found = mesh.fetch(
-        (
+      host = mesh.fetch(
+        Fetched(
           rollouts.tokens,
           rollouts.order,
           rollouts.forwards,
@@ -134,7 +129,7 @@ class Collector:
           scores.guess,
         )
       )
-    host = Fetched(*found).of_completions(self.tokenizer.eos_token_id)
+    host = host.of_completions(self.tokenizer.eos_token_id)
     mine = mesh.my_rows(completion)
     return Started(iteration, age, prompts.index, sampled, scores, host, mine)
 
@@ -146,13 +141,14 @@ class Collector:
     Returns (TrainBatch, dict of floats, {file name: list of dicts to append}).
     ValueError on a reward that is not finite.
     """
-    texts = self.decode(started.completions[started.mine])
+    host = started.host
+    texts = self.decode(host.tokens[started.mine])
     examples = [self.problems.examples[i] for i in np.repeat(started.index, self.group)]
     clock = clock or Clock()
     with clock('reward'):
       graded = self.judge(texts, examples, started.mine)
       scores, failed = started.scores, graded.failed
-      if started.host.guess is not None:
+      if host.guess is not None:
         rewards, lost = self.judge_guesses(started, examples)
         scores = scores._replace(guess=None, guess_reward=rewards)
         failed = failed + lost
@@ -163,14 +159,14 @@ class Collector:
     # The updates that were queued before it are what it waits for.
     with clock('update' if started.age else 'score'):
       weighed = mesh.fetch(weighed)
-    metrics = reward_metrics(graded, started.host) | health.buffer_metrics(
-      started.completions,
-      started.host.completion,
+    metrics = reward_metrics(graded, host) | health.buffer_metrics(
+      host.tokens,
+      host.completion,
       self.stops,
-      to_groups(np.asarray(graded.reward), self.group),
+      reward_BxG,
       to_groups(np.asarray(graded.grades), self.group),
     )
-    ended = np.isin(started.completions, self.stops)
+    ended = np.isin(host.tokens, self.stops)
     metrics['cut'] = float(np.mean(~ended.any(axis=1)))
     metrics['policy_age'] = started.age
     metrics['prompts_changed'] = self.problems.changed

@@ -297,7 +297,7 @@ def test_cut_counts_completions_without_eos():
   steps = types.SimpleNamespace(pack=lambda *_: (batch, {}))
   host = rollout.Fetched(
     tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5)), None
-  )
+  ).of_completions(eos)
   index, mine = np.zeros(2, np.int32), np.arange(4)
   started = rollout.Started(0, 0, index, None, Scores(), host, mine)
   collector = rollout.Collector(
