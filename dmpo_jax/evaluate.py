@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from dmpo_jax import data, grader, mesh, model
@@ -34,7 +33,7 @@ def accuracy(
     beat()
   examples = [problems.examples[row['problem']] for row in rows]
   texts, protocol = [row['text'] for row in rows], built.config.data.protocol
-  graded = judged(task, protocol, built.config.reward.weights, texts, examples)
+  graded = grader.judge(task, protocol, texts, examples, built.config.reward.weights)
   numbers = [
     {
       'reward': float(reward),
@@ -58,28 +57,6 @@ def accuracy(
     for row, example, terms in zip(rows, examples, graded.terms, strict=True)
   ]
   return mean, samples
-
-
-def judged(
-  task: Task,
-  protocol: str,
-  weights: Any,
-  texts: Sequence[str],
-  examples: Sequence[dict],
-) -> grader.Graded:
-  """Grades texts that every process holds; each process grades its share.
-
-  weights: factors of the reward terms, as reward.weights.
-  """
-  share = range(jax.process_index(), len(texts), jax.process_count())
-  return grader.judge(
-    task,
-    protocol,
-    [texts[i] for i in share],
-    [examples[i] for i in share],
-    weights,
-    share,
-  )
 
 
 def averaged(
