@@ -231,6 +231,15 @@ def gap_metrics(now: Array, old: Array, counted: Array, batch: TrainBatch) -> di
   return {'ratio_log_abs': jnp.sum(far / size) / batch.total}
 
 
+def token_loss(
+  now: Array, old: Array, ref: Any, masks: Masks, batch: TrainBatch, hp: Any
+) -> tuple:
+  """Returns (sum of the counted tokens' terms over rows / norm, metrics)."""
+  old = jnp.broadcast_to(old, now.shape)
+  metrics = gap_metrics(now, old, masks.counted, batch)
+  return total(terms(now, old, batch, hp, ref), masks, batch), metrics
+
+
 def elbo_loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Any) -> tuple:
   """Returns -sum of weight times ELBO, per group, and metrics.
 
