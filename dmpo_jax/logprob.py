@@ -79,12 +79,8 @@ class LogprobConfig(rules.Section):
         f'logprob.draws = {self.draws} must be even with logprob.antithetic=True or '
         'logprob.elbo=stratified: their masks come in pairs'
       )
-    if not 0 <= self.low < self.high <= 1:
-      bad.append(
-        f'logprob.low = {self.low} and logprob.high = {self.high} must satisfy '
-        '0 <= low < high <= 1'
-      )
-    return bad
+    right = 0 <= self.low < self.high <= 1
+    return bad + rules.rates(self, right, '0 <= low < high <= 1')
 
 
 # --- what is read off the logits

@@ -25,6 +25,7 @@ from dmpo_jax.rules import (
   without_effect,
 )
 from dmpo_jax.rules import above as above  # for the objectives
+from dmpo_jax.rules import rates as rates
 from dmpo_jax.types import (
   Array,
   BoolRL,
