@@ -303,25 +303,29 @@ def fuse(c: Any) -> list[str]:
   return found
 
 
+def no_density(s: Any) -> list[str]:
+  """Returns why other policies have no log-prob of what a sampler section samples."""
+  found = []
+  if not s.temperature:
+    found.append('sampler.temperature = 0 has no density: set it > 0')
+  if s.top_p < 1 or s.top_k:
+    found.append(
+      f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: set 1 and 0, since '
+      'another policy gives chance to the tokens that were cut'
+    )
+  return found
+
+
 def trajectory(c: Any) -> list[str]:
   """Completions have a density along their recorded states."""
-  found, s = [], c.sampler
+  s = c.sampler
   if c.logprob.estimator != 'trajectory':
     return []
-  if not s.temperature:
-    found.append(
-      'logprob.estimator = trajectory needs sampler.temperature > 0: greedy sampling '
-      'has no density'
-    )
+  found = [f'{text} (logprob.estimator = trajectory)' for text in no_density(s)]
   if not c.logprob.tail:
     found.append(
       'logprob.tail = False has no meaning along a trajectory: set '
       'logprob.estimator = elbo'
-    )
-  if s.top_p < 1 or s.top_k:
-    found.append(
-      f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: logprob.estimator = '
-      'trajectory needs 1 and 0, since p_ref has tokens that are cut here'
     )
   if not sampler.SAMPLERS[s.pick].records:
     found.append(
@@ -361,13 +365,7 @@ def objective_sampler(c: Any) -> list[str]:
   found = []
   if wants.records is not None and not sampler.SAMPLERS[s.pick].records:
     found.append(f'sampler.pick = {s.pick} has no recorded steps: set another pick')
-  if wants.law and not s.temperature:
-    found.append('sampler.temperature = 0 has no density: set it > 0')
-  if wants.law and (s.top_p < 1 or s.top_k):
-    found.append(
-      f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: set 1 and 0, since a '
-      'changed policy gives chance to the tokens that were cut'
-    )
+  found += no_density(s) if wants.law else []
   if wants.law and s.guidance:
     found.append(
       f'sampler.guidance = {s.guidance}: set 0, since the loss is of the network '

@@ -179,7 +179,7 @@ IMPOSSIBLE = [
   ({'logprob.low': 0.9, 'logprob.high': 0.5}, 'logprob.low = 0.9'),
   (
     {'logprob.estimator': 'trajectory', 'sampler.temperature': 0.0},
-    'trajectory needs sampler.temperature > 0',
+    'sampler.temperature = 0.*set it > 0.*trajectory',
   ),
   (
     {'logprob.estimator': 'trajectory', 'logprob.tail': False},
@@ -187,7 +187,7 @@ IMPOSSIBLE = [
   ),
   (
     {'logprob.estimator': 'trajectory', 'sampler.top_p': 0.9},
-    'sampler.top_p = 0.9.*trajectory needs 1 and 0',
+    'sampler.top_p = 0.9.*set 1 and 0.*trajectory',
   ),
   (
     {'logprob.estimator': 'trajectory', 'sampler.pick': 'wino'},
