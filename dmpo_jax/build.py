@@ -209,24 +209,18 @@ def make_quantize(c: Any, grid: Any) -> Callable[[Params], Params]:
   """Returns params -> params with the layers' kernels quantized, one at a time."""
   kind = c.model.quantize
 
-  def of_leaf(path, leaf):
-    if not mesh.path_of(path).endswith('/kernel'):
+  def of_leaf(leaf, out):
+    if isinstance(out, jax.NamedSharding):  # it is no kernel
       return leaf
     make = lambda kernel: model.quantize(kernel, kind)
-    shapes = {'kernel': jax.eval_shape(make, leaf)}
-    out = jax.tree_util.tree_map_with_path(
-      lambda part, x: jax.NamedSharding(
-        grid, mesh.spec_of(mesh.path_of((*path, *part[1:])), x, grid)
-      ),
-      shapes,
-    )['kernel']
     done = Compiled(grid, make, out_shardings=out, donate_argnums=0)(leaf)
     return jax.block_until_ready(done)
 
   def quantize(params):
     if kind == 'none':
       return params
-    return jax.tree_util.tree_map_with_path(of_leaf, params)
+    out = mesh.shardings(quantized_shapes(params, kind), grid)
+    return jax.tree.map(of_leaf, params, out)
 
   return quantize
 
