@@ -148,7 +148,7 @@ def build(c: Any, devices: Any = None) -> Built:
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
-  init, init_lora, start, start_sft = make_starts(c, cfg, grid)
+  init, init_lora, start, start_sft = make_starts(c, cfg, folder, grid)
   read_references = parts.references(c, cfg, folder, grid, quantize)
   digest, read = Compiled(grid, checkpoint.digest), {}
 
@@ -226,7 +226,7 @@ def make_quantize(c: Any, grid: Any) -> Callable[[Params], Params]:
 
 
 def make_starts(
-  c: Any, cfg: model.ModelConfig, grid: Any
+  c: Any, cfg: model.ModelConfig, folder: str, grid: Any
 ) -> tuple[Callable, Callable, Callable, Callable]:
   """Returns init, init_lora, start, start_sft: sharded from birth, never copied.
 
@@ -254,7 +254,6 @@ def make_starts(
     return weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
 
   def read_adapter():
-    folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
     return weights.read_adapter(c.lora.path, cfg, folder, grid)
 
   return (
@@ -493,11 +492,6 @@ def jit_section(section: Any) -> Any:
   with copy.unlocked():
     copy.parallel = 'jit'
   return copy
-
-
-def abstract_batch(built: Built, prompt: int) -> TrainBatch:
-  """Returns a TrainBatch as shapes, for restoring; P = `prompt` tokens."""
-  return abstract_buffer(built, prompt).batch
 
 
 def programs(built: Built, prompt: int, held_out: int) -> list[tuple[str, Any, tuple]]:

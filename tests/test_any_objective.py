@@ -364,7 +364,7 @@ def test_dmpo_asks_for_two_sequence_log_probs_alone():
 def test_checkpoints_restore_records_and_views(tmp_path):
   """A batch comes back to the bit, as the same NamedTuples."""
   built, batch = built_of('diffpo'), batch_of('diffpo')
-  like = build.abstract_batch(built, P)
+  like = build.abstract_buffer(built, P).batch
   batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, like)
   state = TrainState(mesh.put(np.int32(1), mesh.replicated(built.mesh)), {}, {})
   with checkpoint.Manager(str(tmp_path)) as manager:

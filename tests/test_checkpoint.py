@@ -359,7 +359,7 @@ def test_restores_onto_another_mesh(built, stopped):
   def restored(part):
     state = checkpoint.abstract(part.steps.start(part.steps.init()))
     prompt = build.problems(part, 'train').tokens.shape[1]
-    shapes = {'state': state, 'batch': build.abstract_batch(part, prompt)}
+    shapes = {'state': state, 'batch': build.abstract_buffer(part, prompt).batch}
     with checkpoint.Manager(stopped / 'rl', 2, part.steps.digest) as manager:
       trees = checkpoint.restore(manager, lambda step: shapes).trees
     for got, want in zip(
