@@ -16,6 +16,7 @@ import numpy as np
 from dmpo_jax import (
   check,
   checkpoint,
+  hf,
   masking,
   mesh,
   model,
@@ -24,7 +25,6 @@ from dmpo_jax import (
   rng,
   sampler,
   step,
-  weights,
 )
 from dmpo_jax import score as scoring
 from dmpo_jax.objectives import OBJECTIVES
@@ -139,12 +139,12 @@ def build(c: Any, devices: Any = None) -> Built:
   there = devices or jax.devices()
   check.config(c, len(there), there[0].platform)
   symbolic.configure(c.reward.workers, c.reward.deadline)
-  folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
+  folder = c.model.checkpoint and hf.locate(c.model.checkpoint, False)
   tokenizer = parts.tokenizer_of(c, folder)
   cfg = parts.model_config(c, tokenizer, folder)
   parts.check_blocks(c, cfg)
   if c.lora.path:
-    weights.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
+    hf.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
@@ -161,7 +161,7 @@ def build(c: Any, devices: Any = None) -> Built:
       if field == 'model.checkpoint':
         for path in filter(None, (c.lora.path, *c.reference.of)):
           if is_adapter(path):
-            weights.warn_of_base(path, f'{cfg.param_dtype} {read[field]}')
+            hf.warn_of_base(path, f'{cfg.param_dtype} {read[field]}')
       return tree
 
     return reading if field else call
@@ -251,10 +251,10 @@ def make_starts(
     return call
 
   def read():
-    return weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
+    return hf.read_params(hf.locate(c.model.checkpoint), cfg, grid)
 
   def read_adapter():
-    return weights.read_adapter(c.lora.path, cfg, folder, grid)
+    return hf.read_adapter(c.lora.path, cfg, folder, grid)
 
   return (
     read if c.model.checkpoint else fresh('params', 'init'),

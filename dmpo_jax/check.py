@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import sampler, weights
+from dmpo_jax import hf, sampler
 from dmpo_jax.config import (
   SECTIONS,
   TERMS,
@@ -104,7 +104,7 @@ def with_block(c: Any) -> Any:
   c = c.copy_and_resolve_references()
   if c.model.attention_block == -1 and c.model.checkpoint:
     with contextlib.suppress(ValueError):
-      fields = weights.read_config(weights.locate(c.model.checkpoint, False))
+      fields = hf.read_config(hf.locate(c.model.checkpoint, False))
       c.model.attention_block = fields['block_causal']
   return c
 

@@ -999,7 +999,7 @@ def tiny_checkpoint(request, weights_of, tmp_path):
   )
   folder = tmp_path / 'llada'
   hf.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
-  assert (folder / weights.INDEX).exists()
+  assert (folder / hf.INDEX).exists()
   return folder
 
 
