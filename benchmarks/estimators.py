@@ -196,7 +196,8 @@ def estimators(case, hp):
 
     def along(out, key, row_R, states=states):
       u_R = rng.per_row(key, row_R, jax.random.uniform)
-      ref, old = logprob.trajectory_logp(case.cfg, case.ref, out, hp.law(), states, u_R)
+      how = logprob.Along(states, u_R)
+      ref, old = logprob.trajectory_logp(case.cfg, case.ref, out, hp.law(), how)
       return ref - old
 
     found[name] = along, bool(states), cost(states or rounds)

@@ -282,7 +282,7 @@ def state_logp(
 
   (2, R) float32, nats: under `params`, and as the sampler recorded them. The state has
   every token masked that was unmasked at that step or later. Only the block of the
-  unmasked tokens goes through the head. policy: see `trajectory_logp`.
+  unmasked tokens goes through the head. policy: see `Along`.
   """
   length = rollouts.order.shape[1]
   prompt = rollouts.tokens.shape[1] - length
@@ -358,20 +358,23 @@ def rounds_of(order_RxL: IntRL, block: int) -> IntRL:
   return rounds.reshape(order_RxL.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Along:
+  """How log-probs are taken along the recorded steps."""
+
+  states: int = 0  # steps of a row to visit, one from each even stratum; 0 = all
+  u_R: FloatR | None = None  # U(0, 1), the rows' places within the strata
+  policy: Params | None = None  # that sampled; None: it is the one that is scored
+
+
 def packed_trajectory(
-  cfg: ModelConfig,
-  params: Params,
-  rollouts: Rollouts,
-  law: Law,
-  states: int = 0,
-  u_R: FloatR | None = None,
-  policy: Params | None = None,
+  cfg: ModelConfig, params: Params, rollouts: Rollouts, law: Law, how: Along
 ) -> tuple[FloatR, FloatR]:
   """Computes `trajectory_logp` of a block-causal model in one packed pass.
 
-  Copy j holds the states of the j-th rounds of all blocks, W copies at most. states =
-  n > 0 visits n of them, one from each of n even strata. With law.order_logp the policy
-  that sampled has a pass of its own, if it is another. ValueError with guidance.
+  Copy j holds the states of the j-th rounds of all blocks, W copies at most, of which
+  how.states are visited. With law.order_logp the policy that sampled has a pass of its
+  own, if it is another. ValueError with guidance.
   """
   if law.guidance:
     raise ValueError(
@@ -381,6 +384,7 @@ def packed_trajectory(
   block, scale = cfg.block_causal, 1.0
   rounds_RxL = rounds_of(rollouts.order, block)
   copies = jnp.broadcast_to(jnp.arange(block), (len(rounds_RxL), block))
+  states, u_R, policy = how.states, how.u_R, how.policy
   if u_R is not None and 0 < states < block:
     copies = jnp.int32((jnp.arange(states)[None] + u_R[:, None]) / states * block)
     copies, scale = jnp.minimum(copies, block - 1), block / states
@@ -413,30 +417,23 @@ def packed_trajectory(
 
 
 def trajectory_logp(
-  cfg: ModelConfig,
-  params: Params,
-  rollouts: Rollouts,
-  law: Law,
-  states: int = 0,
-  u_R: FloatR | None = None,
-  policy: Params | None = None,
+  cfg: ModelConfig, params: Params, rollouts: Rollouts, law: Law, how: Along = Along()
 ) -> tuple[FloatR, FloatR]:
   """Returns log-probs along the recorded steps: under `params`, and as recorded; nats.
 
   Where SampleConfig.order_from is 'state' or 'noise' their difference is the exact
   log-ratio of two normalised laws: the policy's own, and that of `params` with
-  positions unmasked as the policy does (the frozen-scheduler ratio). states = n > 0
-  visits n of a row's S steps, one from each of n even strata, weighted S/n: unbiased
-  for both log-probs and for their difference. u_R: U(0, 1), the rows' places within
-  the strata.
+  positions unmasked as the policy does (the frozen-scheduler ratio). Visits how.states
+  of a row's S steps, weighted S/n: unbiased for both log-probs and for their
+  difference.
 
   With law.order_logp the log-probs are of tokens and positions. `params` proposes, and
-  `policy`, which sampled, ranks the proposals: both laws have the same support. Under
+  how.policy, which sampled, ranks the proposals: both laws have the same support. Under
   a rank of its own a reference could not take a step that its tokens fail by a hair.
-  policy: None is `params`.
   """
   if cfg.block_causal:
-    return packed_trajectory(cfg, params, rollouts, law, states, u_R, policy)
+    return packed_trajectory(cfg, params, rollouts, law, how)
+  states, u_R, policy = how.states, how.u_R, how.policy
   count_R = jnp.max(rollouts.order, axis=1) + 1
   if not states:
 

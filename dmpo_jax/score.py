@@ -164,8 +164,8 @@ def along_trajectory(
 
   def fn(part):
     u_R = rng.per_row(key, part.row, jax.random.uniform) if states else None
-    args = setup.cfg, params, part.rollouts, law, states, u_R
-    return logprob.trajectory_logp(*args, policy=policy)
+    how = logprob.Along(states, u_R, policy)
+    return logprob.trajectory_logp(setup.cfg, params, part.rollouts, law, how)
 
   return over_rows(fn, sampled, setup)
 

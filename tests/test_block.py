@@ -517,7 +517,9 @@ def test_a_sampled_law_sums_to_one(fields, weights):
   out = sampler.generate(cfg, params, prompt, jax.random.key(0), hp)
   new, old = (
     np.asarray(x, np.float64)
-    for x in logprob.trajectory_logp(cfg, ref, out, hp.law(), policy=params)
+    for x in logprob.trajectory_logp(
+      cfg, ref, out, hp.law(), logprob.Along(policy=params)
+    )
   )
   paths = np.concatenate([out.tokens[:, 2:], out.order], 1)
   _, first = np.unique(paths, axis=0, return_index=True)

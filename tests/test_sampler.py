@@ -772,8 +772,7 @@ def test_some_states_stand_for_all(states, tiny, sharp, run):
       sharp,
       rows,
       BASE.law(),
-      states,
-      rng.per_row(KEY, jnp.arange(copies), jax.random.uniform),
+      logprob.Along(states, rng.per_row(KEY, jnp.arange(copies), jax.random.uniform)),
     )
   )(rows)
   by_step = out.logp[0][np.argsort(out.order[0])]

@@ -408,7 +408,9 @@ def test_the_policy_ranks_what_the_reference_proposes(params):
   how, law = logprob.LogprobConfig(estimator='trajectory'), hp.law()
   ref = jax.tree.map(lambda x: 0.8 * x, params)
   got = scores(params, out, HPS['wdce'], how, law, frozen=ref)
-  along = lambda **policy: logprob.trajectory_logp(CFG, ref, out, law, **policy)[0]
+  along = lambda policy=None: logprob.trajectory_logp(
+    CFG, ref, out, law, logprob.Along(policy=policy)
+  )[0]
   close(got.logp_ref, along(policy=params), 1e-4)
   assert float(jnp.max(jnp.abs(got.logp_ref - along()))) > 1e-2
   close(got.logp_old, jnp.sum(out.logp + out.more['order_logp'], 1), 1e-5)
