@@ -139,10 +139,12 @@ def spread(spent):
 
 
 def network_tokens(args, forwards):
-  """Returns how many tokens of a row the network computes in a rollout.
+  """Returns how many tokens the network computes in a rollout, per row.
 
-  All rows finish their blocks at the same step, as those of scheduled picks do.
+  All rows finish their blocks at the same step, as those of scheduled picks do. Where
+  rows end early (--mean), those that wait for the others count like them.
   """
+  forwards = costs.steps_of(args, args.rows, forwards)
   text, blocks = args.prompt + args.length, args.length // args.block
   if args.cache == 'none':
     return forwards * text
