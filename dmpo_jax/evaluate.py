@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dmpo_jax import data, grader, mesh, model
+from dmpo_jax import data, grader, mesh, model, rollout
 from dmpo_jax.build import Built
 from dmpo_jax.types import Params, Task
 
@@ -85,16 +85,10 @@ def generate(
   for start in range(first, total, batch):
     row = np.arange(start, start + batch, dtype=np.int32)
     at = np.minimum(row, total - 1) % count
-    rollouts, completion, _ = sample(
-      params, problems.tokens[at], problems.valid[at], row
-    )
-    tokens, order, forwards, completion = mesh.fetch(
-      (rollouts.tokens, rollouts.order, rollouts.forwards, completion)
-    )
-    own, eos = mesh.my_rows(rollouts.tokens), built.tokenizer.eos_token_id
-    ids = data.after_given(order, tokens[:, -order.shape[1] :], eos)
-    order = data.after_given(order, order, -1)
-    decoded = data.decode(built.tokenizer, ids[own], stop)
+    sampled = sample(params, problems.tokens[at], problems.valid[at], row)
+    host = rollout.fetched(sampled, built.tokenizer.eos_token_id)
+    own, order = mesh.my_rows(sampled.completion), host.order
+    decoded = data.decode(built.tokenizer, host.tokens[own], stop)
     pairs = list(zip(own.tolist(), decoded, strict=True))
     texts = dict(itertools.chain(*mesh.gather(pairs)))
     for i in range(min(batch, total - start)):
@@ -102,9 +96,9 @@ def generate(
         row=start + i,
         problem=int(at[i]),
         text=texts[i],
-        ids=ids[i].tolist(),
+        ids=host.tokens[i].tolist(),
         order=order[i].tolist(),
         forwards=int(order[i].max()) + 1,
-        tokens=int(completion[i].sum()),
-        batch_forwards=int(forwards),
+        tokens=int(host.completion[i].sum()),
+        batch_forwards=int(host.forwards),
       )

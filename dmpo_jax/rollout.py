@@ -29,24 +29,30 @@ from dmpo_jax.types import (
 
 
 class Fetched(NamedTuple):
-  """What the host reads of a buffer."""
+  """What the host reads of a buffer: its completions."""
 
-  tokens: Array  # (R, S) int32, or (R, L) of the completions
+  tokens: Array  # (R, L) int32
   order: Array  # (R, L) int32
   forwards: Array  # () int32
   completion: Array  # (R, L) bool
   confidence: Array  # (R, L) float32
   guess: Array | None  # (R, K, L) int32; None: not asked for
 
-  def of_completions(self, eos_id: int) -> 'Fetched':
-    """Returns it with the completions' tokens alone."""
-    cut = lambda x, fill: data.after_given(self.order, x, fill)
-    return self._replace(
-      tokens=cut(self.tokens[:, -self.order.shape[1] :], eos_id),
-      order=cut(self.order, -1),
-      completion=cut(self.completion, False),
-      confidence=cut(self.confidence, 0.0),
-    )
+
+def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
+  """Fetches a buffer, and cuts its completions out."""
+  r, done = sampled.rollouts, sampled.completion
+  found = mesh.fetch((r.tokens, r.order, r.forwards, done, r.confidence, guess))
+  tokens, order, forwards, completion, confidence, guess = found
+  cut = lambda x, fill: data.after_given(order, x, fill)
+  return Fetched(
+    cut(tokens[:, -order.shape[1] :], eos_id),
+    cut(order, -1),
+    forwards,
+    cut(completion, False),
+    cut(confidence, 0.0),
+    guess,
+  )
 
 
 class Started(NamedTuple):
@@ -60,7 +66,7 @@ class Started(NamedTuple):
   index: IntB  # problems
   sampled: Sampled  # on the device
   scores: Scores  # on the device
-  host: Fetched  # of the completions
+  host: Fetched
   mine: Array  # (n,) rows of the buffer that this process decodes and grades
 
 
@@ -115,22 +121,12 @@ class Collector:
     with clock('score'):
       scores = self.steps.score(trainable, self.frozen, references, sampled)
     with clock('sample'):
-      rollouts, completion, _ = jax.block_until_ready(sampled)
+      jax.block_until_ready(sampled)
     # Fetched here, not in `finish`: with several processes fetching is a program,
     # which would stand behind the caller's updates.
     with clock('score'):  # the program stands behind it
-      host = mesh.fetch(
-        Fetched(
-          rollouts.tokens,
-          rollouts.order,
-          rollouts.forwards,
-          completion,
-          rollouts.confidence,
-          scores.guess,
-        )
-      )
-    host = host.of_completions(self.tokenizer.eos_token_id)
-    mine = mesh.my_rows(completion)
+      host = fetched(sampled, self.tokenizer.eos_token_id, scores.guess)
+    mine = mesh.my_rows(sampled.completion)
     return Started(iteration, age, prompts.index, sampled, scores, host, mine)
 
   def finish(
