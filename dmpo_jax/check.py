@@ -404,7 +404,7 @@ def old_policy(c: Any) -> list[str]:
 
 def plain_reference(c: Any) -> bool:
   """Whether p_ref is the base model alone."""
-  return part(c, 'reference').is_base()
+  return tuple(c.reference.of) == ('base',) and tuple(c.reference.weights) == (1.0,)
 
 
 def reference(c: Any) -> list[str]:
