@@ -15,6 +15,12 @@ from typing import Any
 
 Path = str | os.PathLike
 DISK = r'os error \d+|os_error_code|No space left|Read-only file|quota'  # others' words
+STAND_INS = {
+  b'version https://git-lfs': 'it is a git-lfs pointer, not the data: run git lfs pull',
+  b'<!DOCTYPE': 'it is a web page, not the data: download the raw file',
+  b'\x1f\x8b': 'it is compressed by gzip: unpack it',
+  b'PK\x03\x04': 'it is a zip file: unpack it',
+}
 
 
 @contextlib.contextmanager
@@ -46,7 +52,7 @@ def read_json(path: Path) -> Any:
   try:
     return json.loads(pathlib.Path(path).read_text(encoding='utf-8-sig'))
   except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path} is no valid JSON: {lfs_hint(path) or error}') from None
+    raise ValueError(f'{path} is no valid JSON: {stand_in(path) or error}') from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -60,11 +66,11 @@ def read_object(path: Path) -> dict[str, Any]:
   return value
 
 
-def lfs_hint(path: Path) -> str:
-  """Returns what to do if a file is a git-lfs pointer to its content, else ''."""
+def stand_in(path: Path) -> str:
+  """Returns what stands in a file for its content, by its first bytes; '': nothing."""
   with open(path, 'rb') as f:
-    pointer = f.read(40).startswith(b'version https://git-lfs')
-  return "it is a git-lfs pointer, fetch the file with 'git lfs pull'" * pointer
+    start = f.read(64)
+  return next((what for sign, what in STAND_INS.items() if start.startswith(sign)), '')
 
 
 def number(value: float | int) -> float | int | str:

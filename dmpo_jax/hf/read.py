@@ -131,7 +131,7 @@ def opened(folder: str, names: list[str]) -> Iterator[dict[str, Any]]:
       try:
         reader = stack.enter_context(safe_open(path, 'numpy'))
       except (SafetensorError, OSError) as error:
-        why = files.lfs_hint(path) or error
+        why = files.stand_in(path) or error
         raise ValueError(f'{path} is damaged or truncated: {why}') from None
       twice = [key for key in reader.keys() if key in owner]
       if twice:
