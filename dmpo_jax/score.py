@@ -245,7 +245,8 @@ def pack(
   live_B: Any = None
   if skip:
     live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
-  rows, block = rows_of(sampled, setup), setup.cfg.block_causal
+  rows: Any = rows_of(sampled, setup)
+  block = setup.cfg.block_causal
   scored = Scored(
     reward_BxG,
     to_groups(jnp.sum(sampled.completion, axis=1), group),

@@ -112,6 +112,19 @@ class PenalisedGradient(PolicyGradient):
   kl: str = 'k3'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
 
 
+@dataclasses.dataclass(frozen=True)
+class ElboMasks(Settings):
+  """Settings of objectives whose masks `draw_elbo` draws."""
+
+  masks: str = 'stratified'  # masks of the ELBO: stratified | random | order
+  draws: int = 4  # masked copies of a completion per update
+
+  def rules(self) -> dict[str, Rule]:
+    draws = pairs if self.masks == 'stratified' else least(1)
+    masks = one_of('stratified', 'random', 'order')
+    return super().rules() | {'masks': masks, 'draws': draws}
+
+
 # --- advantages
 
 
@@ -271,12 +284,6 @@ def draw_random(key: AnyKey, row_R: IntR, canvas: Canvas, draws: int) -> Masks:
 
   masked = rng.per_row(key, row_R, of_row)
   return masking.per_copy(masked, length / jnp.sum(masked, axis=-1))
-
-
-def elbo_rules(hp: Any) -> dict[str, Callable]:
-  """Returns the rules of the fields of `draw_elbo`."""
-  draws = pairs if hp.masks == 'stratified' else least(1)
-  return {'masks': one_of('stratified', 'random', 'order'), 'draws': draws}
 
 
 def draw_elbo(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
