@@ -23,13 +23,8 @@ from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, W
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.PenalisedGradient):
+class Config(shared.StepDraws, shared.PenalisedGradient):
   kl: str = 'k3_ratio'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
-  choose: str = 'entropy'  # which steps stand for all: each | uniform | entropy | top
-  draws: int = 24  # steps of a row per update; 0 with choose = each: all
-
-  def rules(self) -> dict:
-    return super().rules() | shared.step_rules(self)
 
 
 def draw(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:

@@ -6,7 +6,6 @@ penalties are multiplied.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -123,6 +122,17 @@ class ElboMasks(Settings):
     draws = pairs if self.masks == 'stratified' else least(1)
     masks = one_of('stratified', 'random', 'order')
     return super().rules() | {'masks': masks, 'draws': draws}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDraws(Settings):
+  """Settings of objectives whose masks `draw_steps` draws."""
+
+  choose: str = 'entropy'  # which steps stand for all: each | uniform | entropy | top
+  draws: int = 24  # steps of a row per update; 0 with choose = each: all
+
+  def rules(self) -> dict[str, Rule]:
+    return super().rules() | {'draws': least(0 if self.choose == 'each' else 1)}
 
 
 # --- advantages
@@ -386,11 +396,6 @@ CHOOSE = {
   'entropy': choose_entropy,
   'top': choose_top,
 }
-
-
-def step_rules(hp: Any) -> dict[str, Callable]:
-  """Returns the rules of the fields of `draw_steps`; 0 draws stand for all steps."""
-  return {'draws': least(0 if hp.choose == 'each' else 1)}
 
 
 def choose_steps(
