@@ -38,16 +38,15 @@ def config(c: Any, count: int, platform: str = '') -> None:
   count: number of devices that the run will have; platform: theirs, such as 'tpu'
   ('' = JAX's default). A rule between sections waits until they are right themselves.
   """
-  if found := misfits(c):
-    raise ValueError('this config cannot run:\n  ' + '\n  '.join(found))
-  c = with_block(c)
-  found, wrong = section_problems(c)
-  for rule, sections in RULES.items():
-    if not wrong & set(sections):
-      found += rule(c)
-  if not wrong & {'mesh', 'train', 'eval', 'sft'}:
-    found += devices(c, count)
-  found += attention(c, platform or jax.default_backend())
+  if not (found := misfits(c)):
+    c = with_block(c)
+    found, wrong = section_problems(c)
+    for rule, sections in RULES.items():
+      if not wrong & set(sections):
+        found += rule(c)
+    if not wrong & {'mesh', 'train', 'eval', 'sft'}:
+      found += devices(c, count)
+    found += attention(c, platform or jax.default_backend())
   if found:
     raise ValueError('this config cannot run:\n  ' + '\n  '.join(found))
 
