@@ -12,20 +12,13 @@ import jax.numpy as jnp
 
 from dmpo_jax import model, rng
 from dmpo_jax.sampler import blocks, orders, picks, records, rolling, unmask, wino
-from dmpo_jax.sampler.config import (
-  CACHES,
-  SAMPLERS,
-  Law,
-  SampleConfig,
-  Sampler,
-  at_once,
-)
+from dmpo_jax.sampler.config import SAMPLERS, Law, SampleConfig, Sampler, at_once
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
 from dmpo_jax.types import GIVEN, Array, BoolRP, IntRP, KeyR, Params, Rollouts
 
 __all__ = [
-  'CACHES', 'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Law', 'Recorder',
+  'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Law', 'Recorder',
   'SampleConfig', 'Sampler', 'at_once', 'generate', 'picks', 'sample', 'unmask',
 ]  # fmt: skip
 
