@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dmpo_jax import layout, masking, model, rules
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.sampler import Law, orders
+from dmpo_jax.sampler import SampleConfig, orders
 from dmpo_jax.types import (
   GIVEN,
   Array,
@@ -87,7 +87,7 @@ class LogprobConfig(rules.Section):
 
 
 def read_centred(
-  cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array
+  cfg: ModelConfig, law: SampleConfig | None, logits: Array, tokens: Array
 ) -> Array:
   """Returns the token's logit less the mean of all logits."""
   own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
@@ -95,7 +95,7 @@ def read_centred(
 
 
 def read_score(
-  cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array
+  cfg: ModelConfig, law: SampleConfig | None, logits: Array, tokens: Array
 ) -> Array:
   """Returns the score by which pick plackett_luce ranks a position.
 
@@ -109,14 +109,14 @@ def read_score(
 
 
 def read_guess(
-  cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array
+  cfg: ModelConfig, law: SampleConfig | None, logits: Array, tokens: Array
 ) -> Array:
   """Returns the most probable token."""
   return jnp.argmax(model.without_mask(cfg, logits), axis=-1)
 
 
 # Numbers that an objective may read besides log-probs:
-# (ModelConfig, Law or None, logits (N, L, V), tokens (N, L)) -> (N, L).
+# (ModelConfig, SampleConfig or None, logits (N, L, V), tokens (N, L)) -> (N, L).
 READS: dict[str, Callable] = {
   'centred': read_centred,
   'score': read_score,
@@ -125,7 +125,7 @@ READS: dict[str, Callable] = {
 
 
 def reader(
-  cfg: ModelConfig, law: Law | None = None, reads: tuple[str, ...] = ()
+  cfg: ModelConfig, law: SampleConfig | None = None, reads: tuple[str, ...] = ()
 ) -> Callable:
   """Returns (logits, tokens) -> {'logp': log-probs, name: READS[name], ...}.
 
@@ -275,7 +275,7 @@ def state_logp(
   params: Params,
   rollouts: Rollouts,
   step_R: IntR,
-  law: Law,
+  law: SampleConfig,
   policy: Params | None = None,
 ) -> Array:
   """Returns log-probs of the tokens unmasked at each row's step `step_R`.
@@ -311,7 +311,7 @@ def state_logp(
   return jnp.stack([now, jnp.sum(recorded(rollouts, law) * shown, axis=1)])
 
 
-def recorded(rollouts: Rollouts, law: Law) -> FloatRL:
+def recorded(rollouts: Rollouts, law: SampleConfig) -> FloatRL:
   """Returns the recorded log-probs; their sum is that of tokens and positions."""
   if not law.order_logp:
     return rollouts.logp
@@ -321,7 +321,7 @@ def recorded(rollouts: Rollouts, law: Law) -> FloatRL:
 
 
 def limits(
-  cfg: ModelConfig, rollouts: Rollouts, now: BoolRKL, masked: BoolRKL, law: Law
+  cfg: ModelConfig, rollouts: Rollouts, now: BoolRKL, masked: BoolRKL, law: SampleConfig
 ) -> Array:
   """Returns orders.limits of recorded steps; now: the tokens that a copy's steps keep.
 
@@ -336,7 +336,7 @@ def limits(
   return orders.limits(rollouts.confidence, now, rest, law)
 
 
-def passed_over(law: Law, logits: Array, judged: Array, limit: Array) -> Array:
+def passed_over(law: SampleConfig, logits: Array, judged: Array, limit: Array) -> Array:
   """Returns orders.below of a policy's logits; judged: of the one that sampled."""
   if law.rank_law == 'sampling':
     judged = model.sampling_logits(judged, law.temperature)
@@ -368,7 +368,7 @@ class Along:
 
 
 def packed_trajectory(
-  cfg: ModelConfig, params: Params, rollouts: Rollouts, law: Law, how: Along
+  cfg: ModelConfig, params: Params, rollouts: Rollouts, law: SampleConfig, how: Along
 ) -> tuple[FloatR, FloatR]:
   """Computes `trajectory_logp` of a block-causal model in one packed pass.
 
@@ -417,7 +417,11 @@ def packed_trajectory(
 
 
 def trajectory_logp(
-  cfg: ModelConfig, params: Params, rollouts: Rollouts, law: Law, how: Along = Along()
+  cfg: ModelConfig,
+  params: Params,
+  rollouts: Rollouts,
+  law: SampleConfig,
+  how: Along = Along(),
 ) -> tuple[FloatR, FloatR]:
   """Returns log-probs along the recorded steps: under `params`, and as recorded; nats.
 

@@ -170,7 +170,7 @@ def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup
     group=c.train.group,
     inner=c.train.inner,
     microbatches=c.train.microbatches,
-    law=check.settings(SampleConfig, c.sampler).law(),
+    law=check.settings(SampleConfig, c.sampler),
     logprob=check.settings(LogprobConfig, c.logprob),
     common=check.settings(Common, c.objective),
     measure=c.health.measure,

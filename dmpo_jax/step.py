@@ -18,7 +18,7 @@ from dmpo_jax.mesh import join_rows, split_rows
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.sampler import Law
+from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.types import (
   Array,
   BoolRL,
@@ -48,7 +48,7 @@ class Setup:
   group: int = 1  # G
   inner: int = 1  # I, updates per buffer
   microbatches: int = 1  # M
-  law: Law | None = None  # the sampler's; needed by trajectory and Wants.law
+  law: SampleConfig | None = None  # the sampler's; needed by trajectory and Wants.law
   logprob: LogprobConfig = LogprobConfig()
   common: Common = Common()
   # Whether all of logp_old, logp_ref and old.elbo are computed, wanted or not, and

@@ -271,7 +271,7 @@ def test_what_eos_stop_left_masked_has_no_part(name):
   built = built_of(name)
   setup = dataclasses.replace(
     built.setup,
-    law=built.setup.law._replace(eos_stop=True),
+    law=dataclasses.replace(built.setup.law, eos_stop=True),
     common=Common(elbo_coef=0.1),
     optimizer=optax.sgd(1.0),
     measure=True,

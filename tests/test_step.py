@@ -395,7 +395,7 @@ def test_along_the_trajectory(params):
   prompts = jnp.asarray([[1, 2, 3], [3, 2, 1], [0, 0, 4], [5, 1, 1]])
   out = jax.jit(lambda: sampler.generate(CFG, params, prompts, jax.random.key(3), hp))()
   how = logprob.LogprobConfig(estimator='trajectory')
-  got = scores(params, out, HPS['wdce'], how, hp.law())
+  got = scores(params, out, HPS['wdce'], how, hp)
   close(got.logp_old, out.logp.sum(1), 1e-6)
   close(got.logp_ref, got.logp_old, 1e-4)
 
@@ -405,7 +405,7 @@ def test_the_policy_ranks_what_the_reference_proposes(params):
   hp = sampler.SampleConfig(L, L // 2, L, 0.7, rank='token', order_logp=True)
   prompts = jnp.asarray([[1, 2, 3], [3, 2, 1], [0, 0, 4], [5, 1, 1]])
   out = jax.jit(lambda: sampler.generate(CFG, params, prompts, jax.random.key(3), hp))()
-  how, law = logprob.LogprobConfig(estimator='trajectory'), hp.law()
+  how, law = logprob.LogprobConfig(estimator='trajectory'), hp
   ref = jax.tree.map(lambda x: 0.8 * x, params)
   got = scores(params, out, HPS['wdce'], how, law, frozen=ref)
   along = lambda policy=None: logprob.trajectory_logp(

@@ -43,7 +43,7 @@ def test_log_p_ref_is_the_weighted_sum_over_references(estimator, tiny, weights_
     tiny,
     dmpo.OBJECTIVE,
     dmpo.Config(),
-    law=hp.law(),
+    law=hp,
     logprob=logprob.LogprobConfig(estimator=estimator, states=2),
   )
   prompts = jnp.asarray([[1, 2], [3, 2], [0, 4], [5, 1]])

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from dmpo_jax import model, rng
 from dmpo_jax.sampler import blocks, orders, picks, records, rolling, unmask, wino
-from dmpo_jax.sampler.config import SAMPLERS, Law, SampleConfig, Sampler, at_once
+from dmpo_jax.sampler.config import SAMPLERS, SampleConfig, Sampler, at_once
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
 from dmpo_jax.types import GIVEN, Array, BoolRP, IntRP, KeyR, Params, Rollouts
 
 __all__ = [
-  'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Law', 'Recorder',
-  'SampleConfig', 'Sampler', 'at_once', 'generate', 'picks', 'sample', 'unmask',
+  'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Recorder', 'SampleConfig', 'Sampler',
+  'at_once', 'generate', 'picks', 'sample', 'unmask',
 ]  # fmt: skip
 
 SAMPLERS.update(
