@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from configs import base
-from dmpo_jax import build, check, config, evaluate, metrics, resume, train
+from dmpo_jax import build, check, config, evaluate, grader, metrics, resume, train
 
 PICKS = (
   ('confidence, 1 a step', dict(pick='confidence')),
@@ -81,9 +81,7 @@ def answers(built, params, held, section):
   seconds = time.perf_counter() - begun
   examples = [held.examples[row['problem']] for row in rows]
   c, texts = built.config, [row['text'] for row in rows]
-  graded = evaluate.judged(
-    built.task, c.data.protocol, c.reward.weights, texts, examples
-  )
+  graded = grader.judge(built.task, c.data.protocol, texts, examples, c.reward.weights)
   return (
     float(np.mean(graded.grades)),
     seconds,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import model, sampler
+from dmpo_jax.sampler.config import CACHES
 from dmpo_jax.tools import costs
 
 SMALL_IDS = dict(vocab=4096, mask_id=4095, eos_id=4094, pad_id=4094)
@@ -51,7 +52,7 @@ def sampling_arguments(parser):
   parser.add_argument('--temperature', type=float, default=0.0)
   parser.add_argument('--pick', default='confidence', choices=sampler.NAMES)
   parser.add_argument('--threshold', type=float, default=0.9)
-  parser.add_argument('--cache', default='none', choices=sampler.CACHES)
+  parser.add_argument('--cache', default='none', choices=CACHES)
   parser.add_argument('--refresh', type=int, default=0)
   parser.add_argument('--slots', type=int, default=0, help='rows at a time')
   parser.add_argument(
@@ -139,10 +140,12 @@ def spread(spent):
 
 
 def network_tokens(args, forwards):
-  """Returns how many tokens of a row the network computes in a rollout.
+  """Returns how many tokens the network computes in a rollout, per row.
 
-  All rows finish their blocks at the same step, as those of scheduled picks do.
+  All rows finish their blocks at the same step, as those of scheduled picks do. Where
+  rows end early (--mean), those that wait for the others count like them.
   """
+  forwards = costs.steps_of(args, args.rows, forwards)
   text, blocks = args.prompt + args.length, args.length // args.block
   if args.cache == 'none':
     return forwards * text

@@ -268,7 +268,7 @@ def judge(args, task):
   )
   shapes = {'state': checkpoint.abstract(built.steps.start(frozen))}
   for workdir in todo:
-    with checkpoint.open_manager(str(workdir / 'rl'), 2) as manager:
+    with checkpoint.Manager(str(workdir / 'rl'), 2) as manager:
       found = checkpoint.restore(manager, lambda step: shapes)
     assert found, f'{workdir}: no checkpoint'
     tuned = found.trees['state']

@@ -99,7 +99,7 @@ def random_path(case, out, hp, key, row_R):
   length = out.order.shape[1]
   order = rng.per_row(key, row_R, lambda k: jax.random.permutation(k, length))
   out = out._replace(order=order.astype(jnp.int32))
-  law = hp.law()._replace(block=length)
+  law = dataclasses.replace(hp, block=length)
   ref, old = (
     logprob.trajectory_logp(case.cfg, params, out, law)[0]
     for params in (case.ref, case.old)
@@ -196,7 +196,8 @@ def estimators(case, hp):
 
     def along(out, key, row_R, states=states):
       u_R = rng.per_row(key, row_R, jax.random.uniform)
-      ref, old = logprob.trajectory_logp(case.cfg, case.ref, out, hp.law(), states, u_R)
+      how = logprob.Along(states, u_R)
+      ref, old = logprob.trajectory_logp(case.cfg, case.ref, out, hp, how)
       return ref - old
 
     found[name] = along, bool(states), cost(states or rounds)

@@ -16,6 +16,7 @@ import numpy as np
 from dmpo_jax import (
   check,
   checkpoint,
+  hf,
   masking,
   mesh,
   model,
@@ -24,7 +25,6 @@ from dmpo_jax import (
   rng,
   sampler,
   step,
-  weights,
 )
 from dmpo_jax import score as scoring
 from dmpo_jax.objectives import OBJECTIVES
@@ -139,16 +139,16 @@ def build(c: Any, devices: Any = None) -> Built:
   there = devices or jax.devices()
   check.config(c, len(there), there[0].platform)
   symbolic.configure(c.reward.workers, c.reward.deadline)
-  folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
+  folder = c.model.checkpoint and hf.locate(c.model.checkpoint, False)
   tokenizer = parts.tokenizer_of(c, folder)
   cfg = parts.model_config(c, tokenizer, folder)
   parts.check_blocks(c, cfg)
   if c.lora.path:
-    weights.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
+    hf.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
-  init, init_lora, start, start_sft = make_starts(c, cfg, grid)
+  init, init_lora, start, start_sft = make_starts(c, cfg, folder, grid)
   read_references = parts.references(c, cfg, folder, grid, quantize)
   digest, read = Compiled(grid, checkpoint.digest), {}
 
@@ -161,7 +161,7 @@ def build(c: Any, devices: Any = None) -> Built:
       if field == 'model.checkpoint':
         for path in filter(None, (c.lora.path, *c.reference.of)):
           if is_adapter(path):
-            weights.warn_of_base(path, f'{cfg.param_dtype} {read[field]}')
+            hf.warn_of_base(path, f'{cfg.param_dtype} {read[field]}')
       return tree
 
     return reading if field else call
@@ -209,30 +209,24 @@ def make_quantize(c: Any, grid: Any) -> Callable[[Params], Params]:
   """Returns params -> params with the layers' kernels quantized, one at a time."""
   kind = c.model.quantize
 
-  def of_leaf(path, leaf):
-    if not mesh.path_of(path).endswith('/kernel'):
+  def of_leaf(leaf, out):
+    if isinstance(out, jax.NamedSharding):  # it is no kernel
       return leaf
     make = lambda kernel: model.quantize(kernel, kind)
-    shapes = {'kernel': jax.eval_shape(make, leaf)}
-    out = jax.tree_util.tree_map_with_path(
-      lambda part, x: jax.NamedSharding(
-        grid, mesh.spec_of(mesh.path_of((*path, *part[1:])), x, grid)
-      ),
-      shapes,
-    )['kernel']
     done = Compiled(grid, make, out_shardings=out, donate_argnums=0)(leaf)
     return jax.block_until_ready(done)
 
   def quantize(params):
     if kind == 'none':
       return params
-    return jax.tree_util.tree_map_with_path(of_leaf, params)
+    out = mesh.shardings(quantized_shapes(params, kind), grid)
+    return jax.tree.map(of_leaf, params, out)
 
   return quantize
 
 
 def make_starts(
-  c: Any, cfg: model.ModelConfig, grid: Any
+  c: Any, cfg: model.ModelConfig, folder: str, grid: Any
 ) -> tuple[Callable, Callable, Callable, Callable]:
   """Returns init, init_lora, start, start_sft: sharded from birth, never copied.
 
@@ -257,11 +251,10 @@ def make_starts(
     return call
 
   def read():
-    return weights.read_params(weights.locate(c.model.checkpoint), cfg, grid)
+    return hf.read_params(hf.locate(c.model.checkpoint), cfg, grid)
 
   def read_adapter():
-    folder = c.model.checkpoint and weights.locate(c.model.checkpoint, False)
-    return weights.read_adapter(c.lora.path, cfg, folder, grid)
+    return hf.read_adapter(c.lora.path, cfg, folder, grid)
 
   return (
     read if c.model.checkpoint else fresh('params', 'init'),
@@ -499,11 +492,6 @@ def jit_section(section: Any) -> Any:
   with copy.unlocked():
     copy.parallel = 'jit'
   return copy
-
-
-def abstract_batch(built: Built, prompt: int) -> TrainBatch:
-  """Returns a TrainBatch as shapes, for restoring; P = `prompt` tokens."""
-  return abstract_buffer(built, prompt).batch
 
 
 def programs(built: Built, prompt: int, held_out: int) -> list[tuple[str, Any, tuple]]:

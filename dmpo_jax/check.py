@@ -5,6 +5,7 @@ which hold between sections, into one error. The end of the file compares config
 a run that is resumed or evaluated.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import sampler, weights
+from dmpo_jax import hf, sampler
 from dmpo_jax.config import (
   SECTIONS,
   TERMS,
@@ -37,24 +38,24 @@ def config(c: Any, count: int, platform: str = '') -> None:
   count: number of devices that the run will have; platform: theirs, such as 'tpu'
   ('' = JAX's default). A rule between sections waits until they are right themselves.
   """
-  if found := misfits(c):
-    raise ValueError('this config cannot run:\n  ' + '\n  '.join(found))
-  found, wrong = section_problems(c)
-  for rule, sections in RULES.items():
-    if not wrong & set(sections):
-      found += rule(c)
-  if not wrong & {'mesh', 'train', 'eval', 'sft'}:
-    found += devices(c, count)
-  found += attention(c, platform or jax.default_backend())
+  if not (found := misfits(c)):
+    c = with_block(c)
+    found, wrong = section_problems(c)
+    for rule, sections in RULES.items():
+      if not wrong & set(sections):
+        found += rule(c)
+    if not wrong & {'mesh', 'train', 'eval', 'sft'}:
+      found += devices(c, count)
+    found += attention(c, platform or jax.default_backend())
   if found:
     raise ValueError('this config cannot run:\n  ' + '\n  '.join(found))
 
 
 def section_problems(c: Any) -> tuple[list[str], set[str]]:
   """Returns the complaints about sections by themselves, and the sections they name."""
-  found, wrong, block = [], set(), model_block(c)
+  found, wrong = [], set()
   for name, one in parts(c):
-    if block:
+    if c.model.attention_block > 0:
       one = dataclasses.replace(one, **one.WHOLE_TEXT)
     prefix = name.rpartition('.')[0]  # a nested sampler's complaints begin 'sampler.'
     said = one.problems()
@@ -94,28 +95,30 @@ def parts(c: Any) -> list[tuple[str, Any]]:
   return [(name, part(c, name)) for name in SECTIONS] + own
 
 
-def model_block(c: Any) -> int:
-  """Returns the tokens of the model's attention blocks; 0 = it sees the whole text.
+def with_block(c: Any) -> Any:
+  """Returns a copy with the checkpoint's own model.attention_block where it is -1.
 
-  Also 0 of a checkpoint that cannot be read; `build` says what is wrong with it.
+  It stays -1 of a checkpoint that cannot be read; `build` says what is wrong with it.
   """
-  size, path = c.model.attention_block, c.model.checkpoint
-  if size >= 0 or not path:
-    return max(size, 0)
-  try:
-    return weights.read_config(weights.locate(path, False))['block_causal']
-  except ValueError:
-    return 0
+  c = c.copy_and_resolve_references()
+  if c.model.attention_block == -1 and c.model.checkpoint:
+    with contextlib.suppress(ValueError):
+      fields = hf.read_config(hf.locate(c.model.checkpoint, False))
+      c.model.attention_block = fields['block_causal']
+  return c
 
 
 def idle(c: Any) -> dict[str, str]:
-  """Returns {'section.field': what it needs} of fields without effect in a config."""
+  """Returns {'section.field': what it needs} of fields without effect in a config.
+
+  c: as `with_block` returns it.
+  """
   own = {
     f'{name}.{x}': re.sub(r'\bsampler\.', f'{name}.', need)
     for name, p in parts(c)
     for x, need in p.idle().items()
   }
-  if block := model_block(c):
+  if (block := c.model.attention_block) > 0:
     need = f'a model that sees the whole text, this one attends in blocks of {block}'
     own |= {f'{name}.{x}': need for name, p in parts(c) for x in p.WHOLE_TEXT}
   return own | idle_between(c)
@@ -160,7 +163,7 @@ def effects(c: Any, given: Container[str]) -> str:
   itself, which `config` refuses. given: fields of the command line. ValueError if one
   of them has no effect.
   """
-  if misfits(c) or section_problems(c)[1]:
+  if misfits(c) or section_problems(c := with_block(c))[1]:
     return ''
   found, values = idle(c), flatten(c)
   known = {f'{name}.{x}': p.default(x) for name, p in parts(c) for x in vars(p)}
@@ -256,7 +259,7 @@ def devices(c: Any, count: int) -> list[str]:
     ('', c.sampler, rows),
     ('eval.', c.eval.sampler, c.eval.batch),
   ):
-    if 0 < hp.slots < batch and batch % hp.slots and hp.cache in ('prefix', 'dual'):
+    if batch % sampler.at_once(hp, batch) and hp.cache in ('prefix', 'dual'):
       found.append(
         f'{prefix}sampler.slots = {hp.slots} must divide the {batch} rows with '
         f'{prefix}sampler.cache = {hp.cache}'
@@ -299,25 +302,29 @@ def fuse(c: Any) -> list[str]:
   return found
 
 
+def no_density(s: Any) -> list[str]:
+  """Returns why other policies have no log-prob of what a sampler section samples."""
+  found = []
+  if not s.temperature:
+    found.append('sampler.temperature = 0 has no density: set it > 0')
+  if s.top_p < 1 or s.top_k:
+    found.append(
+      f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: set 1 and 0, since '
+      'another policy gives chance to the tokens that were cut'
+    )
+  return found
+
+
 def trajectory(c: Any) -> list[str]:
   """Completions have a density along their recorded states."""
-  found, s = [], c.sampler
+  s = c.sampler
   if c.logprob.estimator != 'trajectory':
     return []
-  if not s.temperature:
-    found.append(
-      'logprob.estimator = trajectory needs sampler.temperature > 0: greedy sampling '
-      'has no density'
-    )
+  found = [f'{text} (logprob.estimator = trajectory)' for text in no_density(s)]
   if not c.logprob.tail:
     found.append(
       'logprob.tail = False has no meaning along a trajectory: set '
       'logprob.estimator = elbo'
-    )
-  if s.top_p < 1 or s.top_k:
-    found.append(
-      f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: logprob.estimator = '
-      'trajectory needs 1 and 0, since p_ref has tokens that are cut here'
     )
   if not sampler.SAMPLERS[s.pick].records:
     found.append(
@@ -357,13 +364,7 @@ def objective_sampler(c: Any) -> list[str]:
   found = []
   if wants.records is not None and not sampler.SAMPLERS[s.pick].records:
     found.append(f'sampler.pick = {s.pick} has no recorded steps: set another pick')
-  if wants.law and not s.temperature:
-    found.append('sampler.temperature = 0 has no density: set it > 0')
-  if wants.law and (s.top_p < 1 or s.top_k):
-    found.append(
-      f'sampler.top_p = {s.top_p}, sampler.top_k = {s.top_k}: set 1 and 0, since a '
-      'changed policy gives chance to the tokens that were cut'
-    )
+  found += no_density(s) if wants.law else []
   if wants.law and s.guidance:
     found.append(
       f'sampler.guidance = {s.guidance}: set 0, since the loss is of the network '
@@ -384,7 +385,7 @@ def old_policy(c: Any) -> list[str]:
     )
   if 'old' not in wants.elbo or wants.common_masks:
     return found
-  why, whole = 'log p_old and log p_theta are compared', not model_block(c)
+  why, whole = 'log p_old and log p_theta are compared', c.model.attention_block <= 0
   found += [
     f'logprob.{field} = {e[field]} must be objective.{field} = {o[field]}: {why}'
     for field in ('low', 'high', 'antithetic')
@@ -402,7 +403,7 @@ def old_policy(c: Any) -> list[str]:
 
 def plain_reference(c: Any) -> bool:
   """Whether p_ref is the base model alone."""
-  return part(c, 'reference').is_base()
+  return tuple(c.reference.of) == ('base',) and tuple(c.reference.weights) == (1.0,)
 
 
 def reference(c: Any) -> list[str]:
@@ -508,13 +509,3 @@ def changes(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> 
   more = len(found) - 8
   tail = [f'and {more} more, as a workdir of another version has'] if more > 0 else []
   return '; '.join(found[:8] + tail)
-
-
-def refuse(c: Any, free: tuple[str, ...] = JUDGING) -> Callable[[dict], str]:
-  """Returns meta -> why a checkpoint is not of this config, or ''."""
-
-  def why(meta: dict) -> str:
-    found = changes(meta['config'], plain(c), free) if 'config' in meta else ''
-    return found and f'it is of another config ({found})'
-
-  return why

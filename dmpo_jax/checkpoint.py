@@ -69,12 +69,14 @@ def write_arrays_whole() -> None:
 
 
 class Manager(ocp.CheckpointManager):
-  """Orbax' manager, with the best step to keep and the digest of a tree.
+  """Orbax' manager, which keeps the latest `keep` steps and the best.
 
   digest: the function below, compiled; None stores and checks no digests.
   """
 
-  def __init__(self, directory: str, keep: int, digest: Callable | None = None):
+  def __init__(
+    self, directory: str | os.PathLike, keep: int = 2, digest: Callable | None = None
+  ):
     self.preserved: Preserved = Preserved(keep)
     self.digest = digest
     write_arrays_whole()
@@ -92,13 +94,6 @@ class Manager(ocp.CheckpointManager):
     make them miss it.
     """
     return False
-
-
-def open_manager(
-  directory: str | os.PathLike, keep: int = 2, digest: Callable | None = None
-) -> Manager:
-  """Opens a manager that keeps the latest `keep` steps and the best."""
-  return Manager(os.fspath(directory), keep, digest)
 
 
 @contextlib.contextmanager

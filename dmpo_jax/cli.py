@@ -19,8 +19,8 @@ run's own config. Only train and sft train. FILE:espo, or
 """
 
 import contextlib
+import functools
 import glob
-import importlib.metadata
 import json
 import os
 import re
@@ -434,7 +434,7 @@ def params_of(built: build.Built, workdir: str) -> tuple[dict, dict, str]:
 
 
 def train_mode(command: Command, only_sft: bool = False) -> None:
-  """Trains, or resumes; a finished run is only reported."""
+  """Trains, or resumes; a finished run is only reported. only_sft: the base alone."""
   c = command.config
   workdir = runs.workdir_of(WORKDIR.value or runs.default(c), written=True)
   runs.refuse_other(c, workdir, check.FREE)
@@ -463,11 +463,6 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
     print(report.summary(workdir))
     print(f'workdir: {workdir}')
     print(f'next: python {again} --mode=sample (or eval, export)')
-
-
-def sft_mode(command: Command) -> None:
-  """Trains the base model alone."""
-  train_mode(command, only_sft=True)
 
 
 def run_train(
@@ -517,7 +512,7 @@ def run_train(
     'seed': c.seed,
     'config': c.name,
     'device': jax.devices()[0].device_kind,
-    'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+    'versions': provenance.versions(PACKAGES),
   }
   # Its presence says that the run is done, so it is written last.
   files.replace(os.path.join(workdir, 'results.json'), json.dumps(results, indent=2))
@@ -644,6 +639,7 @@ def report_mode(command: Command) -> None:
 
 
 MODES: dict[str, Callable[[Command], None]] = {
-  'train': train_mode, 'sft': sft_mode, 'eval': eval_mode, 'sample': sample_mode,
-  'score': score_mode, 'export': export_mode, 'plan': plan_mode, 'report': report_mode,
+  'train': train_mode, 'sft': functools.partial(train_mode, only_sft=True),
+  'eval': eval_mode, 'sample': sample_mode, 'score': score_mode,
+  'export': export_mode, 'plan': plan_mode, 'report': report_mode,
 }  # fmt: skip

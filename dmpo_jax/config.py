@@ -253,10 +253,6 @@ class Reference(Section):
       found.append(f'reference.weights = {self.weights} must be > 0')
     return found
 
-  def is_base(self) -> bool:
-    """Whether p_ref is the base model alone."""
-    return tuple(self.of) == ('base',) and tuple(self.weights) == (1.0,)
-
 
 @dataclasses.dataclass(frozen=True)
 class Train(Section):

@@ -8,10 +8,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from dmpo_jax import data, grader, mesh, model
+from dmpo_jax import data, grader, mesh, model, rollout
 from dmpo_jax.build import Built
 from dmpo_jax.types import Params, Task
 
@@ -34,7 +33,7 @@ def accuracy(
     beat()
   examples = [problems.examples[row['problem']] for row in rows]
   texts, protocol = [row['text'] for row in rows], built.config.data.protocol
-  graded = judged(task, protocol, built.config.reward.weights, texts, examples)
+  graded = grader.judge(task, protocol, texts, examples, built.config.reward.weights)
   numbers = [
     {
       'reward': float(reward),
@@ -58,28 +57,6 @@ def accuracy(
     for row, example, terms in zip(rows, examples, graded.terms, strict=True)
   ]
   return mean, samples
-
-
-def judged(
-  task: Task,
-  protocol: str,
-  weights: Any,
-  texts: Sequence[str],
-  examples: Sequence[dict],
-) -> grader.Graded:
-  """Grades texts that every process holds; each process grades its share.
-
-  weights: factors of the reward terms, as reward.weights.
-  """
-  share = range(jax.process_index(), len(texts), jax.process_count())
-  return grader.judge(
-    task,
-    protocol,
-    [texts[i] for i in share],
-    [examples[i] for i in share],
-    weights,
-    share,
-  )
 
 
 def averaged(
@@ -108,16 +85,10 @@ def generate(
   for start in range(first, total, batch):
     row = np.arange(start, start + batch, dtype=np.int32)
     at = np.minimum(row, total - 1) % count
-    rollouts, completion, _ = sample(
-      params, problems.tokens[at], problems.valid[at], row
-    )
-    tokens, order, forwards, completion = mesh.fetch(
-      (rollouts.tokens, rollouts.order, rollouts.forwards, completion)
-    )
-    own, eos = mesh.my_rows(rollouts.tokens), built.tokenizer.eos_token_id
-    ids = data.after_given(order, tokens[:, -order.shape[1] :], eos)
-    order = data.after_given(order, order, -1)
-    decoded = data.decode(built.tokenizer, ids[own], stop)
+    sampled = sample(params, problems.tokens[at], problems.valid[at], row)
+    host = rollout.fetched(sampled, built.tokenizer.eos_token_id)
+    own, order = mesh.my_rows(sampled.completion), host.order
+    decoded = data.decode(built.tokenizer, host.tokens[own], stop)
     pairs = list(zip(own.tolist(), decoded, strict=True))
     texts = dict(itertools.chain(*mesh.gather(pairs)))
     for i in range(min(batch, total - start)):
@@ -125,9 +96,9 @@ def generate(
         row=start + i,
         problem=int(at[i]),
         text=texts[i],
-        ids=ids[i].tolist(),
+        ids=host.tokens[i].tolist(),
         order=order[i].tolist(),
         forwards=int(order[i].max()) + 1,
-        tokens=int(completion[i].sum()),
-        batch_forwards=int(forwards),
+        tokens=int(host.completion[i].sum()),
+        batch_forwards=int(host.forwards),
       )

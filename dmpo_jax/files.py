@@ -15,6 +15,12 @@ from typing import Any
 
 Path = str | os.PathLike
 DISK = r'os error \d+|os_error_code|No space left|Read-only file|quota'  # others' words
+STAND_INS = {
+  b'version https://git-lfs': 'it is a git-lfs pointer, not the data: run git lfs pull',
+  b'<!DOCTYPE': 'it is a web page, not the data: download the raw file',
+  b'\x1f\x8b': 'it is compressed by gzip: unpack it',
+  b'PK\x03\x04': 'it is a zip file: unpack it',
+}
 
 
 @contextlib.contextmanager
@@ -41,40 +47,35 @@ def replace(path: Path, content: str | bytes) -> None:
   os.replace(temporary, path)
 
 
+def read_json(path: Path) -> Any:
+  """Returns what a JSON file holds. ValueError names a damaged one."""
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding='utf-8-sig'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is no valid JSON: {stand_in(path) or error}') from None
+
+
 def read_object(path: Path) -> dict[str, Any]:
   """Returns the object of a JSON file; {} if there is no file.
 
   Raises ValueError, which names the file, if it holds anything else.
   """
-  if not os.path.exists(path):
-    return {}
-  try:
-    value = json.loads(pathlib.Path(path).read_text(encoding='utf-8-sig'))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path} is no valid JSON: {lfs_hint(path) or error}') from None
+  value = read_json(path) if os.path.exists(path) else {}
   if not isinstance(value, dict):
     raise ValueError(f'{path} must hold a JSON object, not {type(value).__name__}')
   return value
 
 
-def lfs_hint(path: Path) -> str:
-  """Returns what to do if a file is a git-lfs pointer to its content, else ''."""
+def stand_in(path: Path) -> str:
+  """Returns what stands in a file for its content, by its first bytes; '': nothing."""
   with open(path, 'rb') as f:
-    pointer = f.read(40).startswith(b'version https://git-lfs')
-  return "it is a git-lfs pointer, fetch the file with 'git lfs pull'" * pointer
+    start = f.read(64)
+  return next((what for sign, what in STAND_INS.items() if start.startswith(sign)), '')
 
 
 def number(value: float | int) -> float | int | str:
   """Returns a number as JSON can hold it: nan and inf become strings."""
   return value if math.isfinite(value) else str(value)
-
-
-def read_json(path: Path) -> Any:
-  """Returns what a JSON file holds. ValueError names a damaged one."""
-  try:
-    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is damaged ({error})') from None
 
 
 def to_lines(rows: Iterable[dict]) -> str:
@@ -101,11 +102,6 @@ def keep(path: Path, wanted: Callable[[dict], bool] = lambda row: True) -> None:
   text = ''.join(line + '\n' for line, row in _read_pairs(path) if wanted(row))
   if os.path.exists(path) and pathlib.Path(path).read_bytes() != text.encode():
     replace(path, text)
-
-
-def rewind(path: Path, last: int) -> None:
-  """Drops the rows of iterations after `last`: a resumed run makes them again."""
-  keep(path, lambda row: row['iteration'] <= last)
 
 
 def _read_pairs(path: Path) -> list[tuple[str, dict]]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from dmpo_jax import mesh
@@ -48,10 +49,14 @@ def judge(
   """Grades R completions; a comparison without a verdict counts as wrong.
 
   weights: dict or ConfigDict, a term's name -> its factor; other terms have factor 1.
-  rows: with several processes, the row of each of these texts among the R. Every
-  process then returns all R, so a row has one grade although hosts differ in speed.
-  Raises ValueError on a reward that is not finite.
+  rows: the row of each of these texts among the R, where a process has some of them;
+  None: each process has all texts, and grades its share. Every process returns all R,
+  so a row has one grade although hosts differ in speed. Raises ValueError on a reward
+  that is not finite.
   """
+  if rows is None:
+    rows = range(jax.process_index(), len(texts), jax.process_count())
+    texts, examples = [texts[i] for i in rows], [examples[i] for i in rows]
   both = lambda text, example: (
     task.reward(text, example, protocol),
     task.grade(text, example, protocol),
@@ -61,8 +66,7 @@ def judge(
       verdicts = list(pool.map(both, texts, examples))
   else:
     verdicts = list(map(both, texts, examples))
-  rows = range(len(texts)) if rows is None else map(int, rows)
-  mine = list(zip(rows, texts, verdicts, strict=True))
+  mine = list(zip(map(int, rows), texts, verdicts, strict=True))
   parts = mesh.gather([mine, symbolic.drain()])
   judged = sorted(
     (item for part, _ in parts for item in part), key=lambda item: item[0]

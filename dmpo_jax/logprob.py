@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dmpo_jax import layout, masking, model, rules
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.sampler import Law, orders
+from dmpo_jax.sampler import SampleConfig, orders
 from dmpo_jax.types import (
   GIVEN,
   Array,
@@ -79,19 +79,15 @@ class LogprobConfig(rules.Section):
         f'logprob.draws = {self.draws} must be even with logprob.antithetic=True or '
         'logprob.elbo=stratified: their masks come in pairs'
       )
-    if not 0 <= self.low < self.high <= 1:
-      bad.append(
-        f'logprob.low = {self.low} and logprob.high = {self.high} must satisfy '
-        '0 <= low < high <= 1'
-      )
-    return bad
+    right = 0 <= self.low < self.high <= 1
+    return bad + rules.rates(self, right, '0 <= low < high <= 1')
 
 
 # --- what is read off the logits
 
 
 def read_centred(
-  cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array
+  cfg: ModelConfig, law: SampleConfig | None, logits: Array, tokens: Array
 ) -> Array:
   """Returns the token's logit less the mean of all logits."""
   own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
@@ -99,7 +95,7 @@ def read_centred(
 
 
 def read_score(
-  cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array
+  cfg: ModelConfig, law: SampleConfig | None, logits: Array, tokens: Array
 ) -> Array:
   """Returns the score by which pick plackett_luce ranks a position.
 
@@ -113,14 +109,14 @@ def read_score(
 
 
 def read_guess(
-  cfg: ModelConfig, law: Law | None, logits: Array, tokens: Array
+  cfg: ModelConfig, law: SampleConfig | None, logits: Array, tokens: Array
 ) -> Array:
   """Returns the most probable token."""
   return jnp.argmax(model.without_mask(cfg, logits), axis=-1)
 
 
 # Numbers that an objective may read besides log-probs:
-# (ModelConfig, Law or None, logits (N, L, V), tokens (N, L)) -> (N, L).
+# (ModelConfig, SampleConfig or None, logits (N, L, V), tokens (N, L)) -> (N, L).
 READS: dict[str, Callable] = {
   'centred': read_centred,
   'score': read_score,
@@ -129,7 +125,7 @@ READS: dict[str, Callable] = {
 
 
 def reader(
-  cfg: ModelConfig, law: Law | None = None, reads: tuple[str, ...] = ()
+  cfg: ModelConfig, law: SampleConfig | None = None, reads: tuple[str, ...] = ()
 ) -> Callable:
   """Returns (logits, tokens) -> {'logp': log-probs, name: READS[name], ...}.
 
@@ -279,14 +275,14 @@ def state_logp(
   params: Params,
   rollouts: Rollouts,
   step_R: IntR,
-  law: Law,
+  law: SampleConfig,
   policy: Params | None = None,
 ) -> Array:
   """Returns log-probs of the tokens unmasked at each row's step `step_R`.
 
   (2, R) float32, nats: under `params`, and as the sampler recorded them. The state has
   every token masked that was unmasked at that step or later. Only the block of the
-  unmasked tokens goes through the head. policy: see `trajectory_logp`.
+  unmasked tokens goes through the head. policy: see `Along`.
   """
   length = rollouts.order.shape[1]
   prompt = rollouts.tokens.shape[1] - length
@@ -315,7 +311,7 @@ def state_logp(
   return jnp.stack([now, jnp.sum(recorded(rollouts, law) * shown, axis=1)])
 
 
-def recorded(rollouts: Rollouts, law: Law) -> FloatRL:
+def recorded(rollouts: Rollouts, law: SampleConfig) -> FloatRL:
   """Returns the recorded log-probs; their sum is that of tokens and positions."""
   if not law.order_logp:
     return rollouts.logp
@@ -325,7 +321,7 @@ def recorded(rollouts: Rollouts, law: Law) -> FloatRL:
 
 
 def limits(
-  cfg: ModelConfig, rollouts: Rollouts, now: BoolRKL, masked: BoolRKL, law: Law
+  cfg: ModelConfig, rollouts: Rollouts, now: BoolRKL, masked: BoolRKL, law: SampleConfig
 ) -> Array:
   """Returns orders.limits of recorded steps; now: the tokens that a copy's steps keep.
 
@@ -340,7 +336,7 @@ def limits(
   return orders.limits(rollouts.confidence, now, rest, law)
 
 
-def passed_over(law: Law, logits: Array, judged: Array, limit: Array) -> Array:
+def passed_over(law: SampleConfig, logits: Array, judged: Array, limit: Array) -> Array:
   """Returns orders.below of a policy's logits; judged: of the one that sampled."""
   if law.rank_law == 'sampling':
     judged = model.sampling_logits(judged, law.temperature)
@@ -362,20 +358,23 @@ def rounds_of(order_RxL: IntRL, block: int) -> IntRL:
   return rounds.reshape(order_RxL.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Along:
+  """How log-probs are taken along the recorded steps."""
+
+  states: int = 0  # steps of a row to visit, one from each even stratum; 0 = all
+  u_R: FloatR | None = None  # U(0, 1), the rows' places within the strata
+  policy: Params | None = None  # that sampled; None: it is the one that is scored
+
+
 def packed_trajectory(
-  cfg: ModelConfig,
-  params: Params,
-  rollouts: Rollouts,
-  law: Law,
-  states: int = 0,
-  u_R: FloatR | None = None,
-  policy: Params | None = None,
+  cfg: ModelConfig, params: Params, rollouts: Rollouts, law: SampleConfig, how: Along
 ) -> tuple[FloatR, FloatR]:
   """Computes `trajectory_logp` of a block-causal model in one packed pass.
 
-  Copy j holds the states of the j-th rounds of all blocks, W copies at most. states =
-  n > 0 visits n of them, one from each of n even strata. With law.order_logp the policy
-  that sampled has a pass of its own, if it is another. ValueError with guidance.
+  Copy j holds the states of the j-th rounds of all blocks, W copies at most, of which
+  how.states are visited. With law.order_logp the policy that sampled has a pass of its
+  own, if it is another. ValueError with guidance.
   """
   if law.guidance:
     raise ValueError(
@@ -385,6 +384,7 @@ def packed_trajectory(
   block, scale = cfg.block_causal, 1.0
   rounds_RxL = rounds_of(rollouts.order, block)
   copies = jnp.broadcast_to(jnp.arange(block), (len(rounds_RxL), block))
+  states, u_R, policy = how.states, how.u_R, how.policy
   if u_R is not None and 0 < states < block:
     copies = jnp.int32((jnp.arange(states)[None] + u_R[:, None]) / states * block)
     copies, scale = jnp.minimum(copies, block - 1), block / states
@@ -420,27 +420,24 @@ def trajectory_logp(
   cfg: ModelConfig,
   params: Params,
   rollouts: Rollouts,
-  law: Law,
-  states: int = 0,
-  u_R: FloatR | None = None,
-  policy: Params | None = None,
+  law: SampleConfig,
+  how: Along = Along(),
 ) -> tuple[FloatR, FloatR]:
   """Returns log-probs along the recorded steps: under `params`, and as recorded; nats.
 
   Where SampleConfig.order_from is 'state' or 'noise' their difference is the exact
   log-ratio of two normalised laws: the policy's own, and that of `params` with
-  positions unmasked as the policy does (the frozen-scheduler ratio). states = n > 0
-  visits n of a row's S steps, one from each of n even strata, weighted S/n: unbiased
-  for both log-probs and for their difference. u_R: U(0, 1), the rows' places within
-  the strata.
+  positions unmasked as the policy does (the frozen-scheduler ratio). Visits how.states
+  of a row's S steps, weighted S/n: unbiased for both log-probs and for their
+  difference.
 
   With law.order_logp the log-probs are of tokens and positions. `params` proposes, and
-  `policy`, which sampled, ranks the proposals: both laws have the same support. Under
+  how.policy, which sampled, ranks the proposals: both laws have the same support. Under
   a rank of its own a reference could not take a step that its tokens fail by a hair.
-  policy: None is `params`.
   """
   if cfg.block_causal:
-    return packed_trajectory(cfg, params, rollouts, law, states, u_R, policy)
+    return packed_trajectory(cfg, params, rollouts, law, how)
+  states, u_R, policy = how.states, how.u_R, how.policy
   count_R = jnp.max(rollouts.order, axis=1) + 1
   if not states:
 

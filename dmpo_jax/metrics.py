@@ -233,15 +233,9 @@ class Progress:
   LINE = '{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left'
 
   def __init__(
-    self,
-    total: int,
-    label: str,
-    *,
-    start: int = 0,
-    every_seconds: float | int = 10,
-    shown: tuple[str, ...] = SHOWN,
+    self, total: int, label: str, *, start: int = 0, every_seconds: float | int = 10
   ):
-    self._total, self._shown, self._every = total, shown, every_seconds
+    self._total, self._every = total, every_seconds
     self._logged, self._unlogged = -math.inf, ''  # last log time; newest line
     self._compiled = False
     self._terminal = sys.stderr.isatty()
@@ -261,7 +255,7 @@ class Progress:
 
   def update(self, step: int, values: Mapping[str, float]) -> None:
     """Shows that `step` steps are done, and those of `values` that are shown."""
-    text = ' '.join(f'{k} {values[k]:.4g}' for k in self._shown if k in values)
+    text = ' '.join(f'{k} {values[k]:.4g}' for k in SHOWN if k in values)
     self._bar.set_postfix_str(text, refresh=False)
     if not self._compiled:
       self._bar.unpause()  # the time until now does not count

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dmpo_jax import check, config, data, model, optim, sampler, step, weights
+from dmpo_jax import check, config, data, hf, model, optim, sampler, step
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
@@ -25,7 +25,7 @@ def tokenizer_of(c: Any, folder: str) -> Any:
   """
   ids = {}
   if folder:
-    fields = weights.read_config(folder, attention_block(c))
+    fields = hf.read_config(folder, attention_block(c))
     ids = {name: fields[name] for name in ('mask_id', 'eos_id', 'pad_id')}
   elif not c.data.tokenizer and 'vocab' in model.PRESETS[c.model.preset]:
     return None
@@ -44,7 +44,7 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
   """
   block = attention_block(c)
   if folder:
-    fields = weights.read_config(folder, block)
+    fields = hf.read_config(folder, block)
   else:
     changed = {name: c.model[name] for name in config.SIZES if c.model[name]}
     fields = dict(model.PRESETS[c.model.preset])
@@ -170,7 +170,7 @@ def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup
     group=c.train.group,
     inner=c.train.inner,
     microbatches=c.train.microbatches,
-    law=check.settings(SampleConfig, c.sampler).law(),
+    law=check.settings(SampleConfig, c.sampler),
     logprob=check.settings(LogprobConfig, c.logprob),
     common=check.settings(Common, c.objective),
     measure=c.health.measure,
@@ -199,7 +199,7 @@ def check_reference(c: Any, path: str, cfg: model.ModelConfig) -> None:
     if field.name not in OF_THE_RUN and 'lora' not in field.name
   ]
   theirs = {name: getattr(cfg, name) for name in same}
-  theirs |= weights.read_config(path, attention_block(c))
+  theirs |= hf.read_config(path, attention_block(c))
   differing = [
     f'{name} = {theirs[name]}, but the policy has {getattr(cfg, name)}'
     for name in same
@@ -230,11 +230,11 @@ def references(
           f'reference.of: {path} is an adapter: set lora.rank, lora.alpha and '
           "lora.targets to the adapter's"
         )
-      weights.check_adapter(path, cfg, folder, c.model.checkpoint)
-      return lambda: weights.read_adapter(path, cfg, folder, grid)
-    found = weights.locate(path, False)
+      hf.check_adapter(path, cfg, folder, c.model.checkpoint)
+      return lambda: hf.read_adapter(path, cfg, folder, grid)
+    found = hf.locate(path, False)
     check_reference(c, found, cfg)
-    return lambda: quantize(weights.read_params(weights.locate(path), plain, grid))
+    return lambda: quantize(hf.read_params(hf.locate(path), plain, grid))
 
   readers = [reader(path) for path in c.reference.of]
   return lambda: tuple(read() for read in readers)
@@ -247,7 +247,7 @@ def revisions(c: Any) -> dict[str, str]:
   for field, paths in names.items():
     for path in paths:
       if path and path not in ('base', 'moving') and not os.path.isdir(path):
-        above, revision = os.path.split(weights.locate(path, False))
+        above, revision = os.path.split(hf.locate(path, False))
         if os.path.basename(above) == 'snapshots':
           found[f'{field} {path}'] = revision
   return found

@@ -47,9 +47,14 @@ def refuse(config: Any, free: tuple[str, ...] = check.JUDGING) -> Callable[[dict
 
   free: beginnings of the fields that may differ.
   """
-  of_config = check.refuse(config, free)
-  old = 'an older version of this code wrote it'
-  return lambda meta: of_config(meta) or ('' if 'update' in meta else old)
+
+  def why(meta):
+    new = check.plain(config)
+    if found := check.changes(meta.get('config', new), new, free):
+      return f'it is of another config ({found})'
+    return '' if 'update' in meta else 'an older version of this code wrote it'
+
+  return why
 
 
 def refuse_swapped(built: build.Built, meta: dict[str, Any]) -> None:
@@ -87,7 +92,7 @@ def read_state(
   keep, digest = built.config.checkpoint.keep, built.steps.digest
   if not os.path.isdir(folder):
     return None
-  with checkpoint.open_manager(folder, keep, digest) as manager:
+  with checkpoint.Manager(folder, keep, digest) as manager:
     shapes = checkpoint.abstract(start())
     found = checkpoint.restore(
       manager, lambda step: {'state': shapes}, refuse(built.config), only
@@ -176,4 +181,4 @@ def append_once(workdir: str, name: str, row: dict) -> None:
 def rewind_lines(workdir: str, name: str, last: int) -> None:
   """Drops lines of iterations after `last`, and an incomplete last line."""
   if jax.process_index() == 0:
-    files.rewind(os.path.join(workdir, name), last)
+    files.keep(os.path.join(workdir, name), lambda row: row['iteration'] <= last)

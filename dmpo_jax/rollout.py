@@ -29,24 +29,30 @@ from dmpo_jax.types import (
 
 
 class Fetched(NamedTuple):
-  """What the host reads of a buffer."""
+  """What the host reads of a buffer: its completions."""
 
-  tokens: Array  # (R, S) int32, or (R, L) of the completions
+  tokens: Array  # (R, L) int32
   order: Array  # (R, L) int32
   forwards: Array  # () int32
   completion: Array  # (R, L) bool
   confidence: Array  # (R, L) float32
   guess: Array | None  # (R, K, L) int32; None: not asked for
 
-  def of_completions(self, eos_id: int) -> 'Fetched':
-    """Returns it with the completions' tokens alone."""
-    cut = lambda x, fill: data.after_given(self.order, x, fill)
-    return self._replace(
-      tokens=cut(self.tokens[:, -self.order.shape[1] :], eos_id),
-      order=cut(self.order, -1),
-      completion=cut(self.completion, False),
-      confidence=cut(self.confidence, 0.0),
-    )
+
+def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
+  """Fetches a buffer, and cuts its completions out."""
+  r, done = sampled.rollouts, sampled.completion
+  found = mesh.fetch((r.tokens, r.order, r.forwards, done, r.confidence, guess))
+  tokens, order, forwards, completion, confidence, guess = found
+  cut = lambda x, fill: data.after_given(order, x, fill)
+  return Fetched(
+    cut(tokens[:, -order.shape[1] :], eos_id),
+    cut(order, -1),
+    forwards,
+    cut(completion, False),
+    cut(confidence, 0.0),
+    guess,
+  )
 
 
 class Started(NamedTuple):
@@ -62,11 +68,6 @@ class Started(NamedTuple):
   scores: Scores  # on the device
   host: Fetched
   mine: Array  # (n,) rows of the buffer that this process decodes and grades
-
-  @property
-  def completions(self) -> np.ndarray:
-    """The completions' tokens, (R, L), on the host."""
-    return self.host.tokens[:, -self.host.completion.shape[1] :]
 
 
 def rows_of(prompts: Prompts, group: int, iteration: int) -> tuple[Any, Any, Any]:
@@ -120,22 +121,12 @@ class Collector:
     with clock('score'):
       scores = self.steps.score(trainable, self.frozen, references, sampled)
     with clock('sample'):
-      rollouts, completion, _ = jax.block_until_ready(sampled)
+      jax.block_until_ready(sampled)
     # Fetched here, not in `finish`: with several processes fetching is a program,
     # which would stand behind the caller's updates.
     with clock('score'):  # the program stands behind it
-      found = mesh.fetch(
-        (
-          rollouts.tokens,
-          rollouts.order,
-          rollouts.forwards,
-          completion,
-          rollouts.confidence,
-          scores.guess,
-        )
-      )
-    host = Fetched(*found).of_completions(self.tokenizer.eos_token_id)
-    mine = mesh.my_rows(completion)
+      host = fetched(sampled, self.tokenizer.eos_token_id, scores.guess)
+    mine = mesh.my_rows(sampled.completion)
     return Started(iteration, age, prompts.index, sampled, scores, host, mine)
 
   def finish(
@@ -146,13 +137,14 @@ class Collector:
     Returns (TrainBatch, dict of floats, {file name: list of dicts to append}).
     ValueError on a reward that is not finite.
     """
-    texts = self.decode(started.completions[started.mine])
+    host = started.host
+    texts = self.decode(host.tokens[started.mine])
     examples = [self.problems.examples[i] for i in np.repeat(started.index, self.group)]
     clock = clock or Clock()
     with clock('reward'):
       graded = self.judge(texts, examples, started.mine)
       scores, failed = started.scores, graded.failed
-      if started.host.guess is not None:
+      if host.guess is not None:
         rewards, lost = self.judge_guesses(started, examples)
         scores = scores._replace(guess=None, guess_reward=rewards)
         failed = failed + lost
@@ -163,14 +155,14 @@ class Collector:
     # The updates that were queued before it are what it waits for.
     with clock('update' if started.age else 'score'):
       weighed = mesh.fetch(weighed)
-    metrics = reward_metrics(graded, started.host) | health.buffer_metrics(
-      started.completions,
-      started.host.completion,
+    metrics = reward_metrics(graded, host) | health.buffer_metrics(
+      host.tokens,
+      host.completion,
       self.stops,
-      to_groups(np.asarray(graded.reward), self.group),
+      reward_BxG,
       to_groups(np.asarray(graded.grades), self.group),
     )
-    ended = np.isin(started.completions, self.stops)
+    ended = np.isin(host.tokens, self.stops)
     metrics['cut'] = float(np.mean(~ended.any(axis=1)))
     metrics['policy_age'] = started.age
     metrics['prompts_changed'] = self.problems.changed

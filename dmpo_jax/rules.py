@@ -65,6 +65,12 @@ def nearest(field: str, value: Any, allowed: Iterable[str]) -> list[str]:
   return [f'{field} = {value!r} {wrong}'] if wrong else []
 
 
+def rates(section: Any, right: bool, law: str) -> list[str]:
+  """Returns the complaint about a section's low and high, unless they keep a law."""
+  low, high = (f'{section.NAME}.{x} = {getattr(section, x)}' for x in ('low', 'high'))
+  return [] if right else [f'{low} and {high} must satisfy {law}']
+
+
 def without_effect(*rows: tuple[str, Any, str]) -> dict[str, str]:
   """Returns {field: need} of rows ('field field ..', has an effect, what it needs)."""
   return {name: need for names, has, need in rows if not has for name in names.split()}

@@ -76,9 +76,8 @@ def is_begun(workdir: str) -> bool:
 
 def read_config(workdir: str) -> dict[str, Any]:
   """Returns the sections of a workdir's config.json; {} if there is none."""
-  path = os.path.join(workdir, 'config.json')
   try:
-    return files.read_json(path) if os.path.exists(path) else {}
+    return files.read_object(os.path.join(workdir, 'config.json'))
   except ValueError as error:
     raise ValueError(f'{error}: remove it if this is the config of that run') from None
 

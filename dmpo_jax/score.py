@@ -16,11 +16,9 @@ from dmpo_jax.step import Rows, Setup, canvas_of, draw, view
 from dmpo_jax.types import (
   NOT_ASKED,
   Array,
-  BoolRL,
   FloatBG,
   FloatR,
   IntRKL,
-  Masks,
   Params,
   Record,
   Sampled,
@@ -29,44 +27,25 @@ from dmpo_jax.types import (
   TrainBatch,
   ViewLogp,
   Views,
-  Wants,
   to_groups,
   to_rows,
 )
 
 
-def record_of(sampled: Sampled, wants: Wants) -> Any:
-  """Returns the Record of the sampler's steps; None unless the objective wants one."""
-  if wants.records is None:
-    return None
-  r = sampled.rollouts
-  return Record(r.order, r.logp, r.confidence, dict(r.more or {}))
-
-
-def sampled_of(sampled: Sampled, setup: Setup) -> BoolRL | None:
-  """Returns Masks.sampled of a rollout buffer."""
-  partly = setup.cfg.block_causal or (setup.law and setup.law.eos_stop)
-  return sampled.rollouts.order >= 0 if partly else None
-
-
 def rows_of(sampled: Sampled, setup: Setup) -> Rows:
   """Returns the fields of a rollout buffer that a pass needs."""
-  r = sampled.rollouts
+  r, record = sampled.rollouts, None
+  partly = setup.cfg.block_causal or (setup.law and setup.law.eos_stop)
+  if setup.wants.records is not None:
+    record = Record(r.order, r.logp, r.confidence, dict(r.more or {}))
   return Rows(
     r.tokens,
     r.valid,
     sampled.completion,
     sampled.row,
-    sampled_of(sampled, setup),
-    record_of(sampled, setup.wants),
+    r.order >= 0 if partly else None,
+    record,
   )
-
-
-def elbo_masks(part: Sampled, key: AnyKey, setup: Setup) -> Masks:
-  """Draws config.logprob's masks of a rollout buffer."""
-  rows = rows_of(part, setup)
-  masks = logprob.draw(key, part.row, canvas_of(setup.cfg, rows), setup.logprob)
-  return masks._replace(sampled=rows.sampled)
 
 
 class Policies(NamedTuple):
@@ -164,38 +143,37 @@ def along_trajectory(
 
   def fn(part):
     u_R = rng.per_row(key, part.row, jax.random.uniform) if states else None
-    args = setup.cfg, params, part.rollouts, law, states, u_R
-    return logprob.trajectory_logp(*args, policy=policy)
+    how = logprob.Along(states, u_R, policy)
+    return logprob.trajectory_logp(setup.cfg, params, part.rollouts, law, how)
 
   return over_rows(fn, sampled, setup)
+
+
+def elbo_of(
+  params: Params, part: Sampled, key: AnyKey, setup: Setup, tail: bool
+) -> FloatR:
+  """Returns the ELBO under config.logprob's masks; tail: count after the first EOS."""
+  rows, counted = rows_of(part, setup), None if tail else part.completion
+  masks = logprob.draw(key, rows.row, canvas_of(setup.cfg, rows), setup.logprob)
+  masks = masks._replace(sampled=rows.sampled)
+  return logprob.elbo(setup.cfg, params, rows.tokens, rows.valid, masks, counted)
 
 
 def elbo_of_rows(
   params: Params, sampled: Sampled, key: AnyKey, setup: Setup, tail: bool = True
 ) -> FloatR:
-  """Returns the ELBO under config.logprob's masks; tail: count after the first EOS."""
-
-  def fn(part):
-    masks = elbo_masks(part, key, setup)
-    r, counted = part.rollouts, None if tail else part.completion
-    return logprob.elbo(setup.cfg, params, r.tokens, r.valid, masks, counted)
-
-  return over_rows(fn, sampled, setup)
+  """Returns `elbo_of` all rows, in microbatches."""
+  return over_rows(lambda part: elbo_of(params, part, key, setup, tail), sampled, setup)
 
 
 def fused(policy: Params, sampled: Sampled, key: AnyKey, setup: Setup) -> Scores:
   """Returns both log-probs in one pass of twice the rows: zero adapters are p_ref."""
-  how = setup.logprob
+  tail = setup.logprob.tail
 
   def pair(part):
-    masks = elbo_masks(part, key, setup)
     lora = jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), policy['lora'])
-    r, counted = part.rollouts, None if how.tail else part.completion
-    return jax.vmap(
-      lambda lora: logprob.elbo(
-        setup.cfg, {**policy, 'lora': lora}, r.tokens, r.valid, masks, counted
-      )
-    )(lora).T
+    of = lambda lora: elbo_of({**policy, 'lora': lora}, part, key, setup, tail)
+    return jax.vmap(of)(lora).T
 
   old, ref = over_rows(pair, sampled, setup).T
   return Scores(logp_old=old, logp_ref=ref)
@@ -267,7 +245,8 @@ def pack(
   live_B: Any = None
   if skip:
     live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
-  record, block = record_of(sampled, setup.wants), setup.cfg.block_causal
+  rows: Any = rows_of(sampled, setup)
+  block = setup.cfg.block_causal
   scored = Scored(
     reward_BxG,
     to_groups(jnp.sum(sampled.completion, axis=1), group),
@@ -275,7 +254,7 @@ def pack(
     grouped(scores.logp_ref),
     grouped(scores.guess_reward),
     live_B,
-    record,
+    rows.record,
     block if setup.wants.records is not None else NOT_ASKED,
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
@@ -284,18 +263,12 @@ def pack(
     scale = lambda x: jnp.einsum('b,b...->b...', share_B, x)
     weight, own = scale(weight), {name: scale(x) for name, x in own.items()}
     metrics = {**metrics, 'groups_skipped': jnp.mean(~live_B)}
-  r = sampled.rollouts
   batch = TrainBatch(
-    tokens=r.tokens,
-    valid=r.valid,
-    completion=sampled.completion,
-    row=sampled.row,
+    **rows._asdict(),
     weight=to_rows(weight),
     own={name: to_rows(x) for name, x in own.items()},
     norm=jnp.float32(groups),
     total=jnp.float32(len(sampled.row)),
-    sampled=sampled_of(sampled, setup),
-    record=record,
     old=scores.old,
     ref=scores.ref,
   )

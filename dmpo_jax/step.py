@@ -18,7 +18,7 @@ from dmpo_jax.mesh import join_rows, split_rows
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.sampler import Law
+from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.types import (
   Array,
   BoolRL,
@@ -37,8 +37,6 @@ from dmpo_jax.types import (
   Wants,
 )
 
-SCALARS = ('norm', 'total')  # fields of TrainBatch without a row axis
-
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -50,7 +48,7 @@ class Setup:
   group: int = 1  # G
   inner: int = 1  # I, updates per buffer
   microbatches: int = 1  # M
-  law: Law | None = None  # the sampler's; needed by trajectory and Wants.law
+  law: SampleConfig | None = None  # the sampler's; needed by trajectory and Wants.law
   logprob: LogprobConfig = LogprobConfig()
   common: Common = Common()
   # Whether all of logp_old, logp_ref and old.elbo are computed, wanted or not, and
@@ -90,12 +88,10 @@ def init_state(trainable: Params, optimizer: Any) -> TrainState:
 
 def split_batch(batch: TrainBatch, microbatches: int) -> TrainBatch:
   """Cuts a batch into microbatches on a new leading axis; each keeps the scalars."""
-  scalars = {
-    name: jnp.broadcast_to(getattr(batch, name), (microbatches,)) for name in SCALARS
-  }
+  whole = lambda x: jnp.broadcast_to(x, (microbatches,))
   return jax.tree.map(
-    lambda x: split_rows(x, microbatches) if x.ndim else x, batch
-  )._replace(**scalars)
+    lambda x: split_rows(x, microbatches) if x.ndim else whole(x), batch
+  )
 
 
 # --- one pass under the loss's masks
@@ -254,7 +250,6 @@ class SftSetup:
   cfg: ModelConfig
   length: int  # L
   optimizer: Any
-  microbatches: int = 1
 
 
 def sft_step(
@@ -285,7 +280,5 @@ def sft_step(
     nll = -logprob.seq_elbo(logp, masks.weight) / setup.length
     return jnp.sum(nll) / total, {}
 
-  parts = jax.tree.map(
-    lambda x: split_rows(x, setup.microbatches), (tokens_RxS, valid_RxS, row_R)
-  )
+  parts = jax.tree.map(lambda x: x[None], (tokens_RxS, valid_RxS, row_R))
   return update(state, loss_fn, parts, setup.optimizer)

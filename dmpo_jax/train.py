@@ -42,7 +42,7 @@ def run(
   # Leaving the manager waits for the save under way, after an error too.
   with (
     guard.Preemption(at_once=True) as asked,
-    checkpoint.open_manager(folder, keep, digest) as manager,
+    checkpoint.Manager(folder, keep, digest) as manager,
   ):
     with phase.clock('checkpoint'):
       state, buffers, place = enter(phase, manager)

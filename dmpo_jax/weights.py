@@ -1,13 +1,3 @@
-"""Published checkpoints and adapters, under the names that scripts rely on."""
+"""Published checkpoints, under the name that scripts rely on."""
 
-# ruff: noqa: F401  this file re-exports
-from dmpo_jax.hf import (
-  INDEX,
-  check_adapter,
-  load_hf,
-  locate,
-  read_adapter,
-  read_config,
-  read_params,
-  warn_of_base,
-)
+from dmpo_jax.hf import load_hf as load_hf

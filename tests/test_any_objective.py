@@ -271,7 +271,7 @@ def test_what_eos_stop_left_masked_has_no_part(name):
   built = built_of(name)
   setup = dataclasses.replace(
     built.setup,
-    law=built.setup.law._replace(eos_stop=True),
+    law=dataclasses.replace(built.setup.law, eos_stop=True),
     common=Common(elbo_coef=0.1),
     optimizer=optax.sgd(1.0),
     measure=True,
@@ -364,10 +364,10 @@ def test_dmpo_asks_for_two_sequence_log_probs_alone():
 def test_checkpoints_restore_records_and_views(tmp_path):
   """A batch comes back to the bit, as the same NamedTuples."""
   built, batch = built_of('diffpo'), batch_of('diffpo')
-  like = build.abstract_batch(built, P)
+  like = build.abstract_buffer(built, P).batch
   batch = jax.tree.map(lambda x, s: mesh.put(np.asarray(x), s.sharding), batch, like)
   state = TrainState(mesh.put(np.int32(1), mesh.replicated(built.mesh)), {}, {})
-  with checkpoint.open_manager(str(tmp_path)) as manager:
+  with checkpoint.Manager(str(tmp_path)) as manager:
     checkpoint.save(manager, 1, {'state': state, 'batch': batch}, {})
     manager.wait_until_finished()
     shapes = {'state': checkpoint.abstract(state), 'batch': like}

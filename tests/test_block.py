@@ -181,15 +181,14 @@ def test_the_trajectory_is_one_packed_pass(case, law, shift):
     np.testing.assert_array_equal(text[: real.sum()], tokens[row, real])
     assert (text[real.sum() :] != cfg.mask_id).all()
   hp = settings(**LAWS[law])
-  new, old = logprob.trajectory_logp(cfg, params, none, hp.law())
+  new, old = logprob.trajectory_logp(cfg, params, none, hp)
   placed = np.sum(none.more['order_logp'], 1) if hp.order_logp else 0
   assert not hp.order_logp or (placed < -0.1).any()
   np.testing.assert_allclose(old, np.sum(none.logp, 1) + placed, rtol=1e-6)
   np.testing.assert_allclose(new, old, atol=1e-4)
   steps = range(int(none.order.max()) + 1)
   each = [
-    logprob.state_logp(cfg, params, none, jnp.full((6,), step), hp.law())[0]
-    for step in steps
+    logprob.state_logp(cfg, params, none, jnp.full((6,), step), hp)[0] for step in steps
   ]
   np.testing.assert_allclose(new, sum(each), atol=1e-4)
 
@@ -277,7 +276,7 @@ def test_guidance_has_a_cache_of_its_own(case):
   )  # fmt: skip
   np.testing.assert_array_equal(cached.tokens, none.tokens)
   np.testing.assert_allclose(cached.logp, none.logp, atol=5e-5)
-  law = settings(guidance=0.8, pick='random_order').law()
+  law = settings(guidance=0.8, pick='random_order')
   each = [logprob.state_logp(CFG, params, none, jnp.full((3,), step), law)
           for step in range(L)]  # fmt: skip
   np.testing.assert_allclose(*sum(each), atol=1e-4)
@@ -310,7 +309,7 @@ def test_a_block_of_one_token_is_an_autoregressive_model(case):
   out = sampler.generate(
     cfg, params, tokens[:, :8], jax.random.key(0), hp, valid[:, :8]
   )
-  new, old = logprob.trajectory_logp(cfg, params, out, hp.law())
+  new, old = logprob.trajectory_logp(cfg, params, out, hp)
   np.testing.assert_allclose(new, old, atol=1e-4)
 
 
@@ -435,7 +434,7 @@ def test_the_sampler_has_the_law_of_the_table(rule, monkeypatch):
   prompt = jnp.zeros((8192, 2), jnp.int32)
   out = sampler.generate(cfg, {'phase': 0.0}, prompt, jax.random.key(0), hp)
   both = [
-    logprob.state_logp(cfg, {'phase': 0.3}, out, jnp.full((8192,), step), hp.law())
+    logprob.state_logp(cfg, {'phase': 0.3}, out, jnp.full((8192,), step), hp)
     for step in range(int(out.order.max()) + 1)
   ]
   new, old = (np.asarray(x, np.float64) for x in sum(both))
@@ -517,7 +516,7 @@ def test_a_sampled_law_sums_to_one(fields, weights):
   out = sampler.generate(cfg, params, prompt, jax.random.key(0), hp)
   new, old = (
     np.asarray(x, np.float64)
-    for x in logprob.trajectory_logp(cfg, ref, out, hp.law(), policy=params)
+    for x in logprob.trajectory_logp(cfg, ref, out, hp, logprob.Along(policy=params))
   )
   paths = np.concatenate([out.tokens[:, 2:], out.order], 1)
   _, first = np.unique(paths, axis=0, return_index=True)
@@ -559,7 +558,7 @@ def test_the_block_of_a_stop_is_sampled_to_its_end(case):
                                   whole.tokens[row, 8 : 8 + end])  # fmt: skip
     assert (short.order[row, end:] == -1).all()
     assert (short.tokens[row, 8 + end :] == cfg.eos_id).all()
-  new, old = logprob.trajectory_logp(cfg, params, short, settings().law())
+  new, old = logprob.trajectory_logp(cfg, params, short, settings())
   np.testing.assert_allclose(new, old, atol=1e-4)
   plain = draw(pick='random_order', eos_stop=True, cache='none')
   np.testing.assert_array_equal(plain.tokens, short.tokens)
@@ -573,7 +572,7 @@ def test_a_mask_token_at_the_end_of_a_prompt_is_text(case):
   out = sampler.generate(CFG, params, prompt, jax.random.key(4), hp)
   assert (out.tokens[:, 8] == CFG.mask_id).all() and (out.order[:, 0] == GIVEN).all()
   assert (out.order[:, 1:] >= 0).all()
-  new, old = logprob.trajectory_logp(CFG, params, out, hp.law())
+  new, old = logprob.trajectory_logp(CFG, params, out, hp)
   np.testing.assert_allclose(new, old, atol=1e-4)
 
 

@@ -44,7 +44,7 @@ def test_state_and_meta_come_back(tmp_path, monkeypatch):
   )
   state = state._replace(trainable={'params': state.trainable})
   shapes = lambda step: {'state': checkpoint.abstract(state)}
-  with checkpoint.open_manager(tmp_path) as manager:
+  with checkpoint.Manager(tmp_path) as manager:
     assert checkpoint.restore(manager, shapes) is None
     for step in (1, 2, 5):
       checkpoint.save(manager, step, {'state': state}, {'step': step})
@@ -359,8 +359,8 @@ def test_restores_onto_another_mesh(built, stopped):
   def restored(part):
     state = checkpoint.abstract(part.steps.start(part.steps.init()))
     prompt = build.problems(part, 'train').tokens.shape[1]
-    shapes = {'state': state, 'batch': build.abstract_batch(part, prompt)}
-    with checkpoint.open_manager(stopped / 'rl', 2, part.steps.digest) as manager:
+    shapes = {'state': state, 'batch': build.abstract_buffer(part, prompt).batch}
+    with checkpoint.Manager(stopped / 'rl', 2, part.steps.digest) as manager:
       trees = checkpoint.restore(manager, lambda step: shapes).trees
     for got, want in zip(
       jax.tree.leaves(trees['state']), jax.tree.leaves(state), strict=True

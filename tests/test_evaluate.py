@@ -313,7 +313,7 @@ def test_saved_generations_are_graded_without_a_config(tmp_path):
   assert made['reward'] == plain['reward'] / 2 > 0
   assert '100.0 %' in cards.headline(made) and '| accuracy | 1 |' in cards.as_text(made)
   for text, field in (
-    ('{', 'not JSON'),
+    ('{', 'no valid JSON'),
     ('[]', 'list of generations'),
     (json.dumps({'generations': [{'question': ''}]}), 'generations, ground_truth'),
   ):

@@ -90,8 +90,8 @@ def rollouts(model, policies):
     def call(old, ref):
       prompts = jnp.asarray([PROMPT] * ROWS)
       out = sampler.generate(model, old, prompts, rng.key_for(0, 'sample'), hp)
-      along = functools.partial(
-        logprob.trajectory_logp, model, ref, out, hp.law(), policy=old
+      along = lambda *some: logprob.trajectory_logp(
+        model, ref, out, hp, logprob.Along(*(some or (0, None)), old)
       )
       u_R = rng.per_row(rng.key_for(0, 'score'), jnp.arange(ROWS), jax.random.uniform)
       some = along(1, u_R)

@@ -56,7 +56,7 @@ def test_index_lists_every_tensor_once(tiny, params, tmp_path):
   """A tensor lies in the file that the index says; no file is over the limit."""
   limit = 3000
   hf.save_hf(tmp_path, tiny, params, shard_bytes=limit)
-  index = json.loads((tmp_path / weights.INDEX).read_text())
+  index = json.loads((tmp_path / hf.INDEX).read_text())
   files = sorted(set(index['weight_map'].values()))
   assert len(files) > 2
   assert files[0] == f'model-00001-of-{len(files):05d}.safetensors'
@@ -98,7 +98,7 @@ def test_small_files_of_the_source_are_copied(tiny, params, tmp_path):
     'modeling_llada.py',
     'model.safetensors',
   } <= names
-  assert not any('-of-' in n or n == weights.INDEX for n in names)
+  assert not any('-of-' in n or n == hf.INDEX for n in names)
   assert (tmp_path / 'out' / 'config.json').read_text() == config
 
 
@@ -126,7 +126,7 @@ def test_adapter_reads_back_to_the_bit(tiny, weights_of, tmp_path):
   cfg = dataclasses.replace(tiny, lora_rank=3, lora_alpha=7.0)
   params = weights_of(cfg)
   hf.save_adapter(tmp_path, cfg, params, 'owner/base')
-  read = weights.read_adapter(str(tmp_path), cfg)
+  read = hf.read_adapter(str(tmp_path), cfg)
   jax.tree.map(np.testing.assert_array_equal, read, {'lora': params['lora']})
   written = json.loads((tmp_path / 'adapter_config.json').read_text())
   assert (written['r'], written['lora_alpha'], written['base_model_name_or_path']) == (
@@ -187,7 +187,7 @@ def test_an_adapter_without_its_file_is_not_called_damaged(
   for name in there:
     (tmp_path / name).write_bytes(b'x')
   with pytest.raises(ValueError, match='has no adapter_model.safetensors') as info:
-    weights.check_adapter(str(tmp_path), cfg)
+    hf.check_adapter(str(tmp_path), cfg)
   said = str(info.value)
   assert 'damaged' not in said and all(name in said for name in there)
 
@@ -196,7 +196,7 @@ def test_an_adapter_on_another_base_warns(tiny, weights_of, tmp_path, caplog):
   """A name is compared without its folders; only a name that differs warns."""
   cfg = dataclasses.replace(tiny, lora_rank=3)
   hf.save_adapter(tmp_path, cfg, weights_of(cfg), 'GSAI-ML/LLaDA-8B-Instruct')
-  check = lambda base: weights.check_adapter(str(tmp_path), cfg, '', base)
+  check = lambda base: hf.check_adapter(str(tmp_path), cfg, '', base)
   for same in ('GSAI-ML/LLaDA-8B-Instruct', '/models/LLaDA-8B-Instruct/'):
     check(same)
   assert not caplog.records
@@ -220,7 +220,7 @@ def test_wrong_adapters_are_refused(tiny, weights_of, tmp_path):
     (change(layers=3), 'missing: .*blocks.2.*'),
   ):
     with pytest.raises(ValueError, match=message):
-      weights.read_adapter(str(tmp_path), other)
+      hf.read_adapter(str(tmp_path), other)
   path = tmp_path / 'adapter_config.json'
   written = json.loads(path.read_text())
   for name, value, message in (
@@ -242,11 +242,11 @@ def test_wrong_adapters_are_refused(tiny, weights_of, tmp_path):
   ):
     path.write_text(json.dumps(written | {name: value}))
     with pytest.raises(ValueError, match=message):
-      weights.read_adapter(str(tmp_path), cfg)
+      hf.read_adapter(str(tmp_path), cfg)
   path.write_text(json.dumps(written | PEFT_DEFAULTS))
-  weights.read_adapter(str(tmp_path), cfg)
+  hf.read_adapter(str(tmp_path), cfg)
   with pytest.raises(ValueError, match='lora.path = .*adapter_config.json'):
-    weights.read_adapter(str(tmp_path / 'nowhere'), cfg)
+    hf.read_adapter(str(tmp_path / 'nowhere'), cfg)
 
 
 def fake_run(cfg):

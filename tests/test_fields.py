@@ -305,7 +305,7 @@ def test_logprob_field_changes_the_scores(field, tiny, shapes):
   keys = jax.random.key(0), jax.random.key(1)
 
   def text(hp):
-    law = sampler.Law(L, 0.7, 0.0, 0.0)
+    law = sampler.SampleConfig(L, L, L, 0.7)
     setup = step.Setup(cfg, dmpo.OBJECTIVE, dmpo.Config(), law=law, logprob=hp)
 
     def run(params):
@@ -357,7 +357,9 @@ def test_check_says_which_logprob_fields_have_no_effect(
   sampled = Sampled(rollouts, full > 0, jnp.arange(ROWS))
   keys = jax.random.key(0), jax.random.key(1)
   setup = parts.setup_of(c, tiny, OBJECTIVES[c.objective.name])
-  setup = dataclasses.replace(setup, law=sampler.Law(L, 0.7, 0.0, 0.0), microbatches=1)
+  setup = dataclasses.replace(
+    setup, law=sampler.SampleConfig(L, L, L, 0.7), microbatches=1
+  )
 
   def text(hp):
     run = lambda params: score.score(

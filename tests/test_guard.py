@@ -192,7 +192,7 @@ with guard.Watchdog(1.0, sys.argv[1]) as dog:
     collector.start({}, (), 0, clock=clock)
   elif where == 'checkpoint':  # a file system that takes no more
     os.rename = sleeps
-    manager = checkpoint.open_manager(sys.argv[1] + '.rl')
+    manager = checkpoint.Manager(sys.argv[1] + '.rl')
     state = types.TrainState(np.zeros(1), np.zeros(1), np.zeros(1))
     for step in (7, 8):  # the second waits for the first
       with clock('checkpoint'):

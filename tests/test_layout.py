@@ -49,11 +49,9 @@ UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 # The ceiling of the package without tools/. It only falls, but for a commit that says
 # which capability it buys. Types, sentences and checks of input are not cut to meet it.
 MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 17600, 60, 6
-# These take more: the keyword options of one pass, a window with its cache, the states
-# of a trajectory with the policy that sampled them, and the signature that scripts
-# outside the project call.
+# These take more: the keyword options of one pass, a window with its cache, and the
+# signature that scripts outside the project call.
 WIDE = {'view_logp', 'window_logits', 'beside_cache', 'sample'}
-WIDE |= {'trajectory_logp', 'packed_trajectory'}
 
 
 def sources(root):

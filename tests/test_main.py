@@ -179,7 +179,7 @@ IMPOSSIBLE = [
   ({'logprob.low': 0.9, 'logprob.high': 0.5}, 'logprob.low = 0.9'),
   (
     {'logprob.estimator': 'trajectory', 'sampler.temperature': 0.0},
-    'trajectory needs sampler.temperature > 0',
+    'sampler.temperature = 0.*set it > 0.*trajectory',
   ),
   (
     {'logprob.estimator': 'trajectory', 'logprob.tail': False},
@@ -187,7 +187,7 @@ IMPOSSIBLE = [
   ),
   (
     {'logprob.estimator': 'trajectory', 'sampler.top_p': 0.9},
-    'sampler.top_p = 0.9.*trajectory needs 1 and 0',
+    'sampler.top_p = 0.9.*set 1 and 0.*trajectory',
   ),
   (
     {'logprob.estimator': 'trajectory', 'sampler.pick': 'wino'},
@@ -545,7 +545,7 @@ def test_damaged_config_of_a_workdir_is_named(tmp_path):
   path = tmp_path / 'run' / 'config.json'
   for text in (path.read_text()[:100], ''):
     path.write_text(text)
-    with pytest.raises(ValueError, match='config.json is damaged.*remove it'):
+    with pytest.raises(ValueError, match='config.json is no valid JSON.*remove it'):
       runs.claim(tiny(), workdir)
 
 
@@ -999,7 +999,7 @@ def tiny_checkpoint(request, weights_of, tmp_path):
   )
   folder = tmp_path / 'llada'
   hf.save_hf(str(folder), cfg, weights_of(cfg), ids, shard_bytes=20_000)
-  assert (folder / weights.INDEX).exists()
+  assert (folder / hf.INDEX).exists()
   return folder
 
 
@@ -1139,7 +1139,7 @@ def test_generations_of_a_wrong_form_are_refused(command, tmp_path):
   path = tmp_path / 'x.json'
   good = {'question': '0' * 16, 'generations': '', 'ground_truth': '1' * 16}
   for value, message in (
-    ('{', 'x.json: not JSON'),
+    ('{', 'x.json is no valid JSON'),
     ('[]', 'no list of generations'),
     ('{"generations": []}', 'no list of generations, or an empty'),
     ('{"generations": ["x"]}', 'generation 0 is no object with fields'),

@@ -136,7 +136,7 @@ def train(family, reference, hp, iterations, flip=1.0, anchored=True, inner=4):
     out = sampler.generate(
       cfg, state.trainable, prompts, rng.key_for(0, 'sample', it), how
     )
-    ref, old = logprob.trajectory_logp(cfg, reference, out, how.law())
+    ref, old = logprob.trajectory_logp(cfg, reference, out, how)
     r = flip * reward(out.tokens[:, -L:])
     grouped = functools.partial(to_groups, group=GROUP)
     scored = Scored(grouped(r), None, grouped(old), grouped(ref if anchored else old))

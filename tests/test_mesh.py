@@ -265,7 +265,7 @@ def test_update_is_the_same_on_every_mesh(shape, plain):
     assert leaf.sharding.is_equivalent_to(
       jax.sharding.NamedSharding(built.mesh, spec), leaf.ndim
     ), path
-  abstract = build.abstract_batch(built, PROMPT)
+  abstract = build.abstract_buffer(built, PROMPT).batch
   batch = jax.tree.map(lambda x, to: mesh.put(x, to.sharding), random_batch(), abstract)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
     lambda x: (x.shape, x.dtype), abstract

@@ -313,7 +313,7 @@ def test_orbax_does_not_ask_for_preemption(tmp_path, monkeypatch):
   counts = []
   monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', counts.append)
   state = TrainState(jnp.int32(3), {'params': jnp.zeros(2)}, {})
-  with checkpoint.open_manager(tmp_path, 1) as manager:
+  with checkpoint.Manager(tmp_path, 1) as manager:
     checkpoint.save(manager, 3, {'state': state}, {})
   assert not counts and (tmp_path / '3').exists()
 
@@ -505,7 +505,7 @@ def state(step):
 
 
 digest = build.Compiled(grid, checkpoint.digest)
-with checkpoint.open_manager(folder, 4, digest) as manager:
+with checkpoint.Manager(folder, 4, digest) as manager:
   for step in (1, 2, 3):
     checkpoint.save(manager, step, {'state': state(step)}, {})
   manager.wait_until_finished()
@@ -526,7 +526,7 @@ with checkpoint.open_manager(folder, 4, digest) as manager:
   checkpoint.set_aside(manager, 1)
   assert manager.all_steps() == [1]
   checkpoint.save(manager, 2, {'state': state(2)}, {})
-with checkpoint.open_manager(folder, 4) as manager:
+with checkpoint.Manager(folder, 4) as manager:
   assert manager.all_steps() == [1, 2]
 print('all is well')
 """

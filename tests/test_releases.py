@@ -11,7 +11,7 @@ import json
 
 import pytest
 
-from dmpo_jax import data, model, weights
+from dmpo_jax import data, hf, model
 
 QWEN = dict(
   attention_dropout=0.0, bos_token_id=151643, hidden_act='silu', initializer_range=0.02,
@@ -149,7 +149,7 @@ ACCEPTED = {
 def test_published_directories_are_read(name, tmp_path, caplog):
   """Sizes, law, block and special ids; one warning at most, about idle fields."""
   config, others, want = ACCEPTED[name]
-  found = weights.read_config(folder(tmp_path, config, **others))
+  found = hf.read_config(folder(tmp_path, config, **others))
   assert {k: found.get(k, getattr(model.ModelConfig, k, None)) for k in want} == want
   assert len(caplog.records) <= 1
   if config['model_type'] == 'sdar':
@@ -180,7 +180,7 @@ REFUSED = {
 def test_others_are_refused_with_the_reason(name, tmp_path):
   config, reason = REFUSED[name]
   with pytest.raises(ValueError, match=reason) as error:
-    weights.read_config(folder(tmp_path, config))
+    hf.read_config(folder(tmp_path, config))
   assert '\n' not in str(error.value)
   if reason == 'experts':
     assert 'written' not in str(error.value) and 'unknown' not in str(error.value)
@@ -188,7 +188,7 @@ def test_others_are_refused_with_the_reason(name, tmp_path):
 
 def test_a_told_block_is_taken_and_compared(tmp_path, caplog):
   """A warning says where it is not what the files say."""
-  block = lambda config, *told: weights.read_config(folder(tmp_path, config), *told)[
+  block = lambda config, *told: hf.read_config(folder(tmp_path, config), *told)[
     'block_causal'
   ]
   a2d = A2D | {'mask_token_id': 151669, '_experts_implementation': 'eager'}
@@ -202,7 +202,7 @@ def test_a_told_block_is_taken_and_compared(tmp_path, caplog):
 def test_stop_ids_are_tokens(stops, tmp_path):
   path = folder(tmp_path, SDAR, generation_config={'eos_token_id': stops})
   with pytest.raises(ValueError, match='eos_token_id.*generation_config.json'):
-    weights.read_config(path)
+    hf.read_config(path)
 
 
 def test_the_tokenizers_end_of_turn_is_the_models(tmp_path):
@@ -214,6 +214,6 @@ def test_the_tokenizers_end_of_turn_is_the_models(tmp_path):
   config = SDAR | dict(
     vocab_size=vocab, eos_token_id=2, mask_token_id=1, bos_token_id=None
   )
-  found = weights.read_config(folder(tmp_path, config))
+  found = hf.read_config(folder(tmp_path, config))
   ends = {found['eos_id'], *found['stop_ids']}
   assert ends == set(data.stop_ids(tokenizer)) and len(ends) == 2

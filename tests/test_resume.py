@@ -63,7 +63,7 @@ def test_run_resumes_to_the_bit(every, call, kill, built, base_params, whole, tm
   part = vary(built, checkpoint={'every': every})
   with pytest.raises(KeyboardInterrupt):
     run(fail_at(part, call, interrupt), tmp_path, base_params, kill)
-  with checkpoint.open_manager(tmp_path / 'rl') as manager:
+  with checkpoint.Manager(tmp_path / 'rl') as manager:
     assert (manager.latest_step() or 0) == (call - 1) // every * every
   same_run(run(part, tmp_path, base_params), tmp_path, whole)
 

@@ -73,7 +73,7 @@ class Case:
     """Returns (gradient of the loss by the parameters, metrics, the weights)."""
     objective, out = OBJECTIVES[name], self.out
     text, row = self.text(), jnp.arange(ROWS)
-    read = logprob.reader(self.cfg, self.hp.law())
+    read = logprob.reader(self.cfg, self.hp)
 
     def view(params):
       masks = objective.draw(jax.random.key(key), row, text, hp)

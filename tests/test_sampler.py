@@ -728,7 +728,7 @@ def trajectory(tiny):
 
   def run(name, weights, rollouts):
     shift, hp = CASES[name]
-    law = hp.law()._replace(rank_temperature=0.0)  # which it does not read
+    law = dataclasses.replace(hp, rank_temperature=0.0)  # which it does not read
     return jax.device_get(compiled(shift, law)(weights, rollouts))
 
   return run
@@ -771,9 +771,8 @@ def test_some_states_stand_for_all(states, tiny, sharp, run):
       tiny,
       sharp,
       rows,
-      BASE.law(),
-      states,
-      rng.per_row(KEY, jnp.arange(copies), jax.random.uniform),
+      BASE,
+      logprob.Along(states, rng.per_row(KEY, jnp.arange(copies), jax.random.uniform)),
     )
   )(rows)
   by_step = out.logp[0][np.argsort(out.order[0])]

@@ -23,7 +23,6 @@ from dmpo_jax import (
   sampler,
   score,
   step,
-  weights,
 )
 from dmpo_jax.objectives import dmpo
 from dmpo_jax.types import Sampled
@@ -44,7 +43,7 @@ def test_log_p_ref_is_the_weighted_sum_over_references(estimator, tiny, weights_
     tiny,
     dmpo.OBJECTIVE,
     dmpo.Config(),
-    law=hp.law(),
+    law=hp,
     logprob=logprob.LogprobConfig(estimator=estimator, states=2),
   )
   prompts = jnp.asarray([[1, 2], [3, 2], [0, 4], [5, 1]])
@@ -182,14 +181,14 @@ def checkpoint_at(folder, **changes):
   from test_weights import CONFIGS, write
 
   path = str(write(folder, {**CONFIGS['llada'], **changes}))
-  return path, model.ModelConfig(**weights.read_config(path))
+  return path, model.ModelConfig(**hf.read_config(path))
 
 
 def test_another_checkpoint_is_read(read_references, tmp_path):
   call, _, _ = read_references
   path, cfg = checkpoint_at(tmp_path / 'other')
   trees = call(cfg, of=('base', path), weights=(1.0, 1.0))()
-  same(mesh.fetch(trees[1]), mesh.fetch(weights.read_params(path, cfg)))
+  same(mesh.fetch(trees[1]), mesh.fetch(hf.read_params(path, cfg)))
 
 
 def test_references_that_do_not_fit_the_policy_are_refused(read_references, tmp_path):

@@ -950,7 +950,7 @@ def test_half_a_character_is_named_with_its_line(tmp_path, split):
 def test_stand_ins_are_named(tmp_path, name, ending, content, message):
   path = tmp_path / f'train.{ending}'
   path.write_bytes(content)
-  with pytest.raises(ValueError, match=f'train.{ending} is .*{message}'):
+  with pytest.raises(ValueError, match=f'train.{ending}: it is .*{message}'):
     TASKS[name].load('train', options(path))
 
 

@@ -25,7 +25,7 @@ from tiny_run import (
 
 from dmpo_jax import build, checkpoint, data, evaluate, mesh, metrics, rollout
 from dmpo_jax.tasks import TASKS
-from dmpo_jax.types import Scores, TrainBatch
+from dmpo_jax.types import Rollouts, Sampled, Scores, TrainBatch
 
 pytest_plugins = ('tiny_run',)
 pytestmark = pytest.mark.usefixtures('plain_saves')
@@ -295,9 +295,9 @@ def test_cut_counts_completions_without_eos():
   task = TASKS['sudoku']._replace(reward=letters, grade=lambda *_: 0.0)
   batch = TrainBatch._make([None] * len(TrainBatch._fields))
   steps = types.SimpleNamespace(pack=lambda *_: (batch, {}))
-  host = rollout.Fetched(
-    tokens, np.zeros((4, 5), np.int32), np.int32(5), mask, np.ones((4, 5)), None
-  )
+  order = np.zeros((4, 5), np.int32)
+  out = Rollouts(tokens, None, order, None, np.int32(5), np.ones((4, 5)))
+  host = rollout.fetched(Sampled(out, mask, None), eos)
   index, mine = np.zeros(2, np.int32), np.arange(4)
   started = rollout.Started(0, 0, index, None, Scores(), host, mine)
   collector = rollout.Collector(

@@ -15,7 +15,7 @@ import reference
 from safetensors.numpy import save_file
 
 from configs import base
-from dmpo_jax import check, data, mesh, model, weights
+from dmpo_jax import check, data, hf, mesh, model, weights
 from dmpo_jax.hf import read
 
 V, D, N, F = 40, 16, 2, 24
@@ -376,12 +376,12 @@ def test_eos_is_the_same_in_both_files(tmp_path):
   decoder = {str(i): {'content': f'<{i}>'} for i in (29, 31)}
   told = {'added_tokens_decoder': decoder, 'eos_token': '<31>', 'pad_token': '<29>'}
   (folder / 'tokenizer_config.json').write_text(json.dumps(told))
-  ids = weights.read_config(str(folder))
+  ids = hf.read_config(str(folder))
   assert (ids['eos_id'], ids['pad_id']) == (31, LLADA['pad_token_id'])
   told['eos_token'] = '<29>'
   (folder / 'tokenizer_config.json').write_text(json.dumps(told))
   with pytest.raises(ValueError, match="eos_token_id = .*30, 31.* '<29>' = 29"):
-    weights.read_config(str(folder))
+    hf.read_config(str(folder))
 
 
 # --- bad input
@@ -493,7 +493,7 @@ def test_fields_without_effect_change_no_setting(change, tmp_path):
   """ModelConfig is that of the file without them."""
   plain, more = ({**DREAM, **extra} for extra in ({}, change))
   folders = [write(tmp_path / n, c, tensors={}) for n, c in (('a', plain), ('b', more))]
-  one, two = (weights.read_config(str(folder)) for folder in folders)
+  one, two = (hf.read_config(str(folder)) for folder in folders)
   assert one == two
 
 
@@ -512,7 +512,7 @@ def test_another_family_is_no_misspelling(kind, fields, reason, tmp_path):
   """It is not implemented, for a reason where there is one to see."""
   folder = write(tmp_path / 'x', {**DREAM, **fields, 'model_type': kind}, tensors={})
   with pytest.raises(ValueError, match='model_type = .* not implemented') as info:
-    weights.read_config(str(folder))
+    hf.read_config(str(folder))
   assert reason in str(info.value)
   assert 'mean' not in str(info.value) and 'written' not in str(info.value)
 
@@ -540,9 +540,9 @@ def test_one_warning_names_ignored_fields(tmp_path, caplog):
 
 def test_the_attention_block_is_read_or_said_never_guessed(tmp_path):
   """A told block wins; 0 is the whole text; Fast-dLLM v2's is 32 if it is missing."""
-  block = lambda name, c, *told: weights.read_config(
-    str(write(tmp_path / name, c)), *told
-  )['block_causal']
+  block = lambda name, c, *told: hf.read_config(str(write(tmp_path / name, c)), *told)[
+    'block_causal'
+  ]
   sdar = dict(CONFIGS['sdar'])
   assert block('a', sdar) == 4 and block('b', sdar, 8) == 8 and block('c', sdar, 0) == 0
   del sdar['block_size']
@@ -553,7 +553,7 @@ def test_the_attention_block_is_read_or_said_never_guessed(tmp_path):
     'conplemenrary_mask': True,
   }
   assert block('e', fast) == 32 and block('f', {**fast, 'bd_size': 8}) == 8
-  assert weights.read_config(str(tmp_path / 'f'))['shift']
+  assert hf.read_config(str(tmp_path / 'f'))['shift']
   a2d = dict(CONFIGS['qwen3'])
   assert block('g', a2d) == 0 and block('h', a2d, 4) == 4
   del a2d['block_size']
@@ -566,10 +566,10 @@ def test_fields_that_its_attention_blocks_do_not_read_are_refused(tmp_path):
   c = base.get_config()
   for kind, refused in (('sdar', True), ('llada', False)):
     c.model.checkpoint = str(write(tmp_path / kind, CONFIGS[kind], tensors={}))
-    found = check.idle(c)
+    found = check.idle(check.with_block(c))
     assert ('objective.low' in found) == ('logprob.low' in found) == refused
   c.model.checkpoint = str(tmp_path / 'nowhere')
-  assert 'objective.low' not in check.idle(c)
+  assert 'objective.low' not in check.idle(check.with_block(c))
 
 
 def test_one_error_lists_all_wrong_tensors(tmp_path, monkeypatch):
@@ -628,7 +628,7 @@ def test_wrong_directories_are_refused(tmp_path, monkeypatch):
     'huggingface_hub.snapshot_download',
     lambda path, **how: asked.append(how['allow_patterns']) or path,
   )
-  weights.locate('GSAI-ML/LLaDA-8B-Instruct', False)
+  hf.locate('GSAI-ML/LLaDA-8B-Instruct', False)
   # auto_map in config.json points at code, which an export must have too.
   assert '*.py' in asked[0] and '*.safetensors' not in asked[0]
 
@@ -648,7 +648,7 @@ def test_wrong_directories_are_refused(tmp_path, monkeypatch):
 def test_index_names_only_files_beside_it(name, tmp_path):
   """Nothing is read if a downloaded index names a file outside its directory."""
   write(tmp_path / 'x', LLADA, shards=2)
-  path = tmp_path / 'x' / weights.INDEX
+  path = tmp_path / 'x' / hf.INDEX
   index = json.loads(path.read_text())
   (tmp_path / 'x' / 'model-00002-of-00002.safetensors').rename(
     tmp_path / 'secret.safetensors'
@@ -689,7 +689,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
   write(folder, LLADA, shards=2)
   with pytest.raises(ValueError, match='two copies .*model.safetensors.*index'):
     weights.load_hf(str(folder))
-  index = folder / weights.INDEX
+  index = folder / hf.INDEX
   told = index.read_text()
   index.unlink()
   with pytest.raises(ValueError, match='two copies .*model.safetensors.*00001-of'):
@@ -792,8 +792,8 @@ POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
       '{"added_tokens_decoder": {"x": {"content": "a"}}}',
       'added tokens',
     ),
-    (weights.INDEX, '{"weight_map": {"a": ', 'no valid JSON'),
-    (weights.INDEX, '{"weight_map": ["a"]}', 'weight_map must be'),
+    (hf.INDEX, '{"weight_map": {"a": ', 'no valid JSON'),
+    (hf.INDEX, '{"weight_map": ["a"]}', 'weight_map must be'),
   ],
 )
 def test_damaged_files_are_named(name, text, message, tmp_path):
@@ -891,7 +891,7 @@ def test_loading_needs_little_host_memory(tmp_path):
     )
     largest = max(largest, (tmp_path / file).stat().st_size)
     index |= dict.fromkeys(part, file)
-  (tmp_path / weights.INDEX).write_text(json.dumps({'weight_map': index}))
+  (tmp_path / hf.INDEX).write_text(json.dumps({'weight_map': index}))
   done = subprocess.run(
     [sys.executable, '-c', MEASURE, str(tmp_path)],
     capture_output=True,

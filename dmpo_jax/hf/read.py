@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from dmpo_jax import files, mesh, model
 from dmpo_jax.hf import families
 from dmpo_jax.hf.config import complain, family_of, is_empty, read_config, shown
-from dmpo_jax.hf.families import FAMILIES, INDEX, Entry
+from dmpo_jax.hf.families import FAMILIES, INDEX, Entry, Family
 from dmpo_jax.types import Params
 
 SMALL = ('*.json', '*.jinja', '*.txt', '*.model', '*.py')  # all but the weights
@@ -72,6 +72,11 @@ def locate(path: str, weights: bool = True) -> str:
       f'model.checkpoint = {path!r} is no directory here and could not be '
       f'downloaded from the hub: {str(error).splitlines()[0]}'
     ) from error
+
+
+def family_for(cfg: model.ModelConfig, folder: str) -> Family:
+  """Returns the Family of a directory; of '' that as which cfg is written."""
+  return family_of(folder)[0] if folder else FAMILIES[families.kind_of(cfg)][0]
 
 
 # --- tensors
@@ -131,7 +136,7 @@ def opened(folder: str, names: list[str]) -> Iterator[dict[str, Any]]:
       try:
         reader = stack.enter_context(safe_open(path, 'numpy'))
       except (SafetensorError, OSError) as error:
-        why = files.lfs_hint(path) or error
+        why = files.stand_in(path) or error
         raise ValueError(f'{path} is damaged or truncated: {why}') from None
       twice = [key for key in reader.keys() if key in owner]
       if twice:
@@ -322,7 +327,7 @@ def check_adapter(
       f'{path} has no {ADAPTER}, but {few(others) or "no weights at all"}: save the '
       'adapter with PEFT as one safetensors file'
     )
-  family = family_of(folder)[0] if folder else FAMILIES[families.kind_of(cfg)][0]
+  family = family_for(cfg, folder)
   tree = {'lora': families.shapes(cfg)['lora']}
   wanted = list(families.entries(tree, family, cfg.layers))
   made_for = told.get('base_model_name_or_path') or ''

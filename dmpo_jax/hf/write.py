@@ -32,11 +32,6 @@ from dmpo_jax.hf.families import (
 from dmpo_jax.types import Params
 
 
-def family_for(cfg: model.ModelConfig, source: str) -> Family:
-  """Returns the Family of the source directory, or of what cfg is written as."""
-  return read.family_of(source)[0] if source else FAMILIES[kind_of(cfg)][0]
-
-
 def save_hf(
   folder: str | os.PathLike,
   cfg: model.ModelConfig,
@@ -56,7 +51,7 @@ def save_hf(
   from huggingface_hub import split_state_dict_into_shards_factory
 
   os.makedirs(folder, exist_ok=True)
-  family = family_for(cfg, source)
+  family = read.family_for(cfg, source)
   if source:
     copy_small(source, str(folder))
     told = files.read_object(os.path.join(source, 'config.json'))
@@ -204,7 +199,7 @@ def save_adapter(
   target_modules is a regular expression on whole paths, because LLaDA's head has
   the name of a linear.
   """
-  family = family_for(cfg, source)
+  family = read.family_for(cfg, source)
   os.makedirs(folder, exist_ok=True)
   tree = {'lora': mesh.fetch(params['lora'])}
   tensors = {

@@ -65,6 +65,19 @@ QWEN3 = dict(
   qk_norm=True,
   block_causal=4,
 )
+# What Dream and Fast-dLLM v2 share: a body of Qwen2.5.
+QWEN25_7B = dict(
+  vocab=152064,
+  width=3584,
+  layers=28,
+  heads=28,
+  kv_heads=4,
+  mlp=18944,
+  rope_theta=1e6,
+  eps=1e-6,
+  qkv_bias=True,
+  shift=True,
+)
 # vocab and special ids of the small ones come from the tokenizer. 'tiny' is for
 # short sequences: a small RoPE base and q/k norms make it learn several times
 # faster there.
@@ -93,20 +106,7 @@ PRESETS = {
     rope_theta=500000.0,
   ),
   'dream_7b': dict(
-    vocab=152064,
-    width=3584,
-    layers=28,
-    heads=28,
-    kv_heads=4,
-    mlp=18944,
-    mask_id=151666,
-    eos_id=151643,
-    pad_id=151643,
-    rope_theta=1e6,
-    eps=1e-6,
-    positions=131072,
-    qkv_bias=True,
-    shift=True,
+    QWEN25_7B, mask_id=151666, eos_id=151643, pad_id=151643, positions=131072
   ),
   'sdar_1_7b': dict(QWEN3, width=2048, layers=28, heads=16, mlp=6144),
   'sdar_4b': dict(QWEN3, width=2560, layers=36, heads=32, mlp=9728),
@@ -124,21 +124,12 @@ PRESETS = {
     block_causal=32,
   ),
   'fast_dllm_7b': dict(
-    vocab=152064,
-    width=3584,
-    layers=28,
-    heads=28,
-    kv_heads=4,
-    mlp=18944,
+    QWEN25_7B,
     mask_id=151665,
     eos_id=151645,
     pad_id=151645,
     stop_ids=(151643,),
-    rope_theta=1e6,
-    eps=1e-6,
     positions=32768,
-    qkv_bias=True,
-    shift=True,
     block_causal=32,
   ),
 }

@@ -23,13 +23,8 @@ from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, W
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.PenalisedGradient):
+class Config(shared.StepDraws, shared.PenalisedGradient):
   kl: str = 'k3_ratio'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
-  choose: str = 'entropy'  # which steps stand for all: each | uniform | entropy | top
-  draws: int = 24  # steps of a row per update; 0 with choose = each: all
-
-  def rules(self) -> dict:
-    return super().rules() | shared.step_rules(self)
 
 
 def draw(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
@@ -42,12 +37,10 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
 
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   """Returns (mean over rows of the mean over steps, metrics)."""
-  old = jnp.broadcast_to(batch.record.logp[:, None], now.logp.shape)
-  old = jnp.where(masks.counted, old, 0.0)
+  old = jnp.where(masks.counted, batch.record.logp[:, None], 0.0)
   logp = jnp.where(masks.counted, now.logp, 0.0)
-  value = shared.terms(logp, old, batch, hp, batch.ref.logp if hp.beta else None)
-  metrics = shared.gap_metrics(logp, old, masks.counted, batch)
-  return shared.total(value, masks, batch), metrics
+  ref = batch.ref.logp if hp.beta else None
+  return shared.token_loss(logp, old, ref, masks, batch, hp)
 
 
 def wants(hp: Any) -> Wants:

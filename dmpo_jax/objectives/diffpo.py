@@ -48,13 +48,9 @@ def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   sampled, old = batch.record.logp[:, None], batch.old.logp
   gap = jnp.where(masks.counted, old - sampled, 0.0)
   correction = jnp.minimum(jnp.exp(jnp.minimum(gap, 20.0)), hp.truncate)
-  weight = shared.like(batch.weight, old) * correction
-  value = -shared.surrogate(now.logp - old, weight, *hp.bounds)
-  if hp.beta:
-    scale = shared.like(batch.own['scale'], old)
-    value += hp.beta * scale * shared.kl(hp.kl, now.logp, batch.ref.logp, old)
-  metrics = shared.gap_metrics(now.logp, old, masks.counted, batch)
-  return shared.total(value, masks, batch), metrics
+  batch = batch._replace(weight=shared.like(batch.weight, old) * correction)
+  ref = batch.ref.logp if hp.beta else None
+  return shared.token_loss(now.logp, old, ref, masks, batch, hp)
 
 
 def wants(hp: Config) -> Wants:

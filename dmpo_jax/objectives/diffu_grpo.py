@@ -41,10 +41,8 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
 
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Any) -> tuple:
   """Returns (sum over counted tokens, metrics)."""
-  old, ref = batch.old.logp, batch.ref.logp if hp.beta else None
-  value = shared.terms(now.logp, old, batch, hp, ref)
-  metrics = shared.gap_metrics(now.logp, old, masks.counted, batch)
-  return shared.total(value, masks, batch), metrics
+  ref = batch.ref.logp if hp.beta else None
+  return shared.token_loss(now.logp, batch.old.logp, ref, masks, batch, hp)
 
 
 def wants(hp: Any) -> Wants:

@@ -56,7 +56,8 @@ def weigh(scored: Scored, hp: Config) -> tuple:
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   """Returns (sum of the tokens' terms over rows / norm, metrics)."""
   ref = batch.ref.logp if hp.beta else None
-  return tracerl.clipped(now, batch.record.logp[:, None], ref, masks, batch, hp)
+  old = batch.record.logp[:, None]
+  return shared.token_loss(now.logp, old, ref, masks, batch, hp)
 
 
 def wants(hp: Config) -> Wants:

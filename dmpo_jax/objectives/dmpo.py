@@ -130,11 +130,8 @@ class Config(shared.Settings):
         f'objective.spread = True needs objective.draws >= 2, or >= 4 with '
         f'objective.antithetic=True; it is {self.draws}'
       )
-    if not 0 <= self.low < self.high <= 1:
-      bad.append(
-        f'objective.low = {self.low} and objective.high = {self.high} must satisfy '
-        '0 <= low < high <= 1'
-      )
+    right = 0 <= self.low < self.high <= 1
+    bad += shared.rates(self, right, '0 <= low < high <= 1')
     model = self.loss == 'wdce' and self.baseline == 'model'
     if not random and (self.loss == 'ddo' or model and not self.common_masks):
       bad.append(

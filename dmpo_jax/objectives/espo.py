@@ -22,15 +22,10 @@ from dmpo_jax.types import Masks, Objective, TrainBatch, ViewLogp, Wants
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.PenalisedGradient):
+class Config(shared.ElboMasks, shared.PenalisedGradient):
   advantage: str = 'loo'  # reward less: mean | loo (mean of the others) | zscore
   beta: float = 1e-3  # factor of the KL to the reference; 0 = off
   kl: str = 'k2'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
-  masks: str = 'stratified'  # masks of the ELBO: stratified | random | order
-  draws: int = 4  # masked copies of a completion per update
-
-  def rules(self) -> dict:
-    return super().rules() | shared.elbo_rules(self)
 
 
 def sequence_loss(

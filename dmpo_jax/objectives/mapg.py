@@ -25,13 +25,10 @@ from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, W
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.PolicyGradient):
+class Config(shared.StepDraws, shared.PolicyGradient):
   choose: str = 'uniform'  # which steps stand for all: each | uniform | entropy | top
   draws: int = 12  # steps of a row per update; 0 with choose = each: all
   places: bool = True  # add the gradient of the choice of positions
-
-  def rules(self) -> dict:
-    return super().rules() | shared.step_rules(self)
 
 
 def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:

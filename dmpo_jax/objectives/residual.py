@@ -21,17 +21,12 @@ from dmpo_jax.types import FloatR, Objective, TrainBatch, Wants, to_groups, to_r
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.Settings):
+class Config(shared.ElboMasks):
   OWN = {'alpha': shared.above(0)}
   advantage: str = 'mean'  # reward less: mean | loo (mean of the others) | zscore
   alpha: float = 0.04  # temperature of the target
-  masks: str = 'stratified'  # masks of the ELBO: stratified | random | order
-  draws: int = 4  # masked copies of a completion per update
   fresh: bool = True  # take the gap to the reference under masks of its own
   per_token: bool = False  # divide ELBOs by the completion length
-
-  def rules(self) -> dict:
-    return super().rules() | shared.elbo_rules(self)
 
 
 def reweigh(elbo_R: FloatR, batch: TrainBatch, group: int, hp: Config) -> FloatR:

@@ -6,7 +6,6 @@ penalties are multiplied.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from dmpo_jax.rules import (
   without_effect,
 )
 from dmpo_jax.rules import above as above  # for the objectives
+from dmpo_jax.rules import rates as rates
 from dmpo_jax.types import (
   Array,
   BoolRL,
@@ -109,6 +109,30 @@ class PenalisedGradient(PolicyGradient):
 
   beta: float = 0.0  # factor of the KL to the reference; 0 = off
   kl: str = 'k3'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class ElboMasks(Settings):
+  """Settings of objectives whose masks `draw_elbo` draws."""
+
+  masks: str = 'stratified'  # masks of the ELBO: stratified | random | order
+  draws: int = 4  # masked copies of a completion per update
+
+  def rules(self) -> dict[str, Rule]:
+    draws = pairs if self.masks == 'stratified' else least(1)
+    masks = one_of('stratified', 'random', 'order')
+    return super().rules() | {'masks': masks, 'draws': draws}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDraws(Settings):
+  """Settings of objectives whose masks `draw_steps` draws."""
+
+  choose: str = 'entropy'  # which steps stand for all: each | uniform | entropy | top
+  draws: int = 24  # steps of a row per update; 0 with choose = each: all
+
+  def rules(self) -> dict[str, Rule]:
+    return super().rules() | {'draws': least(0 if self.choose == 'each' else 1)}
 
 
 # --- advantages
@@ -231,6 +255,15 @@ def gap_metrics(now: Array, old: Array, counted: Array, batch: TrainBatch) -> di
   return {'ratio_log_abs': jnp.sum(far / size) / batch.total}
 
 
+def token_loss(
+  now: Array, old: Array, ref: Any, masks: Masks, batch: TrainBatch, hp: Any
+) -> tuple:
+  """Returns (sum of the counted tokens' terms over rows / norm, metrics)."""
+  old = jnp.broadcast_to(old, now.shape)
+  metrics = gap_metrics(now, old, masks.counted, batch)
+  return total(terms(now, old, batch, hp, ref), masks, batch), metrics
+
+
 def elbo_loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Any) -> tuple:
   """Returns -sum of weight times ELBO, per group, and metrics.
 
@@ -261,12 +294,6 @@ def draw_random(key: AnyKey, row_R: IntR, canvas: Canvas, draws: int) -> Masks:
 
   masked = rng.per_row(key, row_R, of_row)
   return masking.per_copy(masked, length / jnp.sum(masked, axis=-1))
-
-
-def elbo_rules(hp: Any) -> dict[str, Callable]:
-  """Returns the rules of the fields of `draw_elbo`."""
-  draws = pairs if hp.masks == 'stratified' else least(1)
-  return {'masks': one_of('stratified', 'random', 'order'), 'draws': draws}
 
 
 def draw_elbo(key: AnyKey, row_R: IntR, text: Text, hp: Any) -> Masks:
@@ -369,11 +396,6 @@ CHOOSE = {
   'entropy': choose_entropy,
   'top': choose_top,
 }
-
-
-def step_rules(hp: Any) -> dict[str, Callable]:
-  """Returns the rules of the fields of `draw_steps`; 0 draws stand for all steps."""
-  return {'draws': least(0 if hp.choose == 'each' else 1)}
 
 
 def choose_steps(

@@ -65,13 +65,8 @@ class Config(shared.Settings):
     )
 
   def problems(self) -> list[str]:
-    bad = super().problems()
-    if not 0 <= self.low <= self.high <= 1:
-      bad.append(
-        f'objective.low = {self.low} and objective.high = {self.high} must satisfy '
-        '0 <= low <= high <= 1'
-      )
-    return bad
+    right = 0 <= self.low <= self.high <= 1
+    return super().problems() + shared.rates(self, right, '0 <= low <= high <= 1')
 
 
 def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:

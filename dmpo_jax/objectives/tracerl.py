@@ -103,20 +103,10 @@ def weigh(scored: Scored, hp: Config) -> tuple:
   return shared.weigh(scored, hp.advantage, scale / length)
 
 
-def clipped(
-  now: ViewLogp, old: Array, ref: Any, masks: Masks, batch: TrainBatch, hp: Any
-) -> tuple:
-  """Returns (sum of the tokens' terms over rows / norm, metrics)."""
-  old = jnp.broadcast_to(old, now.logp.shape)
-  value = shared.terms(now.logp, old, batch, hp, ref)
-  metrics = shared.gap_metrics(now.logp, old, masks.counted, batch)
-  return shared.total(value, masks, batch), metrics
-
-
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   """Returns (sum of the tokens' terms over rows / norm, metrics)."""
   old = batch.old.logp if hp.shrink > 1 else batch.record.logp[:, None]
-  return clipped(now, old, old, masks, batch, hp)
+  return shared.token_loss(now.logp, old, old, masks, batch, hp)
 
 
 def wants(hp: Config) -> Wants:

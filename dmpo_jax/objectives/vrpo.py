@@ -33,7 +33,7 @@ from dmpo_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.Settings):
+class Config(shared.ElboMasks):
   OWN = {
     'beta': shared.above(0),
     'sft_coef': shared.least(0),
@@ -44,9 +44,6 @@ class Config(shared.Settings):
   variant: str = 'all'  # pairs of a group: all | best (first best and first worst)
   masks: str = 'random'  # masks of the ELBO: stratified | random | order
   draws: int = 8  # masked copies of a completion per update
-
-  def rules(self) -> dict:
-    return super().rules() | shared.elbo_rules(self)
 
 
 def weigh(scored: Scored, hp: Config) -> tuple:

@@ -13,7 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from dmpo_jax.objectives import diffu_grpo, dmpo, shared
-from dmpo_jax.types import Masks, Objective, Scored, TrainBatch, ViewLogp, Wants
+from dmpo_jax.types import Masks, Scored, TrainBatch, ViewLogp, Wants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,6 @@ def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   }
 
 
-OBJECTIVE = Objective(
-  Config,
-  lambda hp: Wants(),
-  diffu_grpo.draw,
-  weigh,
-  loss,
-  whole_text='it reads all tokens off the prompt alone, and blocks off what is before',
+OBJECTIVE = diffu_grpo.OBJECTIVE._replace(
+  Config=Config, wants=lambda hp: Wants(), weigh=weigh, loss=loss
 )

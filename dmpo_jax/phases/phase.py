@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,17 +10,6 @@ from absl import logging
 
 from dmpo_jax import build, metrics, resume
 from dmpo_jax.types import Params, TrainState
-
-
-def no_beat(phase: str, step: int) -> None:
-  """Stands for a watchdog's beat where there is no watchdog."""
-
-
-def no_rates(
-  numbers: Mapping[str, float], prompt: int, updates: int
-) -> dict[str, float]:
-  """Stands for a meter where there is none."""
-  return {}
 
 
 class Tracer:
@@ -69,8 +58,8 @@ class Session:
   built: build.Built
   workdir: str
   writer: metrics.Writer
-  beat: Callable[[str, int], None] = no_beat  # guard.Watchdog.beat
-  rates: Callable[..., dict[str, float]] = no_rates  # tools.speed.Meter
+  beat: Callable[[str, int], None] = lambda phase, step: None  # guard.Watchdog.beat
+  rates: Callable[..., dict[str, float]] = lambda *_: {}  # tools.speed.Meter
   profile: int = 0  # iterations of RL that are traced; 0 = none
 
 

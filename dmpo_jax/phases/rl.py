@@ -58,7 +58,7 @@ class RL(Phase):
       prompts = data.prompts_at(
         self.problems, it, c.train.prompts, c.seed, c.data.bucket
       )
-      out[name] = build.abstract_batch(self.built, prompts.tokens.shape[1])
+      out[name] = build.abstract_buffer(self.built, prompts.tokens.shape[1]).batch
     return out
 
   def prepare(self, update: int) -> int | None:

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from dmpo_jax import model, rng
 from dmpo_jax.sampler import blocks, orders, picks, records, rolling, unmask, wino
-from dmpo_jax.sampler.config import CACHES, SAMPLERS, Law, SampleConfig, Sampler
+from dmpo_jax.sampler.config import SAMPLERS, SampleConfig, Sampler, at_once
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
 from dmpo_jax.types import GIVEN, Array, BoolRP, IntRP, KeyR, Params, Rollouts
 
 __all__ = [
-  'CACHES', 'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Law', 'Recorder',
-  'SampleConfig', 'Sampler', 'generate', 'picks', 'sample', 'unmask',
+  'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Recorder', 'SampleConfig', 'Sampler',
+  'at_once', 'generate', 'picks', 'sample', 'unmask',
 ]  # fmt: skip
 
 SAMPLERS.update(
@@ -125,7 +125,7 @@ def loop_of(hp: SampleConfig, rows: int) -> Callable[..., unmask.Loop]:
   """Returns the function that reveals all masks of so many rows."""
   if own := SAMPLERS[hp.pick].unmask:
     return own
-  if 0 < hp.slots < rows:
+  if at_once(hp, rows) < rows:
     return rolling.by_slot
   return blocks.by_block if hp.cache == 'block' else unmask.by_rule
 

@@ -2,27 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from dmpo_jax import rules
 
 CACHES = ('none', 'prefix', 'dual', 'block')
-
-
-class Law(NamedTuple):
-  """What scoring must know of the law that sampled."""
-
-  block: int
-  temperature: float
-  guidance: float
-  rank_temperature: float
-  eos_stop: bool = False
-  # The rule, where sampled tokens decide the order: see order_logp of SampleConfig.
-  order_logp: bool = False
-  pick: str = ''
-  threshold: float = 0.0
-  fallback: str = ''
-  rank_law: str = ''
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +30,11 @@ class Sampler:
 # All samplers by name. The package's __init__ fills it: the samplers import
 # this module.
 SAMPLERS: dict[str, Sampler] = {}
+
+
+def at_once(hp: Any, rows: int) -> int:
+  """Returns how many of a batch's rows are sampled at a time, by its settings."""
+  return hp.slots if 0 < hp.slots < rows else rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +93,6 @@ class SampleConfig(rules.Section):
 
   def rules(self) -> dict:
     return super().rules() | {'pick': rules.one_of(*SAMPLERS)}
-
-  def law(self) -> Law:
-    """Returns what scoring must know."""
-    return Law(*(getattr(self, name) for name in Law._fields))
 
   def order_from(self) -> str:
     """Returns what decides which positions a step reveals, besides the state.

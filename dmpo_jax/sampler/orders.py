@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import model
-from dmpo_jax.sampler.config import Law, SampleConfig
+from dmpo_jax.sampler.config import SampleConfig
 from dmpo_jax.sampler.picks import Look
 from dmpo_jax.types import Array, BoolRKL, BoolRW, FloatRL, FloatRW
 
@@ -22,10 +22,7 @@ LEAST = -80.0  # nats; a log-prob of 0 chance would make a weight nan
 
 
 def limits(
-  confidence_RxL: FloatRL,
-  now_RxKxL: BoolRKL,
-  rest_RxKxL: BoolRKL,
-  how: SampleConfig | Law,
+  confidence_RxL: FloatRL, now_RxKxL: BoolRKL, rest_RxKxL: BoolRKL, how: SampleConfig
 ) -> Array:
   """Returns the confidence that the proposals of `rest` stay below, (R, K, L).
 

@@ -30,12 +30,6 @@ class Batch(NamedTuple):
   rows: Loop  # of all R rows: as they begin, then as they ended
 
 
-def shards() -> int:
-  """Returns how many parts the rows are split into by the mesh in force."""
-  shape = jax.sharding.get_abstract_mesh().shape
-  return shape.get('data', 1) * shape.get('fsdp', 1)
-
-
 def split(x: Array, parts: int) -> Array:
   """Returns (G, R / G, ...) of (R, ...): each part lies on one shard."""
   return x.reshape((parts, -1) + x.shape[1:])
@@ -67,7 +61,7 @@ def by_slot(setting: Setting, loop: Loop) -> Loop:
   """Samples all rows with hp.slots of them at a time."""
   if setting.hp.cache in ('prefix', 'dual'):
     return in_pieces(setting, loop)
-  parts, rows = shards(), len(loop.tokens)
+  parts, rows = mesh.row_shards(), len(loop.tokens)
   slots = setting.hp.slots // parts
   first = jnp.broadcast_to(jnp.arange(slots)[None], (parts, slots))
   state, valid, keys = begin(setting, loop, first)

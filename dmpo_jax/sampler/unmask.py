@@ -159,13 +159,11 @@ def lap(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
 
   A cached step computes the `span` positions from `start` on; see model.window_logits.
   """
-  seen, cache = forward(setting, loop, start, keep=True)
-  loop = step_block(setting, start, loop, seen)
+  loop, cache = step_block(setting, start, loop, keep=True)
   until = loop.forwards + setting.hp.refresh - 1
+  cached_step = lambda loop: step_block(setting, start, loop, cache=cache, span=span)[0]
   return jax.lax.while_loop(
-    partial(lap_goes_on, setting, start, until),
-    partial(cached_step, setting, start, dict(cache=cache, span=span)),
-    loop,
+    partial(lap_goes_on, setting, start, until), cached_step, loop
   )
 
 
@@ -177,17 +175,14 @@ def lap_goes_on(
   return block_remains(setting, start, loop) & fresh
 
 
-def cached_step(setting: Setting, start: Start, cached: dict, loop: Loop) -> Loop:
-  """Takes one step in the block that all rows share, by the cache."""
-  seen, _ = forward(setting, loop, start, **cached)
-  return step_block(setting, start, loop, seen)
-
-
-def step_block(setting: Setting, start: Start, loop: Loop, seen: Array) -> Loop:
-  """Reveals in the block that all rows share."""
+def step_block(
+  setting: Setting, start: Start, loop: Loop, **cache
+) -> tuple[Loop, model.Cache | None]:
+  """Takes one step in the block that all rows share; returns `forward`'s cache, too."""
+  seen, kept = forward(setting, loop, start, **cache)
   start_R = jnp.full((len(loop.tokens),), start, jnp.int32)
   live_R = jnp.any(remaining(setting, loop), axis=1)
-  return reveal(setting, loop, seen, start_R, live_R)
+  return reveal(setting, loop, seen, start_R, live_R), kept
 
 
 # ---- one step

@@ -15,18 +15,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from dmpo_jax.files import stand_in
 from dmpo_jax.tasks import answers
 from dmpo_jax.types import TaskOptions
 
 SPLITS = ('train', 'validation', 'test')
 HALF = re.compile('[\ud800-\udfff]')  # a surrogate without the other one
 SHARD = re.compile(r'^(.*)-([0-9]+)-of-([0-9]+)(\..*)$')
-STAND_INS = {
-  b'version https://git-lfs': 'a git-lfs pointer, not the data: run git lfs pull',
-  b'<!DOCTYPE': 'a web page, not the data: download the raw file',
-  b'\x1f\x8b': 'compressed by gzip: unpack it',
-  b'PK\x03\x04': 'a zip file: unpack it',
-}
 
 
 def read_rows(path: str) -> Iterator[tuple[int, dict]]:
@@ -35,7 +30,8 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
   The name's ending tells the format; any other name is read as JSONL. Raises
   ValueError on a line that cannot be read and on a file without rows.
   """
-  refuse_stand_in(path)
+  if what := stand_in(path):
+    raise ValueError(f'{path}: {what}')
   rows = {'.csv': _csv, '.parquet': _parquet}.get(os.path.splitext(path)[1], _jsonl)
   empty = True
   for line, record in rows(path):
@@ -43,15 +39,6 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
     yield line, record
   if empty:
     raise ValueError(f'{path}: the data set is empty')
-
-
-def refuse_stand_in(path: str) -> None:
-  """Raises ValueError if a file has not the data itself, by its first bytes."""
-  with open(path, 'rb') as file:
-    start = file.read(64)
-  for sign, what in STAND_INS.items():
-    if start.startswith(sign):
-      raise ValueError(f'{path} is {what}')
 
 
 def read_texts(path: str, columns: Iterable[str]) -> Iterator[tuple[int, dict]]:

@@ -232,7 +232,7 @@ def numbers_of(
   and the accuracy of the majority.
   """
   texts = [row['text'] for row in rows]
-  graded = evaluate.judged(task, protocol, weights, texts, examples)
+  graded = grader.judge(task, protocol, texts, examples, weights)
   spent = [
     {name: row[name] for name in ('forwards', 'tokens')}
     for row in rows

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from dmpo_jax.sampler import at_once
+
 KINDS = (
   'all-gather',
   'all-reduce',
@@ -38,7 +40,7 @@ def shares(trips: Sequence[float]) -> tuple[float, float]:
 
 def steps_of(hp: Any, rows: int, forwards: float) -> float:
   """Returns the forwards of a rollout; with slots, those of so many rows."""
-  return forwards * hp.slots / rows if 0 < hp.slots < rows else forwards
+  return forwards * at_once(hp, rows) / rows
 
 
 def trips_of(hp: Any, attention_block: int, rows: int, steps: float) -> tuple:
@@ -46,16 +48,12 @@ def trips_of(hp: Any, attention_block: int, rows: int, steps: float) -> tuple:
 
   hp: its settings. steps: as `steps_of`.
   """
-  rolls = 0 < hp.slots < rows
   if hp.cache in ('prefix', 'dual'):  # laps of a block, cached steps of a lap
     a_block = steps / (hp.length // hp.block)
     a_lap = min(a_block, hp.refresh or a_block)
     return a_block / a_lap, a_lap - 1
-  if rolls:  # laps that end with a new row in a slot, steps of a lap
-    laps = rows / hp.slots
-    loop = laps, steps
-  else:
-    loop = (steps,)
+  laps = rows / at_once(hp, rows)  # each ends with a new row in a slot
+  loop = (laps, steps) if laps > 1 else (steps,)
   if hp.cache == 'block':  # how often a step computes the block before, too
     loop += (hp.length / attention_block / steps,)
   return loop

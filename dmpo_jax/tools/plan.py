@@ -17,7 +17,7 @@ from absl import logging
 
 from dmpo_jax import build, fits
 from dmpo_jax.fits import GIB, size
-from dmpo_jax.sampler import SAMPLERS
+from dmpo_jax.sampler import SAMPLERS, at_once
 from dmpo_jax.tools import chips
 from dmpo_jax.tools.chips import Chip
 from dmpo_jax.tools.costs import collectives, matmuls, trips_of
@@ -156,7 +156,7 @@ def cache_bytes(built: build.Built, prompt: int) -> int:
   if c.sampler.cache == 'none':
     return 0
   shards = built.mesh.shape['data'] * built.mesh.shape['fsdp']
-  rows = min(c.train.prompts * c.train.group, c.sampler.slots or math.inf) // shards
+  rows = at_once(c.sampler, c.train.prompts * c.train.group) // shards
   rows *= 2 if c.sampler.guidance else 1
   dim = cfg.head_dim or cfg.width // cfg.heads
   width = cfg.kv_heads * dim * jnp.dtype(cfg.dtype).itemsize

@@ -6,13 +6,11 @@ ground_truth is null cannot be graded and is left out.
 """
 
 import glob
-import json
 import os
-import pathlib
 from typing import Any, NamedTuple
 
-from dmpo_jax import grader
-from dmpo_jax.tasks import answers, datasets
+from dmpo_jax import files, grader
+from dmpo_jax.tasks import answers
 from dmpo_jax.types import Task
 
 SETTINGS = ('gen_length', 'diffusion_steps', 'block_length')  # of one evaluation
@@ -72,11 +70,7 @@ def paths_of(pattern: str) -> list[str]:
 
 def read_file(path: str) -> dict[str, Any]:
   """Returns the object in a file of generations; ValueError without a list of them."""
-  datasets.refuse_stand_in(path)
-  try:
-    saved = json.loads(pathlib.Path(path).read_text(encoding='utf-8-sig'))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path}: not JSON: {error}') from None
+  saved = files.read_json(path)
   items = saved.get('generations') if isinstance(saved, dict) else None
   if not items or not isinstance(items, list):
     raise ValueError(f'{path}: no list of generations, or an empty one')
