@@ -250,6 +250,7 @@ class SftSetup:
   cfg: ModelConfig
   length: int  # L
   optimizer: Any
+  microbatches: int = 1
 
 
 def sft_step(
@@ -280,5 +281,7 @@ def sft_step(
     nll = -logprob.seq_elbo(logp, masks.weight) / setup.length
     return jnp.sum(nll) / total, {}
 
-  parts = jax.tree.map(lambda x: x[None], (tokens_RxS, valid_RxS, row_R))
+  parts = jax.tree.map(
+    lambda x: split_rows(x, setup.microbatches), (tokens_RxS, valid_RxS, row_R)
+  )
   return update(state, loss_fn, parts, setup.optimizer)

@@ -498,21 +498,25 @@ def test_model_baseline_follows_the_gap(params, rollouts):
 
 
 def test_sft_step(params):
-  """LLaDA's loss by its formula; the key moves it."""
+  """LLaDA's loss by its formula; microbatches add up; the key moves it."""
   tokens = np.random.default_rng(3).integers(0, 8, (R, P + L)).astype(np.int32)
   valid, row = np.ones((R, P + L), bool), jnp.arange(R)
-  fn = jax.jit(functools.partial(step.sft_step, setup=step.SftSetup(CFG, L, SGD)))
-  got = [
-    fn(step.init_state(params, SGD), tokens, valid, row, jax.random.key(seed))
-    for seed in (0, 1)
-  ]
-  assert float(got[0][1]['loss']) != float(got[1][1]['loss'])
+  got = {}
+  for pieces, seeds in ((1, (0, 1)), (2, (0,))):
+    setup = step.SftSetup(CFG, L, SGD, pieces)
+    fn = jax.jit(functools.partial(step.sft_step, setup=setup))
+    for seed in seeds:
+      got[pieces, seed] = fn(
+        step.init_state(params, SGD), tokens, valid, row, jax.random.key(seed)
+      )
+  close(got[1, 0], got[2, 0])
+  assert float(got[1, 0][1]['loss']) != float(got[1, 1][1]['loss'])
   masks = masking.draw_sft(jax.random.key(0), row, types.Canvas(L))
   # The compiled helper takes four draws: this one, four times.
   four = masks._replace(masked=jnp.repeat(masks.masked, 4, axis=1))
   logp = logp_of(params, Rollouts(tokens, valid, *[None] * 4), four)
   want = -np.mean(np.asarray(masks.weight)[:, 0, 0] * logp[:, 0].sum(-1) / L)
-  close(got[0][1]['loss'], want)
+  close(got[1, 0][1]['loss'], want)
 
 
 @pytest.mark.parametrize('rank, tied', [(0, False), (0, True), (2, False), (2, True)])
