@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import hf, sampler
+from dmpo_jax import hf, model, sampler
 from dmpo_jax.config import (
   SECTIONS,
   TERMS,
@@ -96,12 +96,17 @@ def parts(c: Any) -> list[tuple[str, Any]]:
 
 
 def with_block(c: Any) -> Any:
-  """Returns a copy with the checkpoint's own model.attention_block where it is -1.
+  """Returns a copy with the model's own model.attention_block where it is -1.
 
   It stays -1 of a checkpoint that cannot be read; `build` says what is wrong with it.
   """
   c = c.copy_and_resolve_references()
-  if c.model.attention_block == -1 and c.model.checkpoint:
+  if c.model.attention_block != -1:
+    return c
+  if not c.model.checkpoint:
+    preset = model.PRESETS.get(c.model.preset, {})  # a wrong name is complained of
+    c.model.attention_block = preset.get('block_causal', 0)
+  else:
     with contextlib.suppress(ValueError):
       fields = hf.read_config(hf.locate(c.model.checkpoint, False))
       c.model.attention_block = fields['block_causal']

@@ -577,6 +577,16 @@ USELESS = [
 ]
 
 
+def test_a_presets_attention_block_counts_as_the_models():
+  c = file_of('sdar_math').get_config()
+  assert (c.model.attention_block, c.model.checkpoint) == (-1, '')
+  assert check.with_block(c).model.attention_block == 4
+  with pytest.raises(ValueError, match='objective.antithetic = .*attends in blocks'):
+    check.effects(c, {'objective.antithetic'})
+  c.model.preset = 'llada_8b'
+  assert check.with_block(c).model.attention_block == 0
+
+
 @pytest.mark.parametrize('fields, useless, needs', USELESS, ids=str)
 def test_a_field_without_effect_is_refused_on_the_command_line(fields, useless, needs):
   c = file_of('quickstart').get_config()
