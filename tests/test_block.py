@@ -49,7 +49,7 @@ def block_by_block(cfg, params, tokens, valid, masked):
   return jnp.stack(rows, 1)
 
 
-@pytest.mark.parametrize('shift', [False, True])
+@pytest.mark.parametrize('shift', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_packed_pass_is_the_forward_of_every_block(case, shift):
   params, tokens, valid, masked = case
   cfg = family(shift=shift)
@@ -125,7 +125,7 @@ def test_padding_and_neighbours_change_no_completion(case, shift):
 
 
 ORDER = dict(rank='token', order_logp=True)
-QUICK = ('best', 'two a step', 'threshold', 'random', 'SDAR static', 'SDAR dynamic')
+QUICK = ('best', 'threshold', 'random', 'SDAR dynamic')
 LAWS = {
   'best': dict(pick='confidence', rank='max', steps=L),
   'two a step': dict(pick='confidence', rank='max', steps=L // 2),
@@ -193,6 +193,7 @@ def test_the_trajectory_is_one_packed_pass(case, law, shift):
   np.testing.assert_allclose(new, sum(each), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_prompt_shares_its_last_block_with_the_completion(case):
   """The first step's log-probs are those of the text without padding."""
   params, tokens, _, _ = case
@@ -290,6 +291,7 @@ def test_rounds_are_counted_within_blocks():
   np.testing.assert_array_equal(logprob.rounds_of(order, 4), want)
 
 
+@pytest.mark.slow
 def test_a_block_of_one_token_is_an_autoregressive_model(case):
   """W = 1: one packed pass with every place masked is the causal model's log p."""
   params, tokens, valid, _ = case

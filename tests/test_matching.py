@@ -63,10 +63,10 @@ FAMILIES = {
 }
 
 
-BLOCKS = pytest.param('block_causal', marks=pytest.mark.slow)
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope='module', params=['bidirectional', BLOCKS])
+@pytest.fixture(scope='module', params=FAMILIES)
 def family(request):
   return FAMILIES[request.param]
 

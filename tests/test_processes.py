@@ -29,7 +29,7 @@ from dmpo_jax.types import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES, UPDATES = 4, 6
-SLOW = pytest.mark.slow  # four processes
+SLOW = pytest.mark.slow  # several processes
 SETTINGS = {
   'model.width': 16,
   'model.layers': 1,
@@ -256,7 +256,8 @@ def close(a, b, rtol=1e-4, atol=2e-5):
 # --- the same numbers
 
 
-@pytest.mark.parametrize('name', ['two', pytest.param('moved', marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['two', 'moved'])
 def test_processes_compute_what_one_computes(name, one, request, parameters):
   """Completions, rewards and grades are equal; numbers are up to rounding."""
   many = request.getfixturevalue(name)
@@ -281,6 +282,7 @@ def test_processes_compute_what_one_computes(name, one, request, parameters):
   close(parameters(many.workdir), parameters(one.workdir), atol=1e-5)
 
 
+@SLOW
 def test_each_process_judges_its_share(one, two, killed):
   """A completion is judged in one process; only one process writes."""
   assert 'resuming at iteration' in two.output()
@@ -321,6 +323,7 @@ def test_orbax_does_not_ask_for_preemption(tmp_path, monkeypatch):
 # --- evaluation and export
 
 
+@SLOW
 def test_evaluation_and_export(folder, one, two, parameters):
   """Cards and weights that two processes write are those of one process."""
   Job(folder, 'two', 2, '--mode=eval', '--out=cards').done()

@@ -123,6 +123,7 @@ def base_params(built, tmp_path_factory):
   return run_sft(built, tmp_path_factory.mktemp('base'))
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_moves_and_resumes(built, base_params, tmp_path):
   """A buffer has three updates, and every second one copies the policy.
 

@@ -847,7 +847,7 @@ def test_countdown_files_keep_only_the_wanted_count(tmp_path, count, found):
     (tmp_path / f'{name}.jsonl').write_text(
       '\n'.join(
         json.dumps({'nums': [1] * (size - 1) + [i], 'target': i + size - 1})
-        for i in range(first, first + 60)
+        for i in range(first, first + 30)
         for size in range(1, 9)
       )
     )
