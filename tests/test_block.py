@@ -49,7 +49,8 @@ def block_by_block(cfg, params, tokens, valid, masked):
   return jnp.stack(rows, 1)
 
 
-@pytest.mark.parametrize('shift', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('shift', [False, True])
 def test_one_packed_pass_is_the_forward_of_every_block(case, shift):
   params, tokens, valid, masked = case
   cfg = family(shift=shift)
@@ -497,7 +498,7 @@ def test_masks_do_not_depend_on_the_batch():
 @pytest.mark.parametrize(
   'fields',
   [
-    dict(pick='confidence', rank='max'),
+    pytest.param(dict(pick='confidence', rank='max'), marks=pytest.mark.slow),
     dict(pick='confidence', **ORDER),
     dict(pick='dynamic', threshold=0.45, temperature=0.8, **ORDER),
   ],

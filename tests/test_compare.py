@@ -23,7 +23,13 @@ def test_every_objective_is_an_arm_with_a_cost():
   assert set(compare.COSTS) == set(compare.ARMS)
 
 
-@pytest.mark.parametrize('arm', DIFFERENT)
+@pytest.mark.parametrize(
+  'arm',
+  [
+    pytest.param(x, marks=() if x in ('dmpo', 'espo') else pytest.mark.slow)
+    for x in DIFFERENT
+  ],
+)
 def test_costs_are_those_of_the_programs(arm):
   c = compare.get_config('sudoku')
   config.update(c, compare.fields_of(arm))

@@ -340,7 +340,17 @@ IN_BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize('fields, elbo, block', WHOLE_TEXT + IN_BLOCKS, ids=str)
+FEW = (WHOLE_TEXT[0], WHOLE_TEXT[-1], IN_BLOCKS[2])
+
+
+@pytest.mark.parametrize(
+  'fields, elbo, block',
+  [
+    pytest.param(*x, marks=() if x in FEW else pytest.mark.slow)
+    for x in WHOLE_TEXT + IN_BLOCKS
+  ],
+  ids=str,
+)
 @pytest.mark.parametrize('estimator', ['elbo', 'trajectory'])
 def test_check_says_which_logprob_fields_have_no_effect(
   fields, estimator, elbo, block, tiny, shapes

@@ -207,7 +207,10 @@ HANGS = {
 }
 
 
-@pytest.mark.parametrize('where', HANGS)
+@pytest.mark.parametrize(
+  'where',
+  [pytest.param(x, marks=() if x == 'data' else pytest.mark.slow) for x in HANGS],
+)
 def test_watchdog_names_what_hangs(where, tmp_path):
   """A reward (in a thread or not), the reader, a save in the background: stderr and the
   file have phase, update and line; the exit code is 76."""

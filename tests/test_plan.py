@@ -341,6 +341,7 @@ def test_roofline():
   assert 'XLA_PYTHON_CLIENT_MEM_FRACTION' in plan.show(made, small())
 
 
+@pytest.mark.slow
 def test_plan_gathers_once_a_rollout_where_it_fits_and_is_faster():
   fields = {'mesh.fsdp': 8, 'mesh.tensor': 1, 'sampler.steps': 16, 'model.layers': 1}
   built = build.build(small(**fields))

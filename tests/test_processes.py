@@ -295,6 +295,7 @@ def test_each_process_judges_its_share(one, two, killed):
 # --- how they end
 
 
+@SLOW
 def test_a_killed_process_ends_the_others(killed):
   """They exit by themselves, with a message; none hangs."""
   other, gone = killed.codes()

@@ -442,8 +442,15 @@ def block_by_block(setting, loop):
   return loop
 
 
-@pytest.mark.parametrize('shift', [False, True])
-@pytest.mark.parametrize('refresh', [0, 2])
+@pytest.mark.parametrize(
+  'shift, refresh',
+  [
+    (True, 2),
+    pytest.param(False, 2, marks=pytest.mark.slow),
+    pytest.param(True, 0, marks=pytest.mark.slow),
+    pytest.param(False, 0, marks=pytest.mark.slow),
+  ],
+)
 def test_prefix_of_many_blocks(shift, refresh, tiny, sharp, prompts, monkeypatch):
   """Blocks that share a program have the tokens of a program each, to the bit."""
   cfg = config(tiny, shift)
