@@ -31,6 +31,8 @@ HALF = {'sampler.slots': 64, 'eval.batch': 64}
 INT8 = {'model.quantize': 'int8'}
 # A sixteenth of the weights on each chip; they are gathered for every forward.
 SPLIT = {'mesh.fsdp': 16}
+# The same, but whole weights of a small model fit while it samples.
+ONCE = {**SPLIT, 'mesh.gather': 'rollout'}
 # Of cards with 80 GB. A row of llada_8b and dream_7b has 512 tokens, that of a block
 # model a packed copy for each recorded step beside its text.
 CARD = {
@@ -58,7 +60,7 @@ SLICES = {
       'dream_7b': (1, SPLIT),  # its adapters are too large beside a whole base
       'fast_dllm_7b': (1, SPLIT),
       'sdar_4b': (1, SPLIT),
-      'sdar_1_7b': (1, SPLIT),
+      'sdar_1_7b': (1, ONCE),
     },
   ),
   'v5p64': Slice('v5p:2x4x4', 32, {'llada_8b': (4, DOTS), 'dream_7b': (4, DOTS)}),
