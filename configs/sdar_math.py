@@ -22,8 +22,8 @@ positions tie. Their dynamic numbers: --config.eval.sampler.pick=dynamic
 --config.eval.sampler.temperature=1.0 --config.eval.sampler.rank=token.
 Planned for one H100 (:h100): 53.9 GiB of the 72.8 that JAX takes, at least 57 s a
 rollout (at one token a step; 0.9 needs fewer), 51 s an update, 65 h in all; for eight
-(:h100x8) 12 s, 6.4 s, 8.8 h. On 16 TPU v5e (:v5e16) it needs 13.1 GiB of a chip's 15.75,
-and a rollout waits three minutes for the network: 40 h.
+(:h100x8) 12 s, 6.4 s, 8.8 h. On 16 TPU v5e (:v5e16) it needs 13.1 GiB of a chip's
+15.75, and a rollout waits three minutes for the network: 40 h.
 Published, MATH-500, static / dynamic: SDAR-1.7B 63.2, SDAR-4B 72.8 (70.2 / 67.4 in
 TraDo's table), SDAR-8B 78.6 (74.3 / 70.7); TraDo-4B 75.6 / 71.8, TraDo-8B 78.5 / 75.5,
 DiRL-8B 83.1. The standard error of one number is 2.2.
