@@ -142,6 +142,11 @@ def uses(built: build.Built, prompts: tuple[int, int], target: Target) -> list[U
 # --- what would fit
 
 
+def room(built: build.Built, target: Target) -> float:
+  """Returns the bytes that a program may take beside `held`; SPARE stays free."""
+  return (1 - SPARE) * target.memory - sum(held(built))
+
+
 def first(values: Sequence[Any], fits: Callable[[Any], bool]) -> Any:
   """Returns the first value that fits, where all after it do too; None if none does."""
   if not values or not fits(values[-1]):
@@ -167,17 +172,17 @@ def remedy(
   `sample`; and the largest eval.batch. made: as `uses` returns it.
   """
   c, found = built.config, {}
-  room = (1 - SPARE) * target.memory - sum(held(built))
+  left = room(built, target)
   shards = built.mesh.devices.size // built.mesh.shape['tensor']
   rows, least = c.train.prompts * c.train.group // shards, c.train.microbatches
-  large = {use.name for use in made if use.size > room}
+  large = {use.name for use in made if use.size > left}
 
   def fits(names, fields):
     logging.info('trying %s', settings(fields))
     other = changed(built, fields)
     wanted = [job for job in build.programs(other, *prompts) if job[0] in names]
     return all(
-      compiled(name, program.trace(*args), target).size <= room
+      compiled(name, program.trace(*args), target).size <= left
       for name, program, args in wanted
     )
 
@@ -222,9 +227,9 @@ def verdict(
 
   A run fits if it leaves SPARE of the memory free.
   """
-  always, room = sum(held(built)), (1 - SPARE) * target.memory
-  large = [use for use in made if always + use.size > room]
-  if not target.memory or not (large or always > room):
+  always, left = sum(held(built)), room(built, target)
+  large = [use for use in made if use.size > left]
+  if not target.memory or not (large or left < 0):
     return ''
   needs = ', '.join(f'{use.name} {size(always + use.size)}' for use in large)
   device = built.mesh.devices.flat[0].device_kind
@@ -232,7 +237,7 @@ def verdict(
     f'JAX may take {size(target.memory)} of a {device}; model and optimizer need '
     f'{size(always)}, and with what they compute: {needs}. '
   )
-  if always > room:
+  if left < 0:
     return said + 'The model is too large: set mesh.fsdp or model.quantize'
   fields = remedy(built, prompts, target, made)
   if fields is None:

@@ -100,11 +100,11 @@ def gather_once(
     return ''
   once = {'mesh.gather': 'rollout'}
   other, before = fits.changed(built, once), {p.name: p.seconds for p in programs}
-  after, room = dict(before), (1 - fits.SPARE) * target.memory - sum(fits.held(built))
+  after, left = dict(before), fits.room(built, target)
   for job in jobs(other, prompt):
     if job[0] != 'update':
       use, program = compiled(other, chip, target, job)
-      if use.size > room:
+      if use.size > left:
         return ''
       after[program.name] = program.seconds
   slow, fast = (times(c, x)['rollout'] for x in (before, after))
