@@ -100,7 +100,7 @@ def choose(c, recipe):
     if wrong := config.nearest('the recipe after the colon', recipes[0], names):
       raise ValueError(wrong[0])
     config.choose_objective(c, recipes[0])
-  if recipes != ['paper']:
+  if places or recipes != ['paper']:
     slices.add_cache(c)
   return slices.place(c, places[0]) if places else c
 

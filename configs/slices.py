@@ -4,9 +4,8 @@ The name of a slice stands after the colon of a config, alone or beside a recipe
 configs/llada_math.py:h100, configs/llada_math.py:espo,h100. docs/plans.md has its
 memory and its time. A new slice is an entry here, and a plan (benchmarks/plans.py).
 
-A slice sets how a run is computed: the cache of bidirectional models, what is
-rematerialised, microbatches, rows at a time, how the base is stored. It does not change
-what is learned.
+A slice sets how a run is computed: what is rematerialised, microbatches, rows at a
+time, how the base is stored. It does not change what is learned.
 """
 
 import math
@@ -84,7 +83,6 @@ def place(c, name):
       f'{", ".join(known)} have'
     )
   rows, fields = slice_.models[preset]
-  add_cache(c)
   c.update_from_flattened_dict(fields)
   of_device = c.train.prompts * c.train.group // slice_.devices
   c.train.microbatches = of_device // math.gcd(of_device, rows)
