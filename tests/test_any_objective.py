@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import mostly_slow
 
 from configs import base
 from dmpo_jax import (
@@ -212,13 +213,7 @@ def test_a_batch_holds_what_the_objective_asks_for(name):
   assert all(x.shape == view[:1] for x in batch.own.values())
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    name if name in KINDS else pytest.param(name, marks=pytest.mark.slow)
-    for name in ALL
-  ],
-)
+@pytest.mark.parametrize('name', mostly_slow(ALL, KINDS))
 def test_an_update_begins_at_ratio_one_and_moves_the_parameters(name):
   """Log-probs of the loss are those of the scores, and of the sampler's record."""
   assert shapes(batch_of(name)) == shapes(abstract_of(name).batch)
@@ -259,13 +254,7 @@ def made_up(built):
   return Sampled(rollouts, completion, jnp.arange(ROWS))
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    name if name == 'dmpo' else pytest.param(name, marks=pytest.mark.slow)
-    for name in ALL
-  ],
-)
+@pytest.mark.parametrize('name', mostly_slow(ALL, ('dmpo',)))
 def test_what_eos_stop_left_masked_has_no_part(name):
   """No number of an update depends on the tokens that fill these places."""
   built = built_of(name)
@@ -525,11 +514,7 @@ def test_an_impossible_config_is_refused_before_anything_compiles(message):
 
 
 @pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(x, marks=() if x in ('dmpo', 'espo') else pytest.mark.slow)
-    for x in [*BLOCKWISE, 'dmpo, order', 'dmpo, rounds']
-  ],
+  'name', mostly_slow([*BLOCKWISE, 'dmpo, order', 'dmpo, rounds'], ('dmpo', 'espo'))
 )
 def test_block_causal_models_train(name):
   """The end of a prompt on the canvas is in no loss; microbatches change nothing."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import mostly_slow
 
 from dmpo_jax import layout, logprob, masking, model, sampler
 from dmpo_jax.types import GIVEN, Canvas, Masks
@@ -157,9 +158,7 @@ def settings(**fields):
   return sampler.SampleConfig(**fields)
 
 
-@pytest.mark.parametrize(
-  'law', [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in LAWS]
-)
+@pytest.mark.parametrize('law', mostly_slow(LAWS, QUICK))
 @pytest.mark.parametrize('shift', [False, True])
 def test_the_trajectory_is_one_packed_pass(case, law, shift):
   """Recorded = packed = step by step, for prompts of every length modulo W."""

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from marks import mostly_slow
 
 from benchmarks import compare as bench
 from configs import compare
@@ -23,13 +24,7 @@ def test_every_objective_is_an_arm_with_a_cost():
   assert set(compare.COSTS) == set(compare.ARMS)
 
 
-@pytest.mark.parametrize(
-  'arm',
-  [
-    pytest.param(x, marks=() if x in ('dmpo', 'espo') else pytest.mark.slow)
-    for x in DIFFERENT
-  ],
-)
+@pytest.mark.parametrize('arm', mostly_slow(DIFFERENT, ('dmpo', 'espo')))
 def test_costs_are_those_of_the_programs(arm):
   c = compare.get_config('sudoku')
   config.update(c, compare.fields_of(arm))

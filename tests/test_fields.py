@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.interpreters import partial_eval
+from marks import mostly_slow
 
 from configs import base
 from dmpo_jax import check, config, logprob, model, parts, sampler, score, step
@@ -194,10 +195,7 @@ def contexts(hp):
 
 
 QUICK = 'dmpo', 'spg', 'coupled_grpo', 'gdsd', 'wd1'
-EACH = [
-  pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-  for name in OBJECTIVES
-]
+EACH = mostly_slow(OBJECTIVES, QUICK)
 
 
 @pytest.mark.parametrize('name', EACH)
@@ -344,12 +342,7 @@ FEW = (WHOLE_TEXT[0], WHOLE_TEXT[-1], IN_BLOCKS[2])
 
 
 @pytest.mark.parametrize(
-  'fields, elbo, block',
-  [
-    pytest.param(*x, marks=() if x in FEW else pytest.mark.slow)
-    for x in WHOLE_TEXT + IN_BLOCKS
-  ],
-  ids=str,
+  'fields, elbo, block', mostly_slow(WHOLE_TEXT + IN_BLOCKS, FEW), ids=str
 )
 @pytest.mark.parametrize('estimator', ['elbo', 'trajectory'])
 def test_check_says_which_logprob_fields_have_no_effect(

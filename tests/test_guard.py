@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from marks import mostly_slow
 
 from dmpo_jax import guard
 from dmpo_jax.tools import provenance
@@ -207,10 +208,7 @@ HANGS = {
 }
 
 
-@pytest.mark.parametrize(
-  'where',
-  [pytest.param(x, marks=() if x == 'data' else pytest.mark.slow) for x in HANGS],
-)
+@pytest.mark.parametrize('where', mostly_slow(HANGS, ('data',)))
 def test_watchdog_names_what_hangs(where, tmp_path):
   """A reward (in a thread or not), the reader, a save in the background: stderr and the
   file have phase, update and line; the exit code is 76."""

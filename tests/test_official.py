@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import mostly_slow
 from safetensors.numpy import load_file, save_file
 
 from dmpo_jax import hf, layout, logprob, model, sampler, weights
@@ -185,11 +186,14 @@ QUICK = {
   'sdar/p11_sequential_b4_s4', 'fast_dllm_v2/p11_b8_sub4_t0.5',
   'a2d_bd3lm/p11_bd3lm_b8_s6', 'a2d_bd3lm/p5_bd3lm_b8_s8_cfg1', 'dream/p7_entropy_s5',
 }  # fmt: skip
-CASES = [
-  pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-  for name in GOLDEN.files
-  if re.match(r'[^/]+/(p\d|batch)[^/]*_[^/]*\d$', name) and 'prompt' not in name
-]
+CASES = mostly_slow(
+  [
+    name
+    for name in GOLDEN.files
+    if re.match(r'[^/]+/(p\d|batch)[^/]*_[^/]*\d$', name) and 'prompt' not in name
+  ],
+  QUICK,
+)
 
 
 @dataclasses.dataclass(frozen=True)

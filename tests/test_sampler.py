@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from marks import mostly_slow
 
 from dmpo_jax import logprob, mesh, model, rng, sampler
 from dmpo_jax.sampler import SampleConfig, picks, unmask, wino
@@ -444,12 +445,7 @@ def block_by_block(setting, loop):
 
 @pytest.mark.parametrize(
   'shift, refresh',
-  [
-    (True, 2),
-    pytest.param(False, 2, marks=pytest.mark.slow),
-    pytest.param(True, 0, marks=pytest.mark.slow),
-    pytest.param(False, 0, marks=pytest.mark.slow),
-  ],
+  mostly_slow([(True, 2), (False, 2), (True, 0), (False, 0)], [(True, 2)]),
 )
 def test_prefix_of_many_blocks(shift, refresh, tiny, sharp, prompts, monkeypatch):
   """Blocks that share a program have the tokens of a program each, to the bit."""
