@@ -16,6 +16,7 @@ import numpy as np
 from dmpo_jax import (
   check,
   checkpoint,
+  curriculum,
   hf,
   masking,
   mesh,
@@ -108,8 +109,10 @@ class Steps(NamedTuple):
   sample_eval: Callable  # the same with the evaluation's sampler
   sampler_of: Callable  # config section -> the same with that sampler
   read_references: Callable  # () -> what p_ref is made of: parts.references
+  select: Callable  # (Sampled, Sampled, (R,) of their 2R rows) -> Sampled
   score: Callable  # (trainable, frozen, references, Sampled) -> Scores
-  pack: Callable  # (Sampled, reward_BxG, Scores) -> (TrainBatch, metrics)
+  # (Sampled, reward_BxG, Scores, factors of groups (B,)) -> (TrainBatch, metrics)
+  pack: Callable
   update: Callable  # (state, frozen, TrainBatch, inner) -> (state, metrics)
   sft: Callable  # (state, tokens, valid, row, step) -> (state, metrics)
   quantize: Callable  # params -> params, kernels stored as model.quantize says
@@ -175,6 +178,7 @@ def build(c: Any, devices: Any = None) -> Built:
     make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
     lambda section: make_sample(c, section, 'evaluate', cfg, grid),
     noted('reference.of' * (not check.plain_reference(c)), read_references),
+    make_select(grid),
     *make_training(c, grid, setup),
     quantize,
     digest,
@@ -184,13 +188,21 @@ def build(c: Any, devices: Any = None) -> Built:
 
 def collector(built: Built, frozen: Params) -> Collector:
   """Returns what makes the training buffers of a run."""
-  c = built.config
+  c, known = built.config, problems(built, 'train')
+  hp = check.settings(curriculum.Config, c.curriculum)
+  sizes = len(known.examples), c.train.prompts, c.train.group
+  chooser = None
+  if hp.signal != 'none':
+    strength = built.setup.objective.strength(built.setup.hp)
+    signal = curriculum.signal_of(hp.signal, strength)
+    chooser = curriculum.Curriculum(hp, signal, sizes, c.seed)
   return Collector(
     built.steps,
     built.task,
     built.tokenizer,
-    problems(built, 'train'),
+    known,
     frozen,
+    chooser,
     prompts=c.train.prompts,
     group=c.train.group,
     seed=c.seed,
@@ -199,6 +211,7 @@ def collector(built: Built, frozen: Params) -> Collector:
     weights=dict(c.reward.weights),
     stops=model.stops(built.model),
     samples=c.log.samples,
+    resample=hp.resample,
   )
 
 
@@ -289,12 +302,31 @@ def make_sample(
   seed = np.uint32(c.seed)
   if section.parallel == 'pmap':
     return pmap_rows(functools.partial(sample, seed=seed), grid)
+  out = sampled_shardings(grid)
+  return Compiled(grid, sample, last=(seed,), by_row=(1, 2, 3), out_shardings=out)
+
+
+def sampled_shardings(grid: Any) -> Sampled:
+  """Returns how a Sampled is split.
+
+  It is not left to the compiler: each process reads its own rows.
+  """
   by_row = mesh.rows(grid)
-  # Shardings are given, not left to the compiler: each process reads its own rows.
   rollouts = Rollouts._make([by_row] * len(Rollouts._fields))
   rollouts = rollouts._replace(forwards=mesh.replicated(grid))
-  out = Sampled._make([rollouts, by_row, by_row])
-  return Compiled(grid, sample, last=(seed,), by_row=(1, 2, 3), out_shardings=out)
+  return Sampled._make([rollouts, by_row, by_row])
+
+
+def make_select(grid: Any) -> Compiled:
+  """Returns (Sampled, Sampled, rows) -> Sampled of some of their rows."""
+
+  def select(one, two, at_R):
+    forwards = one.rollouts.forwards + two.rollouts.forwards
+    rows = [x._replace(rollouts=x.rollouts._replace(forwards=None)) for x in (one, two)]
+    out = jax.tree.map(lambda x, y: jnp.concatenate([x, y])[at_R], *rows)
+    return out._replace(rollouts=out.rollouts._replace(forwards=forwards))
+
+  return Compiled(grid, select, out_shardings=sampled_shardings(grid))
 
 
 def gather_of(c: Any, grid: Any) -> Callable:
@@ -363,8 +395,8 @@ def make_training(
     keys = rng.key_for(seed, 'score'), rng.key_for(seed, 'mask')
     return scoring.score(who, sampled, *keys, setup)
 
-  def pack(sampled, reward, scores):
-    return scoring.pack(sampled, reward, scores, setup)
+  def pack(sampled, reward, scores, share=None):
+    return scoring.pack(sampled, reward, scores, setup, share)
 
   def update(state, frozen, batch, inner, seed, lr):
     now = dataclasses.replace(setup, optimizer=optimizer_of(c, lr))

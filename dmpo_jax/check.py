@@ -143,7 +143,9 @@ def idle_between(c: Any) -> dict[str, str]:
     for term in TERMS
     if (names := ' or '.join(n for n, other in TASKS.items() if term in other.terms))
   ]
-  sections = ('objective.', 'logprob.', 'reference.', 'optim.', 'train.')
+  sections = (
+    'objective.', 'logprob.', 'reference.', 'optim.', 'train.', 'curriculum.'
+  )  # fmt: skip
   rl = [name for name in flatten(c) if name.startswith(sections)]
   rl = sorted({*rl} - {'objective.name', 'train.iterations'})
   return without_effect(
@@ -320,6 +322,23 @@ def no_density(s: Any) -> list[str]:
   return found
 
 
+def resampling(c: Any) -> list[str]:
+  """Groups are sampled again before the buffer is whole."""
+  again = f'curriculum.resample = {c.curriculum.resample}'
+  if not c.curriculum.resample:
+    return []
+  found = []
+  if c.train.overlap:
+    found.append(
+      f'{again} grades while it samples: set train.overlap = False, or resample = 0'
+    )
+  if c.data.bucket:
+    found.append(
+      f'{again} puts prompts of several rounds into a buffer: set data.bucket = 0'
+    )
+  return found
+
+
 def trajectory(c: Any) -> list[str]:
   """Completions have a density along their recorded states."""
   s = c.sampler
@@ -476,6 +495,7 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   trajectory: ('logprob', 'sampler'),
   rollouts: ('lora', 'sampler', 'sft', 'train'),
   objective_sampler: ('objective', 'sampler'),
+  resampling: ('curriculum', 'data', 'train'),
   old_policy: ('objective', 'logprob', 'lora'),
   reference: ('objective', 'reference'),
   bounds: ('objective', 'health'),

@@ -364,11 +364,8 @@ def indices_at(step: int, batch: int, count: int, seed: int) -> IntB:
   )
 
 
-def prompts_at(
-  problems: Problems, step: int, batch: int, seed: int, bucket: int = 0
-) -> Prompts:
-  """Returns the B prompts of a step, with padding cut to a multiple of `bucket`."""
-  index = indices_at(step, batch, len(problems.examples), seed)
+def prompts_of(problems: Problems, index: IntB, bucket: int = 0) -> Prompts:
+  """Returns the B prompts of these problems, padded to a multiple of `bucket`."""
   tokens, valid = problems.tokens[index], problems.valid[index]
   length = bucketed(valid, bucket)
   return Prompts(tokens[:, -length:], valid[:, -length:], index)

@@ -276,6 +276,12 @@ def problems(built: Any, split: str) -> data.Problems:
     'eval.sampler.length': c.eval.sampler.length,
   }
   data.check_positions(loaded, lengths, built.model.positions)
+  if split == 'train' and c.curriculum.signal != 'none' and c.train.iterations:
+    if (count := len(loaded.examples)) < c.train.prompts:
+      raise ValueError(
+        f'train.prompts = {c.train.prompts} must be at most the {count} problems with '
+        f'curriculum.signal = {c.curriculum.signal}, which draws different ones'
+      )
   prompt = loaded.tokens.shape[1]
   if c.model.attention == 'cudnn' and (prompt + c.sampler.length) % 2:
     raise ValueError(

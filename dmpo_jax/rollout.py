@@ -5,15 +5,19 @@ it, while the host decodes and rewards.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dmpo_jax import data, grader, health, mesh
+from dmpo_jax import curriculum, data, grader, health, mesh
 from dmpo_jax.metrics import Clock
 from dmpo_jax.types import (
+  NOT_ASKED,
   Array,
+  BoolB,
+  FloatBG,
   FloatRL,
   IntB,
   IntRKL,
@@ -36,14 +40,17 @@ class Fetched(NamedTuple):
   forwards: Array  # () int32
   completion: Array  # (R, L) bool
   confidence: Array  # (R, L) float32
+  row: Array  # (R,) int32, addresses of the rows' random numbers
   guess: Array | None  # (R, K, L) int32; None: not asked for
 
 
 def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
   """Fetches a buffer, and cuts its completions out."""
   r, done = sampled.rollouts, sampled.completion
-  found = mesh.fetch((r.tokens, r.order, r.forwards, done, r.confidence, guess))
-  tokens, order, forwards, completion, confidence, guess = found
+  found = mesh.fetch(
+    (r.tokens, r.order, r.forwards, done, r.confidence, sampled.row, guess)
+  )
+  tokens, order, forwards, completion, confidence, row, guess = found
   cut = lambda x, fill: data.after_given(order, x, fill)
   return Fetched(
     cut(tokens[:, -order.shape[1] :], eos_id),
@@ -51,30 +58,40 @@ def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
     forwards,
     cut(completion, False),
     cut(confidence, 0.0),
+    row,
     guess,
   )
 
 
+class Drawn(NamedTuple):
+  """Completions of B prompts."""
+
+  chosen: curriculum.Chosen  # their problems
+  sampled: Sampled  # on the device
+  host: Fetched
+  mine: Array  # (n,) rows that this process decodes and grades
+  graded: grader.Graded = NOT_ASKED  # None: not yet
+
+
 class Started(NamedTuple):
-  """A buffer that is sampled and not yet graded; its scores may be under way.
+  """A buffer that is sampled and not yet weighed; its scores may be under way.
 
   `scores` are those of the policy that sampled.
   """
 
   iteration: int
   age: int  # updates between that policy and the buffer's first update
-  index: IntB  # problems
-  sampled: Sampled  # on the device
+  drawn: Drawn
   scores: Scores  # on the device
-  host: Fetched
-  mine: Array  # (n,) rows of the buffer that this process decodes and grades
+  passes: tuple = ()  # (index_B, grades_BxG) of each round that is graded already
+  replaced: int = 0  # groups that resampling put in the place of others
 
 
-def rows_of(prompts: Prompts, group: int, iteration: int) -> tuple[Any, Any, Any]:
+def rows_of(prompts: Prompts, group: int, step: int) -> tuple[Any, Any, Any]:
   """Repeats prompts for each completion: tokens, valid, and global row ids."""
   tokens = np.repeat(prompts.tokens, group, axis=0)
   valid = np.repeat(prompts.valid, group, axis=0)
-  row = iteration * len(tokens) + np.arange(len(tokens), dtype=np.int32)
+  row = step * len(tokens) + np.arange(len(tokens), dtype=np.int32)
   return tokens, valid, row.astype(np.int32)
 
 
@@ -87,6 +104,7 @@ class Collector:
   tokenizer: Any
   problems: data.Problems
   frozen: Params
+  chooser: curriculum.Curriculum | None  # None: each problem once an epoch
   prompts: int  # B
   group: int  # G
   seed: int
@@ -95,6 +113,23 @@ class Collector:
   weights: dict  # factor of each reward term
   stops: tuple[int, ...]  # tokens that end a text: model.stops
   samples: int = 0  # completions per buffer that are written down
+  resample: int = 0  # rounds of other prompts for groups of equal rewards
+
+  def choose(self, iteration: int, part: int = 0) -> curriculum.Chosen:
+    """Returns the problems of a buffer; part: the round of its resampling."""
+    if self.chooser:
+      return self.chooser.choose(iteration, part)
+    count, step = len(self.problems.examples), self.step(iteration, part)
+    return curriculum.Chosen(data.indices_at(step, self.prompts, count, self.seed))
+
+  def step(self, iteration: int, part: int) -> int:
+    """Returns the number of a round of sampling, which addresses its rows."""
+    return iteration * (1 + self.resample) + part
+
+  def prompts_at(self, iteration: int) -> Prompts:
+    """Returns the prompts of a buffer."""
+    index = self.choose(iteration).index
+    return data.prompts_of(self.problems, index, self.bucket)
 
   def start(
     self,
@@ -109,17 +144,18 @@ class Collector:
     Waits for the completions alone, so that later work of the device (updates that
     donate `trainable`, too) runs while the host grades.
     """
-    clock = clock or Clock()
-    with clock('data'):
-      prompts = data.prompts_at(
-        self.problems, iteration, self.prompts, self.seed, self.bucket
-      )
-    tokens, valid, row = rows_of(prompts, self.group, iteration)
-    policy = {**self.frozen, **trainable}
-    with clock('sample'):
-      sampled = self.steps.sample(policy, tokens, valid, row)
+    clock, policy = clock or Clock(), {**self.frozen, **trainable}
+    score = lambda x: self.steps.score(trainable, self.frozen, references, x)
+    if self.resample:
+      drawn, passes, replaced = self.resampled(policy, iteration, clock)
+      with clock('score'):
+        scores = score(drawn.sampled)
+        host = drawn.host._replace(guess=mesh.fetch(scores.guess))
+      drawn = drawn._replace(host=host)
+      return Started(iteration, age, drawn, scores, passes, replaced)
+    chosen, sampled = self.sample(policy, iteration, 0, clock)
     with clock('score'):
-      scores = self.steps.score(trainable, self.frozen, references, sampled)
+      scores = score(sampled)
     with clock('sample'):
       jax.block_until_ready(sampled)
     # Fetched here, not in `finish`: with several processes fetching is a program,
@@ -127,7 +163,72 @@ class Collector:
     with clock('score'):  # the program stands behind it
       host = fetched(sampled, self.tokenizer.eos_token_id, scores.guess)
     mine = mesh.my_rows(sampled.completion)
-    return Started(iteration, age, prompts.index, sampled, scores, host, mine)
+    return Started(iteration, age, Drawn(chosen, sampled, host, mine), scores)
+
+  def sample(
+    self, policy: Params, iteration: int, part: int, clock: Clock
+  ) -> tuple[curriculum.Chosen, Sampled]:
+    """Queues the sampling of a round; returns its problems, too."""
+    with clock('data'):
+      chosen = self.choose(iteration, part)
+      prompts = data.prompts_of(self.problems, chosen.index, self.bucket)
+    rows = rows_of(prompts, self.group, self.step(iteration, part))
+    with clock('sample'):
+      return chosen, self.steps.sample(policy, *rows)
+
+  def resampled(
+    self, policy: Params, iteration: int, clock: Clock
+  ) -> tuple[Drawn, tuple, int]:
+    """Samples and grades; replaces groups of equal rewards by those of other prompts.
+
+    It ends when no such group is left, and after `resample` rounds. Returns also the
+    (index_B, grades_BxG) of each round, and the number of groups that were replaced.
+    """
+
+    def round_of(part: int) -> Drawn:
+      chosen, sampled = self.sample(policy, iteration, part, clock)
+      with clock('sample'):
+        host = fetched(sampled, self.tokenizer.eos_token_id)
+      mine = mesh.my_rows(sampled.completion)
+      with clock('reward'):
+        return self.graded(Drawn(chosen, sampled, host, mine))
+
+    kept, replaced = round_of(0), 0
+    passes = [self.passes_of(kept)]
+    for part in range(1, self.resample + 1):
+      dead = np.flatnonzero(~self.live(kept))
+      if not len(dead):
+        break
+      other = round_of(part)
+      passes.append(self.passes_of(other))
+      good = np.flatnonzero(self.live(other))[: len(dead)]
+      at_B = np.arange(self.prompts)
+      at_B[dead[: len(good)]] = self.prompts + good
+      with clock('sample'):
+        kept = joined(kept, other, at_B, self.group, self.steps.select)
+      replaced += len(good)
+    return kept, tuple(passes), replaced
+
+  def live(self, drawn: Drawn) -> BoolB:
+    """Returns the groups of different rewards."""
+    reward_BxG = to_groups(drawn.graded.reward, self.group)
+    return reward_BxG.max(axis=1) > reward_BxG.min(axis=1)
+
+  def passes_of(self, drawn: Drawn) -> tuple[IntB, FloatBG]:
+    """Returns the problems of a round and the grades of their completions."""
+    grades = np.asarray(drawn.graded.grades, np.float32)
+    return drawn.chosen.index, to_groups(grades, self.group)
+
+  def graded(self, drawn: Drawn) -> Drawn:
+    """Grades completions; each process decodes and grades some of the rows."""
+    texts = self.decode(drawn.host.tokens[drawn.mine])
+    graded = self.judge(texts, self.examples_of(drawn), drawn.mine)
+    return drawn._replace(graded=graded)
+
+  def examples_of(self, drawn: Drawn) -> list[dict]:
+    """Returns the problem of each row."""
+    index_R = np.repeat(drawn.chosen.index, self.group)
+    return [self.problems.examples[i] for i in index_R]
 
   def finish(
     self, started: Started, clock: Any = None
@@ -137,20 +238,20 @@ class Collector:
     Returns (TrainBatch, dict of floats, {file name: list of dicts to append}).
     ValueError on a reward that is not finite.
     """
-    host = started.host
-    texts = self.decode(host.tokens[started.mine])
-    examples = [self.problems.examples[i] for i in np.repeat(started.index, self.group)]
     clock = clock or Clock()
     with clock('reward'):
-      graded = self.judge(texts, examples, started.mine)
-      scores, failed = started.scores, graded.failed
+      drawn, scores = started.drawn, started.scores
+      drawn = drawn if drawn.graded else self.graded(drawn)
+      host, graded = drawn.host, drawn.graded
+      failed = graded.failed
       if host.guess is not None:
-        rewards, lost = self.judge_guesses(started, examples)
+        rewards, lost = self.judge_guesses(drawn)
         scores = scores._replace(guess=None, guess_reward=rewards)
         failed = failed + lost
     reward_BxG = to_groups(graded.reward, self.group)
     with clock('score'):
-      batch, weighed = self.steps.pack(started.sampled, reward_BxG, scores)
+      share = () if drawn.chosen.share is None else (drawn.chosen.share,)
+      batch, weighed = self.steps.pack(drawn.sampled, reward_BxG, scores, *share)
       jax.block_until_ready(scores)
     # The updates that were queued before it are what it waits for.
     with clock('update' if started.age else 'score'):
@@ -168,9 +269,19 @@ class Collector:
     metrics['prompts_changed'] = self.problems.changed
     metrics |= {name: float(x) for name, x in weighed.items()}
     files = {
-      'samples.jsonl': self.samples_of(started, examples, graded),
+      'samples.jsonl': self.samples_of(started.iteration, drawn),
       'failed_grades.jsonl': [dict(iteration=started.iteration, **x) for x in failed],
     }
+    passes = started.passes or (self.passes_of(drawn),)
+    if self.resample:
+      metrics |= {
+        'resampled': len(passes) - 1,
+        'groups_replaced': started.replaced / self.prompts,
+      }
+    if self.chooser:
+      index, grades = map(np.concatenate, zip(*passes, strict=True))
+      line = self.chooser.line(started.iteration, index, grades)
+      files[curriculum.FILE] = [line]
     return batch, metrics, files
 
   def decode(self, tokens: Array) -> list[str]:
@@ -182,35 +293,65 @@ class Collector:
     task = grader.prefilled(self.task, self.problems.prefill)
     return grader.judge(task, self.protocol, texts, own, self.weights, rows)
 
-  def judge_guesses(self, started: Started, examples: list) -> tuple[Any, list]:
+  def judge_guesses(self, drawn: Drawn) -> tuple[Any, list]:
     """Grades states that were completed in one step.
 
     Returns (rewards (R, K) float32, nan for a copy of no step; failed comparisons).
     """
-    guess: IntRKL = started.host.guess
+    guess: IntRKL = drawn.host.guess
     draws, length = guess.shape[1:]
-    texts = self.decode(np.maximum(guess[started.mine], 0).reshape(-1, length))
-    rows = (started.mine[:, None] * draws + np.arange(draws)).ravel()
-    graded = self.judge(texts, [x for x in examples for _ in range(draws)], rows)
+    texts = self.decode(np.maximum(guess[drawn.mine], 0).reshape(-1, length))
+    rows = (drawn.mine[:, None] * draws + np.arange(draws)).ravel()
+    examples = [x for x in self.examples_of(drawn) for _ in range(draws)]
+    graded = self.judge(texts, examples, rows)
     none = guess[..., 0] < 0
     reward = np.where(none, np.nan, np.reshape(graded.reward, none.shape))
     return reward.astype(np.float32), graded.failed
 
-  def samples_of(self, started: Started, examples: list, graded: Any) -> list[dict]:
+  def samples_of(self, iteration: int, drawn: Drawn) -> list[dict]:
     """Returns the lines of samples.jsonl: the first completions of the buffer."""
-    first = started.iteration * len(started.host.order)
+    graded, host, examples = drawn.graded, drawn.host, self.examples_of(drawn)
     return [
       dict(
-        iteration=started.iteration,
-        row=first + i,
+        iteration=iteration,
+        row=int(host.row[i]),
         example=examples[i],
         prompt=self.task.prompt(examples[i], 'bare'),
         completion=graded.texts[i],
         reward=graded.terms[i],
-        order=started.host.order[i].tolist(),
+        order=host.order[i].tolist(),
       )
-      for i in range(min(self.samples, len(started.host.order)))
+      for i in range(min(self.samples, len(host.order)))
     ]
+
+
+def joined(
+  one: Drawn, two: Drawn, at_B: IntB, group: int, select: Callable[..., Sampled]
+) -> Drawn:
+  """Returns the groups `at_B` of those of two rounds.
+
+  select: build.Steps.select. Forwards are those of both rounds.
+  """
+  at_R = (at_B[:, None] * group + np.arange(group)).ravel()
+  pick = lambda a, b, at: None if a is None else np.concatenate([a, b])[at]
+  rows = lambda a, b: [[*a, *b][i] for i in at_R]
+  graded = grader.Graded(
+    rows(one.graded.terms, two.graded.terms),
+    pick(one.graded.reward, two.graded.reward, at_R),
+    rows(one.graded.grades, two.graded.grades),
+    one.graded.failed + two.graded.failed,
+    rows(one.graded.texts, two.graded.texts),
+  )
+  host = jax.tree.map(
+    lambda a, b: pick(a, b, at_R), *(x.host._replace(forwards=None) for x in (one, two))
+  )
+  return Drawn(
+    curriculum.Chosen(pick(one.chosen.index, two.chosen.index, at_B)),
+    select(one.sampled, two.sampled, at_R.astype(np.int32)),
+    host._replace(forwards=one.host.forwards + two.host.forwards),
+    one.mine,
+    graded,
+  )
 
 
 # --- metrics

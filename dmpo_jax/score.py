@@ -16,6 +16,7 @@ from dmpo_jax.step import Rows, Setup, canvas_of, draw, view
 from dmpo_jax.types import (
   NOT_ASKED,
   Array,
+  FloatB,
   FloatBG,
   FloatR,
   IntRKL,
@@ -232,10 +233,15 @@ def guesses(policy: Params, sampled: Sampled, loss_key: AnyKey, setup: Setup) ->
 
 
 def pack(
-  sampled: Sampled, reward_BxG: FloatBG, scores: Scores, setup: Setup
+  sampled: Sampled,
+  reward_BxG: FloatBG,
+  scores: Scores,
+  setup: Setup,
+  share_B: FloatB | None = None,
 ) -> tuple[TrainBatch, dict]:
   """Returns the TrainBatch and weight metrics of rollouts, rewards and log-probs.
 
+  share_B: a factor of each group's weights; None = 1.
   With setup.common.skip_equal groups of equal rewards weigh nothing and the others
   weigh more in proportion (DAPO's dynamic sampling, without sampling again).
   """
@@ -259,10 +265,12 @@ def pack(
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
   if skip:
-    share_B = live_B * groups / jnp.maximum(jnp.sum(live_B), 1)
+    alive_B = live_B * groups / jnp.maximum(jnp.sum(live_B), 1)
+    share_B = alive_B if share_B is None else alive_B * share_B
+    metrics = {**metrics, 'groups_skipped': jnp.mean(~live_B)}
+  if share_B is not None:
     scale = lambda x: jnp.einsum('b,b...->b...', share_B, x)
     weight, own = scale(weight), {name: scale(x) for name, x in own.items()}
-    metrics = {**metrics, 'groups_skipped': jnp.mean(~live_B)}
   batch = TrainBatch(
     **rows._asdict(),
     weight=to_rows(weight),

@@ -324,6 +324,9 @@ class Objective(NamedTuple):
   sampler: dict[str, Any] = {}  # fields of SampleConfig that its paper sets
   # Why its draws mean nothing in the blocks of a block-causal model; '' = they do.
   whole_text: str = ''
+  # hp -> how much of the turned reward's weights is subtracted from target weights,
+  # which sum to one over a group; None: rewards less their mean. See curriculum.py.
+  strength: Callable[[Any], float | None] = lambda hp: None
   # SampleConfig -> complaints about a sampler that it cannot use
   sampler_problems: Callable[[Any], list[str]] = lambda hp: []
 

@@ -19,6 +19,7 @@ from dmpo_jax import (
   check,
   checkpoint,
   config,
+  curriculum,
   mesh,
   model,
   objectives,
@@ -394,10 +395,12 @@ def test_guesses_are_graded():
     forwards=np.int32(4),
     completion=np.ones((ROWS, L), bool),
     confidence=zeros,
+    row=np.arange(ROWS),
     guess=guess,
   )
-  mine = np.arange(ROWS)
-  collector.finish(rollout.Started(0, 0, np.zeros(2, int), None, Scores(), host, mine))
+  chosen = curriculum.Chosen(np.zeros(2, int))
+  drawn = rollout.Drawn(chosen, None, host, np.arange(ROWS))
+  collector.finish(rollout.Started(0, 0, drawn, Scores()))
   want = np.full((ROWS, 3), 4.0)
   want[0, 1], want[5, 2] = 2, np.nan
   np.testing.assert_array_equal(seen[0], want)

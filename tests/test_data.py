@@ -204,10 +204,11 @@ def test_position_is_a_function_of_the_step():
   assert not np.array_equal(data.indices_at(0, 7, 7, 5), data.indices_at(0, 7, 7, 6))
 
 
-def test_prompts_at(tokenizer):
+def test_prompts_of(tokenizer):
   """Returns rows of the data set with their index; a batch may exceed the set."""
   found = encode(tokenizer)
-  prompts = data.prompts_at(found, 1, 4, 0)
+  index = data.indices_at(1, 4, len(found.examples), 0)
+  prompts = data.prompts_of(found, index)
   assert prompts.index.shape == (4,) and prompts.index.dtype == np.int32
   np.testing.assert_array_equal(prompts.tokens, found.tokens[prompts.index])
   np.testing.assert_array_equal(prompts.valid, found.valid[prompts.index])
@@ -217,8 +218,9 @@ def test_buckets_cut_padding_only(tokenizer):
   """P of a batch is the next multiple, never less than its longest prompt."""
   found = encode(tokenizer, prompt_length=9)
   for step in range(4):
-    whole = data.prompts_at(found, step, 1, 0)
-    short = data.prompts_at(found, step, 1, 0, bucket=4)
+    index = data.indices_at(step, 1, len(found.examples), 0)
+    whole = data.prompts_of(found, index)
+    short = data.prompts_of(found, index, bucket=4)
     length = short.tokens.shape[1]
     assert length == {3: 4, 4: 4, 5: 8}[int(whole.valid.sum())]
     np.testing.assert_array_equal(short.tokens, whole.tokens[:, -length:])

@@ -165,7 +165,7 @@ def test_sigterm_sets_a_flag_in_one_process(monkeypatch):
 SLEEPING = """
 import os, sys, time
 import numpy as np
-from dmpo_jax import checkpoint, data, guard, metrics, rollout, types
+from dmpo_jax import checkpoint, curriculum, data, guard, metrics, rollout, types
 from dmpo_jax.tasks import TASKS
 
 def sleeps(*_):
@@ -176,12 +176,13 @@ tokenizer = data.char_tokenizer()
 task = TASKS['sudoku']._replace(reward=sleeps, threads=where == 'pool')
 tokens, mask = np.full((4, 8), 5, np.int32), np.ones((4, 5), bool)
 host = rollout.Fetched(tokens, np.zeros((4, 5), np.int32), np.int32(5), mask,
-                       np.ones((4, 5)), None)
-started = rollout.Started(0, 0, np.zeros(2, np.int32), None, types.Scores(), host,
-                          np.arange(4))
+                       np.ones((4, 5)), np.arange(4), None)
+chosen = curriculum.Chosen(np.zeros(2, np.int32))
+drawn = rollout.Drawn(chosen, None, host, np.arange(4))
+started = rollout.Started(0, 0, drawn, types.Scores())
 problems = data.Problems([{}], tokens, mask)
 collector = rollout.Collector(
-    None, task, tokenizer, problems, {}, prompts=1, group=2, seed=0, bucket=0,
+    None, task, tokenizer, problems, {}, None, prompts=1, group=2, seed=0, bucket=0,
     protocol='strict', weights={}, stops=(1,), samples=1)
 with guard.Watchdog(1.0, sys.argv[1]) as dog:
   clock = metrics.Clock(dog.beat)
@@ -203,7 +204,7 @@ with guard.Watchdog(1.0, sys.argv[1]) as dog:
 HANGS = {
   'pool': ('reward', 'grader.py'),
   'here': ('reward', 'grader.py'),
-  'data': ('data', 'in prompts_at'),
+  'data': ('data', 'in prompts_of'),
   'checkpoint': ('checkpoint', 'checkpoint.py'),
 }
 

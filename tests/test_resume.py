@@ -21,6 +21,7 @@ from tiny_run import (
   same_run,
   saved_steps,
   scored,
+  stop_at,
   terminate,
   vary,
   watched,
@@ -31,19 +32,6 @@ from dmpo_jax.phases import rl
 
 pytest_plugins = ('tiny_run',)
 pytestmark = pytest.mark.usefixtures('plain_saves')
-
-
-def stop_at(name, call, how):
-  """Returns a watch for `watched` that calls how() at the call-th part of a name."""
-  calls = []
-
-  def watch(here, _):
-    calls.append(here)
-    if here == name and calls.count(name) == call:
-      how()
-
-  watch.calls = calls
-  return watch
 
 
 # --- killed

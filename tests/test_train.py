@@ -23,7 +23,16 @@ from tiny_run import (
   watched,
 )
 
-from dmpo_jax import build, checkpoint, data, evaluate, mesh, metrics, rollout
+from dmpo_jax import (
+  build,
+  checkpoint,
+  curriculum,
+  data,
+  evaluate,
+  mesh,
+  metrics,
+  rollout,
+)
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.types import Rollouts, Sampled, Scores, TrainBatch
 
@@ -181,7 +190,8 @@ def test_buffer_ahead_is_sampled_before_the_updates(
   problems = build.problems(built, 'train')
   state, scores = built.steps.start(base_params), []
   for it, (sampled, _, got) in enumerate(packed):
-    prompts = data.prompts_at(problems, it, 2, 0)
+    index = data.indices_at(it, 2, len(problems.examples), 0)
+    prompts = data.prompts_of(problems, index)
     again = built.steps.sample(
       state.trainable,
       np.repeat(prompts.tokens, 4, 0),
@@ -244,7 +254,7 @@ def test_watchdog_hears_of_every_part(early, base_params, tmp_path, monkeypatch)
     return noting
 
   for module, name in (
-    (data, 'prompts_at'),
+    (data, 'prompts_of'),
     (checkpoint, 'save'),
     (checkpoint, 'restore'),
   ):
@@ -255,7 +265,7 @@ def test_watchdog_hears_of_every_part(early, base_params, tmp_path, monkeypatch)
   assert found == {
     'restore': {'checkpoint'},
     'save': {'checkpoint'},
-    'prompts_at': {'data'},
+    'prompts_of': {'data'},
     'sample': {'sample'},
     'score': {'score'},
     'pack': {'score'},
@@ -297,15 +307,18 @@ def test_cut_counts_completions_without_eos():
   steps = types.SimpleNamespace(pack=lambda *_: (batch, {}))
   order = np.zeros((4, 5), np.int32)
   out = Rollouts(tokens, None, order, None, np.int32(5), np.ones((4, 5)))
-  host = rollout.fetched(Sampled(out, mask, None), eos)
-  index, mine = np.zeros(2, np.int32), np.arange(4)
-  started = rollout.Started(0, 0, index, None, Scores(), host, mine)
+  rows = np.arange(4)
+  host = rollout.fetched(Sampled(out, mask, rows), eos)
+  chosen = curriculum.Chosen(np.zeros(2, np.int32))
+  drawn = rollout.Drawn(chosen, None, host, rows)
+  started = rollout.Started(0, 0, drawn, Scores())
   collector = rollout.Collector(
     steps,
     task,
     tokenizer,
     data.Problems([{'puzzle': '1'}], tokens[:1, :3], None),
     {},
+    None,
     prompts=2,
     group=2,
     seed=0,
@@ -343,7 +356,7 @@ def test_pmap_and_jit_sample_the_same(built, base_params):
   c.sampler.parallel = 'pmap'
   other = build.build(c)
   problems = build.problems(built, 'train')
-  prompts = data.prompts_at(problems, 0, 8, 0)
+  prompts = data.prompts_of(problems, data.indices_at(0, 8, len(problems.examples), 0))
   args = (base_params, prompts.tokens, prompts.valid, np.arange(8, dtype=np.int32))
   one, two = (mesh.fetch(b.steps.sample(*args)) for b in (built, other))
   for name in ('tokens', 'valid', 'order', 'forwards'):

@@ -183,6 +183,19 @@ def watched(built, watch):
   )
 
 
+def stop_at(name, call, how):
+  """Returns a watch for `watched` that calls how() at the call-th part of a name."""
+  calls = []
+
+  def watch(here, _):
+    calls.append(here)
+    if here == name and calls.count(name) == call:
+      how()
+
+  watch.calls = calls
+  return watch
+
+
 def interrupt(batch=None):
   raise KeyboardInterrupt
 

@@ -339,4 +339,10 @@ def wants(hp: Config) -> Wants:
   )
 
 
-OBJECTIVE = Objective(Config, wants, draw, weigh, loss, reweigh)
+def turned(hp: Config) -> float:
+  """Returns the factor of the turned reward's weights (Objective.strength)."""
+  subtracts = hp.baseline == 'individual' and hp.loss == 'wdce'
+  return hp.strength if subtracts else 0.0
+
+
+OBJECTIVE = Objective(Config, wants, draw, weigh, loss, reweigh, strength=turned)

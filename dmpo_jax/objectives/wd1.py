@@ -43,5 +43,9 @@ def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
 
 
 OBJECTIVE = diffu_grpo.OBJECTIVE._replace(
-  Config=Config, wants=lambda hp: Wants(), weigh=weigh, loss=loss
+  Config=Config,
+  wants=lambda hp: Wants(),
+  weigh=weigh,
+  loss=loss,
+  strength=lambda hp: hp.strength,
 )

@@ -9,9 +9,22 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import logging
 
-from dmpo_jax import build, check, data, evaluate, guard, health, optim, resume, rollout
+from dmpo_jax import (
+  build,
+  check,
+  curriculum,
+  evaluate,
+  files,
+  guard,
+  health,
+  mesh,
+  optim,
+  resume,
+  rollout,
+)
 from dmpo_jax.phases.phase import Phase, Session, Tracer
 from dmpo_jax.types import Params, TrainBatch, TrainState
 
@@ -32,6 +45,10 @@ class RL(Phase):
     self.held_out = build.problems(self.built, 'validation')
     self.trainable, self.frozen = resume.policy_of(self.built, base)
     self.collector = build.collector(self.built, self.frozen)
+    if self.collector.chooser:
+      path = os.path.join(session.workdir, curriculum.FILE)
+      lines = files.read(path) if jax.process_index() == 0 else []
+      self.collector.chooser.read(mesh.gather(lines)[0])
     self.references: tuple = ()  # read by `start`
     self.best: resume.Best | None = None
     folder = os.path.join(session.workdir, 'profile')
@@ -53,12 +70,12 @@ class RL(Phase):
     return out
 
   def shapes(self, update: int) -> dict[str, TrainBatch]:
-    c, out = self.config, {}
+    out, bucketed = {}, self.config.data.bucket
     for name, it in self.buffers(update).items():
-      prompts = data.prompts_at(
-        self.problems, it, c.train.prompts, c.seed, c.data.bucket
+      tokens = (
+        self.collector.prompts_at(it).tokens if bucketed else self.problems.tokens
       )
-      out[name] = build.abstract_buffer(self.built, prompts.tokens.shape[1]).batch
+      out[name] = build.abstract_buffer(self.built, tokens.shape[1]).batch
     return out
 
   def prepare(self, update: int) -> int | None:
@@ -71,7 +88,7 @@ class RL(Phase):
     self.writer.rewind('rl', last)
     self.writer.rewind('eval', it - (inner == 0))
     self.writer.rewind('update', update)
-    for name in ('samples.jsonl', 'failed_grades.jsonl'):
+    for name in ('samples.jsonl', 'failed_grades.jsonl', curriculum.FILE):
       resume.rewind_lines(workdir, name, last)
     resume.rewind_lines(workdir, 'health.jsonl', it - (not self.overlap))
     self.best = resume.best_validation(workdir, self.inner, update)
@@ -102,7 +119,7 @@ class RL(Phase):
       logging.warning('%s', health.flat_sentence(state.flat, numbers['reward']))
     numbers['ill'] = len(health.broken(self.rules, state))
     numbers |= {**build.compilations(), **self.clock.take()}
-    order, tokens = begun.host.order, begun.sampled.rollouts.tokens
+    order, tokens = begun.drawn.host.order, begun.drawn.sampled.rollouts.tokens
     prompt = tokens.shape[1] - order.shape[1]
     numbers |= self.session.rates(numbers, prompt, self.taken)
     self.taken = 0
