@@ -64,6 +64,7 @@ MODE = _choice('mode', 'train', NAMES, 'what to do')
 WORKDIR = _text('workdir', '', 'folder of the run; default: runs/NAME-HASH')
 SWEEP = _text('sweep', '', "NAME:i, point i of the config file's sweep(NAME)")
 OF = _choice('of', 'latest', ('latest', 'best', 'base'), 'which parameters of the run')
+MIX = flags.DEFINE_float('mix', 1.0, 'base + so much of what training changed')
 OUT = _text('out', '', 'export, eval: folder; report --runs, --cards: PNG')
 FORMAT = _choice('format', 'merged', ('merged', 'adapter'), 'export: what is written')
 GENERATIONS = _text(
@@ -96,7 +97,7 @@ PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # in results.j
 
 # Flags -> the modes that read them. The others say which run is meant, in any mode.
 READ_BY = {
-  'of': ('eval', 'sample', 'export'),
+  'of mix': ('eval', 'sample', 'export'),
   'out': ('export', 'eval', 'report'),
   'format': ('export',),
   'generations task protocol': ('score',),
@@ -155,6 +156,10 @@ def refuse_flags() -> None:
       for names, modes in READ_BY.items()
     ),
   )
+  if MIX.value != 1 and OF.value == 'base':
+    raise ValueError('--mix needs trained parameters: --of=latest or --of=best')
+  if not -10 <= MIX.value <= 10:
+    raise ValueError(f'--mix={MIX.value} must be in -10 to 10: 0 = the base, 1 = all')
   if PROFILE.value < 0:
     raise ValueError(f'--profile={PROFILE.value} must be >= 0 iterations')
   given = {name: need for name, need in useless.items() if flags.FLAGS[name].present}
@@ -427,7 +432,10 @@ def params_of(built: build.Built, workdir: str) -> tuple[dict, dict, str]:
     return base, base, 'base'
   name = 'adapter' if built.config.lora.path else 'base'
   params = resume.latest(built, workdir, base, OF.value == 'best')
-  return params, base, OF.value if saved else name
+  name = OF.value if saved else name
+  if MIX.value == 1:
+    return params, base, name
+  return resume.mixed(params, base, MIX.value), base, f'{name}-mix{MIX.value:g}'
 
 
 # --- modes
@@ -519,20 +527,36 @@ def run_train(
 
 
 def eval_mode(command: Command) -> None:
-  """Writes results cards of the test problems, one for each length."""
+  """Writes results cards of the test problems and of eval.sets, for each length."""
   c = command.config
+  sets = config.of_sets(c)
   out, workdir = runs.path_of('--out', OUT.value, written=True), run_of(c)
   built = ready(c)
+  # Programs are the same. A set that cannot be read is refused before weights are.
+  others = {
+    name: built._replace(config=other, task=TASKS[other.data.task], encoded={})
+    for name, other in sets.items()
+  }
   cards.sections_of(built)
+  for named, other in others.items():
+    try:
+      cards.sections_of(other)
+    except ValueError as error:
+      raise ValueError(f'eval.sets, {named}: {error}') from None
   with watched(c) as (asked, _):
     params, _, name = params_of(built, workdir)
     above = workdir or WORKDIR.value or os.path.join(runs.EVALS, c.name)
     folder = out or cards.default_folder(built, params, above)
     with files.naming(folder):
       made = cards.run(built, params, folder, name, beat=asked.check)
+    for named, other in others.items():
+      inner = os.path.join(folder, named)
+      with files.naming(inner):
+        made += cards.run(other, params, inner, name, beat=asked.check, named=named)
     for card in made:
       at = f'{card["length"]} tokens, {card["steps"]} steps'
-      say(f'{name}: {cards.headline(card)} at {at}')
+      where = f'{name} on {card["set"]}' if card['set'] else name
+      say(f'{where}: {cards.headline(card)} at {at}')
     say(f'generations and cards in {folder}')
 
 

@@ -271,6 +271,9 @@ class Train(Section):
   overlap: bool = False  # True: sample the next buffer before this one's updates
 
 
+SET = r'[\w-]+:( +data\.\w+=\S+)+'  # in Eval.sets
+
+
 @dataclasses.dataclass(frozen=True)
 class Eval(Section):
   """Validation during training, and --mode=eval. Its sampler is a section inside."""
@@ -283,6 +286,9 @@ class Eval(Section):
   template: str = ''  # file of that template; '' = as eval.style says
   lengths: tuple = ()  # completion lengths of --mode=eval; () = eval.sampler.length
   samples: int = 1  # completions of a problem in --mode=eval
+  # Other problems that --mode=eval judges beside the test split, a card each. Each is
+  # 'NAME: data.field=value ..', such as 'hard: data.min_blanks=10 data.max_blanks=12'.
+  sets: tuple = ()
 
   def idle(self) -> dict[str, str]:
     return without_effect(('style', not self.template, "eval.template = ''"))
@@ -292,6 +298,13 @@ class Eval(Section):
     if not all(type(n) is int and n > 0 for n in self.lengths):
       found.append(
         f'eval.lengths = {self.lengths} must be whole numbers > 0, such as "(128, 256)"'
+      )
+    wrong = [text for text in self.sets if not re.fullmatch(SET, str(text))]
+    names = [str(text).partition(':')[0] for text in self.sets]
+    if wrong or len(names) > len(set(names)):
+      found.append(
+        f'eval.sets = {self.sets}: each must be "NAME: data.field=value ..", and no '
+        'name may come twice'
       )
     return found
 
@@ -627,3 +640,22 @@ def override(
   except flags.Error as error:
     raise ValueError(str(error)) from None
   return {name: value for name, value in flatten(c).items() if name in names}
+
+
+def of_sets(c: Any) -> dict[str, Any]:
+  """Returns {name: config} of eval.sets: copies with other problems.
+
+  ValueError names the set whose field is unknown or has a value that is not allowed.
+  """
+  found = {}
+  for text in c.eval.sets:
+    name, _, fields = text.partition(':')
+    other = c.copy_and_resolve_references()
+    try:
+      override(other, [f'--config.{field}' for field in fields.split()])
+      if wrong := part(other, 'data').problems():
+        raise ValueError('; '.join(wrong))
+    except ValueError as error:
+      raise ValueError(f'eval.sets, {name}: {error}') from None
+    found[name] = other
+  return found

@@ -153,6 +153,19 @@ def latest(
   return {**frozen, **(state.trees['state'].trainable if state else trainable)}
 
 
+def mixed(params: Params, base: Params, mix: float) -> Params:
+  """Returns base + mix (policy - base), as WiSE-FT interpolates (arXiv 2109.01903).
+
+  An adapter is scaled instead, which is the same: W + mix A B.
+  """
+  if 'lora' not in params:
+    between = lambda old, new: (old + mix * (new - old)).astype(old.dtype)
+    return jax.tree.map(between, base, params)
+  scaled = lambda path, x: mix * x if mesh.path_of(path).endswith('/b') else x
+  lora = jax.tree_util.tree_map_with_path(scaled, params['lora'])
+  return {**params, 'lora': lora}
+
+
 def best_validation(workdir: str | os.PathLike, inner: int, last: int) -> Best | None:
   """Returns the best validation in metrics.jsonl up to the update `last`.
 

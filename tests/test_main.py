@@ -1282,10 +1282,18 @@ def test_checkpoint_is_judged_as_it_is(
     '--config.eval.batch=8',
     '--mode=eval',
   )
-  command(*of)
+  command(*of, "--config.eval.sets=('hard: data.min_blanks=12 data.max_blanks=12',)")
   said = capsys.readouterr().out
   assert 'no run in runs/quickstart-' in said and 'base: sudoku' in said
-  (path,) = (tmp_path / 'evals').rglob('source.json')
+  assert 'base on hard: sudoku' in said
+  (path,) = (tmp_path / 'evals').glob('*/*/source.json')
+  (hard,) = (path.parent / 'hard').glob('*.card.json')
+  assert json.loads(hard.read_text())['set'] == 'hard'
+  (made,) = hard.parent.glob('*_generations.json')
+  blanks = [
+    row['question'].count('0') for row in json.loads(made.read_text())['generations']
+  ]
+  assert len(blanks) == 8 and min(blanks) >= 12
   _, params = weights.load_hf(str(tiny_checkpoint))
   digest = int(jax.jit(checkpoint.digest)(params))
   assert json.loads(path.read_text())['parameters'] == digest

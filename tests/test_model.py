@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from dmpo_jax import mesh, model
+from dmpo_jax import mesh, model, resume
 from dmpo_jax.model.lora import dropout
 from dmpo_jax.tools.costs import inner_jaxprs
 
@@ -228,6 +228,27 @@ def test_fresh_adapters_change_nothing(adapted, weights):
     full(moved), PADS, expected(cfg, moved, tokens), strict=True
   ):
     np.testing.assert_allclose(row[pad:], want, rtol=1e-4, atol=1e-4)
+
+
+def test_policy_between_base_and_adapter(adapted, weights):
+  """mix scales A B, as the adapter's alpha does; without adapters it is linear."""
+  cfg, fresh = adapted
+  tokens, valid = batch(cfg)
+  full = jax.jit(
+    lambda cfg, p: model.full_logits(cfg, p, tokens, valid), static_argnums=0
+  )
+  base = {'params': fresh['params']}
+  moved = {**base, 'lora': weights(cfg)['lora']}
+  weak = dataclasses.replace(cfg, lora_alpha=cfg.lora_alpha / 4)
+  got = full(cfg, resume.mixed(moved, base, 0.25))
+  np.testing.assert_allclose(got, full(weak, moved), rtol=1e-5, atol=1e-5)
+  assert np.max(np.abs(got - full(cfg, moved))) > 0.1
+  other = jax.tree.map(lambda x: 3 * x + 1, base)
+  half = resume.mixed(other, base, 0.5)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(y, 2 * x + 0.5, 1e-5, 1e-6), base, half
+  )
+  jax.tree.map(np.testing.assert_array_equal, resume.mixed(other, base, 0.0), base)
 
 
 def test_adapters_do_not_change_the_base(adapted, tiny):

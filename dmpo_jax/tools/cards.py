@@ -36,9 +36,9 @@ class Evaluation:
   built: build.Built
   params: Params
   what: str  # name of the parameters: base, adapter, latest or best
-  split: str
   problems: data.Problems
   beat: Callable[[], Any]  # called after each completion
+  named: str  # the name in eval.sets; '' = the config's own problems
 
 
 def run(
@@ -46,23 +46,24 @@ def run(
   params: Params,
   folder: str,
   what: str,
-  split: str = 'test',
   beat: Callable[[], Any] = lambda: None,
+  named: str = '',
 ) -> list[dict]:
   """Evaluates at each of eval.lengths; returns one results card per length.
 
   Writes generations and cards into `folder` as they are made, and resumes from
-  them. what: name of the parameters (base, adapter, latest, best). Raises
+  them. what: name of the parameters (base, adapter, latest, best); named: that of the
+  problems in eval.sets. Raises
   ValueError before it samples, if a length is impossible or the folder has
   generations of another model or config.
   """
-  sections, problems = sections_of(built, split), build.problems(built, split)
+  sections, problems = sections_of(built), build.problems(built, 'test')
   claim(folder, source_of(built, params))
-  evaluation = Evaluation(built, params, what, split, problems, beat)
+  evaluation = Evaluation(built, params, what, problems, beat, named)
   return [run_length(evaluation, section, folder) for section in sections]
 
 
-def sections_of(built: build.Built, split: str = 'test') -> list:
+def sections_of(built: build.Built) -> list:
   """Returns eval.sampler at each of eval.lengths; ValueError if one is impossible."""
   c = built.config
   lengths = c.eval.lengths or (c.eval.sampler.length,)
@@ -71,7 +72,7 @@ def sections_of(built: build.Built, split: str = 'test') -> list:
     hp = check.settings(SampleConfig, section)
     if problem := block_problem(built.model, hp):
       raise ValueError(f'eval.lengths = {lengths}: eval.{problem}')
-  prompt = build.problems(built, split).tokens.shape[1]
+  prompt = build.problems(built, 'test').tokens.shape[1]
   room = built.model.positions - prompt
   if max(lengths) > room:
     raise ValueError(
@@ -299,7 +300,8 @@ def card(
   return {
     'task': c.data.task,
     'protocol': c.data.protocol,
-    'split': evaluation.split,
+    'split': 'test',
+    'set': evaluation.named,
     'style': c.eval.template or c.eval.style or c.data.template or c.data.style,
     'model': c.model.checkpoint or c.model.preset,
     'parameters': evaluation.what,

@@ -325,7 +325,7 @@ def summary(workdir: files.Path) -> str:
 
 
 # Fields in which two cards must agree for their numbers to be comparable.
-SAME = ('task', 'protocol', 'split', 'style', 'problems')
+SAME = ('task', 'protocol', 'split', 'set', 'style', 'problems')
 
 
 def read_cards(paths: Sequence[files.Path]) -> list[dict]:
@@ -337,7 +337,7 @@ def read_cards(paths: Sequence[files.Path]) -> list[dict]:
     differ = [
       f'{name}: {cards[0].get(name)!r} and {card.get(name)!r}'
       for name in SAME
-      if card.get(name) != cards[0].get(name)
+      if (card.get(name) or '') != (cards[0].get(name) or '')  # '': an older card
     ]
     if differ:
       raise ValueError(
