@@ -529,20 +529,10 @@ def run_train(
 def eval_mode(command: Command) -> None:
   """Writes results cards of the test problems and of eval.sets, for each length."""
   c = command.config
-  sets = config.of_sets(c)
   out, workdir = runs.path_of('--out', OUT.value, written=True), run_of(c)
   built = ready(c)
-  # Programs are the same. A set that cannot be read is refused before weights are.
-  others = {
-    name: built._replace(config=other, task=TASKS[other.data.task], encoded={})
-    for name, other in sets.items()
-  }
   cards.sections_of(built)
-  for named, other in others.items():
-    try:
-      cards.sections_of(other)
-    except ValueError as error:
-      raise ValueError(f'eval.sets, {named}: {error}') from None
+  others = cards.sets_of(built)
   with watched(c) as (asked, _):
     params, _, name = params_of(built, workdir)
     above = workdir or WORKDIR.value or os.path.join(runs.EVALS, c.name)

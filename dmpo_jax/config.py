@@ -640,22 +640,3 @@ def override(
   except flags.Error as error:
     raise ValueError(str(error)) from None
   return {name: value for name, value in flatten(c).items() if name in names}
-
-
-def of_sets(c: Any) -> dict[str, Any]:
-  """Returns {name: config} of eval.sets: copies with other problems.
-
-  ValueError names the set whose field is unknown or has a value that is not allowed.
-  """
-  found = {}
-  for text in c.eval.sets:
-    name, _, fields = text.partition(':')
-    other = c.copy_and_resolve_references()
-    try:
-      override(other, [f'--config.{field}' for field in fields.split()])
-      if wrong := part(other, 'data').problems():
-        raise ValueError('; '.join(wrong))
-    except ValueError as error:
-      raise ValueError(f'eval.sets, {name}: {error}') from None
-    found[name] = other
-  return found

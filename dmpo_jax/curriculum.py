@@ -81,9 +81,7 @@ class Config(rules.Section):
   # objective (its own) | policy_gradient | matching (DMPO) | mixed (its `individual`).
   signal: str = 'none'
   uniform: float = 0.2  # share of the prompts that is drawn without regard to it
-  memory: float = (
-    0.5  # share of a posterior's counts that its next group leaves; 0: none
-  )
+  memory: float = 0.5  # share of a posterior's counts that the next group leaves
   # True: groups weigh B / (N inclusion probability), so that the expected update is
   # that of uniform prompts. It gives up most of the gain; for comparisons.
   correct: bool = False

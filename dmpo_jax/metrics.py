@@ -49,6 +49,8 @@ METRICS = {
   'equal_reward_groups': 'share of groups whose rewards are all equal; 0 to 1',
   'equal_wrong_groups': 'share of groups with equal rewards and all wrong; 0 to 1',
   'groups_skipped': 'share of groups left out by objective.skip_equal; 0 to 1',
+  'resampled': 'further rounds of prompts by curriculum.resample; count',
+  'groups_replaced': 'groups of equal rewards replaced by groups of those; per B',
   # --- sampling (rl; eval: forwards)
   'forwards': 'network evaluations to sample one batch; count',
   'tokens_per_step': 'mean tokens that a forward reveals in a row; tokens',

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmpo_jax import build, check, data, evaluate, files, grader, mesh, metrics
+from dmpo_jax import build, check, config, data, evaluate, files, grader, mesh, metrics
 from dmpo_jax.sampler import SampleConfig, block_problem
 from dmpo_jax.tasks import TASKS
 from dmpo_jax.tools import provenance, saved
@@ -61,6 +61,27 @@ def run(
   claim(folder, source_of(built, params))
   evaluation = Evaluation(built, params, what, problems, beat, named)
   return [run_length(evaluation, section, folder) for section in sections]
+
+
+def sets_of(built: build.Built) -> dict[str, build.Built]:
+  """Returns {name: the same run with other problems} of eval.sets.
+
+  The programs are the same. ValueError names the set that cannot be read.
+  """
+  found = {}
+  for text in built.config.eval.sets:
+    name, _, fields = text.partition(':')
+    c = built.config.copy_and_resolve_references()
+    try:
+      config.override(c, [f'--config.{field}' for field in fields.split()])
+      if wrong := config.part(c, 'data').problems():
+        raise ValueError('; '.join(wrong))
+      other = built._replace(config=c, task=TASKS[c.data.task], encoded={})
+      sections_of(other)
+    except ValueError as error:
+      raise ValueError(f'eval.sets, {name}: {error}') from None
+    found[name] = other
+  return found
 
 
 def sections_of(built: build.Built) -> list:
