@@ -6,14 +6,16 @@ resumed run skips nothing.
 
 import dataclasses
 import functools
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from dmpo_jax import files
+from dmpo_jax.tasks import userfile
 from dmpo_jax.tasks.answers import PREFILL, TAGS
 from dmpo_jax.types import (
   GIVEN,
@@ -77,6 +79,7 @@ class Problems(NamedTuple):
   valid: BoolBP  # (n, P) False on padding
   changed: int = 0  # number of over-long prompts that were dropped or cut
   prefill: str = ''  # how every answer begins, at the end of its prompt
+  show: Callable[[Any], str] = str  # example -> the text of its prompt
 
 
 def char_tokenizer() -> Tokenizer:
@@ -215,13 +218,26 @@ def load_problems(
   Raises ValueError if the problems cannot be loaded, the template has no field of the
   task, or a prompt is too long.
   """
-  examples = task.load(split, options)
-  if how.template:
-    texts, prefill = fill_template(how.template, examples), ''
-  else:
-    texts = [task.prompt(example, how.style) for example in examples]
-    prefill = PREFILL.get(how.style, '')
-  return encode_problems(examples, texts, tokenizer, how, prefill)
+  with userfile.naming('data.task'):
+    examples = list(task.load(split, options))
+    if how.template:
+      show = lambda example: fill_template(how.template, [example])[0]
+      texts, prefill = fill_template(how.template, examples), ''
+    else:
+      show = lambda example: task.prompt(example, how.style)
+      texts, prefill = list(map(show, examples)), PREFILL.get(how.style, '')
+  for number, (example, text) in enumerate(zip(examples, texts, strict=True)):
+    try:
+      json.dumps(example)  # problems are written beside completions
+      right = isinstance(example, dict) and isinstance(text, str)
+    except (TypeError, ValueError):
+      right = False
+    if not right:
+      raise ValueError(
+        f'data.task: problem {number} of {split} must be a dict of values that JSON '
+        f'can hold, and its prompt a text: they are {example!r} and {text!r}'
+      )
+  return encode_problems(examples, texts, tokenizer, how, prefill)._replace(show=show)
 
 
 def fill_template(path: str, examples: Sequence[dict]) -> list[str]:

@@ -142,7 +142,8 @@ class Collector:
     examples = [self.problems.examples[i] for i in np.repeat(started.index, self.group)]
     clock = clock or Clock()
     with clock('reward'):
-      graded = self.judge(texts, examples, started.mine)
+      ids = host.tokens, host.completion
+      graded = self.judge(texts, examples, started.mine, ids)
       scores, failed = started.scores, graded.failed
       if host.guess is not None:
         rewards, lost = self.judge_guesses(started, examples)
@@ -176,10 +177,18 @@ class Collector:
   def decode(self, tokens: Array) -> list[str]:
     return data.decode(self.tokenizer, tokens, self.stops)
 
-  def judge(self, texts: list, examples: list, rows: Array) -> grader.Graded:
-    """Grades the texts of `rows`; the other processes grade the others."""
+  def judge(
+    self, texts: list, examples: list, rows: Array, ids: tuple | None = None
+  ) -> grader.Graded:
+    """Grades the texts of `rows`; the other processes grade the others.
+
+    ids: tokens (R, L), and which of them are of the completion.
+    """
     own = [examples[i] for i in rows]
     task = grader.prefilled(self.task, self.problems.prefill)
+    if task.batch:
+      said = ids and [row[done].tolist() for row, done in zip(*ids, strict=True)]
+      task = grader.bound(task, self.problems.show, examples, said)
     return grader.judge(task, self.protocol, texts, own, self.weights, rows)
 
   def judge_guesses(self, started: Started, examples: list) -> tuple[Any, list]:
@@ -218,10 +227,7 @@ class Collector:
 
 def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
   """Returns means of rewards, lengths and unmasking steps."""
-  terms = {
-    f'reward/{name}': float(np.mean([term[name] for term in graded.terms]))
-    for name in graded.terms[0]
-  }
+  terms = {f'reward/{name}': x for name, x in grader.means(graded.terms).items()}
   return terms | {
     'reward': float(np.mean(graded.reward)),
     'reward_std': float(np.std(graded.reward)),
