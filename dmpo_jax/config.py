@@ -16,7 +16,7 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -213,7 +213,7 @@ class Reward(Section):
     try:
       names = rewards.specs(self.file)
       rewards.check(self.file)
-      if self.grade:
+      if self.grade and names:
         found += nearest('reward.grade', self.grade, names)
     except ValueError as error:
       found.append(str(error))
@@ -407,8 +407,11 @@ KINDS = {
 }  # fmt: skip
 
 
-def kinds(objective: str) -> dict[str, Any]:
-  """Returns {'section.field': type} of the fields of a config with this objective."""
+def kinds(objective: str, own: Iterable[str] = ()) -> dict[str, Any]:
+  """Returns {'section.field': type} of the fields of a config with this objective.
+
+  own: reward terms beside those of the built-in tasks.
+  """
   hp = OBJECTIVES[objective].Config
   classes = [*SECTIONS.items(), ('objective', Common), ('objective', hp)]
   fields = {
@@ -417,7 +420,7 @@ def kinds(objective: str) -> dict[str, Any]:
     for field in dataclasses.fields(cls)
     if field.type is not Any
   }
-  weights = {f'reward.weights.{term}': float for term in TERMS}
+  weights = {f'reward.weights.{term}': float for term in (*TERMS, *own)}
   top = {'name': str, 'seed': int, 'cache': bool, 'objective.name': str}
   return {**top, **fields, **weights}
 
@@ -458,16 +461,15 @@ def misfits(c: Any) -> list[str]:
   name = have.get('objective.name', 'dmpo')
   if wrong := nearest('objective.name', name, OBJECTIVES):
     return wrong
-  known = kinds(name)
+  own = [term for term in own_terms(c) if f'reward.weights.{term}' in have]
+  known = kinds(name, own)
   if lacking := [field for field in known if field not in have]:
     remedy = 'begin with configs.base.get_config() and set single fields'
     if all(field.startswith('objective.') for field in lacking):
       remedy = f'choose the objective by config.choose_objective(c, {name!r})'
     found.append(f'config.{", config.".join(lacking[:3])}: missing; {remedy}')
   else:
-    own = {f'reward.weights.{term}': float for term in own_terms(c)}
-    known |= {field: kind for field, kind in own.items() if field in have}
-    found += [unknown(field, name) for field in have if field not in known]
+    found += [unknown(field, name, own) for field in have if field not in known]
   wide = {float: (int, float), tuple: (list, tuple)}
   return found + [
     f'config.{field} = {have[field]!r} must be {KINDS[kind.__name__]}'
@@ -561,14 +563,14 @@ def update(c: Any, fields: Mapping[str, Any]) -> None:
   known = flatten(c)
   for name in fields:
     if name not in known:
-      raise ValueError(unknown(name, c.objective.name))
+      raise ValueError(unknown(name, c.objective.name, own_terms(c)))
   c.update_from_flattened_dict(fields)
 
 
-def unknown(name: str, objective: str) -> str:
-  """Returns the sentence about a field that a config does not have."""
+def unknown(name: str, objective: str, own: Iterable[str] = ()) -> str:
+  """Returns the sentence about a field that a config does not have; own: as `kinds`."""
   head, _, leaf = name.rpartition('.')
-  known = kinds(objective)
+  known = kinds(objective, own)
   text = f'config.{name} is not a field'
   beside = {
     field.rpartition('.')[2]: field for field in known if field.startswith(f'{head}.')
@@ -684,7 +686,7 @@ def override(
   known = flatten(c)
   for name in names:
     if name not in known:
-      raise ValueError(unknown(name, c.objective.name))
+      raise ValueError(unknown(name, c.objective.name, own_terms(c)))
   values, argv = flags.FlagValues(), ['', *overrides]
   try:
     config_flags.DEFINE_config_dict(

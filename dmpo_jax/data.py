@@ -220,24 +220,34 @@ def load_problems(
   """
   with userfile.naming('data.task'):
     examples = list(task.load(split, options))
+    check_problems(split, examples)
     if how.template:
       show = lambda example: fill_template(how.template, [example])[0]
       texts, prefill = fill_template(how.template, examples), ''
     else:
       show = lambda example: task.prompt(example, how.style)
       texts, prefill = list(map(show, examples)), PREFILL.get(how.style, '')
-  for number, (example, text) in enumerate(zip(examples, texts, strict=True)):
+  for number, text in enumerate(texts):
+    if not isinstance(text, str):
+      raise ValueError(
+        f'data.task: the prompt of problem {number} of {split} must be a text, it is '
+        f'{text!r}'
+      )
+  return encode_problems(examples, texts, tokenizer, how, prefill)._replace(show=show)
+
+
+def check_problems(split: str, examples: Sequence[Any]) -> None:
+  """Raises ValueError if a problem cannot be written beside its completions."""
+  for number, example in enumerate(examples):
     try:
-      json.dumps(example)  # problems are written beside completions
-      right = isinstance(example, dict) and isinstance(text, str)
+      right = isinstance(example, dict) and json.dumps(example)
     except (TypeError, ValueError):
       right = False
     if not right:
       raise ValueError(
         f'data.task: problem {number} of {split} must be a dict of values that JSON '
-        f'can hold, and its prompt a text: they are {example!r} and {text!r}'
+        f'can hold, it is {example!r}'
       )
-  return encode_problems(examples, texts, tokenizer, how, prefill)._replace(show=show)
 
 
 def fill_template(path: str, examples: Sequence[dict]) -> list[str]:

@@ -6,6 +6,7 @@ The reward of a completion is the weighted sum of its task's terms.
 import concurrent.futures
 import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -135,15 +136,7 @@ def judge(
   if rows is None:
     rows = range(jax.process_index(), len(texts), jax.process_count())
     texts, examples = [texts[i] for i in rows], [examples[i] for i in rows]
-
-  def both(text, example):
-    with userfile.naming(f'data.task, on the completion {text[:200]!r}'):
-      verdict = (
-        task.reward(text, example, protocol),
-        task.grade(text, example, protocol),
-      )
-    return verdict
-
+  both = functools.partial(_verdict, task, protocol)
   if task.threads and len(texts) > 1:
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
       verdicts = list(pool.map(both, texts, examples))
@@ -154,6 +147,9 @@ def judge(
   judged = sorted(
     (item for part, _ in parts for item in part), key=lambda item: item[0]
   )
+  for row, _, verdict in judged:
+    if isinstance(verdict, str):
+      raise ValueError(f'row {row}: {verdict}')
   texts = [text for _, text, _ in judged]
   terms = [terms for _, _, (terms, _) in judged]
   grades = [grade for _, _, (_, grade) in judged]
@@ -170,19 +166,35 @@ def judge(
   )
 
 
+def _verdict(task: Task, protocol: str, text: str, example: Any) -> Any:
+  """Returns (terms, grade) of a completion, or what is wrong with them.
+
+  It is no exception, because the other processes wait for it.
+  """
+  try:
+    with userfile.naming('data.task'):
+      terms = task.reward(text, example, protocol)
+      grade = task.grade(text, example, protocol)
+  except ValueError as error:
+    return f'{error}; the completion is {text[:200]!r}'
+  if not isinstance(terms, dict):
+    return f'the reward of a task must be a dict {{term: number}}, it is {terms!r}'
+  for what, x in {**terms, 'grade': grade}.items():
+    if not isinstance(x, numbers.Real | np.bool_):
+      return f'{what} = {x!r} of the completion {text[:200]!r} must be a number'
+  if not 0 <= grade <= 1:
+    return f'the grade {grade} of the completion {text[:200]!r} must be in [0, 1]'
+  return terms, grade
+
+
 def total(
   terms: Sequence[Mapping[str, float | None]], texts: Sequence[str], weights: Any
 ) -> FloatR:
   """Returns (R,) float32 weighted sums; ValueError if one is not finite."""
-  try:
-    sums = [
-      sum(weights.get(name, 1.0) * x for name, x in term.items() if x is not None)
-      for term in terms
-    ]
-  except (TypeError, AttributeError):
-    raise ValueError(
-      f'a reward must be {{term: number}}, one of these is not: {list(terms)[:3]}'
-    ) from None
+  sums = [
+    sum(weights.get(name, 1.0) * x for name, x in term.items() if x is not None)
+    for term in terms
+  ]
   for value, term, text in zip(sums, terms, texts, strict=True):
     if not math.isfinite(value):
       raise ValueError(

@@ -8,6 +8,7 @@ seed. Problem n of data.seed is row n % 500 of the data set of 500 rows whose se
 row is drawn twice. A problem holds this address, and its scorer makes it again.
 """
 
+import difflib
 import functools
 import importlib
 import json
@@ -40,8 +41,12 @@ def task_of(name: str, field: str) -> Task:
       "'dmpo_jax[gym]'"
     ) from error
   known = importlib.import_module(f'{PACKAGE}.factory').DATASETS
-  if wrong := nearest(field, f'gym:{name}', [f'gym:{x}' for x in sorted(known)]):
-    raise ValueError(wrong[0])
+  if name not in known:
+    near = ', '.join(difflib.get_close_matches(name, known, 3, 0.4)) or 'none near it'
+    raise ValueError(
+      f"{field} = 'gym:{name}': reasoning-gym has no such data set (of {len(known)}: "
+      f'{near})'
+    )
   symbolic.prepare(PACKAGE)
   return _task(name)
 

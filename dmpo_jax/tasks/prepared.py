@@ -85,10 +85,10 @@ def folder_rows(folder: str, split: str) -> Iterator[dict]:
   try:
     for row in read(split=split):
       yield {name: _plain(value) for name, value in row.items()}
-  except NotImplementedError as error:
+  except Exception as error:  # of its readers
+    text = ' '.join(str(error).split())[:300]
     raise ValueError(
-      f'{folder} is not stored as array_record: prepare it with '
-      "file_format='array_record'"
+      f"{folder} cannot be read: prepare it with file_format='array_record' ({text})"
     ) from error
 
 

@@ -6,7 +6,8 @@ OWNER/NAME:SUBSET). The prompt is a text, or messages of one user's turn. Column
 names; reward_model.ground_truth is a field of a column. All other columns stay in the
 problem, for templates and reward functions.
 
-The verifiers, each of the answer in the last <answer>, else of the whole text:
+The verifiers, each of the answer in the last <answer>, else of the whole text, and of
+its last \boxed if it has one:
 
 number  one number, as task gsm8k reads it; the column may end in '#### number'
 math    a LaTeX expression, as task math compares it; the column may hold a \boxed
@@ -66,7 +67,7 @@ def _task(verifier: str) -> Task:
     styles=tuple(TEMPLATES), terms=(TERM,) if verifier else (),
     options=OPTIONS, best=1.0 if verifier else 0.0,
     threads=verifier in ('math', 'regex'), graded=bool(verifier),
-    unpaid=('bare',) if verifier in ('number', 'math') else (),
+    unpaid=('bare',) if verifier == 'number' else (),
   )  # fmt: skip
 
 
@@ -225,6 +226,8 @@ def grade(verifier: str, text: str, example: dict, protocol: str) -> float:
   if verifier == 'math':
     return math.grade(text, {'solution': f'\\boxed{{{truth}}}'}, protocol)
   said = answers.answer_or_text(text)
+  boxed = None if '\\boxed' in truth else answers.last_boxed(said, strict=True)
+  said = said if boxed is None else boxed.strip()
   if verifier == 'exact':
     return float(said.split() == truth.split())
   if verifier == 'regex':

@@ -97,7 +97,7 @@ def call(
     for row in range(rows):
       one = {name: x and x[row : row + 1] for name, x in given.items()}
       try:
-        _numbers(spec, _answer(_made[spec], one), 1)
+        _answer(_made[spec], one)
       except Exception as alone:
         raise ValueError(f'{_at(spec, row)}: {_said(spec, alone)}') from alone
     said = _said(spec, error)

@@ -116,10 +116,15 @@ def _run(path: str, module_name: str) -> Any:
 def described(error: BaseException, path: str = '') -> str:
   """Returns 'FILE:LINE: Type: text' by the last line of a user's file in a traceback.
 
-  path: a file that counts as the user's beside those loaded. '' if there is no line.
+  path: a file that counts as the user's beside those loaded. Their neighbours count,
+  too. '' if there is no line.
   """
-  mine = {path, *(found for found, _ in _loaded)} - {''}
-  frames = [x for x in traceback.extract_tb(error.__traceback__) if x.filename in mine]
+  mine = {os.path.dirname(found) for found in (path, *(x for x, _ in _loaded)) if found}
+  frames = [
+    x
+    for x in traceback.extract_tb(error.__traceback__)
+    if os.path.dirname(os.path.realpath(x.filename)) in mine
+  ]
   if not frames:
     return f'{path}: {type(error).__name__}: {error}' if path else ''
   where = f'{frames[-1].filename}:{frames[-1].lineno}'
