@@ -19,6 +19,7 @@ import types as python_types
 import pyarrow
 import pytest
 from pyarrow import parquet
+from test_processes import free_port, python
 from tiny_run import fail_at, interrupt, run, same, tiny, vary
 
 from configs import base
@@ -172,9 +173,11 @@ def choose(here):
 
 def test_terms_and_functions_have_weights(choose):
   c = choose(
-    'reward.weights.short=0.5', 'reward.weights.letters=0', 'reward.file=my_reward.py:short',
+    'reward.weights.short=0.5',
+    'reward.weights.letters=0',
+    'reward.file=my_reward.py:short',
     'data.task=my_task.py:REVERSE',
-  )  # fmt: skip
+  )
   weights = dict(c.reward.weights)
   assert (weights['short'], weights['letters'], weights['length']) == (0.5, 0, 1)
   assert not config.misfits(c)
@@ -434,6 +437,58 @@ def test_a_resumed_run_grades_no_buffer_twice(
     run(changed, folders[1], base_params)
 
 
+PROCESSES = """
+import sys
+import jax
+from configs import base
+from dmpo_jax import config, grader, guard
+
+guard.join(sys.argv[1], 2, int(sys.argv[2]))
+me = jax.process_index()
+c = base.get_config()
+config.update(c, {'data.task': 'my_task.py:REVERSE', 'reward.file': 'log.py:f'})
+words = [{'word': w} for w in ('ab', 'ba', 'aa', 'bb', 'ab')]
+mine = [1, 3] if me else [0, 2, 4]
+task = grader.bound(grader.task_of(c), lambda e: e['word'], words, [[1]] * 5)
+texts, own = ['ba'] * len(mine), [words[i] for i in mine]
+graded = grader.judge(task, 'strict', texts, own, {}, mine)
+assert [t['f'] for t in graded.terms] == [0, 1, 2, 3, 4], graded
+assert graded.grades == [1, 0, 0, 0, 1]
+bad = task._replace(grade=lambda *_: 2 if me else 1)
+for wrong, named in ((bad, 'row 1: the grade 2'), (task, 'called twice')):
+  try:
+    grader.judge(wrong, 'strict', texts, own, {}, mine)
+    raise AssertionError
+  except ValueError as error:  # on both, so that neither waits for the other
+    assert named in str(error), error
+print('both', flush=True)
+"""
+LOGGED = """
+calls = []
+
+
+def f(prompts, completions, completion_ids, word):
+  assert prompts == word == ['ab', 'ba', 'aa', 'bb', 'ab']
+  assert not calls, 'called twice'
+  calls.append(len(completions))
+  return list(range(len(completions)))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_call_a_function_once(here):
+  """It sees all rows, in order; an error on one process ends both."""
+  write(here / 'log.py', LOGGED)
+  path, port = write(here / 'two.py', PROCESSES), free_port()
+  logs = [here / f'{i}.txt' for i in (0, 1)]
+  started = [
+    python(path, [f'localhost:{port}', str(i)], 1, log) for i, log in enumerate(logs)
+  ]
+  for process, log in zip(started, logs, strict=True):
+    process.wait(timeout=120)
+    assert 'both' in log.read_text(), log.read_text()[-2000:]
+
+
 @pytest.mark.slow
 def test_a_task_by_path_works_in_every_mode(here, monkeypatch, capsys):
   """Train with a sweep's point, evaluate, sample, score: the commands of the page."""
@@ -444,7 +499,8 @@ def test_a_task_by_path_works_in_every_mode(here, monkeypatch, capsys):
     'def sweep(name): return [{"seed": s} for s in (0, 1)]\n'
     'def get_config():\n  c = base.get_config()\n'
     f'  config.update(c, {fields})\n'
-    '  config.update(c, {"data.task": "my_task.py:REVERSE", "reward.weights.length": 0.5})\n'
+    '  config.update(c, {"data.task": "my_task.py:REVERSE"})\n'
+    '  config.update(c, {"reward.weights.length": 0.5})\n'
     '  return c\n')  # fmt: skip
   command = functools.partial(run_cli, monkeypatch, '--config=mine.py', '--workdir=w')
   more = ['--sweep=seeds:1', '--config.reward.file=my_reward.py:short']
@@ -491,9 +547,12 @@ VERL = [
 def test_formats_give_the_same_problems(tmp_path, monkeypatch):
   """JSONL with messages, parquet, CSV, a folder of TFDS, and the hub."""
   flat = [
-    {'q': 'Add.\n\n' + row['prompt'][1]['content'], 'a': row['reward_model']['ground_truth']}
-    for row in VERL
-  ]  # fmt: skip
+    {
+      'q': f'Add.\n\n{r["prompt"][1]["content"]}',
+      'a': r['reward_model']['ground_truth'],
+    }
+    for r in VERL
+  ]
   write(tmp_path / 'x.jsonl', ''.join(json.dumps(row) + '\n' for row in VERL))
   parquet.write_table(pyarrow.Table.from_pylist(flat), tmp_path / 'x.parquet')
   with open(tmp_path / 'x.csv', 'w', newline='') as file:
@@ -631,7 +690,7 @@ def test_a_folder_of_tfds_is_a_data_set(tmp_path, monkeypatch):
 
   from dmpo_jax.tasks import prepared
 
-  rows = {'train': [f'{n}?' for n in range(40)], 'test': ['a?', 'b?']}
+  rows = {'train': [f'{n}?' for n in range(200)], 'test': ['a?', 'b?']}
   for split, texts in rows.items():
     lines = [json.dumps({'question': q, 'answer': f'#### {len(q)}'}) for q in texts]
     folder = tmp_path / 'downloads/manual/sums'
@@ -648,7 +707,7 @@ def test_a_folder_of_tfds_is_a_data_set(tmp_path, monkeypatch):
   builder.download_and_prepare(download_config=how)
   o = types.TaskOptions(str(builder.data_dir), 0, 0, 0, prompt_column='example')
   loaded = {split: find('prompts').load(split, o) for split in datasets.SPLITS}
-  assert [len(loaded['test']), sum(map(len, loaded.values()))] == [2, 42]
+  assert [len(loaded['test']), sum(map(len, loaded.values()))] == [2, 202]
   assert json.loads(loaded['test'][0]['prompt']) == {
     'question': 'a?',
     'answer': '#### 2',

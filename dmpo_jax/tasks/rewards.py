@@ -93,14 +93,15 @@ def call(
   except _Wrong as error:
     raise ValueError(str(error)) from None
   except Exception as error:
-    # One row may be to blame: the first one on which the function fails alone.
+    # One row may be to blame: the first one on which the function fails so alone.
+    said = _said(spec, error)
     for row in range(rows):
       one = {name: x and x[row : row + 1] for name, x in given.items()}
       try:
         _answer(_made[spec], one)
       except Exception as alone:
-        raise ValueError(f'{_at(spec, row)}: {_said(spec, alone)}') from alone
-    said = _said(spec, error)
+        if _said(spec, alone) == said:
+          raise ValueError(f'{_at(spec, row)}: {said}') from alone
     raise ValueError(f'{_at(spec)}: {said} (all {rows} rows at once)') from error
 
 
