@@ -17,6 +17,7 @@ from dmpo_jax import (
   check,
   checkpoint,
   curriculum,
+  grader,
   hf,
   masking,
   mesh,
@@ -31,7 +32,7 @@ from dmpo_jax import score as scoring
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parts import is_adapter, optimizer_of, problems
 from dmpo_jax.rollout import Collector
-from dmpo_jax.tasks import TASKS, symbolic
+from dmpo_jax.tasks import symbolic
 from dmpo_jax.types import GIVEN, Params, Rollouts, Sampled, Task, TrainBatch
 
 __all__ = ['build', 'is_adapter', 'optimizer_of', 'problems']
@@ -153,7 +154,7 @@ def build(c: Any, devices: Any = None) -> Built:
   quantize = make_quantize(c, grid)
   init, init_lora, start, start_sft = make_starts(c, cfg, folder, grid)
   read_references = parts.references(c, cfg, folder, grid, quantize)
-  digest, read = Compiled(grid, checkpoint.digest), {}
+  digest, read = Compiled(grid, checkpoint.digest), parts.file_digests(c)
 
   def noted(field: str, call: Callable) -> Callable:
     """Returns `call`, which reads weights from a field, and notes their digest."""
@@ -183,7 +184,7 @@ def build(c: Any, devices: Any = None) -> Built:
     quantize,
     digest,
   )
-  return Built(c, grid, cfg, TASKS[c.data.task], tokenizer, setup, steps, {}, read)
+  return Built(c, grid, cfg, grader.task_of(c), tokenizer, setup, steps, {}, read)
 
 
 def collector(built: Built, frozen: Params) -> Collector:

@@ -28,7 +28,7 @@ from dmpo_jax.config import (
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.rules import nearest, without_effect
-from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks import TASKS, find, rewards
 from dmpo_jax.types import Record, Scored, Wants
 
 
@@ -76,7 +76,7 @@ def training(c: Any) -> None:
       f'model.param_dtype = {c.model.param_dtype} rounds away a change of less than a '
       '500th of a weight: set float32, or train adapters (lora.rank > 0, sft.steps = 0)'
     )
-  style, unpaid = c.data.style, TASKS[c.data.task].unpaid
+  style, unpaid = c.data.style, find(c.data.task).unpaid
   if c.data.protocol == 'paper' and style in unpaid and not c.data.template:
     raise ValueError(
       f'data.style = {style} with data.protocol = paper: these rules do not pay, or do '
@@ -132,14 +132,21 @@ def idle(c: Any) -> dict[str, str]:
 def idle_between(c: Any) -> dict[str, str]:
   """Returns the fields that have no effect because of other sections."""
   _, wants = wanted(c)
-  task, log = TASKS[c.data.task], part(c, 'logprob')
+  task, log = find(c.data.task), part(c, 'logprob')
   scored = bool(c.health.measure or wants.sequence)
   by_elbo = scored and log.estimator == 'elbo'
   by_elbo |= 'old' in wants.elbo and not wants.common_masks
   rates = by_elbo and log.elbo == 'paper'
   asks = 'an objective that asks for log p_old or log p_ref (dmpo: objective.alpha > 0)'
+  functions = rewards.specs(c.reward.file)
+  paid = (task.terms or tuple(c.reward.weights)) if c.reward.task else ()
+  need = 'reward.task = True' if not c.reward.task else 'data.task = '
   weights = [
-    (f'reward.weights.{term}', term in (task.terms or TERMS), f'data.task = {names}')
+    (
+      f'reward.weights.{term}',
+      term in (*paid, *functions),
+      need + names * c.reward.task,
+    )
     for term in TERMS
     if (names := ' or '.join(n for n, other in TASKS.items() if term in other.terms))
   ]
@@ -174,7 +181,7 @@ def effects(c: Any, given: Container[str]) -> str:
     return ''
   found, values = idle(c), flatten(c)
   known = {f'{name}.{x}': p.default(x) for name, p in parts(c) for x in vars(p)}
-  known |= {f'reward.weights.{term}': 1.0 for term in TERMS}
+  known |= {f'reward.weights.{term}': 1.0 for term in c.reward.weights}
 
   def told(names: list[str]) -> str:
     needs = dict.fromkeys(found[x] for x in names)
@@ -202,12 +209,28 @@ def wanted(c: Any) -> tuple[Any, Wants]:
 
 def evaluation(c: Any) -> list[str]:
   """The evaluation's prompt template and samples make sense for this task."""
-  styles = ('', *TASKS[c.data.task].styles)
+  styles = ('', *find(c.data.task).styles)
   found = nearest('eval.style', c.eval.style, styles)
   if c.eval.samples > 1 and not c.eval.sampler.temperature:
     found.append(
       f'eval.samples = {c.eval.samples} needs eval.sampler.temperature > 0: '
       'greedy samples are all the same'
+    )
+  return found
+
+
+def rewarded(c: Any) -> list[str]:
+  """Something pays and grades, under names of its own."""
+  task, functions = find(c.data.task), rewards.specs(c.reward.file)
+  found = [
+    f'reward.file: {name} is a term of data.task = {c.data.task}: rename the function'
+    for name in functions
+    if c.reward.task and name in task.terms
+  ]
+  if not (task.graded or functions):
+    found.append(
+      f'data.task = {c.data.task} has no verifier: set reward.file, or '
+      'data.task = prompts:number, :math, :exact or :regex'
     )
   return found
 
@@ -488,6 +511,7 @@ def weigh_metrics(c: Any, hp: Any) -> Any:
 # Each rule, with the sections that must be right themselves before it can be asked.
 RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   evaluation: ('data', 'eval', 'eval.sampler'),
+  rewarded: ('data', 'reward'),
   quantization: ('model', 'lora'),
   head_chunk: ('model', 'sampler'),
   pmap: ('mesh', 'sampler', 'eval.sampler'),
@@ -508,7 +532,7 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
 # another mesh, and for when `health` ends the run): they may differ when it is resumed.
 FREE = (
   'log.', 'checkpoint.', 'mesh.', 'health.', 'cache', 'reward.workers',
-  'reward.deadline',
+  'reward.deadline', 'reward.seconds', 'reward.process',
 )  # fmt: skip
 # The fields that training does not read: the default workdir is named without them.
 UNNAMED = (*FREE, 'eval.', 'data.test_size')

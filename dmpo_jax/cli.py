@@ -44,6 +44,7 @@ from dmpo_jax import (
   evaluate,
   files,
   fits,
+  grader,
   guard,
   hf,
   mesh,
@@ -54,7 +55,7 @@ from dmpo_jax import (
   runs,
   train,
 )
-from dmpo_jax.tasks import TASKS, symbolic
+from dmpo_jax.tasks import CHOICES, symbolic
 from dmpo_jax.tools import cards, plan, provenance, report, speed, status, watch
 
 NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report')
@@ -70,7 +71,7 @@ FORMAT = _choice('format', 'merged', ('merged', 'adapter'), 'export: what is wri
 GENERATIONS = _text(
   'generations', '', 'score: JSON file of saved generations, or a pattern'
 )
-TASK = _choice('task', None, tuple(TASKS), 'score without --config: the task')
+TASK = _text('task', '', 'score without --config: the task, as data.task')
 PROTOCOL = _choice('protocol', 'strict', ('strict', 'paper'), 'score without --config')
 PROBLEM = _int('problem', 0, 'sample: number of the test problem')
 PROMPT = _text('prompt', '', 'sample: a prompt of your own')
@@ -448,6 +449,7 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
   runs.refuse_other(c, workdir, check.FREE)
   built = ready(c)
   check.training(c)
+  grader.ready(built.task)
   with watched(c) as (asked, dog):
     for split in ('train', 'validation', 'test'):  # a bad file is refused now
       dog.beat(f'data, {split}', 0)
@@ -533,6 +535,7 @@ def eval_mode(command: Command) -> None:
   built = ready(c)
   cards.sections_of(built)
   others = cards.sets_of(built)
+  grader.ready(built.task)
   with watched(c) as (asked, _):
     params, _, name = params_of(built, workdir)
     above = workdir or WORKDIR.value or os.path.join(runs.EVALS, c.name)
@@ -562,7 +565,9 @@ def sample_mode(command: Command) -> None:
     (row,) = evaluate.generate(built, params, problem, sampler, 1, 0)
   line = f'{row["forwards"]} steps, {row["tokens"]} tokens'
   if example := problem.examples[0]:
-    grade = built.task.grade(row['text'], example, built.config.data.protocol)
+    task = grader.bound(built.task, problem.show, [example], evaluate.ids_of([row]))
+    protocol, weights = built.config.data.protocol, built.config.reward.weights
+    (grade,) = grader.judge(task, protocol, [row['text']], [example], weights).grades
     line += f', grade {grade:g}; the answer: {built.task.record(example)[1]}'
   steps = watch.pieces(row['ids'], row['order'], built.tokenizer.decode)
   say(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{line}')
@@ -582,7 +587,9 @@ def shown_prompt(built: build.Built) -> tuple[data.Problems, str]:
   if not 0 <= at < len(test.examples):
     raise ValueError(f'--problem={at} must be in 0 to {len(test.examples) - 1}')
   rows = slice(at, at + 1)
-  problem = data.Problems(test.examples[rows], test.tokens[rows], test.valid[rows])
+  problem = data.Problems(
+    test.examples[rows], test.tokens[rows], test.valid[rows], show=test.show
+  )
   return problem, built.task.prompt(test.examples[at], 'bare')
 
 
@@ -596,15 +603,20 @@ def score_mode(command: Command) -> None:
         '--task and --protocol are for --mode=score without --config: set '
         '--config.data.task and --config.data.protocol'
       )
-    if wrong := [x for s in ('data', 'reward') for x in config.part(c, s).problems()]:
+    wrong = [x for s in ('data', 'reward') for x in config.part(c, s).problems()]
+    if wrong := wrong or check.rewarded(c):
       raise ValueError('; '.join(wrong))
     symbolic.configure(c.reward.workers, c.reward.deadline)
     card = cards.score_file(
-      c.data.task, c.data.protocol, GENERATIONS.value, c.reward.weights
+      c.data.task,
+      c.data.protocol,
+      GENERATIONS.value,
+      c.reward.weights,
+      grader.task_of(c),
     )
     return say(f'{cards.as_text(card)}\n{json.dumps(card)}')
-  if TASK.value is None:
-    raise ValueError(f'--mode=score needs --config=FILE or --task={"|".join(TASKS)}')
+  if not TASK.value:
+    raise ValueError(f'--mode=score needs --config=FILE or --task={"|".join(CHOICES)}')
   card = cards.score_file(TASK.value, PROTOCOL.value, GENERATIONS.value)
   say(json.dumps(card))
 

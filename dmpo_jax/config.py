@@ -16,7 +16,7 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +38,7 @@ from dmpo_jax.rules import (
   positive_share,
   without_effect,
 )
-from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks import TASKS, find, readers, rewards
 from dmpo_jax.types import TaskOptions, Wants
 
 SIZES = ('width', 'layers', 'heads', 'kv_heads', 'mlp')  # fields of Model
@@ -140,12 +140,12 @@ class Data(Section, TaskOptions, PromptOptions):
   """The problems, their prompts, and their grading; extends two dataclasses."""
 
   OWN = {
-    'task': one_of(*TASKS),
     'protocol': one_of('strict', 'paper'),
     'overlong': one_of('error', 'drop', 'cut'),
   }
 
-  task: str = 'sudoku'  # a name in tasks.TASKS
+  # A name in tasks.TASKS, prompts:VERIFIER, gym:NAME, or FILE.py:NAME of your own.
+  task: str = 'sudoku'
   tokenizer: str = ''  # char | a directory; '' = the checkpoint's, else char
   protocol: str = 'strict'  # grading rules; strict (correct) | paper (as published)
   bucket: int = 0  # pads a buffer's prompts to a multiple of so many tokens; 0 = to P
@@ -155,22 +155,24 @@ class Data(Section, TaskOptions, PromptOptions):
       ('overlong', self.prompt_length, 'data.prompt_length > 0'),
       ('bucket', not self.attend_padding, 'data.attend_padding = False'),
     ]
-    kind = 'file' if self.path else 'generated'
-    readers = {}  # option -> [(task, kind of problems) that reads it]
-    for name, task in TASKS.items():
-      for where, options in task.options.items():
-        for option in options:
-          readers.setdefault(option, []).append((name, where))
-    for option, pairs in readers.items():
-      known = not TASKS[self.task].options or (self.task, kind) in pairs
-      tasks = [f'{name} ({where})' for name, where in pairs]
-      rows.append((option, known, f'data.task = {" or ".join(tasks)}'))
+    kind, task = 'file' if self.path else 'generated', find(self.task)
+    options = {}  # option -> [task (kind of problems) that reads it]
+    for name, kinds_ in readers().items():
+      for where, names in kinds_.items():
+        for option in names:
+          options.setdefault(option, []).append(f'{name} ({where})')
+    for option, names in options.items():
+      known = not task.options or option in task.options.get(kind, ())
+      rows.append((option, known, f'data.task = {" or ".join(names)}'))
     return without_effect(*rows)
 
   def problems(self) -> list[str]:
     found = super().problems() + missing_file('data.template', self.template)
-    if self.task in TASKS:
-      found += nearest('data.style', self.style, TASKS[self.task].styles)
+    try:
+      found += nearest('data.style', self.style, find(self.task).styles)
+      self.own()
+    except ValueError as error:
+      found.append(str(error))
     return found
 
 
@@ -181,15 +183,40 @@ TERMS = tuple(dict.fromkeys(term for task in TASKS.values() for term in task.ter
 class Reward(Section):
   """How completions are rewarded."""
 
-  OWN = {'deadline': above(0)}
+  OWN = {
+    'deadline': above(0),
+    'seconds': above(0),
+    'process': one_of('worker', 'trainer'),
+  }
 
+  # Functions of your own, FILE.py:NAME,NAME (docs/own.md); '' = the task's alone.
+  file: str = ''
+  task: bool = True  # False: only the functions of reward.file are paid
+  # Function whose value, in [0, 1], is the grade; '' = the task's grade, and the first
+  # function's where the task has none.
+  grade: str = ''
+  # Where functions run: worker (a process without accelerator, killed at its limit) |
+  # trainer (a thread beside the trainer, with its devices).
+  process: str = 'worker'
+  seconds: float = 120.0  # time limit of a function's call on a batch; seconds
   workers: int = 0  # processes that compare expressions; 0 = one per core
   deadline: float = 3.0  # time limit of one comparison; seconds
-  # Factor of each reward term of the tasks; 0 = the term does not count.
+  # Factor of each reward term of the task, and of each function of reward.file; 0 = it
+  # does not count.
   weights: Any = dataclasses.field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
+
+  def idle(self) -> dict[str, str]:
+    return without_effect(('task grade process seconds', self.file, 'reward.file'))
 
   def problems(self) -> list[str]:
     found = super().problems()
+    try:
+      names = rewards.specs(self.file)
+      rewards.check(self.file)
+      if self.grade and names:
+        found += nearest('reward.grade', self.grade, names)
+    except ValueError as error:
+      found.append(str(error))
     return found + [
       f'reward.weights.{name} = {weight} {wrong}'
       for name, weight in self.weights.items()
@@ -394,8 +421,11 @@ KINDS = {
 }  # fmt: skip
 
 
-def kinds(objective: str) -> dict[str, Any]:
-  """Returns {'section.field': type} of the fields of a config with this objective."""
+def kinds(objective: str, own: Iterable[str] = ()) -> dict[str, Any]:
+  """Returns {'section.field': type} of the fields of a config with this objective.
+
+  own: reward terms beside those of the built-in tasks.
+  """
   hp = OBJECTIVES[objective].Config
   classes = [*SECTIONS.items(), ('objective', Common), ('objective', hp)]
   fields = {
@@ -404,9 +434,39 @@ def kinds(objective: str) -> dict[str, Any]:
     for field in dataclasses.fields(cls)
     if field.type is not Any
   }
-  weights = {f'reward.weights.{term}': float for term in TERMS}
+  weights = {f'reward.weights.{term}': float for term in (*TERMS, *own)}
   top = {'name': str, 'seed': int, 'cache': bool, 'objective.name': str}
   return {**top, **fields, **weights}
+
+
+def own_terms(c: Any) -> tuple[str, ...]:
+  """Returns the reward terms that are not a built-in task's: they have weights, too.
+
+  () where the task or the file is wrong, which its section complains of.
+  """
+  have, found = flatten(c), []
+  with contextlib.suppress(ValueError):
+    found += find(str(have.get('data.task', ''))).terms
+  with contextlib.suppress(ValueError):
+    found += rewards.specs(str(have.get('reward.file', '')))
+  return tuple(term for term in dict.fromkeys(found) if term not in TERMS)
+
+
+def adopt(c: Any) -> None:
+  """Gives the terms of an own task and of reward.file their weights, 1 each.
+
+  Weights of terms that are gone are dropped, if nobody has changed them.
+  """
+  if 'reward' not in c or 'weights' not in c.reward:
+    return
+  weights, own = c.reward.weights, own_terms(c)
+  with weights.unlocked():
+    for term in [x for x, weight in weights.items() if weight == 1]:
+      if term not in (*TERMS, *own):
+        del weights[term]
+    for term in own:
+      if term not in weights:
+        weights[term] = 1.0
 
 
 def misfits(c: Any) -> list[str]:
@@ -415,14 +475,15 @@ def misfits(c: Any) -> list[str]:
   name = have.get('objective.name', 'dmpo')
   if wrong := nearest('objective.name', name, OBJECTIVES):
     return wrong
-  known = kinds(name)
+  own = [term for term in own_terms(c) if f'reward.weights.{term}' in have]
+  known = kinds(name, own)
   if lacking := [field for field in known if field not in have]:
     remedy = 'begin with configs.base.get_config() and set single fields'
     if all(field.startswith('objective.') for field in lacking):
       remedy = f'choose the objective by config.choose_objective(c, {name!r})'
     found.append(f'config.{", config.".join(lacking[:3])}: missing; {remedy}')
   else:
-    found += [unknown(field, name) for field in have if field not in known]
+    found += [unknown(field, name, own) for field in have if field not in known]
   wide = {float: (int, float), tuple: (list, tuple)}
   return found + [
     f'config.{field} = {have[field]!r} must be {KINDS[kind.__name__]}'
@@ -497,25 +558,33 @@ def choose_objective(c: Any, name: str) -> None:
     c.lora.dropout = 0.0
 
 
+FIRST = ('data.task', 'reward.file')  # they decide which fields reward.weights has
+
+
 def update(c: Any, fields: Mapping[str, Any]) -> None:
   """Sets {'section.field': value}; objective.name first, by `choose_objective`.
 
+  Then the task and reward.file, whose terms become fields of reward.weights.
   ValueError if the config has no such field, with the nearest one that it has.
   """
   fields = dict(fields)
   if 'objective.name' in fields:
     choose_objective(c, fields.pop('objective.name'))
   known = flatten(c)
+  first = {name: fields[name] for name in FIRST if name in fields and name in known}
+  c.update_from_flattened_dict(first)
+  adopt(c)
+  known = flatten(c)
   for name in fields:
     if name not in known:
-      raise ValueError(unknown(name, c.objective.name))
+      raise ValueError(unknown(name, c.objective.name, own_terms(c)))
   c.update_from_flattened_dict(fields)
 
 
-def unknown(name: str, objective: str) -> str:
-  """Returns the sentence about a field that a config does not have."""
+def unknown(name: str, objective: str, own: Iterable[str] = ()) -> str:
+  """Returns the sentence about a field that a config does not have; own: as `kinds`."""
   head, _, leaf = name.rpartition('.')
-  known = kinds(objective)
+  known = kinds(objective, own)
   text = f'config.{name} is not a field'
   beside = {
     field.rpartition('.')[2]: field for field in known if field.startswith(f'{head}.')
@@ -590,6 +659,7 @@ def load(path: str) -> tuple[ModuleType, Any]:
       f'{flag}: get_config() must return the ConfigDict of configs.base.get_config(), '
       f'with changes; it returns a {type(c).__name__}'
     )
+  adopt(c)
   if wrong := misfits(c):
     raise ValueError(f'{flag}: ' + '; '.join(wrong))
   return module, c
@@ -625,12 +695,12 @@ def override(
   point = dict(point or {})
   if twice := sorted(names & set(point)):
     raise ValueError(f'{twice} set both by --sweep and by a flag: leave out one')
-  chosen = {name: value for name, _, value in texts if name == 'objective.name'}
+  chosen = {n: value for n, _, value in texts if n in ('objective.name', *FIRST)}
   update(c, point | chosen)
   known = flatten(c)
   for name in names:
     if name not in known:
-      raise ValueError(unknown(name, c.objective.name))
+      raise ValueError(unknown(name, c.objective.name, own_terms(c)))
   values, argv = flags.FlagValues(), ['', *overrides]
   try:
     config_flags.DEFINE_config_dict(

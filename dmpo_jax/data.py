@@ -6,14 +6,16 @@ resumed run skips nothing.
 
 import dataclasses
 import functools
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from dmpo_jax import files
+from dmpo_jax.tasks import userfile
 from dmpo_jax.tasks.answers import PREFILL, TAGS
 from dmpo_jax.types import (
   GIVEN,
@@ -77,6 +79,7 @@ class Problems(NamedTuple):
   valid: BoolBP  # (n, P) False on padding
   changed: int = 0  # number of over-long prompts that were dropped or cut
   prefill: str = ''  # how every answer begins, at the end of its prompt
+  show: Callable[[Any], str] = str  # example -> the text of its prompt
 
 
 def char_tokenizer() -> Tokenizer:
@@ -215,13 +218,36 @@ def load_problems(
   Raises ValueError if the problems cannot be loaded, the template has no field of the
   task, or a prompt is too long.
   """
-  examples = task.load(split, options)
-  if how.template:
-    texts, prefill = fill_template(how.template, examples), ''
-  else:
-    texts = [task.prompt(example, how.style) for example in examples]
-    prefill = PREFILL.get(how.style, '')
-  return encode_problems(examples, texts, tokenizer, how, prefill)
+  with userfile.naming('data.task'):
+    examples = list(task.load(split, options))
+    check_problems(split, examples)
+    if how.template:
+      show = lambda example: fill_template(how.template, [example])[0]
+      texts, prefill = fill_template(how.template, examples), ''
+    else:
+      show = lambda example: task.prompt(example, how.style)
+      texts, prefill = list(map(show, examples)), PREFILL.get(how.style, '')
+  for number, text in enumerate(texts):
+    if not isinstance(text, str):
+      raise ValueError(
+        f'data.task: the prompt of problem {number} of {split} must be a text, it is '
+        f'{text!r}'
+      )
+  return encode_problems(examples, texts, tokenizer, how, prefill)._replace(show=show)
+
+
+def check_problems(split: str, examples: Sequence[Any]) -> None:
+  """Raises ValueError if a problem cannot be written beside its completions."""
+  for number, example in enumerate(examples):
+    try:
+      right = isinstance(example, dict) and json.dumps(example)
+    except (TypeError, ValueError):
+      right = False
+    if not right:
+      raise ValueError(
+        f'data.task: problem {number} of {split} must be a dict of values that JSON '
+        f'can hold, it is {example!r}'
+      )
 
 
 def fill_template(path: str, examples: Sequence[dict]) -> list[str]:

@@ -33,6 +33,7 @@ def accuracy(
     beat()
   examples = [problems.examples[row['problem']] for row in rows]
   texts, protocol = [row['text'] for row in rows], built.config.data.protocol
+  task = grader.bound(task, problems.show, examples, ids_of(rows))
   graded = grader.judge(task, protocol, texts, examples, built.config.reward.weights)
   numbers = [
     {
@@ -57,6 +58,13 @@ def accuracy(
     for row, example, terms in zip(rows, examples, graded.terms, strict=True)
   ]
   return mean, samples
+
+
+def ids_of(rows: Sequence[dict]) -> list[list[int]] | None:
+  """Returns the tokens of each completion; None where a row has none."""
+  if not all('ids' in row and 'tokens' in row for row in rows):
+    return None
+  return [row['ids'][: row['tokens']] for row in rows]
 
 
 def averaged(

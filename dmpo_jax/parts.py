@@ -7,7 +7,7 @@ before anything is compiled. Nothing here compiles; build.py does.
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dmpo_jax import check, config, data, hf, model, optim, sampler, step
@@ -15,6 +15,7 @@ from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.sampler import SampleConfig
+from dmpo_jax.tasks import rewards, userfile
 from dmpo_jax.types import Objective, TaskOptions
 
 
@@ -250,7 +251,21 @@ def revisions(c: Any) -> dict[str, str]:
         above, revision = os.path.split(hf.locate(path, False))
         if os.path.basename(above) == 'snapshots':
           found[f'{field} {path}'] = revision
-  return found
+  files = {field: text for field, text, _ in _user_files(c)}
+  return found | {f'{field} (digest)': text for field, text in files.items()}
+
+
+def _user_files(c: Any) -> Iterator[tuple[str, str, str]]:
+  """Yields (field, digest, FILE.py:NAME) of the user's files that a config names."""
+  if userfile.is_spec(c.data.task):
+    yield 'data.task', userfile.digest('data.task', c.data.task), c.data.task
+  for name, spec in rewards.specs(c.reward.file).items():
+    yield f'reward.file {name}', userfile.digest('reward.file', spec), spec
+
+
+def file_digests(c: Any) -> dict[str, int]:
+  """Returns a number for each of the user's files: it changes with what they say."""
+  return {field: int(text[:12], 16) for field, text, _ in _user_files(c)}
 
 
 # --- problems

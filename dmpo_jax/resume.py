@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from absl import logging
 
 from dmpo_jax import build, check, checkpoint, files, mesh, metrics
 from dmpo_jax.health import State
@@ -57,10 +58,23 @@ def refuse(config: Any, free: tuple[str, ...] = check.JUDGING) -> Callable[[dict
   return why
 
 
-def refuse_swapped(built: build.Built, meta: dict[str, Any]) -> None:
-  """Raises ValueError if a checkpoint was made with other weights than are read now."""
+def refuse_swapped(
+  built: build.Built, meta: dict[str, Any], judging: bool = False
+) -> None:
+  """Raises ValueError if a checkpoint was made with other weights than are read now.
+
+  Also if a file of the user's (data.task, reward.file) says something else now;
+  judging: that is only worth a warning.
+  """
   old = meta.get('read', {})
   changed = [name for name, x in built.read.items() if old.get(name, x) != x]
+  files_ = [name for name in changed if name.startswith(('data.task', 'reward.file'))]
+  if files_:
+    text = f'{" and ".join(files_)}: the file has changed since this run began'
+    if not judging:
+      raise ValueError(f'{text}: bring it back, or name another --workdir')
+    logging.warning('%s', text)
+  changed = [name for name in changed if name not in files_]
   if changed:
     named = (f'{name} = {check.plain(built.config)[name]!r}' for name in changed)
     raise ValueError(
@@ -98,7 +112,7 @@ def read_state(
       manager, lambda step: {'state': shapes}, refuse(built.config), only
     )
   if found:
-    refuse_swapped(built, found.meta)
+    refuse_swapped(built, found.meta, judging=True)
   return found
 
 

@@ -222,7 +222,8 @@ class Collector:
   def graded(self, drawn: Drawn) -> Drawn:
     """Grades completions; each process decodes and grades some of the rows."""
     texts = self.decode(drawn.host.tokens[drawn.mine])
-    graded = self.judge(texts, self.examples_of(drawn), drawn.mine)
+    ids = drawn.host.tokens, drawn.host.completion
+    graded = self.judge(texts, self.examples_of(drawn), drawn.mine, ids)
     return drawn._replace(graded=graded)
 
   def examples_of(self, drawn: Drawn) -> list[dict]:
@@ -287,10 +288,18 @@ class Collector:
   def decode(self, tokens: Array) -> list[str]:
     return data.decode(self.tokenizer, tokens, self.stops)
 
-  def judge(self, texts: list, examples: list, rows: Array) -> grader.Graded:
-    """Grades the texts of `rows`; the other processes grade the others."""
+  def judge(
+    self, texts: list, examples: list, rows: Array, ids: tuple | None = None
+  ) -> grader.Graded:
+    """Grades the texts of `rows`; the other processes grade the others.
+
+    ids: tokens (R, L), and which of them are of the completion.
+    """
     own = [examples[i] for i in rows]
     task = grader.prefilled(self.task, self.problems.prefill)
+    if task.batch:
+      said = ids and [row[done].tolist() for row, done in zip(*ids, strict=True)]
+      task = grader.bound(task, self.problems.show, examples, said)
     return grader.judge(task, self.protocol, texts, own, self.weights, rows)
 
   def judge_guesses(self, drawn: Drawn) -> tuple[Any, list]:
@@ -359,10 +368,7 @@ def joined(
 
 def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
   """Returns means of rewards, lengths and unmasking steps."""
-  terms = {
-    f'reward/{name}': float(np.mean([term[name] for term in graded.terms]))
-    for name in graded.terms[0]
-  }
+  terms = {f'reward/{name}': x for name, x in grader.means(graded.terms).items()}
   return terms | {
     'reward': float(np.mean(graded.reward)),
     'reward_std': float(np.std(graded.reward)),

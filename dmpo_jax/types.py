@@ -13,6 +13,7 @@ Rows are prompt-major: row r = b*G + g. Tokens are rows (R, S); scalars of a
 completion are groups (B, G). `to_rows` and `to_groups` are the only crossings.
 """
 
+import ast
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -344,6 +345,26 @@ class TaskOptions:
   max_blanks: int = 10  # sudoku: most empty cells
   largest: int = 99  # countdown: largest of the generated numbers
   numbers: int = 0  # countdown files: of so many numbers alone; 0 = 2 to 6
+  prompt_column: str = ''  # prompts: column of the prompt; '' = by its usual names
+  answer_column: str = ''  # prompts: column of the answer; '' = by its usual names
+  options: str = ''  # gym, own tasks: their options, such as 'min_terms=2, max_terms=3'
+
+  def own(self) -> dict[str, Any]:
+    """Returns data.options as {name: value}; ValueError if it cannot be read."""
+    try:
+      call: Any = ast.parse(f'f({self.options})', mode='eval').body
+      if (
+        not isinstance(call, ast.Call)
+        or call.args
+        or None in (word.arg for word in call.keywords)
+      ):
+        raise SyntaxError
+      return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError):
+      raise ValueError(
+        f'data.options = {self.options!r} must be name=value, name=value; a value is a '
+        "number, 'a text', a list, True or False"
+      ) from None
 
 
 class Task(NamedTuple):
@@ -364,7 +385,8 @@ class Task(NamedTuple):
   target: Callable  # (example, style) -> str, a correct completion, for SFT
   reward: Callable  # (text, example, protocol) -> dict of terms
   grade: Callable  # (text, example, protocol) -> float in [0, 1]
-  extra: Callable  # (text, example) -> dict of further evaluation numbers
+  # (text, example) -> dict of further evaluation numbers
+  extra: Callable = lambda text, example: {}
   # (text, example, protocol) -> str or None: what a majority vote counts
   answer: Callable = lambda text, example, protocol: text.strip() or None
   # example -> (question, truth), as generations are saved; and back, or
@@ -383,3 +405,7 @@ class Task(NamedTuple):
   options: dict = {}
   terms: tuple = ()  # names of the reward terms that users may scale
   threads: bool = False  # judging waits for other processes: do many at once
+  graded: bool = True  # False: it has no verifier, so reward.file gives the grade
+  # texts of all completions of a batch -> terms of each; grader.attach and .bound set
+  # it, from reward.file
+  batch: Callable | None = None

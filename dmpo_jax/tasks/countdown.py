@@ -109,6 +109,7 @@ def load(split: str, options: TaskOptions) -> list[dict]:
       lambda e: split_of(e['numbers'], e['target']),
       lambda e: (*sorted(e['numbers']), e['target']),
       lambda e: count in (0, len(e['numbers'])),
+      {'test': 'countdown_cd3_test.jsonl'},
     )
     chosen = source.load(split, options)
     return [dict(e, expression=solve(e['numbers'], e['target'])) for e in chosen]

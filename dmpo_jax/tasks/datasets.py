@@ -7,12 +7,13 @@ names no line.
 
 import csv
 import dataclasses
+import importlib
 import itertools
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from dmpo_jax.files import stand_in
@@ -22,17 +23,21 @@ from dmpo_jax.types import TaskOptions
 SPLITS = ('train', 'validation', 'test')
 HALF = re.compile('[\ud800-\udfff]')  # a surrogate without the other one
 SHARD = re.compile(r'^(.*)-([0-9]+)-of-([0-9]+)(\..*)$')
+HUB = re.compile(r'[\w.-]+/[\w.-]+(:[\w.-]+)?')  # OWNER/NAME or OWNER/NAME:SUBSET
 
 
 def read_rows(path: str) -> Iterator[tuple[int, dict]]:
   """Yields (line or row number, record) of a CSV, parquet or JSONL file.
 
-  The name's ending tells the format; any other name is read as JSONL. Raises
-  ValueError on a line that cannot be read and on a file without rows.
+  The name's ending tells the format; any other name is read as JSONL. NAME@SPLIT is a
+  split of a data set of TFDS or of the hub. Raises ValueError on a line that cannot be
+  read and on a file without rows.
   """
-  if what := stand_in(path):
-    raise ValueError(f'{path}: {what}')
   rows = {'.csv': _csv, '.parquet': _parquet}.get(os.path.splitext(path)[1], _jsonl)
+  if '@' in path and not os.path.isfile(path):
+    rows = _split_rows
+  elif what := stand_in(path):
+    raise ValueError(f'{path}: {what}')
   empty = True
   for line, record in rows(path):
     empty = False
@@ -111,17 +116,90 @@ def _parquet(path: str) -> Iterator[tuple[int, dict]]:
     ) from error
 
 
-def files_of(folder: str, name: str) -> list[str]:
+def plain(row: dict) -> dict:
+  """Returns a record whose values JSON can hold: dates, bytes and such become texts."""
+  return json.loads(json.dumps(row, default=str))
+
+
+# --- data sets that are no files
+
+
+def is_folder_of_tfds(path: str) -> bool:
+  return os.path.isfile(os.path.join(path, 'dataset_info.json')) and os.path.isfile(
+    os.path.join(path, 'features.json')
+  )
+
+
+def is_on_hub(path: str) -> bool:
+  """Returns whether a path is the name of a data set of the hub, and no file."""
+  return bool(HUB.fullmatch(path)) and not os.path.exists(path)
+
+
+def splits_of(path: str) -> list[str]:
+  """Returns the splits of a folder of TFDS, or of a data set of the hub."""
+  if is_folder_of_tfds(path):
+    from dmpo_jax.tasks import prepared  # slow to import
+
+    return prepared.splits_of(path)
+  hub, (name, _, subset) = _hub(path), path.partition(':')
+  try:
+    return list(hub.get_dataset_split_names(name, subset or None))
+  except Exception as error:  # of the network, of the hub, of its files
+    raise ValueError(_unread(path, error)) from error
+
+
+def _split_rows(path: str) -> Iterator[tuple[int, dict]]:
+  """Yields (row, record) of NAME@SPLIT."""
+  path, _, split = path.rpartition('@')
+  if is_folder_of_tfds(path):
+    from dmpo_jax.tasks import prepared
+
+    yield from enumerate(prepared.folder_rows(path, split), 1)
+    return
+  hub, (name, _, subset) = _hub(path), path.partition(':')
+  try:
+    yield from enumerate(hub.load_dataset(name, subset or None, split=split), 1)
+  except Exception as error:
+    raise ValueError(_unread(path, error)) from error
+
+
+def _hub(path: str) -> Any:
+  """Returns the package `datasets`; ValueError if it is missing."""
+  try:
+    return importlib.import_module('datasets')
+  except ImportError:
+    raise ValueError(
+      f'data.path = {path!r}: no such file or directory. If it is a data set of the '
+      "Hugging Face hub: pip install 'dmpo_jax[hub]'"
+    ) from None
+
+
+def _unread(path: str, error: Exception) -> str:
+  text = ' '.join(str(error).split())[:300]
+  return (
+    f'data.path = {path!r}: no such file or directory, and the hub does not give it: '
+    f'{type(error).__name__}: {text}'
+  )
+
+
+def files_of(folder: str, name: str, also: str = '') -> list[str]:
   """Returns the data file of a folder whose name begins with `name`, or its shards.
 
-  Shards are named as on the hub: train-00000-of-00002.parquet. ValueError unless there
-  is one file, or all shards of one.
+  Shards are named as on the hub: train-00000-of-00002.parquet. also: a file of another
+  name, which stands for it where there is none. ValueError unless there is one file, or
+  all shards of one.
   """
+  if is_folder_of_tfds(folder) or is_on_hub(folder):
+    if name not in (known := splits_of(folder)):
+      raise ValueError(f'{folder} has no {name} split, it has {", ".join(known)}')
+    return [f'{folder}@{name}']
   files = [
     file
     for file in sorted(os.listdir(folder) if os.path.isdir(folder) else ())
     if re.match(rf'{name}\b.*\.(jsonl|json|parquet|csv)$', file)
   ]
+  if not files and also and os.path.isfile(os.path.join(folder, also)):
+    return [os.path.join(folder, also)]
   parts = [SHARD.findall(file) for file in files]  # [(name, number, count, ending)]
   if all(parts) and files:
     _, _, count, _ = parts[0][0]
@@ -130,8 +208,9 @@ def files_of(folder: str, name: str) -> list[str]:
     if len(kinds) == 1 and numbers == list(range(int(count))):
       return [os.path.join(folder, file) for file in files]
   if len(files) != 1 or parts[0]:
+    known = f'{name}.jsonl, .parquet or .csv{f", or {also}" if also else ""}'
     raise ValueError(
-      f'{folder} must hold one {name} file ({name}.jsonl, .parquet or .csv), or all '
+      f'{folder} must hold one {name} file ({known}), or all '
       f'shards of one ({name}-00000-of-00002.parquet and so on), it holds: '
       f'{", ".join(files) or "none"}'
     )
@@ -149,13 +228,16 @@ class Source:
   # example -> a value that is equal for the same problem, however it is written
   key: Callable[[dict], Any]
   keep: Callable[[dict], bool] = lambda example: True  # False: in no split
+  # 'train' or 'test' -> the name that the file has where it is published
+  published: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def load(self, split: str, options: TaskOptions) -> list[dict]:
     """Returns the split's examples, at most `{split}_size` of them if that is > 0.
 
     `data.path` is a file, which `split_of` shares among the splits. Or it is a
-    directory with a train and a test file, or 'tfds'. Then the test file is the
-    test split, and `split_of` tells which part of the train file is validation.
+    directory with a train and a test file, 'tfds', a folder of TFDS or a data set of
+    the hub. Then the test file is the test split, and `split_of` tells which part of
+    the train file is validation. A data set with one split is like one file.
     Raises ValueError if the split is empty or the train file has most of the test's
     problems; fewer are left out.
     """
@@ -165,16 +247,22 @@ class Source:
         f'data.task = {self.task} needs data.path: a directory with a train and '
         f'a test file, one file, or tfds. The files are at: {self.origin}'
       )
-    if path == 'tfds' or os.path.isdir(path):
+    named = is_folder_of_tfds(path) or is_on_hub(path)
+    if named and len(known := splits_of(path)) == 1:
+      chosen = self._of_one_file(split, f'{path}@{known[0]}')
+    elif named or path == 'tfds' or os.path.isdir(path):
       chosen = self._of_two_files(split, path)
     elif os.path.isfile(path):
-      examples = filter(self.keep, self.read(path))
-      chosen = [e for e in examples if self.split_of(e) == split]
+      chosen = self._of_one_file(split, path)
     else:
       raise ValueError(f'data.path = {path!r}: no such file or directory')
     if not chosen:
       raise ValueError(f'{path}: no example falls in the {split} split')
     return chosen[:size] if size > 0 else chosen
+
+  def _of_one_file(self, split: str, path: str) -> list[dict]:
+    examples = filter(self.keep, self.read(path))
+    return [e for e in examples if self.split_of(e) == split]
 
   def _of_two_files(self, split: str, path: str) -> list[dict]:
     if split == 'test':
@@ -196,7 +284,8 @@ class Source:
 
   def read_split(self, folder: str, name: str) -> Iterable[dict]:
     """Reads the files of a folder whose names begin with `name`: train or test."""
-    return itertools.chain.from_iterable(map(self.read, files_of(folder, name)))
+    files = files_of(folder, name, self.published.get(name, ''))
+    return itertools.chain.from_iterable(map(self.read, files))
 
   def _examples(self, name: str, path: str) -> list[dict]:
     if path == 'tfds':

@@ -1,4 +1,4 @@
-"""Reads the tasks' data sets through tensorflow-datasets (data.path = tfds).
+"""Reads data sets through tensorflow-datasets: data.path = tfds, or a folder of its.
 
 TFDS has a builder that downloads GSM8K. The other tasks are prepared from files
 in its folder for manual downloads. Everything is stored as array_record and read
@@ -69,3 +69,38 @@ def records(source: Any, split: str) -> Iterator[dict]:
       yield {name: row[name] for name in ('question', 'answer')}
     else:
       yield json.loads(row['example'])
+
+
+# --- a folder that TFDS has prepared
+
+
+def splits_of(folder: str) -> list[str]:
+  """Returns the splits of a data set that TFDS has prepared in a folder."""
+  return list(_builder(folder).info.splits)
+
+
+def folder_rows(folder: str, split: str) -> Iterator[dict]:
+  """Yields the records of a split as plain values; ValueError if it cannot be read."""
+  read: Any = _builder(folder).as_data_source
+  try:
+    for row in read(split=split):
+      yield {name: _plain(value) for name, value in row.items()}
+  except Exception as error:  # of its readers
+    text = ' '.join(str(error).split())[:300]
+    raise ValueError(
+      f"{folder} cannot be read: prepare it with file_format='array_record' ({text})"
+    ) from error
+
+
+def _builder(folder: str) -> Any:
+  try:
+    return tfds.builder_from_directory(folder)
+  except Exception as error:  # several kinds
+    text = ' '.join(str(error).split())[:300]
+    raise ValueError(f'{folder}: not a data set of TFDS, or damaged: {text}') from error
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, bytes):
+    return value.decode()
+  return value.tolist() if hasattr(value, 'tolist') else value

@@ -106,6 +106,10 @@ def load(split: str, options: TaskOptions) -> list[dict]:
       _read,
       lambda e: split_of[e['solution']],
       lambda e: e['puzzle'],
+      published={
+        'train': '4x4_sudoku_unique_puzzles.csv',
+        'test': '4x4_test_sudoku.csv',
+      },
     ).load(split, options)
   least, most = options.min_blanks, options.max_blanks
   if not 1 <= least <= most <= MAX_BLANKS:

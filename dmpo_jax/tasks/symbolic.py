@@ -1,4 +1,4 @@
-"""Compares two LaTeX answers with math-verify, in a process that can be killed.
+"""Compares an answer with the truth, in a process that can be killed.
 
 A model can write a term that no computer algebra finishes (99**98**97), or one that
 fills the memory. No limit set within Python stops that. So every comparison goes to a
@@ -7,26 +7,31 @@ comparison without a verdict counts as unequal and is reported by `drain`.
 """
 
 import atexit
+import contextlib
 import functools
+import importlib
 import logging
 import os
 import re
 import resource
-import sys
 import threading
 import types
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pebble
+
+from dmpo_jax.tasks import workers
 
 MEMORY = 4 << 30  # bytes of address space of a worker
 DIGITS = 500  # that numbers must share which are not rational
 MAX_LENGTH = 300  # characters; longer answers are compared as strings only
 DECIMAL = re.compile(r'(?<![0-9])([0-9]*)\.([0-9]+)')
 UNIT = re.compile(r'(?<=[0-9])i(?![a-zA-Z])')  # math-verify: 3i and 3 i differ
-_state = types.SimpleNamespace(pool=None, workers=0, deadline=3.0, failed={})
+_state = types.SimpleNamespace(
+  pool=None, workers=0, deadline=3.0, failed={}, modules=[]
+)
 _lock = threading.Lock()
 
 
@@ -38,20 +43,35 @@ def configure(workers: int = 0, deadline: float = 3.0) -> None:
     _ask.cache_clear()  # another deadline may give another verdict
 
 
-def equal(left: str, right: str) -> bool:
-  """Returns math-verify's verdict; False if it gives none in time. Thread-safe.
+def prepare(module: str) -> None:
+  """Lets the workers import a module before they are asked; it may take seconds."""
+  if module not in _state.modules:
+    close()
+    _state.modules.append(module)
 
-  A comparison without a verdict is tried again only after a `drain`. So a batch waits
-  for it once, although its reward and its grade need it.
-  """
-  if max(len(left), len(right)) > MAX_LENGTH or (left, right) in _state.failed:
+
+def equal(left: str, right: str) -> bool:
+  """Returns math-verify's verdict; False if it gives none in time. Thread-safe."""
+  if max(len(left), len(right)) > MAX_LENGTH:
     return False
+  return bool(decide(verify, left, right))
+
+
+def decide(check: Callable, answer: str, truth: str) -> float:
+  """Returns check(answer, truth) of a worker; 0 if it gives none in time.
+
+  check: a function of a module, which a worker can import. Thread-safe. A comparison
+  without a verdict is tried again only after a `drain`. So a batch waits for it once,
+  although its reward and its grade need it.
+  """
+  if (answer, truth) in _state.failed:
+    return 0.0
   try:
-    return _ask(left, right)
+    return _ask(check, answer, truth)
   except _Unanswered as error:
     with _lock:
-      _state.failed[left, right] = str(error)
-    return False
+      _state.failed[answer, truth] = str(error)
+    return 0.0
 
 
 class _Unanswered(Exception):
@@ -59,11 +79,11 @@ class _Unanswered(Exception):
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _ask(left: str, right: str) -> bool:
+def _ask(check: Callable, answer: str, truth: str) -> float:
   reason = ''
   for _ in range(2):
     try:
-      job = _pool().schedule(verify, (left, right), timeout=_state.deadline)
+      job = _pool().schedule(check, (answer, truth), timeout=_state.deadline)
       return job.result()
     except TimeoutError:
       raise _Unanswered('killed at its deadline') from None
@@ -87,34 +107,9 @@ def drain() -> list[dict]:
 def _pool() -> pebble.ProcessPool:
   with _lock:
     if _state.pool is None or not _state.pool.active:
-      server = _Context()
-      # Loaded before the workers fork, so that a killed worker is replaced quickly.
-      server.set_forkserver_preload(['dmpo_jax.tasks.symbolic', 'math_verify'])
-      _state.pool = pebble.ProcessPool(
-        _state.workers or os.cpu_count() or 1, initializer=_confine, context=server
-      )
+      count = _state.workers or os.cpu_count() or 1
+      _state.pool = workers.pool(count, _confine, (tuple(_state.modules),))
     return _state.pool
-
-
-class _Process(ForkServerProcess):
-  """A worker that does not run the caller's script again.
-
-  multiprocessing would import the main module: with all of jax, or without end if a
-  script has no `if __name__ == '__main__'`. The workers do not need it.
-  """
-
-  @staticmethod
-  def _Popen(process_obj):
-    main = sys.modules['__main__']
-    sys.modules['__main__'] = types.ModuleType('__main__')
-    try:
-      return ForkServerProcess._Popen(process_obj)
-    finally:
-      sys.modules['__main__'] = main
-
-
-class _Context(ForkServerContext):
-  Process = _Process
 
 
 def close() -> None:
@@ -131,8 +126,11 @@ atexit.register(close)
 # ---- in the worker
 
 
-def _confine() -> None:
+def _confine(modules: tuple[str, ...]) -> None:
   """Silences a worker and limits its memory, so that it gets a MemoryError."""
+  for name in modules:
+    with contextlib.suppress(Exception):  # a comparison says what is wrong
+      importlib.import_module(name)
   logging.disable(logging.CRITICAL)
   _, most = resource.getrlimit(resource.RLIMIT_AS)
   limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)

@@ -22,7 +22,7 @@ import numpy as np
 
 from dmpo_jax import build, check, config, data, evaluate, files, grader, mesh, metrics
 from dmpo_jax.sampler import SampleConfig, block_problem
-from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks import find
 from dmpo_jax.tools import provenance, saved
 from dmpo_jax.types import Params, Task
 
@@ -76,7 +76,7 @@ def sets_of(built: build.Built) -> dict[str, build.Built]:
       config.override(c, [f'--config.{field}' for field in fields.split()])
       if wrong := config.part(c, 'data').problems():
         raise ValueError('; '.join(wrong))
-      other = built._replace(config=c, task=TASKS[c.data.task], encoded={})
+      other = built._replace(config=c, task=grader.task_of(c), encoded={})
       sections_of(other)
     except ValueError as error:
       raise ValueError(f'eval.sets, {name}: {error}') from None
@@ -112,7 +112,9 @@ def run_length(evaluation: Evaluation, section: Any, folder: str) -> dict:
   )
   begun = time.time()
   rows, before = collect(evaluation, section, f'{stem}.jsonl')
-  examples = [evaluation.problems.examples[row['problem']] for row in rows]
+  problems = evaluation.problems
+  examples = [problems.examples[row['problem']] for row in rows]
+  task = grader.bound(task, problems.show, examples, evaluate.ids_of(rows))
   numbers, failed = numbers_of(task, c.data.protocol, c.reward.weights, rows, examples)
   made = card(evaluation, section, numbers, before + time.time() - begun)
   if jax.process_index() == 0:
@@ -264,7 +266,7 @@ def numbers_of(
     'problems': len({row['problem'] for row in rows}),
     'accuracy': evaluate.averaged(task, protocol, examples, graded.grades),
     'reward': float(np.mean(graded.reward)),
-    'terms': mean_of(graded.terms),
+    'terms': grader.means(graded.terms),
     **mean_of([task.extra(*pair) for pair in zip(texts, examples, strict=True)]),
     'grades_failed': len(graded.failed),
     **mean_of(spent or [{}]),
@@ -370,19 +372,24 @@ def generations(
 
 
 def score_file(
-  task_name: str, protocol: str, pattern: str, weights: Any = None
+  task_name: str,
+  protocol: str,
+  pattern: str,
+  weights: Any = None,
+  paid: Task | None = None,
 ) -> dict[str, Any]:
   """Grades saved generations, ours or those of others; returns a results card.
 
   pattern: a file, or a pattern of the files of one evaluation. weights: factors of the
-  reward terms, as reward.weights. Raises ValueError that names what a file lacks.
+  reward terms, as reward.weights. paid: the task with reward.file. Raises ValueError
+  that names what a file lacks.
   """
-  if task_name not in TASKS:
-    raise ValueError(f'task {task_name!r} must be one of {", ".join(TASKS)}')
-  header, rows, examples, files, skipped = saved.read(TASKS[task_name], pattern)
+  task = paid or find(task_name, '--task')
+  header, rows, examples, files, skipped = saved.read(task, pattern)
   made = header.get('card')
   made = dict(made) if isinstance(made, dict) else {}
-  task = saved.judge_of(TASKS[task_name], made)
+  show = lambda example: task.record(example)[0]
+  judge = grader.bound(saved.judge_of(task, made), show, examples)
   return made | {
     'task': task_name,
     'protocol': protocol,
@@ -393,7 +400,7 @@ def score_file(
     'length': header.get('gen_length'),
     'steps': header.get('diffusion_steps'),
     'block': header.get('block_length'),
-    **numbers_of(task, protocol, weights or {}, rows, examples)[0],
+    **numbers_of(judge, protocol, weights or {}, rows, examples)[0],
   }
 
 
