@@ -44,6 +44,7 @@ from dmpo_jax import (
   evaluate,
   files,
   fits,
+  grader,
   guard,
   hf,
   mesh,
@@ -54,7 +55,7 @@ from dmpo_jax import (
   runs,
   train,
 )
-from dmpo_jax.tasks import TASKS, symbolic
+from dmpo_jax.tasks import TASKS
 from dmpo_jax.tools import cards, plan, provenance, report, speed, status, watch
 
 NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report')
@@ -584,7 +585,7 @@ def score_mode(command: Command) -> None:
       )
     if wrong := [x for s in ('data', 'reward') for x in config.part(c, s).problems()]:
       raise ValueError('; '.join(wrong))
-    symbolic.configure(c.reward.workers, c.reward.deadline)
+    grader.configure(c.reward)
     card = cards.score_file(
       c.data.task, c.data.protocol, GENERATIONS.value, c.reward.weights
     )

@@ -38,7 +38,7 @@ from dmpo_jax.rules import (
   positive_share,
   without_effect,
 )
-from dmpo_jax.tasks import TASKS
+from dmpo_jax.tasks import TASKS, sandbox
 from dmpo_jax.types import TaskOptions, Wants
 
 SIZES = ('width', 'layers', 'heads', 'kv_heads', 'mlp')  # fields of Model
@@ -181,15 +181,23 @@ TERMS = tuple(dict.fromkeys(term for task in TASKS.values() for term in task.ter
 class Reward(Section):
   """How completions are rewarded."""
 
-  OWN = {'deadline': above(0)}
+  OWN = {
+    'deadline': above(0), 'memory': least(64), 'sandbox': one_of(*sandbox.LEVELS)
+  }  # fmt: skip
 
-  workers: int = 0  # processes that compare expressions; 0 = one per core
-  deadline: float = 3.0  # time limit of one comparison; seconds
+  workers: int = 0  # processes that compare expressions or run programs; 0 = cores
+  deadline: float = 3.0  # of one comparison, of a program's tests; seconds of CPU
+  # What keeps programs from this machine: auto (the best that works, or none is run) |
+  # bwrap | namespaces | rlimits (limits alone: for a container of its own).
+  sandbox: str = 'auto'
+  # Interpreter of programs, with its installed packages; '' = ours without any.
+  python: str = ''
+  memory: int = 512  # address space of a program's process; MiB
   # Factor of each reward term of the tasks; 0 = the term does not count.
   weights: Any = dataclasses.field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
 
   def problems(self) -> list[str]:
-    found = super().problems()
+    found = super().problems() + missing_file('reward.python', self.python)
     return found + [
       f'reward.weights.{name} = {weight} {wrong}'
       for name, weight in self.weights.items()

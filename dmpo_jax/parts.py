@@ -259,7 +259,7 @@ def revisions(c: Any) -> dict[str, str]:
 def problems(built: Any, split: str) -> data.Problems:
   """Returns the problems of a split of build.Built, loaded and encoded once.
 
-  ValueError if prompt and completion exceed the model's positions, or if their length
+  ValueError if this machine cannot judge the task, if prompt and completion exceed the model's positions, or if their length
   does not fit the attention kernel.
   """
   c = built.config
@@ -267,6 +267,8 @@ def problems(built: Any, split: str) -> data.Problems:
     how = check.settings(data.PromptOptions, c.data)
     if split != 'train' and (c.eval.style or c.eval.template):
       how = dataclasses.replace(how, style=c.eval.style, template=c.eval.template)
+    if built.task.ready is not None:
+      built.task.ready()
     built.encoded[split] = data.load_problems(
       built.task, split, built.tokenizer, check.settings(TaskOptions, c.data), how
     )

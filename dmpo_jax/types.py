@@ -379,4 +379,6 @@ class Task(NamedTuple):
   # are 'generated' and that are read from a 'file'; {} = not stated.
   options: dict = {}
   terms: tuple = ()  # names of the reward terms that users may scale
+  # Raises ValueError where this machine cannot judge; None: every one can.
+  ready: Callable | None = None
   threads: bool = False  # judging waits for other processes: do many at once

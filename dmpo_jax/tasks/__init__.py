@@ -7,7 +7,7 @@ import importlib
 
 from dmpo_jax.types import Task
 
-NAMES = ('countdown', 'gsm8k', 'math', 'sudoku')
+NAMES = ('code', 'countdown', 'gsm8k', 'math', 'sudoku')
 TASKS: dict[str, Task] = {
   name: importlib.import_module(f'dmpo_jax.tasks.{name}').TASK for name in NAMES
 }

@@ -7,6 +7,7 @@ names no line.
 
 import csv
 import dataclasses
+import gzip
 import itertools
 import json
 import os
@@ -27,12 +28,13 @@ SHARD = re.compile(r'^(.*)-([0-9]+)-of-([0-9]+)(\..*)$')
 def read_rows(path: str) -> Iterator[tuple[int, dict]]:
   """Yields (line or row number, record) of a CSV, parquet or JSONL file.
 
-  The name's ending tells the format; any other name is read as JSONL. Raises
-  ValueError on a line that cannot be read and on a file without rows.
+  The name's ending tells the format; any other name is read as JSONL. A .json file may
+  hold one list, and text may be compressed (.gz). Raises ValueError on a line that cannot be read and on a file without rows.
   """
   if what := stand_in(path):
     raise ValueError(f'{path}: {what}')
-  rows = {'.csv': _csv, '.parquet': _parquet}.get(os.path.splitext(path)[1], _jsonl)
+  ending = os.path.splitext(path.removesuffix('.gz'))[1]
+  rows = {'.csv': _csv, '.parquet': _parquet, '.json': _json}.get(ending, _jsonl)
   empty = True
   for line, record in rows(path):
     empty = False
@@ -59,12 +61,16 @@ def read_texts(path: str, columns: Iterable[str]) -> Iterator[tuple[int, dict]]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-  with open(path, 'rb') as file:
-    for line, raw in enumerate(file, 1):
-      try:
+  with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
+    line = 0
+    try:
+      for raw in file:
+        line += 1
         yield line, raw.decode('utf-8-sig' if line == 1 else 'utf-8')
-      except UnicodeDecodeError as error:
-        raise ValueError(f'{path}:{line}: not UTF-8 text') from error
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{path}:{line}: not UTF-8 text') from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+      raise ValueError(f'{path}: damaged after line {line}: {error}') from error
 
 
 def _csv(path: str) -> Iterator[tuple[int, dict]]:
@@ -96,6 +102,22 @@ def _jsonl(path: str) -> Iterator[tuple[int, dict]]:
       yield line, record
 
 
+def _json(path: str) -> Iterator[tuple[int, dict]]:
+  """Yields the objects of one list, by number; of any other file, its lines."""
+  text = ''.join(text for _, text in _lines(path))
+  if not text.lstrip().startswith('['):
+    yield from _jsonl(path)
+    return
+  try:
+    records = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path}: not JSON: {error}') from error
+  for number, record in enumerate(records, 1):
+    if not isinstance(record, dict):
+      raise ValueError(f'{path}: item {number} of the list is not a JSON object')
+    yield number, record
+
+
 def _parquet(path: str) -> Iterator[tuple[int, dict]]:
   from pyarrow import parquet
 
@@ -120,7 +142,7 @@ def files_of(folder: str, name: str) -> list[str]:
   files = [
     file
     for file in sorted(os.listdir(folder) if os.path.isdir(folder) else ())
-    if re.match(rf'{name}\b.*\.(jsonl|json|parquet|csv)$', file)
+    if re.match(rf'{name}\b.*\.(jsonl|json|parquet|csv)(\.gz)?$', file)
   ]
   parts = [SHARD.findall(file) for file in files]  # [(name, number, count, ending)]
   if all(parts) and files:

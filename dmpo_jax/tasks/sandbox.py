@@ -176,6 +176,12 @@ def drain() -> list[dict]:
   return [dict(answer=x[-1], truth='', reason=reason) for x, reason in failed.items()]
 
 
+def report(program: str, reason: str) -> None:
+  """Adds a program to what `drain` returns."""
+  with _lock:
+    _state.failed[program,] = reason
+
+
 class _Unanswered(Exception):
   """No verdict. An exception is not cached, and the machine may be less busy later."""
 

@@ -355,9 +355,10 @@ class Remote:
     for kind in classes:
       if isinstance(kind, type) and issubclass(kind, BaseException):
         try:
-          raise kind(str(reply[2]))
+          error = kind(str(reply[2]))
         except TypeError:  # one that takes other arguments
           continue
+        raise error
     raise RuntimeError(str(reply[2]))
 
   def function(self, name):
