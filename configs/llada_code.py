@@ -5,7 +5,7 @@ python main.py --config=configs/llada_code.py \
 
 DIR holds a train and a test file: for example acecode_hard.jsonl of ml-diffucoder's
 recipes/process_data.py as train.jsonl, or KodCode's parquet as train.parquet, and
-HumanEval.jsonl.gz as test.jsonl.gz. docs/code.md has the formats. Programs run in a
+HumanEval.jsonl (unpacked) as test.jsonl. docs/code.md has the formats. Programs run in a
 sandbox: install bubblewrap, or see docs/code.md. llada_countdown.py explains the
 settings and the recipes after the colon.
 
@@ -20,7 +20,7 @@ Published at 128 / 256 / 512 tokens, HumanEval: LLaDA-1.5 29.3 / 39.6 / 51.9, ES
 52.4 / 49.0. The standard error of one number is 3.9 on HumanEval's 164 problems and 2.2
 on MBPP's 500. To measure a file by itself, name it and add --mode=eval:
 
-    --config.data.path=HumanEval.jsonl.gz --config.eval.style=script
+    --config.data.path=HumanEval.jsonl --config.eval.style=script
     --config.data.path=mbpp.jsonl --config.eval.style=mbpp
 
 and --config.eval.sampler.cache=none "--config.eval.lengths=(128, 256, 512)". For pass@k

@@ -200,7 +200,7 @@ def f(x):
     frame = frame.f_back
   for o in gc.get_objects():
     if isinstance(o, (list, tuple, dict)) and len(o) < 1000: found.append(repr(o)[:10000])
-  needle = 'assert f' + '(1) == 2'
+  needle = ''.join(['assert', ' f', '(1)', ' == 2'])  # not a constant of this code
   return 2 if any(needle in text for text in found) else 0""",
   'result_channel': """
 import json, os

@@ -202,7 +202,7 @@ def split_of(example: dict) -> str:
 
 SOURCE = datasets.Source(
   'code',
-  'github.com/openai/human-eval (HumanEval.jsonl.gz), '
+  'github.com/openai/human-eval (HumanEval.jsonl.gz, to be unpacked), '
   'github.com/google-research/google-research/tree/master/mbpp (mbpp.jsonl), '
   'huggingface.co/datasets: KodCode/KodCode-V1 and TIGER-Lab/AceCode-89K',
   _read,

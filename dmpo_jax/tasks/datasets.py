@@ -7,7 +7,6 @@ names no line.
 
 import csv
 import dataclasses
-import gzip
 import itertools
 import json
 import os
@@ -29,11 +28,11 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
   """Yields (line or row number, record) of a CSV, parquet or JSONL file.
 
   The name's ending tells the format; any other name is read as JSONL. A .json file may
-  hold one list, and text may be compressed (.gz). Raises ValueError on a line that cannot be read and on a file without rows.
+  hold one list. Raises ValueError on a line that cannot be read and on a file without rows.
   """
   if what := stand_in(path):
     raise ValueError(f'{path}: {what}')
-  ending = os.path.splitext(path.removesuffix('.gz'))[1]
+  ending = os.path.splitext(path)[1]
   rows = {'.csv': _csv, '.parquet': _parquet, '.json': _json}.get(ending, _jsonl)
   empty = True
   for line, record in rows(path):
@@ -61,16 +60,12 @@ def read_texts(path: str, columns: Iterable[str]) -> Iterator[tuple[int, dict]]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-  with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
-    line = 0
-    try:
-      for raw in file:
-        line += 1
+  with open(path, 'rb') as file:
+    for line, raw in enumerate(file, 1):
+      try:
         yield line, raw.decode('utf-8-sig' if line == 1 else 'utf-8')
-    except UnicodeDecodeError as error:
-      raise ValueError(f'{path}:{line}: not UTF-8 text') from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-      raise ValueError(f'{path}: damaged after line {line}: {error}') from error
+      except UnicodeDecodeError as error:
+        raise ValueError(f'{path}:{line}: not UTF-8 text') from error
 
 
 def _csv(path: str) -> Iterator[tuple[int, dict]]:
@@ -142,7 +137,7 @@ def files_of(folder: str, name: str) -> list[str]:
   files = [
     file
     for file in sorted(os.listdir(folder) if os.path.isdir(folder) else ())
-    if re.match(rf'{name}\b.*\.(jsonl|json|parquet|csv)(\.gz)?$', file)
+    if re.match(rf'{name}\b.*\.(jsonl|json|parquet|csv)$', file)
   ]
   parts = [SHARD.findall(file) for file in files]  # [(name, number, count, ending)]
   if all(parts) and files:

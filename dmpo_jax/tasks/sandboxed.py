@@ -16,6 +16,8 @@ process: an object that equals everything passes such a test, and a program that
 this file can find the token.
 """
 
+from __future__ import annotations
+
 import sys
 
 sys.path[:] = [path for path in sys.path if path]  # not the working directory
@@ -31,6 +33,11 @@ import signal  # noqa: E402
 import time  # noqa: E402
 import types  # noqa: E402
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing it would take as long as a small program
+  from typing import Any, NoReturn
+
+
 LARGEST = 4 << 20  # bytes of a message between a test and its program
 NOBODY = 65534
 FORGET = getattr(sys, 'set_int_max_str_digits', lambda digits: None)
@@ -44,7 +51,7 @@ DEVICES = ('null', 'zero', 'full', 'random', 'urandom')
 # ---- isolation by namespaces
 
 
-def libc(name, *args):
+def libc(name: str, *args: Any) -> None:
   """Calls a C function; OSError if it returns -1."""
   call = getattr(ctypes.CDLL(None, use_errno=True), name)
   args = [arg.encode() if isinstance(arg, str) else arg for arg in args]
@@ -53,7 +60,7 @@ def libc(name, *args):
     raise OSError(number, f'{name}: {os.strerror(number)}')
 
 
-def isolate(settings):
+def isolate(settings: dict) -> None:
   """Returns in the first process of new namespaces, without any privilege.
 
   Two processes stay outside: one that maps the users, one that waits. They end as the
@@ -86,18 +93,19 @@ def isolate(settings):
   libc('prctl', 1, signal.SIGKILL, 0, 0, 0)  # a change of user has cleared it
 
 
-def put(path, text):
+def put(path: str, text: str) -> None:
+  """Writes a small file."""
   with open(path, 'w') as file:
     file.write(text)
 
 
-def leave(child):
+def leave(child: int) -> NoReturn:
   """Waits for a child and exits as it did."""
   _, status = os.waitpid(child, 0)
   os._exit(os.waitstatus_to_exitcode(status) & 127)
 
 
-def drop(uid):
+def drop(uid: int) -> None:
   """Gives up the user (uid > 0) and all capabilities, for good."""
   if uid:
     os.setgroups([])
@@ -108,7 +116,7 @@ def drop(uid):
   libc('prctl', 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 
 
-def new_root(settings):
+def new_root(settings: dict) -> None:
   """Makes the read-only paths and a private /tmp the whole file system."""
   root_only, recursive, bind = 1 << 18, 1 << 14, 1 << 12  # MS_PRIVATE, _REC, _BIND
   none, size = None, settings['disk']
@@ -144,7 +152,8 @@ def new_root(settings):
   libc('sethostname', 'sandbox', 7)
 
 
-def pivot(new, old):
+def pivot(new: str, old: str) -> None:
+  """Makes a mount the root; what was the root is at `old`."""
   os.chdir(new)
   number = PIVOT_ROOT.get(os.uname().machine)
   if number is None:
@@ -157,7 +166,7 @@ def pivot(new, old):
 # ---- without isolation: what a process can be kept from by its limits
 
 
-def supervise(settings):
+def supervise(settings: dict) -> None:
   """Returns in a child of another user, or of this one; ends what it leaves behind.
 
   Processes that the program detaches become children of this one. They are killed
@@ -184,7 +193,7 @@ def supervise(settings):
     os._exit(os.waitstatus_to_exitcode(status) & 127)
 
 
-def limit(name, value):
+def limit(name: str, value: int) -> None:
   """Sets a limit for good, or keeps a stricter one."""
   kind = getattr(resource, f'RLIMIT_{name}')
   _, most = resource.getrlimit(kind)
@@ -195,14 +204,15 @@ def limit(name, value):
 # ---- messages: a length and JSON
 
 
-def send(fd, item):
+def send(fd: int, item: Any) -> None:
+  """Writes a message."""
   text = json.dumps(item).encode()
   text = len(text).to_bytes(8, 'big') + text
   while text:
     text = text[os.write(fd, text) :]
 
 
-def receive(fd, end=None, largest=LARGEST):
+def receive(fd: int, end: float | None = None, largest: int = LARGEST) -> Any:
   """Reads a message; EOFError, TimeoutError at `end`, ValueError if it is too long."""
 
   def read(count):
@@ -229,7 +239,7 @@ PLAIN = {'l': list, 't': tuple, 's': set, 'z': frozenset, 'i': iter}
 VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
 
-def pack(x):
+def pack(x: Any) -> Any:
   """Returns plain data as JSON can hold it; TypeError for other objects."""
   if x is None or type(x) in (bool, int, float, str):
     return x
@@ -252,7 +262,7 @@ def pack(x):
   raise TypeError(f'{type(x).__name__} is no plain data')
 
 
-def unpack(x):
+def unpack(x: Any) -> Any:
   """Inverts `pack`."""
   if not isinstance(x, list):
     return x
@@ -269,7 +279,7 @@ def unpack(x):
 # ---- the player: the only process that runs the program
 
 
-def play(fd, code, settings):
+def play(fd: int, code: Any, settings: dict) -> NoReturn:
   """Runs the program, then answers calls, or runs a joined test. Never returns."""
   os.setpgid(0, 0)
   null = os.open(os.devnull, os.O_RDWR)
@@ -299,13 +309,13 @@ def play(fd, code, settings):
       send(3, told(error))
 
 
-def answer(module, verb, *rest):
+def answer(module: Any, verb: str, *rest: Any) -> list:
   """Returns the reply to one message: ['is', ...] or ['was', ...]."""
   if verb == 'has':
     found = [name for name in rest[0] if name in vars(module)]
     return ['is', {name: shown(vars(module)[name]) for name in found}]
   if verb == 'test':
-    attempt(dict(vars(module)), *rest[0])
+    attempt(dict(vars(module)), rest[0])
     return ['is', rest[1]]
   name, args, kwargs = rest
   args = unpack(args)
@@ -313,7 +323,8 @@ def answer(module, verb, *rest):
   return ['was', pack(result), pack([x if changes(x) else None for x in args])]
 
 
-def shown(value):
+def shown(value: Any) -> list | None:
+  """Returns plain data in a list; None for functions and other objects."""
   if callable(value):
     return None
   try:
@@ -322,11 +333,12 @@ def shown(value):
     return None
 
 
-def changes(x):
+def changes(x: Any) -> bool:
+  """Returns whether a call may change an argument that is plain data."""
   return isinstance(x, (list, dict, set, bytearray))
 
 
-def told(error):
+def told(error: BaseException) -> list:
   """Describes an exception by the built-in classes that it is of."""
   names = [c.__name__ for c in type(error).__mro__ if c.__module__ == 'builtins']
   return ['raise', names, str(error)[:1000]]
@@ -338,15 +350,15 @@ def told(error):
 class Remote:
   """The program of a player, as a test that runs apart sees it."""
 
-  def __init__(self, fd, end):
+  def __init__(self, fd: int, end: float):
     self.fd, self.end = fd, end
 
-  def ask(self, *message):
+  def ask(self, *message: Any) -> Any:
     """Returns the player's reply, or raises what the program has raised."""
     send(self.fd, message)
     return self.result()
 
-  def result(self):
+  def result(self) -> Any:
     """Returns the next reply, or raises what it tells."""
     reply = receive(self.fd, self.end)
     if not reply or reply[0] != 'raise':
@@ -361,7 +373,7 @@ class Remote:
         raise error
     raise RuntimeError(str(reply[2]))
 
-  def function(self, name):
+  def function(self, name: str) -> Any:
     """Returns a stand-in for a function of the program."""
 
     def call(*args, **kwargs):
@@ -378,7 +390,7 @@ class Remote:
     call.__name__ = call.__qualname__ = name
     return call
 
-  def names(self, wanted):
+  def names(self, wanted: set[str]) -> dict[str, Any]:
     """Returns {name: stand-in or value} of those names that the program defines."""
     _, found = self.ask('has', sorted(wanted))
     return {
@@ -388,7 +400,7 @@ class Remote:
     }
 
 
-def names_in(code):
+def names_in(code: Any) -> set[str]:
   """Returns all names that a code object and those inside it read."""
   found = set(code.co_names)
   for constant in code.co_consts:
@@ -397,12 +409,14 @@ def names_in(code):
   return found
 
 
-def attempt(scope, setup, source, call, entry, remote=None):
+def attempt(scope: dict, test: list, remote: Remote | None = None) -> None:
   """Runs one test; it has passed if nothing is raised.
 
-  setup: code of the data set that comes before. call: '' or the function, or the
-  Class.method, that is the test. remote: the program, where the test runs apart.
+  test: setup, code of the data set that comes before; the test's source; call, '' or
+  the function, or the Class.method, that is the test; and names that are always the
+  program's. remote: the program, where the test runs apart.
   """
+  setup, source, call, entry = test
   scope.setdefault('__name__', 'tests')
   if 'pytest' in source:
     ensure_pytest()
@@ -416,8 +430,9 @@ def attempt(scope, setup, source, call, entry, remote=None):
     scope.update(found)
     exec(code, scope)
   else:
-    exec(compile(setup, 'setup', 'exec'), before := {})
-    scope.update({k: v for k, v in before.items() if k not in scope})
+    own = dict(scope)
+    exec(compile(setup, 'setup', 'exec'), scope)
+    scope.update(own)
     exec(compile(source, 'tests', 'exec'), scope)
   if not call:
     return
@@ -432,7 +447,7 @@ def attempt(scope, setup, source, call, entry, remote=None):
   getattr(instance, method)()
 
 
-def ensure_pytest():
+def ensure_pytest() -> None:
   """Stands in for what tests use of pytest, where it is not installed."""
   try:
     import pytest  # noqa: F401
@@ -497,7 +512,7 @@ def ensure_pytest():
 # ---- the judge
 
 
-def compiled(programs):
+def compiled(programs: list[str]) -> tuple[int, Any]:
   """Returns (index, code object) of the first program that compiles, or (-1, None)."""
   for index, text in enumerate(programs):
     try:
@@ -507,9 +522,11 @@ def compiled(programs):
   return -1, None
 
 
-def verdict(pid, fd, test, joined, cpu, end):
+def verdict(
+  player: tuple[int, int], test: list, joined: bool, cpu: float, end: float
+) -> tuple[str | None, float]:
   """Runs one test with a player; returns (None or why not passed, CPU seconds)."""
-  why = None
+  (pid, fd), why = player, None
   try:
     send(fd, max(1, int(-(-cpu // 1))))
     remote = Remote(fd, end)
@@ -519,7 +536,7 @@ def verdict(pid, fd, test, joined, cpu, end):
       if remote.ask('test', test, token) != ['is', token]:
         raise ValueError('no token')
     else:
-      attempt({}, *test, remote)
+      attempt({}, test, remote)
   except BaseException as error:
     why = f'{type(error).__name__}: {error}'[:200]
   for kill in (os.killpg, os.kill):
@@ -531,7 +548,7 @@ def verdict(pid, fd, test, joined, cpu, end):
   return why, usage.ru_utime + usage.ru_stime
 
 
-def judge(settings):
+def judge(settings: dict) -> NoReturn:
   """Reads the program, forks, reads the tests, runs them, writes the verdicts."""
   end = time.monotonic() + settings['wall']
   libc('prctl', 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no other process looks in
@@ -544,7 +561,9 @@ def judge(settings):
     pid = os.fork()
     if not pid:
       try:
-        play(its, code, {**settings, 'processes': settings['processes'] + head['tests']})
+        play(
+          its, code, {**settings, 'processes': settings['processes'] + head['tests']}
+        )
       finally:
         os._exit(1)
     os.close(its)
@@ -556,7 +575,7 @@ def judge(settings):
     reason, used = 'deadline', 0.0
     if not over:
       test = [body['setup'], *test, body['entry']]
-      reason, used = verdict(pid, fd, test, head['joined'], left, end)
+      reason, used = verdict((pid, fd), test, head['joined'], left, end)
     left -= used
     passed.append(reason is None)
     why.append(reason)
@@ -565,15 +584,14 @@ def judge(settings):
   os._exit(0)
 
 
-def both():
+def both() -> list[int]:
   """Returns the two ends of a stream in both directions."""
-  import socket
+  import _socket  # without the module in Python, which is slow to import
 
-  ends = socket.socketpair()
-  return [end.detach() for end in ends]
+  return [end.detach() for end in _socket.socketpair()]
 
 
-def main():
+def main() -> None:
   settings = json.loads(sys.argv[1])
   if os.path.exists('/proc/self/oom_score_adj'):
     put('/proc/self/oom_score_adj', '1000')  # the first to go where memory is short
