@@ -5,8 +5,8 @@ python main.py --config=configs/llada_code.py \
 
 DIR holds a train and a test file: for example acecode_hard.jsonl of ml-diffucoder's
 recipes/process_data.py as train.jsonl, or KodCode's parquet as train.parquet, and
-HumanEval.jsonl (unpacked) as test.jsonl. docs/code.md has the formats. Programs run in a
-sandbox: install bubblewrap, or see docs/code.md. llada_countdown.py explains the
+HumanEval.jsonl (unpacked) as test.jsonl. docs/code.md has the formats, and says how the
+programs are kept from the machine: install bubblewrap. llada_countdown.py explains the
 settings and the recipes after the colon.
 
 Prompts (to 400 tokens) and rewards are those of coupled-GRPO and ESPO: twice the share

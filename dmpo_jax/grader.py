@@ -29,7 +29,7 @@ class Graded(NamedTuple):
 
 
 def configure(reward: Any) -> None:
-  """Sets how answers are compared and programs run; reward: that section of a config."""
+  """Sets how answers are compared and programs run; reward: the config's section."""
   symbolic.configure(reward.workers, reward.deadline)
   how = (reward.sandbox, reward.python, reward.memory)
   sandbox.configure(*how, reward.workers, reward.deadline)

@@ -259,8 +259,8 @@ def revisions(c: Any) -> dict[str, str]:
 def problems(built: Any, split: str) -> data.Problems:
   """Returns the problems of a split of build.Built, loaded and encoded once.
 
-  ValueError if this machine cannot judge the task, if prompt and completion exceed the model's positions, or if their length
-  does not fit the attention kernel.
+  ValueError if this machine cannot judge the task, if prompt and completion exceed the
+  model's positions, or if their length does not fit the attention kernel.
   """
   c = built.config
   if split not in built.encoded:

@@ -47,7 +47,10 @@ SANITIZED = {
   'code': 'def is_Even(n) : \n    if (n^1 == n+1) :\n        return True; \n'
   '    else :\n        return False; ',
   'test_imports': ['import math'],
-  'test_list': ['assert is_Even(1) == False', 'assert is_Even(int(math.sqrt(4))) == True'],
+  'test_list': [
+    'assert is_Even(1) == False',
+    'assert is_Even(int(math.sqrt(4))) == True',
+  ],
 }
 KODCODE = {
   'question_id': 'Prefill_1_I',
@@ -76,7 +79,9 @@ CLASSES = {
   'test': 'from solution import Stack\n\ndef test_last():\n  s = Stack()\n  s.push(1)\n'
   '  s.push(2)\n  assert s.pop() == 2\n\ndef test_first():\n  s = Stack()\n'
   '  s.push(1)\n  assert s.pop() == 1\n',
-  'test_info': json.dumps([{'function_name': 'Stack', 'function_declaration': 'class S'}]),
+  'test_info': json.dumps(
+    [{'function_name': 'Stack', 'function_declaration': 'class S'}]
+  ),
 }
 ACECODE = {
   'id': 'oss_1',
@@ -318,9 +323,9 @@ def test_saved_generations_are_graded_again(isolated, tmp_path):
   for example in examples(tmp_path, *ROWS.values()):
     question, truth = TASK.record(example)
     assert TASK.recall(question, json.loads(json.dumps(truth))) == example
-  for truth in (None, {}, {**truth, 'tests': []}, {**truth, 'tests': [1]}):
+  for wrong in (None, {}, {**truth, 'tests': []}, {**truth, 'tests': [1]}):
     with pytest.raises(ValueError, match='ground_truth'):
-      TASK.recall('x', truth)
+      TASK.recall('x', wrong)
   (example,) = examples(tmp_path, SANITIZED)
   question, truth = TASK.record(example)
   right, wrong = TASK.target(example, 'chat'), 'def is_Even(n): return None'

@@ -40,8 +40,8 @@ TEMPLATES = {
   'bare': '{question}',
   'chat': CHAT,  # as DiffuCoder and ESPO train
   # EvalPlus asks chat models so.
-  'script': 'Write a self-contained Python script that solves the following problem, in '
-  'a Markdown code block:\n```\n{question}\n```',
+  'script': 'Write a self-contained Python script that solves the following problem, '
+  'in a Markdown code block:\n```\n{question}\n```',
   # Austin et al. 2021, section 3.1; without examples.
   'mbpp': 'You are an expert Python programmer, and here is your task: {question}',
 }
@@ -162,7 +162,9 @@ def _read(path: str) -> Iterator[dict]:
     where = f'{path}:{line}'
     if 'test_code' in record:
       record = {**record, 'test': record['test_code']}
-    kinds = [k for k, (columns, _) in FORMATS.items() if all(x in record for x in columns)]
+    kinds = [
+      k for k, (columns, _) in FORMATS.items() if all(x in record for x in columns)
+    ]
     if not kinds:
       wanted = '; '.join(f'{k}: {", ".join(x)}' for k, (x, _) in FORMATS.items())
       raise ValueError(
@@ -172,7 +174,9 @@ def _read(path: str) -> Iterator[dict]:
     name = record.get('task_id', record.get('question_id', record.get('id', line)))
     made = dict(name=str(name), kind=kinds[0], prefix='', setup='', entry=[], hint='')
     made |= FORMATS[kinds[0]][1](record, where)
-    if not 0 < len(made['tests']) <= MAX_TESTS or not all(map(str.strip, made['tests'])):
+    if not 0 < len(made['tests']) <= MAX_TESTS or not all(
+      map(str.strip, made['tests'])
+    ):
       raise ValueError(
         f'{where}: a problem must have 1 to {MAX_TESTS} tests, and none may be empty'
       )
@@ -273,11 +277,15 @@ def versions(text: str, example: dict, protocol: str) -> tuple[str, ...]:
     block = block.replace('\r\n', '\n')
     if not prefix:
       found += [block, textwrap.dedent(block)]
-    elif re.search(rf'^\s*(?:async\s+)?def\s+{re.escape(entry)}\b', block, re.MULTILINE):
+    elif re.search(
+      rf'^\s*(?:async\s+)?def\s+{re.escape(entry)}\b', block, re.MULTILINE
+    ):
       found += [f'{prefix}\n{textwrap.dedent(block)}']
     else:
       cut = BEHIND.split(block)[0]
-      bodies = [x for part in (block, cut) for x in (part, textwrap.indent(part, '    '))]
+      bodies = [
+        x for part in (block, cut) for x in (part, textwrap.indent(part, '    '))
+      ]
       found += [prefix + body for body in bodies]
   return tuple(dict.fromkeys(found))
 
@@ -296,7 +304,7 @@ def suite(example: dict) -> sandbox.Suite:
 
 
 def _defined(text: str) -> tuple[list[str], list[str]]:
-  """Returns the functions of a file, and which of them, and of methods, pytest calls."""
+  """Returns the functions of a file, and the functions and methods that are tests."""
   try:
     body = ast.parse(text).body
   except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -330,7 +338,9 @@ def joined(example: dict, tests: sandbox.Suite) -> bool:
   if not (own := example['solution']) or sandbox.run((own,), tests).all():
     return False
   if not sandbox.run((own,), tests, joined=True).all():
-    sandbox.report(own, f'the solution of {example["name"]} does not pass its own tests')
+    sandbox.report(
+      own, f'the solution of {example["name"]} does not pass its own tests'
+    )
   return True
 
 

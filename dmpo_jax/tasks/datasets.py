@@ -28,7 +28,8 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
   """Yields (line or row number, record) of a CSV, parquet or JSONL file.
 
   The name's ending tells the format; any other name is read as JSONL. A .json file may
-  hold one list. Raises ValueError on a line that cannot be read and on a file without rows.
+  hold one list. Raises ValueError on a line that cannot be read and on a file without
+  rows.
   """
   if what := stand_in(path):
     raise ValueError(f'{path}: {what}')

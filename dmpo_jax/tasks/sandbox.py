@@ -1,9 +1,9 @@
 """Runs programs that a model has written, each in a process that can do no harm.
 
 `run` gives the verdicts of a program's tests. sandboxed.py is what runs in the process,
-and says what a verdict is worth. The process has limits (CPU, memory, files, processes),
-no standard streams, a clean environment, and is killed as a whole at its deadline. How
-it is kept from the rest of the machine has three levels:
+and says what a verdict is worth. The process has limits (CPU, memory, files,
+processes), no standard streams, a clean environment, and is killed as a whole at its
+deadline. How it is kept from the rest of the machine has three levels:
 
 bwrap: bubblewrap's own namespaces: no network, no other process in sight, a read-only
   file system of the interpreter and the system's libraries alone, a private /tmp.
@@ -272,7 +272,9 @@ def _interpreter(python: str) -> tuple[list[str], list[str]]:
   """
   start = [python] if python else [getattr(sys, '_base_executable', sys.executable)]
   start += ['-s', '-B', '-W', 'ignore'] + ([] if python else ['-S'])
-  ask = 'import sys; print(sys.prefix, sys.base_prefix, sys.base_exec_prefix, sep="\\n")'
+  ask = (
+    'import sys; print(sys.prefix, sys.base_prefix, sys.base_exec_prefix, sep="\\n")'
+  )
   try:
     found = subprocess.run(
       [*start, '-c', ask], capture_output=True, text=True, timeout=60, check=True

@@ -54,8 +54,7 @@ DEVICES = ('null', 'zero', 'full', 'random', 'urandom')
 def libc(name: str, *args: Any) -> None:
   """Calls a C function; OSError if it returns -1."""
   call = getattr(ctypes.CDLL(None, use_errno=True), name)
-  args = [arg.encode() if isinstance(arg, str) else arg for arg in args]
-  if call(*args) == -1:
+  if call(*(arg.encode() if isinstance(arg, str) else arg for arg in args)) == -1:
     number = ctypes.get_errno()
     raise OSError(number, f'{name}: {os.strerror(number)}')
 
@@ -378,7 +377,7 @@ class Remote:
 
     def call(*args, **kwargs):
       _, result, after = self.ask('call', name, pack(args), pack(kwargs))
-      for mine, its in zip(args, unpack(after)):
+      for mine, its in zip(args, unpack(after), strict=True):
         if changes(mine) and type(its) is type(mine):
           if isinstance(mine, (list, bytearray)):
             mine[:] = its
@@ -437,12 +436,12 @@ def attempt(scope: dict, test: list, remote: Remote | None = None) -> None:
   if not call:
     return
   name, _, method = call.partition('.')
-  test = scope[name]
+  function: Any = scope[name]
   if not method:
-    return test()
-  if hasattr(test, 'debug'):  # of unittest
-    return test(method).debug()
-  instance = test()
+    return function()
+  if hasattr(function, 'debug'):  # of unittest
+    return function(method).debug()
+  instance = function()
   getattr(instance, 'setup_method', lambda *_: None)(None)
   getattr(instance, method)()
 
@@ -485,9 +484,11 @@ def ensure_pytest() -> None:
         )
       if isinstance(mine, (list, tuple)):
         return len(mine) == len(other) and all(
-          approx(a, *self.how.values()) == b for a, b in zip(mine, other)
+          approx(a, *self.how.values()) == b for a, b in zip(mine, other, strict=True)
         )
-      return math.isclose(mine, other, **self.how)
+      if isinstance(mine, (int, float)) and isinstance(other, (int, float)):
+        return math.isclose(mine, other, **self.how)
+      return mine == other
 
   def parametrize(names, cases, **_):
     names = names.split(',') if isinstance(names, str) else names
@@ -497,13 +498,13 @@ def ensure_pytest() -> None:
       def run(*args, **kwargs):
         for case in cases:
           case = case if len(names) > 1 else (case,)
-          function(*args, **dict(zip(names, case)), **kwargs)
+          function(*args, **dict(zip(names, case, strict=True)), **kwargs)
 
       return run
 
     return decorate
 
-  module = types.ModuleType('pytest')
+  module: Any = types.ModuleType('pytest')
   module.raises, module.approx = raises, approx
   module.mark = types.SimpleNamespace(parametrize=parametrize)
   sys.modules['pytest'] = module
@@ -570,7 +571,7 @@ def judge(settings: dict) -> NoReturn:
     players.append((pid, mine))
   body = receive(0, largest=1 << 30)
   passed, why, left = [], [], float(settings['cpu'])
-  for (pid, fd), test in zip(players, body['tests']):
+  for (pid, fd), test in zip(players, body['tests'], strict=False):
     over = left <= 0 or time.monotonic() > end
     reason, used = 'deadline', 0.0
     if not over:
