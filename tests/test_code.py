@@ -218,7 +218,6 @@ def test_solutions_pass_and_wrong_programs_do_not(name, isolated, tmp_path):
     assert TASK.grade(text, example, 'strict') == 1
   full = {'tests': 1.0, 'solved': 1.0, 'format': 0.5}
   assert TASK.reward(text, example, 'strict') == full
-  assert TASK.extra(text, example) == {'well_formed': 1}
   chat = TASK.target(example, 'chat')
   paper = {'tests': 2.0, 'solved': 0.0, 'format': 0.5}
   assert TASK.reward(chat, example, 'paper') == paper

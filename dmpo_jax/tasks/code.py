@@ -366,9 +366,9 @@ def grade(text: str, example: dict, protocol: str) -> float:
 
 
 def extra(text: str, example: dict) -> dict[str, float]:
-  """Returns {'well_formed'}: 1.0 if the strict program compiles."""
-  found = judge(text, example, 'strict')
-  return {'well_formed': float(found is not None and found.index >= 0)}
+  """Returns no further numbers: the term 'format' says which programs compile."""
+  del text, example
+  return {}
 
 
 def answer(text: str, example: dict, protocol: str) -> str | None:

@@ -147,20 +147,21 @@ def run(programs: Sequence[str], suite: Suite, joined: bool = False) -> Verdict:
   """Returns the verdicts of a suite on the first of `programs` that compiles.
 
   joined: the tests run in the program's own process; see sandboxed.py. Thread-safe;
-  equal questions are answered once. A program without a verdict has passed nothing,
-  and is reported by `drain`.
+  equal questions are answered once. A program without a verdict has passed nothing, is
+  reported by `drain`, and is tried again only after that.
   """
   ready()
   question = tuple(programs), suite, joined
+  none = Verdict(-1, (False,) * len(suite.tests), (None,) * len(suite.tests))
   with _lock:
     gate = _state.gates.setdefault(question, threading.Lock())
   try:
     with gate:
-      return _ask(*question)
+      return none if question in _state.failed else _ask(*question)
   except _Unanswered as error:
     with _lock:
-      _state.failed[question[0]] = str(error)
-    return Verdict(-1, (False,) * len(suite.tests), (str(error),) * len(suite.tests))
+      _state.failed[question] = str(error)
+    return none
   finally:
     with _lock:
       _state.gates.pop(question, None)
@@ -173,20 +174,21 @@ def drain() -> list[dict]:
   """
   with _lock:
     failed, _state.failed = _state.failed, {}
-  return [dict(answer=x[-1], truth='', reason=reason) for x, reason in failed.items()]
+  last = lambda question: question[0][-1]
+  return [dict(answer=last(x), truth='', reason=why) for x, why in failed.items()]
 
 
 def report(program: str, reason: str) -> None:
   """Adds a program to what `drain` returns."""
   with _lock:
-    _state.failed[program,] = reason
+    _state.failed[(program,), reason] = reason
 
 
 class _Unanswered(Exception):
   """No verdict. An exception is not cached, and the machine may be less busy later."""
 
 
-@functools.lru_cache(maxsize=1 << 12)
+@functools.lru_cache(maxsize=1 << 14)
 def _ask(programs: tuple[str, ...], suite: Suite, joined: bool) -> Verdict:
   for last in (False, True):
     try:
@@ -212,7 +214,7 @@ def _run(
   body = dict(nonce=nonce, setup=suite.setup, tests=suite.tests, entry=suite.entry)
   with _slot() as slot:
     argv, how = _command(level, slot)
-    process = subprocess.Popen(
+    process: Any = subprocess.Popen(
       argv,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
