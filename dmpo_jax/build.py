@@ -32,7 +32,6 @@ from dmpo_jax import score as scoring
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parts import is_adapter, optimizer_of, problems
 from dmpo_jax.rollout import Collector
-from dmpo_jax.tasks import symbolic
 from dmpo_jax.types import GIVEN, Params, Rollouts, Sampled, Task, TrainBatch
 
 __all__ = ['build', 'is_adapter', 'optimizer_of', 'problems']
@@ -142,7 +141,7 @@ def build(c: Any, devices: Any = None) -> Built:
   """
   there = devices or jax.devices()
   check.config(c, len(there), there[0].platform)
-  symbolic.configure(c.reward.workers, c.reward.deadline)
+  grader.configure(c.reward)
   folder = c.model.checkpoint and hf.locate(c.model.checkpoint, False)
   tokenizer = parts.tokenizer_of(c, folder)
   cfg = parts.model_config(c, tokenizer, folder)

@@ -166,6 +166,7 @@ def idle_between(c: Any) -> dict[str, str]:
     ('lora.dtype', c.model.dtype == 'bfloat16', 'model.dtype = bfloat16'),
     ('data.style', not c.data.template or c.sft.steps, "data.template = ''"),
     *weights,
+    ('reward.sandbox reward.python reward.memory', task.ready, 'data.task = code'),
     (' '.join(rl), c.train.iterations, 'train.iterations > 0'),
   )
 
@@ -532,7 +533,8 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
 # another mesh, and for when `health` ends the run): they may differ when it is resumed.
 FREE = (
   'log.', 'checkpoint.', 'mesh.', 'health.', 'cache', 'reward.workers',
-  'reward.deadline', 'reward.seconds', 'reward.process',
+  'reward.deadline', 'reward.seconds', 'reward.process', 'reward.sandbox',
+  'reward.python', 'reward.memory',
 )  # fmt: skip
 # The fields that training does not read: the default workdir is named without them.
 UNNAMED = (*FREE, 'eval.', 'data.test_size')

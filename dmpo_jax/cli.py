@@ -55,7 +55,7 @@ from dmpo_jax import (
   runs,
   train,
 )
-from dmpo_jax.tasks import CHOICES, symbolic
+from dmpo_jax.tasks import CHOICES
 from dmpo_jax.tools import cards, plan, provenance, report, speed, status, watch
 
 NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report')
@@ -606,7 +606,7 @@ def score_mode(command: Command) -> None:
     wrong = [x for s in ('data', 'reward') for x in config.part(c, s).problems()]
     if wrong := wrong or check.rewarded(c):
       raise ValueError('; '.join(wrong))
-    symbolic.configure(c.reward.workers, c.reward.deadline)
+    grader.configure(c.reward)
     card = cards.score_file(
       c.data.task,
       c.data.protocol,

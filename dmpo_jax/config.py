@@ -38,7 +38,7 @@ from dmpo_jax.rules import (
   positive_share,
   without_effect,
 )
-from dmpo_jax.tasks import TASKS, find, readers, rewards
+from dmpo_jax.tasks import TASKS, find, readers, rewards, sandbox
 from dmpo_jax.types import TaskOptions, Wants
 
 SIZES = ('width', 'layers', 'heads', 'kv_heads', 'mlp')  # fields of Model
@@ -187,6 +187,8 @@ class Reward(Section):
     'deadline': above(0),
     'seconds': above(0),
     'process': one_of('worker', 'trainer'),
+    'memory': least(64),
+    'sandbox': one_of(*sandbox.LEVELS),
   }
 
   # Functions of your own, FILE.py:NAME,NAME (docs/own.md); '' = the task's alone.
@@ -199,8 +201,14 @@ class Reward(Section):
   # trainer (a thread beside the trainer, with its devices).
   process: str = 'worker'
   seconds: float = 120.0  # time limit of a function's call on a batch; seconds
-  workers: int = 0  # processes that compare expressions; 0 = one per core
-  deadline: float = 3.0  # time limit of one comparison; seconds
+  workers: int = 0  # processes that compare expressions or run programs; 0 = cores
+  deadline: float = 3.0  # of one comparison, of a program's tests; seconds of CPU
+  # What keeps programs from this machine: auto (the best that works, or none is run) |
+  # bwrap | namespaces | rlimits (limits alone: for a container of its own).
+  sandbox: str = 'auto'
+  # Interpreter of programs, with its installed packages; '' = ours without any.
+  python: str = ''
+  memory: int = 512  # address space of a program's process; MiB
   # Factor of each reward term of the task, and of each function of reward.file; 0 = it
   # does not count.
   weights: Any = dataclasses.field(default_factory=lambda: dict.fromkeys(TERMS, 1.0))
@@ -209,7 +217,7 @@ class Reward(Section):
     return without_effect(('task grade process seconds', self.file, 'reward.file'))
 
   def problems(self) -> list[str]:
-    found = super().problems()
+    found = super().problems() + missing_file('reward.python', self.python)
     try:
       names = rewards.specs(self.file)
       rewards.check(self.file)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dmpo_jax import mesh
-from dmpo_jax.tasks import find, rewards, symbolic, userfile
+from dmpo_jax.tasks import find, rewards, sandbox, symbolic, userfile
 from dmpo_jax.types import FloatR, Task
 
 THREADS = 32  # completions that are graded at once
@@ -27,8 +27,15 @@ class Graded(NamedTuple):
   terms: list[dict[str, float | None]]
   reward: FloatR  # float32, weighted sums of the terms
   grades: list[float]  # in [0, 1], as the evaluation counts them
-  failed: list[dict]  # comparisons without a verdict; see symbolic.drain
+  failed: list[dict]  # without a verdict; see symbolic.drain and sandbox.drain
   texts: list[str]  # the completions
+
+
+def configure(reward: Any) -> None:
+  """Sets how answers are compared and programs run; reward: the config's section."""
+  symbolic.configure(reward.workers, reward.deadline)
+  how = (reward.sandbox, reward.python, reward.memory)
+  sandbox.configure(*how, reward.workers, reward.deadline)
 
 
 def prefilled(task: Task, prefill: str) -> Task:
@@ -143,7 +150,7 @@ def judge(
   else:
     verdicts = list(map(both, texts, examples))
   mine = list(zip(map(int, rows), texts, verdicts, strict=True))
-  parts = mesh.gather([mine, symbolic.drain()])
+  parts = mesh.gather([mine, symbolic.drain() + sandbox.drain()])
   judged = sorted(
     (item for part, _ in parts for item in part), key=lambda item: item[0]
   )

@@ -274,14 +274,16 @@ def file_digests(c: Any) -> dict[str, int]:
 def problems(built: Any, split: str) -> data.Problems:
   """Returns the problems of a split of build.Built, loaded and encoded once.
 
-  ValueError if prompt and completion exceed the model's positions, or if their length
-  does not fit the attention kernel.
+  ValueError if this machine cannot judge the task, if prompt and completion exceed the
+  model's positions, or if their length does not fit the attention kernel.
   """
   c = built.config
   if split not in built.encoded:
     how = check.settings(data.PromptOptions, c.data)
     if split != 'train' and (c.eval.style or c.eval.template):
       how = dataclasses.replace(how, style=c.eval.style, template=c.eval.template)
+    if built.task.ready is not None:
+      built.task.ready()
     built.encoded[split] = data.load_problems(
       built.task, split, built.tokenizer, check.settings(TaskOptions, c.data), how
     )

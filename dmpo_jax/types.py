@@ -359,7 +359,7 @@ class TaskOptions:
         or None in (word.arg for word in call.keywords)
       ):
         raise SyntaxError
-      return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+      return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError):
       raise ValueError(
         f'data.options = {self.options!r} must be name=value, name=value; a value is a '
@@ -404,6 +404,8 @@ class Task(NamedTuple):
   # are 'generated' and that are read from a 'file'; {} = not stated.
   options: dict = {}
   terms: tuple = ()  # names of the reward terms that users may scale
+  # Raises ValueError where this machine cannot judge; None: every one can.
+  ready: Callable | None = None
   threads: bool = False  # judging waits for other processes: do many at once
   graded: bool = True  # False: it has no verifier, so reward.file gives the grade
   # texts of all completions of a batch -> terms of each; grader.attach and .bound set

@@ -394,11 +394,12 @@ class Options(TaskOptions):
 def test_a_task_says_which_options_it_reads(name, path, tmp_path):
   task = TASKS[name]
   options = Options(train_size=4)
-  if not path and name in ('gsm8k', 'math'):
+  if not path and name in ('gsm8k', 'math', 'code'):
     return  # they are not generated
   if path:
     rows = {
       'gsm8k': '{"question": "1 + 1?", "answer": "#### 2"}',
+      'code': '{"question": "f?", "test_cases": ["assert f()"]}',
       'math': '{"problem": "1 + 1?", "solution": "\\\\boxed{2}"}',
       'countdown': '{"nums": [1, 2, 3], "target": 6}',
       'sudoku': 'Puzzle,Solution\n0234341221434321,1234341221434321',

@@ -11,7 +11,7 @@ from dmpo_jax.rules import nearest
 from dmpo_jax.tasks import gym, prompts, userfile
 from dmpo_jax.types import Task
 
-NAMES = ('countdown', 'gsm8k', 'math', 'sudoku')
+NAMES = ('code', 'countdown', 'gsm8k', 'math', 'sudoku')
 TASKS: dict[str, Task] = {
   name: importlib.import_module(f'dmpo_jax.tasks.{name}').TASK for name in NAMES
 }

@@ -29,11 +29,12 @@ HUB = re.compile(r'[\w.-]+/[\w.-]+(:[\w.-]+)?')  # OWNER/NAME or OWNER/NAME:SUBS
 def read_rows(path: str) -> Iterator[tuple[int, dict]]:
   """Yields (line or row number, record) of a CSV, parquet or JSONL file.
 
-  The name's ending tells the format; any other name is read as JSONL. NAME@SPLIT is a
-  split of a data set of TFDS or of the hub. Raises ValueError on a line that cannot be
-  read and on a file without rows.
+  The name's ending tells the format; any other name is read as JSONL. A .json file may
+  hold one list. NAME@SPLIT is a split of a data set of TFDS or of the hub. Raises
+  ValueError on a line that cannot be read and on a file without rows.
   """
-  rows = {'.csv': _csv, '.parquet': _parquet}.get(os.path.splitext(path)[1], _jsonl)
+  ending = os.path.splitext(path)[1]
+  rows = {'.csv': _csv, '.parquet': _parquet, '.json': _json}.get(ending, _jsonl)
   if '@' in path and not os.path.isfile(path):
     rows = _split_rows
   elif what := stand_in(path):
@@ -99,6 +100,22 @@ def _jsonl(path: str) -> Iterator[tuple[int, dict]]:
       if not isinstance(record, dict):
         raise ValueError(f'{path}:{line}: not a JSON object')
       yield line, record
+
+
+def _json(path: str) -> Iterator[tuple[int, dict]]:
+  """Yields the objects of one list, by number; of any other file, its lines."""
+  text = ''.join(text for _, text in _lines(path))
+  if not text.lstrip().startswith('['):
+    yield from _jsonl(path)
+    return
+  try:
+    records = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path}: not JSON: {error}') from error
+  for number, record in enumerate(records, 1):
+    if not isinstance(record, dict):
+      raise ValueError(f'{path}: item {number} of the list is not a JSON object')
+    yield number, record
 
 
 def _parquet(path: str) -> Iterator[tuple[int, dict]]:

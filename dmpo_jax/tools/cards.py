@@ -26,6 +26,7 @@ from dmpo_jax.tasks import find
 from dmpo_jax.tools import provenance, saved
 from dmpo_jax.types import Params, Task
 
+SUBSETS = (2, 4, 5, 8, 10, 16, 32, 64, 100, 128, 256)  # k of pass@k
 PACKAGES = ('jax', 'flax', 'numpy', 'transformers', 'math-verify')
 
 
@@ -252,8 +253,8 @@ def numbers_of(
 ) -> tuple[dict[str, Any], list[dict]]:
   """Grades generations; returns a card's numbers and the failed comparisons.
 
-  Several samples of a problem give pass@1 (the accuracy), pass@k (any is right)
-  and the accuracy of the majority.
+  Several samples of a problem give pass@1 (the accuracy), pass@k for some k, and the
+  accuracy of the majority.
   """
   texts = [row['text'] for row in rows]
   graded = grader.judge(task, protocol, texts, examples, weights)
@@ -279,17 +280,31 @@ def numbers_of(
     groups.setdefault(row['problem'], []).append((answer, grade))
   samples = max(map(len, groups.values()))
   if samples > 1:
-    best = [max(grade for _, grade in group) for group in groups.values()]
     majority = [vote(group) for group in groups.values()]
     average = lambda grades: evaluate.averaged(
       task, protocol, problems.values(), grades
     )
     out |= {
       'samples': samples,
-      f'pass@{samples}': average(best),
+      **{
+        f'pass@{k}': average([pass_at(k, [g for _, g in x]) for x in groups.values()])
+        for k in sorted({*SUBSETS, samples})
+        if k <= min(map(len, groups.values())) or k == samples
+      },
       'majority': average(majority),
     }
   return out, graded.failed
+
+
+def pass_at(k: int, grades: Sequence[float | int]) -> float:
+  """Returns the mean best grade of k of these samples, over all choices of k.
+
+  Of grades 0 and 1 it is the unbiased estimator of Chen et al. 2021, equation 1. All
+  samples count where there are fewer.
+  """
+  k = min(k, len(grades))
+  best = [math.comb(i, k - 1) * grade for i, grade in enumerate(sorted(grades))]
+  return sum(best) / math.comb(len(grades), k)
 
 
 def vote(group: Sequence[tuple[str | None, float | int]]) -> float:
