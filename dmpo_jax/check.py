@@ -461,7 +461,8 @@ def weigh_metrics(c: Any, hp: Any) -> Any:
   record, objective = Record(step, number, number, {}), OBJECTIVES[c.objective.name]
 
   def weigh(record, *args):
-    return objective.weigh(Scored(*args, record=record, block=0), hp)
+    steps = {'record': record, 'block': 0, 'tokens': record.order}
+    return objective.weigh(Scored(*args, **steps), hp)
 
   return jax.eval_shape(weigh, record, *groups, guess)[2]
 

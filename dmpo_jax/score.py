@@ -14,7 +14,6 @@ from dmpo_jax import logprob, mesh, rng
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.step import Rows, Setup, canvas_of, draw, view
 from dmpo_jax.types import (
-  NOT_ASKED,
   Array,
   FloatBG,
   FloatR,
@@ -236,8 +235,10 @@ def pack(
 ) -> tuple[TrainBatch, dict]:
   """Returns the TrainBatch and weight metrics of rollouts, rewards and log-probs.
 
-  With setup.common.skip_equal groups of equal rewards weigh nothing and the others
-  weigh more in proportion (DAPO's dynamic sampling, without sampling again).
+  With setup.common.skip_equal groups of equal rewards weigh nothing. The others weigh
+  more in proportion (DAPO's dynamic sampling, without sampling again), unless
+  skip_scale is off. Where a group is live with chance s, independently, their factor
+  B / n_live multiplies the mean update by (1 - (1 - s)^B) / s.
   """
   groups, group = reward_BxG.shape
   grouped = lambda x: None if x is None else to_groups(x, group)
@@ -246,7 +247,10 @@ def pack(
   if skip:
     live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
   rows: Any = rows_of(sampled, setup)
-  block = setup.cfg.block_causal
+  steps: tuple = ()
+  if rows.record is not None:
+    length = sampled.completion.shape[1]
+    steps = setup.cfg.block_causal, rows.tokens[:, -length:]
   scored = Scored(
     reward_BxG,
     to_groups(jnp.sum(sampled.completion, axis=1), group),
@@ -255,11 +259,13 @@ def pack(
     grouped(scores.guess_reward),
     live_B,
     rows.record,
-    block if setup.wants.records is not None else NOT_ASKED,
+    *steps,
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
   if skip:
-    share_B = live_B * groups / jnp.maximum(jnp.sum(live_B), 1)
+    share_B = live_B.astype(jnp.float32)
+    if setup.common.skip_scale:
+      share_B *= groups / jnp.maximum(jnp.sum(live_B), 1)
     scale = lambda x: jnp.einsum('b,b...->b...', share_B, x)
     weight, own = scale(weight), {name: scale(x) for name, x in own.items()}
     metrics = {**metrics, 'groups_skipped': jnp.mean(~live_B)}

@@ -250,7 +250,7 @@ def test_draw_random_is_uniform_over_counts():
   close(shared.step_weight(masks), 5 / count)
 
 
-@pytest.mark.parametrize('choose', shared.CHOICES)
+@pytest.mark.parametrize('choose', shared.CHOOSE)
 @pytest.mark.parametrize('draws', [3, 12])
 def test_chosen_steps_estimate_the_mean_over_all(choose, draws):
   """The weighted mean over copies estimates the mean over the wanted steps."""
