@@ -62,7 +62,7 @@ def expected(rule, credit_NxGxL):
   [
     ('agrpo', 'left', 3, dict(choose='first', first=1, draws=2)),
     ('tracerl', 'threshold', 1, dict(beta=0.0)),
-    ('dipo', 'random', 1, dict(beta=0.0)),
+    pytest.param('dipo', 'random', 1, dict(beta=0.0), marks=pytest.mark.slow),
     ('mapg', 'luce', 2, dict(choose='each', draws=0)),
   ],
 )

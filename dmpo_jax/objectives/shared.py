@@ -193,6 +193,11 @@ def per_row(scored: Scored) -> FloatBG:
   return jnp.full_like(scored.reward, 1 / scored.reward.shape[1])
 
 
+def per_length(scored: Scored) -> FloatBG:
+  """Returns the scales by which a loss is a mean over completions of token means."""
+  return per_row(scored) / jnp.maximum(scored.length, 1)
+
+
 def per_token(scored: Scored) -> FloatBG:
   """Returns the scales by which a loss is a mean over the batch's tokens."""
   length, live = scored.length, scored.live_of()
