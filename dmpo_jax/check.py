@@ -425,13 +425,14 @@ def reference(c: Any) -> list[str]:
   name, (_, wants) = c.objective.name, wanted(c)
   if not any('ref' in x for x in (wants.sequence, wants.elbo, wants.views)):
     found.append(
-      f"reference.of = {r.of}: objective.name = {name} reads no log p_ref, set ('base',)"
+      f'reference.of = {r.of}: objective.name = {name} reads no log p_ref, set '
+      "('base',)"
     )
   if 'ref' in wants.views and tuple(r.weights) != (1.0,):
     found.append(
-      f'reference.of = {r.of}, reference.weights = {r.weights}: set one name and weight '
-      f'1, since objective.name = {name} compares single tokens, whose laws have no '
-      'normalised mean'
+      f'reference.of = {r.of}, reference.weights = {r.weights}: set one name with '
+      f'weight 1, since objective.name = {name} compares single tokens, whose laws have '
+      'no normalised mean'
     )
   return found
 

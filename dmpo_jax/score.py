@@ -272,10 +272,10 @@ def pack(
   if skip:
     live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
   rows: Any = rows_of(sampled, setup)
-  steps: tuple = ()
-  if rows.record is not None:
-    length = sampled.completion.shape[1]
-    steps = setup.cfg.block_causal, rows.tokens[:, -length:]
+  steps: dict[str, Any] = {}
+  if setup.wants.records is not None:
+    tokens = rows.tokens[:, -sampled.completion.shape[1] :]
+    steps = {'block': setup.cfg.block_causal, 'tokens': tokens}
   scored = Scored(
     reward_BxG,
     to_groups(jnp.sum(sampled.completion, axis=1), group),
@@ -284,7 +284,7 @@ def pack(
     grouped(scores.guess_reward),
     live_B,
     rows.record,
-    *steps,
+    **steps,
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
   if skip:

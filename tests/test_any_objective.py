@@ -29,13 +29,14 @@ from dmpo_jax import (
   score,
   step,
 )
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, credit
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.types import (
   Canvas,
   Record,
   Rollouts,
   Sampled,
+  Scored,
   Scores,
   Text,
   TrainBatch,
@@ -310,6 +311,31 @@ def test_groups_of_equal_rewards_are_skipped():
   assert not skipped[0].weight[4:].any() and not skipped[0].own['scale'][4:].any()
   # A mean over the tokens of what is left: 1 / (norm of two * tokens of one).
   close(skipped[0].own['scale'][:4], np.full(4, 2 / 10))
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_credits_do_not_depend_on_the_devices(devices):
+  """Groups lie across shards; the batch's credits are those of plain arrays."""
+  rng = np.random.default_rng(0)
+  made = made_up(built_of('agrpo, prefix'))
+  order = np.tile(np.array([1, 0, 2, 2], np.int32), (ROWS, 1))
+  tokens = rng.integers(0, 2, (ROWS, P + L)).astype(np.int32)
+  rollouts = made.rollouts._replace(
+    order=order,
+    tokens=tokens,
+    forwards=np.int32(3),
+    more={'entropy': made.rollouts.logp},
+  )
+  sampled = jax.tree.map(np.asarray, made._replace(rollouts=rollouts))
+  reward = rng.random((2, 4)).astype(np.float32)
+  built = build.build(tiny('agrpo, prefix'), jax.devices()[:devices])
+  got = mesh.fetch(built.steps.pack(sampled, reward, Scores())[0].own['credit'])
+  scored = Scored(
+    reward, None, record=Record(order, None, None, {}), tokens=tokens[:, -L:]
+  )
+  want = credit.prefix_advantages(scored, reward, 1.0) / 4
+  assert np.ptp(want, axis=2).max() > 0.01
+  close(got, want.reshape(ROWS, L), 1e-6)
 
 
 def test_skipped_groups_may_leave_the_rate_alone():

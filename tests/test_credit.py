@@ -107,7 +107,10 @@ def step_weights(rule):
   self = np.eye(3, dtype=bool)[None]
   depth = np.where(self, L, depth)
   mean = lambda who: (who * reward[:, None]).sum(2) / np.maximum(who.sum(2), 1)
-  whole, others = reward.mean(1, keepdims=True), mean(np.broadcast_to(~self, depth.shape))
+  whole, others = (
+    reward.mean(1, keepdims=True),
+    mean(np.broadcast_to(~self, depth.shape)),
+  )
   out = {}
   of = lambda how, x: out.setdefault(how, []).append(x)
   for step in range(L):
@@ -152,7 +155,9 @@ def test_which_baselines_are_biased(rule):
 def some_rows():
   """Returns order, tokens, reward of two groups whose rows share their beginnings."""
   rng = np.random.default_rng(0)
-  order = np.array([rng.permutation(6) // 2 for _ in range(2)])[[0, 0, 0, 1, 1, 1, 0, 1]]
+  order = np.array([rng.permutation(6) // 2 for _ in range(2)])[
+    [0, 0, 0, 1, 1, 1, 0, 1]
+  ]
   tokens = np.where(order < 1, 5, rng.integers(0, 2, order.shape))
   order[:, 5] = -2  # the end of the prompt
   order[2, order[2] == 2] = -1  # never unmasked: eos_stop
@@ -164,18 +169,20 @@ def test_credits_by_brute_force():
   """Completions are compared state by state; the recurrence is written out."""
   order, tokens, reward = some_rows()
   state = lambda r, d: [
-    x if at < d and at != -1 else None for x, at in zip(tokens[r], order[r], strict=True)
+    x if at < d and at != -1 else None
+    for x, at in zip(tokens[r], order[r], strict=True)
   ]
   for shrink in (0.0, 1.5):
     got = credits_of(order, tokens, reward, shrink)
     for b, g in np.ndindex(2, 4):
       r, others = reward[b], [h for h in range(4) if h != g]
-      base = [r[others].mean()]
+      base, were = [r[others].mean()], others
       for d in range(1, 4):
         here = [h for h in others if state(4 * b + h, d) == state(4 * b + g, d)]
         before = base[-1]
         mean = (r[here].sum() + shrink * before) / max(len(here) + shrink, 1e-9)
-        base.append(mean if here else before)
+        base.append(mean if here and here != were else before)
+        were = here
       for i, at in enumerate(order[4 * b + g]):
         want = r[g] - base[at] if at >= 0 else 0.0
         assert got[b, g, i] == pytest.approx(want, abs=1e-6)
@@ -190,6 +197,17 @@ def test_credits_follow_their_members_and_vanish_for_equal_rewards():
   swapped = credits_of(rows(order), rows(tokens), reward[:, swap])
   np.testing.assert_allclose(swapped, got[:, swap], atol=1e-6)
   assert not credits_of(order, tokens, np.full((2, 4), 0.1)).any()
+
+
+def test_shrinkage_does_not_wear_off_along_a_shared_way():
+  """Two of four rows stay together for many steps: one pull to the group, not many."""
+  order = np.tile(np.arange(12), (4, 1))
+  tokens = np.zeros((4, 12), int)
+  tokens[2:, 0] = 1, 2
+  got = credits_of(order, tokens, [[1.0, 0.0, 0.0, 0.0]])
+  np.testing.assert_allclose(got[0, 0, 1:], 1.0)
+  np.testing.assert_allclose(got[0, 1, 0], -1 / 3, rtol=1e-6)
+  np.testing.assert_allclose(got[0, 1, 1:], -(1 + 1 / 3) / 2, rtol=1e-6)
 
 
 def test_shared_steps_by_brute_force():

@@ -132,7 +132,9 @@ def test_the_geometric_mean_has_the_exact_target(tiny):
   setup = step.Setup(tiny, dmpo.OBJECTIVE, dmpo.Config(), weights=(0.7, 0.3))
 
   def value(p):
-    return p @ reward - alpha * sum(w * kl(p, q) for w, q in zip(weights, laws, strict=True))
+    return p @ reward - alpha * sum(
+      w * kl(p, q) for w, q in zip(weights, laws, strict=True)
+    )
 
   def ref(mean):
     logps = list(jnp.log(jnp.float32(laws)))

@@ -5,13 +5,15 @@ that have its prefix. In masked diffusion the prefix is the state before a step.
 n_d of the other completions be in g's state before step d:
 
   b_0 = mean of the others
-  b_d = (sum over the n_d of r + lambda b_{d-1}) / (n_d + lambda);  b_{d-1} if n_d = 0
+  b_d = (sum over the n_d of r + lambda b_{d-1}) / (n_d + lambda)
+  b_d = b_{d-1} if n_d = 0, or if they are those of the step before
   A(g, d) = r_g - b_d
 
-b_d depends neither on r_g nor on what g does from step d on, so the policy gradient
-stays unbiased, whatever rule picks the positions. A mean that includes g is biased. So
-is leaving out the steps at which g is alone, or counting each state once, as the paper
-is remembered to do.
+Without the last rule a long way together would wear the shrinkage off. b_d depends
+neither on r_g nor on what g does from step d on, so the policy gradient stays unbiased,
+whatever rule picks the positions. A mean that includes g is biased. So is leaving out
+the steps at which g is alone, or counting each state once, as the paper is remembered
+to do.
 """
 
 from typing import Any
@@ -39,16 +41,19 @@ def prefix_baselines(
   total = jnp.sum(value_BxG, axis=1, keepdims=True)
   first = (total - value_BxG) / (group - 1)
 
-  def deeper(before, step):
+  def deeper(carry, step):
+    before, were = carry
     same = same_state(order, tokens, step)
     count = jnp.sum(same, axis=2)
     summed = jnp.sum(jnp.where(same, value_BxG[:, None], 0.0), axis=2)
     mean = (summed + shrink * before) / jnp.maximum(count + shrink, 1e-6)
-    now = jnp.where((count > 0) & (step > 0), mean, before)
-    return now, now
+    changed = jnp.any(same != were, axis=2)
+    now = jnp.where(changed & (count > 0), mean, before)
+    return (now, same), now
 
+  start = first, same_state(order, tokens, 0)
   steps = jnp.arange(order.shape[2])
-  return jnp.moveaxis(jax.lax.scan(deeper, first, steps)[1], 0, 2)
+  return jnp.moveaxis(jax.lax.scan(deeper, start, steps)[1], 0, 2)
 
 
 def prefix_advantages(scored: Scored, value_BxG: FloatBG, shrink: float) -> Array:

@@ -10,7 +10,9 @@ sampler's recorded log-prob, per token:
 
 norm = sequence: size is G times the tokens of the completion, a mean of means (the
 paper's, by a review). token: the batch's tokens per prompt. With 20 and 200 tokens in a
-group the two weigh the first completion ten to one. The paper's learned threshold of the sampler is not part of this.
+group the two weigh the first completion ten to one.
+
+The paper's learned threshold of the sampler is not part of this.
 """
 
 import dataclasses
@@ -35,13 +37,12 @@ from dmpo_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class Config(shared.PenalisedGradient):
-  OWN = {
-    'truncate': shared.above(0),
-    'norm': shared.one_of('sequence', 'token'),
-  }
+  OWN = {'truncate': shared.above(0), 'norm': shared.one_of('sequence', 'token')}
   beta: float = 0.04  # factor of the KL to the reference; 0 = off
   truncate: float = 2.0  # largest importance correction
-  norm: str = 'sequence'  # tokens that divide: sequence (the completion's) | token (all)
+  norm: str = (
+    'sequence'  # tokens that divide: sequence (the completion's) | token (all)
+  )
 
 
 def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
