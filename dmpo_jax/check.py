@@ -465,16 +465,17 @@ def reference(c: Any) -> list[str]:
     )
   if plain_reference(c):
     return found
-  _, wants = wanted(c)
-  if 'ref' not in wants.sequence:
+  name, (_, wants) = c.objective.name, wanted(c)
+  if not any('ref' in x for x in (wants.sequence, wants.elbo, wants.views)):
     found.append(
-      f'reference.of = {r.of}: objective.name = {c.objective.name} asks for no log '
-      "p_ref of whole completions, set ('base',)"
+      f'reference.of = {r.of}: objective.name = {name} reads no log p_ref, set '
+      "('base',)"
     )
-  if 'ref' in wants.views or 'ref' in wants.elbo:
+  if 'ref' in wants.views and tuple(r.weights) != (1.0,):
     found.append(
-      f"reference.of = {r.of}: set ('base',), the only one that objective.name = "
-      f'{c.objective.name} knows'
+      f'reference.of = {r.of}, reference.weights = {r.weights}: set one name with '
+      f'weight 1, since objective.name = {name} compares single tokens, whose laws have '
+      'no normalised mean'
     )
   return found
 
@@ -504,7 +505,8 @@ def weigh_metrics(c: Any, hp: Any) -> Any:
   record, objective = Record(step, number, number, {}), OBJECTIVES[c.objective.name]
 
   def weigh(record, *args):
-    return objective.weigh(Scored(*args, record=record, block=0), hp)
+    steps = {'record': record, 'block': 0, 'tokens': record.order}
+    return objective.weigh(Scored(*args, **steps), hp)
 
   return jax.eval_shape(weigh, record, *groups, guess)[2]
 

@@ -265,17 +265,27 @@ class Sampler(sampler.SampleConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Reference(Section):
-  """The reference policy p_ref: a product of p_k ** weight_k."""
+  """The reference policy p_ref: a mean of the policies p_k."""
 
-  OWN = {'every': least(1), 'mix': positive_share}
+  OWN = {
+    'every': least(1),
+    'mix': positive_share,
+    'mean': one_of('geometric', 'harmonic'),
+  }
 
   of: tuple = ('base',)  # each is base | moving (average of the policy) | a directory
-  weights: tuple = (1.0,)  # exponent of each
+  weights: tuple = (1.0,)  # of each, in the mean
+  # geometric: the product of p_k ** weight_k | harmonic: 1 / sum of weight_k / p_k.
+  mean: str = 'geometric'
+  clip: float = 0.0  # nats that log p_k of a text may lie off the first's; 0 = any
   every: int = 1  # moving: updates between its steps
   mix: float = 1.0  # moving: share of the policy in a step, in (0, 1]; 1 = a copy
 
   def idle(self) -> dict[str, str]:
-    return without_effect(('every mix', 'moving' in self.of, 'moving in reference.of'))
+    return without_effect(
+      ('every mix', 'moving' in self.of, 'moving in reference.of'),
+      ('mean clip', len(self.of) > 1, 'several names in reference.of'),
+    )
 
   def problems(self) -> list[str]:
     found = super().problems()
@@ -286,6 +296,11 @@ class Reference(Section):
       )
     if any(above(0)(w) for w in self.weights):
       found.append(f'reference.weights = {self.weights} must be > 0')
+    elif self.mean == 'harmonic' and abs(sum(self.weights) - 1) > 1e-3:
+      found.append(
+        f'reference.weights = {self.weights} must add up to 1 with reference.mean = '
+        'harmonic'
+      )
     return found
 
 

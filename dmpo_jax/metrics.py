@@ -57,6 +57,7 @@ METRICS = {
   'tokens_per_forward/': 'share of forwards that reveal so many tokens; 0 to 1',
   'confidence': 'mean probability of a token when it is revealed; 0 to 1',
   'confidence_low': '10 % quantile of the probability of revealed tokens; 0 to 1',
+  'shared_steps': 'first steps that another completion of the group takes too; steps',
   'policy_age': 'updates between the policy that sampled and the buffer; updates',
   'prompts_changed': 'training prompts that were dropped or cut for length; count',
   # --- weights and log-probs (rl)

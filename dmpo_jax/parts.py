@@ -176,6 +176,8 @@ def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup
     common=check.settings(Common, c.objective),
     measure=c.health.measure,
     weights=tuple(c.reference.weights),
+    mean=c.reference.mean,
+    clip=c.reference.clip,
     moves=(c.reference.every, c.reference.mix) if 'moving' in c.reference.of else None,
   )
 

@@ -266,6 +266,7 @@ class Collector:
     )
     ended = np.isin(host.tokens, self.stops)
     metrics['cut'] = float(np.mean(~ended.any(axis=1)))
+    metrics['shared_steps'] = shared_steps(host.order, host.tokens, self.group)
     metrics['policy_age'] = started.age
     metrics['prompts_changed'] = self.problems.changed
     metrics |= {name: float(x) for name, x in weighed.items()}
@@ -378,6 +379,22 @@ def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
     'forwards': int(host.forwards),
     **unmasking_metrics(host.order, host.confidence),
   }
+
+
+def shared_steps(order_RxL: IntRL, tokens_RxL: IntRL, group: int) -> float:
+  """Returns the mean over rows of the steps taken with another row of their group.
+
+  Two rows part at the first step that unmasks a position or token of one alone.
+  """
+  never = order_RxL.shape[1]
+  at = to_groups(np.where(order_RxL < 0, never, order_RxL), group)
+  tokens = to_groups(tokens_RxL, group)
+  pair = lambda x: (x[:, :, None], x[:, None])
+  differ = np.not_equal(*pair(at)) | np.not_equal(*pair(tokens))
+  steps = to_groups(order_RxL.max(axis=1) + 1, group)[..., None]
+  parting = np.where(differ, np.minimum(*pair(at)), never).min(axis=-1)
+  parting = np.where(np.eye(group, dtype=bool), 0, np.minimum(parting, steps))
+  return float(parting.max(axis=2).mean())
 
 
 # Tokens that a row's forward unmasks: upper ends of the histogram's bins.

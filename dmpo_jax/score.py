@@ -14,7 +14,6 @@ from dmpo_jax import logprob, mesh, rng
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.step import Rows, Setup, canvas_of, draw, view
 from dmpo_jax.types import (
-  NOT_ASKED,
   Array,
   FloatB,
   FloatBG,
@@ -53,14 +52,13 @@ class Policies(NamedTuple):
   """Whose log-probs are taken: parameter trees of the whole network."""
 
   old: Params  # the policy that sampled
-  base: Params  # the frozen base: the reference under the loss's own masks
-  refs: tuple  # what p_ref is the product of, to the powers Setup.weights
+  refs: tuple  # what p_ref is the mean of, by Setup.weights
 
 
 def policies(trainable: Params, frozen: Params, references: tuple = ()) -> Policies:
   """Returns the policies of a run; `references` are trees laid over `frozen`."""
   refs = tuple({**frozen, **tree} for tree in references) or (frozen,)
-  return Policies({**frozen, **trainable}, frozen, refs)
+  return Policies({**frozen, **trainable}, refs)
 
 
 def score(
@@ -83,7 +81,8 @@ def score(
   elif setup.measure and not common:
     last = under(who.old, setup.inner - 1)[0]
     old = old._replace(elbo=repeat(last, setup))
-  ref = views_of(lambda i: under(who.base, i), 'ref', setup, 'ref' in wants.elbo)
+  of_refs = lambda i: of_references(under, who, i, setup)
+  ref = views_of(of_refs, 'ref', setup, 'ref' in wants.elbo)
   guess = guesses(who.old, sampled, loss_key, setup) if wants.guess else None
   return out._replace(old=old, ref=ref, guess=guess)
 
@@ -114,7 +113,7 @@ def sequence_scores(
       *(along_trajectory(params, who.old, sampled, key, setup) for params in who.refs),
       strict=True,
     )
-    return Scores(logp_old=olds[0], logp_ref=product(refs, setup.weights))
+    return Scores(logp_old=olds[0], logp_ref=mixed(refs, setup))
   if how.fuse and set(wanted) == {'old', 'ref'}:
     return fused(who.old, sampled, key, setup)
   elbo = lambda params: elbo_of_rows(params, sampled, key, setup, how.tail)
@@ -123,15 +122,40 @@ def sequence_scores(
     out = out._replace(logp_old=elbo(who.old))
   if 'ref' in wanted:
     refs = [elbo(params) for params in who.refs]
-    out = out._replace(logp_ref=product(refs, setup.weights))
+    out = out._replace(logp_ref=mixed(refs, setup))
   return out
 
 
-def product(logps: Any, weights: tuple[float, ...]) -> FloatR:
-  """Returns the log of the product of p_k^weight."""
-  if weights in ((), (1.0,)):
+def mixed(logps: Any, setup: Setup) -> FloatR:
+  """Returns log p_ref of completions from the log p_k of all references, nats.
+
+  Geometric: the log of the product of p_k^w_k, up to its norm. It maximises
+  E r - alpha sum_k w_k KL(p || p_k), so DMPO's target with it is exact. Harmonic:
+  -log sum_k w_k / p_k, which MRPO (arXiv 2405.16388) gets from a bound. Log-probs of
+  completions differ by many nats, so it is the least p_k in effect. setup.clip keeps
+  each log p_k within so many nats of the first one.
+  """
+  if setup.weights in ((), (1.0,)):
     return logps[0]
-  return sum(w * logp for w, logp in zip(weights, logps, strict=True))
+  if setup.clip:
+    low, high = logps[0] - setup.clip, logps[0] + setup.clip
+    logps = [logps[0], *(jnp.clip(logp, low, high) for logp in logps[1:])]
+  pairs = list(zip(setup.weights, logps, strict=True))
+  if setup.mean == 'harmonic':
+    return -jax.nn.logsumexp(jnp.stack([jnp.log(w) - x for w, x in pairs]), axis=0)
+  return sum(w * x for w, x in pairs)
+
+
+def of_references(
+  under: Callable, who: Policies, i: Any, setup: Setup
+) -> tuple[FloatR, ViewLogp]:
+  """Returns (ELBO, ViewLogp) of p_ref under the loss's masks of inner update i.
+
+  All references see the same masks. The ViewLogp is the first one's: a product of laws
+  of single tokens has no norm, so `check` lets objectives that read it have but one.
+  """
+  elbos, views = zip(*(under(params, i) for params in who.refs), strict=True)
+  return mixed(elbos, setup), views[0]
 
 
 def along_trajectory(
@@ -242,8 +266,10 @@ def pack(
   """Returns the TrainBatch and weight metrics of rollouts, rewards and log-probs.
 
   share_B: a factor of each group's weights; None = 1.
-  With setup.common.skip_equal groups of equal rewards weigh nothing and the others
-  weigh more in proportion (DAPO's dynamic sampling, without sampling again).
+  With setup.common.skip_equal groups of equal rewards weigh nothing. The others weigh
+  more in proportion (DAPO's dynamic sampling, without sampling again), unless
+  skip_scale is off. Where a group is live with chance s, independently, their factor
+  B / n_live multiplies the mean update by (1 - (1 - s)^B) / s.
   """
   groups, group = reward_BxG.shape
   grouped = lambda x: None if x is None else to_groups(x, group)
@@ -252,7 +278,10 @@ def pack(
   if skip:
     live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
   rows: Any = rows_of(sampled, setup)
-  block = setup.cfg.block_causal
+  steps: dict[str, Any] = {}
+  if setup.wants.records is not None:
+    tokens = rows.tokens[:, -sampled.completion.shape[1] :]
+    steps = {'block': setup.cfg.block_causal, 'tokens': tokens}
   scored = Scored(
     reward_BxG,
     to_groups(jnp.sum(sampled.completion, axis=1), group),
@@ -261,11 +290,13 @@ def pack(
     grouped(scores.guess_reward),
     live_B,
     rows.record,
-    block if setup.wants.records is not None else NOT_ASKED,
+    **steps,
   )
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
   if skip:
-    alive_B = live_B * groups / jnp.maximum(jnp.sum(live_B), 1)
+    alive_B = live_B.astype(jnp.float32)
+    if setup.common.skip_scale:
+      alive_B *= groups / jnp.maximum(jnp.sum(live_B), 1)
     share_B = alive_B if share_B is None else alive_B * share_B
     metrics = {**metrics, 'groups_skipped': jnp.mean(~live_B)}
   if share_B is not None:
@@ -284,7 +315,12 @@ def pack(
 
 
 def logp_metrics(scores: Scores) -> dict:
-  """Returns means of the sequence log-probs; completions are of the old policy."""
+  """Returns means of the sequence log-probs; completions are of the old policy.
+
+  kl_ref estimates KL(old || ref). With several references of weights that add up to one
+  it is sum_k w_k KL(old || p_k) for the geometric mean. That exceeds the KL to the mean
+  made a distribution by -log sum_x prod_k p_k(x)^w_k.
+  """
   found = {'logp_old': scores.logp_old, 'logp_ref': scores.logp_ref}
   metrics = {name: jnp.mean(x) for name, x in found.items() if x is not None}
   if len(metrics) == len(found):

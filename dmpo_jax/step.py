@@ -54,7 +54,9 @@ class Setup:
   # Whether all of logp_old, logp_ref and old.elbo are computed, wanted or not, and
   # updates report metrics['elbo_drift'].
   measure: bool = False
-  weights: tuple[float, ...] = (1.0,)  # p_ref is the product of p_k^weight
+  weights: tuple[float, ...] = (1.0,)  # p_ref is the mean of p_k by these weights
+  mean: str = 'geometric'  # or harmonic: see score.mixed
+  clip: float = 0.0  # nats that a log p_k may lie off the first's; 0 = any
   optimizer: Any = None  # an optax.GradientTransformation
   moves: tuple[int, float] | None = None  # (every, mix) of a moving reference
 

@@ -242,10 +242,11 @@ class Scored(NamedTuple):
   logp_ref: FloatBG = NOT_ASKED  # nats
   guess: FloatBGK = NOT_ASKED  # rewards of guesses; nan: no copy
   live: BoolB = NOT_ASKED  # groups that count (skip_equal)
-  # Only if Wants.records is set: the rows' record, and the tokens of an attention
-  # block; 0 = the model sees the whole text.
+  # Only if Wants.records is set: the rows' record, the tokens of an attention block
+  # (0 = the model sees the whole text), and the rows' tokens.
   record: Record = NOT_ASKED
   block: int = NOT_ASKED
+  tokens: IntRL = NOT_ASKED  # the rows' completions
 
   __getattribute__ = _asked_for
 
@@ -262,7 +263,7 @@ class TrainBatch(NamedTuple):
   completion: BoolRL  # True up to and including the first EOS
   row: IntR  # address of the row's masks, unique over the run
   weight: WeightR  # SIGNED: target weight minus baseline; or per copy
-  own: dict[str, Array]  # (R,) each: what else the objective's `weigh` returned
+  own: dict[str, Array]  # (R, ..) each: what else the objective's `weigh` returned
   norm: Scalar  # groups in the whole batch: divides every loss
   total: Scalar  # rows in the whole batch
   sampled: BoolRL | None = None  # see Masks.sampled
@@ -316,7 +317,7 @@ class Objective(NamedTuple):
   Config: type  # frozen dataclass of its settings, with `problems() -> list[str]`
   wants: Callable[[Any], Wants]  # hp -> Wants
   draw: Callable[..., Masks]  # (key, row_R, Text, hp) -> the loss's Masks
-  # (Scored, hp) -> (weight (B, G) or (B, G, K), own {name: (B, G)}, metrics)
+  # (Scored, hp) -> (weight (B, G) or (B, G, K), own {name: (B, G, ..)}, metrics)
   weigh: Callable[..., tuple]
   # (ViewLogp, Masks, TrainBatch, hp) -> (sum over rows / norm, metrics)
   loss: Callable[..., tuple]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import pathlib
 import re
 
@@ -29,13 +30,14 @@ from dmpo_jax import (
   score,
   step,
 )
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, credit
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.types import (
   Canvas,
   Record,
   Rollouts,
   Sampled,
+  Scored,
   Scores,
   Text,
   TrainBatch,
@@ -67,6 +69,7 @@ VARIANTS = {
   'dmpo': {'objective.draws': 2},
   'dmpo, model baseline': {'objective.draws': 2, 'objective.baseline': 'model'},
   'dmpo, rounds': {'objective.draws': 2, 'objective.masks': 'rounds'},
+  'agrpo, prefix': {'objective.advantage': 'prefix', 'objective.draws': 4},
 }
 
 
@@ -80,6 +83,7 @@ BLOCKWISE = [name for name, x in OBJECTIVES.items() if not x.whole_text]
 BLOCK_VARIANTS = {f'{name}, blocks': BLOCKS for name in OBJECTIVES}
 for masks in ('order', 'rounds'):
   BLOCK_VARIANTS[f'dmpo, {masks}, blocks'] = {**BLOCKS, 'objective.masks': masks}
+BLOCK_VARIANTS['tracerl, prefix, blocks'] = {**BLOCKS, 'objective.advantage': 'prefix'}
 BLOCK_VARIANTS['just_grpo, blocks'] = {**BLOCKS, 'sampler.block': 1}
 
 
@@ -211,7 +215,10 @@ def test_a_batch_holds_what_the_objective_asks_for(name):
     assert batch.record.more.keys() == set(wants.records)
     assert all(x.shape == (ROWS, L) for x in jax.tree.leaves(batch.record))
   assert batch.weight.shape == (view[:1] + view[2:3] if wants.guess else view[:1])
-  assert all(x.shape == view[:1] for x in batch.own.values())
+  credits = {'credit': (ROWS, L)}
+  for field, x in batch.own.items():
+    assert x.shape == credits.get(field, view[:1])
+  assert ('prefix' in name) == ('credit' in batch.own)
 
 
 @pytest.mark.parametrize('name', mostly_slow(ALL, KINDS))
@@ -305,6 +312,48 @@ def test_groups_of_equal_rewards_are_skipped():
   assert not skipped[0].weight[4:].any() and not skipped[0].own['scale'][4:].any()
   # A mean over the tokens of what is left: 1 / (norm of two * tokens of one).
   close(skipped[0].own['scale'][:4], np.full(4, 2 / 10))
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_credits_do_not_depend_on_the_devices(devices):
+  """Groups lie across shards; the batch's credits are those of plain arrays."""
+  rng = np.random.default_rng(0)
+  made = made_up(built_of('agrpo, prefix'))
+  order = np.tile(np.array([1, 0, 2, 2], np.int32), (ROWS, 1))
+  tokens = rng.integers(0, 2, (ROWS, P + L)).astype(np.int32)
+  rollouts = made.rollouts._replace(
+    order=order,
+    tokens=tokens,
+    forwards=np.int32(3),
+    more={'entropy': made.rollouts.logp},
+  )
+  sampled = jax.tree.map(np.asarray, made._replace(rollouts=rollouts))
+  reward = rng.random((2, 4)).astype(np.float32)
+  built = build.build(tiny('agrpo, prefix'), jax.devices()[:devices])
+  got = mesh.fetch(built.steps.pack(sampled, reward, Scores())[0].own['credit'])
+  scored = Scored(
+    reward, None, record=Record(order, None, None, {}), tokens=tokens[:, -L:]
+  )
+  want = credit.prefix_advantages(scored, reward, 1.0) / 4
+  assert np.ptp(want, axis=2).max() > 0.01
+  close(got, want.reshape(ROWS, L), 1e-6)
+
+
+def test_skipped_groups_may_leave_the_rate_alone():
+  """With skip_scale the mean update is larger by (1 - (1 - s)^B) / s, without by 1."""
+  built = built_of('espo')
+  sums = {True: 0.0, False: 0.0}
+  lives = list(itertools.product([False, True], repeat=2))
+  for live in lives:  # s = 1/2, B = 2
+    reward = jnp.float32([[0, 0, 0, x] for x in live])
+    for scale in sums:
+      common = Common(skip_equal=True, skip_scale=scale)
+      setup = dataclasses.replace(built.setup, common=common)
+      batch, _ = score.pack(made_up(built), reward, Scores(), setup)
+      sums[scale] += float(jnp.sum(jnp.abs(batch.weight))) / len(lives)
+  # A live group has |r - mean of the others| / G = 1/4 + 3 (1/3) / 4; half are live.
+  assert sums[False] == pytest.approx(2 * 0.5 / 2)
+  assert sums[True] == pytest.approx(sums[False] * (1 - 0.5**2) / 0.5)
 
 
 def test_elbo_coef_adds_the_gradient_of_the_elbo():
@@ -517,7 +566,10 @@ def test_an_impossible_config_is_refused_before_anything_compiles(message):
 
 
 @pytest.mark.parametrize(
-  'name', mostly_slow([*BLOCKWISE, 'dmpo, order', 'dmpo, rounds'], ('dmpo', 'espo'))
+  'name',
+  mostly_slow(
+    [*BLOCKWISE, 'dmpo, order', 'dmpo, rounds', 'tracerl, prefix'], ('dmpo', 'espo')
+  ),
 )
 def test_block_causal_models_train(name):
   """The end of a prompt on the canvas is in no loss; microbatches change nothing."""

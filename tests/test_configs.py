@@ -543,6 +543,8 @@ USELESS = [
   ({'objective.name': 'espo', 'objective.beta': 0.0}, 'objective.kl', 'objective.beta'),
   ({}, 'reference.every', 'reference.of'),
   ({}, 'reference.mix', 'reference.of'),
+  ({}, 'reference.clip', 'reference.of'),
+  ({}, 'objective.skip_scale', 'objective.skip_equal'),
   ({}, 'lora.alpha', 'lora.rank'),
   ({}, 'lora.targets', 'lora.rank'),
   *(

@@ -41,7 +41,7 @@ WORDS = (
   'mean loo zscore k1 k2 k3 k3_ratio each uniform entropy top stratified random '
   'bernoulli rounded block released formula elbo unit eubo mix none all best wdce ddo '
   'group individual model token max sampling even dream leftmost prefix dual threshold '
-  'paper trajectory order rounds'
+  'paper trajectory order rounds prefix first sequence'
 ).split()
 # Field -> what else must be set for it to matter.
 WITH = {
@@ -60,6 +60,8 @@ WITH = {
   'refresh': {'cache': 'dual'},
   'slots': {'slots': 1},
   'states': {'estimator': 'trajectory'},
+  'credit_shrink': {'advantage': 'prefix'},
+  'first': {'choose': 'first', 'draws': 12},
 }
 
 
@@ -136,6 +138,7 @@ def objective_text(objective, hp, block=0):
       guess,
       record=record,
       block=block,
+      tokens=order,
     )
     weight, own, _ = objective.weigh(scored, hp)
     rows = lambda x: jnp.reshape(x, (ROWS, *x.shape[2:]))

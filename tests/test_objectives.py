@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import reference
 from batches import batch_of, elbos, text_of
 
 from dmpo_jax import masking, model
-from dmpo_jax.objectives import dmpo
+from dmpo_jax.objectives import dmpo, shared
 from dmpo_jax.types import Masks, Scored, ViewLogp, Wants
 
 B, G, R, K, L = 3, 4, 12, 4, 6
@@ -231,6 +232,35 @@ def test_baselines_follow_their_definitions():
     minus_what = {'group': 1 / G, 'individual': minus}.get(baseline, 0.0)
     close(weight, plus - strength * minus_what)
     close(own['target'], plus)
+
+
+def test_where_the_signal_is_largest():
+  """The expected push on the log-odds of a right answer, as docs/objectives.md says.
+
+  Groups of eight with 0 to 8 right answers, weighted by their chance.
+  """
+  group, p = 8, np.linspace(0.005, 0.995, 199)
+  right = np.arange(group)[None] < np.arange(group + 1)[:, None]
+  reward = jnp.float32(right)
+  count = right.sum(1)
+  chance = np.array([math.comb(group, k) for k in count])
+  chance = chance * p[:, None] ** count * (1 - p[:, None]) ** (group - count)
+  zeros = jnp.zeros_like(reward)
+  scored = Scored(reward, None, zeros, zeros)
+  weights = {'mean': shared.advantages(reward, 'mean') / group}
+  for baseline in ('none', 'group', 'individual'):
+    weights[baseline] = dmpo.weigh(scored, dmpo.Config(baseline=baseline))[0]
+
+  def push(weight_9xG):
+    each = np.asarray(weight_9xG)[None] * (right[None] - p[:, None, None])
+    return (chance * each.sum(2)).sum(1)
+
+  alone = (1 - p) - (1 - p) ** group
+  close(push(weights['mean']), p * (1 - p) * (group - 1) / group)
+  close(push(weights['none']), alone)
+  close(push(weights['group']), alone)
+  close(push(weights['individual']), 1 - p**group - (1 - p) ** group)
+  assert p[alone.argmax()] == pytest.approx(1 - group ** (-1 / (group - 1)), abs=0.004)
 
 
 def test_equal_rewards_have_no_weight_under_individual():

@@ -250,7 +250,7 @@ def test_draw_random_is_uniform_over_counts():
   close(shared.step_weight(masks), 5 / count)
 
 
-@pytest.mark.parametrize('choose', shared.CHOICES)
+@pytest.mark.parametrize('choose', shared.CHOOSE)
 @pytest.mark.parametrize('draws', [3, 12])
 def test_chosen_steps_estimate_the_mean_over_all(choose, draws):
   """The weighted mean over copies estimates the mean over the wanted steps."""
@@ -597,9 +597,11 @@ def test_fork_grpo():
     assert got == want
 
 
-def test_diffpo():
+@pytest.mark.parametrize('norm', ['sequence', 'token'])
+def test_diffpo(norm):
   """Counts each token once: up to tau given the prompt, after it given the state."""
-  c = Case('diffpo', truncate=1.5)
+  c = Case('diffpo', truncate=1.5, norm=norm)
+  size = {'sequence': R * LENGTH, 'token': np.full(R, COMPLETION.sum())}[norm]
   a, total = advantage_of('mean'), 0.0
   np.testing.assert_array_equal(c.counted.sum(1), COMPLETION)
   for r in range(R):
@@ -608,9 +610,10 @@ def test_diffpo():
     assert not (c.counted[r, 0] & c.masked[r, 1]).any()
   for r, k, i in c.tokens():
     fix = min(np.exp(c.old[r, k, i] - LOGP[r, i]), 1.5)
-    total -= ppo(c.now[r, k, i] - c.old[r, k, i], a[r] * fix, 0.2, 0.2)
-    total += 0.04 * k3(c.now[r, k, i] - c.ref[r, k, i])
-  close(c.loss(), total / COMPLETION.sum(), 1e-4)
+    term = -ppo(c.now[r, k, i] - c.old[r, k, i], a[r] * fix, 0.2, 0.2)
+    term += 0.04 * k3(c.now[r, k, i] - c.ref[r, k, i])
+    total += term / size[r]
+  close(c.loss(), total, 1e-4)
 
 
 def test_egspo():

@@ -14,6 +14,7 @@ from configs import base
 from dmpo_jax import (
   build,
   check,
+  config,
   hf,
   logprob,
   mesh,
@@ -24,7 +25,7 @@ from dmpo_jax import (
   score,
   step,
 )
-from dmpo_jax.objectives import dmpo
+from dmpo_jax.objectives import OBJECTIVES, dmpo
 from dmpo_jax.types import Sampled
 
 L, ROWS = 4, 4
@@ -71,6 +72,88 @@ def test_log_p_ref_is_the_weighted_sum_over_references(estimator, tiny, weights_
   np.testing.assert_allclose(both.logp_ref, want, rtol=1e-5)
   assert np.abs(first.logp_ref - second.logp_ref).max() > 0.1
   same(both.logp_old, first.logp_old)
+
+
+def test_losses_compare_with_the_mean_of_references(tiny, weights_of):
+  """ELBOs under the loss's masks are mixed; log-probs of tokens are one reference's."""
+  old = weights_of(tiny)
+  base, other = (jax.tree.map(lambda x, s=s: x * s, old) for s in (0.9, 0.7))
+  hp = sampler.SampleConfig(L, L, L, 0.8, rank='max')
+  prompts = jnp.asarray([[1, 2], [3, 2], [0, 4], [5, 1]])
+
+  @jax.jit
+  def run(old, base, other):
+    out = sampler.generate(tiny, old, prompts, jax.random.key(3), hp)
+    sampled = Sampled(out, jnp.ones((ROWS, L), bool), jnp.arange(ROWS))
+
+    def ref(name, references, frozen=base, **how):
+      objective = OBJECTIVES[name]
+      setup = step.Setup(tiny, objective, objective.Config(), law=hp, **how)
+      who = score.policies(old, frozen, references)
+      keys = jax.random.key(1), jax.random.key(2)
+      return score.score(who, sampled, *keys, setup).ref
+
+    return (
+      ref('espo', ()).elbo,
+      ref('espo', (other,)).elbo,
+      ref('espo', ({}, other), weights=(0.25, 1.5)).elbo,
+      ref('diffu_grpo', (other,)).logp,
+      ref('diffu_grpo', (), frozen=other).logp,
+    )
+
+  first, second, product, tokens, plain = run(old, base, other)
+  assert np.abs(first - second).max() > 0.5
+  np.testing.assert_allclose(product, 0.25 * first + 1.5 * second, rtol=1e-5)
+  same(tokens, plain)
+
+
+def test_harmonic_mean_and_clip(tiny):
+  """Each log-prob is clipped to what is near the first; then they are mixed."""
+  first, second = np.random.default_rng(0).normal(-3, 2, (2, 8)).astype(np.float32)
+  logps = [jnp.asarray(first), jnp.asarray(second)]
+  setup = step.Setup(tiny, dmpo.OBJECTIVE, dmpo.Config(), weights=(0.25, 0.75))
+  got = score.mixed(logps, dataclasses.replace(setup, mean='harmonic'))
+  want = -np.log(0.25 * np.exp(-first) + 0.75 * np.exp(-second))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  near = np.clip(second, first - 0.5, first + 0.5)
+  assert (near != second).any() and (near == second).any()
+  got = score.mixed(logps, dataclasses.replace(setup, clip=0.5))
+  np.testing.assert_allclose(got, 0.25 * first + 0.75 * near, rtol=1e-5)
+
+
+def test_the_geometric_mean_has_the_exact_target(tiny):
+  """p_ref exp(r / alpha) maximises E r - alpha sum of w KL(p || p_k).
+
+  The harmonic mean does not. kl_ref is the weighted sum of the KLs.
+  """
+  rng, alpha, weights = np.random.default_rng(1), 0.3, np.array([0.7, 0.3])
+  laws, reward = rng.dirichlet(np.ones(9), 2), rng.random(9)
+  kl = lambda p, q: np.sum(p * np.log(p / q))
+  setup = step.Setup(tiny, dmpo.OBJECTIVE, dmpo.Config(), weights=(0.7, 0.3))
+
+  def value(p):
+    return p @ reward - alpha * sum(
+      w * kl(p, q) for w, q in zip(weights, laws, strict=True)
+    )
+
+  def ref(mean):
+    logps = list(jnp.log(jnp.float32(laws)))
+    return np.asarray(score.mixed(logps, dataclasses.replace(setup, mean=mean)))
+
+  def target(mean):
+    scaled = dmpo.target_weights(jnp.float32(reward[None]), ref(mean)[None], alpha)
+    return np.asarray(scaled[0][0], np.float64)
+
+  best = value(target('geometric'))
+  assert best > value(target('harmonic')) + 0.003
+  for _ in range(100):
+    moved = target('geometric') * np.exp(0.1 * rng.normal(size=9))
+    assert value(moved / moved.sum()) < best + 1e-6
+  old = rng.dirichlet(np.ones(9))
+  got = old @ (np.log(old) - ref('geometric'))
+  assert got == pytest.approx(weights @ [kl(old, q) for q in laws], abs=1e-5)
+  norm = np.exp(ref('geometric')).sum()
+  assert got == pytest.approx(kl(old, np.exp(ref('geometric')) / norm) - np.log(norm))
 
 
 # --- the moving reference
@@ -233,6 +316,15 @@ def test_references_that_do_not_fit_the_policy_are_refused(read_references, tmp_
       r"reference.of = \('moving',\): .*log p_ref",
       {'reference.of': ('moving',), 'objective.alpha': 0.0},
     ),
+    (
+      r'reference.weights = \(0.7, 0.7\).*add up to 1',
+      {
+        'reference.of': ('base', 'moving'),
+        'reference.weights': (0.7, 0.7),
+        'reference.mean': 'harmonic',
+      },
+    ),
+    ('reference.mean = .*geometric', {'reference.mean': 'harmonical'}),
   ],
 )
 @pytest.mark.smoke
@@ -242,6 +334,27 @@ def test_impossible_references_are_refused(message, changes):
   c.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=message):
     check.config(c, 8)
+
+
+def test_which_references_an_objective_may_have():
+  """Those that compare single tokens have one, of weight 1; others several."""
+  two = {'reference.of': ('base', 'moving'), 'reference.weights': (0.5, 0.5)}
+  one = {'reference.of': ('moving',)}
+
+  def checked(name, fields):
+    c = base.get_config()
+    config.update(c, {'objective.name': name, **fields})
+    check.config(c, 8)
+
+  for name in ('vrpo', 'residual', 'espo', 'gdpo', 'dmpo'):
+    checked(name, two)
+  for name in ('diffu_grpo', 'gdsd', 'diffpo'):
+    checked(name, one)
+    for wrong in (two, {'reference.weights': (0.5,)}):
+      with pytest.raises(ValueError, match='reference.of = .*weight 1'):
+        checked(name, wrong)
+  with pytest.raises(ValueError, match='reference.of = .*wd1 reads no log p_ref'):
+    checked('wd1', one)
 
 
 def test_the_base_alone_adds_no_tree_to_the_optimizer():

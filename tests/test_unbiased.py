@@ -192,31 +192,33 @@ def batch_of(rows, weight, norm, **more):
   )
 
 
-def gradient(name, tokens, weight, record=None, copies=1, **hp):
+def gradient(name, tokens, weight, record=None, copies=1, credit=None, **hp):
   """Returns minus the mean gradient of the loss on rows with given weights.
 
   On policy: old, recorded and reference log-probs are those of THETA. The loss
   is divided by `copies`, so that it is the expectation over masks of the sum
-  over rows.
+  over rows. credit: weights of single tokens.
   """
   objective = OBJECTIVES[name]
   hp = objective.Config(**hp)
   assert hp.problems() == []
   tile = lambda x: jnp.repeat(jnp.asarray(x), copies, axis=0)
-  tokens, weight, record = jax.tree.map(tile, (tokens, np.float32(weight), record))
-  rows = len(tokens)
+  own = {} if credit is None else {'credit': np.float32(credit)}
+  args = jax.tree.map(tile, (tokens, np.float32(weight), record, own))
+  tokens, rows = args[0], len(args[0])
 
-  def loss(theta, old, tokens, weight, record):
+  def loss(theta, old, tokens, weight, record, own):
     masks = objective.draw(
       jax.random.key(3), jnp.arange(rows), text_of(rows, record), hp
     )
     before = view(old, tokens, masks)
     views = Views(logprob.seq_elbo(before.logp, masks.weight), *before)
     batch = batch_of(rows, weight, copies, record=record, old=views, ref=views)
+    batch = batch._replace(own={**batch.own, **own})
     return objective.loss(view(theta, tokens, masks), masks, batch, hp)[0]
 
   run = jax.jit(jax.grad(loss))  # its data as arguments: constants are folded
-  return -np.asarray(run(THETA, THETA, tokens, weight, record))
+  return -np.asarray(run(THETA, THETA, *args))
 
 
 def exact_elbo(theta):

@@ -23,7 +23,7 @@ from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, W
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.StepDraws, shared.PenalisedGradient):
+class Config(shared.StepCredit, shared.StepDraws, shared.PenalisedGradient):
   kl: str = 'k3_ratio'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
 
 

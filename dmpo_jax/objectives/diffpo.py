@@ -5,8 +5,12 @@ a uniform step of the row. Tokens unmasked up to tau are predicted from the prom
 alone, the others from the state after tau. With pi2 that policy and pi_old the
 sampler's recorded log-prob, per token:
 
-  loss = -sum min(pi2_old/pi_old, truncate) min(rho A, clip(rho) A) / tokens,
+  loss = -sum min(pi2_old/pi_old, truncate) min(rho A, clip(rho) A) / size,
   rho = pi2_theta/pi2_old
+
+norm = sequence: size is G times the tokens of the completion, a mean of means (the
+paper's, by a review). token: the batch's tokens per prompt. With 20 and 200 tokens in a
+group the two weigh the first completion ten to one.
 
 The paper's learned threshold of the sampler is not part of this.
 """
@@ -19,14 +23,26 @@ import jax.numpy as jnp
 from dmpo_jax import masking, rng
 from dmpo_jax.objectives import shared
 from dmpo_jax.rng import AnyKey
-from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, Wants
+from dmpo_jax.types import (
+  IntR,
+  Masks,
+  Objective,
+  Scored,
+  Text,
+  TrainBatch,
+  ViewLogp,
+  Wants,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(shared.PenalisedGradient):
-  OWN = {'truncate': shared.above(0)}
+  OWN = {'truncate': shared.above(0), 'norm': shared.one_of('sequence', 'token')}
   beta: float = 0.04  # factor of the KL to the reference; 0 = off
   truncate: float = 2.0  # largest importance correction
+  norm: str = (
+    'sequence'  # tokens that divide: sequence (the completion's) | token (all)
+  )
 
 
 def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
@@ -43,6 +59,13 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
   return masks._replace(counted=counted)
 
 
+def weigh(scored: Scored, hp: Config) -> tuple:
+  """Weighs for a mean over completions of their means, or over the batch's tokens."""
+  of_row = hp.norm == 'sequence'
+  scale = shared.per_length(scored) if of_row else shared.per_token(scored)
+  return shared.weigh(scored, hp, scale)
+
+
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   """Returns (sum over counted tokens, metrics)."""
   sampled, old = batch.record.logp[:, None], batch.old.logp
@@ -57,4 +80,4 @@ def wants(hp: Config) -> Wants:
   return Wants(views=('old', 'ref') if hp.beta else ('old',), records=(), law=True)
 
 
-OBJECTIVE = Objective(Config, wants, draw, shared.weigh_tokens, loss)
+OBJECTIVE = Objective(Config, wants, draw, weigh, loss)

@@ -32,10 +32,10 @@ from dmpo_jax.types import Masks, Scored, TrainBatch, ViewLogp, Wants
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.PenalisedGradient):
+class Config(shared.StepCredit, shared.PenalisedGradient):
   OWN = {'draws': shared.least(0), 'norm': shared.one_of('constant', 'released')}
   shrink: ClassVar[int] = 1
-  advantage: str = 'zscore'  # reward less: mean | loo (mean of the others) | zscore
+  advantage: str = 'zscore'  # reward less: mean | loo | zscore | prefix
   clip_high: float = 0.28  # ratios are clipped above at 1 + clip_high; 0 = as clip
   draws: int = 0  # rounds of a row per update; 0 = all
   norm: str = 'constant'  # constant (rows times length) | released (a group's tokens)
@@ -50,7 +50,7 @@ def weigh(scored: Scored, hp: Config) -> tuple:
   else:
     size = jnp.sum(tokens * rounds, axis=1, keepdims=True)
     scale = jnp.broadcast_to(most / jnp.maximum(size, 1), tokens.shape)
-  return shared.weigh(scored, hp.advantage, scale)
+  return shared.weigh(scored, hp, scale)
 
 
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:

@@ -18,9 +18,10 @@ from dmpo_jax.types import IntR, Masks, Text, Wants
 
 @dataclasses.dataclass(frozen=True)
 class Config(agrpo.Config):
-  advantage: str = 'zscore'  # reward less: mean | loo (mean of the others) | zscore
+  advantage: str = 'zscore'  # reward less: mean | loo | zscore | prefix
   kl: str = 'k3'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
-  choose: str = 'each'  # which fallbacks stand for all: each | uniform | entropy | top
+  # Which fallbacks stand for all: each | uniform | entropy | top | first.
+  choose: str = 'each'
   draws: int = 16  # fallbacks of a row per update
 
   def rules(self) -> dict:

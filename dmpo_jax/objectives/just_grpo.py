@@ -17,9 +17,10 @@ from dmpo_jax.types import IntR, Masks, Text
 
 @dataclasses.dataclass(frozen=True)
 class Config(agrpo.Config):
-  advantage: str = 'zscore'  # reward less: mean | loo (mean of the others) | zscore
+  advantage: str = 'zscore'  # reward less: mean | loo | zscore | prefix
   kl: str = 'k3'  # estimator of the KL: k1 | k2 | k3 | k3_ratio
-  choose: str = 'each'  # which tokens stand for all: each | uniform | entropy | top
+  # Which tokens stand for all: each | uniform | entropy | top | first.
+  choose: str = 'each'
   draws: int = 0  # tokens of a row per update; 0 with choose = each: all
 
 

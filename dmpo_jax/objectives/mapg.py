@@ -25,8 +25,9 @@ from dmpo_jax.types import IntR, Masks, Objective, Text, TrainBatch, ViewLogp, W
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.StepDraws, shared.PolicyGradient):
-  choose: str = 'uniform'  # which steps stand for all: each | uniform | entropy | top
+class Config(shared.StepCredit, shared.StepDraws, shared.PolicyGradient):
+  # Which steps stand for all: each | uniform | entropy | top | first.
+  choose: str = 'uniform'
   draws: int = 12  # steps of a row per update; 0 with choose = each: all
   places: bool = True  # add the gradient of the choice of positions
 
@@ -42,7 +43,7 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
   """Returns (mean over rows of the mean over steps, metrics)."""
   record, copies = batch.record, shared.step_weight(masks)
-  weight = jnp.broadcast_to(batch.weight[:, None], copies.shape)
+  weight = shared.weight_of_steps(batch, masks)
   gap = shared.counted_sums(now.logp - record.logp[:, None], masks)
   live, zero = copies > 0, jnp.zeros_like(gap)
   metrics = shared.gap_metrics(gap, zero, live, batch)

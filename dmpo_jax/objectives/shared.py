@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import logprob, masking, rng
+from dmpo_jax.objectives import credit
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.rules import (
   Rule,
@@ -44,7 +45,7 @@ from dmpo_jax.types import (
 
 ADVANTAGES = ('mean', 'loo', 'zscore')
 KLS = ('k1', 'k2', 'k3', 'k3_ratio')
-CHOICES = ('each', 'uniform', 'entropy', 'top')
+CHOICES = ('each', 'uniform', 'entropy', 'top', 'first')
 
 
 # The rule of a field's name, unless a Config's OWN replaces it.
@@ -72,9 +73,10 @@ class Settings(Section):
 
   def idle(self) -> dict[str, str]:
     own = vars(self)
-    return without_effect(
+    return super().idle() | without_effect(
       ('kl', own.get('beta', 1), 'objective.beta > 0'),
       ('elbo_draws', own.get('elbo_coef', 1), 'objective.elbo_coef other than 0'),
+      ('skip_scale', own.get('skip_equal', 1), 'objective.skip_equal = True'),
     )
 
   def rules(self) -> dict[str, Rule]:
@@ -86,6 +88,7 @@ class Common(Settings):
   """Settings of every objective."""
 
   skip_equal: bool = False  # give groups of equal rewards no weight (DAPO)
+  skip_scale: bool = True  # skip_equal: divide by the number of the other groups
   elbo_coef: float = 0.0  # of the rollouts' mean ELBO per token, added; 0 = off
   elbo_draws: int = 2  # masked copies of that ELBO, in complementary pairs
 
@@ -112,6 +115,24 @@ class PenalisedGradient(PolicyGradient):
 
 
 @dataclasses.dataclass(frozen=True)
+class StepCredit(Settings):
+  """Settings of policy gradients along recorded steps: a step may have its own."""
+
+  # prefix: reward less the mean of the others that were in the step's state
+  advantage: str = 'mean'  # reward less: mean | loo | zscore | prefix
+  credit_shrink: float = 1.0  # prefix: so many completions pull to the state before
+
+  def rules(self) -> dict[str, Rule]:
+    return super().rules() | {'advantage': one_of(*ADVANTAGES, 'prefix')}
+
+  def idle(self) -> dict[str, str]:
+    prefix = self.advantage == 'prefix'
+    return super().idle() | without_effect(
+      ('credit_shrink', prefix, 'objective.advantage = prefix')
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ElboMasks(Settings):
   """Settings of objectives whose masks `draw_elbo` draws."""
 
@@ -128,11 +149,25 @@ class ElboMasks(Settings):
 class StepDraws(Settings):
   """Settings of objectives whose masks `draw_steps` draws."""
 
-  choose: str = 'entropy'  # which steps stand for all: each | uniform | entropy | top
+  # Which steps stand for all: each | uniform | entropy | top | first.
+  choose: str = 'entropy'
   draws: int = 24  # steps of a row per update; 0 with choose = each: all
+  first: int = 4  # first: so many of the draws are the first steps, surely
 
   def rules(self) -> dict[str, Rule]:
-    return super().rules() | {'draws': least(0 if self.choose == 'each' else 1)}
+    found = super().rules() | {'draws': least(0 if self.choose == 'each' else 1)}
+    if self.choose == 'first':
+      found['first'] = self.leaves_some
+    return found
+
+  def leaves_some(self, x: int) -> str:
+    """The rule of `first`: later steps must have a chance, or they count nothing."""
+    good = 1 <= x < self.draws
+    return '' if good else f'must be in 1 to objective.draws - 1 = {self.draws - 1}'
+
+  def idle(self) -> dict[str, str]:
+    first = self.choose == 'first'
+    return super().idle() | without_effect(('first', first, 'objective.choose = first'))
 
 
 # --- advantages
@@ -158,6 +193,11 @@ def per_row(scored: Scored) -> FloatBG:
   return jnp.full_like(scored.reward, 1 / scored.reward.shape[1])
 
 
+def per_length(scored: Scored) -> FloatBG:
+  """Returns the scales by which a loss is a mean over completions of token means."""
+  return per_row(scored) / jnp.maximum(scored.length, 1)
+
+
 def per_token(scored: Scored) -> FloatBG:
   """Returns the scales by which a loss is a mean over the batch's tokens."""
   length, live = scored.length, scored.live_of()
@@ -169,21 +209,36 @@ def per_token(scored: Scored) -> FloatBG:
   return jnp.broadcast_to(scale, scored.reward.shape)
 
 
-def weigh(scored: Scored, kind: str, scale_BxG: FloatBG) -> tuple:
-  """Returns what `weigh` of a policy gradient returns."""
+def weigh(scored: Scored, hp: Any, scale_BxG: FloatBG) -> tuple:
+  """Returns what `weigh` of a policy gradient returns.
+
+  With advantage = prefix own['credit'] has the weights of single tokens, and the row's
+  are those of its first step.
+  """
+  own, kind = {'scale': scale_BxG}, hp.advantage
+  if kind == 'prefix':
+    kind = 'loo'
+    tokens = credit.prefix_advantages(scored, scored.reward, hp.credit_shrink)
+    own['credit'] = tokens * scale_BxG[..., None]
   advantage = advantages(scored.reward, kind)
   metrics = {'advantage_abs': jnp.mean(jnp.abs(advantage))}
-  return advantage * scale_BxG, {'scale': scale_BxG}, metrics
+  return advantage * scale_BxG, own, metrics
 
 
 def weigh_rows(scored: Scored, hp: Any) -> tuple:
   """Weighs for a mean over completions."""
-  return weigh(scored, hp.advantage, per_row(scored))
+  return weigh(scored, hp, per_row(scored))
 
 
 def weigh_tokens(scored: Scored, hp: Any) -> tuple:
   """Weighs for a mean over the batch's tokens."""
-  return weigh(scored, hp.advantage, per_token(scored))
+  return weigh(scored, hp, per_token(scored))
+
+
+def weight_for(x: Array, batch: TrainBatch) -> Array:
+  """Returns weights that broadcast to x (R, ...): credits where tokens have them."""
+  credits = batch.own.get('credit')
+  return like(batch.weight, x) if credits is None else credits[:, None]
 
 
 # --- ratios and divergences
@@ -232,7 +287,7 @@ def like(x: Array, y: Array) -> Array:
 
 def terms(now: Array, old: Array, batch: TrainBatch, hp: Any, ref: Any = None) -> Array:
   """Returns -surrogate + beta KL, elementwise, of log-probs (R, ...)."""
-  value = -surrogate(now - old, like(batch.weight, now), *hp.bounds)
+  value = -surrogate(now - old, weight_for(now, batch), *hp.bounds)
   if hp.beta:
     scale = like(batch.own['scale'], now)
     value += hp.beta * scale * kl(hp.kl, now, ref, old)
@@ -390,6 +445,26 @@ def choose_entropy(u_RxK: Array, wanted_RxT: BoolRL, entropy_RxT: Any) -> tuple:
   return step, jnp.where(count > 0, 1 / jnp.maximum(count * own, 1e-30), 0.0)
 
 
+def choose_first(
+  key: AnyKey, row_R: IntR, wanted_RxT: BoolRL, first: int, draws: int
+) -> tuple[Array, Array]:
+  """Chooses the first steps surely, and the other draws at random from the rest.
+
+  S-GRPO's rule (arXiv 2504.20834) made unbiased: k of the n - a later steps, drawn
+  without replacement, weigh (n - a) / k of a first one. Returns as `choose_steps`.
+  """
+  steps, rest = wanted_RxT.shape[1], draws - first
+  noise = rng.per_row(key, row_R, lambda key: jax.random.uniform(key, (steps,)))
+  number = jnp.cumsum(wanted_RxT, axis=1) - 1
+  rank = jnp.where(number < first, number - steps, noise)  # all below the noise
+  rank = jnp.where(wanted_RxT, rank, 2.0)
+  step = jnp.argsort(rank, axis=1, stable=True)[:, :draws]
+  few, every = every_weight(step, wanted_RxT)
+  count = jnp.sum(wanted_RxT, axis=1, keepdims=True)
+  weight = jnp.where(jnp.arange(step.shape[1])[None] < first, 1, (count - first) / rest)
+  return step, jnp.where(few, every, weight * step.shape[1] / jnp.maximum(count, 1))
+
+
 CHOOSE = {
   'each': choose_each,
   'uniform': choose_uniform,
@@ -427,6 +502,9 @@ def draw_steps(
   its tokens, not the sum.
   """
   order, entropy = record.order, None
+  if hp.choose == 'first':
+    step, weight = choose_first(key, row_R, wanted_RxT, hp.first, hp.draws)
+    return masks_of_steps(order, step, weight)
   if hp.choose in ('entropy', 'top'):
     entropy = by_step(order, record.more['entropy'])
     if mean:
@@ -434,7 +512,12 @@ def draw_steps(
   step, weight = choose_steps(
     key, row_R, wanted_RxT, entropy, hp.choose, hp.draws or order.shape[1]
   )
-  order, step = order[:, None], step[..., None]
+  return masks_of_steps(order, step, weight)
+
+
+def masks_of_steps(order_RxL: IntRL, step_RxK: Array, weight_RxK: Array) -> Masks:
+  """Returns the states before the steps, in which the steps' tokens are counted."""
+  order, step, weight = order_RxL[:, None], step_RxK[..., None], weight_RxK
   masked = (order >= step) | (order < 0)
   masks = masking.per_copy(masked, weight)
   return masks._replace(counted=(order == step) & (masks.weight > 0))
@@ -486,6 +569,15 @@ def shown_steps(record: Record, tokens_RxL: BoolRL) -> BoolRL:
 def counted_sums(x_RxKxL: Array, masks: Masks) -> Array:
   """Returns the sum over a copy's counted positions, (R, K)."""
   return jnp.sum(jnp.where(masks.counted, x_RxKxL, 0.0), axis=-1)
+
+
+def weight_of_steps(batch: TrainBatch, masks: Masks) -> Array:
+  """Returns the rows' weights, or their tokens' at each copy's step, (R, K)."""
+  weight = weight_for(masks.counted, batch)
+  if weight.shape[-1] > 1:  # a step's tokens have one weight
+    size = jnp.maximum(jnp.sum(masks.counted, axis=-1), 1)
+    return counted_sums(weight, masks) / size
+  return jnp.broadcast_to(weight[..., 0], masks.counted.shape[:2])
 
 
 def step_weight(masks: Masks) -> Array:

@@ -126,7 +126,7 @@ def weigh(scored: Scored, hp: Config) -> tuple:
   scale = shared.per_row(scored)
   if hp.variant == 'released':
     scale = shared.per_token(scored) * scored.length
-  return shared.weigh(scored, hp.advantage, scale)
+  return shared.weigh(scored, hp, scale)
 
 
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:

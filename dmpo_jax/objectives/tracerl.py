@@ -55,18 +55,27 @@ from dmpo_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.PenalisedGradient):
+class Config(shared.StepCredit, shared.PenalisedGradient):
   OWN = {
     'shrink': shared.least(1),
     'draws': shared.least(0),
     'norm': shared.one_of('constant', 'released'),
   }
-  advantage: str = 'zscore'  # reward less: mean | loo (mean of the others) | zscore
+  advantage: str = 'zscore'  # reward less: mean | loo | zscore | prefix
   beta: float = 0.01  # factor of the KL to the policy that sampled; 0 = off
   shrink: int = 1  # consecutive rounds that are one; the paper's for LLaDA: 8
   draws: int = 0  # rounds of a row per update; 0 = all
   norm: str = 'constant'  # constant (rows times length) | released (rounds for rows)
   loss_tail: bool = False  # train the tokens sampled after the first EOS
+
+  def problems(self) -> list[str]:
+    bad = super().problems()
+    if self.advantage == 'prefix' and self.shrink > 1:
+      bad.append(
+        f'objective.shrink = {self.shrink} must be 1 with objective.advantage = '
+        'prefix: a merged round has no state that completions share'
+      )
+    return bad
 
 
 def counted_of(order_RxL: IntRL, completion_RxL: BoolRL, hp: Any) -> BoolRL:
@@ -100,7 +109,7 @@ def weigh(scored: Scored, hp: Config) -> tuple:
   scale = shared.per_row(scored)
   if hp.norm == 'released':
     scale = shared.per_token(scored._replace(length=rounds))
-  return shared.weigh(scored, hp.advantage, scale / length)
+  return shared.weigh(scored, hp, scale / length)
 
 
 def loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
