@@ -275,16 +275,26 @@ def make_sample(
   grid: Any,
   records: tuple[str, ...] = (),
 ) -> Callable:
-  """Returns (params, tokens, valid, row) -> Sampled, on the device."""
+  """Returns (params, tokens, valid, row) -> Sampled, on the device.
+
+  The sampler of training, whose stream is 'sample', also notes each token's entropy.
+  """
   hp, whole = check.settings(sampler.SampleConfig, section), gather_of(c, grid)
+  measure = stream == 'sample'
+  asked = tuple(dict.fromkeys((*records, *['entropy'] * measure)))
 
   def sample(params, tokens, valid, row, seed):
     params = whole(params)
     keys_R = rng.row_keys(rng.key_for(seed, stream), row)
-    out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, records)
+    out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, asked)
     own = out.order != GIVEN
     stop = model.is_stop(cfg, out.tokens[:, -hp.length :]) & own
-    return Sampled(out, masking.completion_mask(stop) & own, row)
+    more, entropy = out.more or {}, None
+    if measure:
+      entropy = more['entropy']
+      more = {name: x for name, x in more.items() if name in (*records, 'order_logp')}
+    out = out._replace(more=more or None)
+    return Sampled(out, masking.completion_mask(stop) & own, row, entropy)
 
   seed = np.uint32(c.seed)
   if section.parallel == 'pmap':
@@ -293,7 +303,7 @@ def make_sample(
   # Shardings are given, not left to the compiler: each process reads its own rows.
   rollouts = Rollouts._make([by_row] * len(Rollouts._fields))
   rollouts = rollouts._replace(forwards=mesh.replicated(grid))
-  out = Sampled._make([rollouts, by_row, by_row])
+  out = Sampled(rollouts, by_row, by_row, by_row)
   return Compiled(grid, sample, last=(seed,), by_row=(1, 2, 3), out_shardings=out)
 
 

@@ -55,6 +55,8 @@ METRICS = {
   'tokens_per_forward/': 'share of forwards that reveal so many tokens; 0 to 1',
   'confidence': 'mean probability of a token when it is revealed; 0 to 1',
   'confidence_low': '10 % quantile of the probability of revealed tokens; 0 to 1',
+  'entropy': "mean entropy of a token's law when it is revealed; nats",
+  'logp_token': "mean log-prob of a completion's tokens when they are revealed; nats",
   'policy_age': 'updates between the policy that sampled and the buffer; updates',
   'prompts_changed': 'training prompts that were dropped or cut for length; count',
   # --- weights and log-probs (rl)

@@ -37,13 +37,15 @@ class Fetched(NamedTuple):
   completion: Array  # (R, L) bool
   confidence: Array  # (R, L) float32
   guess: Array | None  # (R, K, L) int32; None: not asked for
+  entropy: Array | None = None  # (R, L) float32; None: not measured
 
 
 def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
   """Fetches a buffer, and cuts its completions out."""
   r, done = sampled.rollouts, sampled.completion
-  found = mesh.fetch((r.tokens, r.order, r.forwards, done, r.confidence, guess))
-  tokens, order, forwards, completion, confidence, guess = found
+  both = r.confidence, sampled.entropy
+  found = mesh.fetch((r.tokens, r.order, r.forwards, done, *both, guess))
+  tokens, order, forwards, completion, confidence, entropy, guess = found
   cut = lambda x, fill: data.after_given(order, x, fill)
   return Fetched(
     cut(tokens[:, -order.shape[1] :], eos_id),
@@ -52,6 +54,7 @@ def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
     cut(completion, False),
     cut(confidence, 0.0),
     guess,
+    entropy if entropy is None else cut(entropy, 0.0),
   )
 
 
@@ -230,7 +233,22 @@ def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
     'length': float(np.mean(host.completion.sum(axis=1))),
     'forwards': int(host.forwards),
     **unmasking_metrics(host.order, host.confidence),
+    **token_metrics(host),
   }
+
+
+def token_metrics(host: Fetched) -> dict[str, float]:
+  """Returns mean log-prob and entropy of the words' tokens when they were revealed.
+
+  The words end with the first EOS. A probability that is 0 in float32 counts as 1e-38.
+  """
+  own = host.completion & (host.order >= 0)
+  if not own.any():
+    return {}
+  found = {'logp_token': np.log(np.maximum(host.confidence[own], 1e-38))}
+  if host.entropy is not None:
+    found['entropy'] = host.entropy[own]
+  return {name: float(np.mean(x)) for name, x in found.items()}
 
 
 # Tokens that a row's forward unmasks: upper ends of the histogram's bins.

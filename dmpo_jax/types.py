@@ -141,6 +141,7 @@ class Sampled(NamedTuple):
   rollouts: Rollouts
   completion: BoolRL  # True up to and including the first EOS
   row: IntR  # address of the row's random numbers, unique over the run
+  entropy: FloatRL | None = None  # of each token's law when it was revealed, nats
 
 
 class Record(NamedTuple):
