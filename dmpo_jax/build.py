@@ -4,6 +4,7 @@
 functions. Shapes for restoring and planning come from tracing the same functions.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dmpo_jax import (
   hf,
   masking,
   mesh,
+  metrics,
   model,
   optim,
   parts,
@@ -65,22 +67,35 @@ class Compiled:
 
   last: host scalars that are fn's last arguments. They are no constants of the program,
   so another seed or rate finds it in the cache of compiled programs. by_row: positions
-  of host arrays that are split over the devices by rows.
+  of host arrays that are split over the devices by rows. LONG names the functions that
+  take long to compile.
   """
+
+  LONG = ('sample', 'score', 'update', 'sft')
 
   def __init__(
     self, grid: Any, fn: Callable, last: tuple = (), by_row: tuple = (), **options: Any
   ):
     self.grid, self.last, self.by_row = grid, last, by_row
-    self.jitted = jax.jit(fn, **options)
+    self.jitted, self.name, self.seen = jax.jit(fn, **options), fn.__name__, set()
 
   def __call__(self, *args: Any) -> Any:
     rows, placed = mesh.rows(self.grid), []
     for i, x in enumerate(args):
       x = mesh.put(x, rows) if i in self.by_row else x
       placed.append(np.int32(x) if isinstance(x, int) else x)
-    with jax.set_mesh(self.grid):
+    with jax.set_mesh(self.grid), self.naming(placed):
       return self.jitted(*placed, *self.last)
+
+  def naming(self, args: Any) -> Any:
+    """Names the compilation, at the first call with arguments of these shapes."""
+    if self.name not in self.LONG:
+      return contextlib.nullcontext()
+    shapes = tuple(map(np.shape, jax.tree.leaves(args)))
+    if shapes in self.seen:
+      return contextlib.nullcontext()
+    self.seen.add(shapes)
+    return metrics.waiting(f'compiling {self.name}')
 
   def trace(self, *args: Any) -> Any:
     """Traces with ShapeDtypeStructs; compiles nothing."""

@@ -496,7 +496,8 @@ def run_train(
     asked.check()
 
   for name, params in (('base', base), ('final', tuned)):
-    results[name], samples = evaluate.accuracy(built, params, test, beat)
+    with metrics.waiting(f'evaluating the {name} model on {len(test.examples)} problems'):
+      results[name], samples = evaluate.accuracy(built, params, test, beat)
     if first:
       path = os.path.join(workdir, f'test_{name}.jsonl')
       files.replace(path, files.to_lines(samples))

@@ -176,8 +176,8 @@ def test_progress_logs_at_intervals_and_the_last(lines):
   for step in range(91, 101):
     progress.update(step, {'reward': step / 100, 'unshown': 1.0})
   progress.close()
-  assert lines == ['rl 91/100, reward 0.91, ? left',
-                   'rl 100/100, reward 1, 00:00 left']  # fmt: skip
+  assert lines == ['rl 91/100, ? left, reward 0.91',
+                   'rl 100/100, 00:00 left, reward 1']  # fmt: skip
 
 
 def test_progress_logs_the_last_of_a_run_cut_short(lines):
@@ -197,32 +197,51 @@ def test_progress_logs_every_step_when_slow(lines):
   assert len(lines) == 3
 
 
-def test_time_left_does_not_count_the_first_update(lines, monkeypatch):
-  """The first of 11 updates compiles for 500 s; the others take 10 s each."""
+def test_time_left_counts_whole_buffers_without_compilation(lines, monkeypatch):
+  """A buffer is sampled for 20 s and has two updates of 5 s; compiling takes 500 s."""
   now = [0.0]
-  progress = metrics.Progress(11, 'rl', every_seconds=0)
-  progress._bar._time = lambda: now[0]
-  progress._bar.start_t = progress._bar.last_print_t = 0.0
-  for step in (1, 2, 3):
-    now[0] = 490.0 + 10 * step
-    progress.update(step, {})
-  assert [line.split(', ')[1] for line in lines] == [
-    '? left',
-    '01:30 left',
-    '01:20 left',
-  ]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  with metrics.Progress(12, 'rl', start=1, every_seconds=0, stride=2) as progress:
+    with metrics.waiting('validating'):
+      now[0] += 40
+    now[0] += 7  # work before the first buffer is in no buffer
+    progress.begin(1)
+    for step in range(2, 8):
+      with metrics.waiting('compiling'), metrics.waiting('compiling more'):
+        now[0] += 500 * (step in (2, 5))
+      with metrics.waiting('validating', idle=False):
+        now[0] += 2 * (step == 6)
+      now[0] += 5 + 20 * (step % 2)
+      progress.update(step, {})
+  assert metrics.Progress.current is None
+  said = [line.split(', ')[1] for line in lines if line.startswith('rl ')]
+  # The first whole buffer is updates 3 and 4; validation is in the third one.
+  assert said == [
+    *['? left'] * 2, '02:00 left', '02:00 left', '01:33 left', '01:33 left',
+  ]  # fmt: skip
+  named = [line for line in lines if line.startswith('rl: ')]
+  assert named[:2] == ['rl: validating ...', 'rl: compiling ...']
+  assert set(named) == set(named[:2])  # the inner one and what counts say nothing
+  with metrics.waiting('evaluating'):
+    assert lines[-1] == 'evaluating ...'
 
 
 def test_progress_bar_on_a_terminal(lines, monkeypatch):
   terminal = io.StringIO()
   terminal.isatty = lambda: True
   monkeypatch.setattr(sys, 'stderr', terminal)
-  progress = metrics.Progress(10, 'rl', start=4)
-  assert 'compiling' in terminal.getvalue()
-  progress.update(10, {'accuracy': 0.25})
+  progress = metrics.Progress(10, 'rl', start=4, note='at temperature 0.8')
+  with metrics.waiting('validating', idle=False):
+    with metrics.waiting('compiling sample'):
+      assert 'compiling sample ...' in terminal.getvalue()
+    assert terminal.getvalue().rstrip().endswith('validating ...')
+  metrics.logging.get_absl_handler().filter(None)
+  assert terminal.getvalue().endswith('\r')  # a log line has a line of its own
+  progress.update(10, {'accuracy': 0.25, 'loss': 2.0, 'validation': 0.5})
   progress.close()
   shown = terminal.getvalue()
-  assert 'rl' in shown and '10/10' in shown and 'accuracy 0.25' in shown
+  assert 'rl' in shown and '10/10' in shown
+  assert '? left, at temperature 0.8: accuracy 0.25, validation 0.5, loss 2' in shown
   assert not lines
 
 

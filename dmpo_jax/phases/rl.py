@@ -11,7 +11,9 @@ from typing import Any
 
 from absl import logging
 
-from dmpo_jax import build, check, data, evaluate, guard, health, optim, resume, rollout
+from dmpo_jax import (
+  build, check, data, evaluate, guard, health, metrics, optim, resume, rollout,
+)  # fmt: skip
 from dmpo_jax.phases.phase import Phase, Session, Tracer
 from dmpo_jax.types import Params, TrainBatch, TrainState
 
@@ -26,6 +28,7 @@ class RL(Phase):
     c = self.config
     self.iterations, self.inner = c.train.iterations, c.train.inner
     self.overlap = c.train.overlap
+    self.note = f'rollouts (temperature {c.sampler.temperature:g})'
     self.refuse = resume.refuse(c, check.FREE)
     self.rules = check.settings(health.Config, c.health)
     self.problems = build.problems(self.built, 'train')
@@ -158,10 +161,11 @@ class RL(Phase):
     it, every = update // self.inner, self.config.eval.every
     if it != self.iterations and (not every or it % every):
       return False
-    with self.clock('evaluate'):
+    with self.clock('evaluate'), metrics.waiting('validating', idle=False):
       params = {**self.frozen, **state.trainable}
       numbers, _ = evaluate.accuracy(self.built, params, self.held_out, beat)
     self.writer.write('eval', it, numbers)
+    self.shown['validation'] = numbers['accuracy']
     if self.best and numbers['accuracy'] <= self.best.accuracy:
       return False
     self.best = resume.Best(update, numbers['accuracy'])
