@@ -381,3 +381,6 @@ class Task(NamedTuple):
   options: dict = {}
   terms: tuple = ()  # names of the reward terms that users may scale
   threads: bool = False  # judging waits for other processes: do many at once
+  # (example, text) -> the problem and the answer in `text`, drawn with characters, for
+  # --mode=sample; '' = they are read as they stand
+  show: Callable = lambda example, text: ''
