@@ -38,6 +38,7 @@ import jax
 from absl import app, flags, logging
 
 from dmpo_jax import (
+  boards,
   build,
   check,
   config,
@@ -441,6 +442,7 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
   c = command.config
   workdir = runs.workdir_of(WORKDIR.value or runs.default(c), written=True)
   runs.refuse_other(c, workdir, check.FREE)
+  boards.check(c.log.wandb)
   built = ready(c)
   check.training(c)
   with watched(c) as (asked, dog):
@@ -501,7 +503,10 @@ def run_train(
     start = provenance.record(overrides, seeds, parts.revisions(c))
     provenance.append(workdir, start)
     built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
-  with metrics.Writer(workdir, enabled=first) as writer:
+  fields = check.plain(c)
+  with metrics.Writer(
+    workdir, enabled=first, config=fields, wandb=c.log.wandb
+  ) as writer:
     meter = speed.Meter(built)
     session = train.Session(built, workdir, writer, dog.beat, meter, PROFILE.value)
     base, sft_seconds = train.run('sft', session)

@@ -1,7 +1,7 @@
 """Writes a run's numbers and shows its progress.
 
 `metrics.jsonl` is the truth: one flat JSON object a line, with its phase and
-step. TensorBoard gets the same scalars under `phase/name`. METRICS explains
+step. The dashboards of boards.py get the same scalars under `phase/name`. METRICS explains
 every name.
 """
 
@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 import tqdm
 from absl import logging
 
-from dmpo_jax import files
+from dmpo_jax import boards, files
 
 FILE = 'metrics.jsonl'
 RESERVED = ('phase', 'step', 'time')
@@ -126,42 +125,37 @@ def read(workdir: files.Path) -> list[dict]:
 
 
 class Writer:
-  """Appends to a run's metrics.jsonl and TensorBoard files.
+  """Appends to a run's metrics.jsonl, and gives the same rows to dashboards.
 
   With `enabled` False, in all processes but the first, it writes nothing. Its
-  methods return the same values, so that all processes decide alike.
+  methods return the same values, so that all processes decide alike. config: fields
+  that the dashboards show. wandb: a project of Weights & Biases; '' = none.
   """
 
-  def __init__(self, workdir: files.Path, *, enabled: bool = True):
+  def __init__(
+    self,
+    workdir: files.Path,
+    *,
+    enabled: bool = True,
+    config: Mapping[str, Any] | None = None,
+    wandb: str = '',
+  ):
     self._path = pathlib.Path(workdir) / FILE
     self._enabled = enabled
     self._pending = {}  # phase -> (step, values), oldest first
-    self._boards = {}  # phase -> SummaryWriter
+    self._boards: list[Any] = []
     if enabled:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       files.keep(self._path)
+      self._boards.append(boards.TensorBoard(self._path.parent, config or {}))
+      if wandb:
+        self._boards.append(boards.Wandb(self._path.parent, config or {}, wandb))
 
   def __enter__(self) -> 'Writer':
     return self
 
   def __exit__(self, *_):
     self.close()
-
-  def _board(self, phase, purge_step=None):
-    """Returns the phase's event file; a new one forgets steps from `purge_step`.
-
-    TensorBoard forgets per folder, whatever the tag, so each phase has a folder.
-    The suffix separates two files opened within a second: tensorboardX would
-    overwrite the first.
-    """
-    if phase not in self._boards:
-      self._boards[phase] = tensorboardX.SummaryWriter(
-        str(self._path.parent / 'tensorboard' / phase),
-        purge_step=purge_step,
-        filename_suffix=f'.{time.time_ns()}',
-        flush_secs=10,
-      )
-    return self._boards[phase]
 
   def write(self, phase: str, step: int, values: Mapping[str, Any]) -> dict[str, float]:
     """Writes one row of scalars and returns them as floats."""
@@ -174,9 +168,8 @@ class Writer:
       row = {name: files.number(value) for name, value in floats.items()}
       head = {'phase': phase, 'step': int(step), 'time': round(now, 2)}
       files.append(self._path, [head | row])
-      board = self._board(phase)
-      for name, value in floats.items():
-        board.add_scalar(f'{phase}/{name}', value, int(step), walltime=now)
+      for board in self._boards:
+        board.write(phase, int(step), floats)
     return floats
 
   def late(
@@ -214,10 +207,8 @@ class Writer:
     if not self._enabled:
       return
     files.keep(self._path, lambda row: row['phase'] != phase or row['step'] <= step)
-    if phase in self._boards:
-      self._boards.pop(phase).close()
-    if (self._path.parent / 'tensorboard' / phase).exists():
-      self._board(phase, purge_step=step + 1)
+    for board in self._boards:
+      board.rewind(phase, step)
 
   def count(self, phase: str) -> int:
     """Returns how many rows of the phase are in the file."""
@@ -226,9 +217,8 @@ class Writer:
   def close(self) -> None:
     """Writes everything held back and closes the files; may be called twice."""
     self.flush()
-    for board in self._boards.values():
-      board.close()
-    self._boards.clear()
+    while self._boards:
+      self._boards.pop().close()
 
 
 class Progress:

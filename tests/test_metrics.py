@@ -1,5 +1,6 @@
 """A run's metrics survive delays, kills and resumption; its progress is shown."""
 
+import importlib.util
 import io
 import json
 import math
@@ -7,11 +8,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from dmpo_jax import files, metrics
+from dmpo_jax import boards, files, metrics
 
 
 def scalars(workdir, phase):
@@ -143,6 +145,74 @@ def test_rewind_of_open_phase_keeps_its_event_file(tmp_path):
     writer.write('rl', 2, {'x': 2})
   values, purges = scalars(tmp_path, 'rl')
   assert values == [(1, 'rl/x', 1), (2, 'rl/x', 2)] and purges == [2]
+
+
+class FakeWandb(types.ModuleType):
+  """Stands for the package: notes what a run is given."""
+
+  Error = RuntimeError
+
+  def __init__(self):
+    super().__init__('wandb')
+    self.__spec__ = importlib.util.spec_from_loader('wandb', None)
+    self.starts, self.rows, self.axes = [], [], {}
+
+  def init(self, **options):
+    if options['project'] == 'refused':
+      raise self.Error('no\n API key')
+    self.starts.append(options)
+    return self
+
+  def define_metric(self, name, step_metric=None, hidden=False):
+    self.axes[name] = step_metric
+
+  def log(self, row):
+    self.rows.append(row)
+
+  def finish(self):
+    self.starts[-1]['done'] = True
+
+
+def test_dashboards_get_the_names_of_the_file(tmp_path, monkeypatch):
+  """W&B, TensorBoard and JSONL agree; a resumed workdir keeps its W&B run."""
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  boards.check('mine')
+  given = dict(config={'objective.alpha': 0.5, 'seed': 3}, wandb='mine')
+  with metrics.Writer(tmp_path / 'run', **given) as writer:
+    writer.write('rl', 1, {'reward': 0.5, 'reward/format': 1.0})
+    writer.late('update', 7, {'loss': 0.25})
+  with metrics.Writer(tmp_path / 'run', **given) as writer:
+    writer.rewind('rl', 0)
+    writer.write('rl', 1, {'reward': 0.5, 'reward/format': 1.0})
+  with metrics.Writer(tmp_path / 'run', enabled=False, wandb='mine') as writer:
+    writer.write('rl', 2, {'reward': 0.5})  # another process
+  first, again = fake.starts
+  assert first == again and first['done'] and first['resume'] == 'allow'
+  assert first['config'] == given['config'] and first['project'] == 'mine'
+  assert first['name'] == 'run' and first['id']
+  row = {'rl/step': 1, 'rl/reward': 0.5, 'rl/reward/format': 1.0}
+  assert fake.rows == [row, {'update/step': 7, 'update/loss': 0.25}, row]
+  assert fake.axes['rl/*'] == 'rl/step' and fake.axes['update/*'] == 'update/step'
+  tags = {tag for _, tag, _ in scalars(tmp_path / 'run', 'rl')[0]}
+  in_file = {
+    f'rl/{name}' for row in metrics.read(tmp_path / 'run') if row['phase'] == 'rl'
+    for name in row if name not in metrics.RESERVED
+  }  # fmt: skip
+  assert tags == in_file == set(row) - {'rl/step'}
+  events = [x.read_bytes() for x in (tmp_path / 'run/tensorboard/config').iterdir()]
+  assert len(events) == 2 and all(b'| objective.alpha | `0.5` |' in x for x in events)
+
+
+def test_wandb_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', FakeWandb())
+  with pytest.raises(ValueError, match='log.wandb = refused: no API key.*WANDB_MODE'):
+    metrics.Writer(tmp_path, wandb='refused')
+  monkeypatch.delitem(sys.modules, 'wandb')
+  monkeypatch.setattr(boards.importlib.util, 'find_spec', lambda name: None)
+  boards.check('')
+  with pytest.raises(ValueError, match='log.wandb = mine needs .*pip install'):
+    boards.check('mine')
 
 
 def test_bad_line_before_the_last_is_an_error(tmp_path):
