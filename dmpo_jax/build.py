@@ -4,6 +4,7 @@
 functions. Shapes for restoring and planning come from tracing the same functions.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from dmpo_jax import (
   hf,
   masking,
   mesh,
+  metrics,
   model,
   optim,
   parts,
@@ -66,22 +68,35 @@ class Compiled:
 
   last: host scalars that are fn's last arguments. They are no constants of the program,
   so another seed or rate finds it in the cache of compiled programs. by_row: positions
-  of host arrays that are split over the devices by rows.
+  of host arrays that are split over the devices by rows. LONG names the functions that
+  take long to compile.
   """
+
+  LONG = ('sample', 'score', 'update', 'sft')
 
   def __init__(
     self, grid: Any, fn: Callable, last: tuple = (), by_row: tuple = (), **options: Any
   ):
     self.grid, self.last, self.by_row = grid, last, by_row
-    self.jitted = jax.jit(fn, **options)
+    self.jitted, self.name, self.seen = jax.jit(fn, **options), fn.__name__, set()
 
   def __call__(self, *args: Any) -> Any:
     rows, placed = mesh.rows(self.grid), []
     for i, x in enumerate(args):
       x = mesh.put(x, rows) if i in self.by_row else x
       placed.append(np.int32(x) if isinstance(x, int) else x)
-    with jax.set_mesh(self.grid):
+    with jax.set_mesh(self.grid), self.naming(placed):
       return self.jitted(*placed, *self.last)
+
+  def naming(self, args: Any) -> Any:
+    """Names the compilation, at the first call with arguments of these shapes."""
+    if self.name not in self.LONG:
+      return contextlib.nullcontext()
+    shapes = tuple(map(np.shape, jax.tree.leaves(args)))
+    if shapes in self.seen:
+      return contextlib.nullcontext()
+    self.seen.add(shapes)
+    return metrics.waiting(f'compiling {self.name}')
 
   def trace(self, *args: Any) -> Any:
     """Traces with ShapeDtypeStructs; compiles nothing."""
@@ -288,16 +303,26 @@ def make_sample(
   grid: Any,
   records: tuple[str, ...] = (),
 ) -> Callable:
-  """Returns (params, tokens, valid, row) -> Sampled, on the device."""
+  """Returns (params, tokens, valid, row) -> Sampled, on the device.
+
+  The sampler of training, whose stream is 'sample', also notes each token's entropy.
+  """
   hp, whole = check.settings(sampler.SampleConfig, section), gather_of(c, grid)
+  measure = stream == 'sample'
+  asked = tuple(dict.fromkeys((*records, *['entropy'] * measure)))
 
   def sample(params, tokens, valid, row, seed):
     params = whole(params)
     keys_R = rng.row_keys(rng.key_for(seed, stream), row)
-    out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, records)
+    out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, asked)
     own = out.order != GIVEN
     stop = model.is_stop(cfg, out.tokens[:, -hp.length :]) & own
-    return Sampled(out, masking.completion_mask(stop) & own, row)
+    more, entropy = out.more or {}, None
+    if measure:
+      entropy = more['entropy']
+      more = {name: x for name, x in more.items() if name in (*records, 'order_logp')}
+    out = out._replace(more=more or None)
+    return Sampled(out, masking.completion_mask(stop) & own, row, entropy)
 
   seed = np.uint32(c.seed)
   if section.parallel == 'pmap':
@@ -314,7 +339,7 @@ def sampled_shardings(grid: Any) -> Sampled:
   by_row = mesh.rows(grid)
   rollouts = Rollouts._make([by_row] * len(Rollouts._fields))
   rollouts = rollouts._replace(forwards=mesh.replicated(grid))
-  return Sampled._make([rollouts, by_row, by_row])
+  return Sampled(rollouts, by_row, by_row, by_row)
 
 
 def make_select(grid: Any) -> Compiled:

@@ -11,6 +11,7 @@ Modes:
   export  the latest checkpoint as a Hugging Face directory or a PEFT adapter
   plan    memory, FLOPs and time of a run, before anything is loaded
   report  curves and a summary of a run; --runs compares runs, --cards results cards
+  list    the runs in runs/ or of --runs: how far they are, their last accuracy
 
 A run is a folder, the workdir. Without --workdir it is runs/NAME-HASH of the config, so
 the same --config finds it again in every mode. --workdir without --config takes the
@@ -37,6 +38,7 @@ import jax
 from absl import app, flags, logging
 
 from dmpo_jax import (
+  boards,
   build,
   check,
   config,
@@ -58,7 +60,7 @@ from dmpo_jax import (
 from dmpo_jax.tasks import CHOICES
 from dmpo_jax.tools import cards, plan, provenance, report, speed, status, watch
 
-NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report')
+NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report', 'list')
 _text, _int, _choice = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum
 CONFIG = _text('config', '', 'config file: FILE or FILE:ARGUMENT')
 MODE = _choice('mode', 'train', NAMES, 'what to do')
@@ -78,7 +80,7 @@ PROMPT = _text('prompt', '', 'sample: a prompt of your own')
 HTML = _text('html', '', 'sample: also writes a web page to this file')
 PROFILE = _int('profile', 0, 'train: iterations of RL to trace into WORKDIR/profile')
 TOPOLOGY = _text('topology', '', 'plan: absent devices, such as v5p:4x4x4 or h100x8')
-RUNS = _text('runs', '', 'report: pattern of the workdirs to compare')
+RUNS = _text('runs', '', 'report, list: pattern of workdirs; list: runs/*')
 CARDS = _text('cards', '', 'report: pattern of the *.card.json to compare')
 BY = _text('by', 'objective.baseline', 'report --runs: config field to group by')
 # Several processes, each with the same command (docs/running.md).
@@ -105,7 +107,8 @@ READ_BY = {
   'problem prompt html': ('sample',),
   'topology': ('plan',),
   'profile': ('train',),
-  'runs cards by': ('report',),
+  'runs': ('report', 'list'),
+  'cards by': ('report',),
 }
 
 
@@ -151,6 +154,7 @@ def refuse_flags() -> None:
     ('by', RUNS.value, '--runs'),
     ('out', MODE.value != 'report' or many, '--runs or --cards'),
     ('workdir', not many, 'neither --runs nor --cards'),
+    ('config workdir sweep', MODE.value != 'list', 'another mode'),
     ('heartbeat', COORDINATOR.value or several, '--coordinator or --multihost=auto'),
     *(
       (names, MODE.value in modes, f'--mode={" or ".join(modes)}')
@@ -172,7 +176,7 @@ def refuse_flags() -> None:
 def read_config(fields: Sequence[str]) -> Command:
   """Returns the config of --config with --sweep and --config.FIELD=VALUE applied."""
   if not CONFIG.value:
-    alone = MODE.value in ('report', 'score')
+    alone = MODE.value in ('report', 'score', 'list')
     if SWEEP.value or (fields and alone) or not (alone or WORKDIR.value):
       raise ValueError(
         '--config=FILE is missing, such as configs/quickstart.py (-h lists the flags)'
@@ -254,7 +258,7 @@ def cluster() -> dict[str, Any] | None:
     )
   if HEARTBEAT.value < 1:
     raise ValueError(f'--heartbeat={HEARTBEAT.value} must be >= 1 second')
-  if MODE.value in ('plan', 'report'):
+  if MODE.value in ('plan', 'report', 'list'):
     raise ValueError(
       f'--mode={MODE.value} is for one process: leave out --multihost and --coordinator'
     )
@@ -447,6 +451,7 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
   c = command.config
   workdir = runs.workdir_of(WORKDIR.value or runs.default(c), written=True)
   runs.refuse_other(c, workdir, check.FREE)
+  boards.check(c.log.wandb)
   built = ready(c)
   check.training(c)
   grader.ready(built.task)
@@ -466,13 +471,34 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
         dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
         run_train(built, workdir, command.overrides, only_sft, dog, asked)
   if not only_sft and jax.process_index() == 0:
-    if not os.path.exists(os.path.join(workdir, 'curves.png')):
-      with contextlib.suppress(report.NoData):
-        report.curves(workdir)
-    again = re.sub(r' --?profile[= ]\d+', '', shlex.join(sys.argv))
+    with contextlib.suppress(report.NoData):
+      report.curves_of_end(workdir)
     print(report.summary(workdir))
-    print(f'workdir: {workdir}')
-    print(f'next: python {again} --mode=sample (or eval, export)')
+    print(what_next(workdir))
+
+
+def what_next(workdir: str) -> str:
+  """Returns the paths of a finished run, and the commands that use it."""
+  program, newest = sys.argv[0], max(resume.saved_updates(workdir), default='')
+  python = (
+    '' if os.access(program, os.X_OK) and not program.endswith('.py') else 'python '
+  )
+  command = f'{python}{shlex.quote(program)} --workdir={shlex.quote(workdir)}'
+  paths = {'workdir': '', 'curves': 'curves.png', 'answers': 'test_final.jsonl'}
+  paths |= {'checkpoint': f'rl/{newest}'} if newest else {}
+  uses = {
+    'watch one answer': 'sample --html=sample.html',
+    'evaluate': 'eval',
+    'export to Hugging Face': 'export',
+    'curves and numbers': 'report',
+  }
+  return '\n'.join(
+    [
+      *(f'{name + ":":12}{os.path.join(workdir, x)}' for name, x in paths.items()),
+      'next:',
+      *(f'  {command} --mode={mode}  # {what}' for what, mode in uses.items()),
+    ]
+  )
 
 
 def run_train(
@@ -491,7 +517,10 @@ def run_train(
     start = provenance.record(overrides, seeds, parts.revisions(c))
     provenance.append(workdir, start)
     built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
-  with metrics.Writer(workdir, enabled=first) as writer:
+  fields = check.plain(c)
+  with metrics.Writer(
+    workdir, enabled=first, config=fields, wandb=c.log.wandb
+  ) as writer:
     meter = speed.Meter(built)
     session = train.Session(built, workdir, writer, dog.beat, meter, PROFILE.value)
     base, sft_seconds = train.run('sft', session)
@@ -506,7 +535,10 @@ def run_train(
     asked.check()
 
   for name, params in (('base', base), ('final', tuned)):
-    results[name], samples = evaluate.accuracy(built, params, test, beat)
+    with metrics.waiting(
+      f'evaluating the {name} model on {len(test.examples)} problems'
+    ):
+      results[name], samples = evaluate.accuracy(built, params, test, beat)
     if first:
       path = os.path.join(workdir, f'test_{name}.jsonl')
       files.replace(path, files.to_lines(samples))
@@ -555,7 +587,8 @@ def eval_mode(command: Command) -> None:
 
 def sample_mode(command: Command) -> None:
   """Shows a prompt being unmasked, on the terminal and as a page."""
-  html, workdir = runs.path_of('--html', HTML.value, True), run_of(command.config)
+  html = runs.path_of('--html', HTML.value, written=True, file=True)
+  workdir = run_of(command.config)
   built = ready(command.config)
   build.problems(built, 'test')
   problem, prompt = shown_prompt(built)
@@ -569,11 +602,15 @@ def sample_mode(command: Command) -> None:
     protocol, weights = built.config.data.protocol, built.config.reward.weights
     (grade,) = grader.judge(task, protocol, [row['text']], [example], weights).grades
     line += f', grade {grade:g}; the answer: {built.task.record(example)[1]}'
-  steps = watch.pieces(row['ids'], row['order'], built.tokenizer.decode)
-  say(f'{prompt}\n{watch.terminal(steps, sys.stdout.isatty())}\n{line}')
+  drawing = built.task.show(example, row['text']) if example else ''
+  texts = watch.texts_of(row['ids'], built.tokenizer.decode)
+  steps = watch.terminal(watch.pieces(texts, row['order']), sys.stdout.isatty())
+  say('\n'.join(filter(None, (prompt, steps, drawing, line))))
   if html and jax.process_index() == 0:
-    with open(html, 'w', encoding='utf-8') as f:
-      f.write(watch.page(steps, f'{built.config.name}, {name}', prompt, line))
+    tokens = list(zip(texts, row['order'], row['confidence'], strict=True))
+    title = f'{built.config.name}, {name}'
+    files.replace(html, watch.page(tokens, title, prompt, line, drawing))
+    print(f'page with a slider over the steps: {html}')
 
 
 def shown_prompt(built: build.Built) -> tuple[data.Problems, str]:
@@ -644,14 +681,15 @@ def plan_mode(command: Command) -> None:
 
 def report_mode(command: Command) -> None:
   """Draws and summarizes one run, or compares several runs or cards."""
+  out = runs.path_of('--out', OUT.value, written=True, file=True)
   if CARDS.value:
     paths = sorted(glob.glob(os.path.expanduser(CARDS.value)))
-    return print(*report.compare_cards(paths, OUT.value), sep='\n')
+    return print(*report.compare_cards(paths, out), sep='\n')
   if RUNS.value:
     paths = sorted(glob.glob(os.path.expanduser(RUNS.value)))
     is_run = lambda path: os.path.exists(os.path.join(path, 'config.json'))
     paths = [path for path in paths if is_run(path) or not os.path.isdir(path)]
-    return print(*report.compare(paths, BY.value, OUT.value), sep='\n')
+    return print(*report.compare(paths, BY.value, out), sep='\n')
   if not WORKDIR.value and command.config is None:
     raise ValueError('--mode=report needs --workdir=DIR, --config, --runs or --cards')
   workdir = runs.path_of('--workdir', WORKDIR.value)
@@ -662,10 +700,20 @@ def report_mode(command: Command) -> None:
   with contextlib.suppress(report.NoData):  # the run has hardly begun
     print(report.curves(workdir))
   print((report.summary if runs.is_done(workdir) else status.under_way)(workdir))
+  if runs.is_done(workdir):
+    print(what_next(workdir))
+
+
+def list_mode(command: Command) -> None:
+  """Prints a table of the runs."""
+  pattern = os.path.expanduser(RUNS.value or os.path.join(runs.FOLDER, '*'))
+  folders = sorted(filter(os.path.isdir, glob.glob(pattern)))
+  print(status.listing(folders) or f'no run in {pattern}: --runs names other folders')
 
 
 MODES: dict[str, Callable[[Command], None]] = {
   'train': train_mode, 'sft': functools.partial(train_mode, only_sft=True),
   'eval': eval_mode, 'sample': sample_mode, 'score': score_mode,
   'export': export_mode, 'plan': plan_mode, 'report': report_mode,
+  'list': list_mode,
 }  # fmt: skip

@@ -396,6 +396,7 @@ class Log(Section):
   """What a run writes down beside its metrics."""
 
   every_seconds: float = 10.0  # seconds between log lines where there is no terminal
+  wandb: str = ''  # project of Weights & Biases that gets the metrics, too; '' = none
   samples: int = 2  # completions of a buffer written to samples.jsonl; 0 = none
   stuck_minutes: float = 0.0  # without progress so long the run exits (76); 0 = off
 

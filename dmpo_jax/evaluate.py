@@ -86,7 +86,8 @@ def generate(
   """Yields the completions first .. total - 1 as dicts, sampled in batches.
 
   Completion r answers problem r mod n. Its random numbers depend on r alone, not
-  on the batch. The last batch is padded with repeats that are left out.
+  on the batch. The last batch is padded with repeats that are left out. confidence is
+  the probability of each token when it was revealed.
   """
   batch, count = built.config.eval.batch, len(problems.examples)
   stop = model.stops(built.model)
@@ -106,6 +107,7 @@ def generate(
         text=texts[i],
         ids=host.tokens[i].tolist(),
         order=order[i].tolist(),
+        confidence=host.confidence[i].tolist(),
         forwards=int(order[i].max()) + 1,
         tokens=int(host.completion[i].sum()),
         batch_forwards=int(host.forwards),

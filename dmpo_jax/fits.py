@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dmpo_jax import build, data
+from dmpo_jax import build, data, metrics
 
 GIB = 2**30
 REMATS = ('none', 'dots', 'full')  # values of model.remat, from the fastest
@@ -111,7 +111,8 @@ def compiled(name: str, traced: Any, target: Target) -> Use:
   begun = time.time()
   lowered = traced.lower(lowering_platforms=target.platforms)
   try:
-    program = lowered.compile(target.options or None)
+    with metrics.waiting(f'compiling {name}'):
+      program = lowered.compile(target.options or None)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise

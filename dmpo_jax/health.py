@@ -25,16 +25,22 @@ RULES = {
   'reward': ('reward', 'below'),  # divided by its best mean
   'ess': ('ess', 'below'),
   'kl': ('kl_ref', 'above'),
+  'entropy': ('entropy', 'below'),
+  'logp_token': ('logp_token', 'below'),
   'grad_norm': ('grad_norm', 'above'),
 }
 OF_UPDATES = ('grad_norm',)  # rules of an update's numbers, not of a buffer's
+
+
+def below_zero(x: float) -> str:
+  return rules.finite(x) or ('' if x <= 0 else 'must be < 0, as a log-prob is')
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(rules.Section):
   """Bounds of the rules, and what follows when one is broken for long.
 
-  Bounds are shares, but for kl and grad_norm.
+  Bounds are shares, but for kl, entropy, logp_token and grad_norm.
   """
 
   NAME = 'health'
@@ -42,6 +48,8 @@ class Config(rules.Section):
     'action': rules.one_of(*ACTIONS),
     'patience': rules.least(1),
     'kl': rules.or_off(rules.least(0)),
+    'entropy': rules.or_off(rules.least(0)),
+    'logp_token': rules.or_off(below_zero),
     'grad_norm': rules.or_off(rules.least(0)),
   }
 
@@ -54,6 +62,8 @@ class Config(rules.Section):
   reward: float = 0.5  # smallest reward / its best mean over `patience`; 0 = off
   ess: float = 0.0  # smallest effective sample size of a group's weights; 0 = off
   kl: float = 0.0  # largest KL to the reference, nats a completion; 0 = off
+  entropy: float = 0.0  # smallest mean entropy of a token, nats; 0 = off
+  logp_token: float = 0.0  # smallest mean log-prob of a token, nats, < 0; 0 = off
   grad_norm: float = 0.0  # largest gradient norm before clipping; 0 = off
   measure: bool = False  # compute KL and ELBO drift for every objective
 

@@ -1,7 +1,7 @@
 """Writes a run's numbers and shows its progress.
 
 `metrics.jsonl` is the truth: one flat JSON object a line, with its phase and
-step. TensorBoard gets the same scalars under `phase/name`. METRICS explains
+step. The dashboards of boards.py get the same scalars under `phase/name`. METRICS explains
 every name.
 """
 
@@ -16,15 +16,20 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 import tqdm
 from absl import logging
 
-from dmpo_jax import files
+from dmpo_jax import boards, files
 
 FILE = 'metrics.jsonl'
 RESERVED = ('phase', 'step', 'time')
-SHOWN = ('reward', 'accuracy', 'ess', 'loss', 'grad_norm', 'tokens_per_second', 'mfu')
+# Numbers on the progress bar and their words there, by where they come from.
+SHOWN: tuple[dict[str, str], ...] = (
+  {'reward': 'reward', 'accuracy': 'accuracy', 'ess': 'ess'},
+  {'validation': 'validation'},
+  {'loss': 'loss', 'grad_norm': 'grad'},
+  {'tokens_per_second': 'tokens/s', 'mfu': 'mfu'},
+)
 NOT_FINITE = {'nan': math.nan, 'inf': math.inf, '-inf': -math.inf}
 
 # Meaning of each metric, then its unit. A name that ends with '/' is a prefix.
@@ -58,6 +63,8 @@ METRICS = {
   'confidence': 'mean probability of a token when it is revealed; 0 to 1',
   'confidence_low': '10 % quantile of the probability of revealed tokens; 0 to 1',
   'shared_steps': 'first steps that another completion of the group takes too; steps',
+  'entropy': "mean entropy of a token's law when it is revealed; nats",
+  'logp_token': "mean log-prob of a completion's tokens when they are revealed; nats",
   'policy_age': 'updates between the policy that sampled and the buffer; updates',
   'prompts_changed': 'training prompts that were dropped or cut for length; count',
   # --- weights and log-probs (rl)
@@ -121,42 +128,37 @@ def read(workdir: files.Path) -> list[dict]:
 
 
 class Writer:
-  """Appends to a run's metrics.jsonl and TensorBoard files.
+  """Appends to a run's metrics.jsonl, and gives the same rows to dashboards.
 
   With `enabled` False, in all processes but the first, it writes nothing. Its
-  methods return the same values, so that all processes decide alike.
+  methods return the same values, so that all processes decide alike. config: fields
+  that the dashboards show. wandb: a project of Weights & Biases; '' = none.
   """
 
-  def __init__(self, workdir: files.Path, *, enabled: bool = True):
+  def __init__(
+    self,
+    workdir: files.Path,
+    *,
+    enabled: bool = True,
+    config: Mapping[str, Any] | None = None,
+    wandb: str = '',
+  ):
     self._path = pathlib.Path(workdir) / FILE
     self._enabled = enabled
     self._pending = {}  # phase -> (step, values), oldest first
-    self._boards = {}  # phase -> SummaryWriter
+    self._boards: list[Any] = []
     if enabled:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       files.keep(self._path)
+      self._boards.append(boards.TensorBoard(self._path.parent, config or {}))
+      if wandb:
+        self._boards.append(boards.Wandb(self._path.parent, config or {}, wandb))
 
   def __enter__(self) -> 'Writer':
     return self
 
   def __exit__(self, *_):
     self.close()
-
-  def _board(self, phase, purge_step=None):
-    """Returns the phase's event file; a new one forgets steps from `purge_step`.
-
-    TensorBoard forgets per folder, whatever the tag, so each phase has a folder.
-    The suffix separates two files opened within a second: tensorboardX would
-    overwrite the first.
-    """
-    if phase not in self._boards:
-      self._boards[phase] = tensorboardX.SummaryWriter(
-        str(self._path.parent / 'tensorboard' / phase),
-        purge_step=purge_step,
-        filename_suffix=f'.{time.time_ns()}',
-        flush_secs=10,
-      )
-    return self._boards[phase]
 
   def write(self, phase: str, step: int, values: Mapping[str, Any]) -> dict[str, float]:
     """Writes one row of scalars and returns them as floats."""
@@ -169,9 +171,8 @@ class Writer:
       row = {name: files.number(value) for name, value in floats.items()}
       head = {'phase': phase, 'step': int(step), 'time': round(now, 2)}
       files.append(self._path, [head | row])
-      board = self._board(phase)
-      for name, value in floats.items():
-        board.add_scalar(f'{phase}/{name}', value, int(step), walltime=now)
+      for board in self._boards:
+        board.write(phase, int(step), floats)
     return floats
 
   def late(
@@ -209,10 +210,8 @@ class Writer:
     if not self._enabled:
       return
     files.keep(self._path, lambda row: row['phase'] != phase or row['step'] <= step)
-    if phase in self._boards:
-      self._boards.pop(phase).close()
-    if (self._path.parent / 'tensorboard' / phase).exists():
-      self._board(phase, purge_step=step + 1)
+    for board in self._boards:
+      board.rewind(phase, step)
 
   def count(self, phase: str) -> int:
     """Returns how many rows of the phase are in the file."""
@@ -221,53 +220,115 @@ class Writer:
   def close(self) -> None:
     """Writes everything held back and closes the files; may be called twice."""
     self.flush()
-    for board in self._boards.values():
-      board.close()
-    self._boards.clear()
+    while self._boards:
+      self._boards.pop().close()
 
 
 class Progress:
   """Shows a bar on a terminal; elsewhere logs a line every few seconds.
 
-  The first update contains the compilation, so the time left is unknown until
-  the second.
+  The time left follows from whole buffers of `stride` updates in this session. What
+  `waiting` names, such as compiling, does not count. It is unknown before the first
+  whole buffer, or before the second one of a single update.
+
+  note: what the shown rewards are of, such as their temperature.
   """
 
-  LINE = '{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left'
+  BAR = '{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}'
+  LINE = '{desc} {n_fmt}/{total_fmt}{postfix}'
+  current: 'Progress | None' = None  # the one on the screen
 
   def __init__(
-    self, total: int, label: str, *, start: int = 0, every_seconds: float | int = 10
+    self,
+    total: int,
+    label: str,
+    *,
+    start: int = 0,
+    every_seconds: float | int = 10,
+    stride: int = 1,
+    note: str = '',
   ):
-    self._total, self._every = total, every_seconds
+    self._total, self._every, self._stride = total, every_seconds, stride
+    self._note, self._text = note, ''  # the newest numbers
     self._logged, self._unlogged = -math.inf, ''  # last log time; newest line
-    self._compiled = False
+    self._idle, self._waits = 0.0, []  # seconds that do not count; what is waited for
+    self._first: tuple[int, float] | None = None  # update and time of a whole buffer
+    self._left = '? left'
     self._terminal = sys.stderr.isatty()
     # Without a terminal tqdm counts and formats, but never prints.
-    quiet: dict[str, Any] = dict(
-      file=io.StringIO(), mininterval=math.inf, bar_format=self.LINE
-    )
+    quiet: dict[str, Any] = dict(file=io.StringIO(), mininterval=math.inf)
     self._bar = tqdm.tqdm(
       total=total,
       initial=start,
       desc=label,
-      smoothing=0,  # the rate is the mean over all updates
       dynamic_ncols=True,
+      bar_format=self.BAR if self._terminal else self.LINE,
       **({} if self._terminal else quiet),
     )
-    self._bar.set_postfix_str('compiling')
+    self.begin(start)
+    Progress.current = self
+    if self._terminal:  # a log line begins at the line's start
+      logging.get_absl_handler().addFilter(self._clear)
+
+  def __enter__(self) -> 'Progress':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+  def begin(self, step: int) -> None:
+    """Lets the time left follow from what is done from now on."""
+    self._first = None
+    if self._stride > 1:  # else the first one may be under way when `update` is called
+      self._mark(step)
+
+  def _mark(self, step):
+    """Notes the time at a whole buffer's end, and what it says of the time left."""
+    if step % self._stride:
+      return
+    now = time.monotonic() - self._idle
+    self._first = self._first or (step, now)
+    if done := step - self._first[0]:
+      left = (now - self._first[1]) / done * (self._total - step)
+      self._left = f'{tqdm.tqdm.format_interval(left)} left'
 
   def update(self, step: int, values: Mapping[str, float]) -> None:
     """Shows that `step` steps are done, and those of `values` that are shown."""
-    text = ' '.join(f'{k} {values[k]:.4g}' for k in SHOWN if k in values)
-    self._bar.set_postfix_str(text, refresh=False)
-    if not self._compiled:
-      self._bar.unpause()  # the time until now does not count
-      self._bar.initial, self._compiled = step, True
+    self._mark(step)
+    self._text = shown(values, self._note)
+    self._bar.set_postfix_str(self._postfix(), refresh=False)
     self._bar.update(step - self._bar.n)
     if not self._terminal:
       self._unlogged, now = str(self._bar), time.monotonic()
       if now - self._logged >= self._every or step >= self._total:
         self._log(now)
+
+  def _postfix(self):
+    return ', '.join(filter(None, (self._left, self._text)))
+
+  @contextlib.contextmanager
+  def wait(self, what: str, idle: bool) -> Iterator[None]:
+    """Shows what the run waits for; see `waiting`."""
+    begun, idle = time.monotonic(), idle and not self._waits
+    if idle and not self._terminal:
+      logging.info('%s: %s ...', self._bar.desc.rstrip(': '), what)
+    self._waits.append(what)
+    self._show()
+    try:
+      yield
+    finally:
+      self._waits.pop()
+      self._idle += idle * (time.monotonic() - begun)
+      self._show()
+
+  def _show(self):
+    if self._terminal:
+      now = f'{self._waits[-1]} ...' if self._waits else self._postfix()
+      self._bar.set_postfix_str(now)
+
+  def _clear(self, _):
+    self._bar.clear()
+    return True
 
   def _log(self, now):
     logging.info('%s', self._unlogged)
@@ -278,6 +339,30 @@ class Progress:
     if self._unlogged:
       self._log(time.monotonic())
     self._bar.close()
+    logging.get_absl_handler().removeFilter(self._clear)
+    Progress.current = None
+
+
+def shown(values: Mapping[str, float], note: str = '') -> str:
+  """Returns the numbers of SHOWN on one line; note: what the first ones are of."""
+  groups = []
+  for names in SHOWN:
+    pairs = [f'{names[name]} {values[name]:.4g}' for name in names if name in values]
+    if pairs:
+      groups.append(f'{note}: ' * bool(note and 'reward' in names) + ' '.join(pairs))
+  return ', '.join(groups)
+
+
+def waiting(what: str, idle: bool = True) -> contextlib.AbstractContextManager:
+  """Names what takes long on the progress bar, or in a log line without a terminal.
+
+  idle: whether the time left does not count this time. If not, only a terminal shows
+  it. Nothing within an idle time counts.
+  """
+  if bar := Progress.current:
+    return bar.wait(what, idle)
+  logging.info('%s ...', what)
+  return contextlib.nullcontext()
 
 
 class Clock:

@@ -42,15 +42,15 @@ class Fetched(NamedTuple):
   confidence: Array  # (R, L) float32
   row: Array  # (R,) int32, addresses of the rows' random numbers
   guess: Array | None  # (R, K, L) int32; None: not asked for
+  entropy: Array | None = None  # (R, L) float32; None: not measured
 
 
 def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
   """Fetches a buffer, and cuts its completions out."""
   r, done = sampled.rollouts, sampled.completion
-  found = mesh.fetch(
-    (r.tokens, r.order, r.forwards, done, r.confidence, sampled.row, guess)
-  )
-  tokens, order, forwards, completion, confidence, row, guess = found
+  both = r.confidence, sampled.entropy
+  found = mesh.fetch((r.tokens, r.order, r.forwards, done, *both, sampled.row, guess))
+  tokens, order, forwards, completion, confidence, entropy, row, guess = found
   cut = lambda x, fill: data.after_given(order, x, fill)
   return Fetched(
     cut(tokens[:, -order.shape[1] :], eos_id),
@@ -60,6 +60,7 @@ def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
     cut(confidence, 0.0),
     row,
     guess,
+    entropy if entropy is None else cut(entropy, 0.0),
   )
 
 
@@ -378,6 +379,7 @@ def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
     'length': float(np.mean(host.completion.sum(axis=1))),
     'forwards': int(host.forwards),
     **unmasking_metrics(host.order, host.confidence),
+    **token_metrics(host),
   }
 
 
@@ -395,6 +397,20 @@ def shared_steps(order_RxL: IntRL, tokens_RxL: IntRL, group: int) -> float:
   parting = np.where(differ, np.minimum(*pair(at)), never).min(axis=-1)
   parting = np.where(np.eye(group, dtype=bool), 0, np.minimum(parting, steps))
   return float(parting.max(axis=2).mean())
+
+
+def token_metrics(host: Fetched) -> dict[str, float]:
+  """Returns mean log-prob and entropy of the words' tokens when they were revealed.
+
+  The words end with the first EOS. A probability that is 0 in float32 counts as 1e-38.
+  """
+  own = host.completion & (host.order >= 0)
+  if not own.any():
+    return {}
+  found = {'logp_token': np.log(np.maximum(host.confidence[own], 1e-38))}
+  if host.entropy is not None:
+    found['entropy'] = host.entropy[own]
+  return {name: float(np.mean(x)) for name, x in found.items()}
 
 
 # Tokens that a row's forward unmasks: upper ends of the histogram's bins.

@@ -21,11 +21,11 @@ FOLDER = 'runs'  # of the default workdirs
 EVALS = 'evals'  # of the results of checkpoints that no run here has made
 
 
-def path_of(flag: str, path: str, written: bool = False) -> str:
+def path_of(flag: str, path: str, written: bool = False, file: bool = False) -> str:
   """Returns the path of a flag with ~ expanded, if files can lie there.
 
-  written: the command begins to write there. ValueError names the flag and what is in
-  the way; '' stays ''.
+  written: the command begins to write there. file: it is a file, which may be there.
+  ValueError names the flag and what is in the way; '' stays ''.
   """
   if not path:
     return path
@@ -38,6 +38,10 @@ def path_of(flag: str, path: str, written: bool = False) -> str:
   if path.startswith('~'):
     raise ValueError(f'{flag}={path}: there is no such user')
   above = os.path.abspath(path)
+  if file:
+    if os.path.isdir(above):
+      raise ValueError(f'{flag}={path} is a folder: name a file in it')
+    above = os.path.dirname(above)
   while not os.path.lexists(above):
     above = os.path.dirname(above)
   if not os.path.isdir(above):

@@ -48,7 +48,15 @@ def run(
       state, buffers, place = enter(phase, manager)
     asked.check()
     if place.update < phase.updates or phase.validates:
-      with phase.tracer:
+      progress = metrics.Progress(
+        phase.updates,
+        name,
+        start=place.update,
+        every_seconds=phase.config.log.every_seconds,
+        stride=phase.inner if phase.iterations > 1 else 1,
+        note=phase.note,
+      )
+      with phase.tracer, progress as phase.progress:
         state, place = loop(phase, manager, asked, state, buffers, place)
   return {**phase.frozen, **state.trainable}, place.seconds
 
@@ -92,9 +100,7 @@ def loop(
   """Takes the updates of a phase from `place` on."""
   begun, saved, c = time.time() - place.seconds, time.monotonic(), phase.config
   prepare(phase, manager, asked, state, place)
-  progress = metrics.Progress(
-    phase.updates, phase.name, start=place.update, every_seconds=c.log.every_seconds
-  )
+  phase.progress.begin(place.update)
   batch, ahead = buffers.pop('batch', None), buffers.pop('ahead', None)
   coming, pending = None, []  # a buffer not graded yet; numbers not fetched yet
   for update in range(place.update, phase.updates):
@@ -135,8 +141,8 @@ def loop(
       if stop or unhealthy:
         wait(phase, manager)
         guard.leave(asked.came) if stop else phase.stop_if_unhealthy(place)
-    progress.update(update + 1, phase.shown)
-  progress.close()
+    phase.progress.update(update + 1, phase.shown)
+  phase.progress.close()
   wait(phase, manager)
   jax.block_until_ready(state.trainable)
   return state, dataclasses.replace(place, seconds=time.time() - begun)

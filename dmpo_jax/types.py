@@ -142,6 +142,7 @@ class Sampled(NamedTuple):
   rollouts: Rollouts
   completion: BoolRL  # True up to and including the first EOS
   row: IntR  # address of the row's random numbers, unique over the run
+  entropy: FloatRL | None = None  # of each token's law when it was revealed, nats
 
 
 class Record(NamedTuple):
@@ -412,3 +413,6 @@ class Task(NamedTuple):
   # texts of all completions of a batch -> terms of each; grader.attach and .bound set
   # it, from reward.file
   batch: Callable | None = None
+  # (example, text) -> the problem and the answer in `text`, drawn with characters, for
+  # --mode=sample; '' = they are read as they stand
+  show: Callable = lambda example, text: ''

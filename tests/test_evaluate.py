@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 
 import pytest
 
@@ -235,22 +236,30 @@ def test_worked_examples_are_right():
 
 def test_watching():
   """Every position is new in exactly one line, then old; masks before."""
-  order = [2, 0, 1, 0]
-  steps = watch.pieces(
-    [5, 6, 7, 8],
-    order,
+  order = [2, 0, 1, 0, -1]  # the last one is revealed by no step
+  texts = watch.texts_of(
+    [5, 6, 7, 8, 9],
     lambda ids: '<' if ids[0] == 5 else '\n' if ids[0] == 6 else str(ids[0]),
   )
+  steps = watch.pieces(texts, order)
   assert [step for step, _ in steps] == [-1, 0, 1, 2]
-  for position, at in enumerate(order):
+  assert {parts[4] for _, parts in steps} == {(watch.MASK, 'mask')}
+  for position, at in enumerate(order[:4]):
     kinds = [parts[position][1] for _, parts in steps]
     assert kinds == ['mask'] * (at + 1) + ['new'] + ['old'] * (2 - at)
   lines = watch.terminal(steps, colour=False).splitlines()
-  assert lines[0] == f'   0 {watch.MASK * 4}'
-  assert lines[-1] == f'   3 <{watch.BREAK}78'
+  assert lines[0] == f'   0 {watch.MASK * 5}'
+  assert lines[-1] == f'   3 <{watch.BREAK}78{watch.MASK}'
   assert watch.NEW in watch.terminal(steps)
-  page = watch.page(steps, 'a<b', 'p&q', 't')
-  assert 'a&lt;b' in page and '<span class="new">&lt;</span>' in page
+  tokens = list(zip(texts, order, (0.5, 1.0, 0.25, 1 / 3, 0.0), strict=True))
+  page = watch.page(tokens, 'a<b', 'p&q', 't', 'a drawing')
+  assert 'a&lt;b' in page and '<pre>a drawing</pre>' in page
+  # The slider goes from all masks to the last step, and the script has every token.
+  assert 'min="0" max="3" value="3"' in page
+  data = page.partition('id="tokens">')[2].partition('</script>')[0]
+  assert [tuple(x.values()) for x in json.loads(data)] == [
+    (text, step, round(p, 4)) for text, step, p in tokens
+  ]
 
 
 def test_page_escapes_the_completion():
@@ -263,34 +272,27 @@ def test_page_escapes_the_completion():
     '\x1b]0;owned\x07',
     '</pre></td>{rows}',
   ]
-  steps = watch.pieces(range(6), [0, 1, 2, 3, 4, 5], lambda ids: evil[ids[0]])
-  page = watch.page(steps, *['<b title="x">' + text for text in evil[:3]])
-  found = []
+  texts = watch.texts_of(range(6), lambda ids: evil[ids[0]])
+  steps, tokens = watch.pieces(texts, range(6)), zip(texts, range(6), [0.5] * 6)
+  page = watch.page(
+    list(tokens), *['<b title="x">' + text for text in evil[:3]], evil[5]
+  )
+  found, scripts = [], []
 
   class Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
-      found.append((tag, attributes))
+      found.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+      if found and found[-1][0] == 'script':
+        scripts.append(data)
 
   Reader().feed(page)
-  tags = {tag for tag, _ in found}
-  assert tags == {
-    'meta',
-    'title',
-    'style',
-    'h1',
-    'pre',
-    'p',
-    'table',
-    'tr',
-    'td',
-    'span',
-  }
-  assert {tuple(a) for _, a in found} == {
-    (),
-    (('charset', 'utf-8'),),
-    (('class', 'new'),),
-    (('class', 'mask'),),
-  }
+  names = ('id', 'class', 'type', 'min', 'max', 'value', 'charset')
+  assert all(set(attributes) <= set(names) for _, attributes in found)
+  assert [tag for tag, _ in found if tag in ('script', 'b')] == ['script', 'script']
+  assert [x['text'] for x in json.loads(scripts[0])] == texts  # no early end of it
+  assert not set(re.findall(r'innerHTML|insertAdjacent|document\.write', page))
   assert '\x1b' not in page + watch.terminal(steps, colour=False)
   last = watch.terminal(steps, colour=False).splitlines()[-1]
   assert '·]0;owned·' in last

@@ -174,6 +174,7 @@ def test_defaults_are_those_of_the_config():
     ({'action': 'rollback'}, 'health.action.*none, warn, stop'),
     ({'patience': 0}, 'health.patience.*>= 1'),
     ({'empty': 1.5}, r'health.empty.*\[0, 1\]; 0 = off'),
+    ({'logp_token': 0.5}, 'health.logp_token.*< 0'),
     ({'grad_norm': -1.0}, 'health.grad_norm.*>= 0'),
     ({'kl': 1.0}, 'health.kl.*health.measure = True'),
   ],

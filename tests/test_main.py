@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ from dmpo_jax import (
   weights,
 )
 from dmpo_jax import cli as main
-from dmpo_jax.tools import cards, report
+from dmpo_jax.tools import cards, provenance, report, status
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -562,8 +563,8 @@ def test_command_trains_once(command, phases, monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(report, 'summary', lambda workdir: 'the summary')
   command('--workdir=run', '--config.seed=3')
   out = capsys.readouterr().out
-  assert out.startswith('the summary\nworkdir: run\n')
-  assert '--workdir=run --config.seed=3 --mode=sample' in out
+  assert out.startswith('the summary\nworkdir:    run/\ncurves:     run/curves.png\n')
+  assert 'python main.py --workdir=run --mode=sample --html=sample.html' in out
   results = json.loads((tmp_path / 'run' / 'results.json').read_text())
   assert results['base'] == results['final'] == {'accuracy': 0.5, 'reward': 1.0}
   assert results['seconds']['total'] == 5.0 and results['seed'] == 3
@@ -575,14 +576,19 @@ def test_command_trains_once(command, phases, monkeypatch, tmp_path, capsys):
 
   drawn = []
   monkeypatch.setattr(report, 'curves', drawn.append)
+  monkeypatch.setattr(main.resume, 'saved_updates', lambda *_: [8, 80])
   phases()  # to train again would be a KeyError
   command('--workdir=run', '--config.seed=3')
   out = capsys.readouterr().out
   assert 'this run is done' in out and 'the summary' in out
-  assert drawn == ['run']  # the picture that is missing
-  pathlib.Path('run/curves.png').touch()
+  assert drawn == ['run'] and 'run/rl/80\n' in out  # the picture that is missing
+  picture = pathlib.Path('run/curves.png')
+  picture.touch()
   command('--workdir=run', '--config.seed=3')
   assert drawn == ['run']
+  os.utime(picture, (1e9, 1e9))  # drawn before the end, by --mode=report
+  command('--workdir=run', '--config.seed=3')
+  assert drawn == ['run', 'run']
   with pytest.raises(SystemExit, match='seed: 3 there, 4 here'):
     command('--workdir=run', '--config.seed=4')
   pathlib.Path('run/results.json').write_text('')  # as a failed disk leaves it
@@ -674,7 +680,9 @@ def test_report_of_a_run(command, monkeypatch, capsys):
   assert 'reward 1\n' in said and 'none yet' in said
   pathlib.Path('run/results.json').write_text('{}')
   command('--workdir=run', '--mode=report')
-  assert capsys.readouterr().out == 'run/c.png\nbefore and after\n'
+  said = capsys.readouterr().out
+  assert said.startswith('run/c.png\nbefore and after\nworkdir:    run/\n')
+  assert '--workdir=run --mode=eval' in said
   with pytest.raises(SystemExit, match='no run in nowhere'):
     command('--workdir=nowhere', '--mode=report')
   with pytest.raises(SystemExit, match='no run in runs/mine-'):
@@ -687,12 +695,51 @@ def test_report_of_a_run(command, monkeypatch, capsys):
   assert 'before and after' in capsys.readouterr().out
 
 
+def test_list_of_runs(command, capsys):
+  """How far each is, the latest start last; what is no run is named."""
+  command('--mode=list', config=())
+  assert 'no run in runs/*' in capsys.readouterr().out
+  for name, start in (('done', '2026-01-02'), ('going', '2026-01-03'), ('new', '')):
+    os.makedirs(f'runs/{name}')
+    runs.claim(tiny(seed=len(name)), f'runs/{name}')
+    git = {'revision': 'abcdef' * 7}
+    if start:
+      provenance.append(f'runs/{name}', dict(time=f'{start}T04:05:06', git=git))
+  with metrics.Writer('runs/going') as writer:
+    writer.write('rl', 0, {'accuracy': 0.25})
+    writer.write('update', tiny().train.inner, {'loss': 1.0})
+    writer.write('eval', 1, {'accuracy': 0.5})
+  done = pathlib.Path('runs/done/results.json')
+  done.write_text('{"final": {"accuracy": 0.875}}')
+  for name, text in (('torn', '{"na'), ('other', '[1]'), ('empty', None)):
+    os.makedirs(f'runs/{name}')
+    if text:
+      pathlib.Path(f'runs/{name}/config.json').write_text(text)
+  pathlib.Path('runs/comparison.png').touch()
+  command('--mode=list', config=())
+  head, *lines = capsys.readouterr().out.splitlines()
+  assert head.split() == [*status.COLUMNS]
+  cells = [re.split('  +', line) for line in lines]
+  assert cells[:3] == [
+    ['runs/new', 'base', 'iteration 0 of 100', '-', '-', '-'],
+    ['runs/done', 'base', 'done', '0.875 test', '2026-01-02 04:05', 'abcdefab'],
+    [
+      'runs/going', 'base', 'iteration 1 of 100', '0.500 validation',
+      '2026-01-03 04:05', 'abcdefab',
+    ],
+  ]  # fmt: skip
+  named = [line.split(':')[0] for line in lines[3:]]
+  assert named == ['runs/empty', 'runs/other', 'runs/torn']
+  command('--mode=list', '--runs=runs/go*', config=())
+  assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_report_of_a_run_that_has_written_nothing(command, capsys):
   """How far it is, without a picture."""
   os.mkdir('run')
   runs.claim(tiny(), 'run')
   command('--workdir=run', '--mode=report')
-  assert capsys.readouterr().out.startswith('supervised step 0 of')
+  assert capsys.readouterr().out.startswith('iteration 0 of')
 
 
 # --- what the command line alone does
@@ -709,6 +756,7 @@ def test_report_of_a_run_that_has_written_nothing(command, capsys):
     (['--mode=plan', '--out=x', '--html=y'], '--html needs --mode=sample'),
     (['--mode=sample', '--prompt=x', '--problem=3'], '--problem needs no --prompt'),
     (['--mode=report', '--by=seed'], '--by needs --runs'),
+    (['--mode=list', '--runs=x'], '--config needs another mode'),
     (['--mode=report', '--runs=x', '--cards=y'], '--runs needs no --cards'),
     (['--mode=report', '--runs=x', '--workdir=y'], '--workdir needs neither'),
     (['--heartbeat=9'], '--heartbeat needs --coordinator'),
@@ -1122,7 +1170,7 @@ def test_train_evaluate_and_score_again(
   command(*settings, '--mode=sample', '--problem=3', '--html=page.html')
   said = capsys.readouterr().out
   assert '3 and test?' in said and '16 steps' in said
-  assert '<table>' in (tmp_path / 'page.html').read_text()
+  assert 'max="16"' in (tmp_path / 'page.html').read_text()
   command(*settings, '--mode=sample', '--prompt=How much is it?')
   said = capsys.readouterr().out
   assert said.startswith('How much is it?') and 'grade' not in said

@@ -1,5 +1,6 @@
 """A run's metrics survive delays, kills and resumption; its progress is shown."""
 
+import importlib.util
 import io
 import json
 import math
@@ -7,11 +8,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from dmpo_jax import files, metrics
+from dmpo_jax import boards, files, metrics
 
 
 def scalars(workdir, phase):
@@ -145,6 +147,74 @@ def test_rewind_of_open_phase_keeps_its_event_file(tmp_path):
   assert values == [(1, 'rl/x', 1), (2, 'rl/x', 2)] and purges == [2]
 
 
+class FakeWandb(types.ModuleType):
+  """Stands for the package: notes what a run is given."""
+
+  Error = RuntimeError
+
+  def __init__(self):
+    super().__init__('wandb')
+    self.__spec__ = importlib.util.spec_from_loader('wandb', None)
+    self.starts, self.rows, self.axes = [], [], {}
+
+  def init(self, **options):
+    if options['project'] == 'refused':
+      raise self.Error('no\n API key')
+    self.starts.append(options)
+    return self
+
+  def define_metric(self, name, step_metric=None, hidden=False):
+    self.axes[name] = step_metric
+
+  def log(self, row):
+    self.rows.append(row)
+
+  def finish(self):
+    self.starts[-1]['done'] = True
+
+
+def test_dashboards_get_the_names_of_the_file(tmp_path, monkeypatch):
+  """W&B, TensorBoard and JSONL agree; a resumed workdir keeps its W&B run."""
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  boards.check('mine')
+  given = dict(config={'objective.alpha': 0.5, 'seed': 3}, wandb='mine')
+  with metrics.Writer(tmp_path / 'run', **given) as writer:
+    writer.write('rl', 1, {'reward': 0.5, 'reward/format': 1.0})
+    writer.late('update', 7, {'loss': 0.25})
+  with metrics.Writer(tmp_path / 'run', **given) as writer:
+    writer.rewind('rl', 0)
+    writer.write('rl', 1, {'reward': 0.5, 'reward/format': 1.0})
+  with metrics.Writer(tmp_path / 'run', enabled=False, wandb='mine') as writer:
+    writer.write('rl', 2, {'reward': 0.5})  # another process
+  first, again = fake.starts
+  assert first == again and first['done'] and first['resume'] == 'allow'
+  assert first['config'] == given['config'] and first['project'] == 'mine'
+  assert first['name'] == 'run' and first['id']
+  row = {'rl/step': 1, 'rl/reward': 0.5, 'rl/reward/format': 1.0}
+  assert fake.rows == [row, {'update/step': 7, 'update/loss': 0.25}, row]
+  assert fake.axes['rl/*'] == 'rl/step' and fake.axes['update/*'] == 'update/step'
+  tags = {tag for _, tag, _ in scalars(tmp_path / 'run', 'rl')[0]}
+  in_file = {
+    f'rl/{name}' for row in metrics.read(tmp_path / 'run') if row['phase'] == 'rl'
+    for name in row if name not in metrics.RESERVED
+  }  # fmt: skip
+  assert tags == in_file == set(row) - {'rl/step'}
+  events = [x.read_bytes() for x in (tmp_path / 'run/tensorboard/config').iterdir()]
+  assert len(events) == 2 and all(b'| objective.alpha | `0.5` |' in x for x in events)
+
+
+def test_wandb_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', FakeWandb())
+  with pytest.raises(ValueError, match='log.wandb = refused: no API key.*WANDB_MODE'):
+    metrics.Writer(tmp_path, wandb='refused')
+  monkeypatch.delitem(sys.modules, 'wandb')
+  monkeypatch.setattr(boards.importlib.util, 'find_spec', lambda name: None)
+  boards.check('')
+  with pytest.raises(ValueError, match='log.wandb = mine needs .*pip install'):
+    boards.check('mine')
+
+
 def test_bad_line_before_the_last_is_an_error(tmp_path):
   (tmp_path / metrics.FILE).write_text('{"phase": "rl"\n{"phase": "rl"}\n')
   with pytest.raises(ValueError, match='line 1'):
@@ -176,8 +246,8 @@ def test_progress_logs_at_intervals_and_the_last(lines):
   for step in range(91, 101):
     progress.update(step, {'reward': step / 100, 'unshown': 1.0})
   progress.close()
-  assert lines == ['rl 91/100, reward 0.91, ? left',
-                   'rl 100/100, reward 1, 00:00 left']  # fmt: skip
+  assert lines == ['rl 91/100, ? left, reward 0.91',
+                   'rl 100/100, 00:00 left, reward 1']  # fmt: skip
 
 
 def test_progress_logs_the_last_of_a_run_cut_short(lines):
@@ -197,32 +267,51 @@ def test_progress_logs_every_step_when_slow(lines):
   assert len(lines) == 3
 
 
-def test_time_left_does_not_count_the_first_update(lines, monkeypatch):
-  """The first of 11 updates compiles for 500 s; the others take 10 s each."""
+def test_time_left_counts_whole_buffers_without_compilation(lines, monkeypatch):
+  """A buffer is sampled for 20 s and has two updates of 5 s; compiling takes 500 s."""
   now = [0.0]
-  progress = metrics.Progress(11, 'rl', every_seconds=0)
-  progress._bar._time = lambda: now[0]
-  progress._bar.start_t = progress._bar.last_print_t = 0.0
-  for step in (1, 2, 3):
-    now[0] = 490.0 + 10 * step
-    progress.update(step, {})
-  assert [line.split(', ')[1] for line in lines] == [
-    '? left',
-    '01:30 left',
-    '01:20 left',
-  ]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  with metrics.Progress(12, 'rl', start=1, every_seconds=0, stride=2) as progress:
+    with metrics.waiting('validating'):
+      now[0] += 40
+    now[0] += 7  # work before the first buffer is in no buffer
+    progress.begin(1)
+    for step in range(2, 8):
+      with metrics.waiting('compiling'), metrics.waiting('compiling more'):
+        now[0] += 500 * (step in (2, 5))
+      with metrics.waiting('validating', idle=False):
+        now[0] += 2 * (step == 6)
+      now[0] += 5 + 20 * (step % 2)
+      progress.update(step, {})
+  assert metrics.Progress.current is None
+  said = [line.split(', ')[1] for line in lines if line.startswith('rl ')]
+  # The first whole buffer is updates 3 and 4; validation is in the third one.
+  assert said == [
+    *['? left'] * 2, '02:00 left', '02:00 left', '01:33 left', '01:33 left',
+  ]  # fmt: skip
+  named = [line for line in lines if line.startswith('rl: ')]
+  assert named[:2] == ['rl: validating ...', 'rl: compiling ...']
+  assert set(named) == set(named[:2])  # the inner one and what counts say nothing
+  with metrics.waiting('evaluating'):
+    assert lines[-1] == 'evaluating ...'
 
 
 def test_progress_bar_on_a_terminal(lines, monkeypatch):
   terminal = io.StringIO()
   terminal.isatty = lambda: True
   monkeypatch.setattr(sys, 'stderr', terminal)
-  progress = metrics.Progress(10, 'rl', start=4)
-  assert 'compiling' in terminal.getvalue()
-  progress.update(10, {'accuracy': 0.25})
+  progress = metrics.Progress(10, 'rl', start=4, note='at temperature 0.8')
+  with metrics.waiting('validating', idle=False):
+    with metrics.waiting('compiling sample'):
+      assert 'compiling sample ...' in terminal.getvalue()
+    assert terminal.getvalue().rstrip().endswith('validating ...')
+  metrics.logging.get_absl_handler().filter(None)
+  assert terminal.getvalue().endswith('\r')  # a log line has a line of its own
+  progress.update(10, {'accuracy': 0.25, 'loss': 2.0, 'validation': 0.5})
   progress.close()
   shown = terminal.getvalue()
-  assert 'rl' in shown and '10/10' in shown and 'accuracy 0.25' in shown
+  assert 'rl' in shown and '10/10' in shown
+  assert '? left, at temperature 0.8: accuracy 0.25, validation 0.5, loss 2' in shown
   assert not lines
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -69,13 +71,31 @@ def test_curves_of_a_run_under_way(tmp_path):
   assert is_png(report.curves(tmp_path))
 
 
-def test_curves_show_the_base_accuracy(tmp_path):
-  write_run(tmp_path)
+def test_curves_show_the_test_and_explain_their_terms(tmp_path, monkeypatch):
+  """The test's numbers before and after; each panel's title is a term of the docs."""
+  figures = []
+  monkeypatch.setattr(report, 'save', lambda figure, path: figures.append(figure))
+  write_run(tmp_path, final=0.6)
   report.curves(tmp_path)
-  with_base = (tmp_path / 'curves.png').read_bytes()
   (tmp_path / 'results.json').unlink()
   report.curves(tmp_path)
-  assert (tmp_path / 'curves.png').read_bytes() != with_base
+  done, going = (
+    {ax.get_title('left').partition(':')[0]: ax for ax in figure.axes}
+    for figure in figures
+  )
+  legend = [text.get_text() for text in done['rl/accuracy'].get_legend().get_texts()]
+  assert legend[-2:] == ['test before 0.200', 'test after 0.600']
+  (star,) = [line for line in done['rl/accuracy'].lines if line.get_marker() == '*']
+  assert (star.get_xdata()[0], star.get_ydata()[0]) == (39, 0.6)
+  texts = going['rl/accuracy'].get_legend().get_texts()
+  assert not [text for text in texts if 'test' in text.get_text()]
+  docs = pathlib.Path(__file__).parents[1] / 'docs'
+  rows = re.findall(r'^\| `(\w+)', (docs / 'metrics.md').read_text(), re.M)
+  assert len(done) == 8 and {name.split('/')[1] for name in done} <= set(rows)
+  # Words of the titles and axes that are ours.
+  words = ['iteration', 'update', 'group', 'ess', 'log rnd', 'completion', 'grade']
+  glossary = (docs / 'glossary.md').read_text().lower()
+  assert [word for word in words if f'\n| {word}' not in glossary] == []
 
 
 def test_title_names_config_seed_date_and_commit(tmp_path):
@@ -117,7 +137,7 @@ def test_running_mean():
   assert np.isnan(report.running_mean(np.array([np.nan]), 3)).all()
 
 
-def test_compare_groups_runs(tmp_path):
+def test_compare_groups_runs(tmp_path, monkeypatch):
   runs = []
   for baseline, seed, final in (
     ('mean', 0, 0.6), ('none', 0, 0.3), ('mean', 1, 0.8),
@@ -129,6 +149,13 @@ def test_compare_groups_runs(tmp_path):
   assert path == out and is_png(out)
   assert (tmp_path / 'out' / 'v1.2.md').read_text() == markdown
   assert report.compare(runs, 'objective.baseline')[1] == tmp_path / 'comparison.png'
+  # Not into the current folder, which is a project's.
+  monkeypatch.chdir(tmp_path)
+  for below, given in ((tmp_path, runs), ('.', [path.name for path in runs])):
+    assert report._out_path('', [below / path for path in map(pathlib.Path, given)],
+                            'a.png') == pathlib.Path('runs/a.png')  # fmt: skip
+  inside = [pathlib.Path('x/a/r'), tmp_path / 'x/b/r']
+  assert report._out_path('', inside, 'a.png') == pathlib.Path('x/a.png')
   assert markdown.splitlines()[2:] == [
     '| mean | 0, 1 | 0.200 | 0.700 ± 0.141 | 1.400 | 100 |',
     '| none | 0 | 0.200 | 0.300 | 0.600 | 100 |',

@@ -119,12 +119,12 @@ def config(tiny, shift):
   return dataclasses.replace(tiny, shift=shift)
 
 
-def sampling(cfg, hp):
+def sampling(cfg, hp, records=()):
   """Returns the sampler as a function of arrays."""
 
   def run(params, prompts, valid, row):
     keys = rng.row_keys(KEY, row)
-    return sampler.sample(cfg, params, prompts, valid, keys, hp)
+    return sampler.sample(cfg, params, prompts, valid, keys, hp, records)
 
   return run
 
@@ -921,3 +921,19 @@ def test_a_score_that_is_no_number_is_revealed(bad):
     hp = dataclasses.replace(BASE, pick=name, rank_temperature=0.5)
     if name != 'origin':  # it decides by chance alone
       assert np.asarray(pick.rule(look, hp)).any(1).all(), name
+
+
+@pytest.mark.parametrize(
+  'name', mostly_slow(['confidence', 'wino', 'dual, refresh'], ['confidence'])
+)
+def test_record_of_the_entropy_changes_nothing(name, tiny, sharp, prompts):
+  """Each bit of a rollout is the same; the entropies are those of some law."""
+  shift, hp = CASES[name]
+  plain, noted = (
+    jax.device_get(jax.jit(sampling(config(tiny, shift), hp, x))(sharp, *prompts))
+    for x in ((), ('entropy',))
+  )
+  entropy = noted.more['entropy']
+  jax.tree.map(np.testing.assert_array_equal, plain, noted._replace(more=None))
+  assert np.all((entropy >= 0) & (entropy <= np.log(tiny.vocab) + 1e-5))
+  assert entropy.min() < entropy.max()

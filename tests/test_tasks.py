@@ -209,6 +209,25 @@ def test_unknown_choices_list_the_allowed_ones(name):
     task.load('dev', dataclasses.replace(SMALL, path=__file__))
 
 
+def test_sudoku_is_drawn_as_a_grid():
+  """The rows in their order; an empty cell is a dot, and a wrong cell has a star."""
+  solution = SUDOKU['solution']
+  wrong = '2' if solution[0] == '1' else '1'
+  for text, stars in (
+    (f'<answer>{solution}</answer>', 0),
+    (wrong + solution[1:], 1),
+    ('I do not know', 0),
+  ):
+    head, *rows, note = sudoku.show(SUDOKU, text).splitlines()
+    assert head.split() == ['puzzle', 'answer', 'solution'] and '0 in the text' in note
+    assert sum(row.count('*') for row in rows) == stars and '----+-----' in rows[2]
+    columns = [''.join(row[at : at + 14] for row in rows) for at in (0, 16, 32)]
+    cells = [re.sub(r'[^\d.]', '', column) for column in columns]
+    assert cells[0].replace('.', '0') == PUZZLE and cells[2] == solution
+    assert cells[1] == text[-16:] or stars == 0
+    assert ('no grid' in columns[1]) == ('know' in text)
+
+
 @pytest.mark.parametrize(
   'bad',
   [

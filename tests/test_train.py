@@ -1,6 +1,8 @@
 """A whole tiny run: what it does and writes, and what overlap changes."""
 
 import itertools
+import pathlib
+import re
 import time
 import types
 
@@ -82,6 +84,16 @@ def test_metrics_of_a_run(whole, built):
     } <= set(row)
     assert row['tokens_per_step'] == 4 and row['forwards'] == 4
     assert row['logp_old'] < 0
+    # Of one token; the policy is unsure, so both are far from 0.
+    assert -np.log(built.model.vocab) * 2 < row['logp_token'] < -0.1
+    assert 0.1 < row['entropy'] <= np.log(built.model.vocab)
+  # Each name has a row in the docs, by itself or by its prefix.
+  page = pathlib.Path(__file__).parents[1] / 'docs/metrics.md'
+  listed = set(re.findall(r'^\| `([^`]+)` \|', page.read_text(), re.M))
+  names = {name for phase in found.values() for row in phase for name in row}
+  names -= {'phase', 'step'}
+  assert len(names) > 40
+  assert [x for x in names if not {x, x.split('/')[0] + '/'} & listed] == []
   # Before the first update the policy is the reference.
   assert found['rl'][0]['log_rnd_std'] == 0
   assert found['rl'][1]['log_rnd_std'] > 0
@@ -292,6 +304,22 @@ def test_unmasking_metrics():
   assert {k: round(7 * x) for k, x in shares.items()} == want
   assert abs(found['tokens_per_step'] - 10 / 7) < 1e-12
   assert found['confidence'] == found['confidence_low'] == 0.5
+
+
+def test_token_metrics_count_words_alone():
+  """Neither what follows the first EOS nor what no step has revealed."""
+  words = np.array([[1, 1, 0], [1, 1, 1]], bool)
+  host = rollout.Fetched(*[None] * 6)._replace(
+    completion=words,
+    order=np.array([[0, 1, 2], [0, 0, -1]]),
+    confidence=np.array([[1.0, np.exp(-2), 0.1], [np.exp(-4), 0.0, 9.0]], np.float32),
+    entropy=np.array([[0.0, 1.0, 9.0], [2.0, 5.0, 9.0]]),
+  )
+  found = rollout.token_metrics(host)
+  assert found['entropy'] == 2.0
+  assert found['logp_token'] == pytest.approx((0 - 2 - 4 + np.log(1e-38)) / 4)
+  assert set(rollout.token_metrics(host._replace(entropy=None))) == {'logp_token'}
+  assert rollout.token_metrics(host._replace(completion=np.zeros((2, 3), bool))) == {}
 
 
 @pytest.mark.smoke

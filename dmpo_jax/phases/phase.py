@@ -76,6 +76,8 @@ class Phase(abc.ABC):
   validates: bool = False  # whether `validate` has something to do after the last one
   iterations: int
   inner: int
+  note: str = ''  # what the rewards on the progress bar are of
+  progress: metrics.Progress  # set by train.run
 
   def __init__(self, session: Session):
     self.session, self.built = session, session.built

@@ -21,6 +21,7 @@ from dmpo_jax import (
   guard,
   health,
   mesh,
+  metrics,
   optim,
   resume,
   rollout,
@@ -39,6 +40,7 @@ class RL(Phase):
     c = self.config
     self.iterations, self.inner = c.train.iterations, c.train.inner
     self.overlap = c.train.overlap
+    self.note = f'rollouts (temperature {c.sampler.temperature:g})'
     self.refuse = resume.refuse(c, check.FREE)
     self.rules = check.settings(health.Config, c.health)
     self.problems = build.problems(self.built, 'train')
@@ -175,10 +177,11 @@ class RL(Phase):
     it, every = update // self.inner, self.config.eval.every
     if it != self.iterations and (not every or it % every):
       return False
-    with self.clock('evaluate'):
+    with self.clock('evaluate'), metrics.waiting('validating', idle=False):
       params = {**self.frozen, **state.trainable}
       numbers, _ = evaluate.accuracy(self.built, params, self.held_out, beat)
     self.writer.write('eval', it, numbers)
+    self.shown['validation'] = numbers['accuracy']
     if self.best and numbers['accuracy'] <= self.best.accuracy:
       return False
     self.best = resume.Best(update, numbers['accuracy'])

@@ -297,9 +297,37 @@ def recall(question: str, truth: object) -> dict:
   return {'puzzle': puzzle[0], 'solution': truth}
 
 
+def show(example: dict, text: str) -> str:
+  """Draws the puzzle, the answer and a solution; * marks a wrong cell."""
+  solution, grid = example['solution'], _answer(text)
+  right = solution if _strict(grid, example) < 1 else grid
+  pictures = {
+    'puzzle': drawn(example['puzzle']),
+    'answer': drawn(grid, right)
+    if re.fullmatch('[0-9]{16}', grid)
+    else ['no grid'] * 5,
+    'solution': drawn(right),
+  }
+  lines = zip(*([name, *rows] for name, rows in pictures.items()), strict=True)
+  rows = ['  '.join(f'{cell:14}' for cell in line).rstrip() for line in lines]
+  note = '. is an empty cell, 0 in the text, which has the rows from top to bottom'
+  return '\n'.join([*rows, note])
+
+
+def drawn(grid: str, right: str = '') -> list[str]:
+  """Returns the five lines of a grid; a cell that is not as in `right` has a *."""
+  marked = [
+    ('.' if cell == '0' else cell) + '* '[cell == wanted]
+    for cell, wanted in zip(grid, right or grid, strict=True)
+  ]
+  rows = [marked[at : at + 4] for at in range(0, CELLS, 4)]
+  lines = [f'{"".join(row[:2])}| {"".join(row[2:])}' for row in rows]
+  return [*lines[:2], '----+-----', *lines[2:]]
+
+
 TASK = Task(
   load, prompt, target, reward, grade, extra, answer, record, recall, counts,
   styles=tuple(TEMPLATES), terms=('sudoku',),
   options={'generated': ('seed', 'min_blanks', 'max_blanks'), 'file': ('seed',)},
-  unpaid=('bare',),
+  unpaid=('bare',), show=show,
 )  # fmt: skip

@@ -219,6 +219,7 @@ def collect(
   for row in evaluate.generate(
     built, evaluation.params, problems, sample, total, len(rows)
   ):
+    del row['confidence']  # it would be half of the file
     rows.append({**row, 'seconds': seconds + time.time() - begun})
     evaluation.beat()
     if len(rows) % batch == 0 or len(rows) == total:

@@ -157,11 +157,9 @@ def curves(workdir: files.Path) -> pathlib.Path:
   if not panels:
     raise NoData(f'no data to draw in {workdir / metrics.FILE}')
 
-  base, results = None, workdir / 'results.json'
-  with contextlib.suppress(
-    OSError, ValueError
-  ):  # none yet, or damaged: the run makes it again
-    base = _pick(files.read_json(results), 'base.accuracy', results)
+  tested: dict[str, Any] = {'base': {}, 'final': {}}
+  with contextlib.suppress(OSError, ValueError):  # none yet, or damaged: made again
+    tested |= files.read_json(workdir / 'results.json')
   columns = min(2, len(panels))
   height = -(-len(panels) // columns)
   figure = Figure(figsize=(5.2 * columns, 2.7 * height + 0.3), layout='constrained')
@@ -173,11 +171,21 @@ def curves(workdir: files.Path) -> pathlib.Path:
     style(ax, f'{phase}/{name}: {metrics.meaning(name).partition(";")[0]}', xlabel)
     for line in lines:
       _draw(ax, *line)
-    if name == 'accuracy' and base is not None:
-      ax.axhline(base, color=GREY, ls='--', lw=1.2, label=f'base {base:.3f}')
+    if phase == 'rl' and name in tested['base']:
+      base, final = tested['base'][name], tested['final'][name]
+      last = max(line[0][-1] for line in lines)
+      ax.axhline(base, color=GREY, ls='--', lw=1.2, label=f'test before {base:.3f}')
+      ax.plot(last, final, 'k*', ms=9, zorder=3, label=f'test after {final:.3f}')
     ax.legend(fontsize=7, frameon=False)
   save(figure, workdir / 'curves.png')
   return workdir / 'curves.png'
+
+
+def curves_of_end(workdir: files.Path) -> None:
+  """Draws curves.png of a finished run, unless it was drawn after the end."""
+  picture, results = (pathlib.Path(workdir) / x for x in ('curves.png', 'results.json'))
+  if not picture.exists() or picture.stat().st_mtime_ns < results.stat().st_mtime_ns:
+    curves(workdir)
 
 
 def differing_fields(a: Any, b: Any, name: str = '') -> Iterator[str]:
@@ -255,9 +263,17 @@ def _markdown(groups: dict[str, list[dict]], by: str) -> str:
 def _out_path(
   out: files.Path, inputs: Sequence[pathlib.Path], name: str
 ) -> pathlib.Path:
-  """Returns the PNG's path: `out`, or `name` in the folder that holds the inputs."""
+  """Returns the PNG's path: `out`, or `name` in the folder that holds the inputs.
+
+  If that is the current folder, or above it, the picture goes into runs/: such a folder
+  is a project's, whose files may be under version control.
+  """
   if not out:
-    return pathlib.Path(os.path.commonpath([path.parent for path in inputs])) / name
+    folder = pathlib.Path(os.path.commonpath([p.absolute().parent for p in inputs]))
+    if pathlib.Path.cwd().is_relative_to(folder):
+      return pathlib.Path('runs') / name
+    inside = folder.is_relative_to(pathlib.Path.cwd())
+    return (folder.relative_to(pathlib.Path.cwd()) if inside else folder) / name
   if pathlib.Path(out).suffix != '.png':
     raise ValueError(f'--out={out} must end in .png')
   return pathlib.Path(out)

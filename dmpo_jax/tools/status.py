@@ -23,10 +23,7 @@ def under_way(workdir: files.Path, now: float | None = None) -> str:
   workdir, now = pathlib.Path(workdir), now or time.time()
   config = files.read_json(workdir / 'config.json')
   rows = metrics.read(workdir)
-  phases = {
-    phase: [row for row in rows if row['phase'] == phase]
-    for phase in ('sft', 'rl', 'update', 'eval')
-  }
+  phases = phases_of(rows)
   starts = start_times(workdir)
   seconds = seconds_per_iteration(phases['rl'], starts)
   silence = now - max([row['time'] for row in rows] + starts, default=now)
@@ -40,6 +37,56 @@ def under_way(workdir: files.Path, now: float | None = None) -> str:
   if silence > max(600, 10 * (seconds or 0)):
     lines.append('warning: no new line for so long: is it still running?')
   return '\n'.join(lines)
+
+
+COLUMNS = ('run', 'config', 'progress', 'accuracy', 'started', 'commit')
+
+
+def listing(workdirs: Sequence[files.Path]) -> str:
+  """Returns a table of runs, the latest start last; names folders that are no runs."""
+  rows, broken = [], []
+  for workdir in map(pathlib.Path, workdirs):
+    try:
+      rows.append(row_of(workdir))
+    except FileNotFoundError as error:
+      broken.append(
+        f'{workdir}: no run, there is no {pathlib.Path(error.filename).name}'
+      )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+      why = ' '.join(str(error).split())
+      broken.append(f'{workdir}: cannot be read ({type(error).__name__}: {why})')
+  rows = [COLUMNS, *sorted(rows, key=lambda row: row[4])]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    '  '.join(f'{x:{width}}' for x, width in zip(row, widths, strict=True)).rstrip()
+    for row in rows
+  ]
+  return '\n'.join([*lines * (len(rows) > 1), *broken])
+
+
+def row_of(workdir: pathlib.Path) -> tuple[str, ...]:
+  """Returns the cells of COLUMNS; raises what reading a broken workdir raises."""
+  config = files.read_json(workdir / 'config.json')
+  by_phase = phases_of(metrics.read(workdir))
+  tested = (workdir / 'results.json').exists()
+  if tested:
+    accuracy = files.read_json(workdir / 'results.json')['final']['accuracy']
+    progress, said = 'done', f'{accuracy:.3f} test'
+  else:
+    progress = position(config, by_phase, None).partition(', ')[0]
+    found = by_phase['eval'] or by_phase['rl']
+    kind = 'validation' if by_phase['eval'] else 'rollouts'
+    said = f'{found[-1]["accuracy"]:.3f} {kind}' if found else '-'
+  start = next(iter(provenance.read(workdir)[-1:]), {})
+  date = str(start.get('time', '-'))[:16].replace('T', ' ')
+  commit = str((start.get('git') or {}).get('revision', '-'))[:8]
+  return str(workdir), str(config['name']), progress, said, date, commit
+
+
+def phases_of(rows: Sequence[dict]) -> dict[str, list[dict]]:
+  """Returns the rows of each phase."""
+  names = ('sft', 'rl', 'update', 'eval')
+  return {name: [row for row in rows if row['phase'] == name] for name in names}
 
 
 def start_times(workdir: pathlib.Path) -> list[float]:
@@ -72,7 +119,7 @@ def seconds_per_iteration(
 def position(config: dict, phases: dict[str, list], seconds: float | None) -> str:
   """Returns iterations and updates done, their rate, and the time left."""
   t = config['train']
-  if not phases['rl']:
+  if not phases['rl'] and config['sft']['steps']:
     done = phases['sft'][-1]['step'] if phases['sft'] else 0
     return (
       f'supervised step {done} of {config["sft"]["steps"]}, then '
