@@ -410,18 +410,24 @@ def turn_end(tokenizer: Tokenizer) -> list[int]:
   asked = apply_chat(tokenizer, 'a', False)
   both = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
   ended = apply_chat(tokenizer, both, False, asks=False)
-  return split_end(tokenizer, ended[len(asked) :])[1]
+  return split_end(tokenizer, ended[len(asked) :], 'b')[1]
 
 
-def split_end(tokenizer: Tokenizer, text: str) -> tuple[str, list[int]]:
-  """Cuts an answer as a template writes it into its text and its end: [id] or []."""
-  vocab = tokenizer.get_vocab()
-  text = text.removesuffix(tokenizer.eos_token)
-  for token in STOP_TOKENS:
-    head, found, tail = text.rpartition(token)
-    if found and token in vocab and not tail.strip():
-      return head, [vocab[token]]
-  return text, []
+def split_end(tokenizer: Tokenizer, text: str, content: str) -> tuple[str, list[int]]:
+  """Cuts what a template writes of an answer into its text and its end: [id] or [].
+
+  What follows is left out: LLaDA's template ends with the header of another answer.
+  """
+  vocab, content = tokenizer.get_vocab(), content.strip()
+  stop = text.find(content) + len(content)
+  if not text.count(content):  # the template rewrites it
+    stop = len(text)
+  ends = [(text.find(x, stop), x) for x in STOP_TOKENS if x in vocab]
+  ends = sorted(pair for pair in ends if pair[0] >= 0)
+  if not ends:
+    return text[:stop], []
+  at, token = ends[0]
+  return text[:at], [vocab[token]]
 
 
 def encode_end(tokenizer: Tokenizer, text: str, end: list[int]) -> list[int]:

@@ -66,16 +66,16 @@ def texts_of(
       return [packed]
   out = []
   for i in at:
-    prompt, answer = split(tokenizer, one, i)
+    _, body, end = split(tokenizer, one, i)
     ids = data.apply_chat(tokenizer, one.messages[:i], True)
-    learned = data.encode_end(tokenizer, *data.split_end(tokenizer, answer))
+    learned = data.encode_end(tokenizer, body, end)
     lead = -len(ids) % block if block and grid == 'prompt' else 0
     out.append(ended(tokenizer, Text(ids, [0] * len(ids), one.where, lead), learned))
   return out
 
 
-def split(tokenizer: Any, one: Dialogue, at: int) -> tuple[str, str]:
-  """Returns the texts of the prompt and of the answer `at` in the chat template."""
+def split(tokenizer: Any, one: Dialogue, at: int) -> tuple[str, str, list[int]]:
+  """Returns prompt and answer `at` as the chat template writes them, and its end."""
   prompt = data.apply_chat(tokenizer, one.messages[:at], False)
   both = data.apply_chat(tokenizer, one.messages[: at + 1], False, asks=False)
   if not both.startswith(prompt):
@@ -83,7 +83,8 @@ def split(tokenizer: Any, one: Dialogue, at: int) -> tuple[str, str]:
       f'{one.where}: the chat template does not write an answer behind the prompt that '
       f'asks for it ({prompt[-40:]!r}): such a template cannot be learned from'
     )
-  return prompt, both[len(prompt) :]
+  content = one.messages[at]['content']
+  return prompt, *data.split_end(tokenizer, both[len(prompt) :], content)
 
 
 def ended(tokenizer: Any, text: Text, learned: list[int], turn: int = 1) -> Text:
@@ -94,17 +95,19 @@ def ended(tokenizer: Any, text: Text, learned: list[int], turn: int = 1) -> Text
 
 
 def pack(tokenizer: Any, one: Dialogue, at: Sequence[int]) -> Text | None:
-  """Returns one text of all answers; None if the template rewrites earlier ones."""
+  """Returns one text of all answers.
+
+  None if the template rewrites earlier answers, or does not end them by a token.
+  """
   ids, turn, done = [], [], ''
   for number, i in enumerate(at, 1):
-    prompt, answer = split(tokenizer, one, i)
-    if not prompt.startswith(done):
+    prompt, body, end = split(tokenizer, one, i)
+    if not (prompt.startswith(done) and end):
       return None
     if done:
       between = tokenizer(prompt[len(done) :], add_special_tokens=False)['input_ids']
     else:
       between = data.apply_chat(tokenizer, one.messages[:i], True)
-    body, end = data.split_end(tokenizer, answer)
     learned = data.encode_end(tokenizer, body, end)
     ids, turn = ids + between, turn + [0] * len(between)
     if i == at[-1]:
@@ -281,7 +284,7 @@ class Lessons:
       yield lesson._replace(learn=learn, row=where)
 
 
-def take_out(owner: Sequence[int], share: float, seed: int) -> np.ndarray:
+def take_out(owner: Sequence[int] | np.ndarray, share: float, seed: int) -> np.ndarray:
   """Returns which rows are held out, bool: those of a share of the owners, at random.
 
   owner: the dialogue of each row, from 0. ValueError if none would be left.

@@ -146,6 +146,11 @@ def base_of(
   if best or (best is None and sft.held_out):
     row = best_held_out(workdir, max(saved, default=0))
     only = row.update if row else None
+    if best and not row:
+      raise ValueError(
+        f'--of=best: {os.path.join(workdir, metrics.FILE)} has no held-out loss '
+        '(sft.held_out = 0, or the run has just begun): use --of=latest'
+      )
   found = read_state(built, folder, lambda: built.steps.start_sft(trainable), only)
   done, total = max(saved, default=0), found.meta['updates'] if found else 1
   if not found or done < total:

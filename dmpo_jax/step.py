@@ -297,6 +297,7 @@ def lesson_masks(
     upto = jnp.flip(jax.lax.cummax(jnp.flip(blocks, -1).astype(jnp.int8), axis=3), -1)
     after = jnp.any(blocks, axis=-1, keepdims=True) & (upto == 0)
     masked |= after.reshape(masked.shape)
+    weight = jnp.where(lesson.learn, weight, 0.0)
   return Masks(masked, weight)
 
 
