@@ -154,10 +154,11 @@ def test_a_template_that_always_asks_for_an_answer():
   learned."""
   tok = tokenizer('<|start_header_id|>')
   tok.chat_template = (
-    '{% set loop_messages = messages %}{% for message in loop_messages %}{% set content '
-    "= '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
-    "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content "
-    '= bos_token + content %}{% endif %}{{ content }}{% endfor %}'
+    '{% set loop_messages = messages %}{% for message in loop_messages %}'
+    "{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+    '{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}'
+    '{{ content }}{% endfor %}'
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
   )
   found = lessons.texts_of(tok, dialogues.Dialogue('f:1', TALK), 'all', 4, 'text')
