@@ -185,10 +185,8 @@ def sft_config(c: Any, cfg: model.ModelConfig) -> model.ModelConfig:
 def sft_optimizer_of(c: Any, factor: Any = 1.0) -> Any:
   """Returns AdamW for supervised training; factor: of its rate, may be traced."""
   sft = c.sft
-  lr = sft.lr if sft.decay == 'constant' else sft.lr * factor
-  return optim.make_optimizer(
-    optim.Config(lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
-  )
+  hp = optim.Config(sft.lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
+  return optim.make_optimizer(hp, None if sft.decay == 'constant' else sft.lr * factor)
 
 
 def sft_setup_of(c: Any, cfg: model.ModelConfig, factor: Any = 1.0) -> step.SftSetup:
