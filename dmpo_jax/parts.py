@@ -385,15 +385,20 @@ def sft_canvas(built: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def text_rows(built: Any) -> tuple:
   """Returns texts of files, or of the task at sft.length: see lessons_of."""
-  c, cfg, sft = built.config, built.model, check.part(built.config, 'sft')
+  cfg, sft = built.model, check.part(built.config, 'sft')
   texts = [
-    text._replace(file=k, owner=owner)
+    text._replace(
+      ids=np.array(text.ids, np.int32),
+      turn=np.array(text.turn, np.int16),
+      file=k,
+      owner=owner,
+    )
     for owner, (k, one) in enumerate(enumerate_texts(built))
     for text in one
   ]
   longest = max(text.lead + len(text.ids) for text in texts)
   how = lessons.Layout(
-    min(sft.length or longest, text_length(c, cfg)),
+    sft.length or longest,
     sft.bucket,
     sft.fill,
     sft.overlong,

@@ -568,6 +568,7 @@ def test_the_best_checkpoint_is_kept_and_used(chat, tmp_path):
   params = run_sft(part, at)
   begin = lambda: made.steps.start_sft(params)
   state = resume.read_state(made, str(at / 'sft'), begin, 4)
+  same(mesh.fetch(run_sft(part, at)), mesh.fetch(params))  # it is done, and read again
   same(mesh.fetch(params), mesh.fetch(state.trees['state'].trainable))
   assert resume.saved_updates(at, 'sft') == [4, 6]
   same(mesh.fetch(resume.base_of(made, at)), mesh.fetch(params))
