@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dmpo_jax import check, config, data, hf, model, optim, sampler, step
+from dmpo_jax import check, config, data, hf, masking, model, optim, sampler, step
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
@@ -132,17 +132,17 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
     )
 
 
-def check_targets(cfg: model.ModelConfig) -> None:
-  """ValueError if the adapters match no linear."""
+def check_targets(cfg: model.ModelConfig, field: str = 'lora.targets') -> None:
+  """ValueError if the adapters match no linear; field: what names them."""
   try:
     matched = any(re.search(cfg.lora_targets, name) for name in model.LINEARS)
   except re.error as error:
     raise ValueError(
-      f'lora.targets = {cfg.lora_targets!r} is no regular expression: {error}'
+      f'{field} = {cfg.lora_targets!r} is no regular expression: {error}'
     ) from None
   if cfg.lora_rank and not matched:
     raise ValueError(
-      f'lora.targets = {cfg.lora_targets!r} matches none of {", ".join(model.LINEARS)}'
+      f'{field} = {cfg.lora_targets!r} matches none of {", ".join(model.LINEARS)}'
     )
 
 
@@ -154,12 +154,50 @@ def optimizer_of(c: Any, lr: Any = None) -> Any:
   return optim.make_optimizer(c.optim, lr, hold='moving' in c.reference.of)
 
 
-def sft_optimizer_of(c: Any) -> Any:
-  """Returns the optimizer of supervised training: AdamW, constant after warm-up."""
+def sft_config(c: Any, cfg: model.ModelConfig) -> model.ModelConfig:
+  """Returns the model of supervised training: with its own adapters, or with none."""
   sft = c.sft
-  return optim.make_optimizer(
-    optim.Config(sft.lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
+  targets = sft.targets or c.lora.targets
+  found = dataclasses.replace(
+    cfg,
+    lora_rank=sft.rank,
+    lora_alpha=sft.alpha,
+    lora_dropout=sft.dropout,
+    lora_targets=model.LORA_TARGETS.get(targets) or targets,
   )
+  check_targets(found, 'sft.targets' if sft.targets else 'lora.targets')
+  return found
+
+
+def sft_optimizer_of(c: Any, factor: Any = 1.0) -> Any:
+  """Returns AdamW for supervised training; factor: of its rate, may be traced."""
+  sft = c.sft
+  hp = optim.Config(sft.lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
+  return optim.make_optimizer(hp, None if sft.decay == 'constant' else sft.lr * factor)
+
+
+def sft_setup_of(c: Any, cfg: model.ModelConfig, factor: Any = 1.0) -> step.SftSetup:
+  """Returns what stays the same from one supervised update to the next."""
+  sft = c.sft
+  return step.SftSetup(
+    sft_config(c, cfg),
+    text_length(c, cfg),
+    sft_optimizer_of(c, factor),
+    sft.microbatches,
+    masking.Rates(sft.law, sft.low, sft.high),
+    sft.mean == 'token',
+  )
+
+
+def text_length(c: Any, cfg: model.ModelConfig) -> int:
+  """Returns the tokens of a supervised text that masks are drawn for.
+
+  They are the completion's where the task's solutions are learned at RL's length.
+  """
+  if not (c.sft.path or c.sft.length):
+    return c.sampler.length
+  length, block = c.sft.length or cfg.positions, cfg.block_causal or 1
+  return -(-length // block) * block
 
 
 def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup:
