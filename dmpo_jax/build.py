@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmpo_jax import (
+  anneal,
   check,
   checkpoint,
   hf,
@@ -95,6 +96,20 @@ class Compiled:
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(self.grid))
 
     return jax.tree.map(shape, self.trace(*args).out_info)
+
+
+class Staged:
+  """An update that is another program at each stage of its training.
+
+  make: stage -> Compiled, whose last argument is the update's number. stage_of: the
+  number -> stage. A program is made when its stage begins.
+  """
+
+  def __init__(self, make: Callable[[Any], Compiled], stage_of: Callable[[int], Any]):
+    self.make, self.stage_of = functools.cache(make), stage_of
+
+  def __call__(self, *args: Any) -> Any:
+    return self.make(self.stage_of(int(args[-1])))(*args)
 
 
 class Steps(NamedTuple):
@@ -352,7 +367,7 @@ def pmap_rows(sample: Callable, grid: Any) -> Callable:
 
 def make_training(
   c: Any, grid: Any, setup: step.Setup
-) -> tuple[Compiled, Compiled, Compiled, Compiled]:
+) -> tuple[Compiled, Compiled, Compiled, 'Staged']:
   """Returns score, pack, update, sft."""
   seed = np.uint32(c.seed)
 
@@ -372,16 +387,23 @@ def make_training(
 
   sft_setup = step.SftSetup(setup.cfg, c.sampler.length, parts.sft_optimizer_of(c))
 
-  def sft(state, tokens, valid, row, at, seed):
-    key = jax.random.fold_in(rng.key_for(seed, 'sft'), at)
-    return step.sft_step(state, tokens, valid, row, key, sft_setup)
+  def sft_of(stage: anneal.Stage) -> Compiled:
+    cfg = dataclasses.replace(setup.cfg, block_causal=stage.block)
+
+    def sft(state, tokens, valid, row, at, seed):
+      key = jax.random.fold_in(rng.key_for(seed, 'sft'), at)
+      share = anneal.share_of(c.sft.anneal, at) if stage.partial else None
+      now = dataclasses.replace(sft_setup, cfg=cfg, share=share)
+      return step.sft_step(state, tokens, valid, row, key, now)
+
+    return Compiled(grid, sft, (seed,), by_row=(1, 2, 3), donate_argnums=0)
 
   lr = np.float32(c.optim.lr)
   return (
     Compiled(grid, score, (seed,)),
     Compiled(grid, pack),
     Compiled(grid, update, (seed, lr), donate_argnums=0),
-    Compiled(grid, sft, (seed,), by_row=(1, 2, 3), donate_argnums=0),
+    Staged(sft_of, lambda at: anneal.stage_of(setup.cfg, c.sft.anneal, at)),
   )
 
 

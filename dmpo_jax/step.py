@@ -24,6 +24,7 @@ from dmpo_jax.types import (
   BoolRL,
   BoolRS,
   Canvas,
+  Future,
   IntR,
   IntRS,
   Masks,
@@ -251,6 +252,7 @@ class SftSetup:
   length: int  # L
   optimizer: Any
   microbatches: int = 1
+  share: Any = None  # of the later tokens that are seen; None: the model's attention
 
 
 def sft_step(
@@ -277,6 +279,9 @@ def sft_step(
       tokens, valid, given = model.align(cfg, tokens, valid, setup.length, length)
       where = Canvas(length, block, valid[:, -length:] & ~given)
     masks = masking.draw_sft(key, row, where)
+    if setup.share is not None:
+      keys = rng.row_keys(rng.substream(key, 'anneal'), row)
+      masks = masks._replace(future=Future(keys, setup.share))
     logp = logprob.view_logp(cfg, trainable, tokens, masks, valid).logp
     nll = -logprob.seq_elbo(logp, masks.weight) / setup.length
     return jnp.sum(nll) / total, {}

@@ -18,7 +18,7 @@ FLOORS = {
   'types': 0, 'files': 0, 'rules': 0,
   'rng': 1, 'health': 1, 'metrics': 1,
   'mesh': 2, 'masking': 2, 'model': 2, 'tasks': 2,
-  'hf': 3, 'layout': 3, 'sampler': 3, 'data': 3, 'optim': 3, 'checkpoint': 3,
+  'hf': 3, 'layout': 3, 'anneal': 3, 'sampler': 3, 'data': 3, 'optim': 3, 'checkpoint': 3,
   'grader': 3, 'guard': 3,
   'logprob': 4, 'weights': 4,
   'objectives': 5,
