@@ -3,7 +3,7 @@
 `python tests/autoregressive.py tests/autoregressive.npz` writes the logits of
 transformers' own models, in float32, which test_convert.py compares with. It needs
 torch; the file was made with torch 2.13.0 and transformers 4.52.4. The fields of
-config.json are those of Qwen2.5-0.5B-Instruct, Qwen3-0.6B and Meta-Llama-3-8B.
+config.json are those of Qwen2.5-0.5B-Instruct, Qwen3-0.6B and Llama-3.1-8B.
 """
 
 import json
@@ -67,14 +67,21 @@ CONFIGS = {
     attention_bias=False,
     bos_token_id=0,
     eos_token_id=1,
-    max_position_embeddings=8192,
+    max_position_embeddings=131072,
+    mlp_bias=False,
     model_type='llama',
     pretraining_tp=1,
     rms_norm_eps=1e-05,
-    rope_scaling=None,
+    rope_scaling=dict(
+      factor=8.0,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+      original_max_position_embeddings=8192,
+      rope_type='llama3',
+    ),
     rope_theta=500000.0,
     tie_word_embeddings=False,
-    transformers_version='4.40.0.dev0',
+    transformers_version='4.43.0.dev0',
   ),
 }
 CLASSES = dict(

@@ -81,6 +81,8 @@ def read_config(
   """
   family, implied, raw = family_of(folder)
   raw, kind = without_nesting(raw), raw['model_type']
+  if stretched := llama3_of(raw) if 'rope_scaling' in family.fixed else ():
+    implied, raw = implied | {'rope_llama3': stretched}, raw | {'rope_scaling': None}
   found = {
     ours: (theirs, raw[theirs])
     for theirs, ours in family.fields.items()
@@ -248,6 +250,23 @@ def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
   if isinstance(layers, list) and all(kind == 'full_attention' for kind in layers):
     del raw['layer_types']
   return raw
+
+
+def llama3_of(raw: dict[str, Any]) -> tuple[float, ...]:
+  """Returns ModelConfig.rope_llama3 of a config.json; () if it has no such scaling.
+
+  () as well if a number is missing or wrong: the field is then refused as unknown.
+  """
+  rope = raw.get('rope_scaling')
+  if not isinstance(rope, dict) or rope.get('rope_type', rope.get('type')) != 'llama3':
+    return ()
+  names = (
+    'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings',
+  )  # fmt: skip
+  numbers = [rope.get(name) for name in names]
+  if any(wrong_type(x, float) for x in numbers) or not numbers[1] < numbers[2]:
+    return ()
+  return tuple(map(float, numbers))
 
 
 # --- special ids

@@ -81,6 +81,11 @@ def rope_table(cfg: ModelConfig, positions_RxT: t.IntRT) -> Rope:
   """Returns the cosines and sines of the rotary angles, in float32."""
   dim = cfg.head_dim or cfg.width // cfg.heads
   inverse = cfg.rope_theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+  if cfg.rope_llama3:  # long waves are stretched by the factor, short ones stay
+    factor, low, high, trained = cfg.rope_llama3
+    turns = trained * inverse / (2 * jnp.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    inverse *= kept + (1 - kept) / factor
   positions = positions_RxT[:, None, :, None].astype(jnp.float32)
   angle = positions * inverse[None, None, None]
   return jnp.cos(angle), jnp.sin(angle)
