@@ -78,7 +78,8 @@ class Compiled:
   def __call__(self, *args: Any) -> Any:
     rows, placed = mesh.rows(self.grid), []
     for i, x in enumerate(args):
-      x = mesh.put(x, rows) if i in self.by_row else x
+      if i in self.by_row:
+        x = jax.tree.map(lambda leaf: mesh.put(leaf, rows), x)
       placed.append(np.int32(x) if isinstance(x, int) else x)
     with jax.set_mesh(self.grid):
       return self.jitted(*placed, *self.last)
@@ -101,15 +102,15 @@ class Compiled:
 class Staged:
   """An update that is another program at each stage of its training.
 
-  make: stage -> Compiled, whose last argument is the update's number. stage_of: the
-  number -> stage. A program is made when its stage begins.
+  make: stage -> Compiled. stage_of: the update's number, which is argument `where`, ->
+  stage. A program is made when its stage begins.
   """
 
-  def __init__(self, make: Callable[[Any], Compiled], stage_of: Callable[[int], Any]):
-    self.make, self.stage_of = functools.cache(make), stage_of
+  def __init__(self, make: Callable, stage_of: Callable[[int], Any], where: int):
+    self.make, self.stage_of, self.where = functools.cache(make), stage_of, where
 
   def __call__(self, *args: Any) -> Any:
-    return self.make(self.stage_of(int(args[-1])))(*args)
+    return self.make(self.stage_of(int(args[self.where])))(*args)
 
 
 class Steps(NamedTuple):
@@ -118,7 +119,9 @@ class Steps(NamedTuple):
   init: Callable  # () -> {'params': ...}
   init_lora: Callable  # () -> {'lora': ...}, or {} without adapters
   start: Callable  # trainable -> TrainState
-  start_sft: Callable  # params -> TrainState
+  init_sft: Callable  # () -> {'lora': ...} of supervised training, or {}
+  start_sft: Callable  # what supervised training changes -> TrainState
+  merge: Callable  # (params, adapters of supervised training) -> params
   sample: Callable  # (params, tokens, valid, row) -> Sampled
   sample_eval: Callable  # the same with the evaluation's sampler
   sampler_of: Callable  # config section -> the same with that sampler
@@ -126,7 +129,8 @@ class Steps(NamedTuple):
   score: Callable  # (trainable, frozen, references, Sampled) -> Scores
   pack: Callable  # (Sampled, reward_BxG, Scores) -> (TrainBatch, metrics)
   update: Callable  # (state, frozen, TrainBatch, inner) -> (state, metrics)
-  sft: Callable  # (state, tokens, valid, row, step) -> (state, metrics)
+  sft: Callable  # (state, frozen, Lesson, step, factor of the rate) -> (state, metrics)
+  held_out: Callable  # (trainable, frozen, Lesson) -> (negative ELBO, tokens)
   quantize: Callable  # params -> params, kernels stored as model.quantize says
   digest: Callable  # tree -> uint32 of all its bits
 
@@ -163,7 +167,8 @@ def build(c: Any, devices: Any = None) -> Built:
   grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
-  init, init_lora, start, start_sft = make_starts(c, cfg, folder, grid)
+  init, init_lora, start = make_starts(c, cfg, folder, grid)
+  init_sft, start_sft, merge = make_sft_starts(c, cfg, grid)
   read_references = parts.references(c, cfg, folder, grid, quantize)
   digest, read = Compiled(grid, checkpoint.digest), {}
 
@@ -185,12 +190,15 @@ def build(c: Any, devices: Any = None) -> Built:
     noted('model.checkpoint' * bool(c.model.checkpoint), init),
     noted('lora.path' * bool(c.lora.path), init_lora),
     start,
+    init_sft,
     start_sft,
+    merge,
     make_sample(c, c.sampler, 'sample', cfg, grid, setup.wants.records or ()),
     make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
     lambda section: make_sample(c, section, 'evaluate', cfg, grid),
-    noted('reference.of' * (not check.plain_reference(c)), read_references),
+    noted('reference.of' * (not check.only_base(c)), read_references),
     *make_training(c, grid, setup),
+    *make_sft(c, cfg, grid),
     quantize,
     digest,
   )
@@ -240,30 +248,37 @@ def make_quantize(c: Any, grid: Any) -> Callable[[Params], Params]:
   return quantize
 
 
+def fresh(
+  c: Any, cfg: model.ModelConfig, grid: Any, name: str, stream: str
+) -> Callable:
+  """Returns () -> {name: ...}, drawn and sharded from birth; {} without adapters."""
+  make = lambda seed: {name: model.init(cfg, rng.key_for(seed, stream))[name]}
+  seed = np.uint32(c.seed)
+  try:
+    out = mesh.shardings(jax.eval_shape(make, seed), grid)
+  except KeyError:  # no adapters: the rank is 0
+    return lambda: {}
+  return Compiled(grid, make, last=(seed,), out_shardings=out)
+
+
+def starter(optimizer: Any, grid: Any) -> Callable:
+  """Returns what trains -> its TrainState, sharded from birth, never a shared array."""
+
+  def call(trainable):
+    make = lambda tree: step.init_state(jax.tree.map(jnp.copy, tree), optimizer)
+    out = mesh.shardings(jax.eval_shape(make, trainable), grid)
+    return Compiled(grid, make, out_shardings=out)(trainable)
+
+  return call
+
+
 def make_starts(
   c: Any, cfg: model.ModelConfig, folder: str, grid: Any
-) -> tuple[Callable, Callable, Callable, Callable]:
-  """Returns init, init_lora, start, start_sft: sharded from birth, never copied.
+) -> tuple[Callable, Callable, Callable]:
+  """Returns init, init_lora, start.
 
   With a checkpoint init reads it, with lora.path init_lora reads the adapter.
   """
-
-  def fresh(name, stream):
-    make = lambda seed: {name: model.init(cfg, rng.key_for(seed, stream))[name]}
-    seed = np.uint32(c.seed)
-    try:
-      out = mesh.shardings(jax.eval_shape(make, seed), grid)
-    except KeyError:  # no adapters: lora.rank is 0
-      return lambda: {}
-    return Compiled(grid, make, last=(seed,), out_shardings=out)
-
-  def start(optimizer):
-    def call(trainable):
-      make = lambda tree: step.init_state(jax.tree.map(jnp.copy, tree), optimizer)
-      out = mesh.shardings(jax.eval_shape(make, trainable), grid)
-      return Compiled(grid, make, out_shardings=out)(trainable)
-
-    return call
 
   def read():
     return hf.read_params(hf.locate(c.model.checkpoint), cfg, grid)
@@ -272,11 +287,30 @@ def make_starts(
     return hf.read_adapter(c.lora.path, cfg, folder, grid)
 
   return (
-    read if c.model.checkpoint else fresh('params', 'init'),
-    read_adapter if c.lora.path else fresh('lora', 'lora'),
-    start(optimizer_of(c)),
-    start(parts.sft_optimizer_of(c)),
+    read if c.model.checkpoint else fresh(c, cfg, grid, 'params', 'init'),
+    read_adapter if c.lora.path else fresh(c, cfg, grid, 'lora', 'lora'),
+    starter(optimizer_of(c), grid),
   )
+
+
+def make_sft_starts(
+  c: Any, cfg: model.ModelConfig, grid: Any
+) -> tuple[Callable, Callable, Callable]:
+  """Returns init_sft, start_sft, merge."""
+  own = parts.sft_config(c, cfg)
+  init_sft = fresh(c, own, grid, 'lora', 'adapt')
+
+  def merge(params, lora):
+    """Adds each adapter to its kernel, one at a time; the others stay as they are."""
+    layers, added = dict(params['params']['layers']), lora['lora']['layers']
+    add = functools.partial(model.merge, own)
+    for name, ab in added.items():
+      kernel = layers[name]['kernel']
+      made = Compiled(grid, add, out_shardings=kernel.sharding)
+      layers[name] = {**layers[name], 'kernel': made(kernel, ab['a'], ab['b'])}
+    return {**params, 'params': {**params['params'], 'layers': layers}}
+
+  return init_sft, starter(parts.sft_optimizer_of(c), grid), merge
 
 
 # --- sampling
@@ -367,8 +401,8 @@ def pmap_rows(sample: Callable, grid: Any) -> Callable:
 
 def make_training(
   c: Any, grid: Any, setup: step.Setup
-) -> tuple[Compiled, Compiled, Compiled, 'Staged']:
-  """Returns score, pack, update, sft."""
+) -> tuple[Compiled, Compiled, Compiled]:
+  """Returns score, pack, update."""
   seed = np.uint32(c.seed)
 
   whole = gather_of(c, grid)
@@ -385,25 +419,37 @@ def make_training(
     now = dataclasses.replace(setup, optimizer=optimizer_of(c, lr))
     return step.train_step(state, frozen, batch, rng.key_for(seed, 'mask'), inner, now)
 
-  sft_setup = step.SftSetup(setup.cfg, c.sampler.length, parts.sft_optimizer_of(c))
-
-  def sft_of(stage: anneal.Stage) -> Compiled:
-    cfg = dataclasses.replace(setup.cfg, block_causal=stage.block)
-
-    def sft(state, tokens, valid, row, at, seed):
-      key = jax.random.fold_in(rng.key_for(seed, 'sft'), at)
-      share = anneal.share_of(c.sft.anneal, at) if stage.partial else None
-      now = dataclasses.replace(sft_setup, cfg=cfg, share=share)
-      return step.sft_step(state, tokens, valid, row, key, now)
-
-    return Compiled(grid, sft, (seed,), by_row=(1, 2, 3), donate_argnums=0)
-
   lr = np.float32(c.optim.lr)
   return (
     Compiled(grid, score, (seed,)),
     Compiled(grid, pack),
     Compiled(grid, update, (seed, lr), donate_argnums=0),
-    Staged(sft_of, lambda at: anneal.stage_of(setup.cfg, c.sft.anneal, at)),
+  )
+
+
+def make_sft(c: Any, cfg: model.ModelConfig, grid: Any) -> tuple[Staged, Compiled]:
+  """Returns sft, held_out."""
+  seed = np.uint32(c.seed)
+
+  def sft_of(stage: anneal.Stage) -> Compiled:
+    def sft(state, frozen, lesson, at, factor, seed):
+      key = jax.random.fold_in(rng.key_for(seed, 'sft'), at)
+      seen = dataclasses.replace(cfg, block_causal=stage.block)
+      setup = parts.sft_setup_of(c, seen, factor)
+      share = anneal.share_of(c.sft.anneal, at) if stage.partial else None
+      setup = dataclasses.replace(setup, share=share)
+      return step.sft_step(state, frozen, lesson, key, setup)
+
+    return Compiled(grid, sft, (seed,), by_row=(2,), donate_argnums=0)
+
+  def held_out(trainable, frozen, lesson, seed):
+    key, setup = rng.key_for(seed, 'evaluate'), parts.sft_setup_of(c, cfg)
+    params = {**frozen, **trainable}
+    return step.held_out(params, lesson, key, setup, c.sft.levels)
+
+  return (
+    Staged(sft_of, lambda at: anneal.stage_of(cfg, c.sft.anneal, at), 3),
+    Compiled(grid, held_out, (seed,), by_row=(2,)),
   )
 
 

@@ -71,10 +71,13 @@ def training(c: Any) -> None:
 
   Updates must not be lost by rounding, and a right answer must be paid.
   """
-  if c.model.param_dtype != 'float32' and (c.sft.steps or not c.lora.rank):
+  sft = part(c, 'sft')
+  whole = sft.trains and not sft.rank or c.train.iterations and not c.lora.rank
+  if c.model.param_dtype != 'float32' and whole:
     raise ValueError(
       f'model.param_dtype = {c.model.param_dtype} rounds away a change of less than a '
-      '500th of a weight: set float32, or train adapters (lora.rank > 0, sft.steps = 0)'
+      '500th of a weight: set float32, or train adapters (lora.rank > 0, and sft.rank '
+      '> 0 if supervised training comes first)'
     )
   style, unpaid = c.data.style, TASKS[c.data.task].unpaid
   if c.data.protocol == 'paper' and style in unpaid and not c.data.template:
@@ -147,6 +150,7 @@ def idle_between(c: Any) -> dict[str, str]:
   sections = ('objective.', 'logprob.', 'reference.', 'optim.', 'train.')
   rl = [name for name in flatten(c) if name.startswith(sections)]
   rl = sorted({*rl} - {'objective.name', 'train.iterations'})
+  solves = part(c, 'sft').trains and not c.sft.path
   return without_effect(
     ('logprob.estimator logprob.tail logprob.states logprob.fuse', scored, asks),
     ('logprob.draws logprob.elbo', by_elbo, f'logprob.estimator = elbo, and {asks}'),
@@ -156,7 +160,7 @@ def idle_between(c: Any) -> dict[str, str]:
       f'logprob.estimator = elbo, logprob.elbo = paper, and {asks}',
     ),
     ('lora.dtype', c.model.dtype == 'bfloat16', 'model.dtype = bfloat16'),
-    ('data.style', not c.data.template or c.sft.steps, "data.template = ''"),
+    ('data.style', not c.data.template or solves, "data.template = ''"),
     *weights,
     (' '.join(rl), c.train.iterations, 'train.iterations > 0'),
   )
@@ -253,9 +257,14 @@ def devices(c: Any, count: int) -> list[str]:
       f'train.prompts * train.group = {rows} rows must be a multiple of '
       f'{shards} device shards * train.microbatches = {pieces}'
     )
+  pieces = shards * c.sft.microbatches
+  if part(c, 'sft').trains and c.sft.batch % pieces:
+    found.append(
+      f'sft.batch = {c.sft.batch} must be a multiple of the {shards} device shards * '
+      f'sft.microbatches = {pieces}'
+    )
   for name, batch in (
     ('eval.batch', c.eval.batch),
-    ('sft.batch', c.sft.batch if c.sft.steps else 0),
     ('sampler.slots', c.sampler.slots),
     ('eval.sampler.slots', c.eval.sampler.slots),
   ):
@@ -308,7 +317,8 @@ def fuse(c: Any) -> list[str]:
     )
   if not plain_reference(c):
     found.append(
-      "logprob.fuse = True knows the base alone: set reference.of = ('base',), weight 1"
+      "logprob.fuse = True knows the base alone: set reference.of = ('base',), weight "
+      '1, and sft.merge = True'
     )
   return found
 
@@ -360,10 +370,33 @@ def rollouts(c: Any) -> list[str]:
       'sampler.temperature = 0: the train.group completions of a prompt would all be '
       'the same, and teach nothing: set it > 0'
     )
-  if c.lora.path and c.sft.steps:
+  sft = part(c, 'sft')
+  if c.lora.path and sft.trains:
     found.append(
-      f'sft.steps = {c.sft.steps} would change the base that lora.path was trained on: '
-      'set 0'
+      f'{sft.length_of()} would change the base that lora.path was trained on: set 0'
+    )
+  return found
+
+
+def supervised(c: Any) -> list[str]:
+  """RL can begin where supervised training ends, and its head is cut evenly."""
+  found, sft = [], part(c, 'sft')
+  texts, unit = sft.trains and (sft.path or sft.length), sft.bucket or sft.length
+  name = f'{"sft.bucket" if sft.bucket else "sft.length"} = {unit}'
+  chunk, cudnn = c.model.head_chunk, c.model.attention == 'cudnn'
+  if texts and chunk and (not unit or unit % chunk):
+    found.append(f'model.head_chunk = {chunk} must divide {name}, which must be > 0')
+  if texts and cudnn and (not unit or unit % 2):
+    found.append(f'model.attention = cudnn trains on even lengths: {name} must be even')
+  if not sft.goes_on:
+    return found
+  targets = sft.targets or c.lora.targets
+  pairs = ('rank', sft.rank), ('alpha', sft.alpha), ('targets', targets)
+  if other := [name for name, value in pairs if value != c.lora[name]]:
+    found.append(
+      'sft.merge = False: RL goes on with the adapters of supervised training, so '
+      + ', '.join(f'lora.{x} = {c.lora[x]!r}' for x in other)
+      + f' must be {", ".join(f"sft.{x} = {dict(pairs)[x]!r}" for x in other)}'
     )
   return found
 
@@ -412,9 +445,14 @@ def old_policy(c: Any) -> list[str]:
   return found
 
 
-def plain_reference(c: Any) -> bool:
-  """Whether p_ref is the base model alone."""
+def only_base(c: Any) -> bool:
+  """Whether p_ref is made of the base alone, as supervised training left it."""
   return tuple(c.reference.of) == ('base',) and tuple(c.reference.weights) == (1.0,)
+
+
+def plain_reference(c: Any) -> bool:
+  """Whether p_ref is the frozen base, without any adapters."""
+  return only_base(c) and not part(c, 'sft').goes_on
 
 
 def reference(c: Any) -> list[str]:
@@ -426,7 +464,7 @@ def reference(c: Any) -> list[str]:
       f'reference.mix = {r.mix} is lost in rounding: set model.param_dtype = float32, '
       'or lora.rank > 0'
     )
-  if plain_reference(c):
+  if only_base(c):
     return found
   _, wants = wanted(c)
   if 'ref' not in wants.sequence:
@@ -478,9 +516,10 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   quantization: ('model', 'lora'),
   head_chunk: ('model', 'sampler'),
   pmap: ('mesh', 'sampler', 'eval.sampler'),
-  fuse: ('logprob', 'lora', 'reference'),
+  fuse: ('logprob', 'lora', 'reference', 'sft'),
   trajectory: ('logprob', 'sampler'),
   rollouts: ('lora', 'sampler', 'sft', 'train'),
+  supervised: ('lora', 'model', 'sft'),
   objective_sampler: ('objective', 'sampler'),
   old_policy: ('objective', 'logprob', 'lora'),
   reference: ('objective', 'reference'),

@@ -414,6 +414,11 @@ def params_of(built: build.Built, workdir: str) -> tuple[dict, dict, str]:
 
   workdir: '' = no run. ValueError if --of names a checkpoint that is missing.
   """
+  alone = config.part(built.config, 'sft').trains and not built.config.train.iterations
+  if workdir and alone:  # --of names a checkpoint of supervised training
+    best = {'latest': False, 'best': True, 'base': None}[OF.value]
+    base = built.steps.quantize(resume.base_of(built, workdir, best))
+    return base, base, OF.value
   saved = workdir and mesh.agree(resume.saved_updates(workdir))
   if workdir and not saved and OF.value != 'base':
     if OF.present:
@@ -444,6 +449,9 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
     for split in ('train', 'validation', 'test'):  # a bad file is refused now
       dog.beat(f'data, {split}', 0)
       build.problems(built, split)
+    if config.part(c, 'sft').trains:
+      dog.beat('data, supervised', 0)
+      parts.lessons_of(built)
     if mesh.agree(runs.is_done(workdir)):
       say('this run is done; --config.seed=N starts another')
     else:

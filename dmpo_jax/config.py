@@ -36,6 +36,7 @@ from dmpo_jax.rules import (
   nearest,
   one_of,
   positive_share,
+  rates,
   without_effect,
 )
 from dmpo_jax.tasks import TASKS
@@ -221,33 +222,107 @@ class Reward(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Sft(Section):
-  """Supervised fine-tuning on the tasks' solutions, before RL."""
+  """Supervised fine-tuning before RL, on the task's solutions or on files of texts."""
 
-  OWN = {'batch': least(1), 'anneal': least(0)}
+  NAME = 'sft'
+  OWN = {
+    **dict.fromkeys(('batch', 'microbatches', 'levels'), least(1)),
+    'anneal': least(0),
+    **dict.fromkeys(('held_out', 'dropout'), chance),
+    'decay': one_of(*optim.DECAYS),
+    'alpha': above(0),
+    'turns': one_of('all', 'last'),
+    'overlong': one_of('error', 'drop', 'cut'),
+    'mean': one_of('row', 'token'),
+    'law': one_of('uniform', 'cosine', 'count'),
+  }
+  WHOLE_TEXT = {'law': 'uniform', 'low': 1e-3, 'high': 1.0}
 
-  steps: int = 0  # supervised updates; 0 = none
+  steps: int = 0  # supervised updates; 0 = as epochs says
+  epochs: int = 0  # passes over the texts; 0 = as steps says, or no training
   # Updates in which attention goes from causal to the model's own: a growing share of
   # the later tokens is seen, or the attention block grows; 0 = at once.
   anneal: int = 0
   batch: int = 128  # rows per update
-  lr: float = 2e-3  # learning rate after warm-up, constant
+  microbatches: int = 1  # microbatches of an update, for gradient accumulation
+  lr: float = 2e-3  # learning rate after warm-up
   warmup: int = 20  # updates of linear warm-up; 0 = none
+  decay: str = 'constant'  # to zero at the last update; constant | linear | cosine
   weight_decay: float = 0.0  # AdamW, on matrices; 0 = none
   clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
+  rank: int = 0  # rank of the adapters that are trained; 0 = all parameters
+  alpha: float = 64.0  # the adapter's output is scaled by alpha / rank
+  targets: str = ''  # adapted linears, as lora.targets; '' = the same
+  dropout: float = 0.0  # on the adapters' input; probability, 0 = none
+  # True: adapters are added to the base before RL, and RL begins with new ones.
+  # False: RL goes on with them, and its reference is the base with them as they are.
+  merge: bool = True
+  path: tuple = ()  # files or hub names of texts; () = the task's training problems
+  weights: tuple = ()  # how often an epoch has each text of a file; () = once
+  turns: str = 'all'  # answers of a dialogue that are learned; all | last
+  # Tokens of a text, prompt and answer. 0 = the longest text of sft.path; without it
+  # the prompt's and sampler.length.
+  length: int = 0
+  overlong: str = 'error'  # texts above it; error | drop | cut (no EOS then)
+  bucket: int = 0  # pads a text to a multiple of so many tokens; 0 = to sft.length
+  fill: bool = True  # True: that padding is EOS, and learned; False: none is seen
+  mean: str = 'row'  # of the loss; row (each row alike) | token (each token alike)
+  # Law of the share of masked tokens; uniform | cosine | count. Attention blocks have
+  # their own, as count.
+  law: str = 'uniform'
+  low: float = 1e-3  # uniform, cosine: lower end of the rate
+  high: float = 1.0  # uniform, cosine: upper end of the rate, at most 1
+  held_out: float = 0.0  # share of the texts that is held out; 0 = none
+  every: int = 100  # updates between losses of the held-out texts; 0 = only at the end
+  levels: int = 8  # masked shares at which that loss is taken
+
+  @property
+  def trains(self) -> bool:
+    return bool(self.steps or self.epochs)
+
+  def length_of(self) -> str:
+    """Returns the field that says how long it trains, and its value."""
+    return f'sft.epochs = {self.epochs}' if self.epochs else f'sft.steps = {self.steps}'
+
+  @property
+  def goes_on(self) -> bool:
+    """Whether RL goes on with the adapters of supervised training."""
+    return bool(self.trains and self.rank and not self.merge)
 
   def idle(self) -> dict[str, str]:
-    needs = 'sft.steps > 0'
-    fields = 'batch anneal lr warmup weight_decay clip'
-    return without_effect((fields, self.steps, needs))
+    names = [x for x in vars(self) if x not in ('steps', 'epochs')]
+    texts = self.path or self.length
+    return without_effect(
+      ('alpha targets dropout merge', self.rank, 'sft.rank > 0'),
+      ('weights turns', self.path, 'sft.path'),
+      ('bucket fill', texts, 'sft.path or sft.length > 0'),
+      ('low high', self.law != 'count', 'sft.law = uniform or cosine'),
+      ('every levels', self.held_out, 'sft.held_out > 0'),
+      (' '.join(names), self.trains, 'sft.steps > 0 or sft.epochs > 0'),
+    )
 
   def problems(self) -> list[str]:
     found = super().problems()
+    if self.steps and self.epochs:
+      found.append(
+        f'sft.steps = {self.steps} and sft.epochs = {self.epochs}: set one of them to 0'
+      )
+    if not all(isinstance(name, str) and name for name in self.path):
+      found.append(f'sft.path = {self.path} must hold names of files')
+    if self.weights and len(self.weights) != len(self.path):
+      found.append(
+        f'sft.weights = {self.weights} must hold a weight for each of sft.path = '
+        f'{self.path}'
+      )
+    if any(above(0)(w) for w in self.weights):
+      found.append(f'sft.weights = {self.weights} must be > 0')
     if self.steps and self.anneal > self.steps:
       found.append(
         f'sft.anneal = {self.anneal} must be at most sft.steps = {self.steps}: '
         "attention would not become the model's own"
       )
-    return found
+    right = 0 < self.low < self.high <= 1
+    return found + rates(self, right, '0 < low < high <= 1')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dmpo_jax.types import (
   STOP_TOKENS,
   Array,
   BoolBP,
+  BoolR,
   BoolRP,
   IntB,
   IntBP,
@@ -282,15 +283,18 @@ def encode_chat(tokenizer: Tokenizer, text: str, prefill: str = '') -> list[int]
   return ids
 
 
-def apply_chat(tokenizer: Tokenizer, text: str, tokenize: bool) -> Any:
+def apply_chat(
+  tokenizer: Tokenizer, said: str | list[dict], tokenize: bool, asks: bool = True
+) -> Any:
   """Returns the ids or the text of a user's message in the chat template.
 
-  ValueError if the template fails: it is a program, so it may raise anything.
+  said: may be a list of messages. asks: end where the assistant begins. ValueError if
+  the template fails: it is a program, so it may raise anything.
   """
   try:
     return tokenizer.apply_chat_template(
-      [{'role': 'user', 'content': text}],
-      add_generation_prompt=True,
+      [{'role': 'user', 'content': said}] if isinstance(said, str) else said,
+      add_generation_prompt=asks,
       tokenize=tokenize,
       return_dict=False,
     )
@@ -427,18 +431,59 @@ def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
   return encode(split_special_tokens=True) if hidden else ids
 
 
-def encode_targets(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> IntRL:
-  """Returns (n, L) int32 completions filled with EOS; ValueError if one is too long."""
+def turn_end(tokenizer: Tokenizer) -> list[int]:
+  """Returns the token by which the chat template ends an answer; [] if it has none."""
+  asked = apply_chat(tokenizer, 'a', False)
+  both = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+  ended = apply_chat(tokenizer, both, False, asks=False)
+  return split_end(tokenizer, ended[len(asked) :], 'b')[1]
+
+
+def split_end(tokenizer: Tokenizer, text: str, content: str) -> tuple[str, list[int]]:
+  """Cuts what a template writes of an answer into its text and its end: [id] or [].
+
+  What follows is left out: LLaDA's template ends with the header of another answer.
+  """
+  vocab, content = tokenizer.get_vocab(), content.strip()
+  stop = text.find(content) + len(content)
+  if not text.count(content):  # the template rewrites it
+    stop = len(text)
+  ends = [(text.find(x, stop), x) for x in STOP_TOKENS if x in vocab]
+  ends = sorted(pair for pair in ends if pair[0] >= 0)
+  if not ends:
+    return text[:stop], []
+  at, token = ends[0]
+  return text[:at], [vocab[token]]
+
+
+def encode_end(tokenizer: Tokenizer, text: str, end: list[int]) -> list[int]:
+  """Returns the ids of an answer with the end of its turn, once."""
+  ids = encode_answer(tokenizer, text)
+  return ids if ids[-1:] == end else ids + end
+
+
+def encode_targets(
+  texts: Sequence[str], tokenizer: Tokenizer, length: int, overlong: str = 'error'
+) -> tuple[IntRL, BoolR]:
+  """Returns (n, L) int32 completions filled with EOS, and which of the texts they are.
+
+  The end of the turn stands before EOS where the chat template has one. A longer text
+  is an error, is left out (drop), or loses its end (cut), so that no EOS follows.
+  """
+  end = turn_end(tokenizer)
+  ids = [encode_end(tokenizer, text, end) for text in texts]
+  long = np.array([len(row) > length for row in ids], bool)
+  if long.any() and (overlong == 'error' or (overlong == 'drop' and long.all())):
+    raise ValueError(
+      f'sampler.length = {length} is too short for {long.sum()} of {len(ids)} SFT '
+      f'targets, such as {texts[int(np.argmax(long))]!r}: set it to '
+      f'{max(map(len, ids))} or more, or sft.overlong = cut'
+    )
+  kept = ~long if overlong == 'drop' else np.ones_like(long)
   out = np.full((len(texts), length), tokenizer.eos_token_id, np.int32)
-  for row, text in enumerate(texts):
-    ids = encode_answer(tokenizer, text)
-    if len(ids) > length:
-      raise ValueError(
-        f'sampler.length = {length} is too short for the SFT target {text!r}: '
-        f'set it to {len(ids)} or more'
-      )
-    out[row, : len(ids)] = ids
-  return out
+  for row, row_ids in enumerate(ids):
+    out[row, : len(row_ids)] = row_ids[:length]
+  return out[kept], kept
 
 
 def after_given(order_RxL: IntRL, x_RxL: Array, fill: Any) -> np.ndarray:

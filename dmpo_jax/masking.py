@@ -6,6 +6,9 @@ positions of a copy into an estimate of the ELBO (see `logprob.seq_elbo`). It
 broadcasts to (R, K, L); the draws below give one weight a copy, (R, K, 1).
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,14 +48,19 @@ def masked_count(masked_RxKxL: BoolRKL) -> Array:
 
 
 def draw_blocks(
-  key: AnyKey, row_R: IntR, canvas: Canvas, draws: int, spread: bool = False
+  key: AnyKey,
+  row_R: IntR,
+  canvas: Canvas,
+  draws: int,
+  spread: bool = False,
+  level: Any = None,
 ) -> Masks:
   """Draws 1..n of the n free tokens of each attention block, in each copy on its own.
 
   Every count is equally likely, and the weight of a token is n / count: the mean over
   copies of the weighted sum is unbiased for the ELBO, a sum over blocks. spread: a
   copy's counts are stratified over its blocks, and a block's over the copies; each
-  alone keeps its law.
+  alone keeps its law. level: the share that is masked, in [0, 1), instead of a draw.
   """
   blocks = canvas.length // canvas.block
 
@@ -60,7 +68,9 @@ def draw_blocks(
     key_count, key_order = jax.random.split(key)
     free = free_L.reshape(blocks, canvas.block)
     total = jnp.sum(free, axis=1)
-    if spread:
+    if level is not None:
+      at = jnp.full((draws, blocks), level)
+    elif spread:
       at = lattice(key_count, draws, blocks)
     else:
       at = jax.random.uniform(key_count, (draws, blocks))
@@ -261,17 +271,39 @@ def draw_prompt(
   return rng.per_row(key, row_R, of_row) & valid_RxP[:, None]
 
 
-def draw_sft(key: AnyKey, row_R: IntR, canvas: Canvas, floor: float = 1e-3) -> Masks:
-  """Draws LLaDA's SFT corruption: one copy, p = (1 - floor) t + floor, t ~ U(0, 1).
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """The law of the mask rate of a supervised text: see config.Sft."""
 
-  The weight is 1 / p, so that the masked sum is an ELBO (LLaDA GUIDELINES.md).
+  law: str = 'uniform'
+  low: float = 1e-3
+  high: float = 1.0
+
+
+def draw_sft(key: AnyKey, row_R: IntR, canvas: Canvas, rates: Rates = Rates()) -> Masks:
+  """Draws one masked copy of a supervised text; the masked sum is an ELBO.
+
+  `uniform` masks each free token with chance p ~ U(low, high) and weight 1 / p. With
+  the defaults it is LLaDA's p = (1 - 0.001) t + 0.001 (LLaDA GUIDELINES.md). `cosine`:
+  p = sin(pi t / 2) with t ~ U(low, high) and weight p' / p (MaskGIT; dllm's
+  CosineAlphaScheduler). `count` draws the number of masked tokens, 1 to all, as the
+  attention blocks of a block-causal model do under any law.
   """
-  if canvas.block:
-    return draw_blocks(key, row_R, canvas, 1)
+  if canvas.block or rates.law == 'count':
+    return draw_blocks(
+      key, row_R, canvas._replace(block=canvas.block or canvas.length), 1
+    )
 
   def of_row(key):
     key_rate, key_mask = jax.random.split(key)
-    rate = (1 - floor) * jax.random.uniform(key_rate, (1, 1)) + floor
-    return jax.random.uniform(key_mask, (1, canvas.length)) < rate, 1 / rate[:, 0]
+    rate = jax.random.uniform(key_rate, (1, 1))
+    rate = (rates.high - rates.low) * rate + rates.low
+    weight = 1 / rate[:, 0]
+    if rates.law == 'cosine':
+      angle = jnp.pi / 2 * rate
+      rate, weight = jnp.sin(angle), jnp.pi / 2 / jnp.tan(angle[:, 0])
+    return jax.random.uniform(key_mask, (1, canvas.length)) < rate, weight
 
-  return per_copy(*rng.per_row(key, row_R, of_row))
+  masked, weight = rng.per_row(key, row_R, of_row)
+  free = free_of(canvas, row_R)
+  return per_copy(masked & free[:, None], weight)

@@ -29,7 +29,7 @@ NOT_FINITE = {'nan': math.nan, 'inf': math.inf, '-inf': -math.inf}
 
 # Meaning of each metric, then its unit. A name that ends with '/' is a prefix.
 # Phase rl: one row a buffer; update, sft: one row an optimizer step; eval: one
-# row a validation.
+# row a validation; held_out: one row each time the held-out loss is taken.
 METRICS = {
   # --- rewards and grades (rl, eval)
   'reward': 'mean reward of the completions; weighted sum of the reward terms',
@@ -79,6 +79,8 @@ METRICS = {
   'elbo_drift': 'mean ELBO of the policy less that of p_old; nats',
   'ratio_log_abs': 'mean absolute log-ratio of the policy to p_old; nats',
   'place_log_abs': 'mapg: the same for the choice of positions; nats',
+  # --- held-out texts (held_out)
+  'held_out_nll': 'negative ELBO of the held-out texts; nats a learned token',
   # --- the program (rl)
   'ill': 'health rules that are broken; count',
   'compilations': 'programs compiled since the row before; count',

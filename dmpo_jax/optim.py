@@ -6,6 +6,8 @@ restored like the rest.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +33,13 @@ class Config(rules.Section):
   eps: float = 1e-8  # added to the root of the second moment
   weight_decay: float = 0.0  # decoupled, of matrices alone; 0 = none
   clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
+
+
+DECAYS: dict[str, Callable[[float], float]] = {
+  'constant': lambda done: 1.0,
+  'linear': lambda done: 1 - done,
+  'cosine': lambda done: (1 + math.cos(math.pi * done)) / 2,
+}  # the share of training that is done -> the factor of the learning rate
 
 
 class Held(NamedTuple):

@@ -7,10 +7,24 @@ before anything is compiled. Nothing here compiles; build.py does.
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from dmpo_jax import check, config, data, hf, model, optim, sampler, step
+import numpy as np
+
+from dmpo_jax import (
+  check,
+  config,
+  data,
+  dialogues,
+  hf,
+  lessons,
+  masking,
+  model,
+  optim,
+  sampler,
+  step,
+)
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
@@ -137,17 +151,17 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
     )
 
 
-def check_targets(cfg: model.ModelConfig) -> None:
-  """ValueError if the adapters match no linear."""
+def check_targets(cfg: model.ModelConfig, field: str = 'lora.targets') -> None:
+  """ValueError if the adapters match no linear; field: what names them."""
   try:
     matched = any(re.search(cfg.lora_targets, name) for name in model.LINEARS)
   except re.error as error:
     raise ValueError(
-      f'lora.targets = {cfg.lora_targets!r} is no regular expression: {error}'
+      f'{field} = {cfg.lora_targets!r} is no regular expression: {error}'
     ) from None
   if cfg.lora_rank and not matched:
     raise ValueError(
-      f'lora.targets = {cfg.lora_targets!r} matches none of {", ".join(model.LINEARS)}'
+      f'{field} = {cfg.lora_targets!r} matches none of {", ".join(model.LINEARS)}'
     )
 
 
@@ -159,12 +173,52 @@ def optimizer_of(c: Any, lr: Any = None) -> Any:
   return optim.make_optimizer(c.optim, lr, hold='moving' in c.reference.of)
 
 
-def sft_optimizer_of(c: Any) -> Any:
-  """Returns the optimizer of supervised training: AdamW, constant after warm-up."""
+def sft_config(c: Any, cfg: model.ModelConfig) -> model.ModelConfig:
+  """Returns the model of supervised training: with its own adapters, or with none."""
   sft = c.sft
-  return optim.make_optimizer(
-    optim.Config(sft.lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
+  targets = sft.targets or c.lora.targets
+  found = dataclasses.replace(
+    cfg,
+    lora_rank=sft.rank,
+    lora_alpha=sft.alpha,
+    lora_dropout=sft.dropout,
+    lora_targets=model.LORA_TARGETS.get(targets) or targets,
   )
+  check_targets(found, 'sft.targets' if sft.targets else 'lora.targets')
+  return found
+
+
+def sft_optimizer_of(c: Any, factor: Any = 1.0) -> Any:
+  """Returns AdamW for supervised training; factor: of its rate, may be traced."""
+  sft = c.sft
+  lr = sft.lr if sft.decay == 'constant' else sft.lr * factor
+  return optim.make_optimizer(
+    optim.Config(lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
+  )
+
+
+def sft_setup_of(c: Any, cfg: model.ModelConfig, factor: Any = 1.0) -> step.SftSetup:
+  """Returns what stays the same from one supervised update to the next."""
+  sft = c.sft
+  return step.SftSetup(
+    sft_config(c, cfg),
+    text_length(c, cfg),
+    sft_optimizer_of(c, factor),
+    sft.microbatches,
+    masking.Rates(sft.law, sft.low, sft.high),
+    sft.mean == 'token',
+  )
+
+
+def text_length(c: Any, cfg: model.ModelConfig) -> int:
+  """Returns the tokens of a supervised text that masks are drawn for.
+
+  They are the completion's where the task's solutions are learned at RL's length.
+  """
+  if not (c.sft.path or c.sft.length):
+    return c.sampler.length
+  length, block = c.sft.length or cfg.positions, cfg.block_causal or 1
+  return -(-length // block) * block
 
 
 def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup:
@@ -289,3 +343,103 @@ def problems(built: Any, split: str) -> data.Problems:
       f'{prompt + c.sampler.length}: set data.prompt_length = {prompt + 1}'
     )
   return loaded
+
+
+# --- supervised texts
+
+
+def lessons_of(built: Any) -> lessons.Lessons:
+  """Returns the rows of supervised training, made once.
+
+  ValueError if a file has no texts or a wrong row, or if a text is too long.
+  """
+  if 'sft' not in built.encoded:
+    c, sft = built.config, check.part(built.config, 'sft')
+    made = canvas_rows(built) if not (sft.path or sft.length) else text_rows(built)
+    make, size, file, owner, copies = made
+    held = lessons.take_out(owner, sft.held_out, c.data.seed)
+    weights = sft.weights or [1.0] * max(1, len(sft.path))
+    train = np.flatnonzero(~held)
+    rows = [train[np.asarray(file)[train] == k] for k in range(len(weights))]
+    if empty := [sft.path[k] for k, x in enumerate(rows) if not len(x)]:
+      raise ValueError(f'sft.path: {empty[0]} has no text that can be learned')
+    takes = [max(1, round(w * len(x))) for w, x in zip(weights, rows, strict=True)]
+    order = lessons.Order(tuple(rows), tuple(takes), size, sft.batch, c.seed)
+    built.encoded['sft'] = lessons.Lessons(make, order, np.flatnonzero(held), copies)
+  return built.encoded['sft']
+
+
+def canvas_rows(built: Any) -> tuple:
+  """Returns the task's solutions at RL's lengths: see lessons_of."""
+  tokens, valid = sft_canvas(built)
+  learn = np.ones((len(tokens), built.config.sampler.length), np.int8)
+  n = len(tokens)
+  make = lambda index: (tokens[index], valid[index], learn[index])
+  return make, np.zeros(n, np.int32), [0] * n, range(n), 1
+
+
+def sft_canvas(built: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (n, S) int32 tokens and bool validity of prompts with true answers."""
+  c = built.config
+  found = problems(built, 'train')
+  texts = [built.task.target(example, c.data.style) for example in found.examples]
+  targets, kept = data.encode_targets(
+    texts, built.tokenizer, c.sampler.length, c.sft.overlong
+  )
+  tokens = np.concatenate([found.tokens[kept], targets], axis=1)
+  valid = np.concatenate([found.valid[kept], np.ones_like(targets, bool)], axis=1)
+  return tokens, valid
+
+
+def text_rows(built: Any) -> tuple:
+  """Returns texts of files, or of the task at sft.length: see lessons_of."""
+  c, cfg, sft = built.config, built.model, check.part(built.config, 'sft')
+  texts = [
+    text._replace(file=k, owner=owner)
+    for owner, (k, one) in enumerate(enumerate_texts(built))
+    for text in one
+  ]
+  longest = max(text.lead + len(text.ids) for text in texts)
+  how = lessons.Layout(
+    min(sft.length or longest, text_length(c, cfg)),
+    sft.bucket,
+    sft.fill,
+    sft.overlong,
+    cfg.block_causal,
+    cfg.eos_id,
+  )
+  texts = lessons.fit(texts, how)
+  size = np.array([lessons.size_of(text, how) for text in texts], np.int32)
+  if size.max() > cfg.positions:
+    raise ValueError(
+      f"sft.length: rows of {size.max()} tokens exceed the model's {cfg.positions} "
+      'positions: lower it, and set sft.overlong = drop or cut'
+    )
+  _, owner = np.unique([text.owner for text in texts], return_inverse=True)
+  copies = max(int(lessons.copies_of(text, how).max()) for text in texts)
+  return (
+    lambda index: lessons.rows_of([texts[i] for i in index], how),
+    size,
+    [text.file for text in texts],
+    owner,
+    copies,
+  )
+
+
+def enumerate_texts(built: Any) -> Iterator[tuple[int, list[lessons.Text]]]:
+  """Yields (number of the file, texts) of each dialogue, or of the task's problems."""
+  c, cfg, tokenizer = built.config, built.model, built.tokenizer
+  for k, name in enumerate(c.sft.path):
+    for one in dialogues.read(name):
+      where = cfg.block_causal, c.model.attention_grid
+      yield k, lessons.texts_of(tokenizer, one, c.sft.turns, *where)
+  if c.sft.path:
+    return
+  found, end = problems(built, 'train'), data.turn_end(tokenizer)
+  for at, example in enumerate(found.examples):
+    prompt = found.tokens[at][found.valid[at]].tolist()
+    learned = data.encode_end(tokenizer, built.task.target(example, c.data.style), end)
+    block = cfg.block_causal if c.model.attention_grid == 'prompt' else 0
+    lead = -len(prompt) % block if block else 0
+    text = lessons.Text(prompt, [0] * len(prompt), f'training problem {at}', lead)
+    yield 0, [lessons.ended(tokenizer, text, learned)]

@@ -71,8 +71,34 @@ def refuse_swapped(built: build.Built, meta: dict[str, Any]) -> None:
 
 
 def policy_of(built: build.Built, base: Params) -> tuple[Params, Params]:
-  """Returns (trainable, frozen): what RL changes, and the reference policy."""
+  """Returns (trainable, frozen): what RL changes, and what it leaves.
+
+  base: as `trained_base` returns it; RL goes on with its adapters, if it has any.
+  """
+  if 'lora' in base:
+    return {'lora': base['lora']}, {'params': base['params']}
   return built.steps.init_lora() or base, base
+
+
+def sft_start(built: build.Built) -> tuple[Params, Params]:
+  """Returns (trainable, frozen) of supervised training: adapters or all weights."""
+  base, lora = built.steps.init(), built.steps.init_sft()
+  if not lora:
+    return base, {}
+  goes_on = check.part(built.config, 'sft').goes_on
+  return lora, built.steps.quantize(base) if goes_on else base
+
+
+def trained_base(built: build.Built, trainable: Params, frozen: Params) -> Params:
+  """Returns what RL starts from: the base after supervised training.
+
+  Adapters are merged, or stay beside it where RL goes on with them.
+  """
+  if not frozen:
+    return trainable
+  if check.part(built.config, 'sft').goes_on:
+    return {**frozen, **trainable}
+  return built.steps.merge(frozen, trainable)
 
 
 def saved_updates(workdir: str | os.PathLike, phase: str = 'rl') -> list[int]:
@@ -102,24 +128,44 @@ def read_state(
   return found
 
 
-def base_of(built: build.Built, workdir: str | os.PathLike) -> Params:
+def base_of(
+  built: build.Built, workdir: str | os.PathLike, best: bool | None = None
+) -> Params:
   """Returns the base model of a run, as supervised training left it; trains nothing.
 
-  workdir: '' = no run, the model as it is read. ValueError if its training has not
-  come to its end.
+  workdir: '' = no run, the model as it is read. best: the checkpoint with the least
+  loss of held-out texts, or the last one; None = as RL starts. ValueError if its
+  training has not come to its end.
   """
-  base, steps = built.steps.init(), built.config.sft.steps
-  if not workdir or not steps:
-    return base
-  folder = os.path.join(workdir, 'sft')
-  found = read_state(built, folder, lambda: built.steps.start_sft(base))
-  done = found.meta['update'] if found else 0
-  if not found or done < steps:
+  sft = check.part(built.config, 'sft')
+  if not workdir or not sft.trains:
+    return built.steps.init()
+  folder, saved = os.path.join(workdir, 'sft'), saved_updates(workdir, 'sft')
+  trainable, frozen = sft_start(built)
+  only = None
+  if best or (best is None and sft.held_out):
+    row = best_held_out(workdir, max(saved, default=0))
+    only = row.update if row else None
+    if best and not row:
+      raise ValueError(
+        f'--of=best: {os.path.join(workdir, metrics.FILE)} has no held-out loss '
+        '(sft.held_out = 0, or the run has just begun): use --of=latest'
+      )
+  found = read_state(built, folder, lambda: built.steps.start_sft(trainable), only)
+  done, total = max(saved, default=0), found.meta['updates'] if found else 1
+  if not found or done < total:
     raise ValueError(
-      f'{folder} has {done} of sft.steps = {steps} updates of the base model: let '
+      f'{folder} has {done} of {sft.length_of()} updates of the base model: let '
       '--mode=train go on first'
     )
-  return found.trees['state'].trainable
+  return trained_base(built, found.trees['state'].trainable, frozen)
+
+
+def best_held_out(workdir: str | os.PathLike, last: int) -> Best | None:
+  """Returns the update up to `last` with the least loss of held-out texts."""
+  rows = metrics.read(workdir) if jax.process_index() == 0 else []
+  rows = [(r['step'], -r['held_out_nll']) for r in rows if r['phase'] == 'held_out']
+  return best_of(rows, last)
 
 
 def latest(
@@ -161,6 +207,11 @@ def best_validation(workdir: str | os.PathLike, inner: int, last: int) -> Best |
   """
   rows = metrics.read(workdir) if jax.process_index() == 0 else []
   rows = [(r['step'] * inner, r['accuracy']) for r in rows if r['phase'] == 'eval']
+  return best_of(rows, last)
+
+
+def best_of(rows: list[tuple[int, float]], last: int) -> Best | None:
+  """Returns the first of the best (update, number) up to `last`; None if none is."""
   found = [row for row in mesh.gather(rows)[0] if row[0] <= last]
   return Best(*max(found, key=lambda row: row[1])) if found else None
 

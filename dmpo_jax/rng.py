@@ -15,9 +15,9 @@ from dmpo_jax.types import IntR, KeyR
 
 AnyKey = Key[Any, '']
 
-STREAMS = dict(init=0, lora=1, sample=2, score=3, mask=4, sft=5, evaluate=6)
+STREAMS = dict(init=0, lora=1, sample=2, score=3, mask=4, sft=5, evaluate=6, adapt=7)
 # Uses inside one stream and step, beside its rows.
-SUBSTREAMS = dict(dropout=0, anchor=1, fresh=2, prompt=3, order=4, anneal=5)
+SUBSTREAMS = dict(dropout=0, anchor=1, fresh=2, prompt=3, order=4, turns=5, anneal=6)
 # Rows are counted from 0 over the whole run; none reaches the largest int32.
 NO_ROW = 2**31 - 1
 

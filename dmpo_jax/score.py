@@ -52,14 +52,14 @@ class Policies(NamedTuple):
   """Whose log-probs are taken: parameter trees of the whole network."""
 
   old: Params  # the policy that sampled
-  base: Params  # the frozen base: the reference under the loss's own masks
+  base: Params  # where RL began: the reference under the loss's own masks
   refs: tuple  # what p_ref is the product of, to the powers Setup.weights
 
 
 def policies(trainable: Params, frozen: Params, references: tuple = ()) -> Policies:
   """Returns the policies of a run; `references` are trees laid over `frozen`."""
   refs = tuple({**frozen, **tree} for tree in references) or (frozen,)
-  return Policies({**frozen, **trainable}, frozen, refs)
+  return Policies({**frozen, **trainable}, refs[0], refs)
 
 
 def score(

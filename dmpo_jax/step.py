@@ -24,9 +24,12 @@ from dmpo_jax.types import (
   BoolRL,
   BoolRS,
   Canvas,
+  FloatR,
   Future,
   IntR,
   IntRS,
+  KeyR,
+  Lesson,
   Masks,
   Objective,
   Params,
@@ -244,49 +247,136 @@ def update(
   return new, {**metrics, **numbers}
 
 
+# --- supervised
+
+
 @dataclasses.dataclass(frozen=True)
 class SftSetup:
   """What stays the same from one supervised step to the next."""
 
   cfg: ModelConfig
-  length: int  # L
+  # Tokens that masks are drawn for, so that they do not depend on a batch's padding.
+  length: int
   optimizer: Any
   microbatches: int = 1
+  rates: masking.Rates = masking.Rates()
+  by_token: bool = False  # the mean over learned tokens, else over rows
   share: Any = None  # of the later tokens that are seen; None: the model's attention
 
 
-def sft_step(
-  state: TrainState,
-  tokens_RxS: IntRS,
-  valid_RxS: BoolRS,
-  row_R: IntR,
-  key: AnyKey,
-  setup: SftSetup,
-) -> tuple[TrainState, dict]:
-  """Makes one step of LLaDA's SFT loss: the sum of CE / p over the masks, per length.
+def aligned(cfg: ModelConfig, lesson: Lesson) -> Lesson:
+  """Moves prompts with completions so that the canvas begins an attention block.
 
-  Only completions are masked. EOS padding counts as part of the answer (LLaDA
-  GUIDELINES.md). All of the base trains, though setup.cfg may have adapters, under
-  which no kernel of it has a gradient.
+  Texts that are learned from their first column on lie so already.
   """
-  total, cfg = tokens_RxS.shape[0], dataclasses.replace(setup.cfg, lora_rank=0)
-  canvas, block = Canvas(setup.length), cfg.block_causal
+  length, block = lesson.learn.shape[2], cfg.block_causal
+  if not block or lesson.tokens.shape[1] == length:
+    return lesson
+  tokens, valid, given = model.align(
+    cfg, lesson.tokens, lesson.valid, length, length + block
+  )
+  learn = (valid[:, -given.shape[1] :] & ~given)[:, None]
+  return lesson._replace(tokens=tokens, valid=valid, learn=learn)
+
+
+def lesson_masks(
+  cfg: ModelConfig, lesson: Lesson, length: int, draw: Callable[[int, Canvas], Masks]
+) -> Masks:
+  """Returns the masks of a lesson's copies; draw: (copy, Canvas) -> one copy's.
+
+  In the last attention block of a turn all that follows it is masked, too, as it is
+  where the turn is sampled. Without that the turn would see what comes after it.
+  """
+  copies, size = lesson.learn.shape[1:]
+  found = []
+  for k in range(copies):
+    free = jnp.pad(lesson.learn[:, k], ((0, 0), (0, length - size)))
+    found.append(draw(k, Canvas(length, cfg.block_causal, free)))
+  masked = jnp.concatenate([one.masked[:, :, :size] for one in found], axis=1)
+  weight = jnp.concatenate([one.weight[:, :, :size] for one in found], axis=1)
+  if cfg.block_causal:
+    blocks = lesson.learn.reshape(*lesson.learn.shape[:2], -1, cfg.block_causal)
+    upto = jnp.flip(jax.lax.cummax(jnp.flip(blocks, -1).astype(jnp.int8), axis=3), -1)
+    after = jnp.any(blocks, axis=-1, keepdims=True) & (upto == 0)
+    masked |= after.reshape(masked.shape)
+    weight = jnp.where(lesson.learn, weight, 0.0)
+  return Masks(masked, weight)
+
+
+def lesson_nll(
+  cfg: ModelConfig,
+  params: Params,
+  lesson: Lesson,
+  masks: Masks,
+  dropout_R: KeyR | None = None,
+) -> FloatR:
+  """Returns the negative ELBO of the learned tokens of each row, nats."""
+  logp = logprob.view_logp(
+    cfg, params, lesson.tokens, masks, lesson.valid, dropout_R=dropout_R
+  ).logp
+  return -logprob.seq_elbo(logp, masks.weight) * masks.masked.shape[1]
+
+
+def sft_step(
+  state: TrainState, frozen: Params, lesson: Lesson, key: AnyKey, setup: SftSetup
+) -> tuple[TrainState, dict]:
+  """Makes one step of LLaDA's SFT loss: the sum of CE / p over the masks, per token.
+
+  A row counts by its mean over its learned tokens, or all tokens of the batch count
+  alike (setup.by_token, as d1's trainer divides). The state holds adapters, or all of
+  the base: then adapters of setup.cfg are left out, under which no kernel has a
+  gradient.
+  """
+  cfg, rows = setup.cfg, lesson.tokens.shape[0]
+  if 'lora' not in state.trainable:
+    cfg = dataclasses.replace(cfg, lora_rank=0)
+  total = jnp.maximum(jnp.sum(lesson.learn), 1)
+
+  def draw(k, canvas, row):
+    copy = jax.random.fold_in(rng.substream(key, 'turns'), k) if k else key
+    return masking.draw_sft(copy, row, canvas, setup.rates)
 
   def loss_fn(trainable, part):
-    (tokens, valid, row), where = part, canvas
-    if block:
-      length = setup.length + block
-      tokens, valid, given = model.align(cfg, tokens, valid, setup.length, length)
-      where = Canvas(length, block, valid[:, -length:] & ~given)
-    masks = masking.draw_sft(key, row, where)
+    params = {**frozen, **trainable}
+    part = aligned(cfg, part)
+    length = max(setup.length, part.learn.shape[2])
+    masks = lesson_masks(cfg, part, length, lambda k, where: draw(k, where, part.row))
     if setup.share is not None:
-      keys = rng.row_keys(rng.substream(key, 'anneal'), row)
-      masks = masks._replace(future=Future(keys, setup.share))
-    logp = logprob.view_logp(cfg, trainable, tokens, masks, valid).logp
-    nll = -logprob.seq_elbo(logp, masks.weight) / setup.length
-    return jnp.sum(nll) / total, {}
+      seen_by = rng.row_keys(rng.substream(key, 'anneal'), part.row)
+      masks = masks._replace(future=Future(seen_by, setup.share))
+    keys = None
+    if cfg.lora_rank and cfg.lora_dropout:
+      keys = rng.row_keys(rng.substream(key, 'dropout'), part.row)
+    nll = lesson_nll(cfg, params, part, masks, keys)
+    if setup.by_token:
+      return jnp.sum(nll) / total, {}
+    count = jnp.maximum(jnp.sum(part.learn, axis=(1, 2)), 1)
+    return jnp.sum(nll / count) / rows, {}
 
-  parts = jax.tree.map(
-    lambda x: split_rows(x, setup.microbatches), (tokens_RxS, valid_RxS, row_R)
-  )
+  parts = jax.tree.map(lambda x: split_rows(x, setup.microbatches), lesson)
   return update(state, loss_fn, parts, setup.optimizer)
+
+
+def held_out(
+  params: Params, lesson: Lesson, key: AnyKey, setup: SftSetup, levels: int
+) -> tuple[Array, Array]:
+  """Returns the negative ELBO of a lesson, summed over rows, and its learned tokens.
+
+  The mean over a fixed grid of masked shares, (j + 1/2) / levels, each under masks that
+  depend on the row alone: the same at every call.
+  """
+  cfg, row = setup.cfg, lesson.row
+  lesson = aligned(cfg, lesson)
+  length = max(setup.length, lesson.learn.shape[2])
+
+  def of_level(level):
+    def draw(k, canvas):
+      canvas = canvas._replace(block=canvas.block or canvas.length)
+      at = jax.random.fold_in(key, k)
+      return masking.draw_blocks(at, row, canvas, 1, level=level)
+
+    masks = lesson_masks(cfg, lesson, length, draw)
+    return lesson_nll(cfg, params, lesson, masks)
+
+  nll = jax.lax.map(of_level, (jnp.arange(levels) + 0.5) / levels)
+  return jnp.sum(jnp.mean(nll, axis=0)), jnp.sum(lesson.learn)

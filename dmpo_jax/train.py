@@ -50,7 +50,7 @@ def run(
     if place.update < phase.updates or phase.validates:
       with phase.tracer:
         state, place = loop(phase, manager, asked, state, buffers, place)
-  return {**phase.frozen, **state.trainable}, place.seconds
+  return phase.outcome(state), place.seconds
 
 
 def enter(
@@ -120,12 +120,13 @@ def loop(
     if coming and (due or last):
       (ahead, place), coming = phase.finish(coming, place), None
     # 5. Check the numbers and validate: an unhealthy policy is never the best.
-    numbers = None if coming else write_late(phase, pending, batch, due or last)
+    ends = phase.validates_after(update + 1)
+    numbers = None if coming else write_late(phase, pending, batch, due or ends)
     place = dataclasses.replace(place, update=update + 1, seconds=time.time() - begun)
     if last:
       batch, ahead = ahead, None
     place, unhealthy = phase.judge(place, numbers) if last else (place, False)
-    if last and not stop and not unhealthy:
+    if ends and not stop and not unhealthy:
       best, stop = validate(phase, manager, asked, state, update + 1)
       due = due or best or stop
     # 6. Save when it is due, when the policy is the best, and before the run ends.
@@ -152,7 +153,7 @@ def prepare(
   """Cuts the workdir back to `place`; validates there if no buffer is begun."""
   checkpoint.set_aside(manager, place.update)
   manager.preserved.best = phase.prepare(place.update)
-  if place.update % phase.inner == 0:
+  if phase.validates_after(place.update):
     phase.stop_if_unhealthy(place)
     if validate(phase, manager, asked, state, place.update)[1]:
       guard.leave(asked.came)
@@ -199,7 +200,10 @@ def save(
   first = not manager.all_steps()
   with phase.clock('checkpoint'):
     checkpoint.save(
-      manager, place.update, {'state': state, **trees}, place.to_meta(phase.built)
+      manager,
+      place.update,
+      {'state': state, **trees},
+      {**place.to_meta(phase.built), 'updates': phase.updates},
     )
     if first:
       checkpoint.verify(manager, place.update, state)

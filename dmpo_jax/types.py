@@ -200,6 +200,19 @@ class Masks(NamedTuple):
   future: Future | None = None  # which later tokens are seen; None: all
 
 
+class Lesson(NamedTuple):
+  """Texts of which some tokens are learned, for supervised training.
+
+  The last L of the S columns may be learned. Each column that is learned belongs to one
+  of K masked copies. A model that sees the whole text has K = 1.
+  """
+
+  tokens: IntRS
+  valid: BoolRS  # False on padding
+  learn: BoolRKL
+  row: IntR  # addresses the masks
+
+
 class ViewLogp(NamedTuple):
   """What a policy says of the masked copies of one draw."""
 

@@ -27,7 +27,6 @@ from dmpo_jax import (
   mesh,
   model,
   parts,
-  phases,
   rng,
   types,
 )  # fmt: skip
@@ -57,8 +56,8 @@ def config_of(folder, how, **fields):
       'data.train_size': 16,
       'data.validation_size': 8,
       'data.test_size': 8,
-      'sampler.length': 16,
-      'sampler.steps': 16,
+      'sampler.length': 20,
+      'sampler.steps': 20,
       'eval.sampler.length': 64,
       'eval.sampler.steps': 64,
       'eval.batch': 8,
@@ -75,7 +74,7 @@ def config_of(folder, how, **fields):
     }
   )
   for s in (c.sampler, c.eval.sampler):
-    s.block = 4 if how == 'block' else 16
+    s.block = 4
     s.cache = 'block' if how == 'block' else 'none'
   c.update_from_flattened_dict(fields)
   return c
@@ -275,18 +274,15 @@ def test_the_stage_is_a_function_of_the_update(tiny):
 
 def loss_of(built, params, at):
   """The loss of update `at` on the training set's rows."""
-  state = built.steps.start_sft(jax.tree.map(jnp.copy, params))
-  tokens, valid = phases.sft.encode(built)
-  index = data.indices_at(at, 8, len(tokens), 0)
-  args = tokens[index], valid[index], np.arange(8, dtype=np.int32), at
-  return float(built.steps.sft(state, *args)[1]['loss']), args
+  state, lesson = built.steps.start_sft(params), parts.lessons_of(built).at(at)
+  return float(built.steps.sft(state, {}, lesson, at, 1.0)[1]['loss']), lesson
 
 
-def first_loss(built, params, args):
+def first_loss(built, params, lesson):
   """The loss of the first update from causal logits and cross-entropies."""
-  cfg, length = built.model, 16
-  tokens, valid, row, at = args
-  key = jax.random.fold_in(rng.key_for(np.uint32(0), 'sft'), at)
+  cfg, length = built.model, 20
+  tokens, valid, _, row = lesson
+  key = jax.random.fold_in(rng.key_for(np.uint32(0), 'sft'), 0)
   masks = masking.draw_sft(key, jnp.asarray(row), types.Canvas(length))
   noisy = tokens.copy()
   noisy[:, -length:][masks.masked[:, 0]] = cfg.mask_id
@@ -308,11 +304,11 @@ def test_conversion_trains_resumes_and_is_exported(kind, how, folders, tmp_path)
   built = build.build(config_of(folders[kind], how))
   begun = built.steps.init()
   params = run_sft(built, tmp_path / 'whole')
-  before, args = loss_of(built, begun, STEPS)
+  before, _ = loss_of(built, begun, STEPS)
   assert loss_of(built, params, STEPS)[0] < before - 0.3
   if how != 'block':
-    loss, args = loss_of(built, begun, 0)
-    np.testing.assert_allclose(loss, first_loss(built, begun, args), rtol=1e-4)
+    loss, lesson = loss_of(built, begun, 0)
+    np.testing.assert_allclose(loss, first_loss(built, begun, lesson), rtol=1e-4)
     assert abs(loss_of(build.build(plain(built)), begun, 0)[0] - loss) > 1e-3
   killed, _ = fail_sft_at(built, 3, interrupt)
   with pytest.raises(KeyboardInterrupt):

@@ -232,7 +232,7 @@ def test_buckets_cut_padding_only(tokenizer):
 
 def test_targets_end_in_eos(tokenizer):
   """The tail is all EOS; a full-length target has none."""
-  got = data.encode_targets(['12', '1234', ''], tokenizer, 4)
+  got, _ = data.encode_targets(['12', '1234', ''], tokenizer, 4)
   eos = tokenizer.eos_token_id
   assert got.shape == (3, 4) and got.dtype == np.int32
   np.testing.assert_array_equal((got == eos).sum(1), [2, 0, 4])
@@ -244,11 +244,11 @@ def test_targets_end_in_eos(tokenizer):
 @pytest.mark.parametrize('text', ['a<|mask|>b', 'a<|eos|>b', '<|mask|>', 'a<|pad|>'])
 def test_special_tokens_of_a_target_are_text(tokenizer, text):
   """What a sampler cannot emit, or what would end the answer, is spelt out."""
-  got = data.encode_targets([text], tokenizer, 16)
+  got, _ = data.encode_targets([text], tokenizer, 16)
   assert tokenizer.mask_token_id not in got
   assert data.decode(tokenizer, got, data.stop_ids(tokenizer)) == [text]
-  ended = data.encode_targets(['ab<|eos|>'], tokenizer, 4)
-  np.testing.assert_array_equal(ended, data.encode_targets(['ab'], tokenizer, 4))
+  ended, _ = data.encode_targets(['ab<|eos|>'], tokenizer, 4)
+  np.testing.assert_array_equal(ended, data.encode_targets(['ab'], tokenizer, 4)[0])
 
 
 def test_decode_stops_at_the_first_eos(tokenizer):

@@ -501,13 +501,14 @@ def test_sft_step(params):
   """LLaDA's loss by its formula; microbatches add up; the key moves it."""
   tokens = np.random.default_rng(3).integers(0, 8, (R, P + L)).astype(np.int32)
   valid, row = np.ones((R, P + L), bool), jnp.arange(R)
+  lesson = types.Lesson(tokens, valid, np.ones((R, 1, L), bool), row)
   got = {}
   for pieces, seeds in ((1, (0, 1)), (2, (0,))):
     setup = step.SftSetup(CFG, L, SGD, pieces)
     fn = jax.jit(functools.partial(step.sft_step, setup=setup))
     for seed in seeds:
       got[pieces, seed] = fn(
-        step.init_state(params, SGD), tokens, valid, row, jax.random.key(seed)
+        step.init_state(params, SGD), {}, lesson, jax.random.key(seed)
       )
   close(got[1, 0], got[2, 0])
   assert float(got[1, 0][1]['loss']) != float(got[1, 1][1]['loss'])
@@ -526,8 +527,9 @@ def test_sft_trains_every_parameter(rank, tied, weights_of):
   cfg, params = dataclasses.replace(plain, lora_rank=rank), weights_of(plain)
   tokens = np.random.default_rng(3).integers(0, 6, (R, P + L)).astype(np.int32)
   fn = jax.jit(functools.partial(step.sft_step, setup=step.SftSetup(cfg, L, SGD)))
-  valid, row, key = np.ones(tokens.shape, bool), jnp.arange(R), jax.random.key(0)
-  new, numbers = fn(step.init_state(params, SGD), tokens, valid, row, key)
+  learn, valid = np.ones((R, 1, L), bool), np.ones(tokens.shape, bool)
+  lesson, key = types.Lesson(tokens, valid, learn, jnp.arange(R)), jax.random.key(0)
+  new, numbers = fn(step.init_state(params, SGD), {}, lesson, key)
   change = jax.tree.map(jnp.subtract, params, new.trainable)
   assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(change)) > 1e-6
   # Two ids are in no text: their rows of the head learn from the output alone.

@@ -296,7 +296,8 @@ def export(
     complain_of_adapter(c, cfg, params)
   if mesh.agree(os.path.isdir(folder) and os.listdir(folder)):
     raise ValueError(f'--out={folder} is not empty: name another directory')
-  base_made_here = params is base and c.sft.steps  # --of=base
+  trained = c.sft.steps or c.sft.epochs
+  base_made_here = params is base and trained  # --of=base
   if not base_made_here and not changed(params, base):
     raise ValueError(
       'the trained model equals its base in every weight: there is nothing to '
@@ -357,10 +358,11 @@ def complain_of_adapter(c: Any, cfg: model.ModelConfig, params: Params) -> None:
     why = '--of=base is the model without its adapters'
   elif 'lora' not in params:
     why = 'this run trained all parameters (lora.rank = 0)'
-  elif c.sft.steps:
+  elif (c.sft.steps or c.sft.epochs) and not (c.sft.rank and not c.sft.merge):
+    length = f'epochs = {c.sft.epochs}' if c.sft.epochs else f'steps = {c.sft.steps}'
     why = (
-      f'sft.steps = {c.sft.steps} changed the base too, so an adapter would fit '
-      'no published model'
+      f'sft.{length} changed the base too, so an adapter would fit no published model '
+      '(adapters with sft.merge = False leave it as it is)'
     )
   if why:
     raise ValueError(f'--format=adapter: {why}; --format=merged writes all weights')

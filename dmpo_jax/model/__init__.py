@@ -44,7 +44,7 @@ from dmpo_jax.model.forward import (
   with_blind_rows,
 )
 from dmpo_jax.model.law import is_stop, logp_of, sampling_logits, stops, without_mask
-from dmpo_jax.model.lora import matmul, matmul_frozen
+from dmpo_jax.model.lora import matmul, matmul_frozen, merge
 from dmpo_jax.model.packed import Packed
 from dmpo_jax.model.presets import LINEARS, LORA_TARGETS, PRESETS, ModelConfig
 from dmpo_jax.model.quantize import QUANT, dense, quantize

@@ -30,6 +30,12 @@ def adapter(module: nn.Module, cfg: ModelConfig, x: FloatXD, features: int) -> F
   return (x @ down) @ up * (cfg.lora_alpha / cfg.lora_rank)
 
 
+def merge(cfg: ModelConfig, kernel: Array, a: Array, b: Array) -> Array:
+  """Returns a kernel with its adapter added, in float32, in the kernel's dtype."""
+  delta = jnp.matmul(a, b, precision='highest') * (cfg.lora_alpha / cfg.lora_rank)
+  return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+
 def dropout(x: FloatRTD, keys: KeyRT, rate: float, name: str) -> FloatRTD:
   """Sets a share `rate` of an adapter's input to zero and scales the rest up.
 

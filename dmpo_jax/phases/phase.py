@@ -127,6 +127,14 @@ class Phase(abc.ABC):
     """Ends the process if `judge` has said so at this place."""
     return None
 
+  def validates_after(self, update: int) -> bool:
+    """Returns whether `validate` is called after an update; where a buffer ends."""
+    return update % self.inner == 0
+
+  def outcome(self, state: TrainState) -> Params:
+    """Returns the parameters that the phase ends with."""
+    return {**self.frozen, **state.trainable}
+
   def validate(self, state: TrainState, update: int, beat: Callable[[], None]) -> bool:
     """Validates if it is due after `update`; returns whether it is the best so far.
 

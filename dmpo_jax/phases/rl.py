@@ -39,7 +39,11 @@ class RL(Phase):
     self.taken = 0  # updates since the last row of phase rl
 
   def start(self) -> TrainState:
-    self.references = self.built.steps.read_references()
+    found = self.built.steps.read_references()
+    # The base is the policy that RL starts from, with its adapters if it has any.
+    goes_on = check.part(self.config, 'sft').goes_on
+    first = {'lora': self.trainable['lora']} if goes_on else {}
+    self.references = tuple(first if tree == {} else tree for tree in found)
     return self.built.steps.start(self.trainable)
 
   # --- checkpoints and files

@@ -1,54 +1,99 @@
 """Supervised training of the masked model: LLaDA's SFT loss on true answers.
 
-It makes the base model of a run that starts from nothing. The true answers are its
-only buffer. Which of them an update sees is a function of the update's number, so
-that a resumed run sees the same.
+It makes the base model of a run that starts from nothing, or tunes one that is read.
+Which texts an update sees is a function of the update's number, so that a resumed run
+sees the same.
 """
 
+import os
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from absl import logging
 
-from dmpo_jax import build, data, resume
+from dmpo_jax import check, lessons, optim, parts, resume
 from dmpo_jax.phases.phase import Phase, Session
 from dmpo_jax.types import Params, TrainState
 
 
 class SFT(Phase):
-  """sft.steps updates on the prompts and true answers of the training split."""
+  """sft.steps or sft.epochs of updates on texts with answers."""
 
   name, rows, lr_field = 'sft', 'sft', 'sft.lr'
   iterations = 1
 
   def __init__(self, session: Session, base: Params | None = None):
     super().__init__(session)
-    self.inner = self.config.sft.steps
+    self.hp = check.part(self.config, 'sft')
+    self.inner, self.best = 0, None
+    if self.hp.trains:
+      self.texts = parts.lessons_of(self.built)
+      self.inner = self.texts.updates(self.hp.steps, self.hp.epochs)
+      if self.hp.anneal > self.inner:
+        raise ValueError(
+          f'sft.anneal = {self.hp.anneal} must be at most the {self.inner} updates of '
+          f'{self.hp.length_of()}: attention would not become the model\'s own'
+        )
 
   def start(self) -> TrainState:
-    return self.built.steps.start_sft(self.built.steps.init())
+    trainable, self.frozen = resume.sft_start(self.built)
+    return self.built.steps.start_sft(trainable)
 
-  def finish(self, begun: None, place: resume.Place) -> tuple[tuple, resume.Place]:
-    c = self.config
-    logging.info('supervised training: %d steps of %d rows', c.sft.steps, c.sft.batch)
-    return encode(self.built), place
+  def prepare(self, update: int) -> int | None:
+    """Drops the held-out loss at the checkpoint: it is taken again."""
+    super().prepare(update)
+    self.writer.rewind('held_out', update - 1)
+    self.best = resume.best_held_out(self.session.workdir, update)
+    return self.best and self.best.update
+
+  def finish(
+    self, begun: None, place: resume.Place
+  ) -> tuple[lessons.Lessons, resume.Place]:
+    logging.info(
+      'supervised training: %d updates of %d rows', self.updates, self.hp.batch
+    )
+    return self.texts, place
 
   def update(
-    self, state: TrainState, batch: tuple, inner: int
+    self, state: TrainState, batch: lessons.Lessons, inner: int
   ) -> tuple[TrainState, Any]:
-    tokens, valid = batch
-    rows, seed = self.config.sft.batch, self.config.seed
-    index = data.indices_at(inner, rows, len(tokens), seed)
-    row = np.arange(rows, dtype=np.int32)
-    return self.built.steps.sft(state, tokens[index], valid[index], row, inner)
+    factor = optim.DECAYS[self.hp.decay](inner / self.updates)
+    lesson = batch.at(inner)
+    return self.built.steps.sft(state, self.frozen, lesson, inner, factor)
 
+  # --- held-out texts
 
-def encode(built: build.Built) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (n, S) int32 tokens and bool validity of prompts with true answers."""
-  c = built.config
-  found = build.problems(built, 'train')
-  texts = [built.task.target(example, c.data.style) for example in found.examples]
-  targets = data.encode_targets(texts, built.tokenizer, c.sampler.length)
-  tokens = np.concatenate([found.tokens, targets], axis=1)
-  valid = np.concatenate([found.valid, np.ones_like(targets, bool)], axis=1)
-  return tokens, valid
+  def validates_after(self, update: int) -> bool:
+    if not self.hp.held_out or not update:
+      return False
+    every = self.hp.every
+    return update == self.updates or bool(every and update % every == 0)
+
+  def validate(self, state: TrainState, update: int, beat: Callable[[], None]) -> bool:
+    """Takes the ELBO of the held-out texts; returns whether it is the best so far."""
+    nll, tokens = 0.0, 0
+    with self.clock('evaluate'):
+      for lesson in self.texts.held_out():
+        beat()
+        one = self.built.steps.held_out(state.trainable, self.frozen, lesson)
+        nll, tokens = nll + float(one[0]), tokens + int(one[1])
+    loss = nll / max(tokens, 1)
+    self.shown |= self.writer.write('held_out', update, {'held_out_nll': loss})
+    if self.best and -loss <= self.best.accuracy:
+      return False
+    self.best = resume.Best(update, -loss)
+    return True
+
+  def outcome(self, state: TrainState) -> Params:
+    """Returns the base of RL: of the best checkpoint, with the adapters merged."""
+    trainable = state.trainable
+    if self.best and self.best.update != self.updates:
+      folder = os.path.join(self.session.workdir, self.name)
+      found = resume.read_state(self.built, folder, lambda: state, self.best.update)
+      if found is None:
+        raise ValueError(
+          f'{folder}/{self.best.update}, the checkpoint with the least held-out loss, '
+          'is gone: bring it back from a copy, or set sft.held_out = 0'
+        )
+      trainable = found.trees['state'].trainable
+    return resume.trained_base(self.built, trainable, self.frozen)

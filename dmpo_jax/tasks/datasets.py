@@ -44,18 +44,26 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
 def read_texts(path: str, columns: Iterable[str]) -> Iterator[tuple[int, dict]]:
   """Yields (line, {column: text}); ValueError where a column holds no text."""
   for line, record in read_rows(path):
-    for name in columns:
-      if not isinstance(record.get(name), str) or not record[name].strip():
-        raise ValueError(
-          f'{path}:{line}: column {name} must hold text, it has '
-          f'{record.get(name)!r} (the columns are {", ".join(record)})'
-        )
-      if half := HALF.search(record[name]):
-        raise ValueError(
-          f'{path}:{line}: column {name} has {half[0]!r}, which is half of a character '
-          '(of an emoji that was cut): write the whole character, or remove it'
-        )
-    yield line, {name: record[name] for name in columns}
+    where = f'{path}:{line}'
+    yield (
+      line,
+      {name: checked_text(where, name, record.get(name), record) for name in columns},
+    )
+
+
+def checked_text(where: str, name: str, value: Any, columns: Iterable[str]) -> str:
+  """Returns the text in a column; ValueError if it holds none. where: file and line."""
+  if not isinstance(value, str) or not value.strip():
+    raise ValueError(
+      f'{where}: column {name} must hold text, it has {value!r} (the columns are '
+      f'{", ".join(columns)})'
+    )
+  if half := HALF.search(value):
+    raise ValueError(
+      f'{where}: column {name} has {half[0]!r}, which is half of a character '
+      '(of an emoji that was cut): write the whole character, or remove it'
+    )
+  return value
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:

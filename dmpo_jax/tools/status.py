@@ -74,10 +74,9 @@ def position(config: dict, phases: dict[str, list], seconds: float | None) -> st
   t = config['train']
   if not phases['rl']:
     done = phases['sft'][-1]['step'] if phases['sft'] else 0
-    return (
-      f'supervised step {done} of {config["sft"]["steps"]}, then '
-      f'{t["iterations"]} iterations'
-    )
+    sft = config['sft']
+    whole = f'{sft["steps"]}' if sft['steps'] else f'{sft["epochs"]} epochs'
+    return f'supervised step {done} of {whole}, then {t["iterations"]} iterations'
   updates = phases['update'][-1]['step'] if phases['update'] else 0
   done = updates // t['inner']
   text = f'iteration {done} of {t["iterations"]}, update {updates}'
