@@ -103,9 +103,10 @@ class Model(Section):
   head_chunk: int = 0  # completion positions per call of the output head; 0 = all
 
   def idle(self) -> dict[str, str]:
+    planned = 'vocab' in model.PRESETS.get(self.preset, {})  # a published model's sizes
     return without_effect(
       ('preset', not self.checkpoint, "model.checkpoint = ''"),
-      ('convert', self.checkpoint, 'model.checkpoint'),
+      ('convert', self.checkpoint or planned, 'model.checkpoint'),
       ('mask_token', self.convert, 'model.convert = masked, shifted or block'),
     )
 

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import mostly_slow
 from tiny_run import fail_sft_at, interrupt, run_sft, same
 
-from configs import base
+from configs import a2d_qwen3, base
 from dmpo_jax import (
   anneal,
   build,
@@ -297,7 +298,7 @@ RUNS = [('qwen3', 'masked'), ('llama', 'shifted'), ('qwen2', 'block')]
 
 
 @pytest.mark.usefixtures('plain_saves')
-@pytest.mark.parametrize('kind, how', RUNS)
+@pytest.mark.parametrize('kind, how', mostly_slow(RUNS, RUNS[::2]))
 def test_conversion_trains_resumes_and_is_exported(kind, how, folders, tmp_path):
   """It learns through the stages of its annealing; killed within one it ends with the
   same bits; the exported A2D directory has the same logits, mask and chat."""
@@ -317,6 +318,29 @@ def test_conversion_trains_resumes_and_is_exported(kind, how, folders, tmp_path)
   told = hf.export(built, params, params, str(tmp_path / 'out'), 'merged')
   assert told['max_logit_difference'] < 1e-4 * told['max_logit']
   reloaded(kind, how, built, params, tmp_path / 'out')
+
+
+@pytest.mark.parametrize('kind', a2d_qwen3.KINDS)
+def test_the_recipe_converts(kind, folders):
+  """After the colon stands what a checkpoint becomes; one without it is planned."""
+  c = a2d_qwen3.get_config(f'{kind},h100')
+  sizes = build.build(c).model
+  assert sizes.block_causal == 32 * (kind == 'block')
+  c.model.checkpoint = folders['qwen3']
+  cfg = build.build(c).model
+  assert (cfg.shift, cfg.block_causal) == (kind == 'shifted', sizes.block_causal)
+  assert (c.model.convert, c.sft.anneal > 0) == (kind, kind == 'shifted')
+  check.training(c)
+  with pytest.raises(ValueError, match='one of block, masked'):
+    a2d_qwen3.get_config('block,masked')
+
+
+def test_annealing_ends_within_the_epochs(folders, tmp_path):
+  """The number of updates is known when the texts are read."""
+  fields = {'sft.steps': 0, 'sft.epochs': 1, 'data.train_size': 16}
+  built = build.build(config_of(folders['qwen3'], 'masked', **fields))
+  with pytest.raises(ValueError, match='sft.anneal = 3 .*2 updates of sft.epochs = 1'):
+    run_sft(built, tmp_path)
 
 
 def plain(built):

@@ -32,7 +32,7 @@ class SFT(Phase):
       if self.hp.anneal > self.inner:
         raise ValueError(
           f'sft.anneal = {self.hp.anneal} must be at most the {self.inner} updates of '
-          f'{self.hp.length_of()}: attention would not become the model\'s own'
+          f"{self.hp.length_of()}: attention would not become the model's own"
         )
 
   def start(self) -> TrainState:
