@@ -301,12 +301,12 @@ def make_sft_starts(
   init_sft = fresh(c, own, grid, 'lora', 'adapt')
 
   def merge(params, lora):
-    """Adds each adapter to its kernel, one at a time; the others stay as they are."""
+    """Adds each adapter to its kernel, in its place, one at a time."""
     layers, added = dict(params['params']['layers']), lora['lora']['layers']
     add = functools.partial(model.merge, own)
     for name, ab in added.items():
       kernel = layers[name]['kernel']
-      made = Compiled(grid, add, out_shardings=kernel.sharding)
+      made = Compiled(grid, add, out_shardings=kernel.sharding, donate_argnums=0)
       layers[name] = {**layers[name], 'kernel': made(kernel, ab['a'], ab['b'])}
     return {**params, 'params': {**params['params'], 'layers': layers}}
 
@@ -443,7 +443,7 @@ def make_sft(c: Any, cfg: model.ModelConfig, grid: Any) -> tuple[Staged, Compile
     return Compiled(grid, sft, (seed,), by_row=(2,), donate_argnums=0)
 
   def held_out(trainable, frozen, lesson, seed):
-    key, setup = rng.key_for(seed, 'evaluate'), parts.sft_setup_of(c, cfg)
+    key, setup = rng.key_for(seed, 'sft'), parts.sft_setup_of(c, cfg)
     params = {**frozen, **trainable}
     return step.held_out(params, lesson, key, setup, c.sft.levels)
 
@@ -495,8 +495,8 @@ def abstract_references(built: Built, frozen: Params, state: Any) -> tuple:
     return ()
 
   def of_path(path):
-    if path == 'base':
-      return {}
+    if path == 'base':  # the policy that RL starts from
+      return state.trainable if check.part(c, 'sft').goes_on else {}
     if path == 'moving':
       return optim.reference_of(state.opt_state)
     return state.trainable if is_adapter(path) else frozen

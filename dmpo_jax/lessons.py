@@ -27,8 +27,8 @@ from dmpo_jax.types import IntB, IntR, Lesson
 class Text(NamedTuple):
   """A row before it is padded."""
 
-  ids: list[int]
-  turn: list[int]  # the answer that a token belongs to, from 1; 0 = none, not learned
+  ids: Any  # integers; a list, or an array
+  turn: Any  # the answer that a token belongs to, from 1; 0 = none, not learned
   where: str = ''  # file and line
   lead: int = 0  # padding before it, so that the answer begins an attention block
   whole: bool = True  # False: its end was cut off
@@ -143,7 +143,7 @@ def fit(texts: Sequence[Text], how: Layout, field: str = 'sft.length') -> list[T
       )
       for text in texts
     ]
-    kept = [text for text in kept if any(text.turn)]
+    kept = [text for text in kept if np.any(text.turn)]
   if len(kept) < len(texts):
     logging.info('left out %d of %d texts', len(texts) - len(kept), len(texts))
   if not kept:
@@ -163,7 +163,8 @@ def filled(text: Text, how: Layout) -> Text:
   if not (how.fill and text.whole):
     return text
   return text._replace(
-    ids=text.ids + [how.eos] * missing, turn=text.turn + text.turn[-1:] * missing
+    ids=np.pad(text.ids, (0, missing), constant_values=how.eos),
+    turn=np.pad(text.turn, (0, missing), mode='edge'),
   )
 
 

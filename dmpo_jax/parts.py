@@ -191,10 +191,8 @@ def sft_config(c: Any, cfg: model.ModelConfig) -> model.ModelConfig:
 def sft_optimizer_of(c: Any, factor: Any = 1.0) -> Any:
   """Returns AdamW for supervised training; factor: of its rate, may be traced."""
   sft = c.sft
-  lr = sft.lr if sft.decay == 'constant' else sft.lr * factor
-  return optim.make_optimizer(
-    optim.Config(lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
-  )
+  hp = optim.Config(sft.lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
+  return optim.make_optimizer(hp, None if sft.decay == 'constant' else sft.lr * factor)
 
 
 def sft_setup_of(c: Any, cfg: model.ModelConfig, factor: Any = 1.0) -> step.SftSetup:
@@ -393,15 +391,20 @@ def sft_canvas(built: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def text_rows(built: Any) -> tuple:
   """Returns texts of files, or of the task at sft.length: see lessons_of."""
-  c, cfg, sft = built.config, built.model, check.part(built.config, 'sft')
+  cfg, sft = built.model, check.part(built.config, 'sft')
   texts = [
-    text._replace(file=k, owner=owner)
+    text._replace(
+      ids=np.array(text.ids, np.int32),
+      turn=np.array(text.turn, np.int16),
+      file=k,
+      owner=owner,
+    )
     for owner, (k, one) in enumerate(enumerate_texts(built))
     for text in one
   ]
   longest = max(text.lead + len(text.ids) for text in texts)
   how = lessons.Layout(
-    min(sft.length or longest, text_length(c, cfg)),
+    sft.length or longest,
     sft.bucket,
     sft.fill,
     sft.overlong,

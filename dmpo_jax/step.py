@@ -372,7 +372,7 @@ def held_out(
   def of_level(level):
     def draw(k, canvas):
       canvas = canvas._replace(block=canvas.block or canvas.length)
-      at = jax.random.fold_in(key, k)
+      at = jax.random.fold_in(rng.substream(key, 'held_out'), k)
       return masking.draw_blocks(at, row, canvas, 1, level=level)
 
     masks = lesson_masks(cfg, lesson, length, draw)

@@ -1,6 +1,7 @@
 """Supervised training: files of texts, rows of tokens, their order, and the loss."""
 
 import dataclasses
+import functools
 import json
 import sys
 import types as python_types
@@ -8,12 +9,30 @@ import types as python_types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pyarrow
 import pytest
 from pyarrow import parquet
+from tiny_run import fail_sft_at, interrupt, letters, rows, run, run_sft, same, tiny
 
-from dmpo_jax import data, dialogues, lessons, masking, model, step
-from dmpo_jax.types import Lesson, Masks
+from dmpo_jax import (
+  build,
+  check,
+  config,
+  data,
+  dialogues,
+  hf,
+  lessons,
+  masking,
+  mesh,
+  model,
+  parts,
+  resume,
+  step,
+)  # fmt: skip
+from dmpo_jax.types import Canvas, Lesson, Masks
+
+pytest_plugins = ('tiny_run',)
 
 USER, BOT = {'role': 'user', 'content': 'Ab?'}, {'role': 'assistant', 'content': 'cd'}
 MORE = {'role': 'user', 'content': 'e'}, {'role': 'assistant', 'content': 'fgh'}
@@ -366,3 +385,261 @@ def test_answers_in_one_row_are_learned_as_if_each_had_its_own():
   got, want = (jax.jit(jax.value_and_grad(fn))(params) for fn in (whole, apart))
   assert float(got[0]) > 1
   close(got, want)
+
+
+def test_a_step_of_adapters_on_rows_of_several_lengths():
+  """The microbatches add up, padding beyond a row's own changes nothing, and rows or
+  tokens count alike."""
+  rows = [SHORT, LONG, SHORT, LONG._replace(whole=False)]
+  how = lessons.Layout(L, 4, eos=EOS)
+  sizes = [len(lessons.filled(row, how).ids) for row in rows]
+  whole = dataclasses.replace(CFG, block_causal=0, layers=1)
+  cfg = dataclasses.replace(whole, lora_rank=2, lora_alpha=4.0, lora_dropout=0.3)
+  params = model.init(cfg, jax.random.key(0))
+  frozen = {'params': params['params']}
+  b = lambda path, x: x + 0.1 if path[-1].key == 'b' else x
+  lora = {'lora': jax.tree_util.tree_map_with_path(b, params['lora'])}
+  sgd = optax.sgd(1.0)
+
+  def lesson(index):
+    tokens, valid, copies = lessons.rows_of([rows[i] for i in index], how)
+    return Lesson(tokens, valid, copies[:, None] == 1, np.int32(index))
+
+  @functools.partial(jax.jit, static_argnames='setup')
+  def run(trainable, frozen, lesson, setup):
+    state = step.init_state(trainable, sgd)
+    key = jax.random.key(7)
+    new, numbers = step.sft_step(state, frozen, lesson, key, setup)
+    return new.trainable, numbers
+
+  setup, both = step.SftSetup(cfg, L, sgd), lesson([0, 1, 2, 3])
+  assert sizes == [4, 8, 4, 6]
+  learned = both.learn.sum((1, 2))
+  alone = np.array([run(lora, frozen, lesson([i]), setup)[1]['loss'] for i in range(4)])
+  close(run(lora, frozen, both, setup)[1]['loss'], alone.mean())
+  by_token = dataclasses.replace(setup, by_token=True)
+  one = run(lora, frozen, both, by_token)
+  close(one[1]['loss'], np.sum(alone * learned) / learned.sum())
+  close(one, run(lora, frozen, both, dataclasses.replace(by_token, microbatches=4)))
+  # Adapters that add nothing have the loss of the base; and what they add is merged.
+  zero, bare = {'lora': params['lora']}, dataclasses.replace(setup, cfg=whole)
+  loss = run(frozen, {}, both, bare)[1]['loss']
+  close(run(zero, frozen, both, setup)[1]['loss'], loss)
+  merged = {'params': {**params['params'], 'layers': dict(params['params']['layers'])}}
+  for name, ab in lora['lora']['layers'].items():
+    old = merged['params']['layers'][name]
+    kernel = model.merge(cfg, old['kernel'], ab['a'], ab['b'])
+    merged['params']['layers'][name] = {**old, 'kernel': kernel}
+  logits = lambda cfg, params: model.full_logits(cfg, params, both.tokens, both.valid)
+  close(logits(cfg, {**frozen, **lora}), logits(whole, merged), 1e-4)
+
+
+@pytest.mark.parametrize(
+  'rates, chance',
+  [
+    (masking.Rates(), 0.5),
+    (masking.Rates('uniform', 0.3, 0.8), 0.55),
+    (masking.Rates('cosine'), 2 / np.pi),
+    (masking.Rates('count'), 0.625),
+  ],
+  ids=str,
+)
+def test_laws_of_the_mask_rate(rates, chance):
+  """How much is masked; each token's weighted mean is 1, so the sum is an ELBO."""
+  free = np.array([[False, True, True, True, True, False]] * 20_000)
+  canvas = Canvas(6, 0, free)
+  masks = masking.draw_sft(jax.random.key(0), jnp.arange(20_000), canvas, rates)
+  masked = np.asarray(masks.masked)[:, 0]
+  assert not masked[~free].any()
+  np.testing.assert_allclose(masked[:, 1:5].mean(), chance, atol=0.01)
+  weight = np.broadcast_to(masks.weight[:, 0], masked.shape)
+  np.testing.assert_allclose((masked * weight).mean(0)[1:5], 1, atol=0.06)
+
+
+# --- runs
+
+
+@pytest.fixture(scope='module')
+def chat(tmp_path_factory):
+  rows = [
+    {'prompt': f'{i} + {j}?', 'completion': str(i + j) * (1 + i % 3)}
+    for i in range(5)
+    for j in range(4)
+  ]
+  return write(tmp_path_factory.mktemp('chat') / 'chat.jsonl', rows)
+
+
+def configured(chat, **fields):
+  c = tiny()
+  more = {
+    'sft.path': (chat,), 'sft.steps': 4, 'sft.length': 24, 'sft.bucket': 8,
+    'sft.rank': 2, 'sft.alpha': 4.0, 'lora.rank': 2, 'lora.alpha': 4.0,
+    'sft.warmup': 0, 'sft.lr': 0.05, 'train.iterations': 1, 'train.inner': 1,
+  }  # fmt: skip
+  config.update(c, {**more, **fields})
+  return c
+
+
+def built_of(c):
+  made = build.build(c)
+  return made._replace(task=made.task._replace(reward=letters))
+
+
+def tuned(made, folder):
+  """(what RL starts from, what it ends with) of a run."""
+  base = made.steps.quantize(run_sft(made, folder))
+  kept = jax.tree.map(np.asarray, mesh.fetch(base))
+  return kept, run(made, folder, base), base
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    pytest.param(
+      {'sft.merge': False, 'model.quantize': 'int8'}, marks=pytest.mark.slow
+    ),
+  ],
+  ids=['merged', 'int8'],
+)
+def test_supervised_training_then_rl_is_the_same_in_two_runs(fields, chat, tmp_path):
+  """SFT -> RL -> export = SFT -> export -> RL -> export, to the bit."""
+  start = configured(chat, **{'lora.rank': 0, 'sft.steps': 0, 'sft.rank': 0})
+  source = build.build(start)
+  first = str(tmp_path / 'first')
+  hf.save_hf(first, source.model, source.steps.init(), source.tokenizer)
+  sizes = dict.fromkeys((f'model.{name}' for name in config.SIZES), 0)
+  fields = {**fields, **sizes}
+  made = built_of(configured(chat, **{'model.checkpoint': first, **fields}))
+  base, whole, on_device = tuned(made, tmp_path / 'one')
+  goes_on = 'sft.merge' in fields
+  assert ('lora' in base) == goes_on
+  out = str(tmp_path / 'sft')
+  hf.export(made, on_device, on_device, out, 'adapter' if goes_on else 'merged')
+  again = {**sizes, 'sft.steps': 0, 'sft.rank': 0, 'model.checkpoint': out}
+  if goes_on:
+    again |= {'model.checkpoint': first, 'model.quantize': 'int8'}
+    again |= {'lora.path': out, 'reference.of': (out,)}
+  other = built_of(configured(chat, **again))
+  start, end, _ = tuned(other, tmp_path / 'two')
+  if goes_on:  # its adapter is lora.path
+    assert jax.tree.structure(start) == jax.tree.structure({'params': base['params']})
+  else:
+    same(start, base)
+  same(end, whole)
+  assert any(np.any(x) for x in jax.tree.leaves(whole['lora']))
+  names = ('logp_ref', 'loss', 'grad_norm', 'reward')
+  for name in names:
+    pairs = [rows(tmp_path / at) for at in ('one', 'two')]
+    one, two = ([row.get(name) for row in x['rl'] + x['update']] for x in pairs)
+    assert one == two
+  # The reference of the first buffer is the tuned model: p_old = p_ref.
+  (row,) = pairs[0]['rl']
+  assert row['kl_ref'] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_kept_and_used(chat, tmp_path):
+  """By the loss of held-out texts; the same after an interruption; --of in a run of
+  supervised training alone."""
+  fields = {
+    'sft.steps': 6, 'sft.held_out': 0.2, 'sft.every': 2, 'sft.lr': 0.02, 'sft.rank': 0,
+    'checkpoint.keep': 1, 'train.iterations': 0, 'sft.decay': 'cosine',
+    'sft.microbatches': 1,
+  }  # fmt: skip
+  made = build.build(configured(chat, **fields))
+  losses = iter([3.0, 1.0, 2.0] * 3)
+  real = made.steps.held_out
+  seen = []
+
+  def held_out(*args):
+    nll, tokens = real(*args)
+    seen.append(float(nll / tokens))
+    return nll, tokens
+
+  made = made._replace(steps=made.steps._replace(held_out=held_out))
+  whole = run_sft(made, tmp_path / 'a')
+  found = rows(tmp_path / 'a')
+  assert [row['step'] for row in found['held_out']] == [2, 4, 6]
+  best = min(found['held_out'], key=lambda row: row['held_out_nll'])['step']
+  fake = lambda *args: (next(losses), 1)
+  part = made._replace(steps=made.steps._replace(held_out=fake))
+  at = tmp_path / 'b'
+  params = run_sft(part, at)
+  begin = lambda: made.steps.start_sft(params)
+  state = resume.read_state(made, str(at / 'sft'), begin, 4)
+  same(mesh.fetch(run_sft(part, at)), mesh.fetch(params))  # it is done, and read again
+  same(mesh.fetch(params), mesh.fetch(state.trees['state'].trainable))
+  assert resume.saved_updates(at, 'sft') == [4, 6]
+  same(mesh.fetch(resume.base_of(made, at)), mesh.fetch(params))
+  same(mesh.fetch(resume.base_of(made, at, True)), mesh.fetch(params))
+  last = mesh.fetch(resume.base_of(made, at, False))
+  pairs = zip(*map(jax.tree.leaves, (last, mesh.fetch(params))), strict=True)
+  assert any(np.any(x != y) for x, y in pairs)
+  broken, _ = fail_sft_at(made, 4, interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    run_sft(broken, tmp_path / 'c')
+  same(mesh.fetch(run_sft(broken, tmp_path / 'c')), mesh.fetch(whole))
+  assert rows(tmp_path / 'c') == found
+  assert best in (2, 4, 6) and len(seen) >= 3
+
+
+def test_rules_of_supervised_training(chat):
+  """Bad values, fields that do not fit together, and files that cannot be used."""
+
+  def refused(fields, named, call=lambda c: check.config(c, 1)):
+    with pytest.raises(ValueError, match=named):
+      call(configured(chat, **fields))
+
+  for fields, named in (
+    ({'sft.epochs': 2}, 'sft.steps = 4 and sft.epochs = 2'),
+    ({'sft.low': 0.9, 'sft.high': 0.5}, 'sft.low = 0.9 and sft.high = 0.5'),
+    ({'sft.decay': 'cosin'}, "sft.decay .*did you mean 'cosine'"),
+    ({'sft.weights': (1.0, 2.0)}, 'sft.weights .*a weight for each'),
+    ({'sft.weights': (0.0,)}, 'sft.weights .*> 0'),
+    ({'sft.microbatches': 3}, r'sft.batch = 8 .*sft.microbatches = 3'),
+    ({'model.head_chunk': 16}, 'model.head_chunk = 16 must divide sft.bucket = 8'),
+    ({'sft.merge': False, 'sft.rank': 4}, 'lora.rank = 2 must be sft.rank = 4'),
+    ({'sft.merge': False, 'logprob.fuse': True}, 'logprob.fuse .*sft.merge = True'),
+    ({'sft.held_out': 1.0}, r'sft.held_out = 1.0 must be in \[0, 1\)'),
+    ({'lora.path': 'x'}, 'sft.steps = 4 would change the base'),
+  ):
+    refused(fields, named)
+  bfloat = {'model.param_dtype': 'bfloat16'}
+  refused({**bfloat, 'sft.rank': 0}, 'model.param_dtype .*sft.rank', check.training)
+  check.training(configured(chat, **bfloat))
+  check.training(configured(chat, **bfloat, **{'lora.rank': 0, 'train.iterations': 0}))
+  lessons_of = lambda c: parts.lessons_of(build.build(c, jax.devices()[:1]))
+  refused({'sft.length': 9}, 'sft.length = 9 .*chat.jsonl:.*sft.overlong', lessons_of)
+  refused({'sft.path': ('no.jsonl',)}, 'no.jsonl.*no such file', lessons_of)
+  refused({'sft.length': 600, 'sft.bucket': 0}, 'exceed.*512 positions', lessons_of)
+  refused({'sft.targets': 'zzz'}, "sft.targets = 'zzz' matches none", build.build)
+  two = configured(chat, **{'sft.path': (chat, chat), 'sft.weights': (0.5, 2.0)})
+  config.update(two, {'sft.epochs': 2, 'sft.steps': 0, 'sft.held_out': 0.1})
+  found = lessons_of(two)
+  taken = [len(found.order.files[k]) for k in (0, 1)]
+  assert sum(taken) + len(found.held) == 40 and len(found.held) == 4
+  takes = round(taken[0] / 2), taken[1] * 2
+  assert found.order.takes == takes and found.updates(0, 2) == -(-2 * sum(takes) // 8)
+  assert {found.at(u).tokens.shape[1] for u in range(10)} <= {8, 16, 24}
+
+
+def test_the_tasks_solutions_at_a_length_of_their_own():
+  """sft.length pads prompt and answer; a longer target is cut or left out."""
+  c = tiny()
+  c.sampler.length = c.sampler.block = 8
+  c.sampler.steps = c.eval.sampler.length = c.eval.sampler.block = 8
+  c.eval.sampler.steps = 8
+  made = build.build(c, jax.devices()[:1])
+  with pytest.raises(ValueError, match='sampler.length = 8 .*sft.overlong = cut'):
+    parts.lessons_of(made)
+  c.sft.overlong = 'cut'
+  eos, at = made.tokenizer.eos_token_id, np.arange(4)
+  tokens = parts.lessons_of(build.build(c, jax.devices()[:1])).make(at)[0]
+  assert not (tokens[:, -8:] == eos).any()
+  c.sft.length = 64
+  tokens, valid, copies = parts.lessons_of(build.build(c, jax.devices()[:1])).make(at)
+  assert tokens.shape == (4, 64) and valid.all()
+  for row, learn in zip(tokens, copies, strict=True):
+    answer = row[learn > 0].tolist()
+    assert answer[16] == eos and eos not in answer[:16] and set(answer[16:]) == {eos}

@@ -196,13 +196,11 @@ def shape_of(readers: dict[str, Any], name: str) -> tuple[int, ...]:
 class WithMeans:
   """A reader of a table of tokens with `added` further rows: the mean of its own."""
 
-  def __init__(self, reader: Any, added: int):
-    self.reader, self.added, self.table = reader, added, None
+  def __init__(self, reader: Any, added: int, table: Any = None):
+    self.reader, self.added, self.table = reader, added, table
 
   def get_slice(self, name: str) -> 'WithMeans':
-    part = WithMeans(self.reader, self.added)
-    part.table = self.reader.get_slice(name)
-    return part
+    return WithMeans(self.reader, self.added, self.reader.get_slice(name))
 
   def get_shape(self) -> list[int]:
     rows, width = self.table.get_shape()

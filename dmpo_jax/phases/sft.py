@@ -86,13 +86,14 @@ class SFT(Phase):
 
   def outcome(self, state: TrainState) -> Params:
     """Returns the base of RL: of the best checkpoint, with the adapters merged."""
-    trainable = state.trainable
-    if self.best and self.best.update != self.updates:
-      folder = os.path.join(self.session.workdir, self.name)
-      found = resume.read_state(self.built, folder, lambda: state, self.best.update)
+    trainable, workdir = state.trainable, self.session.workdir
+    best = resume.best_held_out(workdir, self.updates) if self.hp.held_out else None
+    if best and best.update != self.updates:
+      folder = os.path.join(workdir, self.name)
+      found = resume.read_state(self.built, folder, lambda: state, best.update)
       if found is None:
         raise ValueError(
-          f'{folder}/{self.best.update}, the checkpoint with the least held-out loss, '
+          f'{folder}/{best.update}, the checkpoint with the least held-out loss, '
           'is gone: bring it back from a copy, or set sft.held_out = 0'
         )
       trainable = found.trees['state'].trainable
