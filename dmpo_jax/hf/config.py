@@ -82,7 +82,7 @@ def read_config(
   family, implied, raw = family_of(folder)
   raw, kind = without_nesting(raw), raw['model_type']
   if stretched := llama3_of(raw) if 'rope_scaling' in family.fixed else ():
-    implied, raw = implied | {'rope_llama3': stretched}, raw | {'rope_scaling': None}
+    implied, raw = {**implied, 'rope_llama3': stretched}, raw | {'rope_scaling': None}
   found = {
     ours: (theirs, raw[theirs])
     for theirs, ours in family.fields.items()
@@ -99,7 +99,7 @@ def read_config(
   for ours, (theirs, value) in found.items():
     if wrong := wrong_type(value, KINDS[ours]):
       problems.append(f'{theirs} = {shown(value)} must be {wrong}')
-  fields = implied | {ours: value for ours, (_, value) in found.items()}
+  fields: dict[str, Any] = implied | {ours: x for ours, (_, x) in found.items()}
   if not problems:
     problems += head_problems(fields)
   unknown, harmless = sort_fields(family, raw)
@@ -263,7 +263,7 @@ def llama3_of(raw: dict[str, Any]) -> tuple[float, ...]:
   names = (
     'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings',
   )  # fmt: skip
-  numbers = [rope.get(name) for name in names]
+  numbers: list[Any] = [rope.get(name) for name in names]
   if any(wrong_type(x, float) for x in numbers) or not numbers[1] < numbers[2]:
     return ()
   return tuple(map(float, numbers))
