@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmpo_jax import (
+  anneal,
   check,
   checkpoint,
   curriculum,
@@ -112,6 +113,20 @@ class Compiled:
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(self.grid))
 
     return jax.tree.map(shape, self.trace(*args).out_info)
+
+
+class Staged:
+  """An update that is another program at each stage of its training.
+
+  make: stage -> Compiled. stage_of: the update's number, which is argument `where`, ->
+  stage. A program is made when its stage begins.
+  """
+
+  def __init__(self, make: Callable, stage_of: Callable[[int], Any], where: int):
+    self.make, self.stage_of, self.where = functools.cache(make), stage_of, where
+
+  def __call__(self, *args: Any) -> Any:
+    return self.make(self.stage_of(int(args[self.where])))(*args)
 
 
 class Steps(NamedTuple):
@@ -469,14 +484,20 @@ def make_training(
   )
 
 
-def make_sft(c: Any, cfg: model.ModelConfig, grid: Any) -> tuple[Compiled, Compiled]:
+def make_sft(c: Any, cfg: model.ModelConfig, grid: Any) -> tuple[Staged, Compiled]:
   """Returns sft, held_out."""
   seed = np.uint32(c.seed)
 
-  def sft(state, frozen, lesson, at, factor, seed):
-    key = jax.random.fold_in(rng.key_for(seed, 'sft'), at)
-    setup = parts.sft_setup_of(c, cfg, factor)
-    return step.sft_step(state, frozen, lesson, key, setup)
+  def sft_of(stage: anneal.Stage) -> Compiled:
+    def sft(state, frozen, lesson, at, factor, seed):
+      key = jax.random.fold_in(rng.key_for(seed, 'sft'), at)
+      seen = dataclasses.replace(cfg, block_causal=stage.block)
+      setup = parts.sft_setup_of(c, seen, factor)
+      share = anneal.share_of(c.sft.anneal, at) if stage.partial else None
+      setup = dataclasses.replace(setup, share=share)
+      return step.sft_step(state, frozen, lesson, key, setup)
+
+    return Compiled(grid, sft, (seed,), by_row=(2,), donate_argnums=0)
 
   def held_out(trainable, frozen, lesson, seed):
     key, setup = rng.key_for(seed, 'sft'), parts.sft_setup_of(c, cfg)
@@ -484,7 +505,7 @@ def make_sft(c: Any, cfg: model.ModelConfig, grid: Any) -> tuple[Compiled, Compi
     return step.held_out(params, lesson, key, setup, c.sft.levels)
 
   return (
-    Compiled(grid, sft, (seed,), by_row=(2,), donate_argnums=0),
+    Staged(sft_of, lambda at: anneal.stage_of(cfg, c.sft.anneal, at), 3),
     Compiled(grid, held_out, (seed,), by_row=(2,)),
   )
 

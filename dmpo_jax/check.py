@@ -111,7 +111,8 @@ def with_block(c: Any) -> Any:
     c.model.attention_block = preset.get('block_causal', 0)
   else:
     with contextlib.suppress(ValueError):
-      fields = hf.read_config(hf.locate(c.model.checkpoint, False))
+      folder = hf.locate(c.model.checkpoint, False)
+      fields = hf.read_config(folder, None, c.model.convert)
       c.model.attention_block = fields['block_causal']
   return c
 
@@ -314,6 +315,11 @@ def attention(c: Any, platform: str) -> list[str]:
   if need != platform:
     found.append(
       f'model.attention = {kind} needs a {need}, this is a {platform}: use xla'
+    )
+  if kind == 'splash' and c.sft.anneal and c.model.attention_block <= 0:
+    found.append(
+      'sft.anneal needs model.attention = xla or cudnn: splash shows the same keys to '
+      'every query'
     )
   for pick in (c.sampler.pick, c.eval.sampler.pick):
     known = sampler.SAMPLERS.get(pick)

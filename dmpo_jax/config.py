@@ -68,12 +68,19 @@ class Model(Section):
     'remat': one_of(*model.REMAT),
     'attention': one_of(*model.ATTENTION),
     'attention_block': least(-1),
+    'convert': one_of('', 'masked', 'shifted', 'block'),
     'attention_grid': one_of('text', 'prompt'),
     'dtype': one_of('float32', 'bfloat16'),
     'param_dtype': one_of('float32', 'bfloat16'),
   }
 
   checkpoint: str = ''  # Hugging Face directory or hub name; '' = random weights
+  # What an autoregressive checkpoint (Qwen2, Qwen3, Llama) becomes: masked (predicts in
+  # place) | shifted (output i - 1 predicts token i) | block (in place, block-causal);
+  # '' = the checkpoint is a diffusion model.
+  convert: str = ''
+  # convert: the token that becomes the mask; '' = a new token <|mask|>.
+  mask_token: str = ''
   preset: str = 'tiny'  # sizes of a network without checkpoint; see model.PRESETS
   width: int = 0  # model dimension D; 0 = the preset's
   layers: int = 0  # number of layers N; 0 = the preset's
@@ -96,7 +103,12 @@ class Model(Section):
   head_chunk: int = 0  # completion positions per call of the output head; 0 = all
 
   def idle(self) -> dict[str, str]:
-    return without_effect(('preset', not self.checkpoint, "model.checkpoint = ''"))
+    planned = 'vocab' in model.PRESETS.get(self.preset, {})  # a published model's sizes
+    return without_effect(
+      ('preset', not self.checkpoint, "model.checkpoint = ''"),
+      ('convert', self.checkpoint or planned, 'model.checkpoint'),
+      ('mask_token', self.convert, 'model.convert = masked, shifted or block'),
+    )
 
   def problems(self) -> list[str]:
     found = super().problems()
@@ -104,6 +116,17 @@ class Model(Section):
     changed = [f'model.{name} = {value}' for name, value in values.items() if value]
     if self.checkpoint and changed:
       found.append(f'{", ".join(changed)}: set 0, model.checkpoint has its own sizes')
+    block = self.attention_block
+    if self.convert == 'block' and block <= 0:
+      found.append(
+        f'model.attention_block = {block}: model.convert = block needs the tokens of '
+        'an attention block, such as 32'
+      )
+    if self.convert in ('masked', 'shifted') and block > 0:
+      found.append(
+        f'model.attention_block = {block}: model.convert = {self.convert} makes a '
+        'model that sees the whole text; set -1, or model.convert = block'
+      )
     if self.attention == 'cudnn' and self.dtype != 'bfloat16':
       found.append(
         f'model.attention = cudnn needs model.dtype = bfloat16, not {self.dtype}'
@@ -240,6 +263,7 @@ class Sft(Section):
   NAME = 'sft'
   OWN = {
     **dict.fromkeys(('batch', 'microbatches', 'levels'), least(1)),
+    'anneal': least(0),
     **dict.fromkeys(('held_out', 'dropout'), chance),
     'decay': one_of(*optim.DECAYS),
     'alpha': above(0),
@@ -252,6 +276,9 @@ class Sft(Section):
 
   steps: int = 0  # supervised updates; 0 = as epochs says
   epochs: int = 0  # passes over the texts; 0 = as steps says, or no training
+  # Updates in which attention goes from causal to the model's own: a growing share of
+  # the later tokens is seen, or the attention block grows; 0 = at once.
+  anneal: int = 0
   batch: int = 128  # rows per update
   microbatches: int = 1  # microbatches of an update, for gradient accumulation
   lr: float = 2e-3  # learning rate after warm-up
@@ -325,6 +352,11 @@ class Sft(Section):
       )
     if any(above(0)(w) for w in self.weights):
       found.append(f'sft.weights = {self.weights} must be > 0')
+    if self.steps and self.anneal > self.steps:
+      found.append(
+        f'sft.anneal = {self.anneal} must be at most sft.steps = {self.steps}: '
+        "attention would not become the model's own"
+      )
     right = 0 < self.low < self.high <= 1
     return found + rates(self, right, '0 < low < high <= 1')
 

@@ -40,6 +40,7 @@ CHAT = (
   '{% if add_generation_prompt %}<|assistant|>{% endif %}'
 )
 SPECIAL = ('<|pad|>', '<|mask|>', '<|eos|>', '<|unk|>', '<|user|>', '<|assistant|>')
+MASK_TOKEN = '<|mask|>'  # of a converted model where none is named; dllm's
 TOKENIZER_FILES = (
   'tokenizer_config.json', 'tokenizer.json', 'special_tokens_map.json',
   'added_tokens.json', 'vocab.json',
@@ -111,18 +112,23 @@ def char_tokenizer() -> Tokenizer:
   )
 
 
-def load_tokenizer(name: str, ids: Mapping[str, int] | None = None) -> Tokenizer:
+def load_tokenizer(
+  name: str, ids: Mapping[str, int] | None = None, mask: str = ''
+) -> Tokenizer:
   """Returns the 'char' tokenizer, or that of a directory; never runs remote code.
 
   ids: mask_id, eos_id and pad_id of the model; they name the special tokens that the
-  files leave out. Raises ValueError if a file or the chat template is missing or
-  broken, if there is no mask or EOS, or if they have other ids than the model's.
+  files leave out. mask: the token that becomes the mask of a converted model. Raises
+  ValueError if a file or the chat template is missing or broken, if there is no mask or
+  EOS, or if they have other ids than the model's.
   """
   if name != 'char' and not os.path.isdir(name):
     raise ValueError(
       f"data.tokenizer = {name!r} must be 'char' or a directory with tokenizer.json"
     )
   tokenizer = char_tokenizer() if name == 'char' else read_tokenizer(name)
+  if mask:
+    add_mask(tokenizer, mask)
   set_special_tokens(tokenizer, name, ids or {})
   vocab = tokenizer.get_vocab()
   if not tokenizer.chat_template:
@@ -137,6 +143,26 @@ def load_tokenizer(name: str, ids: Mapping[str, int] | None = None) -> Tokenizer
   if 'probe' not in apply_chat(tokenizer, 'probe', tokenize=False):
     raise ValueError(f'the chat template of {name} leaves out what the user says')
   return tokenizer
+
+
+def add_mask(tokenizer: Tokenizer, token: str) -> None:
+  """Makes a token the mask; it gets the next id if the tokenizer does not have it.
+
+  A mask of the tokenizer's own stays where the token is MASK_TOKEN, the default.
+  ValueError if the token has a meaning already.
+  """
+  if token == MASK_TOKEN and tokenizer.mask_token is not None:
+    return
+  known = tokenizer.get_vocab().get(token)
+  free = set(tokenizer.added_tokens_decoder) - {
+    *stop_ids(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id
+  }  # fmt: skip
+  if known is not None and known not in free:
+    raise ValueError(
+      f'model.mask_token = {token!r} has a meaning in {tokenizer.name_or_path}: name '
+      f"an added token that it does not use, or set '' for a new token {MASK_TOKEN!r}"
+    )
+  tokenizer.add_special_tokens({'mask_token': token})
 
 
 def set_special_tokens(tokenizer: Tokenizer, name: str, ids: Mapping[str, int]) -> None:

@@ -66,7 +66,12 @@ def bidirectional(
     keys = jax.vmap(lambda key: jax.random.split(key, draws))(keys).ravel()
   targets = jnp.repeat(tokens_RxS[:, -length:], draws, axis=0)
   noisy = noisy.reshape(rows * draws, -1)
-  h, _ = model.hidden(cfg, params, noisy, valid, dropout_R=keys)
+  if masks.future is None:
+    h, _ = model.hidden(cfg, params, noisy, valid, dropout_R=keys)
+  else:  # the copies of a row see the same
+    seen_by = jnp.repeat(masks.future.keys, draws)
+    future = masks.future._replace(keys=seen_by)
+    h = model.annealed(cfg, params, noisy, valid, keys, future)
   return Predictions(h[:, -length:], targets)
 
 

@@ -82,7 +82,8 @@ def draw_blocks(
     weight = jnp.broadcast_to(weight[..., None], masked.shape)
     return [x.reshape(draws, -1) for x in (masked, weight)]
 
-  return Masks(*jax.vmap(of_row)(rng.row_keys(key, row_R), free_of(canvas, row_R)))
+  masked, weight = jax.vmap(of_row)(rng.row_keys(key, row_R), free_of(canvas, row_R))
+  return Masks(masked, weight)
 
 
 def lattice(key: AnyKey, draws: int, blocks: int) -> Array:

@@ -24,13 +24,16 @@ def tokenizer_of(c: Any, folder: str) -> Any:
 
   None for a preset of a published model whose files are not here: only to plan.
   """
-  ids = {}
+  ids, mask = {}, ''
   if folder:
-    fields = hf.read_config(folder, attention_block(c))
+    fields = hf.read_config(folder, attention_block(c), c.model.convert)
     ids = {name: fields[name] for name in ('mask_id', 'eos_id', 'pad_id')}
+    if c.model.convert:
+      mask = c.model.mask_token or data.MASK_TOKEN
+      del ids['mask_id']
   elif not c.data.tokenizer and 'vocab' in model.PRESETS[c.model.preset]:
     return None
-  return data.load_tokenizer(c.data.tokenizer or folder or 'char', ids)
+  return data.load_tokenizer(c.data.tokenizer or folder or 'char', ids, mask)
 
 
 def attention_block(c: Any) -> int | None:
@@ -45,7 +48,10 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
   """
   block = attention_block(c)
   if folder:
-    fields = hf.read_config(folder, block)
+    fields = hf.read_config(folder, block, c.model.convert)
+    if c.model.convert:
+      mask = tokenizer.mask_token_id  # beyond the vocabulary it is a row more
+      fields |= dict(mask_id=mask, vocab=max(fields['vocab'], mask + 1))
   else:
     changed = {name: c.model[name] for name in config.SIZES if c.model[name]}
     fields = dict(model.PRESETS[c.model.preset])

@@ -25,6 +25,7 @@ from dmpo_jax.types import (
   BoolRS,
   Canvas,
   FloatR,
+  Future,
   IntR,
   IntRS,
   KeyR,
@@ -262,6 +263,7 @@ class SftSetup:
   microbatches: int = 1
   rates: masking.Rates = masking.Rates()
   by_token: bool = False  # the mean over learned tokens, else over rows
+  share: Any = None  # of the later tokens that are seen; None: the model's attention
 
 
 def aligned(cfg: ModelConfig, lesson: Lesson) -> Lesson:
@@ -341,6 +343,9 @@ def sft_step(
     part = aligned(cfg, part)
     length = max(setup.length, part.learn.shape[2])
     masks = lesson_masks(cfg, part, length, lambda k, where: draw(k, where, part.row))
+    if setup.share is not None:
+      seen_by = rng.row_keys(rng.substream(key, 'anneal'), part.row)
+      masks = masks._replace(future=Future(seen_by, setup.share))
     keys = None
     if cfg.lora_rank and cfg.lora_dropout:
       keys = rng.row_keys(rng.substream(key, 'dropout'), part.row)

@@ -180,6 +180,13 @@ class Text(NamedTuple):
   __getattribute__ = _asked_for
 
 
+class Future(NamedTuple):
+  """Which later tokens a token sees while attention is annealed: a random share."""
+
+  keys: KeyR  # of the rows
+  share: Scalar  # chance to see a later token; 0 = causal attention, 1 = all
+
+
 class Masks(NamedTuple):
   """K masked copies of each completion: a function of (key, row), never stored."""
 
@@ -192,6 +199,7 @@ class Masks(NamedTuple):
   # an ELBO is that of the sampled tokens. None: all are sampled.
   sampled: BoolRL | None = None
   open: BoolRKL = NOT_ASKED  # positions eligible for unmasking at that step
+  future: Future | None = None  # which later tokens are seen; None: all
 
 
 class Lesson(NamedTuple):

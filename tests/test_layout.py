@@ -19,7 +19,7 @@ FLOORS = {
   'rng': 1, 'curriculum': 1, 'health': 1, 'metrics': 1,
   'mesh': 2, 'masking': 2, 'model': 2, 'tasks': 2,
   'hf': 3, 'layout': 3, 'sampler': 3, 'data': 3, 'optim': 3, 'checkpoint': 3,
-  'grader': 3, 'guard': 3, 'dialogues': 3,
+  'grader': 3, 'guard': 3, 'dialogues': 3, 'anneal': 3,
   'logprob': 4, 'weights': 4, 'lessons': 4,
   'objectives': 5,
   'config': 6, 'step': 6,

@@ -67,16 +67,22 @@ def family_of(folder: str) -> tuple[Family, dict[str, Any], dict[str, Any]]:
   )
 
 
-def read_config(folder: str, block: int | None = None) -> dict[str, Any]:
+def read_config(
+  folder: str, block: int | None = None, convert: str = ''
+) -> dict[str, Any]:
   """Returns ModelConfig fields from config.json and the tokenizer's files.
 
   block: tokens of an attention block, if it is not config.json's; 0 = the whole text.
+  convert: what an autoregressive model becomes (masked, shifted or block): mask_id is
+  None then. '' = the directory holds a diffusion model.
   ValueError lists every field that is missing, of a wrong type, has a value that is
   not implemented, or is unknown and may change the law. A warning names the unknown
   fields that cannot.
   """
   family, implied, raw = family_of(folder)
-  raw = without_nesting(raw)
+  raw, kind = without_nesting(raw), raw['model_type']
+  if stretched := llama3_of(raw) if 'rope_scaling' in family.fixed else ():
+    implied, raw = {**implied, 'rope_llama3': stretched}, raw | {'rope_scaling': None}
   found = {
     ours: (theirs, raw[theirs])
     for theirs, ours in family.fields.items()
@@ -84,7 +90,7 @@ def read_config(folder: str, block: int | None = None) -> dict[str, Any]:
   }
   if raw.get('vocab_size') is not None:
     found.setdefault('vocab', ('vocab_size', raw['vocab_size']))
-  size, wrong = block_of(folder, raw, block)
+  size, wrong = (block or 0, []) if convert else block_of(folder, raw, block)
   problems = wrong + [
     f'{theirs} is missing'
     for theirs, ours in family.fields.items()
@@ -93,12 +99,16 @@ def read_config(folder: str, block: int | None = None) -> dict[str, Any]:
   for ours, (theirs, value) in found.items():
     if wrong := wrong_type(value, KINDS[ours]):
       problems.append(f'{theirs} = {shown(value)} must be {wrong}')
-  fields = implied | {ours: value for ours, (_, value) in found.items()}
+  fields: dict[str, Any] = implied | {ours: x for ours, (_, x) in found.items()}
   if not problems:
     problems += head_problems(fields)
   unknown, harmless = sort_fields(family, raw)
   vocab = fields.get('vocab', '')
   ids, wrong = special_ids(folder, raw, 0 if wrong_type(vocab, int) else vocab)
+  if convert or kind in families.CONVERTED and ids['mask_id'] is None:
+    wrong = [x for x in wrong if 'mask_token_id is missing' not in x]
+    wrong += conversion_problems(convert, kind, ids['mask_id'])
+    fields |= {'shift': convert == 'shifted'}
   complain(f'{folder}/config.json', problems + unknown + wrong)
   if harmless:
     mesh.warn_once(f'{folder}/config.json: ' + '; '.join(harmless))
@@ -107,6 +117,34 @@ def read_config(folder: str, block: int | None = None) -> dict[str, Any]:
   }
   fields.setdefault('kv_heads', fields['heads'])
   return {**fields, **ids, 'block_causal': size}
+
+
+def conversion_problems(convert: str, kind: str, mask: int | None) -> list[str]:
+  """Says where model.convert does not fit the kind of a checkpoint and its mask."""
+  if not convert:
+    return [
+      f'model_type = {kind!r} without a mask token is an autoregressive model: set '
+      'model.convert to masked, shifted or block to make a diffusion model of it'
+    ]
+  if kind not in families.CONVERTED:
+    return [
+      f'model_type = {kind!r} cannot be converted, only '
+      f"{', '.join(families.CONVERTED)}: set model.convert = '' for a diffusion model"
+    ]
+  if mask is not None:
+    return [
+      f'its mask token is {mask}, so it is a diffusion model already: set '
+      "model.convert = ''"
+    ]
+  return []
+
+
+def is_autoregressive(folder: str) -> bool:
+  """Returns whether a directory holds a model that model.convert takes."""
+  raw = family_of(folder)[2]
+  if raw['model_type'] not in families.CONVERTED:
+    return False
+  return special_ids(folder, raw, 0)[0]['mask_id'] is None
 
 
 def block_of(
@@ -212,6 +250,23 @@ def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
   if isinstance(layers, list) and all(kind == 'full_attention' for kind in layers):
     del raw['layer_types']
   return raw
+
+
+def llama3_of(raw: dict[str, Any]) -> tuple[float, ...]:
+  """Returns ModelConfig.rope_llama3 of a config.json; () if it has no such scaling.
+
+  () as well if a number is missing or wrong: the field is then refused as unknown.
+  """
+  rope = raw.get('rope_scaling')
+  if not isinstance(rope, dict) or rope.get('rope_type', rope.get('type')) != 'llama3':
+    return ()
+  names = (
+    'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings',
+  )  # fmt: skip
+  numbers: list[Any] = [rope.get(name) for name in names]
+  if any(wrong_type(x, float) for x in numbers) or not numbers[1] < numbers[2]:
+    return ()
+  return tuple(map(float, numbers))
 
 
 # --- special ids

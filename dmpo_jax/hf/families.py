@@ -110,6 +110,8 @@ QWEN = Family(
     k_norm='self_attn.k_norm',
   ),
 )
+# dllm tells its trainers and samplers that a model shifts; the field keeps it.
+A2D = QWEN._replace(fields=QWEN.fields | dict(right_shift_logits='shift'))
 # model_type -> its table, what the type implies, and the class that reads it
 LLAMA = dict(eps=1e-6)  # transformers' default; LLaDA's is ModelConfig's
 QWEN2, QWEN3 = LLAMA | dict(qkv_bias=True), LLAMA | dict(qk_norm=True)
@@ -121,19 +123,21 @@ FAMILIES = {
   'sdar': (QWEN, QWEN3, 'SDARForCausalLM'),
   'Fast_dLLM_Qwen': (QWEN, DREAM, 'Fast_dLLM_QwenForCausalLM'),
   'qwen2': (QWEN, QWEN2, 'Qwen2ForCausalLM'),
-  'a2d-qwen2': (QWEN, QWEN2, 'A2DQwen2LMHeadModel'),
+  'a2d-qwen2': (A2D, QWEN2, 'A2DQwen2LMHeadModel'),
   'qwen3': (QWEN, QWEN3, 'Qwen3ForCausalLM'),
-  'a2d-qwen3': (QWEN, QWEN3, 'A2DQwen3LMHeadModel'),
+  'a2d-qwen3': (A2D, QWEN3, 'A2DQwen3LMHeadModel'),
   'llama': (QWEN, LLAMA, 'LlamaForCausalLM'),
-  'a2d-llama': (QWEN, LLAMA, 'A2DLlamaLMHeadModel'),
+  'a2d-llama': (A2D, LLAMA, 'A2DLlamaLMHeadModel'),
   'illada': (QWEN, LLAMA, 'ILLaDAForCausalLM'),
 }
+# model_type of an autoregressive model -> that of the diffusion model made of it
+CONVERTED = {'qwen2': 'a2d-qwen2', 'qwen3': 'a2d-qwen3', 'llama': 'a2d-llama'}
 # model_type -> config.json's field of the attention block, and the block where that
 # field is missing. None: such directories differ, so the user must say it.
 BLOCKS = {
   'sdar': ('block_size', None),
   'Fast_dLLM_Qwen': ('bd_size', 32),
-  **dict.fromkeys(('a2d-qwen2', 'a2d-qwen3', 'a2d-llama'), ('block_size', None)),
+  **dict.fromkeys(CONVERTED.values(), ('block_size', None)),
 }
 # model_type -> the mask's id of the published models, where no file names the token.
 MASKS = {'llada': 126336, 'illada': 5, 'sdar': 151669, 'Fast_dLLM_Qwen': 151665}
@@ -159,13 +163,14 @@ SERVING = re.compile(
 
 def kind_of(cfg: model.ModelConfig) -> str:
   """Returns the model_type as which a model that was made here is written."""
-  if cfg.shift:
-    return 'Fast_dLLM_Qwen' if cfg.block_causal else 'Dream'
   if cfg.qk_norm:
-    return 'sdar' if cfg.block_causal else 'a2d-qwen3'
+    return 'sdar' if cfg.block_causal and not cfg.shift else 'a2d-qwen3'
+  if cfg.qkv_bias and cfg.shift:
+    return 'Fast_dLLM_Qwen' if cfg.block_causal else 'Dream'
   if cfg.qkv_bias:
     return 'a2d-qwen2'
-  return 'a2d-llama' if cfg.head_dim or cfg.block_causal else 'llada'
+  other = cfg.head_dim or cfg.block_causal or cfg.shift
+  return 'a2d-llama' if other else 'llada'
 
 
 class Entry(NamedTuple):

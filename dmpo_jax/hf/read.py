@@ -150,17 +150,35 @@ def opened(folder: str, names: list[str]) -> Iterator[dict[str, Any]]:
 def read_params(
   folder: str, cfg: model.ModelConfig, grid: Mesh | None = None
 ) -> Params:
-  """Reads {'params': ...} of a directory and checks it against cfg first."""
-  tree, family = {'params': families.shapes(cfg)['params']}, family_of(folder)[0]
+  """Reads {'params': ...} of a directory and checks it against cfg first.
+
+  Tokens that a conversion adds to the vocabulary get the mean of the others' rows.
+  """
+  tree, (family, _, raw) = {'params': families.shapes(cfg)['params']}, family_of(folder)
   wanted = list(families.entries(tree, family, cfg.layers))
-  return read_tree(folder, file_names(folder), tree, wanted, grid)
+  added = 0
+  if raw['model_type'] in families.CONVERTED:
+    added = cfg.vocab - raw['vocab_size']
+  return read_tree(folder, file_names(folder), tree, wanted, grid, added)
 
 
 def read_tree(
-  folder: str, names: list[str], tree: dict, wanted: list[Entry], grid: Mesh | None
+  folder: str,
+  names: list[str],
+  tree: dict,
+  wanted: list[Entry],
+  grid: Mesh | None,
+  added: int = 0,
 ) -> Params:
-  """Reads the leaves of a tree from the named files, after a check of all of them."""
+  """Reads the leaves of a tree from the named files, after a check of all of them.
+
+  added: rows of embedding and head beyond those of the files.
+  """
   with opened(folder, names) as readers:
+    if added:
+      for name in {name for e in wanted if not e.stacked for name in e.names}:
+        if len(shape_of(readers, name)) == 2:
+          readers[name] = WithMeans(readers[name], added)
     complain(folder, tensor_problems(wanted, readers))
     get_slice = lambda name: readers[name].get_slice(name)
     try:
@@ -168,6 +186,42 @@ def read_tree(
     except FloatingPointError as error:
       raise ValueError(f'{folder}: {error}') from None
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def shape_of(readers: dict[str, Any], name: str) -> tuple[int, ...]:
+  """Returns the shape of a tensor of opened files; () if they lack it."""
+  return tuple(readers[name].get_slice(name).get_shape()) if name in readers else ()
+
+
+class WithMeans:
+  """A reader of a table of tokens with `added` further rows: the mean of its own."""
+
+  def __init__(self, reader: Any, added: int, table: Any = None):
+    self.reader, self.added, self.table = reader, added, table
+
+  def get_slice(self, name: str) -> 'WithMeans':
+    return WithMeans(self.reader, self.added, self.reader.get_slice(name))
+
+  def get_shape(self) -> list[int]:
+    rows, width = self.table.get_shape()
+    return [rows + self.added, width]
+
+  def get_dtype(self) -> str:
+    return self.table.get_dtype()
+
+  def __getitem__(self, at: tuple[slice, slice]) -> np.ndarray:
+    """Reads a part; sums 4096 rows at a time in float64, whatever the part."""
+    rows, columns = self.table.get_shape()[0], at[1]
+    start, stop, _ = at[0].indices(rows + self.added)
+    own = self.table[min(start, rows) : min(stop, rows), columns]
+    if stop <= rows:
+      return own
+    total = np.zeros(own.shape[1], np.float64)
+    for first in range(0, rows, 4096):
+      some = self.table[first : min(first + 4096, rows), columns]
+      total += some.astype(np.float64).sum(axis=0)
+    mean = (total / rows).astype(own.dtype)
+    return np.concatenate([own, np.tile(mean, (stop - max(start, rows), 1))])
 
 
 def tensor_problems(wanted: list[Entry], readers: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@
 refuses a model that training did not change: that is how lost adapters show.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,8 +20,10 @@ from safetensors.numpy import save_file
 
 from dmpo_jax import files, mesh, model
 from dmpo_jax.hf import read
+from dmpo_jax.hf.config import is_autoregressive
 from dmpo_jax.hf.families import (
   BLOCKS,
+  CONVERTED,
   FAMILIES,
   INDEX,
   Entry,
@@ -51,19 +54,23 @@ def save_hf(
   from huggingface_hub import split_state_dict_into_shards_factory
 
   os.makedirs(folder, exist_ok=True)
-  family = read.family_for(cfg, source)
+  family, converts = read.family_for(cfg, source), False
   if source:
     copy_small(source, str(folder))
     told = files.read_object(os.path.join(source, 'config.json'))
+    was, converts = told, is_autoregressive(source)
+    told = converted(told, cfg) if converts else told
     named: dict = dict.fromkeys({'dtype', 'torch_dtype'} & told.keys(), cfg.param_dtype)
     if told['model_type'] in BLOCKS:  # the block may have been said by the user
       named[BLOCKS[told['model_type']][0]] = cfg.block_causal
-    if told | named != told:  # transformers would round to the source's
+    if told | named != was:  # transformers would round to the source's
       write_json(folder, 'config.json', told | named)
   else:
     write_json(folder, 'config.json', config_of(cfg, family))
   if tokenizer is not None and jax.process_index() == 0:
     tokenizer.save_pretrained(folder)
+    if converts:
+      settle_tokenizer(source, str(folder))
   tree = {'params': shapes(cfg)['params']}
   tensors = {
     name: (entry, layer)
@@ -142,6 +149,34 @@ def config_of(cfg: model.ModelConfig, family: Family) -> dict[str, Any]:
     pad_token_id=cfg.pad_id,
     torch_dtype=cfg.param_dtype,
   )
+
+
+def converted(told: dict[str, Any], cfg: model.ModelConfig) -> dict[str, Any]:
+  """Returns the config.json of the diffusion model made of an autoregressive one."""
+  kind = CONVERTED[told['model_type']]
+  rest = {name: value for name, value in told.items() if name != 'auto_map'}
+  return rest | dict(
+    model_type=kind,
+    architectures=[FAMILIES[kind][2]],
+    mask_token_id=cfg.mask_id,
+    vocab_size=cfg.vocab,
+    **(dict(right_shift_logits=True) if cfg.shift else {}),
+  )
+
+
+def settle_tokenizer(source: str, folder: str) -> None:
+  """Makes the files of a tokenizer with a new mask token agree.
+
+  The source's class stays, which transformers of any version finds. The files that
+  list the source's special tokens alone go.
+  """
+  name = 'tokenizer_config.json'
+  own, new = (files.read_object(os.path.join(x, name)) for x in (source, folder))
+  if kind := own.get('tokenizer_class'):
+    write_json(folder, name, new | {'tokenizer_class': kind})
+  for stale in ('special_tokens_map.json', 'added_tokens.json'):
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(os.path.join(folder, stale))
 
 
 def copy_small(source: str, folder: str | os.PathLike) -> None:

@@ -18,6 +18,7 @@ attention over the whole text (LLaDA, Dream) or up to a token's own block (SDAR)
 
 from dmpo_jax.model.attention import (
   ATTENTION,
+  annealed_mask,
   attend,
   attend_cudnn,
   attend_splash,
@@ -26,6 +27,7 @@ from dmpo_jax.model.attention import (
 )
 from dmpo_jax.model.canvas import Aligned, align
 from dmpo_jax.model.forward import (
+  annealed,
   beside_cache,
   count_params,
   full_logits,

@@ -59,10 +59,33 @@ def attention_mask(
   return mask
 
 
+def annealed_mask(
+  future: t.Future, positions_RxS: t.IntRS, mask: t.BoolR1TS | None
+) -> t.Array:
+  """Hides later tokens from each token of a text, but a share of them.
+
+  Whether one token sees another is a draw of its own, by row and places in the text:
+  padding has no part. What is seen at one share is seen at every larger one.
+  """
+
+  def of_token(key: t.Array, places_S: t.Array, place: t.Array) -> t.Array:
+    noise = jax.random.uniform(jax.random.fold_in(key, place), places_S.shape)
+    return (places_S <= place) | (noise[places_S] < future.share)
+
+  of_row = jax.vmap(of_token, (None, None, 0))
+  seen = jax.vmap(of_row)(future.keys, positions_RxS, positions_RxS)[:, None]
+  return seen if mask is None else seen & mask
+
+
 def rope_table(cfg: ModelConfig, positions_RxT: t.IntRT) -> Rope:
   """Returns the cosines and sines of the rotary angles, in float32."""
   dim = cfg.head_dim or cfg.width // cfg.heads
   inverse = cfg.rope_theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+  if cfg.rope_llama3:  # long waves are stretched by the factor, short ones stay
+    factor, low, high, trained = cfg.rope_llama3
+    turns = trained * inverse / (2 * jnp.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    inverse *= kept + (1 - kept) / factor
   positions = positions_RxT[:, None, :, None].astype(jnp.float32)
   angle = positions * inverse[None, None, None]
   return jnp.cos(angle), jnp.sin(angle)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import types as t
-from dmpo_jax.model.attention import attention_mask, positions_of
+from dmpo_jax.model.attention import annealed_mask, attention_mask, positions_of
 from dmpo_jax.model.law import without_mask
 from dmpo_jax.model.packed import Packed
 from dmpo_jax.model.presets import ModelConfig
@@ -61,6 +61,22 @@ def hidden(
   inputs = Inputs(tokens_RxS, positions, mask, dropout=dropout_R)
   h, cache = states(cfg, params, inputs, keep)
   return unshift(h, valid) if cfg.shift else h, cache
+
+
+def annealed(
+  cfg: ModelConfig,
+  params: t.Params,
+  tokens_RxS: t.IntRS,
+  valid_RxS: t.BoolRS | None,
+  dropout_R: t.KeyR | None,
+  future: t.Future,
+) -> t.FloatRSD:
+  """Returns the states of `hidden`, of tokens that see a share of later ones."""
+  valid = jnp.ones_like(tokens_RxS, bool) if valid_RxS is None else valid_RxS
+  positions = positions_of(valid)
+  mask = annealed_mask(future, positions, valid[:, None, None])
+  h, _ = states(cfg, params, Inputs(tokens_RxS, positions, mask, dropout=dropout_R))
+  return unshift(h, valid) if cfg.shift else h
 
 
 def unshift(h_RxSxD: t.FloatRSD, valid_RxS: t.BoolRS) -> t.FloatRSD:

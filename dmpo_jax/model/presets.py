@@ -28,6 +28,9 @@ class ModelConfig:
   stop_ids: tuple[int, ...] = ()  # further tokens that end a text: a chat's turn ends
   head_dim: int = 0  # size of a head; 0 = width / heads
   rope_theta: float = 10000.0  # base of the rotary frequencies
+  # Llama 3.1's longer context: factor, low and high frequency factor, and the positions
+  # that it was trained on before; () = the frequencies as they are.
+  rope_llama3: tuple[float, ...] = ()
   eps: float = 1e-5  # added to the mean square in RMSNorm
   positions: int = 4096  # longest prompt + completion; tokens
   qkv_bias: bool = False  # q, k and v add a bias (Dream, Qwen2)
