@@ -138,25 +138,7 @@ def rows_of(name: str) -> Iterable[tuple[str, dict]]:
     return ((f'{name}:{line}', row) for line, row in datasets.read_rows(name))
   if os.path.isdir(name):
     return itertools.chain.from_iterable(map(rows_of, datasets.files_of(name, 'train')))
-  if name.startswith(('.', '/')) or name.count('/') > 1 or '.json' in name:
+  if not datasets.is_on_hub(name.partition('@')[0]):
     raise ValueError(f'sft.path: {name!r}: no such file or directory')
-  return hub_rows(name)
-
-
-def hub_rows(name: str) -> Iterable[tuple[str, dict]]:
-  """Yields the rows of a data set of the hub, NAME or NAME:SPLIT, by `datasets`."""
-  name, _, split = name.partition(':')
-  try:
-    from datasets import load_dataset  # pyright: ignore[reportMissingImports]
-  except ImportError:
-    raise ValueError(
-      f'sft.path: {name!r} is no file; to read it from the hub: pip install datasets'
-    ) from None
-  try:
-    loaded = load_dataset(name, split=split or 'train')
-  except Exception as error:  # of the network, the hub and the files
-    raise ValueError(
-      f'sft.path: {name!r} is no file, and the hub does not give its '
-      f'{split or "train"} split: {" ".join(str(error).split())[:300]}'
-    ) from error
-  return ((f'{name}:{at}', dict(row)) for at, row in enumerate(loaded, 1))
+  name = name if '@' in name else f'{name}@train'
+  return ((f'{name}:{row}', columns) for row, columns in datasets.read_rows(name))

@@ -119,20 +119,20 @@ def test_wrong_rows_name_file_line_and_column(row, named, tmp_path):
 def test_names_of_the_hub(tmp_path, monkeypatch):
   """By the package datasets, which is named where it is missing."""
   monkeypatch.setitem(sys.modules, 'datasets', None)
-  with pytest.raises(ValueError, match='pip install datasets'):
+  with pytest.raises(ValueError, match=r'pip install .dmpo_jax\[hub\]'):
     list(dialogues.read('owner/set'))
   with pytest.raises(ValueError, match='no such file'):
     list(dialogues.read(str(tmp_path / 'missing.jsonl')))
 
-  def load(name, split):
+  def load(name, subset, split):
     if name != 'owner/set':
       raise RuntimeError('no such data set')
-    return [{**ROWS[1][0], 'split': split}]
+    return [{**ROWS[1][0], 'split': (subset, split)}]
 
   stand_in = python_types.SimpleNamespace(load_dataset=load)
   monkeypatch.setitem(sys.modules, 'datasets', stand_in)
-  (one,) = dialogues.read('owner/set:test')
-  assert one == dialogues.Dialogue('owner/set:1', [USER, BOT])
+  (one,) = dialogues.read('owner/set:main@test')
+  assert one == dialogues.Dialogue('owner/set:main@test:1', [USER, BOT])
   with pytest.raises(ValueError, match='other.*hub.*no such data set'):
     list(dialogues.read('owner/other'))
 

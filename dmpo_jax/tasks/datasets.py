@@ -194,7 +194,7 @@ def _hub(path: str) -> Any:
     return importlib.import_module('datasets')
   except ImportError:
     raise ValueError(
-      f'data.path = {path!r}: no such file or directory. If it is a data set of the '
+      f'{path}: no such file or directory. If it is a data set of the '
       "Hugging Face hub: pip install 'dmpo_jax[hub]'"
     ) from None
 
@@ -202,7 +202,7 @@ def _hub(path: str) -> Any:
 def _unread(path: str, error: Exception) -> str:
   text = ' '.join(str(error).split())[:300]
   return (
-    f'data.path = {path!r}: no such file or directory, and the hub does not give it: '
+    f'{path}: no such file or directory, and the hub does not give it: '
     f'{type(error).__name__}: {text}'
   )
 
