@@ -343,7 +343,6 @@ FAULTS = {
   'sandboxed_imports': (
     'tasks/sandboxed.py', 'from dmpo_jax.tasks import sudoku\n', 'process of its own',
   ),
-  'exec': ('step.py', 'def _f(x):\n  exec(x)\n', 'calls exec'),
   'eval': ('step.py', 'def _f(x):\n  return eval(x)\n', 'calls eval'),
   'exec': ('step.py', 'exec("x = 1")\n', 'calls exec'),
   'torch': ('step.py', 'import torch\nx = torch.load("x")\n', 'torch.load'),
