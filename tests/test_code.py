@@ -88,7 +88,8 @@ SETUP = {
   **MBPP,
   'task_id': 367,
   'text': 'Write a function that gives the value of a node.',
-  'code': 'class Node:\n  def __init__(self, x): self.x = x\ndef value(n): return n.x\n',
+  'code': 'class Node:\n  def __init__(self, x): self.x = x\n'
+  'def value(n): return n.x\n',
   'test_setup_code': 'root = Node(1)',
   'test_list': ['assert value(root) == 1'],
 }
