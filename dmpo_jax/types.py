@@ -356,7 +356,7 @@ class TaskOptions:
         or None in (word.arg for word in call.keywords)
       ):
         raise SyntaxError
-      return {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+      return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError):
       raise ValueError(
         f'data.options = {self.options!r} must be name=value, name=value; a value is a '

@@ -200,6 +200,7 @@ WRONG = {  # fields -> what the sentence names
   'data.task=my_task.py': 'FILE.py:NAME',
   'data.task=my_task.py:REVERS': "does not define REVERS.*'REVERSE'",
   'data.task=my_task.py:STYLES': 'must be a dmpo_jax.types.Task',
+  'data.task=fails.py:T reward.weights.x=1': 'fails.py:3: KeyError',
   'data.task=sudoko': "did you mean 'sudoku'",
   'data.task=prompts:numbr': "did you mean 'prompts:number'",
   'data.task=prompts': 'no verifier: set reward.file',
@@ -619,6 +620,8 @@ def test_targets_are_right_unless_a_style_is_not_paid(verifier, tmp_path):
   path = write(tmp_path / 'x.jsonl', ''.join(json.dumps(x) + '\n' for x in lines))
   task = find(f'prompts:{verifier}')
   for e in task_read(verifier, path):
+    said = task.target(e, 'chat')
+    assert '<reasoning>' in said or prompts.gold(verifier, e['answer']) == e['answer']
     assert task.recall(*task.record(e)) == e
     for style in task.styles:
       text, others = task.target(e, style), ('', 'no', '<answer>9</answer>')
