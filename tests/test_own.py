@@ -270,6 +270,7 @@ ANSWERS = {  # the body -> rewards of four rows, or what the sentence names
   "[0, float('nan'), 0, 0]": 'row 1.*nan is not finite',
   '[1 / (len(x) - 7) for x in completions]': r'row 2: \S*f.py:2: ZeroDivisionError',
   '[0] * 4 if len(completions) == 1 else {}[0]': r'f.py:2: KeyError.*4 rows at once',
+  '{}[0] if len(completions) == 1 else 1 / 0': r'ZeroDivisionError.*4 rows at once',
 }
 
 
