@@ -149,6 +149,7 @@ def test_the_files_of_the_page_run(here, monkeypatch):
   short = dataclasses.replace(OPTIONS, options='longest=3', train_size=9)
   assert max(len(e['word']) for e in task.load('train', short)) == 3
   example = {'word': 'abc'}
+  assert task.target(example, 'bare') == 'cba'
   assert task.reward('cba', example, 'strict') == {'letters': 1, 'length': 0.1}
   assert task.grade('cba', example, 'paper') == 1 and not task.extra('', example)
   assert task.recall(*task.record(example)) == example
@@ -495,6 +496,7 @@ def test_two_processes_call_a_function_once(here):
 def test_a_task_by_path_works_in_every_mode(here, monkeypatch, capsys):
   """Train with a sweep's point, evaluate, sample, score: the commands of the page."""
   c = tiny()
+  c.sft.steps, c.train.iterations = 0, 1
   fields = {k: v for k, v in check.flatten(c).items() if not k.startswith('reward.')}
   write(here / 'mine.py', 'from configs import base\nfrom dmpo_jax import config\n'
     'SWEEPS = ("seeds",)\n'
