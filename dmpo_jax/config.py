@@ -709,11 +709,24 @@ def update(c: Any, fields: Mapping[str, Any]) -> None:
   first = {name: fields[name] for name in FIRST if name in fields and name in known}
   c.update_from_flattened_dict(first)
   adopt(c)
+  refuse_unknown(c, fields)
+  c.update_from_flattened_dict(fields)
+
+
+def refuse_unknown(c: Any, fields: Iterable[str]) -> None:
+  """Raises ValueError for the first field that a config does not have.
+
+  A weight may be unknown because the task or the file that has its term is wrong.
+  """
   known = flatten(c)
   for name in fields:
     if name not in known:
-      raise ValueError(unknown(name, c.objective.name, own_terms(c)))
-  c.update_from_flattened_dict(fields)
+      wrong = []
+      if name.startswith('reward.weights.'):
+        wrong = part(c, 'data').problems() + part(c, 'reward').problems()
+      raise ValueError(
+        '; '.join(wrong) or unknown(name, c.objective.name, own_terms(c))
+      )
 
 
 def unknown(name: str, objective: str, own: Iterable[str] = ()) -> str:
@@ -832,10 +845,7 @@ def override(
     raise ValueError(f'{twice} set both by --sweep and by a flag: leave out one')
   chosen = {n: value for n, _, value in texts if n in ('objective.name', *FIRST)}
   update(c, point | chosen)
-  known = flatten(c)
-  for name in names:
-    if name not in known:
-      raise ValueError(unknown(name, c.objective.name, own_terms(c)))
+  refuse_unknown(c, names)
   values, argv = flags.FlagValues(), ['', *overrides]
   try:
     config_flags.DEFINE_config_dict(

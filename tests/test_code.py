@@ -83,6 +83,16 @@ CLASSES = {
     [{'function_name': 'Stack', 'function_declaration': 'class S'}]
   ),
 }
+# As task 367 of MBPP: its setup needs a class of the solution.
+SETUP = {
+  **MBPP,
+  'task_id': 367,
+  'text': 'Write a function that gives the value of a node.',
+  'code': 'class Node:\n  def __init__(self, x): self.x = x\n'
+  'def value(n): return n.x\n',
+  'test_setup_code': 'root = Node(1)',
+  'test_list': ['assert value(root) == 1'],
+}
 ACECODE = {
   'id': 'oss_1',
   'question': 'Write double(x).',
@@ -94,7 +104,7 @@ ACECODE = {
 }
 ROWS = {
   'humaneval': HUMANEVAL, 'mbpp': MBPP, 'sanitized': SANITIZED, 'kodcode': KODCODE,
-  'classes': CLASSES, 'acecode': ACECODE,
+  'classes': CLASSES, 'setup': SETUP, 'acecode': ACECODE,
 }  # fmt: skip
 OPTIONS = types.TaskOptions(train_size=0, validation_size=0, test_size=0)
 TASK = TASKS['code']
@@ -212,7 +222,7 @@ def test_solutions_pass_and_wrong_programs_do_not(name, isolated, tmp_path):
   """
   (example,) = examples(tmp_path, ROWS[name])
   tests = code.suite(example)
-  assert code.joined(example, tests) == (name == 'classes')
+  assert code.joined(example, tests) == (name in ('classes', 'setup'))
   for style in TASK.styles:
     text = TASK.target(example, style)
     assert TASK.grade(text, example, 'strict') == 1

@@ -337,6 +337,12 @@ FAULTS = {
   'stub': ('step.py', 'def f():\n  raise NotImplementedError\n', 'unfinished'),
   'pickle': ('step.py', 'import pickle\n', 'imports pickle'),
   'pickle_from': ('step.py', 'from joblib import load\n', 'imports joblib'),
+  'sandboxed': (
+    'tasks/sudoku.py', 'from dmpo_jax.tasks import sandboxed\n', 'process of its own',
+  ),
+  'sandboxed_imports': (
+    'tasks/sandboxed.py', 'from dmpo_jax.tasks import sudoku\n', 'process of its own',
+  ),
   'eval': ('step.py', 'def _f(x):\n  return eval(x)\n', 'calls eval'),
   'exec': ('step.py', 'exec("x = 1")\n', 'calls exec'),
   'torch': ('step.py', 'import torch\nx = torch.load("x")\n', 'torch.load'),

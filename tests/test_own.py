@@ -149,6 +149,7 @@ def test_the_files_of_the_page_run(here, monkeypatch):
   short = dataclasses.replace(OPTIONS, options='longest=3', train_size=9)
   assert max(len(e['word']) for e in task.load('train', short)) == 3
   example = {'word': 'abc'}
+  assert task.target(example, 'bare') == 'cba'
   assert task.reward('cba', example, 'strict') == {'letters': 1, 'length': 0.1}
   assert task.grade('cba', example, 'paper') == 1 and not task.extra('', example)
   assert task.recall(*task.record(example)) == example
@@ -200,6 +201,7 @@ WRONG = {  # fields -> what the sentence names
   'data.task=my_task.py': 'FILE.py:NAME',
   'data.task=my_task.py:REVERS': "does not define REVERS.*'REVERSE'",
   'data.task=my_task.py:STYLES': 'must be a dmpo_jax.types.Task',
+  'data.task=fails.py:T reward.weights.x=1': 'fails.py:3: KeyError',
   'data.task=sudoko': "did you mean 'sudoku'",
   'data.task=prompts:numbr': "did you mean 'prompts:number'",
   'data.task=prompts': 'no verifier: set reward.file',
@@ -269,6 +271,7 @@ ANSWERS = {  # the body -> rewards of four rows, or what the sentence names
   "[0, float('nan'), 0, 0]": 'row 1.*nan is not finite',
   '[1 / (len(x) - 7) for x in completions]': r'row 2: \S*f.py:2: ZeroDivisionError',
   '[0] * 4 if len(completions) == 1 else {}[0]': r'f.py:2: KeyError.*4 rows at once',
+  '{}[0] if len(completions) == 1 else 1 / 0': r'ZeroDivisionError.*4 rows at once',
 }
 
 
@@ -493,6 +496,7 @@ def test_two_processes_call_a_function_once(here):
 def test_a_task_by_path_works_in_every_mode(here, monkeypatch, capsys):
   """Train with a sweep's point, evaluate, sample, score: the commands of the page."""
   c = tiny()
+  c.sft.steps, c.train.iterations = 0, 1
   fields = {k: v for k, v in check.flatten(c).items() if not k.startswith('reward.')}
   write(here / 'mine.py', 'from configs import base\nfrom dmpo_jax import config\n'
     'SWEEPS = ("seeds",)\n'
@@ -619,6 +623,8 @@ def test_targets_are_right_unless_a_style_is_not_paid(verifier, tmp_path):
   path = write(tmp_path / 'x.jsonl', ''.join(json.dumps(x) + '\n' for x in lines))
   task = find(f'prompts:{verifier}')
   for e in task_read(verifier, path):
+    said = task.target(e, 'chat')
+    assert '<reasoning>' in said or prompts.gold(verifier, e['answer']) == e['answer']
     assert task.recall(*task.record(e)) == e
     for style in task.styles:
       text, others = task.target(e, style), ('', 'no', '<answer>9</answer>')

@@ -206,12 +206,14 @@ def target(verifier: str, example: dict, style: str) -> str:
   if not verifier:
     return text
   truth = gold(verifier, text)
+  boxed = f'\\boxed{{{truth}}}'
+  said = boxed if verifier == 'math' else truth
+  steps = '' if truth == text else gsm8k.NOTE.sub('', text.partition('####')[0]).strip()
   if style == 'bare':
-    return f'\\boxed{{{truth}}}' if verifier == 'math' else truth
+    return said
   if style == 'boxed':
-    return text if '\\boxed' in text else f'\\boxed{{{truth}}}'
-  truth = f'\\boxed{{{truth}}}' if verifier == 'math' else truth
-  return f'<answer>\n{truth}\n</answer>'
+    return steps if '\\boxed' in steps else f'{steps}\n{boxed}'.lstrip()
+  return answers.tagged(steps, said, style) if steps else f'<answer>\n{said}\n</answer>'
 
 
 # --- grades

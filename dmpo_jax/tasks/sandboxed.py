@@ -26,6 +26,7 @@ import builtins  # noqa: E402
 import ctypes  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import select  # noqa: E402
@@ -446,6 +447,27 @@ def attempt(scope: dict, test: list, remote: Remote | None = None) -> None:
   getattr(instance, method)()
 
 
+class approx:
+  """Equals what is near; as pytest's."""
+
+  def __init__(self, expected: Any, rel: float = 1e-6, abs: float = 1e-12):
+    self.expected, self.how = expected, {'rel_tol': rel, 'abs_tol': abs}
+
+  def __eq__(self, other: Any) -> bool:
+    mine = self.expected
+    if isinstance(mine, dict):
+      return mine.keys() == other.keys() and all(
+        approx(mine[k], *self.how.values()) == other[k] for k in mine
+      )
+    if isinstance(mine, (list, tuple)):
+      return len(mine) == len(other) and all(
+        approx(a, *self.how.values()) == b for a, b in zip(mine, other, strict=True)
+      )
+    if isinstance(mine, (int, float)) and isinstance(other, (int, float)):
+      return math.isclose(mine, other, **self.how)
+    return mine == other
+
+
 def ensure_pytest() -> None:
   """Stands in for what tests use of pytest, where it is not installed."""
   try:
@@ -455,7 +477,6 @@ def ensure_pytest() -> None:
   else:
     return
   import contextlib
-  import math
   import re
 
   class Caught:
@@ -471,24 +492,6 @@ def ensure_pytest() -> None:
       assert re.search(match or '', str(error)), f'{error} does not match {match}'
     else:
       raise AssertionError(f'did not raise {kind}')
-
-  class approx:
-    def __init__(self, expected, rel=1e-6, abs=1e-12):
-      self.expected, self.how = expected, {'rel_tol': rel, 'abs_tol': abs}
-
-    def __eq__(self, other):
-      mine = self.expected
-      if isinstance(mine, dict):
-        return mine.keys() == other.keys() and all(
-          approx(mine[k], *self.how.values()) == other[k] for k in mine
-        )
-      if isinstance(mine, (list, tuple)):
-        return len(mine) == len(other) and all(
-          approx(a, *self.how.values()) == b for a, b in zip(mine, other, strict=True)
-        )
-      if isinstance(mine, (int, float)) and isinstance(other, (int, float)):
-        return math.isclose(mine, other, **self.how)
-      return mine == other
 
   def parametrize(names, cases, **_):
     names = names.split(',') if isinstance(names, str) else names
