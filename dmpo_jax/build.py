@@ -79,7 +79,8 @@ class Compiled:
     self, grid: Any, fn: Callable, last: tuple = (), by_row: tuple = (), **options: Any
   ):
     self.grid, self.last, self.by_row = grid, last, by_row
-    self.jitted, self.name, self.seen = jax.jit(fn, **options), fn.__name__, set()
+    self.jitted, self.seen = jax.jit(fn, **options), set()
+    self.name = getattr(fn, '__name__', '')  # a partial has none
 
   def __call__(self, *args: Any) -> Any:
     rows, placed = mesh.rows(self.grid), []
