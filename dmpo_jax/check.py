@@ -518,7 +518,7 @@ def reference(c: Any) -> list[str]:
   if 'ref' in wants.views and tuple(r.weights) != (1.0,):
     found.append(
       f'reference.of = {r.of}, reference.weights = {r.weights}: set one name with '
-      f'weight 1, since objective.name = {name} compares single tokens, whose laws have '
+      f'weight 1; objective.name = {name} compares single tokens, whose laws have '
       'no normalised mean'
     )
   return found

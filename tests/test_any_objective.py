@@ -334,7 +334,8 @@ def test_credits_do_not_depend_on_the_devices(devices):
   scored = Scored(
     reward, None, record=Record(order, None, None, {}), tokens=tokens[:, -L:]
   )
-  want = credit.prefix_advantages(scored, reward, 1.0) / 4
+  shrink = built.setup.hp.credit_shrink
+  want = credit.prefix_advantages(scored, reward, shrink) / 4
   assert np.ptp(want, axis=2).max() > 0.01
   close(got, want.reshape(ROWS, L), 1e-6)
 

@@ -161,6 +161,7 @@ def some_rows():
   tokens = np.where(order < 1, 5, rng.integers(0, 2, order.shape))
   order[:, 5] = -2  # the end of the prompt
   order[2, order[2] == 2] = -1  # never unmasked: eos_stop
+  tokens[1] = tokens[0]  # the same completion
   tokens[:, 5] = 7
   return order, tokens, rng.random((2, 4))
 

@@ -40,9 +40,7 @@ class Config(shared.PenalisedGradient):
   OWN = {'truncate': shared.above(0), 'norm': shared.one_of('sequence', 'token')}
   beta: float = 0.04  # factor of the KL to the reference; 0 = off
   truncate: float = 2.0  # largest importance correction
-  norm: str = (
-    'sequence'  # tokens that divide: sequence (the completion's) | token (all)
-  )
+  norm: str = 'sequence'  # divides by tokens of: sequence (its own) | token (all)
 
 
 def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:

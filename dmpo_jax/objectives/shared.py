@@ -120,7 +120,7 @@ class StepCredit(Settings):
 
   # prefix: reward less the mean of the others that were in the step's state
   advantage: str = 'mean'  # reward less: mean | loo | zscore | prefix
-  credit_shrink: float = 1.0  # prefix: so many completions pull to the state before
+  credit_shrink: float = 2.0  # prefix: so many completions pull to the state before
 
   def rules(self) -> dict[str, Rule]:
     return super().rules() | {'advantage': one_of(*ADVANTAGES, 'prefix')}
