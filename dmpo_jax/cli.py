@@ -470,7 +470,9 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
 def what_next(workdir: str) -> str:
   """Returns the paths of a finished run, and the commands that use it."""
   program, newest = sys.argv[0], max(resume.saved_updates(workdir), default='')
-  python = '' if os.access(program, os.X_OK) and not program.endswith('.py') else 'python '
+  python = (
+    '' if os.access(program, os.X_OK) and not program.endswith('.py') else 'python '
+  )
   command = f'{python}{shlex.quote(program)} --workdir={shlex.quote(workdir)}'
   paths = {'workdir': '', 'curves': 'curves.png', 'answers': 'test_final.jsonl'}
   paths |= {'checkpoint': f'rl/{newest}'} if newest else {}
@@ -480,11 +482,13 @@ def what_next(workdir: str) -> str:
     'export to Hugging Face': 'export',
     'curves and numbers': 'report',
   }
-  return '\n'.join([
-    *(f'{name + ":":12}{os.path.join(workdir, x)}' for name, x in paths.items()),
-    'next:',
-    *(f'  {command} --mode={mode}  # {what}' for what, mode in uses.items()),
-  ])
+  return '\n'.join(
+    [
+      *(f'{name + ":":12}{os.path.join(workdir, x)}' for name, x in paths.items()),
+      'next:',
+      *(f'  {command} --mode={mode}  # {what}' for what, mode in uses.items()),
+    ]
+  )
 
 
 def run_train(
@@ -521,7 +525,9 @@ def run_train(
     asked.check()
 
   for name, params in (('base', base), ('final', tuned)):
-    with metrics.waiting(f'evaluating the {name} model on {len(test.examples)} problems'):
+    with metrics.waiting(
+      f'evaluating the {name} model on {len(test.examples)} problems'
+    ):
       results[name], samples = evaluate.accuracy(built, params, test, beat)
     if first:
       path = os.path.join(workdir, f'test_{name}.jsonl')

@@ -12,8 +12,17 @@ from typing import Any
 from absl import logging
 
 from dmpo_jax import (
-  build, check, data, evaluate, guard, health, metrics, optim, resume, rollout,
-)  # fmt: skip
+  build,
+  check,
+  data,
+  evaluate,
+  guard,
+  health,
+  metrics,
+  optim,
+  resume,
+  rollout,
+)
 from dmpo_jax.phases.phase import Phase, Session, Tracer
 from dmpo_jax.types import Params, TrainBatch, TrainState
 

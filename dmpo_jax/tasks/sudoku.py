@@ -299,7 +299,9 @@ def show(example: dict, text: str) -> str:
   right = solution if _strict(grid, example) < 1 else grid
   pictures = {
     'puzzle': drawn(example['puzzle']),
-    'answer': drawn(grid, right) if re.fullmatch('[0-9]{16}', grid) else ['no grid'] * 5,
+    'answer': drawn(grid, right)
+    if re.fullmatch('[0-9]{16}', grid)
+    else ['no grid'] * 5,
     'solution': drawn(right),
   }
   lines = zip(*([name, *rows] for name, rows in pictures.items()), strict=True)

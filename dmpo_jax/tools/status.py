@@ -49,7 +49,9 @@ def listing(workdirs: Sequence[files.Path]) -> str:
     try:
       rows.append(row_of(workdir))
     except FileNotFoundError as error:
-      broken.append(f'{workdir}: no run, there is no {pathlib.Path(error.filename).name}')
+      broken.append(
+        f'{workdir}: no run, there is no {pathlib.Path(error.filename).name}'
+      )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
       why = ' '.join(str(error).split())
       broken.append(f'{workdir}: cannot be read ({type(error).__name__}: {why})')

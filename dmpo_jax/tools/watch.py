@@ -19,7 +19,8 @@ pre, #text {{ font: 14px/1.7 monospace; white-space: pre-wrap; background: #f6f6
 </style>
 <h1>{title}</h1><pre>{prompt}</pre>
 <p><button id="play">play</button>
-<input id="step" type="range" min="0" max="{last}" value="{last}"> <span id="at"></span></p>
+<input id="step" type="range" min="0" max="{last}" value="{last}">
+<span id="at"></span></p>
 <div id="text"><noscript>{final}</noscript></div>
 <p>Outlined: the tokens of this step. The redder a token, the less probable it was when
 it was revealed; point at one to see its step and its probability.</p>
@@ -33,8 +34,9 @@ function draw() {{
   const step = +slider.value - 1;  // 0 is the time before the first step
   const here = tokens.filter(t => t.step === step);
   const low = Math.min(...here.map(t => t.probability));
-  document.getElementById('at').textContent = 'step ' + slider.value + ' of ' + last +
-    (here.length ? ': ' + here.length + ' new, least probability ' + low.toFixed(3) : '');
+  const found = ': ' + here.length + ' new, least probability ' + low.toFixed(3);
+  document.getElementById('at').textContent =
+    'step ' + slider.value + ' of ' + last + (here.length ? found : '');
   text.replaceChildren(...tokens.map(t => {{
     const span = document.createElement('span'), seen = 0 <= t.step && t.step <= step;
     span.textContent = seen ? t.text : '{mask}';
@@ -65,9 +67,7 @@ draw();
 Step = tuple[int, list[tuple[str, str]]]  # step, [(text, 'new' | 'old' | 'mask')]
 
 
-def texts_of(
-  tokens_L: Sequence[int], decode: Callable[[list[int]], str]
-) -> list[str]:
+def texts_of(tokens_L: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
   """Returns each token's text; decode: returns the text of a list of ids.
 
   Control characters are shown as dots, because they could command a terminal.
