@@ -32,7 +32,7 @@ const slider = document.getElementById('step'), text = document.getElementById('
 const play = document.getElementById('play'), last = +slider.max;
 function draw() {{
   const step = +slider.value - 1;  // 0 is the time before the first step
-  const here = tokens.filter(t => t.step === step);
+  const here = tokens.filter(t => 0 <= t.step && t.step === step);
   const low = Math.min(...here.map(t => t.probability));
   const found = ': ' + here.length + ' new, least probability ' + low.toFixed(3);
   document.getElementById('at').textContent =
