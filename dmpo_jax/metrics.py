@@ -1,8 +1,8 @@
 """Writes a run's numbers and shows its progress.
 
 `metrics.jsonl` is the truth: one flat JSON object a line, with its phase and
-step. The dashboards of boards.py get the same scalars under `phase/name`. METRICS explains
-every name.
+step. The dashboards of boards.py get the same scalars under `phase/name`. METRICS
+explains every name.
 """
 
 import contextlib

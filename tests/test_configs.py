@@ -467,6 +467,8 @@ def test_numbers_out_of_range_are_refused(name):
     if isinstance(value, int | float) and not isinstance(value, bool):
       huge = float('nan'), float('inf'), 1e39  # float32 has no 1e39
       wrongs = (-1.0, *huge) if isinstance(value, float) else (-1,)
+      if field.name == 'logp_token':  # a log-prob is below 0
+        wrongs = (1.0, *huge)
       if field.name == 'attention_block':  # -1: the checkpoint's own
         wrongs = (-2,)
       for wrong in wrongs:

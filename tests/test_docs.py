@@ -19,10 +19,14 @@ def test_links_lead_to_files(page):
 
 
 def test_every_metric_is_explained():
-  text = (ROOT / 'docs/metrics.md').read_text()
+  text, _, others = (ROOT / 'docs/metrics.md').read_text().partition('## Names in')
   explained = set(re.findall(r'^\| `([^`]+)` \|', text, re.M))
   phases = {'sft', 'rl', 'update', 'eval', 'held_out'}
   assert explained - phases == set(metrics.METRICS)
+  # The names beside those of other libraries are ours.
+  ours = re.findall(r'^\| `(\w+)/([^`]+)`', others, re.M)
+  assert len(ours) > 15 and {phase for phase, _ in ours} <= phases
+  assert [name for _, name in ours if not metrics.meaning(name)] == []
 
 
 def test_every_objective_is_listed():

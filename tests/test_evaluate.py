@@ -273,7 +273,8 @@ def test_page_escapes_the_completion():
     '</pre></td>{rows}',
   ]
   texts = watch.texts_of(range(6), lambda ids: evil[ids[0]])
-  steps, tokens = watch.pieces(texts, range(6)), zip(texts, range(6), [0.5] * 6)
+  steps = watch.pieces(texts, range(6))
+  tokens = zip(texts, range(6), [0.5] * 6, strict=True)
   page = watch.page(
     list(tokens), *['<b title="x">' + text for text in evil[:3]], evil[5]
   )

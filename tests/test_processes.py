@@ -492,7 +492,7 @@ for parallel in ('jit', 'pmap'):
       'eval.batch': 4})
   built = build.build(c)
   prompt = np.full((8, 4), 20, np.int32)
-  rollouts, mask, _ = built.steps.sample(
+  rollouts, mask, *_ = built.steps.sample(
       built.steps.init(), prompt, prompt > 0, np.arange(8, dtype=np.int32))
   assert int(mesh.fetch(rollouts.forwards)) == 2
   tokens.append(mesh.fetch((rollouts.tokens, rollouts.confidence, mask)))

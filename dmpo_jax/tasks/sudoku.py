@@ -305,7 +305,7 @@ def show(example: dict, text: str) -> str:
     'puzzle': drawn(example['puzzle']),
     'answer': drawn(grid, right)
     if re.fullmatch('[0-9]{16}', grid)
-    else ['no grid'] * 5,
+    else ['no grid', *[''] * 4],
     'solution': drawn(right),
   }
   lines = zip(*([name, *rows] for name, rows in pictures.items()), strict=True)

@@ -19,7 +19,8 @@ pre, #text {{ font: 14px/1.7 monospace; white-space: pre-wrap; background: #f6f6
 </style>
 <h1>{title}</h1><pre>{prompt}</pre>
 <p><button id="play">play</button>
-<input id="step" type="range" min="0" max="{last}" value="{last}"> <span id="at"></span></p>
+<input id="step" type="range" min="0" max="{last}" value="{last}">
+<span id="at"></span></p>
 <div id="text"><noscript>{final}</noscript></div>
 <p>Outlined: the tokens of this step. The redder a token, the less probable it was when
 it was revealed; point at one to see its step and its probability.</p>
@@ -31,10 +32,11 @@ const slider = document.getElementById('step'), text = document.getElementById('
 const play = document.getElementById('play'), last = +slider.max;
 function draw() {{
   const step = +slider.value - 1;  // 0 is the time before the first step
-  const here = tokens.filter(t => t.step === step);
+  const here = tokens.filter(t => 0 <= t.step && t.step === step);
   const low = Math.min(...here.map(t => t.probability));
-  document.getElementById('at').textContent = 'step ' + slider.value + ' of ' + last +
-    (here.length ? ': ' + here.length + ' new, least probability ' + low.toFixed(3) : '');
+  const found = ': ' + here.length + ' new, least probability ' + low.toFixed(3);
+  document.getElementById('at').textContent =
+    'step ' + slider.value + ' of ' + last + (here.length ? found : '');
   text.replaceChildren(...tokens.map(t => {{
     const span = document.createElement('span'), seen = 0 <= t.step && t.step <= step;
     span.textContent = seen ? t.text : '{mask}';
