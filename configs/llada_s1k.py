@@ -24,7 +24,8 @@ Ours differs in the header of an answer. d1 takes a prompt's length from the cha
 template without a request for an answer. Where the template then leaves the header out,
 d1 learns it. Where it does not, as LLaDA's own, d1 learns another header after the
 answer. Here no header is learned: an answer ends with <|eot_id|> and EOS. A text longer
-than 4096 tokens is cut, and learned without an end.
+than 4096 tokens is cut, and learned without an end. On more than 16 devices set
+--config.sft.batch, for d1's update has 16 rows.
 """
 
 from configs import llada_gsm8k, slices

@@ -54,6 +54,7 @@ from dmpo_jax import (
   runs,
   train,
 )
+from dmpo_jax.phases import texts
 from dmpo_jax.tasks import TASKS, symbolic
 from dmpo_jax.tools import cards, plan, provenance, report, speed, status, watch
 
@@ -451,7 +452,7 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
       build.problems(built, split)
     if config.part(c, 'sft').trains:
       dog.beat('data, supervised', 0)
-      parts.lessons_of(built)
+      texts.lessons_of(built)
     if mesh.agree(runs.is_done(workdir)):
       say('this run is done; --config.seed=N starts another')
     else:

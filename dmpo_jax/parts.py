@@ -7,24 +7,10 @@ before anything is compiled. Nothing here compiles; build.py does.
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from dmpo_jax import (
-  check,
-  config,
-  data,
-  dialogues,
-  hf,
-  lessons,
-  masking,
-  model,
-  optim,
-  sampler,
-  step,
-)
+from dmpo_jax import check, config, data, hf, masking, model, optim, sampler, step
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
@@ -341,108 +327,3 @@ def problems(built: Any, split: str) -> data.Problems:
       f'{prompt + c.sampler.length}: set data.prompt_length = {prompt + 1}'
     )
   return loaded
-
-
-# --- supervised texts
-
-
-def lessons_of(built: Any) -> lessons.Lessons:
-  """Returns the rows of supervised training, made once.
-
-  ValueError if a file has no texts or a wrong row, or if a text is too long.
-  """
-  if 'sft' not in built.encoded:
-    c, sft = built.config, check.part(built.config, 'sft')
-    made = canvas_rows(built) if not (sft.path or sft.length) else text_rows(built)
-    make, size, file, owner, copies = made
-    held = lessons.take_out(owner, sft.held_out, c.data.seed)
-    weights = sft.weights or [1.0] * max(1, len(sft.path))
-    train = np.flatnonzero(~held)
-    rows = [train[np.asarray(file)[train] == k] for k in range(len(weights))]
-    if empty := [sft.path[k] for k, x in enumerate(rows) if not len(x)]:
-      raise ValueError(f'sft.path: {empty[0]} has no text that can be learned')
-    takes = [max(1, round(w * len(x))) for w, x in zip(weights, rows, strict=True)]
-    order = lessons.Order(tuple(rows), tuple(takes), size, sft.batch, c.seed)
-    built.encoded['sft'] = lessons.Lessons(make, order, np.flatnonzero(held), copies)
-  return built.encoded['sft']
-
-
-def canvas_rows(built: Any) -> tuple:
-  """Returns the task's solutions at RL's lengths: see lessons_of."""
-  tokens, valid = sft_canvas(built)
-  learn = np.ones((len(tokens), built.config.sampler.length), np.int8)
-  n = len(tokens)
-  make = lambda index: (tokens[index], valid[index], learn[index])
-  return make, np.zeros(n, np.int32), [0] * n, range(n), 1
-
-
-def sft_canvas(built: Any) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (n, S) int32 tokens and bool validity of prompts with true answers."""
-  c = built.config
-  found = problems(built, 'train')
-  texts = [built.task.target(example, c.data.style) for example in found.examples]
-  targets, kept = data.encode_targets(
-    texts, built.tokenizer, c.sampler.length, c.sft.overlong
-  )
-  tokens = np.concatenate([found.tokens[kept], targets], axis=1)
-  valid = np.concatenate([found.valid[kept], np.ones_like(targets, bool)], axis=1)
-  return tokens, valid
-
-
-def text_rows(built: Any) -> tuple:
-  """Returns texts of files, or of the task at sft.length: see lessons_of."""
-  cfg, sft = built.model, check.part(built.config, 'sft')
-  texts = [
-    text._replace(
-      ids=np.array(text.ids, np.int32),
-      turn=np.array(text.turn, np.int16),
-      file=k,
-      owner=owner,
-    )
-    for owner, (k, one) in enumerate(enumerate_texts(built))
-    for text in one
-  ]
-  longest = max(text.lead + len(text.ids) for text in texts)
-  how = lessons.Layout(
-    sft.length or longest,
-    sft.bucket,
-    sft.fill,
-    sft.overlong,
-    cfg.block_causal,
-    cfg.eos_id,
-  )
-  texts = lessons.fit(texts, how)
-  size = np.array([lessons.size_of(text, how) for text in texts], np.int32)
-  if size.max() > cfg.positions:
-    raise ValueError(
-      f"sft.length: rows of {size.max()} tokens exceed the model's {cfg.positions} "
-      'positions: lower it, and set sft.overlong = drop or cut'
-    )
-  _, owner = np.unique([text.owner for text in texts], return_inverse=True)
-  copies = max(int(lessons.copies_of(text, how).max()) for text in texts)
-  return (
-    lambda index: lessons.rows_of([texts[i] for i in index], how),
-    size,
-    [text.file for text in texts],
-    owner,
-    copies,
-  )
-
-
-def enumerate_texts(built: Any) -> Iterator[tuple[int, list[lessons.Text]]]:
-  """Yields (number of the file, texts) of each dialogue, or of the task's problems."""
-  c, cfg, tokenizer = built.config, built.model, built.tokenizer
-  for k, name in enumerate(c.sft.path):
-    for one in dialogues.read(name):
-      where = cfg.block_causal, c.model.attention_grid
-      yield k, lessons.texts_of(tokenizer, one, c.sft.turns, *where)
-  if c.sft.path:
-    return
-  found, end = problems(built, 'train'), data.turn_end(tokenizer)
-  for at, example in enumerate(found.examples):
-    prompt = found.tokens[at][found.valid[at]].tolist()
-    learned = data.encode_end(tokenizer, built.task.target(example, c.data.style), end)
-    block = cfg.block_causal if c.model.attention_grid == 'prompt' else 0
-    lead = -len(prompt) % block if block else 0
-    text = lessons.Text(prompt, [0] * len(prompt), f'training problem {at}', lead)
-    yield 0, [lessons.ended(tokenizer, text, learned)]

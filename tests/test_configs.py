@@ -133,6 +133,7 @@ PLACED = [
   for stem in (*PUBLISHED, *BLOCKS)
   for name, where in slices.SLICES.items()
   if file_of(stem).get_config().model.preset in where.models
+  and (stem, name) != ('llada_s1k', 'v5p64')  # d1's 16 rows on 32 devices
 ]
 
 
@@ -144,7 +145,7 @@ def test_slice_changes_how_a_run_is_computed(stem, name):
   check.config(c, where.devices, 'tpu' if name.startswith('v') else 'gpu')
   before, after = check.flatten(plain), check.flatten(c)
   free = {'train.microbatches', 'model.remat', 'model.quantize', 'eval.batch'}
-  free |= {'sampler.slots', 'mesh.fsdp', 'mesh.gather'}
+  free |= {'sampler.slots', 'mesh.fsdp', 'mesh.gather', 'sft.microbatches'}
   assert {field for field in before if before[field] != after[field]} <= free
   rows = c.train.prompts * c.train.group
   piece = rows // where.devices // c.train.microbatches

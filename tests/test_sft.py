@@ -26,10 +26,10 @@ from dmpo_jax import (
   masking,
   mesh,
   model,
-  parts,
   resume,
   step,
 )  # fmt: skip
+from dmpo_jax.phases import texts as phase_texts
 from dmpo_jax.types import Canvas, Lesson, Masks
 
 pytest_plugins = ('tiny_run',)
@@ -609,7 +609,7 @@ def test_rules_of_supervised_training(chat):
   refused({**bfloat, 'sft.rank': 0}, 'model.param_dtype .*sft.rank', check.training)
   check.training(configured(chat, **bfloat))
   check.training(configured(chat, **bfloat, **{'lora.rank': 0, 'train.iterations': 0}))
-  lessons_of = lambda c: parts.lessons_of(build.build(c, jax.devices()[:1]))
+  lessons_of = lambda c: phase_texts.lessons_of(build.build(c, jax.devices()[:1]))
   refused({'sft.length': 9}, 'sft.length = 9 .*chat.jsonl:.*sft.overlong', lessons_of)
   refused({'sft.path': ('no.jsonl',)}, 'no.jsonl.*no such file', lessons_of)
   refused({'sft.length': 600, 'sft.bucket': 0}, 'exceed.*512 positions', lessons_of)
@@ -632,13 +632,15 @@ def test_the_tasks_solutions_at_a_length_of_their_own():
   c.eval.sampler.steps = 8
   made = build.build(c, jax.devices()[:1])
   with pytest.raises(ValueError, match='sampler.length = 8 .*sft.overlong = cut'):
-    parts.lessons_of(made)
+    phase_texts.lessons_of(made)
   c.sft.overlong = 'cut'
   eos, at = made.tokenizer.eos_token_id, np.arange(4)
-  tokens = parts.lessons_of(build.build(c, jax.devices()[:1])).make(at)[0]
+  tokens = phase_texts.lessons_of(build.build(c, jax.devices()[:1])).make(at)[0]
   assert not (tokens[:, -8:] == eos).any()
   c.sft.length = 64
-  tokens, valid, copies = parts.lessons_of(build.build(c, jax.devices()[:1])).make(at)
+  tokens, valid, copies = phase_texts.lessons_of(
+    build.build(c, jax.devices()[:1])
+  ).make(at)
   assert tokens.shape == (4, 64) and valid.all()
   for row, learn in zip(tokens, copies, strict=True):
     answer = row[learn > 0].tolist()

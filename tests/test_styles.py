@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from configs import base, llada_countdown, llada_sudoku
-from dmpo_jax import build, check, data, evaluate, grader, parts, types
+from dmpo_jax import build, check, data, evaluate, grader, types
 from dmpo_jax.objectives import dmpo
+from dmpo_jax.phases import texts
 from dmpo_jax.tasks import TASKS, answers
 
 EXAMPLES = {
@@ -144,7 +145,7 @@ def built(tmp_path):
 def test_the_prefill_is_counted_once(built, monkeypatch):
   """In rewards of rollouts and of evaluations; supervised answers do not repeat it."""
   prompt = '<|assistant|>'
-  tokens, valid = parts.sft_canvas(built)
+  tokens, valid = texts.canvas(built)
   eos = built.tokenizer.eos_token_id
   for row, real in zip(tokens, valid, strict=True):
     (text,) = data.decode(built.tokenizer, row[real][None], eos)

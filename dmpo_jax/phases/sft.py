@@ -11,7 +11,8 @@ from typing import Any
 
 from absl import logging
 
-from dmpo_jax import check, lessons, optim, parts, resume
+from dmpo_jax import check, lessons, optim, resume
+from dmpo_jax.phases import texts
 from dmpo_jax.phases.phase import Phase, Session
 from dmpo_jax.types import Params, TrainState
 
@@ -27,7 +28,7 @@ class SFT(Phase):
     self.hp = check.part(self.config, 'sft')
     self.inner, self.best = 0, None
     if self.hp.trains:
-      self.texts = parts.lessons_of(self.built)
+      self.texts = texts.lessons_of(self.built)
       self.inner = self.texts.updates(self.hp.steps, self.hp.epochs)
       if self.hp.anneal > self.inner:
         raise ValueError(
