@@ -30,11 +30,6 @@ class SFT(Phase):
     if self.hp.trains:
       self.texts = texts.lessons_of(self.built)
       self.inner = self.texts.updates(self.hp.steps, self.hp.epochs)
-      if self.hp.anneal > self.inner:
-        raise ValueError(
-          f'sft.anneal = {self.hp.anneal} must be at most the {self.inner} updates of '
-          f"{self.hp.length_of()}: attention would not become the model's own"
-        )
 
   def start(self) -> TrainState:
     trainable, self.frozen = resume.sft_start(self.built)

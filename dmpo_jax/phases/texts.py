@@ -24,7 +24,13 @@ def lessons_of(built: build.Built) -> lessons.Lessons:
       raise ValueError(f'sft.path: {empty[0]} has no text that can be learned')
     takes = [max(1, round(w * len(x))) for w, x in zip(weights, rows, strict=True)]
     order = lessons.Order(tuple(rows), tuple(takes), size, sft.batch, c.seed)
-    built.encoded['sft'] = lessons.Lessons(make, order, np.flatnonzero(held), copies)
+    made = lessons.Lessons(make, order, np.flatnonzero(held), copies)
+    if sft.anneal > (updates := made.updates(sft.steps, sft.epochs)):
+      raise ValueError(
+        f'sft.anneal = {sft.anneal} must be at most the {updates} updates of '
+        f"{sft.length_of()}: attention would not become the model's own"
+      )
+    built.encoded['sft'] = made
   return built.encoded['sft']
 
 
