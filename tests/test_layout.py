@@ -16,20 +16,21 @@ PACKAGE = 'dmpo_jax'
 FLOORS = {
   '__init__': -1,  # everybody imports it, so it imports nobody
   'types': 0, 'files': 0, 'rules': 0,
-  'rng': 1, 'health': 1, 'metrics': 1,
+  'rng': 1, 'health': 1, 'metrics': 1, 'conventions': 1,
   'mesh': 2, 'masking': 2, 'model': 2, 'tasks': 2,
   'hf': 3, 'layout': 3, 'sampler': 3, 'data': 3, 'optim': 3, 'checkpoint': 3,
   'grader': 3, 'guard': 3,
   'logprob': 4, 'weights': 4,
   'objectives': 5,
   'config': 6, 'step': 6,
-  'check': 7, 'score': 7, 'rollout': 7,
+  'check': 7, 'likelihood': 7, 'score': 7, 'rollout': 7,
   'parts': 8,
   'build': 9,
   'evaluate': 10, 'resume': 10, 'fits': 10,
   'tools': 11, 'phases': 11, 'runs': 11,
   'train': 12,
-  'cli': 13,
+  'runner': 13,
+  'cli': 14, 'api': 14,
 }  # fmt: skip
 # Folders whose files may import each other.
 PLUGINS = ('tasks', 'objectives', 'model', 'hf', 'sampler', 'tools', 'phases')
