@@ -34,6 +34,7 @@ from dmpo_jax import (
   hf,
   likelihood,
   mesh,
+  metrics,
   rng,
   runner,
   runs,
@@ -78,7 +79,8 @@ def config_of(start: Start, overrides: Overrides = None) -> tuple[Any, str]:
         f'{path!r} is no config, no workdir of a run and no checkpoint: give a name in '
         f'{config.presets()}, a file, a directory, or a hub name (owner/name)'
       )
-  config.update(c, overrides or {})
+  with config.in_file('overrides', ''):
+    config.update(c, overrides or {})
   return c.lock(), workdir
 
 
@@ -157,7 +159,8 @@ class Model:
         section.block = math.gcd(length, block)
       per_step = max(1, section.length // section.steps)
       section.steps = max(1, length // per_step, length // section.block)
-    section.update(fields)
+    with config.in_file('sampler settings', ''):
+      section.update(fields)
     hp = check.settings(SampleConfig, section)
     if problems := hp.problems():
       raise ValueError('; '.join(problems))
@@ -206,7 +209,7 @@ class Model:
       (len(ids[i]), i * samples + j) for i in range(len(ids)) for j in range(samples)
     ]
     found: dict[int, dict] = {}
-    for batch in self.batches(sorted(todo), self.config.eval.batch):
+    for batch in self.batches(sorted(todo), self.config.eval.batch, 'generate'):
       row = np.array([at for _, at in batch], np.int32)
       tokens, valid = self.padded([ids[at // samples] for at in row], room)
       done = evaluate.complete(self.built, self.params, sample, (tokens, valid), row)
@@ -264,7 +267,7 @@ class Model:
       program = likelihood.Program(wanted, law, length, copies)
       make = lambda program=program: self.built.steps.texts_of(program)
       run = self.seeded(('texts', program), make, seed)
-      for batch in self.batches(sorted(todo), size):
+      for batch in self.batches(sorted(todo), size, f'score {length}'):
         places = [at for _, at in batch]
         room = self.built.model.positions - length
         prompt = self.padded([pairs[at][0] for at in places], room)
@@ -332,13 +335,20 @@ class Model:
     fits = (n for n in range(how.draws, 0, -1) if how.draws % n == 0)
     return rows, next((n for n in fits if n * rows <= batch), 1)
 
-  def batches(self, todo: Sequence, size: int) -> Iterator[list]:
+  def batches(self, todo: Sequence, size: int, name: str) -> Iterator[list]:
     """Yields batches of at most `size` items; the last one is filled with repeats."""
-    shards = self.shards()
+    shards, every = self.shards(), self.config.log.every_seconds
     size = min(size, -(-len(todo) // shards) * shards)
+    progress = None
+    if len(todo) > size:
+      progress = metrics.Progress(len(todo), name, every_seconds=every)
     for start in range(0, len(todo), size):
       batch = list(todo[start : start + size])
       yield batch + batch[-1:] * (size - len(batch))
+      if progress:
+        progress.update(start + len(batch), {})
+    if progress:
+      progress.close()
 
   def padded(self, ids: Sequence[list[int]], room: int) -> tuple:
     """Returns left-padded tokens and their validity, of few different widths."""

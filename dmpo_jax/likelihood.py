@@ -62,19 +62,24 @@ class Program:
   copies: int  # elbo: copies of a text that are computed at once; divides how.draws
 
 
+def unit_of(cfg: model.ModelConfig, law: SampleConfig, count: int) -> int:
+  """Returns what the length of the canvas of `count` tokens is a multiple of."""
+  if cfg.block_causal:
+    return math.lcm(UNIT, cfg.block_causal)
+  return math.lcm(UNIT, law.block) if count > law.block else UNIT
+
+
 def canvas_length(
   cfg: model.ModelConfig, law: SampleConfig, prompt: int, count: int
 ) -> int:
   """Returns the length of the canvas of a completion of `count` tokens.
 
-  prompt: tokens before it; some share an attention block of a block-causal model.
+  prompt: tokens before it, some of which share an attention block of a block-causal
+  model with it; -1 = as many as may be.
   """
-  unit, block = UNIT, cfg.block_causal
-  if block:
-    unit = math.lcm(unit, block)
-    count += prompt % block if cfg.block_grid == 'text' else 0
-  elif count > law.block:
-    unit = math.lcm(unit, law.block)
+  if cfg.block_causal and cfg.block_grid == 'text':
+    count += prompt % cfg.block_causal
+  unit = unit_of(cfg, law, count)
   return -(-max(count, 1) // unit) * unit
 
 

@@ -31,6 +31,7 @@ FLOORS = {
   'train': 12,
   'runner': 13,
   'cli': 14, 'api': 14,
+  'harness': 15,
 }  # fmt: skip
 # Folders whose files may import each other.
 PLUGINS = ('tasks', 'objectives', 'model', 'hf', 'sampler', 'tools', 'phases')

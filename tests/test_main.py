@@ -1189,7 +1189,7 @@ def test_score_without_a_config(command, tmp_path, capsys):
 def judged(monkeypatch):
   """What --mode=eval judges, in its place: the workdirs, '' for a checkpoint alone."""
   found = []
-  monkeypatch.setattr(runner, 'train', lambda *args: found.append(args[1]))
+  monkeypatch.setattr(runner, 'run_phases', lambda *args: found.append(args[1]))
   monkeypatch.setattr(
     runner, 'params_of', lambda built, workdir, _: (found.append(workdir), None, 'x')
   )
