@@ -39,6 +39,7 @@ from dmpo_jax import (
   build,
   check,
   config,
+  conventions,
   data,
   evaluate,
   files,
@@ -67,6 +68,11 @@ TASK = _choice('task', None, tuple(TASKS), 'score without --config: the task')
 PROTOCOL = _choice('protocol', 'strict', ('strict', 'paper'), 'score without --config')
 PROBLEM = _int('problem', 0, 'sample: number of the test problem')
 PROMPT = _text('prompt', '', 'sample: a prompt of your own')
+PRESET = _text(
+  'preset',
+  '',
+  'eval, sample: sampler of a published evaluation, such as llada or dream',
+)
 HTML = _text('html', '', 'sample: also writes a web page to this file')
 PROFILE = _int('profile', 0, 'train: iterations of RL to trace into WORKDIR/profile')
 TOPOLOGY = _text('topology', '', 'plan: absent devices, such as v5p:4x4x4 or h100x8')
@@ -88,6 +94,7 @@ READ_BY = {
   'format': ('export',),
   'generations task protocol': ('score',),
   'problem prompt html': ('sample',),
+  'preset': ('eval', 'sample'),
   'topology': ('plan',),
   'profile': ('train',),
   'runs cards by': ('report',),
@@ -161,13 +168,20 @@ def read_config(fields: Sequence[str]) -> Command:
     if alone:
       return Command(None, {})
     c = runs.config_of(runs.path_of('--workdir', WORKDIR.value))
-    return Command(c, config.override(c, fields))
+    return Command(c, config.override(c, fields, preset_fields(fields)))
   module, c = config.load(CONFIG.value)
   file, point = CONFIG.value.partition(':')[0], {}
   if SWEEP.value:
     point = config.sweep_point(module, file, SWEEP.value)
-  overrides = config.override(c, fields, point)
+  overrides = config.override(c, fields, point | preset_fields(fields))
   return Command(c, overrides | ({'sweep': SWEEP.value} if SWEEP.value else {}))
+
+
+def preset_fields(fields: Sequence[str]) -> dict[str, Any]:
+  """Returns the fields of --preset, but for those that a flag sets."""
+  given = {text.removeprefix('--config.').partition('=')[0] for text in fields}
+  found = conventions.fields_of(PRESET.value) if PRESET.value else {}
+  return {name: x for name, x in found.items() if name not in given}
 
 
 def main(argv: Sequence[str]) -> None:

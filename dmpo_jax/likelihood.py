@@ -6,9 +6,11 @@ evaluations compare: of answers that somebody else wrote, of unequal lengths.
 elbo        the mean over `draws` masked copies of n / m times the sum of the log-probs
             of the m masked tokens, m uniform in 1..n. This is LLaDA's estimate
             (eval_llada.py, get_loglikelihood), with m stratified over all copies. A
-            block-causal model draws m for each attention block.
+            block-causal model draws m for each attention block. As there and in
+            training, the mask token has a share of the probability.
 trajectory  the exact log-prob of the law that unmasks as the greedy sampler does and
-            draws tokens at temperature 1 (sampler.follow).
+            draws tokens at temperature 1 (sampler.follow). No sampler emits the mask
+            token, so it has no share.
 
 A text's number depends on its canvas and its row id, not on the texts beside it.
 """
@@ -168,8 +170,17 @@ def guided_logp(
   repeat = lambda x: jnp.repeat(x, draws, axis=0)
   noisy = layout.apply_masks(text.tokens, masked_RxKxL, cfg.mask_id)
   noisy, start = noisy.reshape(rows * draws, -1), text.tokens.shape[1] - length
-  logits, _ = model.window_logits(
-    cfg, params, noisy, repeat(text.valid), start, length, start, guidance
+  h, _ = model.window_logits(
+    cfg,
+    params,
+    noisy,
+    repeat(text.valid),
+    start,
+    length,
+    start,
+    guidance,
+    as_states=True,
   )
+  logits = model.guided(model.head(cfg, params, h), guidance)
   logp = model.logp_of(logits, repeat(text.tokens[:, start:]))
   return jnp.where(masked_RxKxL, logp.reshape(masked_RxKxL.shape), 0.0)
