@@ -1,13 +1,13 @@
 """Reinforcement learning of masked diffusion language models in JAX.
 
-`import dmpo_jax as dj` gives the Python API of api.py: dj.load, dj.rl, dj.sft and
-dj.Model. It is loaded when it is first used.
+`import dmpo_jax as dj` gives the Python API of api.py: dj.load, dj.run, dj.rl,
+dj.sft and dj.Model. It is loaded when it is first used.
 """
 
 import importlib
 from typing import Any
 
-API = ('Model', 'load', 'rl', 'sft')
+API = ('Model', 'load', 'rl', 'run', 'sft')
 
 
 def __getattr__(name: str) -> Any:

@@ -45,7 +45,7 @@ from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.tools import cards
 from dmpo_jax.types import Params, Task
 
-__all__ = ['Model', 'load', 'rl', 'sft']
+__all__ = ['Model', 'load', 'rl', 'run', 'sft']
 
 Overrides = Mapping[str, Any] | None  # {'section.field': value}
 Start = str | os.PathLike | ConfigDict  # what `config_of` takes
@@ -168,7 +168,7 @@ class Model:
 
   def generate(
     self,
-    prompts: str | Sequence[str],
+    prompts: Any,
     samples: int = 1,
     seed: int | None = None,
     chat: bool = True,
@@ -190,7 +190,7 @@ class Model:
 
   def complete(
     self,
-    prompts: Sequence[str],
+    prompts: Sequence,
     hp: SampleConfig,
     samples: int = 1,
     seed: int | None = None,
@@ -382,7 +382,7 @@ def likelihood_of(**how: Any) -> Likelihood:
   return wanted
 
 
-def encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
+def encode(tokenizer: Any, text: Any, chat: bool) -> list[int]:
   """Returns the ids of a prompt, in the chat template or as it stands."""
   if not isinstance(text, str):
     raise ValueError(f'a prompt must be a text, not {text!r}')
@@ -396,9 +396,17 @@ def encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
 # --- training
 
 
+def run(start: Start, workdir: str = '', overrides: Overrides = None) -> Model:
+  """Trains as `--mode=train` does: a config's own problems and rewards.
+
+  start, workdir, overrides: as in `rl`.
+  """
+  return in_workdir(fresh_config(start, overrides), workdir, overrides, None, False)
+
+
 def rl(
   prompts: Sequence,
-  reward: Callable | Sequence[Callable],
+  reward: Any,
   start: Start,
   workdir: str = '',
   overrides: Overrides = None,
@@ -413,14 +421,14 @@ def rl(
   of validation and test; None = the training prompts. Accuracy is the mean reward, with
   each reward cut to 0 to 1.
   """
-  rewards = list(reward) if isinstance(reward, Sequence) else [reward]
+  rewards = list(reward) if isinstance(reward, list | tuple) else [reward]
   for fn in rewards:
     if not callable(fn):
       raise ValueError(f'reward must be a function or a list of them, not {fn!r}')
   examples = examples_of(prompts, 'prompts')
   other = examples_of(held_out, 'held_out') if held_out is not None else examples
   task = own_task(examples, other, rewards)
-  return run(task, examples + other, [start, workdir, overrides], rewards)
+  return trained(task, examples + other, [start, workdir, overrides], rewards)
 
 
 def sft(
@@ -442,7 +450,7 @@ def sft(
     if not isinstance(example.get('completion'), str):
       raise ValueError(f'row {row} of pairs has no text named completion')
   task = own_task(examples, examples, [])
-  return run(task, examples, [start, workdir, overrides], None)
+  return trained(task, examples, [start, workdir, overrides], None)
 
 
 def examples_of(rows: Sequence, name: str) -> list[dict]:
@@ -524,30 +532,47 @@ def call_reward(fn: Callable, text: str, example: dict) -> float:
   return float(values[0])
 
 
-def run(
+def trained(
   task: Task, examples: list[dict], where: list, rewards: Sequence[Callable] | None
 ) -> Model:
-  """Trains a task in a workdir; rewards None: supervised training alone.
+  """Trains a caller's task in a workdir; rewards None: supervised training alone.
 
   data.path records whose prompts and rewards they are: the same call resumes, another
   one is refused there, and the command line cannot take them for a file.
   """
-  c, before = config_of(where[0], where[2])
-  if before:
-    raise ValueError(
-      f'{before} is the workdir of a run: save its model, and start from that directory'
-    )
-  only_sft = rewards is None
+  start, workdir, overrides = where
+  c, only_sft = fresh_config(start, overrides), rewards is None
   if only_sft and not c.sft.steps:
     raise ValueError("sft.steps = 0: set overrides={'sft.steps': N}")
   with c.unlocked():
     c.data.path = f'python:{digest_of(examples, rewards or [])}'
     c.data.update(style='bare', template='', protocol='strict')
     c.eval.update(style='', template='')
-  workdir = runs.workdir_of(where[1] or runs.default(c), written=True)
+  return in_workdir(c, workdir, overrides, task, only_sft)
+
+
+def fresh_config(start: Start, overrides: Overrides) -> Any:
+  """Returns the config that a run starts from; ValueError for a run's workdir."""
+  c, before = config_of(start, overrides)
+  if before:
+    raise ValueError(
+      f'{before} is the workdir of a run: save its model, and start from that directory'
+    )
+  return c
+
+
+def in_workdir(
+  c: Any, workdir: str, overrides: Overrides, task: Task | None, only_sft: bool
+) -> Model:
+  """Trains in a workdir as --mode=train does; returns the model that it has then.
+
+  task: in the place of the config's. ValueError if the workdir has another run.
+  """
+  workdir = runs.workdir_of(workdir or runs.default(c), written=True)
   runs.refuse_other(c, workdir, check.FREE)
-  built = ready(c)._replace(task=task)
-  runner.train(built, workdir, dict(where[2] or {}), only_sft)
+  built = ready(c)
+  built = built._replace(task=task) if task else built
+  runner.train(built, workdir, dict(overrides or {}), only_sft)
   return Model.read(built, workdir, 'base' if only_sft else '')
 
 

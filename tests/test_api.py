@@ -1,0 +1,267 @@
+"""The Python API: from prompts and a reward function to a model on disk and back."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import jax
+import pytest
+
+import dmpo_jax as dj
+from configs import base
+from dmpo_jax import api, config, conventions
+from dmpo_jax.sampler import SampleConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAW = {'length': 8, 'block': 4, 'steps': 8}
+TINY = {
+  'model.width': 16, 'model.layers': 1, 'model.heads': 2, 'model.kv_heads': 2,
+  'model.mlp': 16, 'train.iterations': 1, 'train.prompts': 2, 'train.group': 4,
+  'train.microbatches': 1, 'train.inner': 1, 'sft.steps': 2, 'sft.batch': 8,
+  'eval.batch': 8, 'logprob.draws': 2, 'objective.draws': 2, 'mesh.cpu': 1,
+  **{f'{s}.{k}': v for s in ('sampler', 'eval.sampler') for k, v in LAW.items()},
+}  # fmt: skip
+ROWS = [{'prompt': f'say {x}', 'completion': x, 'want': x} for x in 'abcdefgh']
+
+
+def reward(prompts, completions, want, **columns):
+  assert len(prompts) == len(completions) == len(want) == len(columns['completion'])
+  return [
+    sum(map(str.isalpha, text)) / 8 + (w in text)
+    for text, w in zip(completions, want, strict=True)
+  ]
+
+
+@pytest.fixture(scope='module')
+def plain_saves():
+  jax.config.update('jax_debug_key_reuse', False)
+  yield
+  jax.config.update('jax_debug_key_reuse', True)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder without `configs`, in which the module's calls run."""
+  place = tmp_path_factory.mktemp('elsewhere')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(place)
+    yield place
+
+
+@pytest.fixture(scope='module')
+def model(folder, plain_saves):
+  return dj.rl(ROWS, reward, 'base', 'run', TINY)
+
+
+def test_a_run_is_in_its_workdir_and_found_again(model, folder, capsys):
+  results = json.loads((folder / 'run' / 'results.json').read_text())
+  assert 0 <= results['final']['accuracy'] <= 1 and model.name == 'latest'
+  for other in (dj.load('run'), dj.rl(ROWS, reward, 'base', 'run', TINY)):
+    jax.tree.map(
+      lambda a, b: (a == b).all() or pytest.fail(), model.params, other.params
+    )
+  assert 'is done' in capsys.readouterr().out
+  based = dj.load('run', of='base')
+  assert based.name == 'base' and not all(
+    bool((a == b).all())
+    for a, b in zip(*map(jax.tree.leaves, (based.params, model.params)), strict=True)
+  )
+  rows = (folder / 'run' / 'metrics.jsonl').read_text().splitlines()
+  assert any('reward/reward' in json.loads(row) for row in rows)
+  with pytest.raises(ValueError, match='data.path'):
+    dj.rl(ROWS[:4], reward, 'base', 'run', TINY)
+  with pytest.raises(ValueError, match='data.path'):
+    dj.rl(ROWS, lambda prompts, completions: [1.0], 'base', 'run', TINY)
+
+
+def test_a_completion_depends_on_its_prompt_place_and_seed(model):
+  prompts = ['a', 'a longer prompt that is no shorter', 'bc']
+  together = model.generate(prompts)
+  assert together == [model.generate(prompt) for prompt in prompts]
+  hot = dict(temperature=1.0, samples=3)
+  first = model.generate(prompts, seed=1, **hot)
+  assert first == model.generate(prompts, seed=1, **hot)
+  assert first != model.generate(prompts, seed=2, **hot)
+  assert len(set(first[0])) > 1 and [len(group) for group in first] == [3, 3, 3]
+  assert model.generate(prompts[0], seed=1, **hot) == first[0]
+  assert model.generate('a', chat=False) != together[0]
+
+
+def test_scores_are_of_the_text_alone(model):
+  prompts, texts = ['a', 'bcd', 'a'], ['xyz', 'abc<answer>1</answer>' * 2, 'xyw']
+  for how in ({'draws': 4}, {'by': 'trajectory'}):
+    together = model.score(prompts, texts, **how)
+    alone = [
+      model.score([p], [t], **how)[0] for p, t in zip(prompts, texts, strict=True)
+    ]
+    assert together == pytest.approx(alone, rel=1e-4) and max(together) < 0
+  greedy = model.generate('a', **LAW)
+  ids = api.encode(model.built.tokenizer, 'a', True)
+  written = model.complete(['a'], model.law(**LAW))[0][0]['ids']
+  (_, is_greedy), (_, other) = model.logp_of(
+    [(ids, written), (ids, [*written[:-1], written[-1] ^ 1])],
+    model.law(**LAW),
+    by='trajectory',
+  )
+  assert is_greedy and not other and isinstance(greedy, str)
+
+
+def test_saved_model_says_the_same(model, folder):
+  model.save('saved')
+  again = dj.load('saved', overrides={'eval.batch': 8})
+  assert again.generate(['a', 'b'], **LAW) == model.generate(['a', 'b'], **LAW)
+  with pytest.raises(ValueError, match='not empty'):
+    model.save('saved')
+  (card,) = model.evaluate(folder='cards')
+  assert card['task'] == 'python' and card['problems'] == len(ROWS)
+  assert (folder / 'cards' / 'python_latest_8_8.card.md').exists()
+
+
+@pytest.mark.slow
+def test_supervised_training_on_pairs(folder, plain_saves):
+  pairs = [('a', 'b'), ('c', 'd')]
+  made = dj.sft(pairs, 'base', 'pairs', TINY)
+  assert made.name == 'base' and not (folder / 'pairs' / 'rl').exists()
+  assert made.score(['a'], ['b'], draws=2) == dj.load('pairs', 'base').score(
+    ['a'], ['b'], draws=2
+  )
+
+
+BAD = {
+  'start': (lambda m: dj.load('nowhere'), 'no config, no workdir'),
+  'of': (lambda m: dj.load('run', of='newest'), "of = 'newest'"),
+  'no run': (lambda m: dj.load('base', of='best'), 'needs the workdir'),
+  'field': (lambda m: dj.load('base', overrides={'optim.rl': 1}), 'optim.lr'),
+  'type': (lambda m: dj.load('base', overrides={'train.group': 'x'}), 'group = x'),
+  'sampler': (lambda m: m.generate('a', lenght=3), 'lenght'),
+  'value': (lambda m: m.generate('a', block=3), 'sampler.block = 3'),
+  'preset': (lambda m: m.generate('a', preset='drem'), "'dream'"),
+  'long': (lambda m: m.generate('a' * 600), 'prompt 0 has'),
+  'prompt': (lambda m: m.generate([3]), 'must be a text'),
+  'pairs': (lambda m: m.score(['a'], []), '1 prompts and 0 completions'),
+  'by': (lambda m: m.score(['a'], ['b'], by='guess'), 'likelihood.by'),
+  'draws': (lambda m: m.score(['a'], ['b'], draws=0), 'likelihood.draws = 0'),
+  'format': (lambda m: m.save('x', 'gguf'), 'merged or adapter'),
+  'row': (lambda m: dj.rl(['a', 3], reward, 'base'), 'row 1 of prompts'),
+  'empty': (lambda m: dj.rl([], reward, 'base'), 'list of prompts'),
+  'function': (lambda m: dj.rl(['a'], 'mine', 'base'), 'must be a function'),
+  'completion': (lambda m: dj.sft([{'prompt': 'a'}], 'base'), 'row 0 of pairs'),
+  'steps': (
+    lambda m: dj.sft([('a', 'b')], 'base', overrides={'sft.steps': 0}), 'sft.steps = 0'
+  ),
+  'workdir': (lambda m: dj.rl(ROWS, reward, 'run'), 'workdir of a run'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_sentence(name, model):
+  call, said = BAD[name]
+  with pytest.raises(ValueError, match=re.escape(said)) as error:
+    call(model)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'fn, said',
+  [
+    (lambda prompts, completions: [1.0, 2.0], 'one number'),
+    (lambda prompts, completions: 'high', 'one number'),
+    (lambda prompts, completions: 1 / 0, 'ZeroDivisionError'),
+    (lambda prompts, completions, want: [want[0] + 1], 'TypeError'),
+  ],
+)
+def test_a_wrong_reward_names_its_prompt(fn, said):
+  with pytest.raises(ValueError, match=said) as error:
+    api.call_reward(fn, 'text', ROWS[2])
+  assert ROWS[2]['prompt'] in str(error.value)
+
+
+def test_rewards_get_the_columns_that_they_name():
+  seen = {}
+
+  def few(prompts, completions, want):
+    seen.update(prompts=prompts, completions=completions, want=want)
+    return [True]
+
+  assert api.call_reward(few, 'text', ROWS[0]) == 1.0
+  assert seen == dict(prompts=['say a'], completions=['text'], want=['a'])
+  task = api.own_task(ROWS, ROWS, [reward, few])
+  assert task.reward('abc', ROWS[0], 'strict') == {'reward': 11 / 8, 'few': 1.0}
+  assert task.grade('abc', ROWS[0], 'strict') == 1.0
+
+
+def test_the_package_stays_light():
+  """Tasks import it in worker processes."""
+  code = (
+    'import dmpo_jax, sys; sys.exit("jax" in sys.modules or "rl" not in dir(dmpo_jax))'
+  )
+  assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+  with pytest.raises(AttributeError, match='nothing'):
+    dj.nothing  # noqa: B018
+
+
+def test_a_wheel_has_every_folder():
+  setup = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
+  folders = {path.parent for path in ROOT.glob('dmpo_jax/**/*.py')}
+  names = {str(path.relative_to(ROOT)).replace('/', '.') for path in folders}
+  assert set(setup['packages']) == names | {'dmpo_jax.configs'}
+  assert setup['package-dir'] == {'dmpo_jax.configs': 'configs'}
+
+
+@pytest.mark.parametrize('name', conventions.PRESETS)
+def test_presets_are_possible(name):
+  c = base.get_config()
+  config.update(c, conventions.fields_of(name))
+  hp = SampleConfig(**{k: c.eval.sampler[k] for k in vars(SampleConfig(1, 1, 1))})
+  assert hp.problems() == [] and conventions.PRESETS[name].source
+
+
+# --- pages that run
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+  """Everything that starts from a config does so at a tiny size, in tmp_path."""
+  real = api.config_of
+
+  def tiny_config(start, overrides=None):
+    c, workdir = real(start, overrides)
+    if not workdir and not c.model.checkpoint:
+      with c.unlocked():
+        c.update_from_flattened_dict({**TINY, 'sft.steps': min(c.sft.steps, 2)})
+        sizes = {f'data.{split}_size': 8 for split in ('train', 'validation', 'test')}
+        c.update_from_flattened_dict(sizes)
+        for s in (c.sampler, c.eval.sampler):  # a sudoku has 16 cells
+          s.length, s.block, s.steps = 16, 16, 16
+    c.eval.batch = 8
+    return c, workdir
+
+  monkeypatch.setattr(api, 'config_of', tiny_config)
+  monkeypatch.chdir(tmp_path)
+
+
+def test_the_page_runs(small, plain_saves, capsys):
+  code = re.search(r'```python\n(.*?)```', (ROOT / 'docs/api.md').read_text(), re.S)
+  found = {}
+  exec(compile(code[1], 'docs/api.md', 'exec'), found)
+  assert found['again'].generate('1+2=', **LAW) == found['model'].generate(
+    '1+2=', **LAW
+  )
+  assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(small, plain_saves, capsys):
+  """As a script: it uses no magic of notebooks, and keeps no output."""
+  book = json.loads((ROOT / 'docs/quickstart.ipynb').read_text())
+  cells = [cell for cell in book['cells'] if cell['cell_type'] == 'code']
+  assert not any(cell['outputs'] or cell['execution_count'] for cell in cells)
+  found = {}
+  for cell in cells:
+    exec(compile(''.join(cell['source']), cell['id'], 'exec'), found)
+  out = capsys.readouterr().out
+  assert all(f'{word}' in out for word in ('base: ', 'final: ', 'elbo', 'trajectory'))
+  assert json.loads(pathlib.Path('runs/mine/results.json').read_text())
