@@ -582,6 +582,8 @@ def load(path: str) -> tuple[ModuleType, Any]:
   if not os.path.isfile(file):
     folder = os.path.dirname(file)
     there = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+    if re.fullmatch(r'\w+', file):
+      there += [os.path.splitext(name)[0] for name in os.listdir(presets())]
     close = difflib.get_close_matches(os.path.basename(file), there, 1, 0.6)
     hint = f'; did you mean {os.path.join(folder, close[0])}?' if close else ''
     what = (

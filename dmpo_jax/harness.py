@@ -20,10 +20,10 @@ import jax
 from absl import logging
 
 try:
-  from lm_eval import utils
-  from lm_eval.__main__ import cli_evaluate
-  from lm_eval.api.model import TemplateLM
-  from lm_eval.api.registry import register_model
+  from lm_eval import utils  # pyright: ignore
+  from lm_eval.__main__ import cli_evaluate  # pyright: ignore
+  from lm_eval.api.model import TemplateLM  # pyright: ignore
+  from lm_eval.api.registry import register_model  # pyright: ignore
 except ImportError as error:
   raise ValueError(
     f'lm-evaluation-harness is missing ({error}): pip install "dmpo_jax[eval]"'
