@@ -29,7 +29,7 @@ except ImportError as error:
     f'lm-evaluation-harness is missing ({error}): pip install "dmpo_jax[eval]"'
   ) from error
 
-from dmpo_jax import api, conventions, likelihood, runner
+from dmpo_jax import api, conventions, likelihood, loaded, runner
 from dmpo_jax.sampler import SampleConfig
 
 DRAWS = 128  # masked copies of an ELBO where no preset says another number: LLaDA's
@@ -67,7 +67,7 @@ class Harness(TemplateLM):
     self.preset, self.seed = preset, int(seed)
     self.law = {name: more.pop(name) for name in LAW if name in more}
     published = conventions.preset_of(preset).draws if preset else 0
-    self.how = api.likelihood_of(by=by, draws=more.pop('draws', published or DRAWS))
+    self.how = loaded.likelihood_of(by=by, draws=more.pop('draws', published or DRAWS))
     of, dtype = more.pop('of', ''), more.pop('dtype', '')
     overrides: dict[str, Any] = {'model.dtype': dtype, 'model.param_dtype': dtype}
     overrides = overrides if dtype else {}
@@ -197,7 +197,7 @@ class Harness(TemplateLM):
   ) -> list[int]:
     """Returns ids; None adds special tokens, unless the text begins with one."""
     if add_special_tokens is None:
-      return api.encode(self.tokenizer, string, False)
+      return loaded.encode(self.tokenizer, string, False)
     return self.tokenizer(string, add_special_tokens=add_special_tokens)['input_ids']
 
   def apply_chat_template(

@@ -12,8 +12,9 @@ import pytest
 
 import dmpo_jax as dj
 from configs import base
-from dmpo_jax import api, config, conventions
+from dmpo_jax import api, config, conventions, loaded
 from dmpo_jax.sampler import SampleConfig
+from dmpo_jax.tasks import given
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAW = {'length': 8, 'block': 4, 'steps': 8}
@@ -99,7 +100,7 @@ def test_scores_are_of_the_text_alone(model):
     ]
     assert together == pytest.approx(alone, rel=1e-4) and max(together) < 0
   greedy = model.generate('a', **LAW)
-  ids = api.encode(model.built.tokenizer, 'a', True)
+  ids = loaded.encode(model.built.tokenizer, 'a', True)
   written = model.complete(['a'], model.law(**LAW))[0][0]['ids']
   (_, is_greedy), (_, other) = model.logp_of(
     [(ids, written), (ids, [*written[:-1], written[-1] ^ 1])],
@@ -175,7 +176,7 @@ def test_bad_input_is_one_sentence(name, model):
 )
 def test_a_wrong_reward_names_its_prompt(fn, said):
   with pytest.raises(ValueError, match=said) as error:
-    api.call_reward(fn, 'text', ROWS[2])
+    given.call_reward(fn, 'text', ROWS[2])
   assert ROWS[2]['prompt'] in str(error.value)
 
 
@@ -186,9 +187,9 @@ def test_rewards_get_the_columns_that_they_name():
     seen.update(prompts=prompts, completions=completions, want=want)
     return [True]
 
-  assert api.call_reward(few, 'text', ROWS[0]) == 1.0
+  assert given.call_reward(few, 'text', ROWS[0]) == 1.0
   assert seen == dict(prompts=['say a'], completions=['text'], want=['a'])
-  task = api.own_task(ROWS, ROWS, [reward, few])
+  task = given.own_task(ROWS, ROWS, [reward, few])
   assert task.reward('abc', ROWS[0], 'strict') == {'reward': 11 / 8, 'few': 1.0}
   assert task.grade('abc', ROWS[0], 'strict') == 1.0
 

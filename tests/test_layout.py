@@ -30,8 +30,9 @@ FLOORS = {
   'tools': 11, 'phases': 11, 'runs': 11,
   'train': 12,
   'runner': 13,
-  'cli': 14, 'api': 14,
-  'harness': 15,
+  'cli': 14, 'loaded': 14,
+  'api': 15,
+  'harness': 16,
 }  # fmt: skip
 # Folders whose files may import each other.
 PLUGINS = ('tasks', 'objectives', 'model', 'hf', 'sampler', 'tools', 'phases')
