@@ -23,7 +23,6 @@ TINY = {
   'model.mlp': 16, 'train.iterations': 1, 'train.prompts': 2, 'train.group': 4,
   'train.microbatches': 1, 'train.inner': 1, 'sft.steps': 2, 'sft.batch': 8,
   'eval.batch': 8, 'logprob.draws': 2, 'objective.draws': 2, 'mesh.cpu': 1,
-  **{f'{s}.{k}': v for s in ('sampler', 'eval.sampler') for k, v in LAW.items()},
 }  # fmt: skip
 ROWS = [{'prompt': f'say {x}', 'completion': x, 'want': x} for x in 'abcdefgh']
 
@@ -43,39 +42,64 @@ def plain_saves():
   jax.config.update('jax_debug_key_reuse', True)
 
 
+def shrink(patch, folder):
+  """Everything that starts from a config does so at a tiny size, in a folder."""
+  real = api.config_of
+
+  def tiny_config(start, overrides=None):
+    c, workdir = real(start, overrides)
+    if not workdir and not c.model.checkpoint:
+      with c.unlocked():
+        c.update_from_flattened_dict({**TINY, 'sft.steps': min(c.sft.steps, 2)})
+        sizes = {f'data.{split}_size': 8 for split in ('train', 'validation', 'test')}
+        c.update_from_flattened_dict(sizes)
+    c.eval.batch = 8
+    return c, workdir
+
+  patch.setattr(api, 'config_of', tiny_config)
+  patch.chdir(folder)
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """A folder without `configs`, in which the module's calls run."""
   place = tmp_path_factory.mktemp('elsewhere')
   with pytest.MonkeyPatch.context() as patch:
-    patch.chdir(place)
+    shrink(patch, place)
     yield place
 
 
 @pytest.fixture(scope='module')
-def model(folder, plain_saves):
-  return dj.rl(ROWS, reward, 'base', 'run', TINY)
+def page(folder, plain_saves):
+  """The names of the code on the page docs/api.md, after it has run."""
+  code = re.search(r'```python\n(.*?)```', (ROOT / 'docs/api.md').read_text(), re.S)
+  found = {}
+  exec(compile(code[1], 'docs/api.md', 'exec'), found)
+  return found
 
 
-def test_a_run_is_in_its_workdir_and_found_again(model, folder, capsys):
-  results = json.loads((folder / 'run' / 'results.json').read_text())
+@pytest.fixture(scope='module')
+def model(page):
+  return page['model']
+
+
+def test_a_run_is_in_its_workdir_and_found_again(page, model, capsys):
+  rows, reward, workdir = page['rows'], page['reward'], pathlib.Path(model.workdir)
+  results = json.loads((workdir / 'results.json').read_text())
   assert 0 <= results['final']['accuracy'] <= 1 and model.name == 'latest'
-  for other in (dj.load('run'), dj.rl(ROWS, reward, 'base', 'run', TINY)):
-    jax.tree.map(
-      lambda a, b: (a == b).all() or pytest.fail(), model.params, other.params
-    )
+  how = {'sft.steps': 0}
+  for other in (dj.load(workdir), dj.rl(rows, reward, 'quickstart', overrides=how)):
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), model.params, other.params)
+    assert all(jax.tree.leaves(same)) and other.workdir == str(workdir)
   assert 'is done' in capsys.readouterr().out
-  based = dj.load('run', of='base')
-  assert based.name == 'base' and not all(
-    bool((a == b).all())
-    for a, b in zip(*map(jax.tree.leaves, (based.params, model.params)), strict=True)
-  )
-  rows = (folder / 'run' / 'metrics.jsonl').read_text().splitlines()
-  assert any('reward/reward' in json.loads(row) for row in rows)
-  with pytest.raises(ValueError, match='data.path'):
-    dj.rl(ROWS[:4], reward, 'base', 'run', TINY)
-  with pytest.raises(ValueError, match='data.path'):
-    dj.rl(ROWS, lambda prompts, completions: [1.0], 'base', 'run', TINY)
+  based = dj.load(workdir, of='base')
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), model.params, based.params)
+  assert based.name == 'base' and not all(jax.tree.leaves(same))
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  assert any('reward/reward' in json.loads(line) for line in lines)
+  for other, fn in ((rows[:4], reward), (rows, lambda prompts, completions: [1.0])):
+    with pytest.raises(ValueError, match='data.path'):
+      dj.rl(other, fn, 'quickstart', model.workdir, how)
 
 
 def test_a_completion_depends_on_its_prompt_place_and_seed(model):
@@ -99,7 +123,6 @@ def test_scores_are_of_the_text_alone(model):
       model.score([p], [t], **how)[0] for p, t in zip(prompts, texts, strict=True)
     ]
     assert together == pytest.approx(alone, rel=1e-4) and max(together) < 0
-  greedy = model.generate('a', **LAW)
   ids = loaded.encode(model.built.tokenizer, 'a', True)
   written = model.complete(['a'], model.law(**LAW))[0][0]['ids']
   (_, is_greedy), (_, other) = model.logp_of(
@@ -107,18 +130,16 @@ def test_scores_are_of_the_text_alone(model):
     model.law(**LAW),
     by='trajectory',
   )
-  assert is_greedy and not other and isinstance(greedy, str)
+  assert is_greedy and not other
 
 
-def test_saved_model_says_the_same(model, folder):
-  model.save('saved')
-  again = dj.load('saved', overrides={'eval.batch': 8})
-  assert again.generate(['a', 'b'], **LAW) == model.generate(['a', 'b'], **LAW)
+def test_saved_model_says_the_same(page, model, folder):
+  assert page['again'].generate(['a', 'b'], **LAW) == model.generate(['a', 'b'], **LAW)
   with pytest.raises(ValueError, match='not empty'):
-    model.save('saved')
+    model.save('trained')
   (card,) = model.evaluate(folder='cards')
-  assert card['task'] == 'python' and card['problems'] == len(ROWS)
-  assert (folder / 'cards' / 'python_latest_8_8.card.md').exists()
+  assert card['task'] == 'python' and card['problems'] == 8  # data.test_size
+  assert (folder / 'cards' / 'python_latest_16_16.card.md').exists()
 
 
 @pytest.mark.slow
@@ -133,7 +154,7 @@ def test_supervised_training_on_pairs(folder, plain_saves):
 
 BAD = {
   'start': (lambda m: dj.load('nowhere'), 'no config, no workdir'),
-  'of': (lambda m: dj.load('run', of='newest'), "of = 'newest'"),
+  'of': (lambda m: dj.load(m.workdir, of='newest'), "of = 'newest'"),
   'no run': (lambda m: dj.load('base', of='best'), 'needs the workdir'),
   'field': (lambda m: dj.load('base', overrides={'optim.rl': 1}), 'optim.lr'),
   'type': (lambda m: dj.load('base', overrides={'train.group': 'x'}), 'group = x'),
@@ -153,7 +174,7 @@ BAD = {
   'steps': (
     lambda m: dj.sft([('a', 'b')], 'base', overrides={'sft.steps': 0}), 'sft.steps = 0'
   ),
-  'workdir': (lambda m: dj.rl(ROWS, reward, 'run'), 'workdir of a run'),
+  'workdir': (lambda m: dj.rl(ROWS, reward, m.workdir), 'workdir of a run'),
 }  # fmt: skip
 
 
@@ -220,43 +241,10 @@ def test_presets_are_possible(name):
   assert hp.problems() == [] and conventions.PRESETS[name].source
 
 
-# --- pages that run
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-  """Everything that starts from a config does so at a tiny size, in tmp_path."""
-  real = api.config_of
-
-  def tiny_config(start, overrides=None):
-    c, workdir = real(start, overrides)
-    if not workdir and not c.model.checkpoint:
-      with c.unlocked():
-        c.update_from_flattened_dict({**TINY, 'sft.steps': min(c.sft.steps, 2)})
-        sizes = {f'data.{split}_size': 8 for split in ('train', 'validation', 'test')}
-        c.update_from_flattened_dict(sizes)
-        for s in (c.sampler, c.eval.sampler):  # a sudoku has 16 cells
-          s.length, s.block, s.steps = 16, 16, 16
-    c.eval.batch = 8
-    return c, workdir
-
-  monkeypatch.setattr(api, 'config_of', tiny_config)
-  monkeypatch.chdir(tmp_path)
-
-
-def test_the_page_runs(small, plain_saves, capsys):
-  code = re.search(r'```python\n(.*?)```', (ROOT / 'docs/api.md').read_text(), re.S)
-  found = {}
-  exec(compile(code[1], 'docs/api.md', 'exec'), found)
-  assert found['again'].generate('1+2=', **LAW) == found['model'].generate(
-    '1+2=', **LAW
-  )
-  assert len(capsys.readouterr().out.splitlines()) >= 2
-
-
 @pytest.mark.slow
-def test_the_notebook_runs(small, plain_saves, capsys):
+def test_the_notebook_runs(plain_saves, tmp_path, monkeypatch, capsys):
   """As a script: it uses no magic of notebooks, and keeps no output."""
+  shrink(monkeypatch, tmp_path)
   book = json.loads((ROOT / 'docs/quickstart.ipynb').read_text())
   cells = [cell for cell in book['cells'] if cell['cell_type'] == 'code']
   assert not any(cell['outputs'] or cell['execution_count'] for cell in cells)

@@ -143,6 +143,7 @@ def follow(cfg, params, prompt, answer):
   return total
 
 
+@pytest.mark.parametrize('cfg', ['blocks'], indirect=True)
 def test_a_text_has_its_number_whatever_is_beside_it(cfg, params):
   """And wherever its prompt is padded to: a number depends on text and row id."""
   length = length_of(cfg)
