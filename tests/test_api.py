@@ -215,6 +215,14 @@ def test_rewards_get_the_columns_that_they_name():
   assert task.grade('abc', ROWS[0], 'strict') == 1.0
 
 
+def test_a_hash_is_of_what_a_reward_computes():
+  first = 'lambda p, c: [1 for _ in c]'
+  made = [eval(text) for text in (first, first, first.replace('1', '2'))]
+  hashes = [given.digest_of(ROWS, [fn]) for fn in made]
+  assert hashes[0] == hashes[1] != hashes[2]
+  assert given.digest_of(ROWS[1:], made[:1]) != hashes[0]
+
+
 def test_the_package_stays_light():
   """Tasks import it in worker processes."""
   code = (

@@ -7,7 +7,9 @@ numbers, where each column of the prompts is a list.
 import hashlib
 import inspect
 import json
+import types
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -94,13 +96,17 @@ def call_reward(fn: Callable, text: str, example: dict) -> float:
 
 
 def digest_of(examples: list[dict], rewards: Sequence[Callable]) -> str:
-  """Returns a hash of prompts, columns and the source of the rewards."""
-
-  def source(fn):
-    try:
-      return inspect.getsource(fn)
-    except (OSError, TypeError):  # typed into an interpreter, or an object
-      return name_of(fn)
-
-  text = json.dumps([examples, [source(fn) for fn in rewards]], default=repr)
+  """Returns a hash of prompts, columns and the code of the rewards."""
+  codes = [code_of(getattr(fn, '__code__', name_of(fn))) for fn in rewards]
+  text = json.dumps([examples, codes], default=repr)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def code_of(x: Any) -> Any:
+  """Returns what a function computes, as text: its instructions, names and constants.
+
+  Its source is not always there, such as in an interpreter.
+  """
+  if isinstance(x, types.CodeType):
+    return [x.co_code.hex(), x.co_names, [code_of(part) for part in x.co_consts]]
+  return sorted(map(repr, x)) if isinstance(x, frozenset) else repr(x)
