@@ -21,6 +21,7 @@ from dmpo_jax import (
   curriculum,
   grader,
   hf,
+  likelihood,
   masking,
   mesh,
   metrics,
@@ -142,6 +143,7 @@ class Steps(NamedTuple):
   sample: Callable  # (params, tokens, valid, row) -> Sampled
   sample_eval: Callable  # the same with the evaluation's sampler
   sampler_of: Callable  # config section -> the same with that sampler
+  texts_of: Callable  # likelihood.Program -> compiled log-likelihoods of given texts
   read_references: Callable  # () -> what p_ref is made of: parts.references
   select: Callable  # (Sampled, Sampled, (R,) of their 2R rows) -> Sampled
   score: Callable  # (trainable, frozen, references, Sampled) -> Scores
@@ -215,6 +217,7 @@ def build(c: Any, devices: Any = None) -> Built:
     make_sample(c, c.sampler, 'sample', cfg, grid, setup.wants.records or ()),
     make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
     lambda section: make_sample(c, section, 'evaluate', cfg, grid),
+    lambda program: make_texts(c, program, cfg, grid),
     noted('reference.of' * (not check.only_base(c)), read_references),
     make_select(grid),
     *make_training(c, grid, setup),
@@ -402,6 +405,25 @@ def make_select(grid: Any) -> Compiled:
     return out._replace(rollouts=out.rollouts._replace(forwards=forwards))
 
   return Compiled(grid, select, out_shardings=sampled_shardings(grid))
+
+
+def make_texts(
+  c: Any, program: likelihood.Program, cfg: model.ModelConfig, grid: Any
+) -> Compiled:
+  """Returns (params, prompts, valid, answers, row) -> (log-probs, greedy).
+
+  The prompts are left-padded, the answers right-padded with -1 to the canvas.
+  """
+  whole = gather_of(c, grid)
+
+  def texts(params, prompts, valid, answers, row, seed):
+    key = rng.key_for(seed, 'evaluate')
+    text = likelihood.place(cfg, prompts, valid, answers)
+    return likelihood.text_logp(cfg, whole(params), text, (key, row), program)
+
+  by_row, seed = mesh.rows(grid), np.uint32(c.seed)
+  rows, out = (1, 2, 3, 4), (by_row, by_row)
+  return Compiled(grid, texts, last=(seed,), by_row=rows, out_shardings=out)
 
 
 def gather_of(c: Any, grid: Any) -> Callable:

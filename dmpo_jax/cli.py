@@ -27,8 +27,7 @@ import os
 import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -38,28 +37,24 @@ import jax
 from absl import app, flags, logging
 
 from dmpo_jax import (
-  boards,
   build,
   check,
   config,
+  conventions,
   data,
   evaluate,
   files,
-  fits,
   grader,
   guard,
   hf,
-  mesh,
-  metrics,
-  parts,
   resume,
   rules,
+  runner,
   runs,
-  train,
 )
-from dmpo_jax.phases import texts
 from dmpo_jax.tasks import CHOICES
-from dmpo_jax.tools import cards, plan, provenance, report, speed, status, watch
+from dmpo_jax.tools import cards, plan, report, status, watch
+from dmpo_jax.types import Params
 
 NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report', 'list')
 _text, _int, _choice = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum
@@ -78,6 +73,11 @@ TASK = _text('task', '', 'score without --config: the task, as data.task')
 PROTOCOL = _choice('protocol', 'strict', ('strict', 'paper'), 'score without --config')
 PROBLEM = _int('problem', 0, 'sample: number of the test problem')
 PROMPT = _text('prompt', '', 'sample: a prompt of your own')
+PRESET = _text(
+  'preset',
+  '',
+  'eval, sample: sampler of a published evaluation, such as llada or dream',
+)
 HTML = _text('html', '', 'sample: also writes a web page to this file')
 PROFILE = _int('profile', 0, 'train: iterations of RL to trace into WORKDIR/profile')
 TOPOLOGY = _text('topology', '', 'plan: absent devices, such as v5p:4x4x4 or h100x8')
@@ -90,13 +90,6 @@ COORDINATOR = _text('coordinator', '', 'host:port of process 0, without --multih
 PROCESSES = _int('processes', None, 'number of processes')
 PROCESS = _int('process', None, 'number of this process, from 0')
 HEARTBEAT = _int('heartbeat', 100, 'seconds of silence after which a process is dead')
-# Settings of JAX by which a run would have other numbers, and could not be resumed.
-FIXED = {
-  'jax_enable_x64': False, 'jax_default_prng_impl': 'threefry2x32',
-  'jax_threefry_partitionable': True, 'jax_random_seed_offset': 0,
-  'jax_numpy_dtype_promotion': 'standard', 'jax_disable_jit': False,
-}  # fmt: skip
-PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # in results.json
 
 
 # Flags -> the modes that read them. The others say which run is meant, in any mode.
@@ -106,6 +99,7 @@ READ_BY = {
   'format': ('export',),
   'generations task protocol': ('score',),
   'problem prompt html': ('sample',),
+  'preset': ('eval', 'sample'),
   'topology': ('plan',),
   'profile': ('train',),
   'runs': ('report', 'list'),
@@ -185,13 +179,20 @@ def read_config(fields: Sequence[str]) -> Command:
     if alone:
       return Command(None, {})
     c = runs.config_of(runs.path_of('--workdir', WORKDIR.value))
-    return Command(c, config.override(c, fields))
+    return Command(c, config.override(c, fields, preset_fields(fields)))
   module, c = config.load(CONFIG.value)
   file, point = CONFIG.value.partition(':')[0], {}
   if SWEEP.value:
     point = config.sweep_point(module, file, SWEEP.value)
-  overrides = config.override(c, fields, point)
+  overrides = config.override(c, fields, point | preset_fields(fields))
   return Command(c, overrides | ({'sweep': SWEEP.value} if SWEEP.value else {}))
+
+
+def preset_fields(fields: Sequence[str]) -> dict[str, Any]:
+  """Returns the fields of --preset, but for those that a flag sets."""
+  given = {text.removeprefix('--config.').partition('=')[0] for text in fields}
+  found = conventions.fields_of(PRESET.value) if PRESET.value else {}
+  return {name: x for name, x in found.items() if name not in given}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -200,21 +201,21 @@ def main(argv: Sequence[str]) -> None:
   if stray := argv[1 + len(fields) :]:
     raise ValueError(f'unexpected arguments {stray}: flags are --name=value')
   quiet()
-  fix_numbers()
-  share_gpu()
+  runner.fix_numbers()
+  runner.share_gpu()
   refuse_flags()
   command, many = read_config(fields), cluster()
   if command.config is not None:
     if line := check.effects(command.config, command.overrides):
       logging.warning(line)
   if command.config is not None and MODE.value != 'report':
-    split_cpu(command.config.mesh.cpu)
+    runner.split_cpu(command.config.mesh.cpu)
     if many:
       guard.join(**many)
     see_devices()
     if jax.process_index():
       logging.set_verbosity(logging.WARNING)
-    cache_programs(command.config)
+    runner.cache_programs(command.config)
   elif MODE.value == 'score':
     see_devices()
   MODES[MODE.value](command)
@@ -298,14 +299,6 @@ def quiet() -> None:
   )
 
 
-def fix_numbers() -> None:
-  """Undoes what the environment or a flag says of JAX, where numbers depend on it."""
-  for name, value in FIXED.items():
-    if (found := getattr(jax.config, name)) != value:
-      logging.warning('%s = %s has no effect here', name.upper(), found)
-      jax.config.update(name, value)
-
-
 def see_devices() -> None:
   """Raises ValueError if the devices that JAX_PLATFORMS asks for are not here."""
   try:
@@ -319,76 +312,20 @@ def see_devices() -> None:
     ) from None
 
 
-def share_gpu() -> None:
-  """Lets JAX take fits.FRACTION of a GPU where the user has not said how much.
-
-  Its own default is three quarters. The variables have no effect on other devices.
-  """
-  if not any(os.environ.get(name) for name in fits.FRACTIONS):
-    os.environ[fits.FRACTIONS[1]] = str(fits.FRACTION)
-
-
-def split_cpu(count: int) -> None:
-  """Makes the CPU `count` devices, before JAX looks for any.
-
-  Small matrix products leave most of a second core idle; one device per core does not.
-  """
-  forced = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
-  if count > 1 and not forced:
-    jax.config.update('jax_num_cpu_devices', count)
-
-
-def cache_programs(c: Any) -> None:
-  """Keeps compiled programs in the user's own cache directory, except for CPUs.
-
-  Never in a directory that others can write to: they could put code there that runs
-  here. JAX_COMPILATION_CACHE_DIR names another. ValueError if the directory belongs to
-  another user.
-  """
-  if not c.cache:
-    return jax.config.update('jax_enable_compilation_cache', False)
-  known = jax.config.jax_compilation_cache_dir  # pyright: ignore
-  if known or jax.default_backend() == 'cpu':
-    return
-  root = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  folder = os.path.join(root, 'dmpo_jax', 'programs')
-  os.makedirs(folder, mode=0o700, exist_ok=True)
-  if os.stat(folder).st_uid != os.getuid():
-    raise ValueError(
-      f'{folder} belongs to another user: set XDG_CACHE_HOME or '
-      'JAX_COMPILATION_CACHE_DIR, or --config.cache=False'
-    )
-  jax.config.update('jax_compilation_cache_dir', folder)
-
-
-def say(text: str) -> None:
-  """Prints, in the first process alone."""
-  if jax.process_index() == 0:
-    print(text)
-
-
 # --- the workdir
 
 
-def ready(c: Any) -> build.Built:
-  """Returns build.build(c). ValueError if the model's weights are not here."""
-  built = build.build(c)
-  if built.tokenizer is None:
-    raise ValueError(
-      f'model.preset = {c.model.preset!r} is a published model: set model.checkpoint '
-      'to its directory or hub name (without it only --mode=plan works)'
-    )
-  return built
+def asked_of() -> str:
+  """Returns which parameters the command names; '' = the latest if there are some."""
+  return OF.value if OF.present else ''
 
 
-@contextlib.contextmanager
-def watched(c: Any) -> Iterator[tuple[guard.Preemption, guard.Watchdog]]:
-  """SIGTERM ends the process, and log.stuck_minutes without progress do."""
-  with (
-    guard.Preemption(at_once=True) as asked,
-    guard.Watchdog(60 * c.log.stuck_minutes) as dog,
-  ):
-    yield asked, dog
+def chosen(built: build.Built, workdir: str) -> tuple[Params, Params, str]:
+  """Returns the parameters of --of and --mix, the base, and their name."""
+  params, base, name = runner.params_of(built, workdir, asked_of())
+  if MIX.value == 1:
+    return params, base, name
+  return resume.mixed(params, base, MIX.value), base, f'{name}-mix{MIX.value:g}'
 
 
 def run_of(c: Any) -> str:
@@ -416,37 +353,8 @@ def run_of(c: Any) -> str:
     )
   if OF.present and OF.value != 'base':
     raise ValueError(f'--of={OF.value}: {missing}: is that the workdir?')
-  say(f'{missing}: this is model.checkpoint = {c.model.checkpoint}, as it is')
+  runner.say(f'{missing}: this is model.checkpoint = {c.model.checkpoint}, as it is')
   return ''
-
-
-def params_of(built: build.Built, workdir: str) -> tuple[dict, dict, str]:
-  """Returns the parameters that --of names, the base, and their name; trains nothing.
-
-  workdir: '' = no run. ValueError if --of names a checkpoint that is missing.
-  """
-  alone = config.part(built.config, 'sft').trains and not built.config.train.iterations
-  if workdir and alone:  # --of names a checkpoint of supervised training
-    best = {'latest': False, 'best': True, 'base': None}[OF.value]
-    base = built.steps.quantize(resume.base_of(built, workdir, best))
-    return base, base, OF.value
-  saved = workdir and mesh.agree(resume.saved_updates(workdir))
-  if workdir and not saved and OF.value != 'base':
-    if OF.present:
-      raise ValueError(
-        f'--of={OF.value}: there is no checkpoint in {os.path.join(workdir, "rl")}: is '
-        'that the workdir? Otherwise leave --of out or set --of=base'
-      )
-    say(f'no checkpoint in {os.path.join(workdir, "rl")}: this is the base model')
-  base = built.steps.quantize(resume.base_of(built, workdir))
-  if OF.value == 'base':
-    return base, base, 'base'
-  name = 'adapter' if built.config.lora.path else 'base'
-  params = resume.latest(built, workdir, base, OF.value == 'best')
-  name = OF.value if saved else name
-  if MIX.value == 1:
-    return params, base, name
-  return resume.mixed(params, base, MIX.value), base, f'{name}-mix{MIX.value:g}'
 
 
 # --- modes
@@ -457,28 +365,8 @@ def train_mode(command: Command, only_sft: bool = False) -> None:
   c = command.config
   workdir = runs.workdir_of(WORKDIR.value or runs.default(c), written=True)
   runs.refuse_other(c, workdir, check.FREE)
-  boards.check(c.log.wandb)
-  built = ready(c)
-  check.training(c)
-  grader.ready(built.task)
-  with watched(c) as (asked, dog):
-    for split in ('train', 'validation', 'test'):  # a bad file is refused now
-      dog.beat(f'data, {split}', 0)
-      build.problems(built, split)
-    if config.part(c, 'sft').trains:
-      dog.beat('data, supervised', 0)
-      texts.lessons_of(built)
-    if mesh.agree(runs.is_done(workdir)):
-      say('this run is done; --config.seed=N starts another')
-    else:
-      kind = jax.devices()[0].device_kind
-      logging.info('%s on %d %s, in %s', c.name, jax.device_count(), kind, workdir)
-      with files.naming(workdir), guard.alone(workdir):
-        if not only_sft:  # refuse a run that does not fit before weights are loaded
-          fits.check(built, lambda: dog.beat('compile', 0))
-        runs.claim(c, workdir)
-        dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
-        run_train(built, workdir, command.overrides, only_sft, dog, asked)
+  built = runner.ready(c)
+  runner.train(built, workdir, command.overrides, only_sft, PROFILE.value)
   if not only_sft and jax.process_index() == 0:
     with contextlib.suppress(report.NoData):
       report.curves_of_end(workdir)
@@ -510,75 +398,16 @@ def what_next(workdir: str) -> str:
   )
 
 
-def run_train(
-  built: build.Built,
-  workdir: str,
-  overrides: dict[str, Any],
-  only_sft: bool,
-  dog: guard.Watchdog,
-  asked: guard.Preemption,
-) -> None:
-  """Supervised training, RL and the final evaluation, from the last checkpoint on."""
-  begun, first = time.time(), jax.process_index() == 0
-  c = built.config
-  if first:
-    seeds = {'seed': c.seed, 'data.seed': c.data.seed}
-    start = provenance.record(overrides, seeds, parts.revisions(c))
-    provenance.append(workdir, start)
-    built.tokenizer.save_pretrained(os.path.join(workdir, 'tokenizer'))
-  fields = check.plain(c)
-  with metrics.Writer(
-    workdir, enabled=first, config=fields, wandb=c.log.wandb
-  ) as writer:
-    meter = speed.Meter(built)
-    session = train.Session(built, workdir, writer, dog.beat, meter, PROFILE.value)
-    base, sft_seconds = train.run('sft', session)
-    if only_sft:
-      return say(f'base model in {os.path.join(workdir, "sft")}')
-    base = built.steps.quantize(base)
-    tuned, rl_seconds = train.run('rl', session, base)
-  test, results = build.problems(built, 'test'), {}
-
-  def beat() -> None:
-    dog.beat('final evaluation', c.train.iterations * c.train.inner)
-    asked.check()
-
-  for name, params in (('base', base), ('final', tuned)):
-    with metrics.waiting(
-      f'evaluating the {name} model on {len(test.examples)} problems'
-    ):
-      results[name], samples = evaluate.accuracy(built, params, test, beat)
-    if first:
-      path = os.path.join(workdir, f'test_{name}.jsonl')
-      files.replace(path, files.to_lines(samples))
-  if not first:
-    return
-  results['seconds'] = {
-    'sft': sft_seconds,
-    'rl': rl_seconds,
-    'total': sft_seconds + rl_seconds,
-    'session': time.time() - begun,
-  }
-  results |= {
-    'seed': c.seed,
-    'config': c.name,
-    'device': jax.devices()[0].device_kind,
-    'versions': provenance.versions(PACKAGES),
-  }
-  # Its presence says that the run is done, so it is written last.
-  files.replace(os.path.join(workdir, 'results.json'), json.dumps(results, indent=2))
-
-
 def eval_mode(command: Command) -> None:
   """Writes results cards of the test problems and of eval.sets, for each length."""
   c = command.config
   out, workdir = runs.path_of('--out', OUT.value, written=True), run_of(c)
-  built = ready(c)
+  built = runner.ready(c)
   cards.sections_of(built)
   others = cards.sets_of(built)
   grader.ready(built.task)
-  with watched(c) as (asked, _):
-    params, _, name = params_of(built, workdir)
+  with runner.watched(c) as (asked, _):
+    params, _, name = chosen(built, workdir)
     above = workdir or WORKDIR.value or os.path.join(runs.EVALS, c.name)
     folder = out or cards.default_folder(built, params, above)
     with files.naming(folder):
@@ -590,19 +419,19 @@ def eval_mode(command: Command) -> None:
     for card in made:
       at = f'{card["length"]} tokens, {card["steps"]} steps'
       where = f'{name} on {card["set"]}' if card['set'] else name
-      say(f'{where}: {cards.headline(card)} at {at}')
-    say(f'generations and cards in {folder}')
+      runner.say(f'{where}: {cards.headline(card)} at {at}')
+    runner.say(f'generations and cards in {folder}')
 
 
 def sample_mode(command: Command) -> None:
   """Shows a prompt being unmasked, on the terminal and as a page."""
   html = runs.path_of('--html', HTML.value, written=True, file=True)
   workdir = run_of(command.config)
-  built = ready(command.config)
+  built = runner.ready(command.config)
   build.problems(built, 'test')
   problem, prompt = shown_prompt(built)
-  with watched(command.config):
-    params, _, name = params_of(built, workdir)
+  with runner.watched(command.config):
+    params, _, name = chosen(built, workdir)
     sampler = built.steps.sample_eval
     (row,) = evaluate.generate(built, params, problem, sampler, 1, 0)
   line = f'{row["forwards"]} steps, {row["tokens"]} tokens'
@@ -614,7 +443,7 @@ def sample_mode(command: Command) -> None:
   drawing = built.task.show(example, row['text']) if example else ''
   texts = watch.texts_of(row['ids'], built.tokenizer.decode)
   steps = watch.terminal(watch.pieces(texts, row['order']), sys.stdout.isatty())
-  say('\n'.join(filter(None, (prompt, steps, drawing, line))))
+  runner.say('\n'.join(filter(None, (prompt, steps, drawing, line))))
   if html and jax.process_index() == 0:
     tokens = list(zip(texts, row['order'], row['confidence'], strict=True))
     title = f'{built.config.name}, {name}'
@@ -660,11 +489,11 @@ def score_mode(command: Command) -> None:
       c.reward.weights,
       grader.task_of(c),
     )
-    return say(f'{cards.as_text(card)}\n{json.dumps(card)}')
+    return runner.say(f'{cards.as_text(card)}\n{json.dumps(card)}')
   if not TASK.value:
     raise ValueError(f'--mode=score needs --config=FILE or --task={"|".join(CHOICES)}')
   card = cards.score_file(TASK.value, PROTOCOL.value, GENERATIONS.value)
-  say(json.dumps(card))
+  runner.say(json.dumps(card))
 
 
 def export_mode(command: Command) -> None:
@@ -673,14 +502,14 @@ def export_mode(command: Command) -> None:
   out, workdir = runs.path_of('--out', OUT.value, written=True), run_of(c)
   if not workdir:
     raise ValueError('--mode=export: a model without a run is written already')
-  built = ready(c)
-  with watched(c) as (_, dog):
+  built = runner.ready(c)
+  with runner.watched(c) as (_, dog):
     dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
-    params, base, _ = params_of(built, workdir)
+    params, base, _ = chosen(built, workdir)
     folder = out or os.path.join(workdir, f'export-{FORMAT.value}')
     with files.naming(folder):
       report_ = hf.export(built, params, base, folder, FORMAT.value)
-    say(json.dumps(report_))
+    runner.say(json.dumps(report_))
 
 
 def plan_mode(command: Command) -> None:

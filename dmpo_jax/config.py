@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -774,16 +775,46 @@ def in_file(flag: str, file: str) -> Iterator[None]:
     raise ValueError(f'{flag}: {lines[-1]}{what}') from error
 
 
+def presets() -> str:
+  """Returns the folder of the configs of this code; they import it as `configs`.
+
+  It is beside the package in a clone, and inside it where a wheel was installed.
+  """
+  package = os.path.dirname(os.path.abspath(__file__))
+  folders = os.path.join(package, 'configs'), os.path.join(package, '..', 'configs')
+  folder = os.path.normpath(next(filter(os.path.isdir, folders), folders[1]))
+  found = sys.modules.get('configs')
+  if found is None and os.path.isdir(folder):
+    start = os.path.join(folder, '__init__.py')
+    spec = importlib.util.spec_from_file_location('configs', start)
+    assert spec and spec.loader
+    sys.modules['configs'] = found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+  return folder
+
+
+def in_presets(file: str) -> str:
+  """Returns the file of a config; NAME stands for NAME.py among those of this code."""
+  folder = presets()
+  path = os.path.join(folder, f'{file}.py')
+  bare = not os.path.exists(file) and re.fullmatch(r'\w+', file)
+  return path if bare and os.path.isfile(path) else file
+
+
 def load(path: str) -> tuple[ModuleType, Any]:
   """Returns a config file as a module, and its config; path: FILE or FILE:ARGUMENT.
 
+  FILE may be the name of a config of this code, such as quickstart, in any folder.
   ValueError if there is no such file, it refuses the argument, it has an error, or its
   config has not the fields of configs/base.py.
   """
   flag, (file, colon, argument) = f'--config={path}', path.partition(':')
+  file = in_presets(file)
   if not os.path.isfile(file):
     folder = os.path.dirname(file)
     there = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+    if re.fullmatch(r'\w+', file):
+      there += [os.path.splitext(name)[0] for name in os.listdir(presets())]
     close = difflib.get_close_matches(os.path.basename(file), there, 1, 0.6)
     hint = f'; did you mean {os.path.join(folder, close[0])}?' if close else ''
     what = (

@@ -12,7 +12,7 @@ import numpy as np
 
 from dmpo_jax import data, grader, mesh, model, rollout
 from dmpo_jax.build import Built
-from dmpo_jax.types import Params, Task
+from dmpo_jax.types import BoolBP, IntB, IntBP, Params, Task
 
 
 def accuracy(
@@ -90,25 +90,42 @@ def generate(
   the probability of each token when it was revealed.
   """
   batch, count = built.config.eval.batch, len(problems.examples)
-  stop = model.stops(built.model)
   for start in range(first, total, batch):
     row = np.arange(start, start + batch, dtype=np.int32)
     at = np.minimum(row, total - 1) % count
-    sampled = sample(params, problems.tokens[at], problems.valid[at], row)
-    host = rollout.fetched(sampled, built.tokenizer.eos_token_id)
-    own, order = mesh.my_rows(sampled.completion), host.order
-    decoded = data.decode(built.tokenizer, host.tokens[own], stop)
-    pairs = list(zip(own.tolist(), decoded, strict=True))
-    texts = dict(itertools.chain(*mesh.gather(pairs)))
-    for i in range(min(batch, total - start)):
-      yield dict(
-        row=start + i,
-        problem=int(at[i]),
-        text=texts[i],
-        ids=host.tokens[i].tolist(),
-        order=order[i].tolist(),
-        confidence=host.confidence[i].tolist(),
-        forwards=int(order[i].max()) + 1,
-        tokens=int(host.completion[i].sum()),
-        batch_forwards=int(host.forwards),
-      )
+    prompts = problems.tokens[at], problems.valid[at]
+    done = complete(built, params, sample, prompts, row)
+    for i, found in enumerate(done[: total - start]):
+      yield dict(row=start + i, problem=int(at[i]), **found)
+
+
+def complete(
+  built: Built,
+  params: Params,
+  sample: Callable,
+  prompts: tuple[IntBP, BoolBP],
+  row: IntB,
+) -> list[dict]:
+  """Samples a completion of each prompt, as dicts of text, ids and what they cost.
+
+  prompts: tokens and validity. row: the addresses of their random numbers.
+  """
+  stop = model.stops(built.model)
+  sampled = sample(params, *prompts, row)
+  host = rollout.fetched(sampled, built.tokenizer.eos_token_id)
+  own, order = mesh.my_rows(sampled.completion), host.order
+  decoded = data.decode(built.tokenizer, host.tokens[own], stop)
+  pairs = list(zip(own.tolist(), decoded, strict=True))
+  texts = dict(itertools.chain(*mesh.gather(pairs)))
+  return [
+    dict(
+      text=texts[i],
+      ids=host.tokens[i].tolist(),
+      order=order[i].tolist(),
+      confidence=host.confidence[i].tolist(),
+      forwards=int(order[i].max()) + 1,
+      tokens=int(host.completion[i].sum()),
+      batch_forwards=int(host.forwards),
+    )
+    for i in range(len(row))
+  ]

@@ -57,10 +57,14 @@ def task_of(c: Any) -> Task:
   if not r.file:
     return task
   functions = rewards.Functions(r.file, r.seconds, r.process)
-  first = next(iter(functions.specs))
-  by = r.grade or ('' if task.graded else first)
-  pay = functools.partial(_pay, functions, by)
-  return task._replace(batch=pay, reward=task.reward if r.task else lambda *_: {})
+  by = r.grade or ('' if task.graded else next(iter(functions.specs)))
+  task = task if r.task else task._replace(reward=lambda *_: {})
+  return paying(task, functions, (by,) * bool(by))
+
+
+def paying(task: Task, functions: rewards.Functions, by: Sequence[str]) -> Task:
+  """Returns the task with further rewards; by: those whose sum is the grade, if any."""
+  return task._replace(batch=functools.partial(_pay, functions, tuple(by)))
 
 
 def ready(task: Task) -> None:
@@ -86,7 +90,7 @@ def bound(
 
 def _pay(
   functions: rewards.Functions,
-  by: str,
+  by: tuple[str, ...],
   show: Callable[[Any], str],
   examples: Sequence[Any],
   ids: Sequence[Sequence[int]] | None,
@@ -107,8 +111,10 @@ def _pay(
   said = mesh.gather(said)[0]
   if isinstance(said, str):
     raise ValueError(said)
-  grades = [min(1.0, max(0.0, row[by] or 0.0)) for row in said] if by else None
-  return said, grades
+  if not by:
+    return said, None
+  sums = [sum(row[name] or 0.0 for name in by) for row in said]
+  return said, [min(1.0, max(0.0, x)) for x in sums]
 
 
 def means(terms: Sequence[Mapping[str, float | None]]) -> dict[str, float]:

@@ -136,6 +136,14 @@ class Rollouts(NamedTuple):
   more: dict[str, Array] | None = None  # (R, L) each, by name in sampler.RECORDS
 
 
+class Given(NamedTuple):
+  """Texts whose log-probs are asked for, on a canvas of L tokens."""
+
+  tokens: IntRS  # prompts, the canvas with the completions, padding on the right
+  valid: BoolRS  # False on padding
+  own: BoolRL  # True on the completions' tokens
+
+
 class Sampled(NamedTuple):
   """A rollout buffer before it is graded."""
 

@@ -17,19 +17,23 @@ FLOORS = {
   '__init__': -1,  # everybody imports it, so it imports nobody
   'types': 0, 'files': 0, 'rules': 0, 'boards': 0,
   'rng': 1, 'curriculum': 1, 'health': 1, 'metrics': 1,
+  'conventions': 1,
   'mesh': 2, 'masking': 2, 'model': 2, 'tasks': 2,
   'hf': 3, 'layout': 3, 'sampler': 3, 'data': 3, 'optim': 3, 'checkpoint': 3,
   'grader': 3, 'guard': 3, 'dialogues': 3, 'anneal': 3,
   'logprob': 4, 'weights': 4, 'lessons': 4,
   'objectives': 5,
   'config': 6, 'step': 6,
-  'check': 7, 'score': 7, 'rollout': 7,
+  'check': 7, 'likelihood': 7, 'score': 7, 'rollout': 7,
   'parts': 8,
   'build': 9,
   'evaluate': 10, 'resume': 10, 'fits': 10,
   'tools': 11, 'phases': 11, 'runs': 11,
   'train': 12,
-  'cli': 13,
+  'runner': 13,
+  'cli': 14, 'loaded': 14,
+  'api': 15,
+  'harness': 16,
 }  # fmt: skip
 # Folders whose files may import each other.
 PLUGINS = ('tasks', 'objectives', 'model', 'hf', 'sampler', 'tools', 'phases')
@@ -49,7 +53,7 @@ UNSAFE_WORDS = ('allow_pickle', 'trust_remote_code', 'shell')
 UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 # The ceiling of the package without tools/. It only falls, but for a commit that says
 # which capability it buys. Types, sentences and checks of input are not cut to meet it.
-MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 17400, 60, 6
+MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 25000, 60, 6
 # These take more: the keyword options of one pass, a window with its cache, and the
 # signature that scripts outside the project call.
 WIDE = {'view_logp', 'window_logits', 'beside_cache', 'sample'}

@@ -28,6 +28,7 @@ from dmpo_jax import (
   metrics,
   model,
   parts,
+  runner,
   runs,
   train,
   weights,
@@ -614,10 +615,10 @@ def test_run_that_does_not_fit_is_refused_first(
 def test_share_of_a_gpu_is_ours_or_the_users(monkeypatch):
   for name in fits.FRACTIONS:
     monkeypatch.delenv(name, raising=False)
-  main.share_gpu()
+  runner.share_gpu()
   assert os.environ.pop('XLA_PYTHON_CLIENT_MEM_FRACTION') == '0.92'
   monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '.5')  # JAX refuses both
-  main.share_gpu()
+  runner.share_gpu()
   assert 'XLA_PYTHON_CLIENT_MEM_FRACTION' not in os.environ
 
 
@@ -785,8 +786,8 @@ def test_a_field_without_effect_is_refused_or_named(command, monkeypatch, tmp_pa
 def test_a_sweep_is_applied_before_devices_are_made(command, monkeypatch, tmp_path):
   """A point may set mesh.cpu and cache."""
   seen = []
-  monkeypatch.setattr(main, 'split_cpu', seen.append)
-  monkeypatch.setattr(main, 'cache_programs', lambda c: seen.append(c.cache))
+  monkeypatch.setattr(runner, 'split_cpu', seen.append)
+  monkeypatch.setattr(runner, 'cache_programs', lambda c: seen.append(c.cache))
   monkeypatch.setitem(main.MODES, 'train', lambda command: None)
   file = tmp_path / 'other.py'
   point = (
@@ -848,22 +849,22 @@ def updates(monkeypatch, tmp_path):
 
 def test_programs_are_cached_per_user(no_program_cache, updates, monkeypatch, tmp_path):
   """In a directory that nobody else may enter; not for CPUs."""
-  main.cache_programs(tiny())
+  runner.cache_programs(tiny())
   folder = tmp_path / 'mine' / 'dmpo_jax' / 'programs'
   assert updates == {'jax_compilation_cache_dir': str(folder)}
   assert folder.stat().st_mode & 0o777 == 0o700
   monkeypatch.setattr(os, 'getuid', lambda: folder.stat().st_uid + 1)
   with pytest.raises(ValueError, match='belongs to another user: set XDG_'):
-    main.cache_programs(tiny())
+    runner.cache_programs(tiny())
   updates.clear()
   monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
-  main.cache_programs(tiny())
+  runner.cache_programs(tiny())
   assert updates == {}
 
 
 def test_no_cache_of_programs(updates, tmp_path):
   """config.cache = False turns it off, that of the environment, too."""
-  main.cache_programs(tiny(cache=False))
+  runner.cache_programs(tiny(cache=False))
   assert updates == {'jax_enable_compilation_cache': False}
   assert not (tmp_path / 'mine').exists()
 
@@ -1236,9 +1237,9 @@ def test_score_without_a_config(command, tmp_path, capsys):
 def judged(monkeypatch):
   """What --mode=eval judges, in its place: the workdirs, '' for a checkpoint alone."""
   found = []
-  monkeypatch.setattr(main, 'run_train', lambda *args: found.append(args[1]))
+  monkeypatch.setattr(runner, 'run_phases', lambda *args: found.append(args[1]))
   monkeypatch.setattr(
-    main, 'params_of', lambda built, workdir: (found.append(workdir), None, 'x')
+    runner, 'params_of', lambda built, workdir, _: (found.append(workdir), None, 'x')
   )
   monkeypatch.setattr(cards, 'default_folder', lambda *args: f'{args[2]}/eval')
   monkeypatch.setattr(cards, 'run', lambda *args, **_: [])
@@ -1363,14 +1364,14 @@ def test_checkpoint_is_judged_as_it_is(
     command('--mode=report', '--runs=runs/*', config=())
 
 
-@pytest.mark.parametrize('name, value', main.FIXED.items())
+@pytest.mark.parametrize('name, value', runner.FIXED.items())
 def test_settings_of_jax_that_change_numbers_are_undone(name, value, monkeypatch):
   """x64 and other random numbers, whoever sets them."""
   other = {'threefry2x32': 'rbg', 'standard': 'strict'}.get(value, not value)
   before = getattr(jax.config, name)
   try:
     jax.config.update(name, other)
-    main.fix_numbers()
+    runner.fix_numbers()
     assert getattr(jax.config, name) == value
   finally:
     jax.config.update(name, before)
@@ -1391,8 +1392,8 @@ def test_absent_platform_is_one_sentence(mode, command, monkeypatch):
 def test_cpu_can_be_several_devices():
   """mesh.cpu splits it, unless XLA_FLAGS already has."""
   code = (
-    'import sys, jax; from dmpo_jax import cli;'
-    'cli.split_cpu(int(sys.argv[1]));print(jax.device_count())'
+    'import sys, jax; from dmpo_jax import runner;'
+    'runner.split_cpu(int(sys.argv[1]));print(jax.device_count())'
   )
   for flags_, count, devices in (
     ('', 2, 2),

@@ -6,6 +6,7 @@ its own loop, as wino.py, is a file and a line in SAMPLERS. A new record of each
 token is a function and a line in RECORDS.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -15,11 +16,24 @@ from dmpo_jax.sampler import blocks, orders, picks, records, rolling, unmask, wi
 from dmpo_jax.sampler.config import SAMPLERS, SampleConfig, Sampler, at_once
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
-from dmpo_jax.types import GIVEN, Array, BoolRP, IntRP, KeyR, Params, Rollouts
+from dmpo_jax.types import (
+  GIVEN,
+  Array,
+  BoolR,
+  BoolRL,
+  BoolRP,
+  FloatR,
+  Given,
+  IntRP,
+  IntRS,
+  KeyR,
+  Params,
+  Rollouts,
+)
 
 __all__ = [
   'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Recorder', 'SampleConfig', 'Sampler',
-  'at_once', 'generate', 'picks', 'sample', 'unmask',
+  'at_once', 'follow', 'following', 'generate', 'picks', 'sample', 'unmask',
 ]  # fmt: skip
 
 SAMPLERS.update(
@@ -35,6 +49,7 @@ SAMPLERS.update(
 NAMES = tuple(SAMPLERS)  # the values of sampler.pick
 # What Rollouts.more can hold of every token.
 RECORDS = {
+  'best': Recorder(jnp.float32, records.best),
   'entropy': Recorder(jnp.float32, records.entropy),
   'fallback': Recorder(jnp.bool_, records.fallback),
   'order_logp': Recorder(jnp.float32, orders.record),
@@ -88,19 +103,8 @@ def sample(
   # 1. The canvas: the prompt, then L masks.
   canvas, valid, given = lay_out(cfg, prompts_RxP, valid_RxP, hp.length)
   prompt = canvas.shape[1] - hp.length
-  order = jnp.where(given, GIVEN, 0)
   records = [*records, 'order_logp'] if hp.order_logp else records
-  zeros_R, zeros = jnp.zeros_like(order[:, 0]), jnp.zeros(order.shape)
-  loop = unmask.Loop(
-    tokens=canvas,
-    order=order,
-    logp=zeros,
-    confidence=zeros,
-    count=zeros_R,
-    since=zeros_R,
-    forwards=jnp.int32(0),
-    more={name: jnp.zeros(order.shape, RECORDS[name].dtype) for name in records},
-  )
+  loop = begun(canvas, given, records)
   # 2. Steps until every mask that must go is gone.
   setting = unmask.Setting(
     cfg, params, hp, valid, prompt, keys_R, {name: RECORDS[name] for name in records}
@@ -119,6 +123,67 @@ def sample(
     confidence=loop.confidence,
     more=loop.more or None,
   )
+
+
+def begun(canvas_RxS: IntRS, given_RxL: BoolRL, records: Sequence[str]) -> unmask.Loop:
+  """Returns the state of a rollout before its first step."""
+  order = jnp.where(given_RxL, GIVEN, 0)
+  zeros_R, zeros = jnp.zeros_like(order[:, 0]), jnp.zeros(order.shape)
+  return unmask.Loop(
+    tokens=canvas_RxS,
+    order=order,
+    logp=zeros,
+    confidence=zeros,
+    count=zeros_R,
+    since=zeros_R,
+    forwards=jnp.int32(0),
+    more={name: jnp.zeros(order.shape, RECORDS[name].dtype) for name in records},
+  )
+
+
+def following(hp: SampleConfig, length: int, window: int = 0) -> SampleConfig:
+  """Returns the greedy sampler of hp's rule for a canvas of `length` tokens.
+
+  It keeps the tokens of a step, and has neither cache nor early end. window: tokens of
+  an attention block; 0 = the model sees the whole text. ValueError if the order of
+  unmasking is not a function of the state alone.
+  """
+  block = hp.block if window else min(hp.block, length)
+  per_step = max(1, hp.length // hp.steps)
+  same = dict(temperature=0.0, top_p=1.0, top_k=0, rank='max', order_logp=False)
+  same |= dict(cache='none', refresh=0, slots=0, eos_stop=False)
+  steps = length // block * -(-block // per_step)
+  greedy = dataclasses.replace(hp, length=length, block=block, steps=steps, **same)
+  if greedy.order_from() != 'state':
+    raise ValueError(
+      f'sampler.pick = {hp.pick}, sampler.rank_temperature = {hp.rank_temperature}: a '
+      'given text has no log-prob along the trajectory of a sampler that draws '
+      'positions or takes tokens back: set sampler.pick = confidence, or score by elbo'
+    )
+  if problems := greedy.problems():
+    raise ValueError('; '.join(problems))
+  return greedy
+
+
+def follow(
+  cfg: model.ModelConfig, params: Params, text: Given, keys_R: KeyR, hp: SampleConfig
+) -> tuple[FloatR, BoolR]:
+  """Returns the log-probs of given texts along the trajectory of a greedy sampler.
+
+  hp is of `following`. At each state the rule chooses the positions, and the text's
+  tokens are revealed there. The sum of their log-probs is the exact log-prob under the
+  law that draws tokens at temperature 1 in this order (DUEL, arXiv 2603.01367). Also
+  returns whether greedy decoding writes that text.
+  """
+  prompt = text.tokens.shape[1] - hp.length
+  tail = jnp.where(text.own, cfg.mask_id, text.tokens[:, prompt:])
+  canvas = jnp.concatenate([text.tokens[:, :prompt], tail], axis=1)
+  setting = unmask.Setting(
+    cfg, params, hp, text.valid, prompt, keys_R, {'best': RECORDS['best']}, text.tokens
+  )
+  loop = unmask.by_rule(setting, begun(canvas, ~text.own, ['best']))
+  greedy = jnp.all(~text.own | (loop.confidence >= loop.more['best']), axis=1)
+  return jnp.sum(loop.logp, axis=1), greedy
 
 
 def loop_of(hp: SampleConfig, rows: int) -> Callable[..., unmask.Loop]:

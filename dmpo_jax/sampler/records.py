@@ -17,6 +17,11 @@ class Recorder(NamedTuple):
   fn: Callable[..., Any]  # (Look, revealed (R, W) bool, SampleConfig) -> (R, W)
 
 
+def best(look: picks.Look, take: BoolRW, hp: SampleConfig) -> FloatRW:
+  """Returns the probability of the most probable token; needs rank = max."""
+  return look.confidence
+
+
 def entropy(look: picks.Look, take: BoolRW, hp: SampleConfig) -> FloatRW:
   """Returns the entropy of each token's law, in nats."""
   return picks.entropy_of(look.prob)

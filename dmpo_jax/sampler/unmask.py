@@ -38,6 +38,7 @@ class Setting:
   prompt: int  # P
   keys: t.KeyR
   records: dict[str, Recorder]  # what Loop.more records
+  forced: t.IntRS | None = None  # tokens to reveal instead of the proposals
 
 
 class Loop(NamedTuple):
@@ -239,10 +240,10 @@ def reveal(
     return reveal_by(setting, loop, seen, start_R, live_R)
 
   def of_piece(part: tuple) -> Loop:
-    h, valid, keys, own, start_R, live_R = part
+    h, valid, keys, forced, own, start_R, live_R = part
     h = h.reshape(-1, *h.shape[2:])
     logits = model.logits_of(setting.cfg, setting.params, h, setting.hp.guidance)
-    few = dataclasses.replace(setting, valid=valid, keys=keys)
+    few = dataclasses.replace(setting, valid=valid, keys=keys, forced=forced)
     own = own._replace(forwards=loop.forwards)
     done = reveal_by(few, own, logits, start_R, live_R)
     return done._replace(forwards=jnp.zeros_like(start_R))
@@ -250,7 +251,7 @@ def reveal(
   h = seen.reshape(rows, -1, *seen.shape[1:])  # with guidance two for each row
   own = loop._replace(forwards=jnp.zeros_like(start_R))  # all have a row axis
   keys = jax.random.clone(setting.keys)  # each step cuts them in pieces again
-  parts = h, setting.valid, keys, own, start_R, live_R
+  parts = h, setting.valid, keys, setting.forced, own, start_R, live_R
   done = mesh.in_microbatches(of_piece, parts, count)
   return done._replace(forwards=loop.forwards + 1)
 
@@ -305,6 +306,8 @@ def propose(
   if hp.temperature:
     score = score + gumbel(gumbel_key, score.shape[1:])
   token = jnp.argmax(score, axis=-1).astype(jnp.int32)
+  if setting.forced is not None:
+    token = model.windows(setting.forced, start_R, hp.block)
   # Confidence is at temperature 1 whatever the sampling law, except for Dream's.
   judged = law if hp.rank_law == 'sampling' else logits
   own = confidence = jnp.exp(model.logp_of(judged, token))

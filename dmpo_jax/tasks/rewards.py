@@ -1,4 +1,4 @@
-"""Calls the reward functions of a user's file: reward.file.
+"""Calls a user's reward functions: those of reward.file, or of the Python API.
 
 A function has the signature of trl's GRPOTrainer: it takes lists, `prompts` and
 `completions`, the problems' fields by name, and `completion_ids`, and returns a number
@@ -29,7 +29,9 @@ FIELD = 'reward.file'
 LOADING = 600.0  # seconds in which a file must be imported and its class made
 OWN = ('prompts', 'completions', 'completion_ids')
 CPU = {'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': '', 'TPU_VISIBLE_CHIPS': ''}
-_made: dict[str, Any] = {}  # FILE.py:NAME -> what is called, in the process that calls
+# FILE.py:NAME -> what is called, in the process that calls. A function of the Python
+# API has a name without a file.
+_made: dict[str, Any] = {}
 
 
 def specs(text: str) -> dict[str, str]:
@@ -110,12 +112,14 @@ class _Wrong(Exception):
 
 
 def _at(spec: str, row: int | None = None) -> str:
-  return f'{FIELD} = {spec}' + ('' if row is None else f', row {row}')
+  where = f'{FIELD} = {spec}' if userfile.is_spec(spec) else f'the reward {spec}'
+  return where + ('' if row is None else f', row {row}')
 
 
 def _said(spec: str, error: BaseException) -> str:
-  path = os.path.realpath(userfile.split(FIELD, spec)[0])
-  return userfile.described(error, path)
+  source = userfile.split(FIELD, spec)[0] if userfile.is_spec(spec) else ''
+  source = source or getattr(getattr(_made[spec], '__code__', None), 'co_filename', '')
+  return userfile.described(error, source and os.path.realpath(source))
 
 
 def _accepted(spec: str, made: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +178,14 @@ class Functions:
   def __init__(self, text: str, seconds: float, process: str):
     self.specs, self.seconds, self.process = specs(text), seconds, process
     self.pools: dict[str, pebble.ProcessPool] = {}
+
+  @classmethod
+  def of(cls, functions: Mapping[str, Any], seconds: float) -> 'Functions':
+    """Returns functions that the caller has in memory; they run in the trainer."""
+    made = cls('', seconds, 'trainer')
+    made.specs = {name: name for name in functions}
+    _made.update(functions)
+    return made
 
   def _start(self, spec: str, seconds: float, job: Any, *args: Any) -> Any:
     """Begins job(spec, *args); returns a future."""

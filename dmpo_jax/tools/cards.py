@@ -109,7 +109,7 @@ def run_length(evaluation: Evaluation, section: Any, folder: str) -> dict:
   c = evaluation.built.config
   task = grader.prefilled(evaluation.built.task, evaluation.problems.prefill)
   stem = os.path.join(
-    folder, f'{c.data.task}_{evaluation.what}_{section.length}_{section.steps}'
+    folder, f'{task_name(c)}_{evaluation.what}_{section.length}_{section.steps}'
   )
   begun = time.time()
   rows, before = collect(evaluation, section, f'{stem}.jsonl')
@@ -126,6 +126,11 @@ def run_length(evaluation: Evaluation, section: Any, folder: str) -> dict:
     if failed:
       files.replace(f'{stem}.failed_grades.json', json.dumps(failed, indent=1))
   return made
+
+
+def task_name(c: Any) -> str:
+  """Returns the task's name; `python` for prompts that the Python API was given."""
+  return 'python' if c.data.path.startswith('python:') else c.data.task
 
 
 def source_of(built: build.Built, params: Params) -> dict[str, Any]:
@@ -337,7 +342,7 @@ def card(
   """Returns a results card: the numbers, and all that they depend on."""
   c = evaluation.built.config
   return {
-    'task': c.data.task,
+    'task': task_name(c),
     'protocol': c.data.protocol,
     'split': 'test',
     'set': evaluation.named,
