@@ -36,7 +36,7 @@ from dmpo_jax import score as scoring
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parts import is_adapter, optimizer_of, problems
 from dmpo_jax.rollout import Collector
-from dmpo_jax.types import GIVEN, Params, Rollouts, Sampled, Task, TrainBatch
+from dmpo_jax.types import GIVEN, Lesson, Params, Rollouts, Sampled, Task, TrainBatch
 
 __all__ = ['build', 'is_adapter', 'optimizer_of', 'problems']
 
@@ -658,3 +658,28 @@ def programs(built: Built, prompt: int, held_out: int) -> list[tuple[str, Any, t
     ('update', steps.update, (a.state, a.frozen, a.batch, inner)),
     ('evaluate', steps.sample_eval, (params, *evaluated)),
   ]
+
+
+def sft_program(built: Built, lesson: Lesson) -> tuple[Any, Any, Any]:
+  """Returns the state and the frozen parameters of supervised training as shapes, and
+  its update, traced for rows as large as these."""
+  c, cfg, by_row = built.config, built.model, mesh.rows(built.mesh)
+  own = parts.sft_config(c, cfg)
+  tree = jax.eval_shape(lambda: model.init(own, jax.random.key(0)))
+  frozen, trainable = {}, {'params': tree['params']}
+  if own.lora_rank:
+    goes_on = check.part(c, 'sft').goes_on
+    kind = c.model.quantize if goes_on else 'none'
+    frozen, trainable = quantized_shapes(trainable, kind), {'lora': tree['lora']}
+  optimizer = parts.sft_optimizer_of(c)
+  state = jax.eval_shape(lambda x: step.init_state(x, optimizer), trainable)
+  state, frozen = sharded(state, built.mesh), sharded(frozen, built.mesh)
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row)
+  number = lambda kind: jax.ShapeDtypeStruct((), kind)
+  update = built.steps.sft.make(anneal.stage_of(cfg, c.sft.anneal, c.sft.anneal))
+  rows = jax.tree.map(shape, lesson)
+  return (
+    state,
+    frozen,
+    update.trace(state, frozen, rows, number(np.int32), number(np.float32)),
+  )

@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 
 from dmpo_jax import build, data, metrics
+from dmpo_jax.types import Lesson
 
 GIB = 2**30
 REMATS = ('none', 'dots', 'full')  # values of model.remat, from the fastest
@@ -274,3 +275,42 @@ def check(built: build.Built, beat: Callable[[], Any] = lambda: None) -> None:
   prompts, target = prompts_of(built), Target(memory, beat=beat)
   if said := verdict(built, prompts, target, uses(built, prompts, target)):
     raise ValueError(f'this run does not fit: {said}')
+
+
+def check_sft(
+  built: build.Built, lesson: Lesson, beat: Callable[[], Any] = lambda: None
+) -> None:
+  """Compiles the supervised update of the largest rows; ValueError if it is too large.
+
+  Does nothing on devices that do not say how much memory they have.
+  """
+  memory, c = limit(built.mesh.local_devices[0]), built.config
+  if not memory:
+    return
+  target, left = Target(memory, beat=beat), (1 - SPARE) * memory
+
+  def needs(microbatches: int) -> int:
+    logging.info('compiling sft with %d microbatches', microbatches)
+    other = changed(built, {'sft.microbatches': microbatches})
+    state, frozen, traced = build.sft_program(other, lesson)
+    kept = per_device(state) + per_device(frozen)
+    return kept + compiled('sft', traced, target).size
+
+  now = c.sft.microbatches
+  if (size_now := needs(now)) <= left:
+    return
+  shards = built.mesh.devices.size // built.mesh.shape['tensor']
+  more = [n for n in divisors(c.sft.batch // shards) if n > now]
+  found = first(more, lambda n: needs(n) <= left)
+  rows = f'rows of {lesson.tokens.shape[1]} tokens'
+  raise ValueError(
+    f'supervised training does not fit: JAX may take {size(memory)} of a '
+    f'{built.mesh.devices.flat[0].device_kind}, an update on {rows} needs '
+    f'{size(size_now)}. '
+    + (
+      f'It fits with {settings({"sft.microbatches": found})}'
+      if found
+      else 'No sft.microbatches fits: set sft.rank > 0 with model.param_dtype = '
+      'bfloat16, model.remat = full, a shorter sft.length, or mesh.fsdp'
+    )
+  )

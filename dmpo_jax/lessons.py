@@ -273,6 +273,12 @@ class Lessons:
     """Returns the batch of an update; its masks are addressed by place and update."""
     return self.lesson(self.order.at(update), np.arange(self.order.batch))
 
+  def largest(self) -> Lesson:
+    """Returns a batch of the rows with most columns."""
+    last = np.argsort(self.order.size, kind='stable')[-self.order.batch :]
+    index = np.resize(last, self.order.batch).astype(np.int32)
+    return self.lesson(index, np.arange(self.order.batch))
+
   def held_out(self) -> Iterator[Lesson]:
     """Yields the held-out rows in batches; the last one has empty rows at its end."""
     rows = self.held[np.argsort(self.order.size[self.held], kind='stable')]

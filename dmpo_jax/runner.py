@@ -177,13 +177,16 @@ def train(
       build.problems(built, split)
     if config.part(c, 'sft').trains:
       dog.beat('data, supervised', 0)
-      texts.lessons_of(built)
+      learned = texts.lessons_of(built)
     if mesh.agree(runs.is_done(workdir)):
       return say('this run is done; --config.seed=N starts another')
     kind = jax.devices()[0].device_kind
     logging.info('%s on %d %s, in %s', c.name, jax.device_count(), kind, workdir)
     with files.naming(workdir), guard.alone(workdir):
-      if not only_sft:  # refuse a run that does not fit before weights are loaded
+      # Refuse a run that does not fit before weights are loaded.
+      if config.part(c, 'sft').trains:
+        fits.check_sft(built, learned.largest(), lambda: dog.beat('compile', 0))
+      if not only_sft:
         fits.check(built, lambda: dog.beat('compile', 0))
       runs.claim(c, workdir)
       dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')

@@ -5,6 +5,7 @@ import pytest
 
 from configs import base
 from dmpo_jax import build, config, fits, model
+from dmpo_jax.phases import texts
 
 ALL = ('sample', 'score', 'update', 'evaluate')
 
@@ -175,3 +176,30 @@ def test_first_value_that_fits():
     assert fits.first(range(5), enough) == (least if least < 5 else None)
     assert len(asked) <= 4
   assert fits.first([], lambda _: True) is None
+
+
+@pytest.mark.slow
+def test_supervised_training_that_does_not_fit_names_microbatches(monkeypatch):
+  """Of the real programs: the named number fits, the one before does not; adapters and
+  what cannot fit are told apart; a CPU is not asked."""
+  c = settings(**{'sft.steps': 2, 'sft.batch': 64, 'sampler.length': 64})
+  built = build.build(c)
+  learned = texts.lessons_of(built)
+  lesson = learned.largest()
+  assert lesson.tokens.shape == (64, lesson.tokens.shape[1])
+  fits.check_sft(built, lesson)  # a CPU does not say what it has
+  sizes = {}
+  for n in (2, 4):
+    other = fits.changed(built, {'sft.microbatches': n})
+    state, frozen, traced = build.sft_program(other, lesson)
+    held = fits.per_device(state) + fits.per_device(frozen)
+    sizes[n] = held + fits.compiled('sft', traced, fits.Target(0)).size
+  assert sizes[2] > sizes[4]
+  limit = int(sizes[4] / (1 - fits.SPARE)) + 1
+  monkeypatch.setattr(fits, 'limit', lambda _: limit)
+  with pytest.raises(ValueError, match='does not fit.*--config.sft.microbatches=4$'):
+    fits.check_sft(built, lesson)
+  fits.check_sft(fits.changed(built, {'sft.microbatches': 4}), lesson)
+  monkeypatch.setattr(fits, 'limit', lambda _: 1000)
+  with pytest.raises(ValueError, match='does not fit.*No sft.microbatches.*sft.rank'):
+    fits.check_sft(built, lesson)
