@@ -147,7 +147,10 @@ def fit(texts: Sequence[Text], how: Layout, field: str = 'sft.length') -> list[T
   if len(kept) < len(texts):
     logging.info('left out %d of %d texts', len(texts) - len(kept), len(texts))
   if not kept:
-    raise ValueError(f'{field} = {how.length} leaves out every text: raise it')
+    raise ValueError(
+      f'{field} = {how.length} leaves out every text: they have {min(map(size, texts))} '
+      f'to {max(map(size, texts))} tokens, raise it'
+    )
   return kept
 
 

@@ -292,6 +292,7 @@ def test_rounds_are_counted_within_blocks():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_block_of_one_token_is_an_autoregressive_model(case):
   """W = 1: one packed pass with every place masked is the causal model's log p."""
   params, tokens, valid, _ = case

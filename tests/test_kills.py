@@ -54,6 +54,7 @@ def private_files():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_ends_as_the_whole_one(one_device, private_files, tmp_path):
   """Every file is equal to the bit, and none is readable by others."""
   folder = tmp_path / 'kills'

@@ -66,7 +66,10 @@ FAMILIES = {
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope='module', params=FAMILIES)
+LONG = [pytest.param('block_causal', marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope='module', params=['bidirectional', *LONG])
 def family(request):
   return FAMILIES[request.param]
 
