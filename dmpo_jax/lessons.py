@@ -147,9 +147,10 @@ def fit(texts: Sequence[Text], how: Layout, field: str = 'sft.length') -> list[T
   if len(kept) < len(texts):
     logging.info('left out %d of %d texts', len(texts) - len(kept), len(texts))
   if not kept:
+    least, most = min(map(size, texts)), max(map(size, texts))
     raise ValueError(
-      f'{field} = {how.length} leaves out every text: they have {min(map(size, texts))} '
-      f'to {max(map(size, texts))} tokens, raise it'
+      f'{field} = {how.length} leaves out every text: they have {least} to {most} '
+      'tokens, raise it'
     )
   return kept
 

@@ -216,8 +216,14 @@ def latest(
 def mixed(params: Params, base: Params, mix: float) -> Params:
   """Returns base + mix (policy - base), as WiSE-FT interpolates (arXiv 2109.01903).
 
-  An adapter is scaled instead, which is the same: W + mix A B.
+  An adapter is scaled instead, which is the same: W + mix A B. ValueError where the
+  base has an adapter already: the mean of two is no adapter of that rank.
   """
+  if 'lora' in base:
+    raise ValueError(
+      '--mix: RL went on with the adapters of supervised training, which are part of '
+      'the base: it needs sft.merge = True'
+    )
   if 'lora' not in params:
     between = lambda old, new: (old + mix * (new - old)).astype(old.dtype)
     return jax.tree.map(between, base, params)

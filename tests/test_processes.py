@@ -257,9 +257,7 @@ def close(a, b, rtol=1e-4, atol=2e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'name', ['two', pytest.param('moved', marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize('name', ['two', pytest.param('moved', marks=pytest.mark.long)])
 def test_processes_compute_what_one_computes(name, one, request, parameters):
   """Completions, rewards and grades are equal; numbers are up to rounding."""
   many = request.getfixturevalue(name)
