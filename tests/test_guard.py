@@ -204,7 +204,7 @@ with guard.Watchdog(1.0, sys.argv[1]) as dog:
 HANGS = {
   'pool': ('reward', 'grader.py'),
   'here': ('reward', 'grader.py'),
-  'data': ('data', 'in prompts_of'),
+  'data': ('data', 'in indices_at'),
   'checkpoint': ('checkpoint', 'checkpoint.py'),
 }
 

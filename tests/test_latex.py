@@ -935,7 +935,7 @@ AROUND = (
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-  monkeypatch.setattr(symbolic, '_ask', symbolic.verify)
+  monkeypatch.setattr(symbolic, '_ask', lambda check, *pair: check(*pair))
 
 
 def rows(table):

@@ -1239,7 +1239,9 @@ def judged(monkeypatch):
   found = []
   monkeypatch.setattr(runner, 'run_phases', lambda *args: found.append(args[1]))
   monkeypatch.setattr(
-    runner, 'params_of', lambda built, workdir, _: (found.append(workdir), None, 'x')
+    runner,
+    'params_of',
+    lambda built, workdir, _: (found.append(workdir) or {}, {}, 'x'),
   )
   monkeypatch.setattr(cards, 'default_folder', lambda *args: f'{args[2]}/eval')
   monkeypatch.setattr(cards, 'run', lambda *args, **_: [])

@@ -413,7 +413,7 @@ def test_equality_of_the_paper(left, right, same):
 )
 def test_operations_left_to_do_are_no_answer(left, right, same, monkeypatch):
   """They count only if the truth has one. Compares in this process."""
-  monkeypatch.setattr(symbolic, '_ask', symbolic.verify)
+  monkeypatch.setattr(symbolic, '_ask', lambda check, *pair: check(*pair))
   assert math.equal(left, right) == same
 
 
@@ -484,7 +484,7 @@ def test_operations_left_to_do_are_no_answer(left, right, same, monkeypatch):
   ],
 )
 def test_strict_equality(left, right, same, monkeypatch):
-  monkeypatch.setattr(symbolic, '_ask', symbolic.verify)
+  monkeypatch.setattr(symbolic, '_ask', lambda check, *pair: check(*pair))
   assert math.equal(left, right) == same
 
 

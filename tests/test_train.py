@@ -309,7 +309,7 @@ def test_unmasking_metrics():
 def test_token_metrics_count_words_alone():
   """Neither what follows the first EOS nor what no step has revealed."""
   words = np.array([[1, 1, 0], [1, 1, 1]], bool)
-  host = rollout.Fetched(*[None] * 6)._replace(
+  host = rollout.Fetched(*[None] * 7)._replace(
     completion=words,
     order=np.array([[0, 1, 2], [0, 0, -1]]),
     confidence=np.array([[1.0, np.exp(-2), 0.1], [np.exp(-4), 0.0, 9.0]], np.float32),
