@@ -284,10 +284,14 @@ def check_sft(
 
   Does nothing on devices that do not say how much memory they have.
   """
-  memory, c = limit(built.mesh.local_devices[0]), built.config
-  if not memory:
-    return
-  target, left = Target(memory, beat=beat), (1 - SPARE) * memory
+  target = Target(limit(built.mesh.local_devices[0]), beat=beat)
+  if target.memory and (said := sft_verdict(built, lesson, target)):
+    raise ValueError(f'this run does not fit: {said}')
+
+
+def sft_verdict(built: build.Built, lesson: Lesson, target: Target) -> str:
+  """Returns why an update on such rows does not fit, and what would; '' if it does."""
+  c, left = built.config, (1 - SPARE) * target.memory
 
   def needs(microbatches: int) -> int:
     logging.info('compiling sft with %d microbatches', microbatches)
@@ -298,14 +302,14 @@ def check_sft(
 
   now = c.sft.microbatches
   if (size_now := needs(now)) <= left:
-    return
+    return ''
   shards = built.mesh.devices.size // built.mesh.shape['tensor']
   more = [n for n in divisors(c.sft.batch // shards) if n > now]
   found = first(more, lambda n: needs(n) <= left)
   rows = f'rows of {lesson.tokens.shape[1]} tokens'
-  raise ValueError(
-    f'supervised training does not fit: JAX may take {size(memory)} of a '
-    f'{built.mesh.devices.flat[0].device_kind}, an update on {rows} needs '
+  return (
+    f'JAX may take {size(target.memory)} of a '
+    f'{built.mesh.devices.flat[0].device_kind}, a supervised update on {rows} needs '
     f'{size(size_now)}. '
     + (
       f'It fits with {settings({"sft.microbatches": found})}'

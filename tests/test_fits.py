@@ -180,26 +180,32 @@ def test_first_value_that_fits():
 
 @pytest.mark.slow
 def test_supervised_training_that_does_not_fit_names_microbatches(monkeypatch):
-  """Of the real programs: the named number fits, the one before does not; adapters and
-  what cannot fit are told apart; a CPU is not asked."""
-  c = settings(**{'sft.steps': 2, 'sft.batch': 64, 'sampler.length': 64})
+  """Of the real programs, compiled once each: the named number fits, the one before it
+  does not; what cannot fit names other ways; a CPU is not asked."""
+  c = settings(**{'sft.steps': 2, 'sft.batch': 32, 'sampler.length': 64})
   built = build.build(c)
-  learned = texts.lessons_of(built)
-  lesson = learned.largest()
-  assert lesson.tokens.shape == (64, lesson.tokens.shape[1])
+  lesson = texts.lessons_of(built).largest()
   fits.check_sft(built, lesson)  # a CPU does not say what it has
-  sizes = {}
-  for n in (2, 4):
-    other = fits.changed(built, {'sft.microbatches': n})
-    state, frozen, traced = build.sft_program(other, lesson)
-    held = fits.per_device(state) + fits.per_device(frozen)
-    sizes[n] = held + fits.compiled('sft', traced, fits.Target(0)).size
-  assert sizes[2] > sizes[4]
-  limit = int(sizes[4] / (1 - fits.SPARE)) + 1
+  changed, compiled, made, asked = fits.changed, fits.compiled, {}, []
+
+  def noted(built, fields):
+    asked.append(fields['sft.microbatches'])
+    return changed(built, fields)
+
+  def once(*job):
+    return made.setdefault(asked[-1], made.get(asked[-1]) or compiled(*job))
+
+  monkeypatch.setattr(fits, 'changed', noted)
+  monkeypatch.setattr(fits, 'compiled', once)
+  monkeypatch.setattr(fits, 'limit', lambda _: 1)
+  with pytest.raises(ValueError, match='does not fit: .*No sft.microbatches.*sft.rank'):
+    fits.check_sft(built, lesson)
+  assert asked == [1, 4]
+  state, frozen, _ = build.sft_program(built, lesson)
+  held = fits.per_device(state) + fits.per_device(frozen)
+  assert made[1].size > made[4].size
+  limit = int((held + made[4].size) / (1 - fits.SPARE)) + 1
   monkeypatch.setattr(fits, 'limit', lambda _: limit)
-  with pytest.raises(ValueError, match='does not fit.*--config.sft.microbatches=4$'):
+  with pytest.raises(ValueError, match='does not fit: .*--config.sft.microbatches=4$'):
     fits.check_sft(built, lesson)
-  fits.check_sft(fits.changed(built, {'sft.microbatches': 4}), lesson)
-  monkeypatch.setattr(fits, 'limit', lambda _: 1000)
-  with pytest.raises(ValueError, match='does not fit.*No sft.microbatches.*sft.rank'):
-    fits.check_sft(built, lesson)
+  assert asked[2:] == [1, 4, 2] and made[2].size > made[4].size

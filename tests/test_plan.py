@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from configs import base, llada_countdown
-from dmpo_jax import build, fits, mesh, model
+from dmpo_jax import build, fits, mesh, model, resume
+from dmpo_jax.phases import texts
 from dmpo_jax.tools import chips, costs, plan
 
 A, B = np.zeros((4, 6), np.float32), np.zeros((6, 8), np.float32)
@@ -259,6 +260,30 @@ def test_bytes_are_what_a_run_allocates(rank):
     assert abs(fits.per_device(planned) / held(allocated) - 1) < 0.01
 
 
+@pytest.mark.parametrize('rank', [0, 4])
+def test_supervised_training_has_the_bytes_of_the_real_run(rank):
+  c = small(**{'sft.steps': 2, 'sft.batch': 8, 'sft.rank': rank})
+  built = build.build(c)
+  lesson = texts.lessons_of(built).largest()
+  state, frozen, _ = build.sft_program(built, lesson)
+  trainable, real_frozen = resume.sft_start(built)
+  real = built.steps.start_sft(trainable)
+  for planned, allocated in ((state, real), (frozen, real_frozen)):
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), planned)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), allocated)
+    assert fits.per_device(planned) == held(allocated)
+
+
+@pytest.mark.slow
+def test_a_plan_of_supervised_training():
+  c = small(**{'sft.steps': 2, 'sft.batch': 8})
+  built = build.build(c)
+  said, misfit = plan.of_sft(built, 20, None, fits.Target(0))
+  assert f'8 rows of {20 + c.sampler.length} tokens, peak' in said and misfit == ''
+  _, misfit = plan.of_sft(built, 20, None, fits.Target(1000))
+  assert 'a supervised update' in misfit and 'sft.microbatches' in misfit
+
+
 def test_a_plan():
   """Totals add up and loops count as configured; a CPU has no data sheet."""
   c = small(**{'sampler.cache': 'dual'})
@@ -272,6 +297,7 @@ def test_a_plan():
   # The same network and lengths, but more rows, without a cache.
   assert evaluate.flops > sample.flops * c.eval.batch / made.rows
   assert made.cache == 2 * 2 * 8 * 36 * 16 * 4  # k and v, N, rows, S, D, f32
+  assert made.supervised == ''
   assert update.collectives and math.isnan(update.seconds)
   text = plan.show(made, c)
   assert '20 + 16 tokens' in text and 'at least' not in text and 'nan' not in text

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
-from dmpo_jax import build, fits
+from dmpo_jax import build, config, fits, mesh, parts
 from dmpo_jax.fits import GIB, size
 from dmpo_jax.sampler import SAMPLERS, at_once
 from dmpo_jax.tools import chips
 from dmpo_jax.tools.chips import Chip
 from dmpo_jax.tools.costs import collectives, matmuls, trips_of
+from dmpo_jax.types import Lesson
 
 
 class Program(NamedTuple):
@@ -49,6 +51,7 @@ class Plan(NamedTuple):
   total: int  # bytes at the peak
   memory: int  # bytes of the chip that JAX may take; 0 = unknown
   misfit: str  # why it does not fit, and with which settings it would; '' = it fits
+  supervised: str  # a line about supervised training; '' = there is none
   faster: str  # a setting that fits too and makes rollouts faster; '' = none known
   seconds: dict  # of rollout, update, validation and run; nan = unknown
 
@@ -75,6 +78,8 @@ def make(c: Any, topology: str = '') -> Plan:
     programs.append(program)
   held = fits.held(built)
   misfit = fits.verdict(built, (prompt, prompt), target, uses)
+  supervised, too_large = of_sft(built, prompt, chip, target)
+  misfit = misfit or too_large
   return Plan(
     devices=f'{built.mesh.devices.size} {device.device_kind}',
     mesh=dict(built.mesh.shape),
@@ -86,6 +91,7 @@ def make(c: Any, topology: str = '') -> Plan:
     total=sum(held) + max(use.size for use in uses),
     memory=target.memory,
     misfit=misfit,
+    supervised=supervised,
     faster='' if misfit else gather_once(built, chip, target, programs),
     seconds=times(c, {program.name: program.seconds for program in programs}),
   )
@@ -190,7 +196,14 @@ def compiled(
 ) -> tuple[fits.Use, Program]:
   """Traces, counts and compiles one of `jobs`."""
   name, program, args, trips = job
-  traced, grid = program.trace(*args), built.mesh
+  return counted(built, chip, target, (name, program.trace(*args), trips))
+
+
+def counted(
+  built: build.Built, chip: Chip | None, target: fits.Target, job: tuple
+) -> tuple[fits.Use, Program]:
+  """Counts and compiles a traced program; job: its name, itself, its loops' trips."""
+  (name, traced, trips), grid = job, built.mesh
   flops, moved = matmuls(
     traced.jaxpr.jaxpr, trips, grid.devices.size, grid.shape['tensor']
   )
@@ -207,6 +220,36 @@ def compiled(
   return use, Program(
     name, use.temporaries, use.output, flops, moved, traffic, use.seconds, seconds
   )
+
+
+def of_sft(
+  built: build.Built, prompt: int, chip: Chip | None, target: fits.Target
+) -> tuple[str, str]:
+  """Returns a line about an update of supervised training, and why it does not fit."""
+  c, by_row = built.config, mesh.rows(built.mesh)
+  if not config.part(c, 'sft').trains:
+    return '', ''
+  learned = parts.text_length(c, built.model)
+  columns = learned + (0 if c.sft.path or c.sft.length else prompt)
+  shape = lambda kind, *dims: jax.ShapeDtypeStruct(
+    (c.sft.batch, *dims), kind, sharding=by_row
+  )
+  numbers, flags = np.int32, np.bool_
+  lesson = Lesson(
+    shape(numbers, columns), shape(flags, columns), shape(flags, 1, learned),
+    shape(numbers),
+  )  # fmt: skip
+  state, frozen, traced = build.sft_program(built, lesson)
+  use, program = counted(built, chip, target, ('sft', traced, (1,)))
+  total = fits.per_device(state) + fits.per_device(frozen) + use.size
+  line = (
+    f'supervised training: {c.sft.batch} rows of {columns} tokens, peak {size(total)}'
+  )
+  if not math.isnan(program.seconds):
+    line += f', an update at least {duration(program.seconds)}'
+  if not target.memory or total <= (1 - fits.SPARE) * target.memory:
+    return line, ''
+  return line, fits.sft_verdict(built, lesson, target)
 
 
 def hlo_text(lowered: Any, done: Any) -> str:
@@ -256,6 +299,8 @@ def show(plan: Plan, c: Any) -> str:
       + f'{p.compile_seconds:7.0f} s  {sent(p)}'
     )
   lines.append('')
+  if plan.supervised:
+    lines.append(plan.supervised)
   if timed:
     spans = (f'{name} at least {duration(s)}' for name, s in plan.seconds.items())
     lines.append(', '.join(spans))
