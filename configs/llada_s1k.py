@@ -12,7 +12,8 @@ python main.py --config=configs/llada_s1k.py ... --mode=sft --workdir=runs/s1k
 python main.py --mode=export --of=base --workdir=runs/s1k --out=LLaDA-s1k
 
 and then llada_gsm8k.py, or another task's, with --config.model.checkpoint=LLaDA-s1k.
-Both ways give the same weights.
+Both ways give the same weights. Planned on one H100 (:h100), supervised training: 40.2
+GiB of the 72.8 that JAX takes, at least 4.7 s an update, 1.6 h for 1,240 updates.
 
 The settings are d1's (arXiv 2504.12216; SFT/ of its repository): adapters of rank 128,
 alpha 256, dropout 0.05 on q, k and v; texts of 4096 tokens, padded with EOS, which is
