@@ -52,6 +52,7 @@ def config_of(start: Start, overrides: Overrides = None) -> tuple[Any, str]:
     elif os.path.isdir(path) or path.count('/') == 1:
       c = config.load('base')[1]
       c.model.checkpoint = path
+      fit_blocks(c)
     else:
       raise ValueError(
         f'{path!r} is no config, no workdir of a run and no checkpoint: give a name in '
@@ -62,8 +63,17 @@ def config_of(start: Start, overrides: Overrides = None) -> tuple[Any, str]:
   return c.lock(), workdir
 
 
+def fit_blocks(c: Any) -> None:
+  """Gives both samplers the attention block of a block-causal checkpoint."""
+  block = check.with_block(c).model.attention_block
+  for section in (c.sampler, c.eval.sampler) if block > 0 else ():
+    length = -(-section.length // block) * block
+    section.update(block=block, length=length, steps=length)
+
+
 def ready(c: Any) -> Built:
   """Settles the process as the command line does; returns the parts of a config."""
+  runner.quiet()
   runner.fix_numbers()
   runner.share_gpu()
   try:

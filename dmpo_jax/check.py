@@ -199,7 +199,9 @@ def effects(c: Any, given: Container[str]) -> str:
 
   if wrong := told([x for x in found if x in given]):
     raise ValueError(f'without effect: {wrong}: set that, or leave it out')
-  rest = told([x for x in found if values[x] != known[x]])
+  # Configs of published models name a preset, by which they are planned.
+  rest = [x for x in found if values[x] != known[x] and x != 'model.preset']
+  rest = told(rest)
   return f'without effect in this config: {rest}' if rest else ''
 
 

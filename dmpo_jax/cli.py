@@ -54,7 +54,7 @@ from dmpo_jax import (
 )
 from dmpo_jax.tasks import CHOICES
 from dmpo_jax.tools import cards, plan, report, status, watch
-from dmpo_jax.types import Params
+from dmpo_jax.types import Params, Task
 
 NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report', 'list')
 _text, _int, _choice = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum
@@ -105,6 +105,9 @@ READ_BY = {
   'runs': ('report', 'list'),
   'cards by': ('report',),
 }
+
+
+READS_DATA = {'train', 'sft', 'eval', 'sample', 'score', 'plan'}
 
 
 class Command(NamedTuple):
@@ -200,12 +203,17 @@ def main(argv: Sequence[str]) -> None:
   fields = [arg for arg in argv[1:] if arg.startswith('--config.')]
   if stray := argv[1 + len(fields) :]:
     raise ValueError(f'unexpected arguments {stray}: flags are --name=value')
-  quiet()
+  runner.quiet()
   runner.fix_numbers()
   runner.share_gpu()
   refuse_flags()
   command, many = read_config(fields), cluster()
   if command.config is not None:
+    if READS_DATA & {MODE.value} and command.config.data.path.startswith('python:'):
+      raise ValueError(
+        'the prompts and rewards of this run were given in Python: call dj.rl again '
+        'with them (--mode=export and report work)'
+      )
     if line := check.effects(command.config, command.overrides):
       logging.warning(line)
   if command.config is not None and MODE.value != 'report':
@@ -284,18 +292,6 @@ def cluster() -> dict[str, Any] | None:
     )
   return dict(
     coordinator=where, processes=count, process=which, heartbeat=HEARTBEAT.value
-  )
-
-
-def quiet() -> None:
-  """Logs our own lines and everybody's warnings, but not each step of Orbax."""
-  logging.set_verbosity(logging.INFO)
-  ours = os.path.dirname(os.path.abspath(__file__))
-  logging.get_absl_handler().addFilter(
-    lambda r: (
-      r.levelno >= 30
-      or (r.pathname.startswith(ours) and 'site-packages' not in r.pathname)
-    )
   )
 
 
@@ -439,7 +435,7 @@ def sample_mode(command: Command) -> None:
     task = grader.bound(built.task, problem.show, [example], evaluate.ids_of([row]))
     protocol, weights = built.config.data.protocol, built.config.reward.weights
     (grade,) = grader.judge(task, protocol, [row['text']], [example], weights).grades
-    line += f', grade {grade:g}; the answer: {built.task.record(example)[1]}'
+    line += f', grade {grade:g}; the answer: {answer_of(built.task, example)}'
   drawing = built.task.show(example, row['text']) if example else ''
   texts = watch.texts_of(row['ids'], built.tokenizer.decode)
   steps = watch.terminal(watch.pieces(texts, row['order']), sys.stdout.isatty())
@@ -449,6 +445,15 @@ def sample_mode(command: Command) -> None:
     title = f'{built.config.name}, {name}'
     files.replace(html, watch.page(tokens, title, prompt, line, drawing))
     print(f'page with a slider over the steps: {html}')
+
+
+def answer_of(task: Task, example: dict) -> Any:
+  """Returns the true answer of a problem; the problem where the task says none."""
+  truth = task.record(example)[1]
+  if truth is example:
+    with contextlib.suppress(ValueError):
+      return task.target(example, 'bare')
+  return truth
 
 
 def shown_prompt(built: build.Built) -> tuple[data.Problems, str]:

@@ -25,9 +25,10 @@ try:
   from lm_eval.api.model import TemplateLM  # pyright: ignore
   from lm_eval.api.registry import register_model  # pyright: ignore
 except ImportError as error:
-  raise ValueError(
-    f'lm-evaluation-harness is missing ({error}): pip install "dmpo_jax[eval]"'
-  ) from error
+  missing = f'lm-evaluation-harness is missing ({error}): pip install "dmpo_jax[eval]"'
+  if __name__ == '__main__':
+    sys.exit(f'error: {missing}')
+  raise ValueError(missing) from error
 
 from dmpo_jax import api, conventions, likelihood, loaded, runner
 from dmpo_jax.sampler import SampleConfig

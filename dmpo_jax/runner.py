@@ -5,6 +5,7 @@ supervised training, RL and the final evaluation. `params_of` reads what a run m
 """
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import logging
+from absl import flags, logging
 
 from dmpo_jax import (
   boards,
@@ -44,6 +45,19 @@ FIXED = {
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')  # in results.json
 
 # --- the process
+
+
+@functools.cache  # a filter is added
+def quiet() -> None:
+  """Logs our own lines and everybody's warnings, but not each step of Orbax."""
+  if not flags.FLAGS.is_parsed():  # in a script or a notebook, where absl warns of it
+    flags.FLAGS.mark_as_parsed()
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  ours = os.path.dirname(os.path.abspath(__file__))
+  logging.get_absl_handler().addFilter(
+    lambda r: r.levelno >= 30 or r.pathname.startswith(ours + os.sep)
+  )
 
 
 def fix_numbers() -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import tomllib
 
+import autoregressive
 import jax
 import numpy as np
 import pytest
@@ -279,3 +280,17 @@ def test_the_notebook_runs(plain_saves, tmp_path, monkeypatch, capsys):
   out = capsys.readouterr().out
   assert all(f'{word}' in out for word in ('base: ', 'final: ', 'elbo', 'trajectory'))
   assert json.loads(pathlib.Path('runs/mine/results.json').read_text())
+
+
+def test_a_block_causal_directory_needs_no_settings(tmp_path):
+  """Its attention block is that of both samplers, in a length that it divides."""
+  fields = autoregressive.config_of('qwen3') | {
+    'model_type': 'a2d-qwen3',
+    'architectures': ['A2DQwen3LMHeadModel'],
+    'mask_token_id': 3,
+    'block_size': 12,
+  }
+  (tmp_path / 'config.json').write_text(json.dumps(fields))
+  c, _ = api.config_of(tmp_path, {'eval.sampler.length': 48, 'eval.sampler.steps': 48})
+  for section, length in ((c.sampler, 24), (c.eval.sampler, 48)):
+    assert (section.block, section.length, section.steps) == (12, length, length)

@@ -81,7 +81,7 @@ def config_file(tmp_path):
 @pytest.fixture
 def command(config_file, monkeypatch, tmp_path):
   """Runs the command line as `python main.py --config=... args` does, in tmp_path."""
-  monkeypatch.setattr(main, 'quiet', lambda: None)
+  monkeypatch.setattr(main.runner, 'quiet', lambda: None)
   monkeypatch.chdir(tmp_path)
 
   def call(*args, function=None, config=(f'--config={config_file}',)):
