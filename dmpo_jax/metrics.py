@@ -293,6 +293,8 @@ class Progress:
     if done := step - self._first[0]:
       left = (now - self._first[1]) / done * (self._total - step)
       self._left = f'{tqdm.tqdm.format_interval(left)} left'
+    elif step >= self._total:  # done in the first buffer
+      self._left = ''
 
   def update(self, step: int, values: Mapping[str, float]) -> None:
     """Shows that `step` steps are done, and those of `values` that are shown."""
