@@ -513,6 +513,7 @@ def test_a_task_by_path_works_in_every_mode(here, monkeypatch, capsys):
   command(*more, '--mode=sample')
   assert 'grade' in capsys.readouterr().out
   saved = next(here.glob('w/eval-*/*_generations.json'))
+  assert saved.name.startswith('my_task.py-REVERSE_latest_')
   made = json.loads(next(here.glob('w/eval-*/*.card.json')).read_text())
   run_cli(
     monkeypatch, '--mode=score', '--task=my_task.py:REVERSE', f'--generations={saved}'

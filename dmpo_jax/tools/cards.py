@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -108,9 +109,10 @@ def run_length(evaluation: Evaluation, section: Any, folder: str) -> dict:
   """Evaluates with one sampler section; writes its files and returns its card."""
   c = evaluation.built.config
   task = grader.prefilled(evaluation.built.task, evaluation.problems.prefill)
-  stem = os.path.join(
-    folder, f'{task_name(c)}_{evaluation.what}_{section.length}_{section.steps}'
-  )
+  # FILE.py:NAME has a path and a colon.
+  task_said = re.sub(r'[^\w.-]+', '-', os.path.basename(task_name(c)))
+  name = f'{task_said}_{evaluation.what}_{section.length}_{section.steps}'
+  stem = os.path.join(folder, name)
   begun = time.time()
   rows, before = collect(evaluation, section, f'{stem}.jsonl')
   problems = evaluation.problems
