@@ -3,15 +3,14 @@
 import pytest
 
 
-def mostly_slow(values, quick):
+def mostly_slow(values, quick, left=pytest.mark.slow):
   """Returns parameters, of which all but those in `quick` have the marker slow.
 
-  A value that is a tuple has the parameters of one test.
+  left: another marker. A value that is a tuple has the parameters of one test.
   """
   return [
     pytest.param(
-      *(x if isinstance(x, tuple) else (x,)),
-      marks=() if x in quick else pytest.mark.slow,
+      *(x if isinstance(x, tuple) else (x,)), marks=() if x in quick else left
     )
     for x in values
   ]

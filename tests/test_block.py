@@ -50,7 +50,7 @@ def block_by_block(cfg, params, tokens, valid, masked):
   return jnp.stack(rows, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('shift', [False, True])
 def test_one_packed_pass_is_the_forward_of_every_block(case, shift):
   params, tokens, valid, masked = case

@@ -946,7 +946,7 @@ def test_errors_of_the_real_command(tmp_path):
   assert jax.device_count() == 8  # and nothing here was touched
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quickstart_from_a_checkpoint(
   command, config_file, tiny_checkpoint, tmp_path, capsys
 ):

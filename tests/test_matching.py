@@ -185,6 +185,7 @@ def test_policy_becomes_the_target(family, reference):
   assert tv(distribution(family, fit(family, reference)), goal) < family.left
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('wrong', [{'flip': -1.0}, {'anchored': False}])
 def test_it_needs_sign_and_reference(family, reference, wrong):
   """With the reward turned, or without log p_ref, it ends elsewhere."""

@@ -324,7 +324,7 @@ def test_orbax_does_not_ask_for_preemption(tmp_path, monkeypatch):
 # --- evaluation and export
 
 
-@SLOW
+@pytest.mark.long
 def test_evaluation_and_export(folder, one, two, parameters):
   """Cards and weights that two processes write are those of one process."""
   Job(folder, 'two', 2, '--mode=eval', '--out=cards').done()

@@ -445,7 +445,9 @@ def block_by_block(setting, loop):
 
 @pytest.mark.parametrize(
   'shift, refresh',
-  mostly_slow([(True, 2), (False, 2), (True, 0), (False, 0)], [(True, 2)]),
+  mostly_slow(
+    [(True, 2), (False, 2), (True, 0), (False, 0)], [(True, 2)], pytest.mark.long
+  ),
 )
 def test_prefix_of_many_blocks(shift, refresh, tiny, sharp, prompts, monkeypatch):
   """Blocks that share a program have the tokens of a program each, to the bit."""

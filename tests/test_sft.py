@@ -495,9 +495,9 @@ def tuned(made, folder):
 @pytest.mark.parametrize(
   'fields',
   [
-    {},
+    pytest.param({}, marks=pytest.mark.slow),
     pytest.param(
-      {'sft.merge': False, 'model.quantize': 'int8'}, marks=pytest.mark.slow
+      {'sft.merge': False, 'model.quantize': 'int8'}, marks=pytest.mark.long
     ),
   ],
   ids=['merged', 'int8'],
