@@ -190,7 +190,7 @@ class Preemption:
 def leave(number: int = signal.SIGTERM) -> NoReturn:
   """Raises SystemExit with the signal's code, so that every `with` saves and closes."""
   what = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
-  logging.warning('%s: the same command goes on from what is saved', what)
+  logging.warning('%s: the same command resumes from what is saved', what)
   sys.exit(CODES.get(number, PREEMPTED))
 
 

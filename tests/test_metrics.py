@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -305,7 +306,8 @@ def test_progress_bar_on_a_terminal(lines, monkeypatch):
     with metrics.waiting('compiling sample'):
       assert 'compiling sample ...' in terminal.getvalue()
     assert terminal.getvalue().rstrip().endswith('validating ...')
-  metrics.logging.get_absl_handler().filter(None)
+  line = logging.makeLogRecord({'levelno': logging.WARNING})
+  metrics.logging.get_absl_handler().filter(line)
   assert terminal.getvalue().endswith('\r')  # a log line has a line of its own
   progress.update(10, {'accuracy': 0.25, 'loss': 2.0, 'validation': 0.5})
   progress.close()
