@@ -139,7 +139,7 @@ def rl(
   c = fresh_config(start, overrides)
   paid = called.Functions.of(functions, c.reward.seconds)
   task = grader.paying(own_task(examples, other), paid, tuple(functions))
-  return trained(task, examples + other, [start, workdir, overrides], rewards)
+  return trained(task, examples + other, rewards, c, (workdir, overrides))
 
 
 def sft(
@@ -160,27 +160,31 @@ def sft(
   for row, example in enumerate(examples):
     if not isinstance(example.get('completion'), str):
       raise ValueError(f'row {row} of pairs has no text named completion')
-  task = own_task(examples, examples)
-  return trained(task, examples, [start, workdir, overrides], None)
+  task, c = own_task(examples, examples), fresh_config(start, overrides)
+  if not c.sft.steps:
+    raise ValueError("sft.steps = 0: set overrides={'sft.steps': N}")
+  return trained(task, examples, None, c, (workdir, overrides))
 
 
 def trained(
-  task: Task, examples: list[dict], where: list, rewards: Sequence[Callable] | None
+  task: Task,
+  examples: list[dict],
+  rewards: Sequence[Callable] | None,
+  c: Any,
+  where: tuple[str, Overrides],
 ) -> Model:
   """Trains a caller's task in a workdir; rewards None: supervised training alone.
 
-  data.path records whose prompts and rewards they are: the same call resumes, another
-  one is refused there, and the command line cannot take them for a file.
+  where: workdir and overrides. data.path records whose prompts and rewards they are:
+  the same call resumes, another one is refused there, and the command line cannot take
+  them for a file.
   """
-  start, workdir, overrides = where
-  c, only_sft = fresh_config(start, overrides), rewards is None
-  if only_sft and not c.sft.steps:
-    raise ValueError("sft.steps = 0: set overrides={'sft.steps': N}")
+  workdir, overrides = where
   with c.unlocked():
     c.data.path = f'python:{digest_of(examples, rewards or [])}'
     c.data.update(style='bare', template='', protocol='strict')
     c.eval.update(style='', template='')
-  return in_workdir(c, workdir, overrides, task, only_sft)
+  return in_workdir(c, workdir, overrides, task, rewards is None)
 
 
 def fresh_config(start: Start, overrides: Overrides) -> Any:

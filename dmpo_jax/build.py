@@ -547,12 +547,21 @@ def sharded(tree: Any, grid: Any) -> Any:
 
 def abstract_states(built: Built) -> tuple[Params, Any]:
   """Returns (frozen params, TrainState) as shapes."""
-  c, cfg = built.config, built.model
+  c = built.config
+  return state_shapes(built, built.model, c.model.quantize, optimizer_of(c))
+
+
+def state_shapes(
+  built: Built, cfg: Any, kind: str, optimizer: Any
+) -> tuple[Params, Any]:
+  """Returns (frozen params, TrainState) of a network as shapes.
+
+  kind: quantization of the frozen params.
+  """
   tree = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
   params = {'params': tree['params']}
   trainable = {'lora': tree['lora']} if cfg.lora_rank else params
-  params = quantized_shapes(params, c.model.quantize)
-  optimizer = optimizer_of(c)
+  params = quantized_shapes(params, kind)
   state = jax.eval_shape(lambda x: step.init_state(x, optimizer), trainable)
   return sharded(params, built.mesh), sharded(state, built.mesh)
 
@@ -665,15 +674,10 @@ def sft_program(built: Built, lesson: Lesson) -> tuple[Any, Any, Any]:
   its update, traced for rows as large as these."""
   c, cfg, by_row = built.config, built.model, mesh.rows(built.mesh)
   own = parts.sft_config(c, cfg)
-  tree = jax.eval_shape(lambda: model.init(own, jax.random.key(0)))
-  frozen, trainable = {}, {'params': tree['params']}
-  if own.lora_rank:
-    goes_on = check.part(c, 'sft').goes_on
-    kind = c.model.quantize if goes_on else 'none'
-    frozen, trainable = quantized_shapes(trainable, kind), {'lora': tree['lora']}
-  optimizer = parts.sft_optimizer_of(c)
-  state = jax.eval_shape(lambda x: step.init_state(x, optimizer), trainable)
-  state, frozen = sharded(state, built.mesh), sharded(frozen, built.mesh)
+  goes_on = bool(own.lora_rank) and check.part(c, 'sft').goes_on
+  kind = c.model.quantize if goes_on else 'none'
+  frozen, state = state_shapes(built, own, kind, parts.sft_optimizer_of(c))
+  frozen = frozen if own.lora_rank else {}
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_row)
   number = lambda kind: jax.ShapeDtypeStruct((), kind)
   update = built.steps.sft.make(anneal.stage_of(cfg, c.sft.anneal, c.sft.anneal))

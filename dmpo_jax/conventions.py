@@ -32,17 +32,28 @@ def _confidence(length: int, block: int, steps: int) -> dict[str, Any]:
   }
 
 
-# Dream decides the order by the entropy of the law after temperature, top-p and top-k.
-_DREAM = {
-  'pick': 'lowest_entropy',
-  'schedule': 'dream',
-  'rank_law': 'sampling',
-  'rank_temperature': 0.0,
-  'guidance': 0.0,
-  'cache': 'none',
-  # diffusion_generate takes top_k from the model's config, where transformers puts 50.
-  'top_k': 50,
-}
+def _dream(length: int) -> dict[str, Any]:
+  """Returns Dream's rule: one block, in as many steps as it has tokens.
+
+  The order follows the entropy of the law after temperature, top-p and top-k.
+  """
+  return {
+    'length': length,
+    'block': length,
+    'steps': length,
+    'temperature': 0.1,
+    'top_p': 0.9,
+    # diffusion_generate takes top_k from the model's config: transformers puts 50.
+    'top_k': 50,
+    'pick': 'lowest_entropy',
+    'schedule': 'dream',
+    'rank_law': 'sampling',
+    'rank_temperature': 0.0,
+    'guidance': 0.0,
+    'cache': 'none',
+  }
+
+
 PRESETS: dict[str, Preset] = {
   'llada_base': Preset(
     'LLaDA-8B-Base: ML-GSAI/LLaDA eval_llada.py (gen_length = steps = block_length = '
@@ -83,26 +94,11 @@ PRESETS: dict[str, Preset] = {
   'dream': Preset(
     'Dream-v0-Instruct-7B, gsm8k: DreamLM/Dream eval_instruct (alg = entropy, '
     'temperature 0.1, top_p 0.9, max_new_tokens = steps = 256)',
-    {
-      **_DREAM,
-      'length': 256,
-      'block': 256,
-      'steps': 256,
-      'temperature': 0.1,
-      'top_p': 0.9,
-    },
+    _dream(256),
     draws=128,
   ),
   'dream_math': Preset(
-    'Dream-v0-Instruct-7B, math: the same with 512 tokens and steps',
-    {
-      **_DREAM,
-      'length': 512,
-      'block': 512,
-      'steps': 512,
-      'temperature': 0.1,
-      'top_p': 0.9,
-    },
+    'Dream-v0-Instruct-7B, math: the same with 512 tokens and steps', _dream(512)
   ),
   'fast_dllm': Preset(
     'Fast-dLLM on LLaDA: threshold 0.9, dual cache, blocks of 32 in 256 tokens',

@@ -152,10 +152,16 @@ class Curriculum:
     self.hp, self.signal, self.seed = hp, signal, seed
     self.count, self.batch, self.group = sizes
     self.lines: dict[int, dict[str, Any]] = {}  # by iteration
+    self.start()
+
+  def start(self) -> None:
+    """Sets the posteriors to Beta(1, 1), of no line."""
+    self.counted, self.a, self.b = 0, np.ones(self.count), np.ones(self.count)
 
   def read(self, lines: Sequence[Mapping[str, Any]]) -> None:
     """Takes the lines of a run that is resumed, in place of those it has."""
     self.lines = {line['iteration']: dict(line) for line in lines}
+    self.start()
 
   def line(self, iteration: int, index: Array, grades_BxG: Array) -> dict[str, Any]:
     """Notes the grades of a buffer; returns its line of FILE."""
@@ -164,6 +170,8 @@ class Curriculum:
       iteration=iteration, index=list(map(int, index)), passes=passes.tolist()
     )
     self.lines[iteration] = made
+    if iteration < self.counted:
+      self.start()
     return made
 
   def posterior(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
@@ -171,8 +179,10 @@ class Curriculum:
 
     ValueError if the line of an earlier iteration is missing.
     """
-    a, b = np.ones(self.count), np.ones(self.count)
-    for at in range(iteration):
+    if iteration < self.counted:
+      self.start()
+    a, b = self.a, self.b
+    for at in range(self.counted, iteration):
       if at not in self.lines:
         raise ValueError(
           f'{FILE} has no line of iteration {at}: bring the file back, without it the '
@@ -184,7 +194,8 @@ class Curriculum:
       for i, k in zip(index, passes, strict=True):
         a[i] = 1 + self.hp.memory * (a[i] - 1) + k
         b[i] = 1 + self.hp.memory * (b[i] - 1) + self.group - k
-    return a, b
+      self.counted = at + 1
+    return a.copy(), b.copy()
 
   def chance(self, iteration: int) -> np.ndarray:
     """Returns each problem's probability to be in a buffer."""

@@ -69,9 +69,14 @@ def texts_of(
     _, body, end = split(tokenizer, one, i)
     ids = data.apply_chat(tokenizer, one.messages[:i], True)
     learned = data.encode_end(tokenizer, body, end)
-    lead = -len(ids) % block if block and grid == 'prompt' else 0
-    out.append(ended(tokenizer, Text(ids, [0] * len(ids), one.where, lead), learned))
+    out.append(ended(tokenizer, asked(ids, one.where, block, grid), learned))
   return out
+
+
+def asked(ids: list[int], where: str, block: int, grid: str) -> Text:
+  """Returns a prompt as a text that learns nothing, for an answer to go on from."""
+  lead = -len(ids) % block if block and grid == 'prompt' else 0
+  return Text(ids, [0] * len(ids), where, lead)
 
 
 def split(tokenizer: Any, one: Dialogue, at: int) -> tuple[str, str, list[int]]:

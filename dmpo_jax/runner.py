@@ -25,6 +25,7 @@ from dmpo_jax import (
   fits,
   grader,
   guard,
+  lessons,
   mesh,
   metrics,
   parts,
@@ -189,7 +190,7 @@ def train(
     for split in ('train', 'validation', 'test'):  # a bad file is refused now
       dog.beat(f'data, {split}', 0)
       build.problems(built, split)
-    if config.part(c, 'sft').trains:
+    if taught := config.part(c, 'sft').trains:
       dog.beat('data, supervised', 0)
       learned = texts.lessons_of(built)
     if mesh.agree(runs.is_done(workdir)):
@@ -198,13 +199,19 @@ def train(
     logging.info('%s on %d %s, in %s', c.name, jax.device_count(), kind, workdir)
     with files.naming(workdir), guard.alone(workdir):
       # Refuse a run that does not fit before weights are loaded.
-      if config.part(c, 'sft').trains:
+      if taught and mesh.agree(unfinished(c, learned, workdir)):
         fits.check_sft(built, learned.largest(), lambda: dog.beat('compile', 0))
       if not only_sft:
         fits.check(built, lambda: dog.beat('compile', 0))
       runs.claim(c, workdir)
       dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
       run_phases(built, workdir, overrides, only_sft, (asked, dog), profile)
+
+
+def unfinished(c: Any, learned: lessons.Lessons, workdir: str) -> bool:
+  """Returns whether a workdir lacks the last checkpoint of supervised training."""
+  done = max(resume.saved_updates(workdir, 'sft'), default=0)
+  return done < learned.updates(c.sft.steps, c.sft.epochs)
 
 
 def run_phases(

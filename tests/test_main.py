@@ -612,6 +612,19 @@ def test_run_that_does_not_fit_is_refused_first(
   assert not (tmp_path / 'run' / 'config.json').exists()
 
 
+def test_supervised_update_is_compiled_until_the_phase_is_done(
+  command, phases, monkeypatch
+):
+  compiled = []
+  monkeypatch.setattr(fits, 'check_sft', lambda *_: compiled.append(True))
+  phases(sft=lambda _: ({}, 2.0))
+  args = '--workdir=run', '--mode=sft', '--config.sft.steps=30'
+  for update, wanted in (0, 1), (29, 2), (30, 2):
+    pathlib.Path(f'run/sft/{update}').mkdir(parents=True)
+    command(*args)
+    assert len(compiled) == wanted
+
+
 def test_share_of_a_gpu_is_ours_or_the_users(monkeypatch):
   for name in fits.FRACTIONS:
     monkeypatch.delenv(name, raising=False)

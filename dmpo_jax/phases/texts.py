@@ -98,18 +98,16 @@ def text_rows(built: build.Built) -> tuple:
 
 def enumerate_texts(built: build.Built) -> Iterator[tuple[int, list[lessons.Text]]]:
   """Yields (number of the file, texts) of each dialogue, or of the task's problems."""
-  c, cfg, tokenizer = built.config, built.model, built.tokenizer
+  c, tokenizer = built.config, built.tokenizer
+  blocks = built.model.block_causal, c.model.attention_grid
   for k, name in enumerate(c.sft.path):
     for one in dialogues.read(name):
-      where = cfg.block_causal, c.model.attention_grid
-      yield k, lessons.texts_of(tokenizer, one, c.sft.turns, *where)
+      yield k, lessons.texts_of(tokenizer, one, c.sft.turns, *blocks)
   if c.sft.path:
     return
   found, end = build.problems(built, 'train'), data.turn_end(tokenizer)
   for at, example in enumerate(found.examples):
     prompt = found.tokens[at][found.valid[at]].tolist()
     learned = data.encode_end(tokenizer, built.task.target(example, c.data.style), end)
-    block = cfg.block_causal if c.model.attention_grid == 'prompt' else 0
-    lead = -len(prompt) % block if block else 0
-    text = lessons.Text(prompt, [0] * len(prompt), f'training problem {at}', lead)
+    text = lessons.asked(prompt, f'training problem {at}', *blocks)
     yield 0, [lessons.ended(tokenizer, text, learned)]

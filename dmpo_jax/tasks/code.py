@@ -64,13 +64,10 @@ MAX_TESTS = 200  # of a problem
 def _text(record: dict, name: str, where: str, default: str | None = None) -> str:
   """Returns a column's text; ValueError if it has none and there is no default."""
   value = record.get(name)
-  if value is None and default is not None:
-    return default
-  if not isinstance(value, str) or (default is None and not value.strip()):
-    raise ValueError(f'{where}: column {name} must hold text, it has {value!r}')
-  if half := datasets.HALF.search(value):
-    raise ValueError(f'{where}: column {name} has {half[0]!r}, half of a character')
-  return value
+  empty = value is None or (isinstance(value, str) and not value.strip())
+  if empty and default is not None:
+    return value or default
+  return datasets.checked_text(where, name, value, record)
 
 
 def _texts(record: dict, name: str, where: str) -> list[str]:

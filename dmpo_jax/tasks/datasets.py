@@ -64,12 +64,17 @@ def checked_text(where: str, name: str, value: Any, columns: Iterable[str]) -> s
       f'{where}: column {name} must hold text, it has {value!r} (the columns are '
       f'{", ".join(columns)})'
     )
-  if half := HALF.search(value):
+  return whole(where, f'column {name}', value)
+
+
+def whole(where: str, what: str, text: str) -> str:
+  """Returns a text; ValueError if it has half of a character, which UTF-8 has not."""
+  if half := HALF.search(text):
     raise ValueError(
-      f'{where}: column {name} has {half[0]!r}, which is half of a character '
+      f'{where}: {what} has {half[0]!r}, which is half of a character '
       '(of an emoji that was cut): write the whole character, or remove it'
     )
-  return value
+  return text
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:

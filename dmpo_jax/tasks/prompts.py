@@ -143,9 +143,7 @@ def _text(value: Any, where: str) -> str:
       f'{where}: the prompt must be a text, or messages; it is {value!r}: set '
       'data.prompt_column'
     )
-  if half := datasets.HALF.search(value):
-    raise ValueError(f'{where}: the prompt has {half[0]!r}, half of a character')
-  return value
+  return datasets.whole(where, 'the prompt', value)
 
 
 def _truth(verifier: str, value: Any, where: str) -> str:
