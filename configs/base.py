@@ -10,7 +10,7 @@ says only what differs; the command line sets any field with
 
 import ml_collections
 
-from dmpo_jax import config, curriculum, health, logprob, optim
+from dmpo_jax import config, control, curriculum, health, logprob, optim
 
 
 def get_config():
@@ -31,6 +31,7 @@ def get_config():
   c.logprob = section(logprob.LogprobConfig)  # estimates of log p_ref and log p_old
   c.train = section(config.Train)
   c.curriculum = section(curriculum.Config)
+  c.control = section(control.Config)
   c.optim = section(optim.Config)
   c.eval = section(config.Eval)
   c.eval.sampler = section(config.Sampler)  # greedy

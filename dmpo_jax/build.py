@@ -136,6 +136,7 @@ class Steps(NamedTuple):
 
   init: Callable  # () -> {'params': ...}
   init_lora: Callable  # () -> {'lora': ...}, or {} without adapters
+  init_control: Callable  # () -> {'control': ...}, or {} without a controller
   start: Callable  # trainable -> TrainState
   init_sft: Callable  # () -> {'lora': ...} of supervised training, or {}
   start_sft: Callable  # what supervised training changes -> TrainState
@@ -210,6 +211,7 @@ def build(c: Any, devices: Any = None) -> Built:
   steps = Steps(
     noted('model.checkpoint' * bool(c.model.checkpoint), init),
     noted('lora.path' * bool(c.lora.path), init_lora),
+    make_control(setup, grid),
     start,
     init_sft,
     start_sft,
@@ -325,6 +327,15 @@ def make_starts(
   )
 
 
+def make_control(setup: step.Setup, grid: Any) -> Callable:
+  """Returns () -> {'control': ...} at its start, on all devices; {} without one."""
+  law = setup.control
+  if not law:
+    return lambda: {}
+  make = lambda: {optim.CONTROL: law.init(setup.cfg.width)}
+  return Compiled(grid, make, out_shardings=mesh.shardings(jax.eval_shape(make), grid))
+
+
 def make_sft_starts(
   c: Any, cfg: model.ModelConfig, grid: Any
 ) -> tuple[Callable, Callable, Callable]:
@@ -361,20 +372,27 @@ def make_sample(
   The sampler of training, whose stream is 'sample', also notes each token's entropy.
   """
   hp, whole = check.settings(sampler.SampleConfig, section), gather_of(c, grid)
-  measure = stream == 'sample'
+  measure, law = stream == 'sample', parts.controller_of(c)
+  if law and not (measure or law.moves(section, c.eval.sampler)):
+    law = None
   asked = tuple(dict.fromkeys((*records, *['entropy'] * measure)))
 
   def sample(params, tokens, valid, row, seed):
     params = whole(params)
     keys_R = rng.row_keys(rng.key_for(seed, stream), row)
-    out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, asked)
+    control = bound = None
+    if law and optim.CONTROL in params:  # the base has none
+      drawn = rng.row_keys(rng.key_for(seed, 'control'), row) if measure else None
+      control = law.rows(cfg, params, (tokens, valid), hp, drawn)
+      bound = control.bound
+    out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, asked, bound)
     own = out.order != GIVEN
     stop = model.is_stop(cfg, out.tokens[:, -hp.length :]) & own
     more, entropy = out.more or {}, None
     if measure:
       entropy = more['entropy']
       more = {name: x for name, x in more.items() if name in (*records, 'order_logp')}
-    out = out._replace(more=more or None)
+    out = out._replace(more=more or None, control=control)
     return Sampled(out, masking.completion_mask(stop) & own, row, entropy)
 
   seed = np.uint32(c.seed)
@@ -548,19 +566,23 @@ def sharded(tree: Any, grid: Any) -> Any:
 def abstract_states(built: Built) -> tuple[Params, Any]:
   """Returns (frozen params, TrainState) as shapes."""
   c = built.config
-  return state_shapes(built, built.model, c.model.quantize, optimizer_of(c))
+  law, own = built.setup.control, {}
+  if law:
+    own = {optim.CONTROL: jax.eval_shape(lambda: law.init(built.model.width))}
+  return state_shapes(built, built.model, c.model.quantize, optimizer_of(c), own)
 
 
 def state_shapes(
-  built: Built, cfg: Any, kind: str, optimizer: Any
+  built: Built, cfg: Any, kind: str, optimizer: Any, own: Params | None = None
 ) -> tuple[Params, Any]:
   """Returns (frozen params, TrainState) of a network as shapes.
 
-  kind: quantization of the frozen params.
+  kind: quantization of the frozen params. own: what trains beside the network.
   """
   tree = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
   params = {'params': tree['params']}
   trainable = {'lora': tree['lora']} if cfg.lora_rank else params
+  trainable = {**trainable, **(own or {})}
   params = quantized_shapes(params, kind)
   state = jax.eval_shape(lambda x: step.init_state(x, optimizer), trainable)
   return sharded(params, built.mesh), sharded(state, built.mesh)
@@ -583,12 +605,14 @@ def abstract_references(built: Built, frozen: Params, state: Any) -> tuple:
   if check.plain_reference(c):
     return ()
 
+  trained = optim.of_model(state.trainable)
+
   def of_path(path):
     if path == 'base':  # the policy that RL starts from
-      return state.trainable if check.part(c, 'sft').goes_on else {}
+      return trained if check.part(c, 'sft').goes_on else {}
     if path == 'moving':
       return optim.reference_of(state.opt_state)
-    return state.trainable if is_adapter(path) else frozen
+    return trained if is_adapter(path) else frozen
 
   return tuple(map(of_path, c.reference.of))
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import hf, model, sampler
+from dmpo_jax import control, hf, model, sampler
 from dmpo_jax.config import (
   SECTIONS,
   TERMS,
@@ -155,7 +155,8 @@ def idle_between(c: Any) -> dict[str, str]:
     if (names := ' or '.join(n for n, other in TASKS.items() if term in other.terms))
   ]
   sections = (
-    'objective.', 'logprob.', 'reference.', 'optim.', 'train.', 'curriculum.'
+    'objective.', 'logprob.', 'reference.', 'optim.', 'train.', 'curriculum.',
+    'control.',
   )  # fmt: skip
   rl = [name for name in flatten(c) if name.startswith(sections)]
   rl = sorted({*rl} - {'objective.name', 'train.iterations'})
@@ -381,6 +382,32 @@ def resampling(c: Any) -> list[str]:
   return found
 
 
+def controlled(c: Any) -> list[str]:
+  """The pick rule has a number to learn, and the objective the weights for it."""
+  law, hp = settings(sampler.SampleConfig, c.sampler), part(c, 'control')
+  if not hp.on:
+    return []
+  if found := sampler.unbound(law):
+    return [f'{text} (control.on = True)' for text in found]
+  try:
+    control.start_of(law)
+  except ValueError as error:
+    return [str(error)]
+  own, wants = wanted(c)
+  name = c.objective.name
+  if hp.learn != 'gradient' and 'target' not in weighed(c, own)[1]:
+    return [
+      f'control.learn = {hp.learn} needs target weights, which objective.name = {name} '
+      'has not: set control.learn = gradient, or objective.name = dmpo'
+    ]
+  if hp.learn == 'joint' and set(wants.sequence) != {'old', 'ref'}:
+    return [
+      f'control.learn = joint needs log p_ref - log p_old in the weights of '
+      f'objective.name = {name}: set objective.alpha > 0'
+    ]
+  return []
+
+
 def trajectory(c: Any) -> list[str]:
   """Completions have a density along their recorded states."""
   s = c.sampler
@@ -535,7 +562,7 @@ def bounds(c: Any) -> list[str]:
       f'health.kl = {h.kl} needs health.measure = True: this objective works without '
       'log p_old or log p_ref'
     )
-  if h.ess and 'ess' not in weigh_metrics(c, hp):
+  if h.ess and 'ess' not in weighed(c, hp)[2]:
     found.append(
       f'health.ess = {h.ess}: objective.name = {c.objective.name} has no effective '
       'sample size, set 0'
@@ -543,8 +570,8 @@ def bounds(c: Any) -> list[str]:
   return found
 
 
-def weigh_metrics(c: Any, hp: Any) -> Any:
-  """Returns the metrics of an objective's `weigh`, as shapes."""
+def weighed(c: Any, hp: Any) -> Any:
+  """Returns what an objective's `weigh` returns, as shapes."""
   groups = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * 4
   guess = jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
   number, step = (jax.ShapeDtypeStruct((2, 1), x) for x in (jnp.float32, jnp.int32))
@@ -554,7 +581,7 @@ def weigh_metrics(c: Any, hp: Any) -> Any:
     steps = {'record': record, 'block': 0, 'tokens': record.order}
     return objective.weigh(Scored(*args, **steps), hp)
 
-  return jax.eval_shape(weigh, record, *groups, guess)[2]
+  return jax.eval_shape(weigh, record, *groups, guess)
 
 
 # Each rule, with the sections that must be right themselves before it can be asked.
@@ -570,6 +597,7 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   supervised: ('lora', 'model', 'sft'),
   objective_sampler: ('objective', 'sampler'),
   resampling: ('curriculum', 'data', 'train'),
+  controlled: ('control', 'objective', 'sampler'),
   old_policy: ('objective', 'logprob', 'lora'),
   reference: ('objective', 'reference'),
   bounds: ('objective', 'health'),

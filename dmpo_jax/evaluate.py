@@ -39,6 +39,8 @@ def accuracy(
     {
       'reward': float(reward),
       'forwards': row['batch_forwards'],
+      'row_forwards': row['forwards'],
+      **({'bound': row['bound']} if 'bound' in row else {}),
       **task.extra(row['text'], example),
     }
     for reward, row, example in zip(graded.reward, rows, examples, strict=True)
@@ -126,6 +128,7 @@ def complete(
       forwards=int(order[i].max()) + 1,
       tokens=int(host.completion[i].sum()),
       batch_forwards=int(host.forwards),
+      **({} if host.bound is None else {'bound': float(host.bound[i])}),
     )
     for i in range(len(row))
   ]

@@ -38,6 +38,7 @@ RULES = (
   (r'/(o|down)/a$', P(None, 'tensor', None)),
   (r'/(o|down)/b$', P(None, None, 'fsdp')),
   (r'(^|/)(scale|count|step)$', P()),
+  (r'(^|/)control/\w+$', P()),  # a few numbers of the sampler's controller
 )
 
 

@@ -56,8 +56,10 @@ METRICS = {
   'groups_skipped': 'share of groups left out by objective.skip_equal; 0 to 1',
   'resampled': 'further rounds of prompts by curriculum.resample; count',
   'groups_replaced': 'groups of equal rewards replaced by groups of those; per B',
-  # --- sampling (rl; eval: forwards)
+  # --- sampling (rl; eval: forwards, row_forwards, bound)
   'forwards': 'network evaluations to sample one batch; count',
+  'row_forwards': 'mean network evaluations that a completion needs itself; count',
+  'bound': "mean of the rows' own numbers of the pick rule; sampler.threshold, ..",
   'tokens_per_step': 'mean tokens that a forward reveals in a row; tokens',
   'tokens_per_forward/': 'share of forwards that reveal so many tokens; 0 to 1',
   'confidence': 'mean probability of a token when it is revealed; 0 to 1',
@@ -79,6 +81,15 @@ METRICS = {
   'logp_old': 'mean log p_old of a completion; nats',
   'logp_ref': 'mean log p_ref of a completion; nats',
   'kl_ref': 'mean of log p_old - log p_ref, an estimate of the KL; nats',
+  # --- the controller of the sampler (rl; update: mean, sigma, ratio, grad_norm)
+  'control/bound': 'mean number that the pick rule sees; sampler.threshold, ..',
+  'control/bound_std': 'standard deviation of that number over the rows; the same',
+  'control/u': 'mean of the action u that the number is made of; real number',
+  'control/u_std': 'standard deviation of u over the rows; real number',
+  'control/mean': 'mean over the rows of the mean of u; real number',
+  'control/sigma': 'standard deviation of the law of u; real number',
+  'control/ratio_log_abs': 'mean absolute log-ratio of the law of u to the old; nats',
+  'control/grad_norm': "norm of the controller's gradient; norm",
   # --- updates (update, sft)
   'loss': 'training loss; its scale depends on the objective',
   'grad_norm': 'norm of the gradient before clipping; norm',

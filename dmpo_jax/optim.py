@@ -35,6 +35,16 @@ class Config(rules.Section):
   clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
 
 
+CONTROL = 'control'  # the controller's entry beside the model in a tree of parameters
+
+
+class Beside(NamedTuple):
+  """Optimizer state of the model, and of the sampler's controller."""
+
+  model: Any
+  control: Any
+
+
 DECAYS: dict[str, Callable[[float], float]] = {
   'constant': lambda done: 1.0,
   'linear': lambda done: 1 - done,
@@ -78,6 +88,35 @@ def make_optimizer(
   return optax.chain(*parts)
 
 
+def of_model(tree: Params) -> Params:
+  """Returns parameters without those of the sampler's controller."""
+  return {name: x for name, x in tree.items() if name != CONTROL}
+
+
+def of_control(tree: Params) -> Params:
+  """Returns the parameters of the sampler's controller; {} if there is none."""
+  return {name: x for name, x in tree.items() if name == CONTROL}
+
+
+def beside(
+  first: optax.GradientTransformation, second: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Returns an optimizer of the model and another one of the controller.
+
+  Their gradients are of other sizes, so they share neither clipping nor a rate.
+  """
+
+  def init(params: Any) -> Any:
+    return Beside(first.init(of_model(params)), second.init(of_control(params)))
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    done: Any = first.update(of_model(updates), state.model, of_model(params))
+    own: Any = second.update(of_control(updates), state.control, of_control(params))
+    return {**done[0], **own[0]}, Beside(done[1], own[1])
+
+  return optax.GradientTransformation(init, update)
+
+
 def reference_of(opt_state: Any) -> Params:
   """Returns the moving reference, shaped as the trainable parameters."""
   return optax.tree.get(opt_state, 'reference')
@@ -94,7 +133,7 @@ def follow(old: TrainState, new: TrainState, every: int, mix: float) -> TrainSta
   reference = jax.tree.map(
     lambda r, x: jnp.where(due, mix * x + (1 - mix) * r, r).astype(r.dtype),
     reference_of(new.opt_state),
-    new.trainable,
+    of_model(new.trainable),
   )
   return new._replace(opt_state=optax.tree.set(new.opt_state, reference=reference))
 

@@ -10,7 +10,20 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dmpo_jax import check, config, data, hf, masking, model, optim, sampler, step
+import optax
+
+from dmpo_jax import (
+  check,
+  config,
+  control,
+  data,
+  hf,
+  masking,
+  model,
+  optim,
+  sampler,
+  step,
+)
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
@@ -155,9 +168,12 @@ def check_targets(cfg: model.ModelConfig, field: str = 'lora.targets') -> None:
 def optimizer_of(c: Any, lr: Any = None) -> Any:
   """Returns RL's optimizer, with the moving reference if there is one.
 
-  lr may be traced; None = optim.lr.
+  lr may be traced; None = optim.lr. The controller has its own Adam beside it.
   """
-  return optim.make_optimizer(c.optim, lr, hold='moving' in c.reference.of)
+  model_ = optim.make_optimizer(c.optim, lr, hold='moving' in c.reference.of)
+  if not c.control.on:
+    return model_
+  return optim.beside(model_, optax.adam(c.control.lr, b1=0.9, b2=0.99))
 
 
 def sft_config(c: Any, cfg: model.ModelConfig) -> model.ModelConfig:
@@ -223,7 +239,15 @@ def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup
     mean=c.reference.mean,
     clip=c.reference.clip,
     moves=(c.reference.every, c.reference.mix) if 'moving' in c.reference.of else None,
+    control=controller_of(c),
   )
+
+
+def controller_of(c: Any) -> control.Controller | None:
+  """Returns the law of the rows' own numbers of the pick rule; None: they have none."""
+  hp = check.settings(control.Config, c.control)
+  law = check.settings(SampleConfig, c.sampler)
+  return control.Controller(hp, law) if hp.on else None
 
 
 # --- references

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from dmpo_jax import build, check, checkpoint, files, mesh, metrics
+from dmpo_jax import build, check, checkpoint, files, mesh, metrics, optim
 from dmpo_jax.health import State
 from dmpo_jax.types import Params
 
@@ -87,11 +87,13 @@ def refuse_swapped(
 def policy_of(built: build.Built, base: Params) -> tuple[Params, Params]:
   """Returns (trainable, frozen): what RL changes, and what it leaves.
 
-  base: as `trained_base` returns it; RL goes on with its adapters, if it has any.
+  base: as `trained_base` returns it; RL goes on with its adapters, if it has any. The
+  sampler's controller, if there is one, is new.
   """
+  control = built.steps.init_control()
   if 'lora' in base:
-    return {'lora': base['lora']}, {'params': base['params']}
-  return built.steps.init_lora() or base, base
+    return {'lora': base['lora'], **control}, {'params': base['params']}
+  return {**(built.steps.init_lora() or base), **control}, base
 
 
 def sft_start(built: build.Built) -> tuple[Params, Params]:
@@ -226,7 +228,8 @@ def mixed(params: Params, base: Params, mix: float) -> Params:
     )
   if 'lora' not in params:
     between = lambda old, new: (old + mix * (new - old)).astype(old.dtype)
-    return jax.tree.map(between, base, params)
+    mean = jax.tree.map(between, base, optim.of_model(params))
+    return {**mean, **optim.of_control(params)}
   scaled = lambda path, x: mix * x if mesh.path_of(path).endswith('/b') else x
   lora = jax.tree_util.tree_map_with_path(scaled, params['lora'])
   return {**params, 'lora': lora}

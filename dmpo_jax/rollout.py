@@ -43,14 +43,19 @@ class Fetched(NamedTuple):
   row: Array  # (R,) int32, addresses of the rows' random numbers
   guess: Array | None  # (R, K, L) int32; None: not asked for
   entropy: Array | None = None  # (R, L) float32; None: not measured
+  bound: Array | None = (
+    None  # (R,) float32, rows' own numbers of the pick rule; or None
+  )
 
 
 def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
   """Fetches a buffer, and cuts its completions out."""
   r, done = sampled.rollouts, sampled.completion
   both = r.confidence, sampled.entropy
-  found = mesh.fetch((r.tokens, r.order, r.forwards, done, *both, sampled.row, guess))
-  tokens, order, forwards, completion, confidence, entropy, row, guess = found
+  bound = r.control.bound if r.control else None
+  asked = *both, sampled.row, guess, bound
+  found = mesh.fetch((r.tokens, r.order, r.forwards, done, *asked))
+  tokens, order, forwards, completion, confidence, entropy, row, guess, bound = found
   cut = lambda x, fill: data.after_given(order, x, fill)
   return Fetched(
     cut(tokens[:, -order.shape[1] :], eos_id),
@@ -61,6 +66,7 @@ def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
     row,
     guess,
     entropy if entropy is None else cut(entropy, 0.0),
+    bound,
   )
 
 
@@ -378,6 +384,7 @@ def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
     'grades_failed': len(graded.failed),
     'length': float(np.mean(host.completion.sum(axis=1))),
     'forwards': int(host.forwards),
+    'row_forwards': float(np.mean(host.order.max(axis=1) + 1)),
     **unmasking_metrics(host.order, host.confidence),
     **token_metrics(host),
   }

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import logprob, mesh, rng
+from dmpo_jax.objectives.shared import advantages
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.step import Rows, Setup, canvas_of, draw, view
 from dmpo_jax.types import (
   Array,
+  Control,
   FloatB,
   FloatBG,
   FloatR,
@@ -256,6 +258,58 @@ def guesses(policy: Params, sampled: Sampled, loss_key: AnyKey, setup: Setup) ->
 # --- weights
 
 
+def steered(scored: Scored, sampled: Sampled, setup: Setup) -> tuple[Scored, Scored]:
+  """Returns what the tokens and what the controller is weighed by.
+
+  The controller pays for forwards: policy gradients by reward, target weights by their
+  exponent. The tokens do with control.tokens alone.
+  """
+  law, rows = setup.control, sampled.rollouts.control
+  assert law is not None and rows is not None
+  group = scored.reward.shape[1]
+  cost = to_groups(law.nats(sampled.rollouts.order), group)
+  paid = scored._replace(cost=cost)
+  by_reward = setup.objective.strength(setup.hp) is None
+  if law.hp.learn == 'gradient' or by_reward:
+    paid = paid._replace(reward=scored.reward * (1 - cost))
+  if law.hp.learn == 'joint':
+    old, first = rows.logp, law.first_logp(rows.u)
+    paid = paid._replace(
+      logp_old=scored.logp_old + to_groups(old, group),
+      logp_ref=scored.logp_ref + to_groups(first, group),
+    )
+  if not law.hp.tokens:
+    return scored, paid
+  if law.hp.learn == 'joint' or by_reward:
+    return paid, paid
+  return scored._replace(cost=cost), paid
+
+
+def control_rows(
+  paid: Scored, sampled: Sampled, setup: Setup, share_B: FloatB | None
+) -> tuple[Control, dict]:
+  """Returns the controller's rows of a TrainBatch, and metrics.
+
+  paid: of `steered`. Groups of equal rewards count: their forwards differ.
+  """
+  law, rows = setup.control, sampled.rollouts.control
+  assert law is not None and rows is not None
+  share = 1.0 if share_B is None else share_B[:, None]
+  if law.hp.learn == 'gradient':
+    weight = share * advantages(paid.reward, 'loo') / paid.reward.shape[1]
+    out = rows._replace(weight=to_rows(weight))
+  else:
+    weight = share * setup.objective.weigh(paid, setup.hp)[1]['target']
+    level = jnp.broadcast_to(jnp.mean(weight, axis=1, keepdims=True), weight.shape)
+    out = rows._replace(weight=to_rows(weight), level=to_rows(level))
+  return out, {
+    'control/bound': jnp.mean(rows.bound),
+    'control/bound_std': jnp.std(rows.bound),
+    'control/u': jnp.mean(rows.u),
+    'control/u_std': jnp.std(rows.u),
+  }
+
+
 def pack(
   sampled: Sampled,
   reward_BxG: FloatBG,
@@ -292,6 +346,10 @@ def pack(
     rows.record,
     **steps,
   )
+  control, numbers = None, {}
+  if setup.control:
+    scored, paid = steered(scored, sampled, setup)
+    control, numbers = control_rows(paid, sampled, setup, share_B)
   weight, own, metrics = setup.objective.weigh(scored, setup.hp)
   if skip:
     alive_B = live_B.astype(jnp.float32)
@@ -310,8 +368,9 @@ def pack(
     total=jnp.float32(len(sampled.row)),
     old=scores.old,
     ref=scores.ref,
+    control=control,
   )
-  return batch, {**metrics, **logp_metrics(scores)}
+  return batch, {**metrics, **logp_metrics(scores), **numbers}
 
 
 def logp_metrics(scores: Scores) -> dict:

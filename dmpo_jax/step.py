@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from dmpo_jax import logprob, masking, model, optim, rng
+from dmpo_jax.control import Controller
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.mesh import join_rows, split_rows
 from dmpo_jax.model import ModelConfig
-from dmpo_jax.objectives.shared import Common
+from dmpo_jax.objectives.shared import Common, surrogate
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.types import (
@@ -63,6 +64,7 @@ class Setup:
   clip: float = 0.0  # nats that a log p_k may lie off the first's; 0 = any
   optimizer: Any = None  # an optax.GradientTransformation
   moves: tuple[int, float] | None = None  # (every, mix) of a moving reference
+  control: Controller | None = None  # None: all rows have the sampler's own number
 
   @property
   def wants(self) -> Wants:
@@ -166,6 +168,32 @@ def anchor(setup: Setup, params: Params, batch: TrainBatch, key: AnyKey) -> Arra
   return -common.elbo_coef * jnp.sum(elbo) / batch.total
 
 
+def steer(law: Controller, trainable: Params, batch: TrainBatch) -> tuple[Array, dict]:
+  """Returns the controller's loss, and metrics that add up over microbatches.
+
+  gradient: -sum of weight times the clipped ratio. Else the cross-entropy with the
+  target weights. There the ratio times `level` is a control variate: the mean of its
+  gradient is zero under the law that drew u.
+  """
+  params, rows = trainable[optim.CONTROL], batch.control
+  assert rows is not None and rows.weight is not None
+  mean, sigma = law.mean(params, rows.features, len(rows.u)), law.sigma(params)
+  logp = law.logp(rows.u, mean, sigma)
+  gap = logp - rows.logp
+  if rows.level is None:
+    gain = surrogate(gap, rows.weight, law.hp.clip, law.hp.clip)
+  else:
+    gain = rows.weight * logp - rows.level * jnp.exp(jnp.minimum(gap, 20.0))
+  loss = -jnp.sum(gain) / batch.norm
+  if law.hp.learn_sigma:
+    loss += law.hp.pull * jnp.sum(law.kl(mean, sigma)) / batch.total
+  return loss, {
+    'control/mean': jnp.sum(mean) / batch.total,
+    'control/sigma': sigma * len(mean) / batch.total,
+    'control/ratio_log_abs': jnp.sum(jnp.abs(gap)) / batch.total,
+  }
+
+
 def reweighed(
   setup: Setup, params: Params, batch: TrainBatch, key: AnyKey
 ) -> TrainBatch:
@@ -216,6 +244,9 @@ def train_step(
       metrics = {**metrics, 'elbo_drift': gap / part.total}
     if setup.common.elbo_coef:
       loss += anchor(setup, params, part, key)
+    if setup.control:
+      value, numbers = steer(setup.control, trainable, part)
+      loss, metrics = loss + value, {**metrics, **numbers}
     return loss, metrics
 
   parts = split_batch(batch, setup.microbatches)
@@ -239,11 +270,13 @@ def update(
   shapes = jax.eval_shape(grad_fn, state.trainable, first)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes[0], shapes[1]))
   (loss, metrics, grad), _ = jax.lax.scan(add, zeros, parts)
-  norm = optax.tree.norm(grad)
+  norm = optax.tree.norm(optim.of_model(grad))
+  if own := optim.of_control(grad):
+    metrics = {**metrics, 'control/grad_norm': optax.tree.norm(own)}
   updates, opt_state = optimizer.update(grad, state.opt_state, state.trainable)
   trainable: Any = optax.apply_updates(state.trainable, updates)
   new = TrainState(state.step + 1, trainable, opt_state)
-  finite = jnp.isfinite(loss + norm + optax.tree.norm(updates))
+  finite = jnp.isfinite(loss + optax.tree.norm(grad) + optax.tree.norm(updates))
   new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
   numbers = {'loss': loss, 'grad_norm': norm, 'finite': finite.astype(jnp.float32)}
   return new, {**metrics, **numbers}

@@ -50,6 +50,7 @@ FloatRW = Float[Array, 'R W']
 BoolRW = Bool[Array, 'R W']
 IntRKL = Int[Array, 'R K L']
 FloatRK = Float[Array, 'R K']
+FloatRD = Float[Array, 'R D']
 FloatRKL = Float[Array, 'R K L']
 BoolRKL = Bool[Array, 'R K L']
 BoolRKP = Bool[Array, 'R K P']
@@ -121,6 +122,19 @@ class Prompts(NamedTuple):
   index: IntB  # row of the data set, by which rewards find the answer
 
 
+class Control(NamedTuple):
+  """The rows' own numbers of the pick rule, as control.Controller has drawn them."""
+
+  bound: FloatR  # what the rule sees
+  u: FloatR  # the action that it is made of
+  logp: FloatR  # log-density of u under the law that drew it
+  features: FloatRD | None  # what the mean of u depends on; None: nothing
+  weight: FloatR | None = None  # in a TrainBatch: factor of log pi(u)
+  # In a TrainBatch, with target weights: their mean over the group, the factor of the
+  # control variate.
+  level: FloatR | None = None
+
+
 class Rollouts(NamedTuple):
   """Completions and how the sampler unmasked them."""
 
@@ -134,6 +148,7 @@ class Rollouts(NamedTuple):
   forwards: IntScalar | None  # network evaluations spent on the batch
   confidence: FloatRL  # probability at temperature 1 at that step
   more: dict[str, Array] | None = None  # (R, L) each, by name in sampler.RECORDS
+  control: Control | None = None  # None: all rows have the sampler's own number
 
 
 class Given(NamedTuple):
@@ -277,12 +292,18 @@ class Scored(NamedTuple):
   record: Record = NOT_ASKED
   block: int = NOT_ASKED
   tokens: IntRL = NOT_ASKED  # the rows' completions
+  cost: FloatBG | None = NOT_ASKED  # nats that each one's forwards cost; see `cost_of`
 
   __getattribute__ = _asked_for
 
   def live_of(self) -> 'BoolB | None':
     """Returns the groups that count; None where all do."""
     return self._asdict()['live']
+
+  def cost_of(self) -> 'FloatBG | float':
+    """Returns what the exponent of target weights loses by forwards, nats."""
+    cost = self._asdict()['cost']
+    return 0.0 if cost is None else cost
 
 
 class TrainBatch(NamedTuple):
@@ -300,11 +321,14 @@ class TrainBatch(NamedTuple):
   record: Record = NOT_ASKED  # only if Wants.records is set
   old: Views = Views()
   ref: Views = Views()
+  control: Control | None = None  # see Rollouts.control
 
 
 class TrainState(NamedTuple):
   step: IntScalar  # optimizer updates so far
-  trainable: Params  # {'params': ...} or {'lora': ...}
+  trainable: (
+    Params  # {'params': ...} or {'lora': ...}, and {'control': ...} if it is on
+  )
   opt_state: Any  # optax state of `trainable`
 
 

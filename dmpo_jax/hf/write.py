@@ -326,9 +326,18 @@ def export(
   if jax.process_index() == 0:
     os.replace(partial, folder)
   warn(kind, kept, c.model.quantize)
+  left = {}
+  if 'control' in params:
+    left['left_out'] = 'the controller of sampler.' + c.sampler.pick
+    logging.warning(
+      "%s stays in the run's checkpoints: no file of this format holds it, so the "
+      'exported model samples with the fixed number of its config (docs/control.md)',
+      left['left_out'],
+    )
   return {
     'folder': folder,
     'format': kind,
+    **left,
     'max_logit_difference': float(np.max(np.abs(after - before))),
     'max_logit': float(np.max(np.abs(before))),
     **({} if kept is None else {'update_kept': kept}),
@@ -375,7 +384,7 @@ def changed(params: Params, base: Params) -> bool:
     return any(
       bool(jnp.any(x)) for path, x in moved if mesh.path_of(path).endswith('/b')
     )
-  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True)
+  pairs = zip(*(jax.tree.leaves(x['params']) for x in (params, base)), strict=True)
   return any(bool(jnp.any(x != y)) for x, y in pairs)
 
 

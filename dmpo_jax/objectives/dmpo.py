@@ -214,7 +214,10 @@ def weigh(scored: Scored, hp: Config) -> tuple[FloatBG, dict, dict]:
   coef = hp.coef
   if hp.ess:
     coef = adaptive_coef(scored.reward, log_rnd, hp.alpha, hp.ess)
-  target, negative = target_weights(scored.reward, log_rnd, hp.alpha, coef)
+  # A cost in nats, as a reward: with alpha = 0 the exponent is coef times the reward.
+  unit = hp.alpha or 1 / jnp.reshape(jnp.asarray(coef, jnp.float32), (-1, 1))
+  paid = scored.reward - unit * scored.cost_of()
+  target, negative = target_weights(paid, log_rnd, hp.alpha, coef)
   baseline = {'group': 1 / target.shape[-1], 'individual': negative}
   weight = target - hp.strength * baseline.get(hp.baseline, 0.0)
   if hp.loss == 'ddo':  # its second term takes all completions alike

@@ -26,9 +26,8 @@ class Config(shared.Settings):
 
 def weigh(scored: Scored, hp: Config) -> tuple:
   """Returns signed weights (B, G), no further row values, and metrics."""
-  plus, minus = dmpo.target_weights(
-    scored.reward, jnp.zeros_like(scored.reward), hp.alpha
-  )
+  paid = scored.reward - hp.alpha * scored.cost_of()
+  plus, minus = dmpo.target_weights(paid, jnp.zeros_like(paid), hp.alpha)
   metrics = {'ess': jnp.mean(dmpo.effective_size(plus))}
   return plus - hp.strength * minus, {}, metrics
 

@@ -33,7 +33,8 @@ from dmpo_jax.types import (
 
 __all__ = [
   'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Recorder', 'SampleConfig', 'Sampler',
-  'at_once', 'follow', 'following', 'generate', 'picks', 'sample', 'unmask',
+  'at_once', 'follow', 'following', 'generate', 'picks', 'sample',
+  'unbound', 'unmask',
 ]  # fmt: skip
 
 SAMPLERS.update(
@@ -83,14 +84,19 @@ def sample(
   keys_R: KeyR,
   hp: SampleConfig,
   records: Sequence[str] = (),
+  bound_R: FloatR | None = None,
 ) -> Rollouts:
   """Samples one completion per row; keys_R are the rows' own keys.
 
-  records: names in RECORDS, for Rollouts.more (None without names).
-  ValueError if hp has problems, or if prompt and completion exceed the model's
-  positions.
+  records: names in RECORDS, for Rollouts.more (None without names). bound_R: each
+  row's own threshold, factor or entropy_bound, whichever the pick rule reads; None:
+  that of hp. ValueError if hp has problems, if prompt and completion exceed the
+  model's positions, or if the rule has no such number.
   """
-  if problems := hp.problems():
+  problems = hp.problems()
+  if bound_R is not None:
+    problems += unbound(hp)
+  if problems:
     raise ValueError('; '.join(problems))
   prompt = prompts_RxP.shape[1]
   if prompt + hp.length > cfg.positions:
@@ -107,7 +113,14 @@ def sample(
   loop = begun(canvas, given, records)
   # 2. Steps until every mask that must go is gone.
   setting = unmask.Setting(
-    cfg, params, hp, valid, prompt, keys_R, {name: RECORDS[name] for name in records}
+    cfg,
+    params,
+    hp,
+    valid,
+    prompt,
+    keys_R,
+    {name: RECORDS[name] for name in records},
+    bound=bound_R,
   )
   loop = loop_of(hp, len(canvas))(setting, loop)
   # 3. Where eos_stop has left a mask stands EOS, which belongs to no step.
@@ -123,6 +136,23 @@ def sample(
     confidence=loop.confidence,
     more=loop.more or None,
   )
+
+
+def unbound(hp: SampleConfig) -> list[str]:
+  """Returns why rows cannot have a number of their own; [] = they can."""
+  found = []
+  if not SAMPLERS[hp.pick].bound:
+    have = ', '.join(name for name, x in SAMPLERS.items() if x.bound)
+    found.append(
+      f'sampler.pick = {hp.pick} has no number that a row may have of its own: set one '
+      f'of {have}'
+    )
+  if hp.order_logp:
+    found.append(
+      'sampler.order_logp = True takes one threshold for all rows, here each has its '
+      'own: set False, with sampler.rank = max'
+    )
+  return found
 
 
 def begun(canvas_RxS: IntRS, given_RxL: BoolRL, records: Sequence[str]) -> unmask.Loop:

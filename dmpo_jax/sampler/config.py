@@ -21,6 +21,7 @@ class Sampler:
   judged: bool = False  # ranks by the confidence that sampler.rank selects
   drawn: bool = False  # chooses positions by noise
   reads: tuple[str, ...] = ()  # settings that few samplers read, and this one does
+  bound: str = ''  # the setting of which each row may have its own; '' = none
   records: bool = True  # Rollouts.order tells the state of every step
   plain: bool = True  # its forward can have a cache, guidance, splash attention
   # SampleConfig -> one sentence for each setting that does not fit this sampler.

@@ -32,6 +32,7 @@ class Look(NamedTuple):
   share: FloatR  # the same, as a share of the masked positions
   noise: FloatRW  # uniform on (0, 1)
   alone: BoolR | None = None  # rows that take their window's first token alone
+  bound: FloatR | None = None  # each row's own Pick.bound; None: the settings'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Pick(Sampler):
   """A sampler that is a rule within the loops of unmask.py."""
 
   rule: Callable[[Look, SampleConfig], BoolRW]
+
+
+def bound_of(look: Look, hp: SampleConfig) -> Array:
+  """Returns the number of the rule: one for all rows, or (R, 1) of each its own."""
+  if look.bound is None:
+    return getattr(hp, PICKS[hp.pick].bound)
+  return look.bound[:, None]
 
 
 def schedule(
@@ -187,7 +195,7 @@ def pick_threshold(look: Look, hp: SampleConfig) -> BoolRW:
   Where there is none it takes the most confident, or with fallback = leftmost
   the first mask (Fork-dLLM).
   """
-  over = look.masked & (look.confidence >= hp.threshold)
+  over = look.masked & (look.confidence >= bound_of(look, hp))
   score = look.confidence
   if hp.fallback == 'leftmost':
     score = jnp.zeros_like(score)  # ties go to the lowest position
@@ -228,9 +236,8 @@ def longest_prefix(
 def pick_factor(look: Look, hp: SampleConfig) -> BoolRW:
   """Takes the longest prefix c_1 >= c_2 .. with c_j >= 1 - factor/(j+1)
   (Fast-dLLM)."""
-  return longest_prefix(
-    look, look.confidence, lambda c, j: c >= 1 - hp.factor / (j + 2)
-  )
+  factor = bound_of(look, hp)
+  return longest_prefix(look, look.confidence, lambda c, j: c >= 1 - factor / (j + 2))
 
 
 def pick_entropy(look: Look, hp: SampleConfig) -> BoolRW:
@@ -238,7 +245,7 @@ def pick_entropy(look: Look, hp: SampleConfig) -> BoolRW:
 
   def accept(negative, rank):
     entropy = jnp.where(jnp.isfinite(negative), -negative, jnp.inf)
-    return jnp.cumsum(entropy, axis=1) - entropy <= hp.entropy_bound
+    return jnp.cumsum(entropy, axis=1) - entropy <= bound_of(look, hp)
 
   return longest_prefix(look, -entropy_of(look.prob), accept)
 
@@ -250,15 +257,20 @@ PICKS: dict[str, Pick] = {
   'random': Pick(pick_random, scheduled=True, drawn=True),
   'random_order': Pick(pick_random_order, drawn=True),
   'threshold': Pick(
-    pick_threshold, judged=True, reads=('threshold', 'fallback', 'order_logp')
+    pick_threshold,
+    judged=True,
+    reads=('threshold', 'fallback', 'order_logp'),
+    bound='threshold',
   ),
-  'factor': Pick(pick_factor, judged=True, reads=('factor',)),
+  'factor': Pick(pick_factor, judged=True, reads=('factor',), bound='factor'),
   'dynamic': Pick(
     pick_dynamic, scheduled=True, judged=True, reads=('threshold', 'order_logp')
   ),
   'sequential': Pick(pick_sequential, scheduled=True),
   'margin': Pick(pick_margin, scheduled=True, scored=True),
-  'entropy': Pick(pick_entropy, reads=('entropy_bound', 'rank_law')),
+  'entropy': Pick(
+    pick_entropy, reads=('entropy_bound', 'rank_law'), bound='entropy_bound'
+  ),
   'lowest_entropy': Pick(pick_lowest_entropy, scheduled=True, scored=True),
   'origin': Pick(pick_origin, scheduled=True, drawn=True),
   'plackett_luce': Pick(

@@ -29,7 +29,8 @@ def entropy(look: picks.Look, take: BoolRW, hp: SampleConfig) -> FloatRW:
 
 def fallback(look: picks.Look, take: BoolRW, hp: SampleConfig) -> BoolRW:
   """Returns True where pick threshold found no token confident enough."""
-  sure = look.masked & (look.confidence >= hp.threshold)
+  number = hp.threshold if look.bound is None else look.bound[:, None]
+  sure = look.masked & (look.confidence >= number)
   return jnp.broadcast_to(~jnp.any(sure, 1, keepdims=True), take.shape)
 
 

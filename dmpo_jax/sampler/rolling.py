@@ -23,8 +23,7 @@ class Batch(NamedTuple):
   """What the slots work on. G shards have S / G slots and R / G rows each."""
 
   state: blocks.State  # of the slots
-  valid: t.Array  # (S, P + L) bool
-  keys: t.Array  # (S, ...) data of the rows' keys
+  own: tuple  # of the slots' rows: Setting.valid, data of .keys, .bound
   row: t.Array  # (G, S / G) row of the shard that a slot works on; R / G: none
   begun: t.Array  # (G,) rows that have had a slot
   rows: Loop  # of all R rows: as they begin, then as they ended
@@ -64,8 +63,8 @@ def by_slot(setting: Setting, loop: Loop) -> Loop:
   parts, rows = mesh.row_shards(), len(loop.tokens)
   slots = setting.hp.slots // parts
   first = jnp.broadcast_to(jnp.arange(slots)[None], (parts, slots))
-  state, valid, keys = begin(setting, loop, first)
-  batch = Batch(state, valid, keys, first, jnp.full((parts,), slots), loop)
+  state, own = begin(setting, loop, first)
+  batch = Batch(state, own, first, jnp.full((parts,), slots), loop)
   # A prompt is computed for several slots at once: it costs many steps of a slot.
   few = max(1, slots // 8) if setting.hp.cache == 'block' else 1
   waiting = lambda batch: batch.begun < rows // parts
@@ -89,40 +88,44 @@ def by_slot(setting: Setting, loop: Loop) -> Loop:
   return batch.rows._replace(forwards=batch.state.loop.forwards)
 
 
-def of_rows(setting: Setting, valid: Array, keys: Array) -> Setting:
-  """Returns the setting of other rows; keys: the data of theirs."""
+def own_of(setting: Setting) -> tuple:
+  """Returns what the rows of a setting have of their own, as plain arrays."""
+  return setting.valid, jax.random.key_data(setting.keys), setting.bound
+
+
+def of_rows(setting: Setting, own: tuple) -> Setting:
+  """Returns the setting of other rows; own: as `own_of` returns it."""
+  valid, keys, bound = own
   keys = jax.random.wrap_key_data(keys, impl=jax.random.key_impl(setting.keys))
-  return dataclasses.replace(setting, valid=valid, keys=keys)
+  return dataclasses.replace(setting, valid=valid, keys=keys, bound=bound)
 
 
 def live_of(setting: Setting, batch: Batch) -> t.Array:
   """Returns which slots work on a row that has not ended, (S,) bool."""
-  setting = of_rows(setting, batch.valid, batch.keys)
+  setting = of_rows(setting, batch.own)
   left = unmask.remaining(setting, batch.state.loop)
   return jnp.any(left, axis=1)
 
 
 def step(setting: Setting, batch: Batch) -> Batch:
   """Takes one step of every slot."""
-  setting, state = of_rows(setting, batch.valid, batch.keys), batch.state
+  setting, state = of_rows(setting, batch.own), batch.state
   if setting.hp.cache == 'block':
     return batch._replace(state=blocks.step(setting, state))
   loop = unmask.step_each_row(setting, state.loop)
   return batch._replace(state=state._replace(loop=loop))
 
 
-def begin(
-  setting: Setting, rows: Loop, at_GxN: Array
-) -> tuple[blocks.State, Array, Array]:
-  """Returns the state of rows that begin, what is no padding, and their keys' data."""
+def begin(setting: Setting, rows: Loop, at_GxN: Array) -> tuple[blocks.State, tuple]:
+  """Returns the state of rows that begin, and what they have of their own."""
   of = lambda x: take(x, at_GxN)
-  valid, keys = of(setting.valid), of(jax.random.key_data(setting.keys))
+  own = jax.tree.map(of, own_of(setting))
   forwards, rows = rows.forwards, rows._replace(forwards=None)
   loop = jax.tree.map(of, rows)._replace(forwards=forwards)
-  setting = of_rows(setting, valid, keys)
+  setting = of_rows(setting, own)
   if setting.hp.cache == 'block':
-    return blocks.begin(setting, loop), valid, keys
-  return blocks.State(loop, None, loop.count), valid, keys
+    return blocks.begin(setting, loop), own
+  return blocks.State(loop, None, loop.count), own
 
 
 def fill(setting: Setting, batch: Batch, count: int) -> Batch:
@@ -137,9 +140,7 @@ def fill(setting: Setting, batch: Batch, count: int) -> Batch:
   new = batch.begun[:, None] + jnp.arange(count)[None]
   used = jnp.take_along_axis(free, slot, axis=1) & (new < size)
   slot = jnp.where(used, slot, slots)
-  state, valid, keys = begin(
-    setting, rows._replace(forwards=batch.state.loop.forwards), new
-  )
+  state, own = begin(setting, rows._replace(forwards=batch.state.loop.forwards), new)
   loop = put_loop(batch.state.loop, slot, state.loop)
   loop = loop._replace(forwards=state.loop.forwards)
   cache = batch.state.cache
@@ -149,8 +150,7 @@ def fill(setting: Setting, batch: Batch, count: int) -> Batch:
   done = put(batch.state.done, slot, state.done)
   return Batch(
     blocks.State(loop, cache, done),
-    put(batch.valid, slot, valid),
-    put(batch.keys, slot, keys),
+    jax.tree.map(lambda x, new: put(x, slot, new), batch.own, own),
     put(row.ravel(), slot, new.ravel()).reshape(row.shape),
     batch.begun + jnp.sum(used, axis=1),
     rows,
@@ -162,12 +162,11 @@ def in_pieces(setting: Setting, loop: Loop) -> Loop:
   count = len(loop.tokens) // setting.hp.slots
 
   def one(piece: Any) -> Loop:
-    loop, valid, keys = piece
+    loop, own = piece
     loop = loop._replace(forwards=jnp.int32(0))
-    return unmask.by_rule(of_rows(setting, valid, keys), loop)
+    return unmask.by_rule(of_rows(setting, own), loop)
 
-  keys = jax.random.key_data(setting.keys)
-  whole = loop._replace(forwards=None), setting.valid, keys
+  whole = loop._replace(forwards=None), own_of(setting)
   done = jax.lax.map(one, jax.tree.map(lambda x: mesh.split_rows(x, count), whole))
   forwards, done = jnp.sum(done.forwards), done._replace(forwards=None)
   return jax.tree.map(mesh.join_rows, done)._replace(forwards=forwards)

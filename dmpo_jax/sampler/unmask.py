@@ -39,6 +39,7 @@ class Setting:
   keys: t.KeyR
   records: dict[str, Recorder]  # what Loop.more records
   forced: t.IntRS | None = None  # tokens to reveal instead of the proposals
+  bound: t.FloatR | None = None  # each row's own number of the rule, see picks.Look
 
 
 class Loop(NamedTuple):
@@ -240,10 +241,12 @@ def reveal(
     return reveal_by(setting, loop, seen, start_R, live_R)
 
   def of_piece(part: tuple) -> Loop:
-    h, valid, keys, forced, own, start_R, live_R = part
+    h, valid, keys, forced, bound, own, start_R, live_R = part
     h = h.reshape(-1, *h.shape[2:])
     logits = model.logits_of(setting.cfg, setting.params, h, setting.hp.guidance)
-    few = dataclasses.replace(setting, valid=valid, keys=keys, forced=forced)
+    few = dataclasses.replace(
+      setting, valid=valid, keys=keys, forced=forced, bound=bound
+    )
     own = own._replace(forwards=loop.forwards)
     done = reveal_by(few, own, logits, start_R, live_R)
     return done._replace(forwards=jnp.zeros_like(start_R))
@@ -251,7 +254,8 @@ def reveal(
   h = seen.reshape(rows, -1, *seen.shape[1:])  # with guidance two for each row
   own = loop._replace(forwards=jnp.zeros_like(start_R))  # all have a row axis
   keys = jax.random.clone(setting.keys)  # each step cuts them in pieces again
-  parts = h, setting.valid, keys, setting.forced, own, start_R, live_R
+  rows_ = setting.valid, keys, setting.forced, setting.bound
+  parts = h, *rows_, own, start_R, live_R
   done = mesh.in_microbatches(of_piece, parts, count)
   return done._replace(forwards=loop.forwards + 1)
 
@@ -320,7 +324,7 @@ def propose(
   quota, share = picks.schedule(hp, masked, loop.since)
   prob = jax.nn.softmax(judged, axis=-1)
   alone = first_alone(setting, start_R, masked)
-  look = picks.Look(prob, confidence, masked, quota, share, noise, alone)
+  look = picks.Look(prob, confidence, masked, quota, share, noise, alone, setting.bound)
   return Proposal(token, model.logp_of(law, token), own, look, start_R, live_R)
 
 

@@ -27,6 +27,8 @@ from dmpo_jax.tasks import find
 from dmpo_jax.tools import provenance, saved
 from dmpo_jax.types import Params, Task
 
+# Numbers of a completion whose mean is on the card.
+SPENT = ('forwards', 'batch_forwards', 'tokens', 'bound')
 SUBSETS = (2, 4, 5, 8, 10, 16, 32, 64, 100, 128, 256)  # k of pass@k
 PACKAGES = ('jax', 'flax', 'numpy', 'transformers', 'math-verify')
 
@@ -267,7 +269,7 @@ def numbers_of(
   texts = [row['text'] for row in rows]
   graded = grader.judge(task, protocol, texts, examples, weights)
   spent = [
-    {name: row[name] for name in ('forwards', 'tokens')}
+    {name: row[name] for name in SPENT if name in row}
     for row in rows
     if 'forwards' in row
   ]
@@ -280,6 +282,8 @@ def numbers_of(
     'grades_failed': len(graded.failed),
     **mean_of(spent or [{}]),
   }
+  if 'bound' in out:  # each problem's own number of the pick rule
+    out['bound_std'] = float(np.std([row['bound'] for row in spent]))
   out['interval'] = wilson(out['accuracy'], out['problems'])
   groups, problems = {}, {}
   for row, example, grade in zip(rows, examples, graded.grades, strict=True):
