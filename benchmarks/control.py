@@ -92,7 +92,7 @@ def judged(model, bound):
     'accuracy': float(np.mean(graded.grades)),
     'row': float(np.mean([row['forwards'] for row in rows])),
     'batch': float(np.mean([row['batch_forwards'] for row in rows])),
-    'bound': float(np.mean([row.get('bound', bound) for row in rows])),
+    'bound': float(np.mean([row.get('bound', bound or 0.0) for row in rows])),
   }
 
 

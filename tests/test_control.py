@@ -37,6 +37,7 @@ from dmpo_jax import (
   evaluate,
   hf,
   logprob,
+  mesh,
   model,
   resume,
   rng,
@@ -341,10 +342,7 @@ OWN = [
   *itertools.product(NUMBERS, ('none', 'prefix', 'dual', 'block'), (0,)),
   *(('threshold', cache, 3) for cache in ('none', 'prefix', 'block')),
 ]
-QUICK = [
-  ('threshold', 'none', 0), ('entropy', 'dual', 0), ('factor', 'block', 0),
-  ('threshold', 'block', 3),
-]  # fmt: skip
+QUICK = [('threshold', 'none', 0), ('factor', 'block', 0)]
 
 
 @pytest.mark.parametrize('pick, cache, slots', mostly_slow(OWN, QUICK))
@@ -401,21 +399,23 @@ def test_features_are_the_prompts_alone(block, tiny, weights):
   params, hp = weights(cfg), SampleConfig(8, 4, 8, 1.0, 'threshold', rank='max')
   prompts = jax.random.randint(jax.random.key(0), (4, 7), 0, 8)
   valid = jnp.arange(7)[None] >= jnp.array([0, 3, 1, 6])[:, None]
-  out = control.features(cfg, params, prompts, valid, hp)
-  assert out.shape == (4, cfg.width)
-  np.testing.assert_allclose(np.mean(out, 1), 0, atol=1e-5)
-  np.testing.assert_allclose(np.std(out, 1), 1, atol=1e-3)
-  for i, pad in enumerate((0, 3, 1, 6)):
-    row = prompts[i : i + 1, pad:]
-    alone = control.features(cfg, params, row, row == row, hp)
-    np.testing.assert_allclose(out[i], alone[0], atol=2e-4)
-    # By hand: the mean state of the prompt's tokens before masks, whole or a block's.
-    masks = jnp.full((1, 8), cfg.mask_id, jnp.int32)
-    h = model.hidden(cfg, params, jnp.concatenate([row, masks], 1))[0][0]
-    h = np.asarray(h, np.float64)[: 7 - pad].mean(0)
-    np.testing.assert_allclose(out[i], (h - h.mean()) / h.std(), atol=2e-3)
-  few = control.features(cfg, params, prompts, valid, dataclasses.replace(hp, slots=2))
-  np.testing.assert_allclose(few, out, atol=1e-5)
+  seen = jax.jit(
+    lambda prompts, valid, hp=hp: control.features(cfg, params, prompts, valid, hp)
+  )
+  out = seen(prompts, valid)
+  np.testing.assert_allclose(np.mean(out, 1), np.zeros(4), atol=1e-5)
+  np.testing.assert_allclose(np.std(out, 1), np.ones(4), atol=1e-3)
+  row = prompts[1:2, 3:]
+  np.testing.assert_allclose(out[1], seen(row, row == row)[0], atol=2e-4)
+  pieces = dataclasses.replace(hp, slots=2)
+  few = jax.jit(lambda *args: control.features(cfg, params, *args, pieces))
+  np.testing.assert_allclose(few(prompts, valid), out, atol=1e-5)
+  # By hand: the mean state of the prompt's tokens before masks, whole or a block's.
+  masks = jnp.full((1, 8), cfg.mask_id, jnp.int32)
+  text = jnp.concatenate([row, masks], 1)
+  h = jax.jit(lambda text: model.hidden(cfg, params, text)[0])(text)
+  h = np.asarray(h, np.float64)[0, :4].mean(0)
+  np.testing.assert_allclose(out[1], (h - h.mean()) / h.std(), atol=2e-3)
 
 
 # --- a run
@@ -463,7 +463,10 @@ def test_run_learns_and_resumes_to_the_bit(finished, steered, base_params, tmp_p
   assert float(final['control']['offset']) != pytest.approx(logit(0.1))
   assert np.abs(final['control']['slope']).max() > 0
   places = (
-    ('graded', lambda part: watched(part, stop_at('reward', 11 + 8 + 8 + 11 + 3, interrupt))),
+    (
+      'graded',
+      lambda part: watched(part, stop_at('reward', 11 + 8 + 8 + 11 + 3, interrupt)),
+    ),
     ('trained', lambda part: fail_at(part, INNER + 2, interrupt)),
   )
   for name, stopped in places:
@@ -506,6 +509,7 @@ def test_metrics_and_evaluation_of_a_run(finished, steered, base_params, tmp_pat
   assert 'bound' not in generate(final, steered.steps.sampler_of(asked))
 
 
+@pytest.mark.slow
 def test_controller_is_left_out_of_an_export_and_kept_by_mix(
   finished, steered, base_params, tmp_path
 ):
@@ -522,16 +526,20 @@ def test_controller_is_left_out_of_an_export_and_kept_by_mix(
 
 @pytest.mark.slow
 def test_devices_change_no_number(steered, finished):
-  """One device and eight draw the same u and the same tokens."""
+  """One device, eight, and eight by pmap draw the same u and the same tokens."""
   _, final, _ = finished
   held = build.problems(steered, 'train')
   row = np.arange(8, dtype=np.int32)
   found = []
-  for built in (steered, build.build(steered.config, jax.devices()[:1])):
-    out = built.steps.sample(final, held.tokens[:8], held.valid[:8], row)
+  one = build.build(steered.config, jax.devices()[:1])
+  pmap = build.build(vary(steered, sampler={'parallel': 'pmap'}).config)
+  for built in (steered, one, pmap):
+    params = jax.device_put(final, mesh.replicated(built.mesh))
+    out = built.steps.sample(params, held.tokens[:8], held.valid[:8], row)
     found.append(jax.device_get(out.rollouts))
-  np.testing.assert_allclose(found[0].control.u, found[1].control.u, atol=1e-6)
-  np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+  for other in found[1:]:
+    np.testing.assert_allclose(found[0].control.u, other.control.u, atol=1e-6)
+    np.testing.assert_array_equal(found[0].tokens, other.tokens)
 
 
 @pytest.mark.slow

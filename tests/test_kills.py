@@ -53,9 +53,19 @@ def private_files():
   os.umask(before)
 
 
+# A number of its own for each row, which a checkpoint between updates must hold.
+CONTROL = {
+  'control.on': True,
+  'sampler.pick': 'threshold',
+  'sampler.threshold': 0.1,
+  'checkpoint.every': 1,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.long
-def test_killed_run_ends_as_the_whole_one(one_device, private_files, tmp_path):
+@pytest.mark.parametrize('more', [{}, CONTROL], ids=['plain', 'control'])
+def test_killed_run_ends_as_the_whole_one(more, one_device, private_files, tmp_path):
   """Every file is equal to the bit, and none is readable by others."""
   folder = tmp_path / 'kills'
   result = kills.main(
@@ -63,7 +73,7 @@ def test_killed_run_ends_as_the_whole_one(one_device, private_files, tmp_path):
       f'--folder={folder}',
       '--kills=3',
       '--seed=1',
-      *(f'--config.{name}={value}' for name, value in TINY.items()),
+      *(f'--config.{name}={value}' for name, value in (TINY | more).items()),
     ]
   )
   assert result['kills'] == sum(result['phases'].values()) == 3
