@@ -2,11 +2,13 @@
 
 python -m benchmarks.control --out=runs/control [--seeds=3] [--iterations=40]
 
-For each seed a supervised base of the quickstart, and two runs from it: one with the
-fixed entropy bound of its config, one with the controller (docs/control.md). Both final
-policies answer the test problems greedily at each of BOUNDS, the second one also at
-its controller's mean. What is done is not done again: the same command goes on where
-it was stopped. Prints a row of Markdown for each, means and ranges over the seeds.
+For each seed a supervised base of the quickstart, and a run of each of ARMS from it:
+with the fixed entropy bound of its config, with a larger one, with the controller
+(docs/control.md). The final policies answer the test problems greedily at each of
+BOUNDS, the last one also at its controller's mean. What is done is not done again: the
+same command goes on where it was stopped. Prints a row of Markdown for each, means and
+ranges over the seeds; then for each fixed arm its accuracy at the controller's forwards
+of a row, between the two nearest bounds, and how much the controller's is above.
 """
 
 import argparse
@@ -21,7 +23,11 @@ from dmpo_jax import api, build, config, evaluate, files, grader, optim
 
 START = 0.02  # the quickstart's bound
 BOUNDS = (0.005, 0.02, 0.08, 0.3, 1.0, 3.0)
-ARMS = ('fixed', 'controller')
+ARMS = {
+  'fixed': {},
+  'larger': {'sampler.entropy_bound': 0.1},
+  'controller': {'control.on': True},
+}
 HEADER = (
   '| trained with | judged with | accuracy | forwards of a row | of a batch |\n'
   '|---|---|---|---|---|'
@@ -67,8 +73,8 @@ def trained(args, seed, arm):
     {
       'model.checkpoint': base_of(args, seed),
       'sft.steps': 0,
-      'control.on': arm == 'controller',
       'control.cost': args.cost,
+      **ARMS[arm],
     },
   )
   return api.in_workdir(
@@ -122,6 +128,25 @@ def show(found):
       print(f'| {arm} | {name} | {" | ".join(texts)} |', flush=True)
 
 
+def at_forwards(points_, forwards):
+  """Returns the accuracy of a fixed arm at a number of forwards, by interpolation."""
+  pairs = sorted((x['row'], x['accuracy']) for x in points_.values())
+  return float(np.interp(forwards, *zip(*pairs, strict=True)))
+
+
+def gains(found):
+  """Prints what the controller is above the fixed arms at its own forwards."""
+  for arm in ARMS:
+    if arm == 'controller':
+      continue
+    texts = []
+    for fixed, own in zip(found[arm], found['controller'], strict=True):
+      mine = own['controller']
+      there = at_forwards(fixed, mine['row'])
+      texts.append(f'{there:.3f} ({mine["accuracy"] - there:+.3f})')
+    print(f'{arm} at the forwards of the controller: {", ".join(texts)}')
+
+
 def main():
   parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument('--out', required=True, help='folder of all runs')
@@ -136,6 +161,7 @@ def main():
       found[arm].append(points(args, seed, arm))
     print(f'seed {seed}: {found["controller"][-1]["controller"]}', flush=True)
   show(found)
+  gains(found)
 
 
 if __name__ == '__main__':

@@ -328,9 +328,8 @@ def pack(
   groups, group = reward_BxG.shape
   grouped = lambda x: None if x is None else to_groups(x, group)
   skip = setup.common.skip_equal
-  live_B: Any = None
-  if skip:
-    live_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
+  differ_B = jnp.max(reward_BxG, axis=1) > jnp.min(reward_BxG, axis=1)
+  live_B: Any = differ_B if skip else None
   rows: Any = rows_of(sampled, setup)
   steps: dict[str, Any] = {}
   if setup.wants.records is not None:

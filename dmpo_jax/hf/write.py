@@ -325,27 +325,27 @@ def export(
   mesh.agree(False)
   if jax.process_index() == 0:
     os.replace(partial, folder)
-  warn(kind, kept, c.model.quantize)
-  left = {}
-  if 'control' in params:
-    left['left_out'] = 'the controller of sampler.' + c.sampler.pick
-    logging.warning(
-      "%s stays in the run's checkpoints: no file of this format holds it, so the "
-      'exported model samples with the fixed number of its config (docs/control.md)',
-      left['left_out'],
-    )
+  warn(kind, kept, c.model.quantize, 'control' in params)
   return {
     'folder': folder,
     'format': kind,
-    **left,
+    **({'left_out': 'control'} if 'control' in params else {}),
     'max_logit_difference': float(np.max(np.abs(after - before))),
     'max_logit': float(np.max(np.abs(before))),
     **({} if kept is None else {'update_kept': kept}),
   }
 
 
-def warn(kind: str, kept: float | None, quantize: str) -> None:
-  """Warns where the export is not quite the policy that was trained."""
+def warn(kind: str, kept: float | None, quantize: str, control: bool) -> None:
+  """Warns where the export is not quite the policy that was trained.
+
+  control: whether the run has a controller of its sampler.
+  """
+  if control:
+    logging.warning(
+      "the controller (control.on) stays in the run's checkpoints: no file of this "
+      'format holds it, so the export samples with the fixed number of its config'
+    )
   if kept is not None and kept < KEPT:
     logging.warning(
       'only %.1f %% of the weights that the adapters change still differ from the base '
