@@ -131,7 +131,8 @@ def show(found):
 def at_forwards(points_, forwards):
   """Returns the accuracy of a fixed arm at a number of forwards, by interpolation."""
   pairs = sorted((x['row'], x['accuracy']) for x in points_.values())
-  return float(np.interp(forwards, *zip(*pairs, strict=True)))
+  spent, accuracy = zip(*pairs, strict=True)
+  return float(np.interp(forwards, spent, accuracy))
 
 
 def gains(found):
