@@ -28,6 +28,12 @@ from dmpo_jax.tools import provenance, saved
 from dmpo_jax.types import Params, Task
 
 SUBSETS = (2, 4, 5, 8, 10, 16, 32, 64, 100, 128, 256)  # k of pass@k
+# Of a completion: the forwards and tokens of its row, and with drafts those of the
+# batch, too.
+SPENT = ('forwards', 'tokens')
+DRAFTED = (
+  'batch_forwards', 'draft_forwards', 'draft_batch_forwards', 'offered', 'kept'
+)  # fmt: skip
 PACKAGES = ('jax', 'flax', 'numpy', 'transformers', 'math-verify')
 
 
@@ -139,8 +145,10 @@ def source_of(built: build.Built, params: Params) -> dict[str, Any]:
   """Returns what generations depend on: config fields, and a digest of `params`."""
   free = (*check.FREE, 'eval.lengths', 'eval.every', 'reward.')
   fields = check.plain(built.config)
+  built.steps.read_draft()  # it notes its digest
   return {
     'parameters': int(built.steps.digest(params)),
+    **{name: x for name, x in built.read.items() if name.startswith('draft.')},
     **{name: value for name, value in fields.items() if not name.startswith(free)},
   }
 
@@ -267,7 +275,7 @@ def numbers_of(
   texts = [row['text'] for row in rows]
   graded = grader.judge(task, protocol, texts, examples, weights)
   spent = [
-    {name: row[name] for name in ('forwards', 'tokens')}
+    {name: row[name] for name in SPENT + DRAFTED * ('offered' in row)}
     for row in rows
     if 'forwards' in row
   ]
@@ -280,6 +288,8 @@ def numbers_of(
     'grades_failed': len(graded.failed),
     **mean_of(spent or [{}]),
   }
+  if out.get('offered'):
+    out['acceptance'] = out['kept'] / out['offered']
   out['interval'] = wilson(out['accuracy'], out['problems'])
   groups, problems = {}, {}
   for row, example, grade in zip(rows, examples, graded.grades, strict=True):
@@ -354,6 +364,7 @@ def card(
     'adapter': c.lora.path,
     **numbers,
     **section.to_dict(),
+    **drafts_of(c),
     'samples': c.eval.samples,
     'batch': c.eval.batch,
     'seed': c.seed,
@@ -365,6 +376,14 @@ def card(
     'date': datetime.date.today().isoformat(),
     'versions': provenance.versions(PACKAGES),
   }
+
+
+def drafts_of(c: Any) -> dict[str, Any]:
+  """Returns the settings of drafts that have an effect; {} without drafts."""
+  idle = config.part(c, 'draft').idle()
+  fields = {name: x for name, x in c.draft.items() if name not in idle}
+  fields.pop('rollouts', None)
+  return {f'draft.{name}': x for name, x in fields.items()} if c.draft.of else {}
 
 
 def generations(
