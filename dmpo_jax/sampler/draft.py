@@ -19,7 +19,9 @@ class Draft(rules.Section):
     'gate': rules.one_of(*GATES),
     'ahead': rules.least(1),
     'tokens': rules.least(1),
-    'temperature': rules.least(-1),
+    'temperature': lambda x: (
+      '' if x == -1 else rules.least(0)(x) and "must be >= 0, or -1: the sampler's"
+    ),
     'threshold': rules.share,
   }
 

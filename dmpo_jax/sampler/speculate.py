@@ -128,7 +128,8 @@ def by_confidence(
 ) -> tuple[State, t.BoolR]:
   """Keeps blocks to whose tokens the model, given all others, gives enough chance.
 
-  One forward with a shadow of the block (model.shadow_logits) reads all of them.
+  One forward with a shadow of the block (model.shadow_logits) reads all of them, as
+  WINO does: a token's shadow does not see it, but sees others that do.
   """
   tokens = state.mine.tokens
   start_R = jnp.full((len(tokens),), start, jnp.int32)
