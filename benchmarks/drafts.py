@@ -16,7 +16,7 @@ import os
 import numpy as np
 
 from configs import quickstart
-from dmpo_jax import build, config, hf, resume, runner
+from dmpo_jax import config, hf, resume, runner
 from dmpo_jax.tools import cards
 
 SMALL = {'model.width': 32, 'model.layers': 1, 'model.heads': 2, 'model.mlp': 64}
@@ -26,13 +26,14 @@ BOLD = {'draft.of': 'same', 'draft.threshold': 0.3}
 CONFIDENCE = {'draft.gate': 'confidence', 'draft.bound': 0.7}
 REWARD = {'draft.gate': 'reward', 'draft.bound': 1.0}
 EXACT = {'draft.gate': 'exact', 'draft.ahead': 4}
-# Of the first of each kind the temperature is 0, of the last ones it is 1.
 WAYS = {
   'the model alone': GREEDY,
   'the small one alone': GREEDY,
+  'the model alone, threshold 0.3': GREEDY | {'eval.sampler.threshold': 0.3},
   'small draft, confidence 0.7': GREEDY | CONFIDENCE,
   'small draft, no rule broken': GREEDY | REWARD,
   'small draft, exact': GREEDY | EXACT,
+  'small draft, exact, one a step': GREEDY | EXACT | {'draft.pick': 'confidence'},
   'bold draft, confidence 0.7': GREEDY | BOLD | CONFIDENCE,
   'bold draft, no rule broken': GREEDY | BOLD | REWARD,
   'bold draft, exact': GREEDY | BOLD | EXACT,

@@ -212,7 +212,7 @@ def build(c: Any, devices: Any = None) -> Built:
 
     return reading if field else call
 
-  if who:
+  if who and parts.own_draft(c):
     who = who._replace(read=functools.cache(noted('draft.of', who.read)))
   steps = Steps(
     noted('model.checkpoint' * bool(c.model.checkpoint), init),
@@ -221,7 +221,9 @@ def build(c: Any, devices: Any = None) -> Built:
     init_sft,
     start_sft,
     merge,
-    make_sample(c, c.sampler, Use('sample', setup.wants.records or ()), (cfg, grid), who),
+    make_sample(
+      c, c.sampler, Use('sample', setup.wants.records or ()), (cfg, grid), who
+    ),
     make_sample(c, c.eval.sampler, Use('evaluate'), (cfg, grid), who),
     lambda section: make_sample(c, section, Use('evaluate'), (cfg, grid), who),
     lambda program: make_texts(c, program, cfg, grid),
@@ -416,7 +418,7 @@ class Drafting(NamedTuple):
   gate: drafting.Gate | None  # of texts; None: the gate is a function of arrays
 
   def both(self, params: Any) -> tuple[Params, Params]:
-    """Returns the policy's weights and the draft's, of (policy, what `read` returns)."""
+    """Returns (the policy's weights, the draft's) of (policy, what `read` returns)."""
     policy, theirs = params
     if not theirs:
       base = self.drafter.how.of == 'base'
@@ -462,9 +464,7 @@ class Drafted(Compiled):
     def sample(params, tokens, valid, row, seed):
       return noted(program.whole(weights(params), tokens, valid, row, seed), row)
 
-    super().__init__(
-      program.grid, sample, last=(seed,), by_row=(1, 2, 3), **options
-    )
+    super().__init__(program.grid, sample, last=(seed,), by_row=(1, 2, 3), **options)
 
     def step(fn, by_row=(), **options):
       name = lambda params, *args: fn(weights(params), *args)
@@ -733,7 +733,9 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
   refs = abstract_references(built, frozen, state)
   prompts = abstract_prompts(built, c.train.prompts * c.train.group, prompt)
   use = Use('sample', built.setup.wants.records or ())
-  jit = make_sample(c, jit_section(c.sampler), use, (built.model, built.mesh), built.who)
+  jit = make_sample(
+    c, jit_section(c.sampler), use, (built.model, built.mesh), built.who
+  )
   sampled = jit.shapes({**frozen, **state.trainable}, *prompts)
   # Functions of their own: those in built.steps may be wrapped.
   score, pack, *_ = make_training(c, built.mesh, built.setup)

@@ -517,8 +517,8 @@ SECTIONS = {
   'model': Model, 'lora': Lora, 'data': Data, 'reward': Reward, 'sft': Sft,
   'sampler': Sampler, 'reference': Reference, 'logprob': logprob.LogprobConfig,
   'train': Train, 'curriculum': curriculum.Config, 'optim': optim.Config,
-  'eval': Eval, 'eval.sampler': Sampler, 'draft': sampler.Draft, 'checkpoint': Checkpoint,
-  'health': health.Config, 'mesh': Mesh, 'log': Log,
+  'eval': Eval, 'eval.sampler': Sampler, 'draft': sampler.Draft,
+  'checkpoint': Checkpoint, 'health': health.Config, 'mesh': Mesh, 'log': Log,
 }  # fmt: skip
 
 

@@ -15,16 +15,7 @@ import numpy as np
 from dmpo_jax import data, mesh, model, rng, sampler
 from dmpo_jax.sampler import Draft, Drafter, SampleConfig, speculate, unmask
 from dmpo_jax.tasks import answers, rewards
-from dmpo_jax.types import (
-  BoolR,
-  BoolRP,
-  BoolRS,
-  IntR,
-  IntRP,
-  Params,
-  Rollouts,
-  Task,
-)
+from dmpo_jax.types import BoolR, BoolRP, BoolRS, IntR, IntRP, Params, Rollouts, Task
 
 # --- the compiled steps
 
@@ -58,8 +49,8 @@ class Program:
     self, params: Params, tokens: IntRP, valid: BoolRP, row: IntR, seed: Any
   ) -> tuple[unmask.Setting, unmask.Loop]:
     keys_R = self.keys(row, seed)
-    args = self.cfg, params, tokens, valid, keys_R, self.hp
-    return sampler.opened(*args, self.records)
+    args = self.cfg, params, tokens, valid, keys_R, self.hp, self.records
+    return sampler.opened(*args)
 
   def whole(
     self, params: tuple, tokens: IntRP, valid: BoolRP, row: IntR, seed: Any
@@ -79,8 +70,8 @@ class Program:
     prompt = carry.valid.shape[1] - self.hp.length
     known = {name: sampler.RECORDS[name] for name in carry.state.loop.more}
     keys_R = self.keys(carry.row, seed)
-    args = self.cfg, params, self.hp, carry.valid, prompt, keys_R
-    return unmask.Setting(*args, known)
+    args = self.cfg, params, self.hp, carry.valid, prompt, keys_R, known
+    return unmask.Setting(*args)
 
   def propose(
     self, span: int, params: tuple, carry: Carry, start: Any, seed: Any
@@ -94,9 +85,9 @@ class Program:
     self, span: int, params: tuple, carry: Carry, start: Any, *verdict: Any
   ) -> Carry:
     """verdict: `before` of propose, the rows that are kept, the run's seed."""
-    *how, seed = verdict
+    before, keep, seed = verdict
     own = self.setting(params[0], carry, seed)
-    state = speculate.settle(own, (start, span), *how, carry.state)
+    state = speculate.settle(own, (start, span), before, keep, carry.state)
     return self.by_row(carry._replace(state=state))
 
   def end(self, params: tuple, carry: Carry, seed: Any) -> Rollouts:

@@ -244,7 +244,7 @@ def draft_config(c: Any, cfg: model.ModelConfig, tokenizer: Any) -> model.ModelC
   if of == 'same':
     return cfg
   plain = dataclasses.replace(cfg, lora_rank=0)
-  if of in sampler.draft.OWN_WEIGHTS:
+  if of in sampler.OWN_WEIGHTS:
     return plain
   folder = hf.locate(of, False)
   theirs = hf.read_config(folder, attention_block(c))
@@ -283,7 +283,7 @@ def drafter_of(c: Any, cfg: model.ModelConfig, tokenizer: Any) -> sampler.Drafte
 
 def own_draft(c: Any) -> bool:
   """Returns whether the draft has weights that are read from files."""
-  return c.draft.of not in sampler.draft.OWN_WEIGHTS
+  return c.draft.of not in sampler.OWN_WEIGHTS
 
 
 # --- references

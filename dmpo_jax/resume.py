@@ -16,7 +16,6 @@ from dmpo_jax import build, check, checkpoint, files, mesh, metrics
 from dmpo_jax.health import State
 from dmpo_jax.types import Params
 
-
 USER_FILES = ('data.task', 'reward.file', 'draft.judge')
 
 

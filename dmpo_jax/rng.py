@@ -18,8 +18,16 @@ AnyKey = Key[Any, '']
 STREAMS = dict(init=0, lora=1, sample=2, score=3, mask=4, sft=5, evaluate=6, adapt=7)
 # Uses inside one stream and step, beside its rows.
 SUBSTREAMS = dict(
-  dropout=0, anchor=1, fresh=2, prompt=3, order=4, turns=5, held_out=6, anneal=7,
-  draft=8, verdict=9,
+  dropout=0,
+  anchor=1,
+  fresh=2,
+  prompt=3,
+  order=4,
+  turns=5,
+  held_out=6,
+  anneal=7,
+  draft=8,
+  verdict=9,
 )
 # Rows are counted from 0 over the whole run; none reaches the largest int32.
 NO_ROW = 2**31 - 1

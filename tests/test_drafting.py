@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import interrupt, run, same_run, stop_at, watched
+from tiny_run import interrupt, run, same_run, stop_at
 
 from configs import base
 from dmpo_jax import build, check, config, evaluate, fits, hf, mesh, resume, step
@@ -19,11 +19,11 @@ from dmpo_jax.tools import cards
 from dmpo_jax.types import Canvas, Record, Scored, Text, TrainBatch, ViewLogp
 
 pytest_plugins = ['tiny_run']
-JUDGE = '''
+JUDGE = """
 def lengths(prompts, completions, solution, **_):
   assert all(len(s) == 16 for s in solution) and prompts
   return [{0} for text in completions]
-'''
+"""
 
 
 def settings(**fields):
@@ -48,9 +48,7 @@ def test_the_host_judges_blocks(tmp_path):
   one, c = {}, settings()
   built = build.build(c)
   params, test = built.steps.init(), build.problems(built, 'test')
-  plain = list(
-    evaluate.generate(built, params, test, built.steps.sample_eval, 8, 0)
-  )
+  plain = list(evaluate.generate(built, params, test, built.steps.sample_eval, 8, 0))
   texts = {'none': 'None', 'all': '1.0', 'some': 'sum(map(ord, text)) % 2'}
   for name, value in texts.items():
     fields = {'draft.of': 'same', 'draft.pick': 'entropy', 'reward.process': 'trainer'}
@@ -100,7 +98,9 @@ def test_partial_answers():
 # --- training
 
 
-@pytest.mark.parametrize('gate', ['reward', pytest.param('exact', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'gate', ['reward', pytest.param('exact', marks=pytest.mark.slow)]
+)
 def test_drafts_in_training(gate, base_params, tmp_path, plain_saves):
   """A run with drafts resumes to the bit. Its batches know what a draft wrote, and the
   loss does not see it."""

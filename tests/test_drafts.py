@@ -13,7 +13,6 @@ from test_sampler import chi_square
 
 from dmpo_jax import logprob, model, rng, sampler
 from dmpo_jax.sampler import Draft, Drafter, SampleConfig, speculate
-from dmpo_jax.types import GIVEN
 
 ROWS, PROMPT, LENGTH, BLOCK = 6000, (1, 2), 4, 2
 CFG = model.ModelConfig(
@@ -152,10 +151,7 @@ def gated(mine, theirs, keep):
   return {y: keep(y) * theirs.get(y, 0) + refused * p for y, p in mine.items()}
 
 
-FAMILIES = {
-  'whole text': CFG,
-  'blocks': dataclasses.replace(CFG, block_causal=2),
-}
+FAMILIES = {'whole text': CFG, 'blocks': dataclasses.replace(CFG, block_causal=2)}
 
 
 @pytest.mark.parametrize('family', slow_but(FAMILIES, ['blocks']))
@@ -163,7 +159,7 @@ def test_law_of_a_gate(family, policies):
   """Completions come as often as law (A) says. What is recorded is the log-prob of the
   refused blocks alone, and scoring gives it back; the ratio to another model is one of
   normalised laws."""
-  cfg, (old, theirs, ref) = FAMILIES[family], policies
+  cfg, (old, theirs, _) = FAMILIES[family], policies
   run = sampling(HOW, cfg, gate=odd)
 
   @jax.jit

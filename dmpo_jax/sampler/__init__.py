@@ -23,7 +23,7 @@ from dmpo_jax.sampler import (
   wino,
 )
 from dmpo_jax.sampler.config import SAMPLERS, SampleConfig, Sampler, at_once
-from dmpo_jax.sampler.draft import Draft
+from dmpo_jax.sampler.draft import OWN_WEIGHTS, Draft
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
 from dmpo_jax.sampler.speculate import Drafter
@@ -43,9 +43,9 @@ from dmpo_jax.types import (
 )
 
 __all__ = [
-  'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Draft', 'Drafter', 'Recorder',
-  'SampleConfig', 'Sampler', 'at_once', 'closed', 'finished', 'follow', 'following',
-  'generate', 'opened', 'picks', 'sample', 'speculate', 'unmask', 'with_drafts',
+  'NAMES', 'OWN_WEIGHTS', 'PICKS', 'RECORDS', 'SAMPLERS', 'Draft', 'Drafter',
+  'Recorder', 'SampleConfig', 'Sampler', 'at_once', 'closed', 'finished', 'follow',
+  'following', 'generate', 'opened', 'picks', 'sample', 'speculate', 'unmask', 'with_drafts',
 ]  # fmt: skip
 
 SAMPLERS.update(

@@ -73,7 +73,7 @@ class Draft(rules.Section):
       found.append(f'draft.bound = {self.bound} is a probability: set at most 1')
     if self.judge not in JUDGES and '.py' not in self.judge:
       found.append(
-        f'draft.judge = {self.judge!r} must be one of {", ".join(JUDGES)} or FILE.py:NAME'
+        f'draft.judge = {self.judge!r} must be {", ".join(JUDGES)} or FILE.py:NAME'
       )
     if not found and self.of and self.gate == 'exact' and SAMPLERS[self.pick].drawn:
       found.append(

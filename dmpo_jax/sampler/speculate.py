@@ -265,7 +265,9 @@ def draft_steps(
 ) -> tuple[Loop, Steps]:
   """Takes up to so many steps of the draft; K is the first axis of what it returns."""
   step = partial(draft_step, theirs, start)
-  empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, mine)[1])
+  empty = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, mine)[1]
+  )
 
   def one(mine: Loop, _: None) -> tuple[Loop, Steps]:
     left = jnp.any(inside(theirs, start) & unmask.remaining(theirs, mine))
