@@ -80,8 +80,8 @@ def test_partial_answers():
   """A grid that is not finished breaks no rule, or its wrong cells count."""
   task, example = TASKS['sudoku'], {'puzzle': '1000' + '0' * 12}
   for text, score in {
-    '': 1, '1': 1, '1234': 1, '123431': 1, '2': 0, '11': 0, '1x': 0.5, '1233': 0.5,
-    '12342': 0.8, '1234143': 1 - 3 / 7, '<reasoning> 99': 1,
+    '': 1, '1': 1, '1234': 1, '12343': 1, '123431': 2 / 3, '2': 0, '11': 0, '1x': 0.5, '1233': 0.5,
+    '12342': 0.6, '1234143': 1 - 4 / 7, '<reasoning> 99': 1,
     '<reasoning>x</reasoning>\n<answer>\n1224': 0.5, '12 34\n34': 1,
   }.items():  # fmt: skip
     assert task.partial(text, example) == pytest.approx(score), text
@@ -275,8 +275,8 @@ REFUSED = (
     'eval.sampler.cache = dual',
   ),
   (
-    {**SAME, 'model.attention_block': 4, 'eval.sampler.block': 4,
-     'eval.sampler.cache': 'block', 'objective.low': 0.1},
+    {**SAME, 'model.attention_block': 4, 'sampler.block': 4,
+     'eval.sampler.block': 4, 'eval.sampler.cache': 'block', 'objective.low': 0.1},
     'eval.sampler.cache = block',
   ),
   (

@@ -45,7 +45,8 @@ from dmpo_jax.types import (
 __all__ = [
   'NAMES', 'OWN_WEIGHTS', 'PICKS', 'RECORDS', 'SAMPLERS', 'Draft', 'Drafter',
   'Recorder', 'SampleConfig', 'Sampler', 'at_once', 'closed', 'finished', 'follow',
-  'following', 'generate', 'opened', 'picks', 'sample', 'speculate', 'unmask', 'with_drafts',
+  'following', 'generate', 'opened', 'picks', 'sample', 'speculate', 'unmask',
+  'with_drafts',
 ]  # fmt: skip
 
 SAMPLERS.update(

@@ -47,7 +47,12 @@ class Draft(rules.Section):
   entropy_bound: float = 0.1  # pick entropy: nats of a step, less the largest
 
   def rules(self) -> dict:
-    plain = [name for name, one in SAMPLERS.items() if one.unmask is None]
+    # A rule that draws by scores needs a temperature of its own.
+    plain = [
+      name
+      for name, one in SAMPLERS.items()
+      if one.unmask is None and not (one.scored and one.drawn)
+    ]
     return super().rules() | {'pick': rules.one_of(*plain)}
 
   def idle(self) -> dict[str, str]:
@@ -113,7 +118,7 @@ class Draft(rules.Section):
   def misfits(self, hp: SampleConfig, cfg: ModelConfig | None = None) -> list[str]:
     """Returns why a sampler cannot have these drafts; fields begin with sampler."""
     found = []
-    if SAMPLERS[hp.pick].unmask is not None and self.gate != 'exact':
+    if SAMPLERS[hp.pick].unmask is not None:
       found.append(
         f'sampler.pick = {hp.pick} takes tokens back: with draft.of set another pick'
       )
