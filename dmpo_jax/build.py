@@ -467,8 +467,8 @@ class Drafted(Compiled):
     super().__init__(program.grid, sample, last=(seed,), by_row=(1, 2, 3), **options)
 
     def step(fn, by_row=(), **options):
-      name = lambda params, *args: fn(weights(params), *args)
-      return Compiled(program.grid, name, by_row=by_row, **options)
+      call = lambda params, *args: fn(weights(params), *args)
+      return Compiled(program.grid, call, by_row=by_row, **options)
 
     self.begin = step(program.begin, (1, 2, 3))
     by_span = lambda fn, rows: functools.cache(

@@ -7,7 +7,7 @@ before anything is compiled. Nothing here compiles; build.py does.
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dmpo_jax import check, config, data, hf, masking, model, optim, sampler, step
@@ -249,13 +249,7 @@ def draft_config(c: Any, cfg: model.ModelConfig, tokenizer: Any) -> model.ModelC
   folder = hf.locate(of, False)
   theirs = hf.read_config(folder, attention_block(c))
   same = ('vocab', 'mask_id', 'eos_id', 'pad_id', 'block_causal')
-  differing = [
-    f'{name} = {theirs[name]}, but the model has {getattr(cfg, name)}'
-    for name in same
-    if theirs[name] != getattr(cfg, name)
-  ]
-  if differing:
-    raise ValueError(f'draft.of = {of}: ' + '; '.join(differing))
+  refuse_differing(f'draft.of = {of}', same, theirs, cfg)
   has_words = any(os.path.isfile(os.path.join(folder, x)) for x in data.TOKENIZER_FILES)
   if tokenizer is not None and has_words:
     ids = {name: theirs[name] for name in ('mask_id', 'eos_id', 'pad_id')}
@@ -307,13 +301,20 @@ def check_reference(c: Any, path: str, cfg: model.ModelConfig) -> None:
   ]
   theirs = {name: getattr(cfg, name) for name in same}
   theirs |= hf.read_config(path, attention_block(c))
+  refuse_differing(f'reference.of: {path}', same, theirs, cfg)
+
+
+def refuse_differing(
+  where: str, names: Iterable[str], theirs: dict[str, Any], cfg: model.ModelConfig
+) -> None:
+  """Raises ValueError if fields of another model are not those of the policy."""
   differing = [
     f'{name} = {theirs[name]}, but the policy has {getattr(cfg, name)}'
-    for name in same
+    for name in names
     if theirs[name] != getattr(cfg, name)
   ]
   if differing:
-    raise ValueError(f'reference.of: {path}: ' + '; '.join(differing))
+    raise ValueError(f'{where}: ' + '; '.join(differing))
 
 
 def references(
