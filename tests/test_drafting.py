@@ -80,7 +80,8 @@ def test_partial_answers():
   """A grid that is not finished breaks no rule, or its wrong cells count."""
   task, example = TASKS['sudoku'], {'puzzle': '1000' + '0' * 12}
   for text, score in {
-    '': 1, '1': 1, '1234': 1, '12343': 1, '123431': 2 / 3, '2': 0, '11': 0, '1x': 0.5, '1233': 0.5,
+    '': 1, '1': 1, '1234': 1, '12343': 1, '123431': 2 / 3, '2': 0,
+    '11': 0, '1x': 0.5, '1233': 0.5,
     '12342': 0.6, '1234143': 1 - 4 / 7, '<reasoning> 99': 1,
     '<reasoning>x</reasoning>\n<answer>\n1224': 0.5, '12 34\n34': 1,
   }.items():  # fmt: skip
