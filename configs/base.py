@@ -10,7 +10,7 @@ says only what differs; the command line sets any field with
 
 import ml_collections
 
-from dmpo_jax import config, control, curriculum, health, logprob, optim
+from dmpo_jax import config, control, curriculum, health, logprob, optim, sampler
 
 
 def get_config():
@@ -35,6 +35,7 @@ def get_config():
   c.optim = section(optim.Config)
   c.eval = section(config.Eval)
   c.eval.sampler = section(config.Sampler)  # greedy
+  c.draft = section(sampler.Draft)  # nobody drafts
   c.checkpoint = section(config.Checkpoint)
   c.health = section(health.Config)
   c.mesh = section(config.Mesh)

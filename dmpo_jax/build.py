@@ -5,6 +5,7 @@ functions. Shapes for restoring and planning come from tracing the same function
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dmpo_jax import (
   check,
   checkpoint,
   curriculum,
+  drafting,
   grader,
   hf,
   likelihood,
@@ -146,6 +148,7 @@ class Steps(NamedTuple):
   sampler_of: Callable  # config section -> the same with that sampler
   texts_of: Callable  # likelihood.Program -> compiled log-likelihoods of given texts
   read_references: Callable  # () -> what p_ref is made of: parts.references
+  read_draft: Callable  # () -> weights of the draft that are read from files; {} = none
   select: Callable  # (Sampled, Sampled, (R,) of their 2R rows) -> Sampled
   score: Callable  # (trainable, frozen, references, Sampled) -> Scores
   # (Sampled, reward_BxG, Scores, factors of groups (B,)) -> (TrainBatch, metrics)
@@ -169,6 +172,7 @@ class Built(NamedTuple):
   steps: Steps
   encoded: dict  # split -> data.Problems, filled by `problems`
   read: dict[str, int]  # field -> digest of the weights that were read from there
+  who: Any = None  # Drafting; None: nobody drafts
 
 
 def build(c: Any, devices: Any = None) -> Built:
@@ -192,6 +196,7 @@ def build(c: Any, devices: Any = None) -> Built:
   init, init_lora, start = make_starts(c, cfg, folder, grid)
   init_sft, start_sft, merge = make_sft_starts(c, cfg, grid)
   read_references = parts.references(c, cfg, folder, grid, quantize)
+  who = drafting_of(c, cfg, tokenizer, grid, quantize)
   digest, read = Compiled(grid, checkpoint.digest), parts.file_digests(c)
 
   def noted(field: str, call: Callable) -> Callable:
@@ -208,6 +213,8 @@ def build(c: Any, devices: Any = None) -> Built:
 
     return reading if field else call
 
+  if who and parts.own_draft(c):
+    who = who._replace(read=functools.cache(noted('draft.of', who.read)))
   steps = Steps(
     noted('model.checkpoint' * bool(c.model.checkpoint), init),
     noted('lora.path' * bool(c.lora.path), init_lora),
@@ -216,18 +223,22 @@ def build(c: Any, devices: Any = None) -> Built:
     init_sft,
     start_sft,
     merge,
-    make_sample(c, c.sampler, 'sample', cfg, grid, setup.wants.records or ()),
-    make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
-    lambda section: make_sample(c, section, 'evaluate', cfg, grid),
+    make_sample(
+      c, c.sampler, Use('sample', setup.wants.records or ()), (cfg, grid), who
+    ),
+    make_sample(c, c.eval.sampler, Use('evaluate'), (cfg, grid), who),
+    lambda section: make_sample(c, section, Use('evaluate'), (cfg, grid), who),
     lambda program: make_texts(c, program, cfg, grid),
     noted('reference.of' * (not check.only_base(c)), read_references),
+    who.read if who and parts.own_draft(c) else dict,
     make_select(grid),
     *make_training(c, grid, setup),
     *make_sft(c, cfg, grid),
     quantize,
     digest,
   )
-  return Built(c, grid, cfg, grader.task_of(c), tokenizer, setup, steps, {}, read)
+  task = grader.task_of(c)
+  return Built(c, grid, cfg, task, tokenizer, setup, steps, {}, read, who)
 
 
 def collector(built: Built, frozen: Params) -> Collector:
@@ -359,47 +370,156 @@ def make_sft_starts(
 # --- sampling
 
 
+class Use(NamedTuple):
+  """What a sampler is for."""
+
+  stream: str  # of its random numbers: sample (training) | evaluate
+  records: tuple[str, ...] = ()  # that the objective wants
+
+
 def make_sample(
-  c: Any,
-  section: Any,
-  stream: str,
-  cfg: model.ModelConfig,
-  grid: Any,
-  records: tuple[str, ...] = (),
+  c: Any, section: Any, use: Use, where: tuple, who: Any = None
 ) -> Callable:
   """Returns (params, tokens, valid, row) -> Sampled, on the device.
 
   The sampler of training, whose stream is 'sample', also notes each token's entropy.
+  where: (ModelConfig, mesh). who: a Drafting; None: nobody drafts.
   """
-  hp, whole = check.settings(sampler.SampleConfig, section), gather_of(c, grid)
-  measure, law = stream == 'sample', parts.controller_of(c)
+  hp, (cfg, grid) = check.settings(sampler.SampleConfig, section), where
+  whole, measure = gather_of(c, grid), use.stream == 'sample'
+  asked = tuple(dict.fromkeys((*use.records, *['entropy'] * measure)))
+  seed, options = np.uint32(c.seed), {'out_shardings': sampled_shardings(grid)}
+  law = parts.controller_of(c)
   if law and not (measure or law.moves(section, c.eval.sampler)):
     law = None
-  asked = tuple(dict.fromkeys((*records, *['entropy'] * measure)))
+
+  def noted(out, row):
+    own = out.order != GIVEN
+    stop = model.is_stop(cfg, out.tokens[:, -hp.length :]) & own
+    more, entropy = out.more or {}, None
+    if measure:
+      entropy = more['entropy']
+      names = (*use.records, 'order_logp', 'drafted')
+      more = {name: x for name, x in more.items() if name in names}
+    out = out._replace(more=more or None)
+    return Sampled(out, masking.completion_mask(stop) & own, row, entropy)
 
   def sample(params, tokens, valid, row, seed):
     params = whole(params)
-    keys_R = rng.row_keys(rng.key_for(seed, stream), row)
+    keys_R = rng.row_keys(rng.key_for(seed, use.stream), row)
     control = bound = None
     if law and optim.CONTROL in params:  # the base has none
       drawn = rng.row_keys(rng.key_for(seed, 'control'), row) if measure else None
       control = law.rows(cfg, params, (tokens, valid), hp, drawn)
       bound = control.bound
     out = sampler.sample(cfg, params, tokens, valid, keys_R, hp, asked, bound)
-    own = out.order != GIVEN
-    stop = model.is_stop(cfg, out.tokens[:, -hp.length :]) & own
-    more, entropy = out.more or {}, None
-    if measure:
-      entropy = more['entropy']
-      more = {name: x for name, x in more.items() if name in (*records, 'order_logp')}
-    out = out._replace(more=more or None, control=control)
-    return Sampled(out, masking.completion_mask(stop) & own, row, entropy)
+    return noted(out._replace(control=control), row)
 
-  seed = np.uint32(c.seed)
+  if who is not None and parts.drafts_with(c, measure):
+    if wrong := who.drafter.how.misfits(hp, cfg):
+      raise ValueError('; '.join(wrong))
+    program = drafting.Program(who.drafter, cfg, hp, use.stream, asked, grid)
+    return Drafted(who, program, (whole, noted), seed, options)
   if section.parallel == 'pmap':
     return pmap_rows(functools.partial(sample, seed=seed), grid)
-  out = sampled_shardings(grid)
-  return Compiled(grid, sample, last=(seed,), by_row=(1, 2, 3), out_shardings=out)
+  return Compiled(grid, sample, last=(seed,), by_row=(1, 2, 3), **options)
+
+
+# --- drafts
+
+
+class Drafting(NamedTuple):
+  """Who drafts, and where the weights come from."""
+
+  drafter: sampler.Drafter
+  read: Callable[[], Params]  # weights from files; {} where they are the policy's
+  shapes: Callable[[], Params]  # the same as shapes
+  gate: drafting.Gate | None  # of texts; None: the gate is a function of arrays
+
+  def both(self, params: Any) -> tuple[Params, Params]:
+    """Returns (the policy's weights, the draft's) of (policy, what `read` returns)."""
+    policy, theirs = params
+    if not theirs:
+      base = self.drafter.how.of == 'base'
+      theirs = {'params': policy['params']} if base else policy
+    return policy, theirs
+
+
+def drafting_of(
+  c: Any, cfg: model.ModelConfig, tokenizer: Any, grid: Any, quantize: Callable
+) -> Drafting | None:
+  """Returns who drafts; None: nobody. ValueError if that is impossible."""
+  if not c.draft.of:
+    return None
+  drafter, gate = parts.drafter_of(c, cfg, tokenizer), None
+  if c.draft.gate == 'reward' and tokenizer is not None:
+    task, stops = grader.task_of(c), model.stops(cfg)
+    gate = drafting.gate_of(drafter.how, task, tokenizer, stops, c.reward)
+  if not parts.own_draft(c):
+    return Drafting(drafter, dict, dict, gate)
+
+  def shapes():
+    make = lambda: model.init(drafter.cfg, jax.random.key(0))
+    tree = {'params': jax.eval_shape(make)['params']}
+    return sharded(quantized_shapes(tree, c.model.quantize), grid)
+
+  read = lambda: quantize(hf.read_params(hf.locate(c.draft.of), drafter.cfg, grid))
+  return Drafting(drafter, read, shapes, gate)
+
+
+class Drafted(Compiled):
+  """A sampler with drafts: (params, tokens, valid, row) -> Sampled.
+
+  A gate on the host has a program for each of its steps, and this one for its shapes.
+  """
+
+  def __init__(
+    self, who: Drafting, program: Any, around: tuple, seed: Any, options: dict
+  ):
+    self.who, self.program, self.gate = who, program, who.gate
+    whole, noted = around
+    weights = lambda params: who.both(whole(params))
+
+    def sample(params, tokens, valid, row, seed):
+      return noted(program.whole(weights(params), tokens, valid, row, seed), row)
+
+    super().__init__(program.grid, sample, last=(seed,), by_row=(1, 2, 3), **options)
+
+    def step(fn, by_row=(), **options):
+      call = lambda params, *args: fn(weights(params), *args)
+      return Compiled(program.grid, call, by_row=by_row, **options)
+
+    self.begin = step(program.begin, (1, 2, 3))
+    by_span = lambda fn, rows: functools.cache(
+      lambda span: step(functools.partial(fn, span), rows)
+    )
+    self.propose = by_span(program.propose, ())
+    self.settle = by_span(program.settle, (4,))
+    end = lambda params, carry, seed: noted(program.end(params, carry, seed), carry.row)
+    self.end = step(end, **options)
+
+  def judged(self, gate: drafting.Gate) -> 'Drafted':
+    """Returns the same programs with a gate that knows the rows' problems."""
+    other = copy.copy(self)
+    other.gate = gate
+    return other
+
+  def __call__(self, params: Any, *rows: Any) -> Any:
+    params = (params, self.who.read())
+    if self.gate is None:
+      return super().__call__(params, *rows)
+    hp, (seed,) = self.program.hp, self.last
+    carry = self.begin(params, *rows, seed)
+    prompt = carry.valid.shape[1] - hp.length
+    for starts, span in sampler.unmask.groups_of(hp, prompt):
+      for start in map(np.int32, starts):
+        carry, before = self.propose(span)(params, carry, start, seed)
+        keep = self.gate.keep(rows, carry, int(start) - prompt + hp.block)
+        carry = self.settle(span)(params, carry, start, before, keep, seed)
+    return self.end(params, carry, seed)
+
+  def trace(self, params: Any, *rows: Any) -> Any:
+    return super().trace((params, self.who.shapes()), *rows)
 
 
 def sampled_shardings(grid: Any) -> Sampled:
@@ -637,13 +757,9 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
   frozen, state = abstract_states(built)
   refs = abstract_references(built, frozen, state)
   prompts = abstract_prompts(built, c.train.prompts * c.train.group, prompt)
+  use = Use('sample', built.setup.wants.records or ())
   jit = make_sample(
-    c,
-    jit_section(c.sampler),
-    'sample',
-    built.model,
-    built.mesh,
-    built.setup.wants.records or (),
+    c, jit_section(c.sampler), use, (built.model, built.mesh), built.who
   )
   sampled = jit.shapes({**frozen, **state.trainable}, *prompts)
   # Functions of their own: those in built.steps may be wrapped.

@@ -173,6 +173,7 @@ def idle_between(c: Any) -> dict[str, str]:
     ('data.style', not c.data.template or solves, "data.template = ''"),
     *weights,
     ('reward.sandbox reward.python reward.memory', task.ready, 'data.task = code'),
+    ('draft.rollouts', c.train.iterations, 'train.iterations > 0'),
     (' '.join(rl), c.train.iterations, 'train.iterations > 0'),
   )
 
@@ -424,11 +425,59 @@ def trajectory(c: Any) -> list[str]:
       f'sampler.pick = {s.pick} takes tokens back and does not record their states: '
       'set logprob.estimator = elbo'
     )
-  if settings(sampler.SampleConfig, s).order_from() == 'tokens':
+  if ordered(c).order_from() == 'tokens':
     found.append(
       f'sampler.rank = token: the tokens of sampler.pick = {s.pick} decide the order, '
       'a term that logprob.estimator = trajectory lacks; set sampler.rank = max, or '
       'sampler.order_logp = True, which records it'
+    )
+  return found
+
+
+def ordered(c: Any) -> sampler.SampleConfig:
+  """Returns the sampler of rollouts, with the order of an exact draft's steps."""
+  hp, how = settings(sampler.SampleConfig, c.sampler), part(c, 'draft')
+  return how.followed(hp) if how.of and how.rollouts else hp
+
+
+def drafts(c: Any) -> list[str]:
+  """The draft has weights, a gate that judges, and rollouts that can be trained."""
+  how, s, found = part(c, 'draft'), c.sampler, []
+  if not how.of:
+    return []
+  if c.control.on:
+    found.append(
+      f"draft.of = {how.of} writes by its own pick rule and does not read a row's own "
+      'number: set control.on = False'
+    )
+  if how.of == 'base' and not c.lora.rank:
+    found.append(
+      'draft.of = base is the model without adapters: set lora.rank > 0, or name a '
+      'directory'
+    )
+  if how.gate == 'reward' and how.judge == 'task' and find(c.data.task).partial is None:
+    tasks = ' or '.join(name for name, task in TASKS.items() if task.partial)
+    found.append(
+      f'draft.judge = task: data.task = {c.data.task} has no check of answers that are '
+      f'not finished ({tasks} has one): set draft.judge = format or FILE.py:NAME'
+    )
+  trained = how.rollouts and c.train.iterations
+  for name, section in (('sampler', s), ('eval.sampler', c.eval.sampler)):
+    if section.parallel == 'pmap' and (trained or name != 'sampler'):
+      found.append(f'{name}.parallel = pmap has no drafts: set jit')
+  if not trained:
+    return found
+  if s.order_logp:
+    found.append(
+      'sampler.order_logp = True: a draft has no log-prob of its order, set False, or '
+      'draft.rollouts = False'
+    )
+  extra = set(wanted(c)[1].records or ()) - {'entropy'}
+  if how.gate == 'exact' and extra:
+    found.append(
+      f'objective.name = {c.objective.name} reads {", ".join(sorted(extra))} of the '
+      "sampler's own steps, which draft.gate = exact takes from the draft: set another "
+      'gate, or draft.rollouts = False'
     )
   return found
 
@@ -486,7 +535,7 @@ def objective_sampler(c: Any) -> list[str]:
       f'sampler.guidance = {s.guidance}: set 0, since the loss is of the network '
       'without it'
     )
-  found += objective.sampler_problems(settings(sampler.SampleConfig, s))
+  found += objective.sampler_problems(ordered(c))
   return [f'{text} (objective.name = {c.objective.name})' for text in found]
 
 
@@ -592,10 +641,11 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   head_chunk: ('model', 'sampler'),
   pmap: ('mesh', 'sampler', 'eval.sampler'),
   fuse: ('logprob', 'lora', 'reference', 'sft'),
-  trajectory: ('logprob', 'sampler'),
+  trajectory: ('draft', 'logprob', 'sampler'),
+  drafts: ('control', 'data', 'draft', 'eval.sampler', 'lora', 'objective', 'sampler'),
   rollouts: ('lora', 'sampler', 'sft', 'train'),
   supervised: ('lora', 'model', 'sft'),
-  objective_sampler: ('objective', 'sampler'),
+  objective_sampler: ('draft', 'objective', 'sampler'),
   resampling: ('curriculum', 'data', 'train'),
   controlled: ('control', 'objective', 'sampler'),
   old_policy: ('objective', 'logprob', 'lora'),
@@ -616,7 +666,7 @@ FREE = (
 # The fields that training does not read: the default workdir is named without them.
 UNNAMED = (*FREE, 'eval.', 'data.test_size')
 # And those with which a run may be evaluated otherwise than it was trained.
-JUDGING = (*UNNAMED, 'reward.', 'data.protocol', 'data.path')
+JUDGING = (*UNNAMED, 'reward.', 'data.protocol', 'data.path', 'draft.')
 
 
 def plain(c: Any) -> dict[str, Any]:

@@ -518,8 +518,8 @@ SECTIONS = {
   'sampler': Sampler, 'reference': Reference, 'logprob': logprob.LogprobConfig,
   'train': Train, 'curriculum': curriculum.Config, 'optim': optim.Config,
   'control': control.Config,
-  'eval': Eval, 'eval.sampler': Sampler, 'checkpoint': Checkpoint,
-  'health': health.Config, 'mesh': Mesh, 'log': Log,
+  'eval': Eval, 'eval.sampler': Sampler, 'draft': sampler.Draft,
+  'checkpoint': Checkpoint, 'health': health.Config, 'mesh': Mesh, 'log': Log,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dmpo_jax import data, grader, mesh, model, rollout
+from dmpo_jax import data, drafting, grader, mesh, model, rollout
 from dmpo_jax.build import Built
 from dmpo_jax.types import BoolBP, IntB, IntBP, Params, Task
 
@@ -96,9 +96,27 @@ def generate(
     row = np.arange(start, start + batch, dtype=np.int32)
     at = np.minimum(row, total - 1) % count
     prompts = problems.tokens[at], problems.valid[at]
-    done = complete(built, params, sample, prompts, row)
+    known = [problems.examples[i] for i in at]
+    judged = drafting.bound(sample, problems.show, known)
+    done = complete(built, params, judged, prompts, row)
     for i, found in enumerate(done[: total - start]):
       yield dict(row=start + i, problem=int(at[i]), **found)
+
+
+def drafts_of(drafts: Any, row: int) -> dict[str, int]:
+  """Returns what drafts have cost a row; forwards are then the model's.
+
+  {} without drafts.
+  """
+  if drafts is None:
+    return {}
+  return dict(
+    forwards=int(drafts.target[row]),
+    draft_forwards=int(drafts.draft[row]),
+    draft_batch_forwards=int(drafts.batch[row]),
+    offered=int(drafts.offered[row]),
+    kept=int(drafts.kept[row]),
+  )
 
 
 def complete(
@@ -125,10 +143,10 @@ def complete(
       ids=host.tokens[i].tolist(),
       order=order[i].tolist(),
       confidence=host.confidence[i].tolist(),
-      forwards=int(order[i].max()) + 1,
       tokens=int(host.completion[i].sum()),
       batch_forwards=int(host.forwards),
       **({} if host.bound is None else {'bound': float(host.bound[i])}),
+      **{'forwards': int(order[i].max()) + 1, **drafts_of(host.drafts, i)},
     )
     for i in range(len(row))
   ]

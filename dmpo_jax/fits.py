@@ -39,7 +39,7 @@ class Held(NamedTuple):
   """Bytes that a device holds during all of a run."""
 
   parameters: int  # of the model that samples
-  reference: int  # further ones of the reference policy
+  reference: int  # further ones of the reference policy and of a draft
   optimizer: int
 
 
@@ -92,9 +92,11 @@ def held(built: build.Built) -> Held:
     strict=False,
   )
   parameters = per_device({**frozen, **state.trainable})
+  draft = per_device(built.who.shapes()) if built.who else 0
   return Held(
     parameters,
-    per_device(frozen)
+    draft
+    + per_device(frozen)
     + per_device(state)
     - per_device(state.opt_state)
     - parameters

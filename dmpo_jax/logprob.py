@@ -180,6 +180,8 @@ def view_logp(
   counted = masks.masked
   if masks.sampled is not None:
     counted = counted & masks.sampled[:, None]
+  if masks.made is not None:
+    counted = counted & masks.made[:, None]
   predict = layout.layout_of(cfg)
   h, targets = predict(cfg, params, tokens_RxS, masks, valid_RxS, dropout_R)
   numbers = chosen_logp(cfg, params, h, targets, read)
@@ -303,12 +305,19 @@ def state_logp(
   logp = model.logp_of(
     model.sampling_logits(logits, law.temperature), window(rollouts.tokens[:, prompt:])
   )
-  now = jnp.sum(jnp.where(window(shown), logp, 0.0), axis=1)
+  mine = shown if (made := made_of(rollouts)) is None else shown & made
+  now = jnp.sum(jnp.where(window(mine), logp, 0.0), axis=1)
   if law.order_logp:
     limit = limits(cfg, rollouts, shown[:, None], hidden_yet[:, None], law)[:, 0]
     judged = logits if policy is None else look(policy)
     now += jnp.sum(passed_over(law, logits, judged, window(limit)), axis=1)
   return jnp.stack([now, jnp.sum(recorded(rollouts, law) * shown, axis=1)])
+
+
+def made_of(rollouts: Rollouts) -> BoolRL | None:
+  """Returns the tokens that no draft wrote; None: there were no drafts."""
+  more = rollouts.more or {}
+  return ~more['drafted'] if 'drafted' in more else None
 
 
 def recorded(rollouts: Rollouts, law: SampleConfig) -> FloatRL:
@@ -398,7 +407,8 @@ def packed_trajectory(
 
   h, targets = look(params)
   logp = chosen_logp(cfg, params, h, targets, reader(cfg, law))['logp']
-  logp = jnp.where(now, logp.reshape(now.shape), 0.0)
+  mine = now if (made := made_of(rollouts)) is None else now & made[:, None]
+  logp = jnp.where(mine, logp.reshape(now.shape), 0.0)
   if law.order_logp:
     theirs, whose = (h, params) if policy is None else (look(policy).hidden, policy)
     limit = limits(cfg, rollouts, now, masks.masked, law).reshape(targets.shape)

@@ -7,7 +7,7 @@ before anything is compiled. Nothing here compiles; build.py does.
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import optax
@@ -250,6 +250,60 @@ def controller_of(c: Any) -> control.Controller | None:
   return control.Controller(hp, law) if hp.on else None
 
 
+# --- drafts
+
+
+def drafts_with(c: Any, training: bool) -> bool:
+  """Returns whether completions are drafted, of training or of evaluation."""
+  return bool(c.draft.of) and (c.draft.rollouts or not training)
+
+
+def draft_config(c: Any, cfg: model.ModelConfig, tokenizer: Any) -> model.ModelConfig:
+  """Returns the network of the draft.
+
+  ValueError if it has another tokenizer, other special tokens or another layout than
+  the model: they continue each other's texts.
+  """
+  of = c.draft.of
+  if of == 'same':
+    return cfg
+  plain = dataclasses.replace(cfg, lora_rank=0)
+  if of in sampler.OWN_WEIGHTS:
+    return plain
+  folder = hf.locate(of, False)
+  theirs = hf.read_config(folder, attention_block(c))
+  same = ('vocab', 'mask_id', 'eos_id', 'pad_id', 'block_causal')
+  refuse_differing(f'draft.of = {of}', same, theirs, cfg)
+  has_words = any(os.path.isfile(os.path.join(folder, x)) for x in data.TOKENIZER_FILES)
+  if tokenizer is not None and has_words:
+    ids = {name: theirs[name] for name in ('mask_id', 'eos_id', 'pad_id')}
+    if data.load_tokenizer(folder, ids).get_vocab() != tokenizer.get_vocab():
+      raise ValueError(
+        f'draft.of = {of}: its tokenizer has other tokens than the model: name a model '
+        'of the same family'
+      )
+  run = {name: getattr(cfg, name) for name in (*OF_THE_RUN, 'block_grid')}
+  return model.ModelConfig(**{**theirs, **run})
+
+
+def drafter_of(c: Any, cfg: model.ModelConfig, tokenizer: Any) -> sampler.Drafter:
+  """Returns who drafts; ValueError if the model or a sampler cannot have drafts."""
+  how = check.settings(sampler.Draft, c.draft)
+  found = []
+  for name, section in (('sampler', c.sampler), ('eval.sampler', c.eval.sampler)):
+    if drafts_with(c, name == 'sampler' and bool(c.train.iterations)):
+      said = how.misfits(check.settings(SampleConfig, section), cfg)
+      found += [text.replace('sampler.', f'{name}.') for text in said]
+  if found:
+    raise ValueError('; '.join(dict.fromkeys(found)))
+  return sampler.Drafter(draft_config(c, cfg, tokenizer), how)
+
+
+def own_draft(c: Any) -> bool:
+  """Returns whether the draft has weights that are read from files."""
+  return c.draft.of not in sampler.OWN_WEIGHTS
+
+
 # --- references
 
 
@@ -271,13 +325,20 @@ def check_reference(c: Any, path: str, cfg: model.ModelConfig) -> None:
   ]
   theirs = {name: getattr(cfg, name) for name in same}
   theirs |= hf.read_config(path, attention_block(c))
+  refuse_differing(f'reference.of: {path}', same, theirs, cfg)
+
+
+def refuse_differing(
+  where: str, names: Iterable[str], theirs: dict[str, Any], cfg: model.ModelConfig
+) -> None:
+  """Raises ValueError if fields of another model are not those of the policy."""
   differing = [
     f'{name} = {theirs[name]}, but the policy has {getattr(cfg, name)}'
-    for name in same
+    for name in names
     if theirs[name] != getattr(cfg, name)
   ]
   if differing:
-    raise ValueError(f'reference.of: {path}: ' + '; '.join(differing))
+    raise ValueError(f'{where}: ' + '; '.join(differing))
 
 
 def references(
@@ -315,9 +376,10 @@ def revisions(c: Any) -> dict[str, str]:
   """Returns field -> revision of each model that comes from the hub's cache."""
   found = {}
   names = {'model.checkpoint': [c.model.checkpoint], 'reference.of': c.reference.of}
+  names |= {'draft.of': [c.draft.of]}
   for field, paths in names.items():
     for path in paths:
-      if path and path not in ('base', 'moving') and not os.path.isdir(path):
+      if path and path not in ('base', 'moving', 'same') and not os.path.isdir(path):
         above, revision = os.path.split(hf.locate(path, False))
         if os.path.basename(above) == 'snapshots':
           found[f'{field} {path}'] = revision
@@ -329,6 +391,8 @@ def _user_files(c: Any) -> Iterator[tuple[str, str, str]]:
   """Yields (field, digest, FILE.py:NAME) of the user's files that a config names."""
   if userfile.is_spec(c.data.task):
     yield 'data.task', userfile.digest('data.task', c.data.task), c.data.task
+  if userfile.is_spec(c.draft.judge):
+    yield 'draft.judge', userfile.digest('draft.judge', c.draft.judge), c.draft.judge
   for name, spec in rewards.specs(c.reward.file).items():
     yield f'reward.file {name}', userfile.digest('reward.file', spec), spec
 

@@ -16,6 +16,8 @@ from dmpo_jax import build, check, checkpoint, files, mesh, metrics, optim
 from dmpo_jax.health import State
 from dmpo_jax.types import Params
 
+USER_FILES = ('data.task', 'reward.file', 'draft.judge')
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -63,12 +65,12 @@ def refuse_swapped(
 ) -> None:
   """Raises ValueError if a checkpoint was made with other weights than are read now.
 
-  Also if a file of the user's (data.task, reward.file) says something else now;
+  Also if a file of the user's (USER_FILES) says something else now;
   judging: that is only worth a warning.
   """
   old = meta.get('read', {})
   changed = [name for name, x in built.read.items() if old.get(name, x) != x]
-  files_ = [name for name in changed if name.startswith(('data.task', 'reward.file'))]
+  files_ = [name for name in changed if name.startswith(USER_FILES)]
   if files_:
     text = f'{" and ".join(files_)}: the file has changed since this run began'
     if not judging:

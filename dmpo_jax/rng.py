@@ -20,7 +20,16 @@ STREAMS = dict(
 )
 # Uses inside one stream and step, beside its rows.
 SUBSTREAMS = dict(
-  dropout=0, anchor=1, fresh=2, prompt=3, order=4, turns=5, held_out=6, anneal=7
+  dropout=0,
+  anchor=1,
+  fresh=2,
+  prompt=3,
+  order=4,
+  turns=5,
+  held_out=6,
+  anneal=7,
+  draft=8,
+  verdict=9,
 )
 # Rows are counted from 0 over the whole run; none reaches the largest int32.
 NO_ROW = 2**31 - 1

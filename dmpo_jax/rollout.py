@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dmpo_jax import curriculum, data, grader, health, mesh
+from dmpo_jax import curriculum, data, drafting, grader, health, mesh
 from dmpo_jax.metrics import Clock
 from dmpo_jax.types import (
   NOT_ASKED,
@@ -43,19 +43,17 @@ class Fetched(NamedTuple):
   row: Array  # (R,) int32, addresses of the rows' random numbers
   guess: Array | None  # (R, K, L) int32; None: not asked for
   entropy: Array | None = None  # (R, L) float32; None: not measured
-  bound: Array | None = (
-    None  # (R,) float32, rows' own numbers of the pick rule; or None
-  )
+  bound: Array | None = None  # (R,) float32: see types.Control; None: the sampler's own
+  drafts: Any = None  # types.Drafts; None: nobody drafts
 
 
 def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
   """Fetches a buffer, and cuts its completions out."""
   r, done = sampled.rollouts, sampled.completion
   both = r.confidence, sampled.entropy
-  bound = r.control.bound if r.control else None
-  asked = *both, sampled.row, guess, bound
-  found = mesh.fetch((r.tokens, r.order, r.forwards, done, *asked))
-  tokens, order, forwards, completion, confidence, entropy, row, guess, bound = found
+  rest = sampled.row, guess, r.control.bound if r.control else None, r.drafts
+  found = mesh.fetch((r.tokens, r.order, r.forwards, done, *both, *rest))
+  tokens, order, forwards, completion, confidence, entropy, row, guess, *more = found
   cut = lambda x, fill: data.after_given(order, x, fill)
   return Fetched(
     cut(tokens[:, -order.shape[1] :], eos_id),
@@ -66,7 +64,7 @@ def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
     row,
     guess,
     entropy if entropy is None else cut(entropy, 0.0),
-    bound,
+    *more,
   )
 
 
@@ -180,8 +178,10 @@ class Collector:
       chosen = self.choose(iteration, part)
       prompts = data.prompts_of(self.problems, chosen.index, self.bucket)
     rows = rows_of(prompts, self.group, self.step(iteration, part))
+    known = [self.problems.examples[i] for i in np.repeat(chosen.index, self.group)]
+    sample = drafting.bound(self.steps.sample, self.problems.show, known)
     with clock('sample'):
-      return chosen, self.steps.sample(policy, *rows)
+      return chosen, sample(policy, *rows)
 
   def resampled(
     self, policy: Params, iteration: int, clock: Clock
@@ -387,6 +387,18 @@ def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
     'row_forwards': float(np.mean(host.order.max(axis=1) + 1)),
     **unmasking_metrics(host.order, host.confidence),
     **token_metrics(host),
+    **draft_metrics(host.drafts),
+  }
+
+
+def draft_metrics(drafts: Any) -> dict[str, float]:
+  """Returns the share of drafts that stay, and forwards of a row; {} without drafts."""
+  if drafts is None:
+    return {}
+  return {
+    'draft/acceptance': float(np.sum(drafts.kept) / max(1, np.sum(drafts.offered))),
+    'draft/forwards': float(np.mean(drafts.draft)),
+    'draft/target_forwards': float(np.mean(drafts.target)),
   }
 
 

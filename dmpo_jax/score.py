@@ -47,6 +47,7 @@ def rows_of(sampled: Sampled, setup: Setup) -> Rows:
     sampled.row,
     r.order >= 0 if partly else None,
     record,
+    logprob.made_of(r),
   )
 
 
@@ -182,7 +183,7 @@ def elbo_of(
   """Returns the ELBO under config.logprob's masks; tail: count after the first EOS."""
   rows, counted = rows_of(part, setup), None if tail else part.completion
   masks = logprob.draw(key, rows.row, canvas_of(setup.cfg, rows), setup.logprob)
-  masks = masks._replace(sampled=rows.sampled)
+  masks = masks._replace(sampled=rows.sampled, made=rows.made)
   return logprob.elbo(setup.cfg, params, rows.tokens, rows.valid, masks, counted)
 
 

@@ -85,6 +85,7 @@ class Rows(NamedTuple):
   row: IntR
   sampled: BoolRL | None
   record: Record | None
+  made: BoolRL | None = None
 
 
 def init_state(trainable: Params, optimizer: Any) -> TrainState:
@@ -123,7 +124,10 @@ def draw(setup: Setup, key: AnyKey, rows: Any) -> Masks:
     rows.record,
   )
   masks = setup.objective.draw(key, rows.row, text, setup.hp)
-  return masks._replace(sampled=rows.sampled)
+  masks = masks._replace(sampled=rows.sampled, made=rows.made)
+  if rows.made is not None and masks._asdict()['counted'] is not None:
+    masks = masks._replace(counted=masks.counted & rows.made[:, None])
+  return masks
 
 
 def view(
@@ -163,7 +167,7 @@ def anchor(setup: Setup, params: Params, batch: TrainBatch, key: AnyKey) -> Arra
     canvas_of(setup.cfg, batch),
     common.elbo_draws,
   )
-  masks = masks._replace(sampled=batch.sampled)
+  masks = masks._replace(sampled=batch.sampled, made=batch.made)
   elbo = logprob.elbo(setup.cfg, params, batch.tokens, batch.valid, masks) / length
   return -common.elbo_coef * jnp.sum(elbo) / batch.total
 

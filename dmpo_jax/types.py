@@ -135,6 +135,19 @@ class Control(NamedTuple):
   level: FloatR | None = None
 
 
+class Drafts(NamedTuple):
+  """What drafts have cost, and how many stay; a number for each row.
+
+  They are blocks. With draft.gate = exact offered and kept are tokens.
+  """
+
+  offered: IntR  # that a draft wrote
+  kept: IntR  # of them
+  draft: IntR  # the draft's forwards of the row alone
+  target: IntR  # the model's, with those of the gate
+  batch: IntR  # the draft's forwards of the whole batch, the same in all rows
+
+
 class Rollouts(NamedTuple):
   """Completions and how the sampler unmasked them."""
 
@@ -147,8 +160,11 @@ class Rollouts(NamedTuple):
   logp: FloatRL  # log-prob under the sampling law at that step
   forwards: IntScalar | None  # network evaluations spent on the batch
   confidence: FloatRL  # probability at temperature 1 at that step
-  more: dict[str, Array] | None = None  # (R, L) each, by name in sampler.RECORDS
+  # (R, L) each, by name in sampler.RECORDS; drafted: a draft wrote the token, which has
+  # no log-prob here.
+  more: dict[str, Array] | None = None
   control: Control | None = None  # None: all rows have the sampler's own number
+  drafts: Drafts | None = None  # None: sampled without drafts
 
 
 class Given(NamedTuple):
@@ -223,6 +239,8 @@ class Masks(NamedTuple):
   sampled: BoolRL | None = None
   open: BoolRKL = NOT_ASKED  # positions eligible for unmasking at that step
   future: Future | None = None  # which later tokens are seen; None: all
+  # False on tokens that a draft wrote: no log-prob is read there. None: it wrote none.
+  made: BoolRL | None = None
 
 
 class Lesson(NamedTuple):
@@ -319,6 +337,7 @@ class TrainBatch(NamedTuple):
   total: Scalar  # rows in the whole batch
   sampled: BoolRL | None = None  # see Masks.sampled
   record: Record = NOT_ASKED  # only if Wants.records is set
+  made: BoolRL | None = None  # see Masks.made
   old: Views = Views()
   ref: Views = Views()
   control: Control | None = None  # see Rollouts.control
@@ -466,6 +485,9 @@ class Task(NamedTuple):
   # texts of all completions of a batch -> terms of each; grader.attach and .bound set
   # it, from reward.file
   batch: Callable | None = None
+  # (text so far, example) -> score in [0, 1] of an answer that is not finished: 1 where
+  # nothing is wrong yet; None: the task has no such check (draft.judge)
+  partial: Callable | None = None
   # (example, text) -> the problem and the answer in `text`, drawn with characters, for
   # --mode=sample; '' = they are read as they stand
   show: Callable = lambda example, text: ''

@@ -21,7 +21,7 @@ FLOORS = {
   'mesh': 2, 'masking': 2, 'model': 2, 'tasks': 2,
   'hf': 3, 'layout': 3, 'sampler': 3, 'data': 3, 'optim': 3, 'checkpoint': 3,
   'grader': 3, 'guard': 3, 'dialogues': 3, 'anneal': 3,
-  'logprob': 4, 'weights': 4, 'lessons': 4, 'control': 4,
+  'logprob': 4, 'weights': 4, 'lessons': 4, 'control': 4, 'drafting': 4,
   'objectives': 5,
   'config': 6, 'step': 6,
   'check': 7, 'likelihood': 7, 'score': 7, 'rollout': 7,

@@ -229,7 +229,7 @@ def test_invariants(name, tiny, prompts, run):
   _, hp = CASES[name]
   out = run(name)
   assert out.more is None
-  assert [x.dtype.name for x in out[:-1]] == [
+  assert [x.dtype.name for x in out[:6]] == [
     'int32', 'bool', 'int32', 'float32', 'int32', 'float32'
   ]  # fmt: skip
   np.testing.assert_array_equal(out.tokens[:, :PROMPT], prompts[0])

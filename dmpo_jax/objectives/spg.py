@@ -109,7 +109,7 @@ def draw(key: AnyKey, row_R: IntR, text: Text, hp: Config) -> Masks:
 
 def bounds(logp_RxKxL: Array, masks: Masks, hp: Config) -> tuple[FloatR, FloatR]:
   """Returns (ELBO, EUBO)."""
-  size = jnp.sum(masks.counted, axis=-1)
+  size = jnp.maximum(jnp.sum(masks.counted, axis=-1), 1)  # a draft may leave none
   sums = jnp.sum(jnp.where(masks.counted, logp_RxKxL, 0.0), axis=-1)
   lifted = hp.power * logp_RxKxL + jnp.log(masks.weight)
   lifted = jnp.where(masks.counted, lifted, -1e30)
@@ -118,7 +118,7 @@ def bounds(logp_RxKxL: Array, masks: Masks, hp: Config) -> tuple[FloatR, FloatR]
   upper = jnp.sum(jnp.where(seen, each, 0.0), axis=1) / hp.power
   if hp.variant == 'formula':
     return jnp.mean(masks.weight[..., 0] * sums, axis=1), upper
-  return jnp.mean(sums / size, axis=1), upper / jnp.sum(seen, axis=1)
+  return jnp.mean(sums / size, axis=1), upper / jnp.maximum(jnp.sum(seen, axis=1), 1)
 
 
 def weigh(scored: Scored, hp: Config) -> tuple:

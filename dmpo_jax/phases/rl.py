@@ -58,6 +58,7 @@ class RL(Phase):
     self.taken = 0  # updates since the last row of phase rl
 
   def start(self) -> TrainState:
+    self.built.steps.read_draft()  # now, so that a resumed run compares its digest
     found = self.built.steps.read_references()
     # The base is the policy that RL starts from, with its adapters if it has any.
     goes_on = check.part(self.config, 'sft').goes_on

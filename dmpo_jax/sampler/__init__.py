@@ -12,10 +12,21 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from dmpo_jax import model, rng
-from dmpo_jax.sampler import blocks, orders, picks, records, rolling, unmask, wino
+from dmpo_jax.sampler import (
+  blocks,
+  orders,
+  picks,
+  records,
+  rolling,
+  speculate,
+  unmask,
+  wino,
+)
 from dmpo_jax.sampler.config import SAMPLERS, SampleConfig, Sampler, at_once
+from dmpo_jax.sampler.draft import OWN_WEIGHTS, Draft
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
+from dmpo_jax.sampler.speculate import Drafter
 from dmpo_jax.types import (
   GIVEN,
   Array,
@@ -32,9 +43,10 @@ from dmpo_jax.types import (
 )
 
 __all__ = [
-  'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Recorder', 'SampleConfig', 'Sampler',
-  'at_once', 'follow', 'following', 'generate', 'picks', 'sample',
-  'unbound', 'unmask',
+  'NAMES', 'OWN_WEIGHTS', 'PICKS', 'RECORDS', 'SAMPLERS', 'Draft', 'Drafter',
+  'Recorder', 'SampleConfig', 'Sampler', 'at_once', 'closed', 'finished', 'follow',
+  'following', 'generate', 'opened', 'picks', 'sample', 'speculate', 'unbound',
+  'unmask', 'with_drafts',
 ]  # fmt: skip
 
 SAMPLERS.update(
@@ -93,10 +105,51 @@ def sample(
   that of hp. ValueError if hp has problems, if prompt and completion exceed the
   model's positions, or if the rule has no such number.
   """
-  problems = hp.problems()
-  if bound_R is not None:
-    problems += unbound(hp)
-  if problems:
+  if bound_R is not None and (problems := unbound(hp)):
+    raise ValueError('; '.join(problems))
+  setting, loop = opened(cfg, params, prompts_RxP, valid_RxP, keys_R, hp, records)
+  setting = dataclasses.replace(setting, bound=bound_R)
+  return closed(setting, loop_of(hp, len(loop.tokens))(setting, loop))
+
+
+def with_drafts(
+  own: tuple[unmask.Setting, unmask.Loop], drafter: Drafter, params: Params
+) -> Rollouts:
+  """Samples completions that somebody else drafts; own: of `opened`.
+
+  params: the draft's. The gate must be a function of arrays. ValueError if the sampler
+  cannot have drafts.
+  """
+  setting, loop = own
+  theirs = drafter.setting(setting, params)
+  state = speculate.by_draft(setting, theirs, drafter.how, loop)
+  return finished(setting, state, drafter)
+
+
+def finished(
+  setting: unmask.Setting, state: speculate.State, drafter: Drafter
+) -> Rollouts:
+  """Returns the rollouts of a state without masks."""
+  loop = state.loop
+  if drafter.how.gate != 'exact':  # there each token has the model's law
+    loop = speculate.end(state)
+  return closed(setting, loop)._replace(drafts=state.drafts)
+
+
+def opened(
+  cfg: model.ModelConfig,
+  params: Params,
+  prompts_RxP: IntRP,
+  valid_RxP: BoolRP,
+  keys_R: KeyR,
+  hp: SampleConfig,
+  records: Sequence[str] = (),
+) -> tuple[unmask.Setting, unmask.Loop]:
+  """Returns what stays the same during a rollout, and its state before the first step.
+
+  ValueError as `sample`.
+  """
+  if problems := hp.problems():
     raise ValueError('; '.join(problems))
   prompt = prompts_RxP.shape[1]
   if prompt + hp.length > cfg.positions:
@@ -106,30 +159,28 @@ def sample(
     )
   if problem := block_problem(cfg, hp):
     raise ValueError(problem)
-  # 1. The canvas: the prompt, then L masks.
+  # The canvas: the prompt, then L masks.
   canvas, valid, given = lay_out(cfg, prompts_RxP, valid_RxP, hp.length)
   prompt = canvas.shape[1] - hp.length
   records = [*records, 'order_logp'] if hp.order_logp else records
-  loop = begun(canvas, given, records)
-  # 2. Steps until every mask that must go is gone.
   setting = unmask.Setting(
-    cfg,
-    params,
-    hp,
-    valid,
-    prompt,
-    keys_R,
-    {name: RECORDS[name] for name in records},
-    bound=bound_R,
+    cfg, params, hp, valid, prompt, keys_R, {name: RECORDS[name] for name in records}
   )
-  loop = loop_of(hp, len(canvas))(setting, loop)
-  # 3. Where eos_stop has left a mask stands EOS, which belongs to no step.
+  return setting, begun(canvas, given, records)
+
+
+def closed(setting: unmask.Setting, loop: unmask.Loop) -> Rollouts:
+  """Returns the rollouts of a loop that has ended.
+
+  Where eos_stop has left a mask stands EOS, which belongs to no step.
+  """
+  prompt = setting.prompt
   completion = loop.tokens[:, prompt:]
   left = unmask.hidden(setting, loop)
-  completion = jnp.where(left, cfg.eos_id, completion)
+  completion = jnp.where(left, setting.cfg.eos_id, completion)
   return Rollouts(
     tokens=jnp.concatenate([loop.tokens[:, :prompt], completion], axis=1),
-    valid=valid,
+    valid=setting.valid,
     order=jnp.where(left, -1, loop.order),
     logp=loop.logp,
     forwards=loop.forwards,

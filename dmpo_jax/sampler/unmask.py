@@ -9,8 +9,9 @@ themselves, whatever a rule does.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,19 +73,32 @@ def by_rule(setting: Setting, loop: Loop) -> Loop:
   if hp.cache == 'none':
     more = partial(masks_remain, setting)
     return jax.lax.while_loop(more, partial(step_each_row, setting), loop)
-  end = prompt + hp.length
+  return over_blocks(hp, prompt, partial(unmask_block, setting), loop)
+
+
+def over_blocks(
+  hp: SampleConfig, prompt: int, block: Callable[..., Any], state: Any
+) -> Any:
+  """Applies block(start, span, state) -> state to the blocks from left to right."""
+  for starts, span in groups_of(hp, prompt):
+
+    def body(state, start, span=span):
+      return block(start, span, state), None
+
+    state, _ = jax.lax.scan(body, state, jnp.asarray(starts))
+  return state
+
+
+def groups_of(hp: SampleConfig, prompt: int) -> list[tuple[np.ndarray, int]]:
+  """Returns (starts, span) of the blocks whose steps have the same shapes.
+
+  With the cache prefix a step computes all up to the end: as many positions as for its
+  group's first.
+  """
+  end, prefix = prompt + hp.length, hp.cache == 'prefix'
   starts = np.arange(prompt, end, hp.block)
-  # Blocks whose steps have the same shapes are one program. With the cache prefix
-  # a step computes all up to the end: as many positions as for its group's first.
-  groups = 1 if hp.cache == 'dual' else min(SPANS, len(starts))
-  for group in np.array_split(starts, groups):
-    span = 0 if hp.cache == 'dual' else int(end - group[0])
-
-    def body(loop, start, span=span):
-      return unmask_block(setting, start, span, loop), None
-
-    loop, _ = jax.lax.scan(body, loop, jnp.asarray(group))
-  return loop
+  groups = np.array_split(starts, min(SPANS, len(starts)) if prefix else 1)
+  return [(group, int(end - group[0]) if prefix else 0) for group in groups]
 
 
 def hidden(setting: Setting, loop: Loop) -> t.BoolRL:
@@ -137,13 +151,20 @@ def step_each_row(setting: Setting, loop: Loop) -> Loop:
   return reveal(setting, loop, seen, start_R, live_R)
 
 
-# ---- with a cache
+# ---- all rows in the same block
 
 
 def unmask_block(setting: Setting, start: Start, span: int, loop: Loop) -> Loop:
-  """Repeats laps until no row has a mask in the block that must go."""
+  """Repeats steps until no row has a mask in the block that must go.
+
+  With a cache they are laps; for `span` see `lap`.
+  """
   more = partial(block_remains, setting, start)
-  return jax.lax.while_loop(more, partial(lap, setting, start, span), loop)
+  if setting.hp.cache == 'none':
+    step = lambda loop: step_block(setting, start, loop)[0]
+  else:
+    step = partial(lap, setting, start, span)
+  return jax.lax.while_loop(more, step, loop)
 
 
 def block_remains(setting: Setting, start: Start, loop: Loop) -> Array:

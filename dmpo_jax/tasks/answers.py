@@ -52,6 +52,14 @@ def _answers(text: str) -> Iterator[str]:
     end = stop + len('</answer>')
 
 
+def tags_so_far(text: str) -> float:
+  """Returns 1.0 if an unfinished text has TAGS in their order, each once, else 0.0."""
+  found = re.findall('|'.join(map(re.escape, TAGS)), clip(text))
+  # With the prompt's prefill an answer may begin inside of the first tag.
+  start = 0 if found[:1] != [TAGS[1]] else 1
+  return float(tuple(found) == TAGS[start : start + len(found)])
+
+
 def tagged(steps: str, answer: str, style: str) -> str:
   """Returns reasoning and answer between their tags, without the style's PREFILL."""
   text = f'<reasoning>\n{steps}\n</reasoning>\n<answer>\n{answer}\n</answer>\n'

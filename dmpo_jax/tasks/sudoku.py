@@ -243,6 +243,30 @@ def _share(grid: str, example: dict) -> float:
   return right / len(empty) if empty else 0.0
 
 
+def partial(text: str, example: dict) -> float:
+  """Returns the share of the cells so far that break no rule.
+
+  A cell breaks one that is no digit from 1 to 4, changes a given cell, or repeats a
+  digit of its row, column or box. Text before <answer> is not read.
+  """
+  opened = text.rfind('<answer>')
+  if opened < 0 and '<reasoning>' in text:
+    return 1.0
+  grid = text[opened + len('<answer>') :] if opened >= 0 else text
+  grid = ''.join(grid.partition('</answer>')[0].split())[:CELLS]
+  bad = sum(_breaks(grid, at, example['puzzle'][at]) for at in range(len(grid)))
+  return 1 - bad / max(1, len(grid))
+
+
+def _breaks(grid: str, at: int, given: str) -> bool:
+  """Returns whether a cell of a grid that is not finished breaks a rule."""
+  digit, unit = grid[at], lambda x: (x // 4, x % 4, (x // 8, x % 4 // 2))
+  if digit not in '1234' or given not in ('0', digit):
+    return True
+  near = (x for x in range(len(grid)) if x != at and grid[x] == digit)
+  return any(a == b for x in near for a, b in zip(unit(x), unit(at), strict=True))
+
+
 def _answer(text: str) -> str:
   """Returns the last <answer>, else the whole text, without any white space."""
   return ''.join(answers.answer_or_text(text).split())
@@ -329,5 +353,5 @@ TASK = Task(
   load, prompt, target, reward, grade, extra, answer, record, recall, counts,
   styles=tuple(TEMPLATES), terms=('sudoku',),
   options={'generated': ('seed', 'min_blanks', 'max_blanks'), 'file': ('seed',)},
-  unpaid=('bare',), show=show,
+  unpaid=('bare',), show=show, partial=partial,
 )  # fmt: skip

@@ -27,9 +27,10 @@ from dmpo_jax.tasks import find
 from dmpo_jax.tools import provenance, saved
 from dmpo_jax.types import Params, Task
 
-# Numbers of a completion whose mean is on the card.
-SPENT = ('forwards', 'batch_forwards', 'tokens', 'bound')
 SUBSETS = (2, 4, 5, 8, 10, 16, 32, 64, 100, 128, 256)  # k of pass@k
+# Numbers of a completion whose mean is on the card, and with drafts some more.
+SPENT = ('forwards', 'batch_forwards', 'tokens', 'bound')
+DRAFTED = ('draft_forwards', 'draft_batch_forwards', 'offered', 'kept')
 PACKAGES = ('jax', 'flax', 'numpy', 'transformers', 'math-verify')
 
 
@@ -141,8 +142,10 @@ def source_of(built: build.Built, params: Params) -> dict[str, Any]:
   """Returns what generations depend on: config fields, and a digest of `params`."""
   free = (*check.FREE, 'eval.lengths', 'eval.every', 'reward.')
   fields = check.plain(built.config)
+  built.steps.read_draft()  # it notes its digest
   return {
     'parameters': int(built.steps.digest(params)),
+    **{name: x for name, x in built.read.items() if name.startswith('draft.')},
     **{name: value for name, value in fields.items() if not name.startswith(free)},
   }
 
@@ -269,7 +272,7 @@ def numbers_of(
   texts = [row['text'] for row in rows]
   graded = grader.judge(task, protocol, texts, examples, weights)
   spent = [
-    {name: row[name] for name in SPENT if name in row}
+    {name: row[name] for name in SPENT + DRAFTED * ('offered' in row) if name in row}
     for row in rows
     if 'forwards' in row
   ]
@@ -284,6 +287,8 @@ def numbers_of(
   }
   if 'bound' in out:  # each problem's own number of the pick rule
     out['bound_std'] = float(np.std([row['bound'] for row in spent]))
+  if out.get('offered'):
+    out['acceptance'] = out['kept'] / out['offered']
   out['interval'] = wilson(out['accuracy'], out['problems'])
   groups, problems = {}, {}
   for row, example, grade in zip(rows, examples, graded.grades, strict=True):
@@ -358,6 +363,7 @@ def card(
     'adapter': c.lora.path,
     **numbers,
     **section.to_dict(),
+    **drafts_of(c),
     'samples': c.eval.samples,
     'batch': c.eval.batch,
     'seed': c.seed,
@@ -369,6 +375,14 @@ def card(
     'date': datetime.date.today().isoformat(),
     'versions': provenance.versions(PACKAGES),
   }
+
+
+def drafts_of(c: Any) -> dict[str, Any]:
+  """Returns the settings of drafts that have an effect; {} without drafts."""
+  idle = config.part(c, 'draft').idle()
+  fields = {name: x for name, x in c.draft.items() if name not in idle}
+  fields.pop('rollouts', None)
+  return {f'draft.{name}': x for name, x in fields.items()} if c.draft.of else {}
 
 
 def generations(
