@@ -70,6 +70,7 @@ class PromptOptions:
   template: str = ''  # file with {field}s of a problem; replaces style if set
   prompt_length: int = 0  # P in tokens; 0 = the longest prompt's
   overlong: str = 'error'  # prompts above prompt_length: error | drop | cut (left end)
+  drop: str = ''  # file of training problems to leave out (solved.jsonl); '' = none
   attend_padding: bool = False  # True: padding counts as real, as in the papers' code
 
 
