@@ -9,7 +9,6 @@ sampler left a mask (sampler.eos_stop). Lines of others may have texts or messag
 there, as preference data sets do.
 """
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,18 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dmpo_jax import buffers, data, files
-from dmpo_jax.types import Array, BoolBP, IntB, IntBP, Task
+from dmpo_jax.types import Array, BoolBP, IntB, IntBP
 from dmpo_jax.verify import Verdict, Verifier
 
 FILE = 'pairs.jsonl'
 SOLVED = 'solved.jsonl'  # problems that data.drop may leave out
 CLASSES = ('wrong', 'unclean')
 CHOOSE = ('longest', 'random')
-
-
-def digest(task: Task, example: dict) -> str:
-  """Returns what tells problems apart: a hash of the prompt in its barest form."""
-  return hashlib.sha256(task.prompt(example, 'bare').encode()).hexdigest()[:16]
 
 
 # --- from saved rollouts
@@ -64,7 +58,7 @@ def completions_of(
   run: the number of its run. stops: tokens that end a text.
   """
   texts = data.decode(tokenizer, buffer.tokens, tuple(stops))
-  digests = [digest(verifier.task, example) for example in buffer.examples]
+  digests = [data.digest(verifier.task, example) for example in buffer.examples]
   out = []
   for row, text in enumerate(texts):
     b, length = row // buffer.group, int(buffer.length[row])
@@ -73,9 +67,9 @@ def completions_of(
     ended = bool(np.isin(said[-1:], list(stops)).any())
     terms = {name: float(x[row]) for name, x in buffer.terms.items()}
     graded = float(buffer.grade[row]), terms
-    verdict = verifier.verdict(
-      buffer.examples[b], text, said[: length - ended].tolist(), ended, graded
-    )
+    whole = ended or fills(verifier, buffer.examples[b], tokenizer, len(ids))
+    words = said[: length - ended].tolist()
+    verdict = verifier.verdict(buffer.examples[b], text, words, whole, graded)
     prompt = buffer.prompt[b][buffer.valid[b]].tolist()
     place = (run, buffer.iteration, row)
     out.append(
@@ -85,6 +79,12 @@ def completions_of(
       )
     )  # fmt: skip
   return out
+
+
+def fills(verifier: Verifier, example: dict, tokenizer: Any, length: int) -> bool:
+  """Returns whether a true answer has no room for EOS in `length` tokens."""
+  target = verifier.target(example)
+  return target is not None and len(data.encode_answer(tokenizer, target)) >= length
 
 
 def gather(
@@ -127,9 +127,20 @@ def curate(
   lines = []
   for problem in sorted(by_problem):
     lines += pairs_of(list(by_problem[problem].values()), how, [seed, int(problem, 16)])
-  count |= {'problems': len(by_problem), 'pairs': len(lines)}
+  count['problems'], count['pairs'] = len(by_problem), len(lines)
   count['problems_with_pairs'] = len({line['problem'] for line in lines})
   return lines, dict(count)
+
+
+def told(count: Mapping[str, int]) -> str:
+  """Returns the counts of `curate` as a sentence."""
+  text = ', '.join(f'{count[name]} {name}' for name in ('clean', 'unclean', 'wrong'))
+  held = f', {count["held_out"]} of held-out problems' if count.get('held_out') else ''
+  return (
+    f'{count["completions"]} completions of {count["problems"]} problems '
+    f'({count["duplicates"]} duplicates{held}): {text}; {count["pairs"]} pairs of '
+    f'{count["problems_with_pairs"]} problems'
+  )
 
 
 def pairs_of(

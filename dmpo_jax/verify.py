@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
   formed: bool  # as the prompt asks
   consistent: bool  # the reasoning ends with the answer
   looped: bool  # it repeats itself
-  cut: bool  # no token ends it
+  cut: bool  # no token ends it, although there is room for one
 
   @property
   def clean(self) -> bool:
@@ -61,7 +61,7 @@ class Verifier:
   ) -> Verdict:
     """Judges a completion: its text, its tokens before the end, and whether it ends.
 
-    graded: its grade and its reward terms.
+    ended: True, too, where a true answer would leave no room for an end. graded: its grade and its reward terms.
     """
     grade, terms = graded
     right = grade >= 1
@@ -93,10 +93,16 @@ class Verifier:
 
   def _asked(self, key: '_Key') -> dict[str, float]:
     """Returns the reward terms of a true answer in this style; {} if there is none."""
+    target = self.target(key.example)
+    if target is None:
+      return {}
+    return self.task.reward(self.prefill + target, key.example, self.protocol)
+
+  def target(self, example: dict) -> str | None:
+    """Returns a true answer in this style; None where the task writes none."""
     with contextlib.suppress(ValueError):
-      target = self.prefill + self.task.target(key.example, self.style)
-      return self.task.reward(target, key.example, self.protocol)
-    return {}
+      return self.task.target(example, self.style)
+    return None
 
   def consistent(self, example: dict, text: str) -> bool:
     """Returns whether the last result of the reasoning is the answer.
