@@ -547,7 +547,9 @@ def make_sft(c: Any, cfg: model.ModelConfig, grid: Any) -> tuple[Staged, Compile
   )
 
 
-def make_pairs(c: Any, grid: Any, rl: step.Setup) -> tuple[Callable, ...]:
+def make_pairs(
+  c: Any, grid: Any, rl: step.Setup
+) -> tuple[Callable, Callable, Callable, Callable, Callable, Callable]:
   """Returns start_pairs, place_pairs, score_pairs, pack_pairs, update_pairs and
   measure_pairs."""
   setup, seed = parts.pairs_setup_of(c, rl), np.uint32(c.seed)

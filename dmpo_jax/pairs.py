@@ -104,7 +104,7 @@ def gather(
 
 def curate(
   completions: Iterable[Completion], how: Any, seed: int, held: Collection[str] = ()
-) -> tuple[list[dict], dict[str, int]]:
+) -> tuple[list[dict], Counter[str]]:
   """Returns the lines of pairs.jsonl, and counts of what they were made from.
 
   how: each, choose and classes as in config.Pairs. held: digests of problems that no
@@ -112,7 +112,7 @@ def curate(
   the earliest counts; the rejected one is drawn by (seed, problem, number of the pair).
   """
   by_problem: dict[str, dict[str, Completion]] = {}
-  count = Counter(dict.fromkeys(('completions', 'duplicates', *CLASSES, 'clean'), 0))
+  count: Counter[str] = Counter()
   for one in sorted(completions, key=lambda one: one.place):
     count['completions'] += 1
     if one.problem in held:
@@ -129,13 +129,13 @@ def curate(
     lines += pairs_of(list(by_problem[problem].values()), how, [seed, int(problem, 16)])
   count['problems'], count['pairs'] = len(by_problem), len(lines)
   count['problems_with_pairs'] = len({line['problem'] for line in lines})
-  return lines, dict(count)
+  return lines, count
 
 
-def told(count: Mapping[str, int]) -> str:
+def told(count: Counter[str]) -> str:
   """Returns the counts of `curate` as a sentence."""
   text = ', '.join(f'{count[name]} {name}' for name in ('clean', 'unclean', 'wrong'))
-  held = f', {count["held_out"]} of held-out problems' if count.get('held_out') else ''
+  held = f', {count["held_out"]} of held-out problems' if count['held_out'] else ''
   return (
     f'{count["completions"]} completions of {count["problems"]} problems '
     f'({count["duplicates"]} duplicates{held}): {text}; {count["pairs"]} pairs of '
@@ -255,9 +255,8 @@ def trimmed(ids: list[int], room: int) -> list[int]:
 
 def prompt_of(line: Mapping[str, Any], how: Layout) -> list[int]:
   """Returns the ids of a line's prompt: ids, a text, or messages."""
-  said = line.get('prompt')
-  if said is None and is_messages(line.get('chosen')):
-    said = line['chosen'][:-1]
+  chosen: Any = line.get('chosen')
+  said: Any = line.get('prompt', chosen[:-1] if is_messages(chosen) else None)
   if isinstance(said, str) or is_messages(said):
     return data.apply_chat(how.tokenizer, said, True)
   return checked(line, 'prompt', said, how, 0)
@@ -267,7 +266,7 @@ def answer_of(
   line: Mapping[str, Any], name: str, how: Layout, end: list[int]
 ) -> list[int]:
   """Returns the ids of a completion: ids, a text, or messages that end with it."""
-  said = line.get(name)
+  said: Any = line.get(name)
   if is_messages(said):
     said = said[-1]['content']
   if isinstance(said, str):

@@ -332,11 +332,9 @@ def _user_files(c: Any) -> Iterator[tuple[str, str, str]]:
     yield 'data.task', userfile.digest('data.task', c.data.task), c.data.task
   for name, spec in rewards.specs(c.reward.file).items():
     yield f'reward.file {name}', userfile.digest('reward.file', spec), spec
-  lists = [('data.drop', c.data.drop)] * bool(c.data.drop)
-  for field, path in [*lists, *(('pairs.path', path) for path in c.pairs.path)]:
-    if os.path.isfile(path):
-      text = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-      yield f'{field} {path}', text, path
+  if c.data.drop:
+    text = hashlib.sha256(pathlib.Path(c.data.drop).read_bytes()).hexdigest()
+    yield 'data.drop', text, c.data.drop
 
 
 def file_digests(c: Any) -> dict[str, int]:

@@ -28,10 +28,11 @@ def run(
 ) -> tuple[Params, float]:
   """Trains one phase to its end; returns (parameters, seconds of all sessions).
 
-  base: the parameters that training on pairs and RL start from. Resumes from the checkpoints in
-  workdir/NAME. Raises ValueError if there are some and none can be used, and
-  FloatingPointError if a loss or gradient is not finite. Exits after SIGTERM with
-  everything saved (code 75), or if the run is unhealthy and health.action = stop (77).
+  base: the parameters that training on pairs, or RL, starts from. Resumes from the
+  checkpoints in workdir/NAME. Raises ValueError if there are some and none can be
+  used, and FloatingPointError if a loss or gradient is not finite. Exits after SIGTERM
+  with everything saved (code 75), or if the run is unhealthy and health.action = stop
+  (77).
   """
   make: Any = PHASES[name]
   phase = make(session, base)

@@ -1,4 +1,4 @@
-"""Sorts a graded completion: right, formed, consistent, looped, cut (VerIPO's verifier).
+"""VerIPO's verifier: is a graded completion formed, consistent, looped or cut?
 
 Pure host code that works with any task. What is a right answer is the grade's business;
 here is what else makes a completion worth learning from. `consistent` reads answers as
@@ -61,7 +61,8 @@ class Verifier:
   ) -> Verdict:
     """Judges a completion: its text, its tokens before the end, and whether it ends.
 
-    ended: True, too, where a true answer would leave no room for an end. graded: its grade and its reward terms.
+    ended: True, too, where a true answer would leave no room for an end. graded: its
+    grade and its reward terms.
     """
     grade, terms = graded
     right = grade >= 1

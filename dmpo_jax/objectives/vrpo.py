@@ -6,9 +6,10 @@ masks that policy and reference share:
   -log sigmoid(beta (E_theta - E_ref)(w) - beta (E_theta - E_ref)(l))
   - sft_coef E_theta(w) / L
 
-smoothing = e takes the preference for wrong with that chance, as conservative DPO does
-(Mitchell 2023): the first term becomes -(1 - e) log sigmoid(m) - e log sigmoid(-m). Two
-outcomes then part by log((1 - e) / e) / beta nats. With e = 0 no finite gap is the best.
+smoothing = e takes a preference for wrong with that chance (conservative DPO, Mitchell
+2023): the first term becomes -(1 - e) log sigmoid(m) - e log sigmoid(-m), m the beta
+times the gap. Two outcomes then part by log((1 - e) / e) / beta nats; with e = 0 no
+finite gap is the best.
 
 variant = all: the mean over a group's pairs; best: its first best against its first
 worst. The paper's pairs are given preferences; ours are rollouts of one group, and

@@ -5,8 +5,11 @@ are written to the workdir, so that the run resumes without those. Which pairs a
 sees is a function of its number.
 """
 
+import json
 import os
-from collections.abc import Callable
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -80,7 +83,7 @@ class Pairs(Phase):
     sampled = self.placed(self.train[at], iteration)
     references = resume.laid(self.references, state)
     scores = steps.score_pairs(state.trainable, self.frozen, references, sampled)
-    reward = np.tile(np.float32([1, 0]), (batch, 1))
+    reward = np.tile(np.array([1, 0], np.float32), (batch, 1))
     return steps.pack_pairs(sampled, reward, scores)[0]
 
   def finish(
@@ -144,6 +147,8 @@ def rows_at(built: build.Built, workdir: str) -> pairs.Rows:
   said = mesh.gather(said)[0]
   if isinstance(said, str):
     raise ValueError(said)
+  text = json.dumps([{**line, 'where': ''} for line in said], sort_keys=True)
+  built.read['pairs.path'] = zlib.crc32(text.encode())
   cfg, length = built.model, c.sampler.length
   # The end of a prompt may share an attention block with the completion.
   shared = cfg.block_causal if cfg.block_grid == 'text' else 0
@@ -172,7 +177,7 @@ def lines_of(built: build.Built, path: str) -> list[dict]:
     return pairs.read([path])
   if not all(map(os.path.isdir, sources)):
     return pairs.read(sources)
-  lines, count = pairs.curate(*made(built, sources))
+  lines, count = curated(built, sources)
   logging.info('pairs of saved rollouts: %s', pairs.told(count))
   if not lines:
     raise ValueError(f'pairs.path = {tuple(sources)}: {pairs.told(count)}')
@@ -180,19 +185,36 @@ def lines_of(built: build.Built, path: str) -> list[dict]:
   return pairs.read([path])
 
 
-def made(built: build.Built, folders: Any) -> tuple:
-  """Returns the arguments of pairs.curate for the rollouts of some runs."""
+def judged(built: build.Built, folders: Sequence[str]) -> list[pairs.Completion]:
+  """Returns the saved completions of some runs, as the verifier judges them."""
   c, stops = built.config, model.stops(built.model)
   prefill = build.problems(built, 'train').prefill
   verifier = Verifier(built.task, c.data.protocol, c.data.style, prefill)
-  hp = check.part(c, 'pairs')
 
   def judge(buffer: buffers.Buffer, run: int) -> list[pairs.Completion]:
     return pairs.completions_of(buffer, run, verifier, built.tokenizer, stops)
 
+  return pairs.gather(folders, c.pairs.last, judge)
+
+
+def curated(
+  built: build.Built, folders: Sequence[str]
+) -> tuple[list[dict], Counter[str]]:
+  """Returns the pairs of some runs' rollouts, and what they were made from.
+
+  None is of a problem of validation or test.
+  """
   held = {
     data.digest(built.task, example)
     for split in ('validation', 'test')
     for example in build.problems(built, split).examples
   }
-  return pairs.gather(folders, hp.last, judge), hp, c.seed, held
+  hp = check.part(built.config, 'pairs')
+  return pairs.curate(judged(built, folders), hp, built.config.seed, held)
+
+
+def solved_of(
+  built: build.Built, folders: Sequence[str], share: float
+) -> list[dict[str, str]]:
+  """Returns a share of the problems that some runs answered right every time."""
+  return pairs.solved(judged(built, folders), share, built.config.seed)
