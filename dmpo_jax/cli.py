@@ -174,6 +174,10 @@ def refuse_flags() -> None:
       for names, modes in READ_BY.items()
     ),
   )
+  if MODE.value == 'rounds' and not WORKDIR.value:
+    raise ValueError(
+      '--mode=rounds needs --workdir=DIR, which holds a run of each round'
+    )
   if MIX.value != 1 and OF.value == 'base':
     raise ValueError('--mix needs trained parameters: --of=latest or --of=best')
   if not -10 <= MIX.value <= 10:
@@ -201,21 +205,23 @@ def read_config(fields: Sequence[str]) -> Command:
     if alone:
       return Command(None, {})
     c = runs.config_of(runs.path_of('--workdir', WORKDIR.value))
-    return Command(c, config.override(c, fields, mode_fields(c, fields)))
+    return Command(c, config.override(c, fields, mode_fields(fields)))
   module, c = config.load(CONFIG.value)
   file, point = CONFIG.value.partition(':')[0], {}
   if SWEEP.value:
     point = config.sweep_point(module, file, SWEEP.value)
-  overrides = config.override(c, fields, point | mode_fields(c, fields))
+  overrides = config.override(c, fields, point | mode_fields(fields))
   return Command(c, overrides | ({'sweep': SWEEP.value} if SWEEP.value else {}))
 
 
-def mode_fields(c: Any, fields: Sequence[str]) -> dict[str, Any]:
+def mode_fields(fields: Sequence[str]) -> dict[str, Any]:
   """Returns the fields of --preset and of the mode, but for those that a flag sets."""
   given = {text.removeprefix('--config.').partition('=')[0] for text in fields}
   found = conventions.fields_of(PRESET.value) if PRESET.value else {}
-  if MODE.value == 'pairs':  # they are made of this run's rollouts
-    found['pairs.path'] = (WORKDIR.value or runs.default(c),)
+  if MODE.value == 'pairs' and WORKDIR.value:  # of this run's rollouts
+    found['pairs.path'] = (WORKDIR.value,)
+  if MODE.value == 'rounds':  # of the rounds', and the fields of pairs have an effect
+    found['pairs.path'] = (rounds.first(WORKDIR.value),)
   return {name: x for name, x in found.items() if name not in given}
 
 
@@ -497,6 +503,8 @@ def shown_prompt(built: build.Built) -> tuple[data.Problems, str]:
 def pairs_mode(command: Command) -> None:
   """Writes the pairs of saved rollouts, and the problems that data.drop may name."""
   c = command.config
+  if not c.pairs.path:
+    raise ValueError('--mode=pairs needs --workdir=DIR of a run with saved rollouts')
   folders = [runs.path_of('pairs.path', path) for path in c.pairs.path]
   out = runs.path_of('--out', OUT.value, written=True)
   out = out or os.path.join(folders[0], buffers.FOLDER)
@@ -515,8 +523,7 @@ def pairs_mode(command: Command) -> None:
 
 def rounds_mode(command: Command) -> None:
   """Alternates RL and training on pairs."""
-  folder = WORKDIR.value or f'{runs.default(command.config)}-rounds'
-  folder = runs.workdir_of(folder, written=True)
+  folder = runs.workdir_of(WORKDIR.value, written=True)
   how = ROUNDS.value, DROP.value
   rounds.run(command.config, folder, *how, command.overrides)
   if jax.process_index() == 0:

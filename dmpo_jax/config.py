@@ -404,7 +404,7 @@ class Pairs(Preference):
     return least(0)(x)
 
   def idle(self) -> dict[str, str]:
-    made = self.trains and os.path.isdir(str(self.path[0]))
+    made = self.trains and not os.path.isfile(str(self.path[0]))
     return without_effect(
       ('each last choose classes', made, 'a workdir in pairs.path'),
       ('every', self.held_out, 'pairs.held_out > 0'),
@@ -415,7 +415,7 @@ class Pairs(Preference):
     found = super().problems()
     if not all(isinstance(name, str) and name for name in self.path):
       found.append(f'pairs.path = {self.path} must hold names of files or workdirs')
-    kinds = {os.path.isdir(name) for name in map(str, self.path)}
+    kinds = {os.path.isfile(name) for name in map(str, self.path)}
     if len(kinds) > 1:
       found.append(f'pairs.path = {self.path}: name files or workdirs, not both')
     if not self.classes or set(self.classes) - set(pairs.CLASSES):

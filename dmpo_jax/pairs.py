@@ -9,7 +9,6 @@ sampler left a mask (sampler.eos_stop). Lines of others may have texts or messag
 there, as preference data sets do.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -212,8 +211,6 @@ def read(paths: Sequence[files.Path]) -> list[dict]:
   """Reads the lines of files of pairs, with 'where': file and line."""
   out = []
   for path in paths:
-    if not os.path.isfile(path):
-      raise ValueError(f'pairs.path: {path}: no such file')
     lines = files.read(path)
     out += [{**line, 'where': f'{path}:{at}'} for at, line in enumerate(lines, 1)]
   if not out:

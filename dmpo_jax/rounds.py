@@ -20,11 +20,16 @@ MODEL = 'export-merged'  # the folder of a round's model
 SOLVED = os.path.join(buffers.FOLDER, pairs.SOLVED)
 
 
+def first(folder: str) -> str:
+  """Returns the workdir of round 0, which a config of rounds has for pairs.path."""
+  return os.path.join(folder, '0')
+
+
 def config_of(c: Any, folder: str, number: int) -> Any:
   """Returns the config of a round; folder: of all rounds."""
   c = c.copy_and_resolve_references()
   with c.unlocked():
-    c.log.rollouts = True
+    c.log.rollouts, c.pairs.path = True, ()
     if number:
       before = os.path.join(folder, str(number - 1))
       c.model.update(dict.fromkeys(config.SIZES, 0))
@@ -46,7 +51,7 @@ def run(c: Any, folder: str, count: int, share: float, overrides: dict) -> None:
     raise ValueError(
       '--mode=rounds needs train.iterations > 0: each round ends with RL'
     )
-  if c.pairs.path:
+  if tuple(c.pairs.path) != (first(folder),):
     raise ValueError(
       f'--mode=rounds makes the pairs itself: leave out pairs.path = {c.pairs.path}'
     )

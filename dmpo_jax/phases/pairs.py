@@ -175,7 +175,9 @@ def lines_of(built: build.Built, path: str) -> list[dict]:
   sources = built.config.pairs.path
   if os.path.exists(path):
     return pairs.read([path])
-  if not all(map(os.path.isdir, sources)):
+  if gone := [name for name in sources if not os.path.exists(name)]:
+    raise ValueError(f'pairs.path: {gone[0]}: no such file or workdir')
+  if all(map(os.path.isfile, sources)):
     return pairs.read(sources)
   lines, count = curated(built, sources)
   logging.info('pairs of saved rollouts: %s', pairs.told(count))
