@@ -114,7 +114,7 @@ class Verifier:
       return True
     final = self.answer(text, example)
     found = concluded(text, lambda piece: self.answer(piece, example))
-    return found is None or found == final
+    return not found or final in found
 
 
 class _Key:
@@ -152,26 +152,30 @@ def reasoning(text: str) -> str:
   return before.strip()
 
 
-def concluded(text: str, answer: Callable[[str], str | None]) -> str | None:
-  """Returns the last result of a reasoning, as `answer` reads it; None without one."""
+def concluded(text: str, answer: Callable[[str], str | None]) -> set[str]:
+  """Returns what the last line of a reasoning with a result may come to.
+
+  answer: reads a result. Empty where no line has one.
+  """
   for line in reversed(reasoning(text).splitlines()):
-    for piece in pieces(line):
-      found = answer(piece)
-      found = answer(f'\\boxed{{{piece}}}') if found is None else found
-      if found is not None:
-        return found
-  return None
+    found = {answer(shown) for piece in pieces(line) for shown in piece}
+    if found := {x for x in found if x is not None}:
+      return found
+  return set()
 
 
-def pieces(line: str) -> Iterator[str]:
-  """Yields what may be a line's result, the likeliest first."""
+def pieces(line: str) -> Iterator[tuple[str, ...]]:
+  """Yields what may be a line's result: the text, and boxed where it is no sentence."""
   line = line.strip().rstrip('.;,')
-  if not line:
+  if not any(map(str.isdigit, line)) and '=' not in line:
     return
+  yield (line,)
   before, equals, after = line.rpartition('=')
-  yield line
-  if equals:
-    yield after.strip().strip('$ ')
-    yield before.rpartition('=')[2].rpartition(':')[2].strip().strip('$ ')
-  yield line.rpartition(':')[2].strip().strip('$ ')
-  yield from NUMBER.findall(line)[-1:]
+  parts = [after, before.rpartition('=')[2].rpartition(':')[2]] if equals else []
+  parts += [line.rpartition(':')[2]] * (':' in line)
+  parts += line.split('$')[-2:-1]
+  if '\\' not in line:  # a number in LaTeX is a part of its result
+    parts += NUMBER.findall(line)[-1:]
+  for part in parts:
+    if part := part.strip('$ '):
+      yield part, f'\\boxed{{{part}}}'
