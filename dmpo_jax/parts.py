@@ -5,7 +5,9 @@ before anything is compiled. Nothing here compiles; build.py does.
 """
 
 import dataclasses
+import hashlib
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -25,7 +27,7 @@ from dmpo_jax import (
   step,
 )
 from dmpo_jax.logprob import LogprobConfig
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, vrpo
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.tasks import rewards, userfile
@@ -176,6 +178,13 @@ def optimizer_of(c: Any, lr: Any = None) -> Any:
   return optim.beside(model_, optax.adam(c.control.lr, b1=0.9, b2=0.99))
 
 
+def pairs_optimizer_of(c: Any, lr: Any = None) -> Any:
+  """Returns the optimizer of training on pairs: RL's, at a rate of its own."""
+  own = dict(lr=c.pairs.lr, warmup=c.pairs.warmup, decay_steps=0)
+  hp = dataclasses.replace(check.settings(optim.Config, c.optim), **own)
+  return optim.make_optimizer(hp, lr, hold='moving' in c.reference.of)
+
+
 def sft_config(c: Any, cfg: model.ModelConfig) -> model.ModelConfig:
   """Returns the model of supervised training: with its own adapters, or with none."""
   sft = c.sft
@@ -248,6 +257,23 @@ def controller_of(c: Any) -> control.Controller | None:
   hp = check.settings(control.Config, c.control)
   law = check.settings(SampleConfig, c.sampler)
   return control.Controller(hp, law) if hp.on else None
+
+
+def pairs_setup_of(c: Any, setup: step.Setup) -> step.Setup:
+  """Returns what stays the same in training on pairs: DPO in groups of two."""
+  names = [field.name for field in dataclasses.fields(vrpo.Preference)]
+  hp = vrpo.Config(**{name: c.pairs[name] for name in names})
+  return dataclasses.replace(
+    setup,
+    objective=vrpo.PAIRS,
+    hp=hp,
+    group=2,
+    inner=1,
+    microbatches=c.pairs.microbatches,
+    common=Common(),
+    control=None,
+    measure=False,
+  )
 
 
 # --- drafts
@@ -395,6 +421,9 @@ def _user_files(c: Any) -> Iterator[tuple[str, str, str]]:
     yield 'draft.judge', userfile.digest('draft.judge', c.draft.judge), c.draft.judge
   for name, spec in rewards.specs(c.reward.file).items():
     yield f'reward.file {name}', userfile.digest('reward.file', spec), spec
+  if c.data.drop:
+    text = hashlib.sha256(pathlib.Path(c.data.drop).read_bytes()).hexdigest()
+    yield 'data.drop', text, c.data.drop
 
 
 def file_digests(c: Any) -> dict[str, int]:

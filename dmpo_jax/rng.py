@@ -16,7 +16,16 @@ from dmpo_jax.types import IntR, KeyR
 AnyKey = Key[Any, '']
 
 STREAMS = dict(
-  init=0, lora=1, sample=2, score=3, mask=4, sft=5, evaluate=6, adapt=7, control=8
+  init=0,
+  lora=1,
+  sample=2,
+  score=3,
+  mask=4,
+  sft=5,
+  evaluate=6,
+  adapt=7,
+  control=8,
+  pairs=9,
 )
 # Uses inside one stream and step, beside its rows.
 SUBSTREAMS = dict(
