@@ -121,6 +121,20 @@ class Prompts(NamedTuple):
   index: IntB  # row of the data set, by which rewards find the answer
 
 
+class Routes(NamedTuple):
+  """The experts that a rollout's passes chose, int16; -1 where no pass did.
+
+  N counts the layers with experts, X the experts of a token. The pass of a step is of
+  all S columns of a model that sees the whole text. That of a block-causal one is of a
+  block: the passes of the j-th rounds of all blocks stand side by side on the canvas.
+  """
+
+  order: IntRL  # Rollouts.order: which state a pass was of
+  steps: Array  # (R, J, S or L, N, X): at each step, or at each round
+  # (R, S, N, X), block-causal: at the pass whose keys and values the others saw.
+  text: Array | None = None
+
+
 class Rollouts(NamedTuple):
   """Completions and how the sampler unmasked them."""
 
@@ -134,6 +148,7 @@ class Rollouts(NamedTuple):
   forwards: IntScalar | None  # network evaluations spent on the batch
   confidence: FloatRL  # probability at temperature 1 at that step
   more: dict[str, Array] | None = None  # (R, L) each, by name in sampler.RECORDS
+  routes: Routes | None = None  # None: not recorded
 
 
 class Given(NamedTuple):
@@ -208,6 +223,8 @@ class Masks(NamedTuple):
   sampled: BoolRL | None = None
   open: BoolRKL = NOT_ASKED  # positions eligible for unmasking at that step
   future: Future | None = None  # which later tokens are seen; None: all
+  # What the copies at recorded states replay; None: tokens choose their experts.
+  routes: Routes | None = None
 
 
 class Lesson(NamedTuple):
@@ -228,6 +245,7 @@ class ViewLogp(NamedTuple):
 
   logp: FloatRKL  # log-prob of the true token; 0 where not masked or not sampled
   reads: dict[str, Array] = {}  # (R, K, L) each, by name in logprob.READS
+  routed: Any = None  # model.Routed of the pass, with model.keep_routes
 
 
 class Views(NamedTuple):
@@ -300,6 +318,7 @@ class TrainBatch(NamedTuple):
   record: Record = NOT_ASKED  # only if Wants.records is set
   old: Views = Views()
   ref: Views = Views()
+  routes: Routes | None = None  # what updates replay; None: nothing
 
 
 class TrainState(NamedTuple):
