@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax import rules
-from dmpo_jax.types import Array, BoolRKL, BoolRT, IntRL, Routes
+from dmpo_jax.types import Array, BoolRKL, IntRL, Params, Routes
 
 LOAD = 1e-3  # factor of the load loss of a checkpoint that names none
 ROUTER = r'(^|/)router/'  # parameters of a router, by their path
@@ -143,18 +143,6 @@ def replayed(routes: Routes, masked_RxKxL: BoolRKL, block: int) -> Array:
 
 
 # --- load
-
-
-def counts(routes_NxRxTxk: Array, real_RxT: BoolRT, experts: int) -> Array:
-  """Returns how many real tokens of each row chose each expert, (R, N, E) float32."""
-
-  def of_row(chosen_Txk: Array, real_T: Array) -> Array:
-    weight = jnp.broadcast_to(real_T[:, None], chosen_Txk.shape).astype(jnp.float32)
-    zero = jnp.zeros((experts,), jnp.float32)
-    return zero.at[chosen_Txk.ravel()].add(weight.ravel())
-
-  of_layer = jax.vmap(of_row, (0, 0))
-  return jax.vmap(of_layer, (0, None), 1)(routes_NxRxTxk.astype(jnp.int32), real_RxT)
 
 
 def load_metrics(count_NxE: Array) -> dict[str, Array]:

@@ -71,13 +71,14 @@ def annealed(
   valid_RxS: t.BoolRS | None,
   dropout_R: t.KeyR | None,
   future: t.Future,
-) -> t.FloatRSD:
-  """Returns the states of `hidden`, of tokens that see a share of later ones."""
+) -> tuple[t.FloatRSD, Cache | None]:
+  """Returns what `hidden` does, of tokens that see a share of later ones."""
   valid = jnp.ones_like(tokens_RxS, bool) if valid_RxS is None else valid_RxS
   positions = positions_of(valid)
   mask = annealed_mask(future, positions, valid[:, None, None])
-  h, _ = states(cfg, params, Inputs(tokens_RxS, positions, mask, dropout=dropout_R))
-  return unshift(h, valid) if cfg.shift else h
+  inputs = Inputs(tokens_RxS, positions, mask, dropout=dropout_R, counted=valid)
+  h, kept = states(cfg, params, inputs)
+  return unshift(h, valid) if cfg.shift else h, kept
 
 
 def unshift(h_RxSxD: t.FloatRSD, valid_RxS: t.BoolRS) -> t.FloatRSD:

@@ -12,7 +12,16 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from dmpo_jax import model, rng
-from dmpo_jax.sampler import blocks, orders, picks, records, rolling, unmask, wino
+from dmpo_jax.sampler import (
+  blocks,
+  orders,
+  picks,
+  records,
+  rolling,
+  routes,
+  unmask,
+  wino,
+)
 from dmpo_jax.sampler.config import SAMPLERS, SampleConfig, Sampler, at_once
 from dmpo_jax.sampler.picks import PICKS
 from dmpo_jax.sampler.records import Recorder
@@ -33,7 +42,7 @@ from dmpo_jax.types import (
 
 __all__ = [
   'NAMES', 'PICKS', 'RECORDS', 'SAMPLERS', 'Recorder', 'SampleConfig', 'Sampler',
-  'at_once', 'follow', 'following', 'generate', 'picks', 'sample', 'unmask',
+  'at_once', 'follow', 'following', 'generate', 'picks', 'routes', 'sample', 'unmask',
 ]  # fmt: skip
 
 SAMPLERS.update(
@@ -86,9 +95,9 @@ def sample(
 ) -> Rollouts:
   """Samples one completion per row; keys_R are the rows' own keys.
 
-  records: names in RECORDS, for Rollouts.more (None without names).
-  ValueError if hp has problems, or if prompt and completion exceed the model's
-  positions.
+  records: names in RECORDS, for Rollouts.more (None without names); 'routes' for
+  Rollouts.routes. ValueError if hp has problems, or if prompt and completion exceed the
+  model's positions.
   """
   if problems := hp.problems():
     raise ValueError('; '.join(problems))
@@ -102,9 +111,15 @@ def sample(
     raise ValueError(problem)
   # 1. The canvas: the prompt, then L masks.
   canvas, valid, given = lay_out(cfg, prompts_RxP, valid_RxP, hp.length)
-  prompt = canvas.shape[1] - hp.length
-  records = [*records, 'order_logp'] if hp.order_logp else records
+  prompt, routed = canvas.shape[1] - hp.length, 'routes' in records
+  records = [*records, *['order_logp'] * hp.order_logp]
+  records = [name for name in records if name != 'routes']
   loop = begun(canvas, given, records)
+  cfg = dataclasses.replace(cfg, keep_routes=routed)
+  if routed:
+    if problem := routes.problem(cfg, hp):
+      raise ValueError(problem)
+    loop = loop._replace(routes=routes.blank(cfg, hp, loop.order, canvas.shape[1]))
   # 2. Steps until every mask that must go is gone.
   setting = unmask.Setting(
     cfg, params, hp, valid, prompt, keys_R, {name: RECORDS[name] for name in records}
@@ -114,14 +129,16 @@ def sample(
   completion = loop.tokens[:, prompt:]
   left = unmask.hidden(setting, loop)
   completion = jnp.where(left, cfg.eos_id, completion)
+  order, record = jnp.where(left, -1, loop.order), loop.routes
   return Rollouts(
     tokens=jnp.concatenate([loop.tokens[:, :prompt], completion], axis=1),
     valid=valid,
-    order=jnp.where(left, -1, loop.order),
+    order=order,
     logp=loop.logp,
     forwards=loop.forwards,
     confidence=loop.confidence,
     more=loop.more or None,
+    routes=None if record is None else record._replace(order=order),
   )
 
 

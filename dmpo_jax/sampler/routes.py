@@ -1,6 +1,5 @@
 """The record of the experts that a rollout's passes chose; see types.Routes."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,21 +29,18 @@ def problem(cfg: model.ModelConfig, hp: SampleConfig) -> str:
   return ''
 
 
-def begun(cfg: model.ModelConfig, hp: SampleConfig, order_RxL: Array) -> Callable:
-  """Returns columns S -> the record of no pass."""
+def blank(
+  cfg: model.ModelConfig, hp: SampleConfig, order_RxL: Array, columns: int
+) -> Routes:
+  """Returns the record of no pass; columns: S."""
   size, most = cfg.block_causal, hp.length
   if SAMPLERS[hp.pick].scheduled and hp.schedule != 'dream':
     most = hp.steps
-  layers = cfg.layers - len(cfg.dense_layers)
-  each = layers, cfg.experts_per_token
-
-  def record(columns: int) -> Routes:
-    blank = lambda *shape: jnp.full((len(order_RxL), *shape, *each), -1, jnp.int16)
-    if size:
-      return Routes(order_RxL, blank(size, hp.length), blank(columns))
-    return Routes(order_RxL, blank(most, columns))
-
-  return record
+  each = cfg.layers - len(cfg.dense_layers), cfg.experts_per_token
+  none = lambda *shape: jnp.full((len(order_RxL), *shape, *each), -1, jnp.int16)
+  if size:
+    return Routes(order_RxL, none(size, hp.length), none(columns))
+  return Routes(order_RxL, none(most, columns))
 
 
 def columns_first(routed: model.Routed) -> Array:
@@ -74,22 +70,17 @@ def put_text(text: Array, new_RxTx: Array, first_R: t.IntR) -> Array:
   return model.on_own_rows(jax.vmap(put), (0, 0, 0), text, new_RxTx, first_R)
 
 
-def round_of(order_RxL: t.IntRL, at_R: t.IntR, size: int) -> t.IntR:
-  """Returns how many rounds the blocks at `at` of the canvas have had."""
-  block = model.windows(order_RxL, at_R, size)
-  return jnp.sum(routing.first_of_step(block), axis=1).astype(jnp.int32)
-
-
 def note_block(setting: Any, loop: Any, new_RxWx: Array, start_R: Array) -> Routes:
   """Notes a pass of the attention blocks that begin at columns `start`.
 
   A row whose block has no mask left has ended.
   """
   size, prompt = setting.cfg.block_causal, setting.prompt
-  at_R = start_R - prompt
-  live_R = jnp.any(model.windows(masked_of(setting, loop), at_R, size), axis=1)
-  step_R, record = round_of(loop.order, at_R, size), loop.routes
-  steps = put_step(record.steps, new_RxWx, step_R, at_R, live_R)
+  at_R, masked, record = start_R - prompt, masked_of(setting, loop), loop.routes
+  live_R = jnp.any(model.windows(masked, at_R, size), axis=1)
+  order = model.windows(jnp.where(masked, -1, loop.order), at_R, size)
+  round_R = jnp.sum(routing.first_of_step(order), axis=1).astype(jnp.int32)
+  steps = put_step(record.steps, new_RxWx, round_R, at_R, live_R)
   return record._replace(steps=steps)
 
 
@@ -100,13 +91,16 @@ def masked_of(setting: Any, loop: Any) -> t.BoolRL:
 
 
 def note(
-  setting: Any, loop: Any, routed: model.Routed, start_R: t.IntR, first_R: t.IntR
+  setting: Any, loop: Any, routed: model.Routed, start: int | t.IntScalar | t.IntR
 ) -> Routes:
-  """Notes a pass of T columns from `first` on, for windows that begin at `start`."""
+  """Notes a pass of the windows that begin at `start`, or of all columns."""
   size, new, record = setting.cfg.block_causal, columns_first(routed), loop.routes
+  start_R = jnp.broadcast_to(jnp.int32(start), loop.count.shape)
   if not size:
     window = masked_of(setting, loop), start_R - setting.prompt, setting.hp.block
     busy_R = jnp.any(model.windows(*window), axis=1)
+    last = loop.tokens.shape[1] - new.shape[1]
+    first_R = jnp.minimum(start_R - setting.cfg.shift, last)
     steps = put_step(record.steps, new, loop.count, first_R, busy_R)
     return record._replace(steps=steps)
   block_R = setting.prompt + (start_R - setting.prompt) // size * size
