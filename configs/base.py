@@ -10,7 +10,7 @@ says only what differs; the command line sets any field with
 
 import ml_collections
 
-from dmpo_jax import config, curriculum, health, logprob, optim
+from dmpo_jax import config, curriculum, health, logprob, optim, routing
 
 
 def get_config():
@@ -29,6 +29,7 @@ def get_config():
   config.choose_objective(c, 'dmpo')
   c.reference = section(config.Reference)
   c.logprob = section(logprob.LogprobConfig)  # estimates of log p_ref and log p_old
+  c.routing = section(routing.Config)  # of models with experts
   c.train = section(config.Train)
   c.curriculum = section(curriculum.Config)
   c.optim = section(optim.Config)

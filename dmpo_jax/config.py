@@ -24,7 +24,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import curriculum, health, logprob, model, optim, sampler
+from dmpo_jax import curriculum, health, logprob, model, optim, routing, sampler
 from dmpo_jax.data import PromptOptions
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
@@ -516,7 +516,7 @@ class Log(Section):
 SECTIONS = {
   'model': Model, 'lora': Lora, 'data': Data, 'reward': Reward, 'sft': Sft,
   'sampler': Sampler, 'reference': Reference, 'logprob': logprob.LogprobConfig,
-  'train': Train, 'curriculum': curriculum.Config, 'optim': optim.Config,
+  'routing': routing.Config, 'train': Train, 'curriculum': curriculum.Config, 'optim': optim.Config,
   'eval': Eval, 'eval.sampler': Sampler, 'checkpoint': Checkpoint,
   'health': health.Config, 'mesh': Mesh, 'log': Log,
 }  # fmt: skip

@@ -89,6 +89,14 @@ METRICS = {
   'elbo_drift': 'mean ELBO of the policy less that of p_old; nats',
   'ratio_log_abs': 'mean absolute log-ratio of the policy to p_old; nats',
   'place_log_abs': 'mapg: the same for the choice of positions; nats',
+  # --- experts (update, sft; routes: rl)
+  'expert_top': "tokens of a layer's busiest expert / the mean; 1 = even, 1 to E",
+  'expert_entropy': "entropy of the experts' load / that of an even one; 0 to 1",
+  'expert_idle': 'share of experts that no token of the batch chose; 0 to 1',
+  'routes_differ': "share of the rollout's experts that a pass does not choose; 0 to 1",
+  'routes_logp': "mean |log-prob - record| of tokens that choose experts; nats",
+  'routes_replayed': 'the same of tokens that replay the record; nats',
+  'routes_most': "largest of the first in a completion, mean over completions; nats",
   # --- held-out texts (held_out)
   'held_out_nll': 'negative ELBO of the held-out texts; nats a learned token',
   # --- the program (rl)

@@ -10,7 +10,18 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dmpo_jax import check, config, data, hf, masking, model, optim, sampler, step
+from dmpo_jax import (
+  check,
+  config,
+  data,
+  hf,
+  masking,
+  model,
+  optim,
+  routing,
+  sampler,
+  step,
+)
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
@@ -157,7 +168,13 @@ def optimizer_of(c: Any, lr: Any = None) -> Any:
 
   lr may be traced; None = optim.lr.
   """
-  return optim.make_optimizer(c.optim, lr, hold='moving' in c.reference.of)
+  routers = routing_of(c).trains('rl')
+  return optim.make_optimizer(c.optim, lr, 'moving' in c.reference.of, routers)
+
+
+def routing_of(c: Any) -> routing.Config:
+  """Returns how routers of experts train."""
+  return check.settings(routing.Config, c.routing)
 
 
 def sft_config(c: Any, cfg: model.ModelConfig) -> model.ModelConfig:
@@ -179,19 +196,22 @@ def sft_optimizer_of(c: Any, factor: Any = 1.0) -> Any:
   """Returns AdamW for supervised training; factor: of its rate, may be traced."""
   sft = c.sft
   hp = optim.Config(sft.lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
-  return optim.make_optimizer(hp, None if sft.decay == 'constant' else sft.lr * factor)
+  rate = None if sft.decay == 'constant' else sft.lr * factor
+  return optim.make_optimizer(hp, rate, routers=routing_of(c).trains('sft'))
 
 
 def sft_setup_of(c: Any, cfg: model.ModelConfig, factor: Any = 1.0) -> step.SftSetup:
   """Returns what stays the same from one supervised update to the next."""
   sft = c.sft
+  own = sft_config(c, cfg)
   return step.SftSetup(
-    sft_config(c, cfg),
+    dataclasses.replace(own, keep_routes=bool(cfg.experts)),
     text_length(c, cfg),
     sft_optimizer_of(c, factor),
     sft.microbatches,
     masking.Rates(sft.law, sft.low, sft.high),
     sft.mean == 'token',
+    routing=routing_of(c),
   )
 
 
@@ -209,7 +229,7 @@ def text_length(c: Any, cfg: model.ModelConfig) -> int:
 def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup:
   """Returns what stays the same from update to update."""
   return step.Setup(
-    cfg,
+    dataclasses.replace(cfg, keep_routes=bool(cfg.experts)),
     objective,
     check.settings(objective.Config, c.objective),
     group=c.train.group,
@@ -218,6 +238,7 @@ def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup
     law=check.settings(SampleConfig, c.sampler),
     logprob=check.settings(LogprobConfig, c.logprob),
     common=check.settings(Common, c.objective),
+    routing=routing_of(c),
     measure=c.health.measure,
     weights=tuple(c.reference.weights),
     mean=c.reference.mean,

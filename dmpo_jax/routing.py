@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from dmpo_jax import rules
 from dmpo_jax.types import Array, BoolRKL, IntRL, Params, Routes
 
-LOAD = 1e-3  # factor of the load loss of a checkpoint that names none
-ROUTER = r'(^|/)router/'  # parameters of a router, by their path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +140,18 @@ def replayed(routes: Routes, masked_RxKxL: BoolRKL, block: int) -> Array:
   return jnp.moveaxis(found, 2, 0)
 
 
-# --- load
+# --- training
+
+
+def still(params: Params) -> Params:
+  """Returns parameters whose routers have no gradient."""
+
+  def of_leaf(path: Any, leaf: Array) -> Array:
+    names = [str(getattr(part, 'key', part)) for part in path]
+    return jax.lax.stop_gradient(leaf) if 'router' in names else leaf
+
+  return jax.tree_util.tree_map_with_path(of_leaf, params)
+
 
 
 def load_metrics(count_NxE: Array) -> dict[str, Array]:

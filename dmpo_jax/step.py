@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmpo_jax import logprob, masking, model, optim, rng
+from dmpo_jax import logprob, masking, model, optim, rng, routing
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.mesh import join_rows, split_rows
 from dmpo_jax.model import ModelConfig
@@ -34,6 +34,7 @@ from dmpo_jax.types import (
   Objective,
   Params,
   Record,
+  Routes,
   Text,
   TrainBatch,
   TrainState,
@@ -55,6 +56,7 @@ class Setup:
   law: SampleConfig | None = None  # the sampler's; needed by trajectory and Wants.law
   logprob: LogprobConfig = LogprobConfig()
   common: Common = Common()
+  routing: routing.Config = routing.Config()
   # Whether all of logp_old, logp_ref and old.elbo are computed, wanted or not, and
   # updates report metrics['elbo_drift'].
   measure: bool = False
@@ -83,6 +85,7 @@ class Rows(NamedTuple):
   row: IntR
   sampled: BoolRL | None
   record: Record | None
+  routes: Routes | None
 
 
 def init_state(trainable: Params, optimizer: Any) -> TrainState:
@@ -121,7 +124,7 @@ def draw(setup: Setup, key: AnyKey, rows: Any) -> Masks:
     rows.record,
   )
   masks = setup.objective.draw(key, rows.row, text, setup.hp)
-  return masks._replace(sampled=rows.sampled)
+  return masks._replace(sampled=rows.sampled, routes=rows.routes)
 
 
 def view(
@@ -209,8 +212,14 @@ def train_step(
 
   def loss_fn(trainable, part):
     params = {**frozen, **trainable}
+    if not setup.routing.trains('rl'):
+      params = routing.still(params)
     now, masks = view(setup, params, key, part, bool(setup.cfg.lora_dropout))
     loss, metrics = setup.objective.loss(now, masks, part, setup.hp)
+    if now.routed is not None:
+      factor = setup.routing.factor('rl', setup.cfg.load_loss)
+      more, load = of_load(setup.cfg, now.routed, len(part.row), factor)
+      loss, metrics = loss + more / part.total, {**metrics, LOAD: load}
     if setup.drift:
       gap = jnp.sum(logprob.seq_elbo(now.logp, masks.weight) - part.old.elbo)
       metrics = {**metrics, 'elbo_drift': gap / part.total}
@@ -220,9 +229,33 @@ def train_step(
 
   parts = split_batch(batch, setup.microbatches)
   new, metrics = update(state, loss_fn, parts, setup.optimizer)
+  metrics = with_load(metrics)
   if setup.moves:
     new = optim.follow(state, new, *setup.moves)
   return new, metrics
+
+
+LOAD = 'load'  # among the metrics of a microbatch: tokens of each expert, (N, E)
+
+
+def of_load(
+  cfg: ModelConfig, routed: model.Routed, rows: int, factor: float
+) -> tuple[Array, Array]:
+  """Returns the load loss of a pass of `rows` rows, and the tokens of each expert.
+
+  The loss is the sum over rows of the mean over layers, times `factor`. A row balances
+  its own tokens, so that microbatches add up to the batch. Its copies count as one.
+  """
+  balance = jax.vmap(lambda *x: model.balance_loss(cfg, *x), 1)
+  loss_RxN = balance(routed.load, routed.mass)
+  loss = factor * jnp.sum(jnp.mean(loss_RxN, axis=1)) * rows / len(loss_RxN)
+  return loss, jnp.sum(routed.load, axis=1)
+
+
+def with_load(metrics: dict[str, Any]) -> dict[str, Any]:
+  """Replaces the tokens of each expert by what they say of the load."""
+  count = metrics.pop(LOAD, None)
+  return metrics if count is None else metrics | routing.load_metrics(count)
 
 
 def update(
@@ -264,6 +297,7 @@ class SftSetup:
   rates: masking.Rates = masking.Rates()
   by_token: bool = False  # the mean over learned tokens, else over rows
   share: Any = None  # of the later tokens that are seen; None: the model's attention
+  routing: routing.Config = routing.Config()
 
 
 def aligned(cfg: ModelConfig, lesson: Lesson) -> Lesson:
@@ -311,12 +345,16 @@ def lesson_nll(
   lesson: Lesson,
   masks: Masks,
   dropout_R: KeyR | None = None,
-) -> FloatR:
-  """Returns the negative ELBO of the learned tokens of each row, nats."""
-  logp = logprob.view_logp(
+) -> tuple[FloatR, Any]:
+  """Returns the negative ELBO of the learned tokens of each row, nats.
+
+  Also where tokens were sent, with cfg.keep_routes (model.Routed).
+  """
+  found = logprob.view_logp(
     cfg, params, lesson.tokens, masks, lesson.valid, dropout_R=dropout_R
-  ).logp
-  return -logprob.seq_elbo(logp, masks.weight) * masks.masked.shape[1]
+  )
+  nll = -logprob.seq_elbo(found.logp, masks.weight) * masks.masked.shape[1]
+  return nll, found.routed
 
 
 def sft_step(
@@ -330,8 +368,11 @@ def sft_step(
   gradient.
   """
   cfg, rows = setup.cfg, lesson.tokens.shape[0]
+  factor = setup.routing.factor('sft', cfg.load_loss)
   if 'lora' not in state.trainable:
     cfg = dataclasses.replace(cfg, lora_rank=0)
+  else:  # routers are part of the base
+    factor = 0.0
   total = jnp.maximum(jnp.sum(lesson.learn), 1)
 
   def draw(k, canvas, row):
@@ -340,6 +381,8 @@ def sft_step(
 
   def loss_fn(trainable, part):
     params = {**frozen, **trainable}
+    if not setup.routing.trains('sft'):
+      params = routing.still(params)
     part = aligned(cfg, part)
     length = max(setup.length, part.learn.shape[2])
     masks = lesson_masks(cfg, part, length, lambda k, where: draw(k, where, part.row))
@@ -349,14 +392,20 @@ def sft_step(
     keys = None
     if cfg.lora_rank and cfg.lora_dropout:
       keys = rng.row_keys(rng.substream(key, 'dropout'), part.row)
-    nll = lesson_nll(cfg, params, part, masks, keys)
+    nll, routed = lesson_nll(cfg, params, part, masks, keys)
     if setup.by_token:
-      return jnp.sum(nll) / total, {}
-    count = jnp.maximum(jnp.sum(part.learn, axis=(1, 2)), 1)
-    return jnp.sum(nll / count) / rows, {}
+      loss = jnp.sum(nll) / total
+    else:
+      count = jnp.maximum(jnp.sum(part.learn, axis=(1, 2)), 1)
+      loss = jnp.sum(nll / count) / rows
+    if routed is None:
+      return loss, {}
+    more, load = of_load(cfg, routed, len(part.row), factor)
+    return loss + more / rows, {LOAD: load}
 
   parts = jax.tree.map(lambda x: split_rows(x, setup.microbatches), lesson)
-  return update(state, loss_fn, parts, setup.optimizer)
+  state, metrics = update(state, loss_fn, parts, setup.optimizer)
+  return state, with_load(metrics)
 
 
 def held_out(
@@ -378,7 +427,7 @@ def held_out(
       return masking.draw_blocks(at, row, canvas, 1, level=level)
 
     masks = lesson_masks(cfg, lesson, length, draw)
-    return lesson_nll(cfg, params, lesson, masks)
+    return lesson_nll(cfg, params, lesson, masks)[0]
 
   nll = jax.lax.map(of_level, (jnp.arange(levels) + 0.5) / levels)
   return jnp.sum(jnp.mean(nll, axis=0)), jnp.sum(lesson.learn)

@@ -278,6 +278,7 @@ class Scores(NamedTuple):
   ref: Views = Views()
   guess: IntRKL | None = None  # the loss's copies, completed in one step
   guess_reward: FloatRK | None = None  # their rewards, from the host; nan: no copy
+  routes: dict[str, FloatR] | None = None  # agreement.agreement, by name
 
 
 class Scored(NamedTuple):
