@@ -56,7 +56,7 @@ UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 24200, 60, 6
 # These take more: the keyword options of one pass, a window with its cache, and the
 # signature that scripts outside the project call.
-WIDE = {'view_logp', 'window_logits', 'beside_cache', 'sample'}
+WIDE = {'view_logp', 'hidden', 'window_logits', 'beside_cache', 'sample'}
 
 
 def sources(root):
