@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from dmpo_jax import mesh
 from dmpo_jax import types as t
 from dmpo_jax.model import moe
 from dmpo_jax.model.attention import (
@@ -329,16 +330,16 @@ def on_own_rows(fn: Callable, axes: Sequence[int], *args: t.Array) -> t.Array:
   axes: which axis of each argument has the rows; the result has them where the first
   has. XLA does not see that reads and writes at places of each row's own are local.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or 'fsdp' not in mesh.axis_names:
+  if not (grid := mesh.in_force()):
     return fn(*args)
-  specs = [PartitionSpec(*[None] * axis, ('data', 'fsdp')) for axis in axes]
+  split = mesh.row_axes(grid)
+  specs = [PartitionSpec(*[None] * axis, split) for axis in axes]
   run = jax.shard_map(
     fn,
-    mesh=mesh,
+    mesh=grid,
     in_specs=tuple(specs),
     out_specs=specs[0],
-    axis_names={'data', 'fsdp'},
+    axis_names=set(split),
     check_vma=False,
   )
   return run(*args)
@@ -350,8 +351,7 @@ def constrain(x_RxTxD: t.FloatRTD) -> t.FloatRTD:
   Without it XLA replicates the result of the lookup in an embedding that is
   sharded along fsdp, and computes it on every device.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or 'fsdp' not in mesh.axis_names:
+  if not (grid := mesh.in_force()):
     return x_RxTxD
-  spec = PartitionSpec(('data', 'fsdp'), None, None)
+  spec = PartitionSpec(mesh.row_axes(grid), None, None)
   return jax.lax.with_sharding_constraint(x_RxTxD, spec)
