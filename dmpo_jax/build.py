@@ -185,7 +185,8 @@ def build(c: Any, devices: Any = None) -> Built:
   parts.check_blocks(c, cfg)
   if c.lora.path:
     hf.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
-  grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
+  m = c.mesh
+  grid = mesh.make_mesh(m.data, m.fsdp, m.tensor, devices, m.expert)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
   init, init_lora, start = make_starts(c, cfg, folder, grid)
@@ -462,7 +463,7 @@ def pmap_rows(sample: Callable, grid: Any) -> Callable:
     if not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params)):
       raise ValueError(
         'sampler.parallel = pmap needs replicated parameters: '
-        'set mesh.fsdp = mesh.tensor = 1, or use jit'
+        'set mesh.fsdp = mesh.tensor = mesh.expert = 1, or use jit'
       )
     spread = lambda x: np.reshape(x, (len(devices), -1) + np.shape(x)[1:])[mine]
     rows = (spread(tokens), spread(valid), spread(row))

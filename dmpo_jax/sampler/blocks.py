@@ -36,14 +36,13 @@ def begin(setting: Setting, loop: Loop) -> State:
   tokens, valid = (x[:, : setting.prompt] for x in texts(setting, loop))
   mask = model.Packed(valid, 0, 0, setting.cfg.block_causal)
   inputs = model.Inputs(tokens, model.positions_of(valid), mask)
-  _, cache = model.states(setting.cfg, setting.params, inputs, keep=True)
-  assert cache is not None
+  _, kept = model.states(setting.cfg, setting.params, inputs, keep=True)
+  cache, chosen = routes.split(kept)
   if loop.routes is not None:
-    at_R, new = jnp.zeros_like(loop.count), routes.columns_first(cache.routed)
-    text = routes.put_text(loop.routes.text, new, at_R)
+    text = routes.put_text(loop.routes.text, chosen, jnp.zeros_like(loop.count))
     loop = loop._replace(routes=loop.routes._replace(text=text))
   pad = [(0, 0)] * 3 + [(0, setting.hp.length), (0, 0)]
-  cache = jax.tree.map(lambda x: jnp.pad(x, pad), cache._replace(routed=None))
+  cache = model.Cache(*(jnp.pad(x, pad) for x in cache))
   # A family that shifts reads a block's first token off the block before it.
   done = setting.prompt - setting.cfg.block_causal * setting.cfg.shift
   return State(
@@ -111,14 +110,12 @@ def window(
   cfg, size = setting.cfg, setting.cfg.block_causal
   first_R = each(setting, start_R + size - width)
   args = *texts(setting, state.loop), first_R, width, state.cache
-  h, new = model.beside_cache(cfg, setting.params, *args)
+  h, kept = model.beside_cache(cfg, setting.params, *args)
+  new, chosen = routes.split(kept)
   if cfg.shift:
     h = model.unshift(h, jnp.ones(h.shape[:2], bool))
-  chosen = None
-  if state.loop.routes is not None:
-    chosen = routes.columns_first(new.routed)
+  if chosen is not None:
     chosen = jnp.pad(chosen, ((0, 0), (2 * size - width, 0), (0, 0), (0, 0)))
-  new = new._replace(routed=None)
   if width == size:
     return h, jax.tree.map(jnp.zeros_like, new), chosen
   return h[:, size:], jax.tree.map(lambda x: x[..., :size, :], new), chosen

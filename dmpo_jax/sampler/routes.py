@@ -43,9 +43,11 @@ def blank(
   return Routes(order_RxL, none(most, columns))
 
 
-def columns_first(routed: model.Routed) -> Array:
-  """Returns the choices of a pass, (R, T, N, X)."""
-  return jnp.moveaxis(routed.experts, 0, 2)
+def split(kept: Any) -> tuple[Any, Any]:
+  """Returns the cache of a pass, and its choices (R, T, N, X); None: not kept."""
+  if not isinstance(kept, model.Kept):
+    return kept, None
+  return kept.cache, jnp.moveaxis(kept.routed.experts, 0, 2)
 
 
 def put_step(
@@ -91,10 +93,10 @@ def masked_of(setting: Any, loop: Any) -> t.BoolRL:
 
 
 def note(
-  setting: Any, loop: Any, routed: model.Routed, start: int | t.IntScalar | t.IntR
+  setting: Any, loop: Any, new: Array, start: int | t.IntScalar | t.IntR
 ) -> Routes:
   """Notes a pass of the windows that begin at `start`, or of all columns."""
-  size, new, record = setting.cfg.block_causal, columns_first(routed), loop.routes
+  size, record = setting.cfg.block_causal, loop.routes
   start_R = jnp.broadcast_to(jnp.int32(start), loop.count.shape)
   if not size:
     window = masked_of(setting, loop), start_R - setting.prompt, setting.hp.block

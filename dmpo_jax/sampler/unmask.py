@@ -216,10 +216,10 @@ def forward(
   s, hp = setting, setting.hp
   where = s.valid, start, hp.block, prompt_of(s, loop), hp.guidance
   seen, kept = model.window_logits(s.cfg, s.params, loop.tokens, *where, **cache)
-  if loop.routes is not None and kept is not None:
-    loop = loop._replace(routes=routes.note(s, loop, kept.routed, start))
-    kept = kept._replace(routed=None)
-  return seen, kept if 'keep' in cache or 'cache' in cache else None, loop
+  kept, chosen = routes.split(kept)
+  if loop.routes is not None:
+    loop = loop._replace(routes=routes.note(s, loop, chosen, start))
+  return seen, kept, loop
 
 
 def prompt_of(setting: Setting, loop: Loop) -> int | t.IntR:
