@@ -183,6 +183,7 @@ def build(c: Any, devices: Any = None) -> Built:
   tokenizer = parts.tokenizer_of(c, folder)
   cfg = parts.model_config(c, tokenizer, folder)
   parts.check_blocks(c, cfg)
+  parts.check_experts(c, cfg)
   if c.lora.path:
     hf.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
   m = c.mesh
@@ -215,7 +216,7 @@ def build(c: Any, devices: Any = None) -> Built:
     init_sft,
     start_sft,
     merge,
-    make_sample(c, c.sampler, 'sample', cfg, grid, setup.wants.records or ()),
+    make_sample(c, c.sampler, 'sample', cfg, grid, setup.records),
     make_sample(c, c.eval.sampler, 'evaluate', cfg, grid),
     lambda section: make_sample(c, section, 'evaluate', cfg, grid),
     lambda program: make_texts(c, program, cfg, grid),
@@ -615,12 +616,7 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
   refs = abstract_references(built, frozen, state)
   prompts = abstract_prompts(built, c.train.prompts * c.train.group, prompt)
   jit = make_sample(
-    c,
-    jit_section(c.sampler),
-    'sample',
-    built.model,
-    built.mesh,
-    built.setup.wants.records or (),
+    c, jit_section(c.sampler), 'sample', built.model, built.mesh, built.setup.records
   )
   sampled = jit.shapes({**frozen, **state.trainable}, *prompts)
   # Functions of their own: those in built.steps may be wrapped.

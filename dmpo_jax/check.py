@@ -155,7 +155,8 @@ def idle_between(c: Any) -> dict[str, str]:
     if (names := ' or '.join(n for n, other in TASKS.items() if term in other.terms))
   ]
   sections = (
-    'objective.', 'logprob.', 'reference.', 'optim.', 'train.', 'curriculum.'
+    'objective.', 'logprob.', 'reference.', 'optim.', 'train.', 'curriculum.',
+    'routing.load', 'routing.replay', 'routing.measure',
   )  # fmt: skip
   rl = [name for name in flatten(c) if name.startswith(sections)]
   rl = sorted({*rl} - {'objective.name', 'train.iterations'})
@@ -173,7 +174,34 @@ def idle_between(c: Any) -> dict[str, str]:
     *weights,
     ('reward.sandbox reward.python reward.memory', task.ready, 'data.task = code'),
     (' '.join(rl), c.train.iterations, 'train.iterations > 0'),
+    *idle_experts(c),
   )
+
+
+def idle_experts(c: Any) -> list[tuple[str, Any, str]]:
+  """Returns rows for `without_effect` of the options of experts."""
+  experts, sft = has_experts(c), part(c, 'sft')
+  names = [f'routing.{name}' for name in vars(part(c, 'routing'))]
+  names += ['health.expert_entropy', 'health.expert_idle']
+  rl = c.train.iterations and not c.lora.rank
+  supervised = sft.trains and not sft.rank
+  base = 'whose base is trained (lora.rank = 0, sft.rank = 0)'
+  return [
+    ('routing.load', rl, f'RL {base}'),
+    ('routing.sft_load', supervised, f'supervised training {base}'),
+    ('routing.train', rl or supervised, f'training {base}'),
+    (' '.join(names), experts, 'a model with experts'),
+  ]
+
+
+def has_experts(c: Any) -> bool:
+  """Returns whether the model has experts; True where its config cannot be read."""
+  if not c.model.checkpoint:
+    return 'experts' in model.PRESETS.get(c.model.preset, {})
+  with contextlib.suppress(ValueError):
+    folder = hf.locate(c.model.checkpoint, False)
+    return bool(hf.read_config(folder, 0, c.model.convert).get('experts', 0))
+  return True
 
 
 def effects(c: Any, given: Container[str]) -> str:
@@ -406,6 +434,28 @@ def trajectory(c: Any) -> list[str]:
   return found
 
 
+def replay(c: Any) -> list[str]:
+  """There are recorded states whose experts can be replayed."""
+  if not (c.routing.replay and c.train.iterations):
+    return []
+  found, (_, wants) = [], wanted(c)
+  scored = c.health.measure or wants.sequence
+  along = c.logprob.estimator == 'trajectory' and scored
+  if not along and wants.records is None:
+    found.append(
+      'routing.replay = True: masks that are drawn anew are no recorded state, and '
+      f'objective.name = {c.objective.name} has no others here; set '
+      'logprob.estimator = trajectory where it scores log-probs, objective.masks = '
+      'rounds (dmpo), or an objective of recorded steps, such as tracerl'
+    )
+  if c.sampler.cache in ('prefix', 'dual'):
+    found.append(
+      f'routing.replay = True: sampler.cache = {c.sampler.cache} keeps keys and values '
+      'of older states, which no pass of the trainer repeats; set none'
+    )
+  return found
+
+
 def rollouts(c: Any) -> list[str]:
   """The completions of a group differ, and adapters are laid on their own base."""
   found, s = [], c.sampler
@@ -566,6 +616,7 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   pmap: ('mesh', 'sampler', 'eval.sampler'),
   fuse: ('logprob', 'lora', 'reference', 'sft'),
   trajectory: ('logprob', 'sampler'),
+  replay: ('health', 'logprob', 'objective', 'routing', 'sampler', 'train'),
   rollouts: ('lora', 'sampler', 'sft', 'train'),
   supervised: ('lora', 'model', 'sft'),
   objective_sampler: ('objective', 'sampler'),

@@ -517,7 +517,8 @@ class Log(Section):
 SECTIONS = {
   'model': Model, 'lora': Lora, 'data': Data, 'reward': Reward, 'sft': Sft,
   'sampler': Sampler, 'reference': Reference, 'logprob': logprob.LogprobConfig,
-  'routing': routing.Config, 'train': Train, 'curriculum': curriculum.Config, 'optim': optim.Config,
+  'routing': routing.Config, 'train': Train, 'curriculum': curriculum.Config,
+  'optim': optim.Config,
   'eval': Eval, 'eval.sampler': Sampler, 'checkpoint': Checkpoint,
   'health': health.Config, 'mesh': Mesh, 'log': Log,
 }  # fmt: skip

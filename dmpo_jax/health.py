@@ -31,7 +31,11 @@ RULES = {
   'expert_entropy': ('expert_entropy', 'below'),
   'expert_idle': ('expert_idle', 'above'),
 }
-OF_UPDATES = ('grad_norm', 'expert_entropy', 'expert_idle')  # rules of an update's numbers, not of a buffer's
+OF_UPDATES = (
+  'grad_norm',
+  'expert_entropy',
+  'expert_idle',
+)  # rules of an update's numbers, not of a buffer's
 
 
 def below_zero(x: float) -> str:

@@ -27,7 +27,6 @@ from dmpo_jax.types import (
   FloatRKL,
   FloatRL,
   IntR,
-  IntRL,
   IntRS,
   KeyR,
   Masks,

@@ -94,9 +94,9 @@ METRICS = {
   'expert_entropy': "entropy of the experts' load / that of an even one; 0 to 1",
   'expert_idle': 'share of experts that no token of the batch chose; 0 to 1',
   'routes_differ': "share of the rollout's experts that a pass does not choose; 0 to 1",
-  'routes_logp': "mean |log-prob - record| of tokens that choose experts; nats",
+  'routes_logp': 'mean |log-prob - record| of tokens that choose experts; nats',
   'routes_replayed': 'the same of tokens that replay the record; nats',
-  'routes_most': "largest of the first in a completion, mean over completions; nats",
+  'routes_most': 'largest of the first in a completion, mean over completions; nats',
   # --- held-out texts (held_out)
   'held_out_nll': 'negative ELBO of the held-out texts; nats a learned token',
   # --- the program (rl)

@@ -67,7 +67,9 @@ def make_optimizer(
     return rate
 
   parts = [optax.clip_by_global_norm(hp.clip)] if hp.clip else []
-  decay = dict(weight_decay=hp.weight_decay, mask=functools.partial(decayed, routers=routers))
+  decay = dict(
+    weight_decay=hp.weight_decay, mask=functools.partial(decayed, routers=routers)
+  )
   parts.append(optax.adamw(schedule, hp.b1, hp.b2, hp.eps, **decay))
   if hold:
     parts.append(

@@ -149,6 +149,18 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
     )
 
 
+def check_experts(c: Any, cfg: model.ModelConfig) -> None:
+  """ValueError if options of experts do not fit the model and its sampler."""
+  how, hp = routing_of(c), check.settings(SampleConfig, c.sampler)
+  if how.records and c.train.iterations:
+    if problem := sampler.routes.problem(cfg, hp):
+      raise ValueError(problem)
+  bounded = [x for x in ('expert_entropy', 'expert_idle') if c.health[x]]
+  asked = ['routing.load'] * bool(how.load) + [f'health.{x}' for x in bounded]
+  if asked and not cfg.experts:
+    raise ValueError(f'{" and ".join(asked)}: the model has no experts; set 0')
+
+
 def check_targets(cfg: model.ModelConfig, field: str = 'lora.targets') -> None:
   """ValueError if the adapters match no linear; field: what names them."""
   try:
@@ -211,7 +223,7 @@ def sft_setup_of(c: Any, cfg: model.ModelConfig, factor: Any = 1.0) -> step.SftS
     sft.microbatches,
     masking.Rates(sft.law, sft.low, sft.high),
     sft.mean == 'token',
-    routing=routing_of(c),
+    experts=routing_of(c),
   )
 
 
@@ -238,7 +250,7 @@ def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup
     law=check.settings(SampleConfig, c.sampler),
     logprob=check.settings(LogprobConfig, c.logprob),
     common=check.settings(Common, c.objective),
-    routing=routing_of(c),
+    experts=routing_of(c),
     measure=c.health.measure,
     weights=tuple(c.reference.weights),
     mean=c.reference.mean,

@@ -18,7 +18,6 @@ from dmpo_jax import rules
 from dmpo_jax.types import Array, BoolRKL, IntRL, Params, Routes
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Config(rules.Section):
   """How routers of a mixture of experts train, and whether rollouts bind them."""
@@ -61,7 +60,7 @@ class Config(rules.Section):
 
   def idle(self) -> dict[str, str]:
     return rules.without_effect(
-      ('sft_load', self.trains('sft'), 'routing.train = sft or all'),
+      ('sft_load', self.trains('sft'), 'routing.train = sft or all')
     )
 
   def problems(self) -> list[str]:
@@ -151,7 +150,6 @@ def still(params: Params) -> Params:
     return jax.lax.stop_gradient(leaf) if 'router' in names else leaf
 
   return jax.tree_util.tree_map_with_path(of_leaf, params)
-
 
 
 def load_metrics(count_NxE: Array) -> dict[str, Array]:

@@ -45,7 +45,7 @@ def rows_of(sampled: Sampled, setup: Setup) -> Rows:
     sampled.row,
     r.order >= 0 if partly else None,
     record,
-    r.routes if record and setup.routing.replay else None,
+    r.routes if record and setup.experts.replay else None,
   )
 
 
@@ -86,9 +86,9 @@ def score(
   ref = views_of(of_refs, 'ref', setup, 'ref' in wants.elbo)
   guess = guesses(who.old, sampled, loss_key, setup) if wants.guess else None
   routes = None
-  if setup.routing.measure:
-    assert setup.law is not None
-    of_rows = lambda x: agreement.agreement(setup.cfg, who.old, x.rollouts, setup.law)
+  if setup.experts.measure:
+    args: Any = setup.cfg, who.old, setup.law
+    of_rows = lambda x: agreement.agreement(*args[:2], x.rollouts, args[2])
     routes = over_rows(of_rows, sampled, setup)
   return out._replace(old=old, ref=ref, guess=guess, routes=routes)
 
@@ -175,7 +175,7 @@ def along_trajectory(
   def fn(part):
     u_R = rng.per_row(key, part.row, jax.random.uniform) if states else None
     how, rollouts = logprob.Along(states, u_R, policy), part.rollouts
-    if not setup.routing.replay:
+    if not setup.experts.replay:
       rollouts = rollouts._replace(routes=None)
     return logprob.trajectory_logp(setup.cfg, params, rollouts, law, how)
 

@@ -56,7 +56,7 @@ class Setup:
   law: SampleConfig | None = None  # the sampler's; needed by trajectory and Wants.law
   logprob: LogprobConfig = LogprobConfig()
   common: Common = Common()
-  routing: routing.Config = routing.Config()
+  experts: routing.Config = routing.Config()
   # Whether all of logp_old, logp_ref and old.elbo are computed, wanted or not, and
   # updates report metrics['elbo_drift'].
   measure: bool = False
@@ -69,6 +69,11 @@ class Setup:
   @property
   def wants(self) -> Wants:
     return self.objective.wants(self.hp)
+
+  @property
+  def records(self) -> tuple[str, ...]:
+    """What rollouts record of their steps: names for `sampler.sample`."""
+    return (*(self.wants.records or ()), *['routes'] * self.experts.records)
 
   @property
   def drift(self) -> bool:
@@ -209,15 +214,16 @@ def train_step(
     batch = reweighed(setup, {**frozen, **state.trainable}, batch, key)
   if wants.fresh:
     key = rng.substream(key, 'fresh')
+  adapters = 'lora' in state.trainable  # routers are part of the base
+  factor = 0.0 if adapters else setup.experts.factor('rl', setup.cfg.load_loss)
 
   def loss_fn(trainable, part):
     params = {**frozen, **trainable}
-    if not setup.routing.trains('rl'):
+    if not setup.experts.trains('rl'):
       params = routing.still(params)
     now, masks = view(setup, params, key, part, bool(setup.cfg.lora_dropout))
     loss, metrics = setup.objective.loss(now, masks, part, setup.hp)
     if now.routed is not None:
-      factor = setup.routing.factor('rl', setup.cfg.load_loss)
       more, load = of_load(setup.cfg, now.routed, len(part.row), factor)
       loss, metrics = loss + more / part.total, {**metrics, LOAD: load}
     if setup.drift:
@@ -297,7 +303,7 @@ class SftSetup:
   rates: masking.Rates = masking.Rates()
   by_token: bool = False  # the mean over learned tokens, else over rows
   share: Any = None  # of the later tokens that are seen; None: the model's attention
-  routing: routing.Config = routing.Config()
+  experts: routing.Config = routing.Config()
 
 
 def aligned(cfg: ModelConfig, lesson: Lesson) -> Lesson:
@@ -368,7 +374,7 @@ def sft_step(
   gradient.
   """
   cfg, rows = setup.cfg, lesson.tokens.shape[0]
-  factor = setup.routing.factor('sft', cfg.load_loss)
+  factor = setup.experts.factor('sft', cfg.load_loss)
   if 'lora' not in state.trainable:
     cfg = dataclasses.replace(cfg, lora_rank=0)
   else:  # routers are part of the base
@@ -381,7 +387,7 @@ def sft_step(
 
   def loss_fn(trainable, part):
     params = {**frozen, **trainable}
-    if not setup.routing.trains('sft'):
+    if not setup.experts.trains('sft'):
       params = routing.still(params)
     part = aligned(cfg, part)
     length = max(setup.length, part.learn.shape[2])

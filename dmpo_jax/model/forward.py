@@ -72,7 +72,7 @@ def annealed(
   valid_RxS: t.BoolRS | None,
   dropout_R: t.KeyR | None,
   future: t.Future,
-) -> tuple[t.FloatRSD, Cache | None]:
+) -> tuple[t.FloatRSD, Any]:
   """Returns what `hidden` does, of tokens that see a share of later ones."""
   valid = jnp.ones_like(tokens_RxS, bool) if valid_RxS is None else valid_RxS
   positions = positions_of(valid)

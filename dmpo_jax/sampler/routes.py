@@ -13,18 +13,18 @@ from dmpo_jax.types import Array, Routes
 
 
 def problem(cfg: model.ModelConfig, hp: SampleConfig) -> str:
-  """Returns why the experts of this sampler's passes cannot be recorded; '' = they can."""
+  """Returns why the experts of a sampler's passes cannot be recorded; '' = they can."""
   if not cfg.experts:
-    return 'the model has no experts whose choice could be recorded'
+    return 'the model has no experts: set routing.replay = routing.measure = False'
   if hp.guidance:
     return (
-      f'sampler.guidance = {hp.guidance}: a step has two passes, and their experts are '
-      'not recorded; set 0'
+      f'sampler.guidance = {hp.guidance}: a step has two passes, whose experts are not '
+      'recorded; set 0, or routing.replay = routing.measure = False'
     )
   if not SAMPLERS[hp.pick].records:
     return (
-      f'sampler.pick = {hp.pick} takes tokens back, and the experts of its passes are '
-      'not recorded; set another pick'
+      f'sampler.pick = {hp.pick} takes tokens back, so experts of its passes are not '
+      'recorded; set another pick, or routing.replay = routing.measure = False'
     )
   return ''
 
@@ -47,6 +47,7 @@ def split(kept: Any) -> tuple[Any, Any]:
   """Returns the cache of a pass, and its choices (R, T, N, X); None: not kept."""
   if not isinstance(kept, model.Kept):
     return kept, None
+  assert kept.routed is not None
   return kept.cache, jnp.moveaxis(kept.routed.experts, 0, 2)
 
 
