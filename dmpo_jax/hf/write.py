@@ -219,58 +219,6 @@ def write_tensors(
     save_file(tensors, os.path.join(folder, name), {'format': 'pt', **(notes or {})})
 
 
-def save_adapter(
-  folder: str | os.PathLike,
-  cfg: model.ModelConfig,
-  params: Params,
-  base: str = '',
-  source: str = '',
-  digest: str = '',
-) -> None:
-  """Writes a PEFT adapter: adapter_config.json and adapter_model.safetensors.
-
-  base: name of the base model, written for the reader. source: its directory.
-  digest: of its weights, by which read.warn_of_base knows another base.
-  target_modules is a regular expression on whole paths, because LLaDA's head has
-  the name of a linear.
-  """
-  family = read.family_for(cfg, source)
-  os.makedirs(folder, exist_ok=True)
-  tree = {'lora': mesh.fetch(params['lora'])}
-  tensors = {
-    name: np.ascontiguousarray(entry.leaf[layer].T)
-    for entry in entries(tree, family, cfg.layers)
-    for layer, name in enumerate(entry.names)
-  }
-  layer = family.layer.replace('.', r'\.').format(r'\d+')
-  linears = [
-    family.layers[name].replace('.', r'\.')
-    for name in model.LINEARS
-    if name in tree['lora']['layers']
-  ]
-  write_json(
-    folder,
-    'adapter_config.json',
-    dict(
-      peft_type='LORA',
-      task_type='CAUSAL_LM',
-      r=cfg.lora_rank,
-      lora_alpha=cfg.lora_alpha,
-      lora_dropout=cfg.lora_dropout,
-      bias='none',
-      target_modules=f'{layer}({"|".join(linears)})',
-      inference_mode=True,
-      base_model_name_or_path=base,
-      fan_in_fan_out=False,
-      init_lora_weights=True,
-      modules_to_save=None,
-      use_dora=False,
-      use_rslora=False,
-    ),
-  )
-  write_tensors(folder, read.ADAPTER, tensors, {'base': digest})
-
-
 # --- the export of a run
 
 
