@@ -7,7 +7,7 @@ Dims, as they appear in array names (`logp_RxKxL`):
   W block (window)      K masked copies per row     I inner updates
   M microbatches        V vocabulary                D width
   N layers              H heads                     C head dim
-  F mlp width           A adapter rank
+  F mlp width           A adapter rank              E experts
 
 Rows are prompt-major: row r = b*G + g. Tokens are rows (R, S); scalars of a
 completion are groups (B, G). `to_rows` and `to_groups` are the only crossings.
@@ -72,6 +72,9 @@ FloatRHTC = Float[Array, 'R H T C']
 FloatRJSC = Float[Array, 'R J S C']
 FloatNRJSC = Float[Array, 'N R J S C']
 FloatNDF = Float[Array, 'N D F']
+FloatNRE = Float[Array, 'N R E']
+IntRTX = Int[Array, 'R T X']
+IntNRTX = Int[Array, 'N R T X']
 BoolR1TS = Bool[Array, 'R 1 #T S']
 FloatR1TX = Float[Array, 'R 1 T X']
 IntX = Int[Array, '*X']

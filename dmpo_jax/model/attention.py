@@ -20,7 +20,7 @@ from dmpo_jax.model.presets import ModelConfig
 Mask = t.BoolR1TS | Packed | None
 # Sums of values under exp(score - top), of the exps, and the top: (R, H, T, C or 1).
 Part = tuple[t.Array, t.Array, t.Array]
-Rope = tuple[t.FloatR1TX, t.FloatR1TX]  # cos and sin of C/2 angles
+Rope = tuple[t.FloatR1TX, t.FloatR1TX]  # cos and sin of up to C/2 angles
 
 
 def positions_of(valid_RxS: t.BoolRS) -> t.IntRS:
@@ -78,8 +78,11 @@ def annealed_mask(
 
 
 def rope_table(cfg: ModelConfig, positions_RxT: t.IntRT) -> Rope:
-  """Returns the cosines and sines of the rotary angles, in float32."""
-  dim = cfg.head_dim or cfg.width // cfg.heads
+  """Returns the cosines and sines of the rotary angles, in float32.
+
+  There are as many as pairs of dimensions that rotate: cfg.rotary of a head.
+  """
+  dim = int(cfg.rotary * (cfg.head_dim or cfg.width // cfg.heads))
   inverse = cfg.rope_theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
   if cfg.rope_llama3:  # long waves are stretched by the factor, short ones stay
     factor, low, high, trained = cfg.rope_llama3
@@ -92,10 +95,14 @@ def rope_table(cfg: ModelConfig, positions_RxT: t.IntRT) -> Rope:
 
 
 def rotate(x: t.FloatRHTC, rope: Rope, gain: float = 1.0) -> t.FloatRHTC:
-  """Applies RoPE (NeoX's rotate-half) and a factor, in float32."""
+  """Applies RoPE (NeoX's rotate-half) and a factor, in float32.
+
+  Dimensions of a head for which the table has no angle stay as they are.
+  """
   cos, sin = rope
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  half = cos.shape[-1]
+  a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+  y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
   return (y * gain).astype(x.dtype)
 
 
