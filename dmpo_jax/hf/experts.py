@@ -31,8 +31,9 @@ class Told:
     self.raw, self.problems = defaults | raw, []
 
   def complain(self, name: str, should: str) -> None:
-    value = f'{name} = {self.raw[name]!r}' if name in self.raw else f'{name}, missing,'
-    self.problems.append(f'{value} must be {should}')
+    value = self.raw.get(name)
+    is_what = 'is missing: it' if value is None else f'= {value!r}'
+    self.problems.append(f'{name} {is_what} must be {should}')
 
   def whole(self, name: str, least: int = 1) -> int:
     value = self.raw.get(name)
@@ -265,6 +266,10 @@ def read_lladamoe(told: Told) -> dict[str, Any]:
   dense = tuple(i for i, x in enumerate(freq[: told.layers]) if not x)
   shared = told.raw.get('shared_expert_intermediate_size')
   shared = told.whole('shared_expert_intermediate_size', 0) if shared else 0
+  heads = told.raw.get('num_attention_heads')
+  if told.raw['head_dim'] is not None and type(heads) is int:
+    if told.raw['head_dim'] * heads != told.raw.get('hidden_size'):
+      told.complain('head_dim', 'hidden_size / num_attention_heads, as the class has it')
   return dict(
     experts=told.whole('num_experts'),
     experts_per_token=told.whole('num_experts_per_tok'),
@@ -302,7 +307,20 @@ LLADA_MOE = Fields(
     router_norm=cfg.router_norm,
     head_dim=cfg.head_dim not in (0, cfg.width / cfg.heads),
   ),
-  defaults={},
+  defaults=dict.fromkeys(
+    (
+      'num_experts',
+      'num_experts_per_tok',
+      'expert_intermediate_size',
+      'shared_expert_intermediate_size',
+      'dense_intermediate_size',
+      'moe_layer_freq',
+      'moe_router_enable_expert_bias',
+      'partial_rotary_factor',
+      'qk_layernorm',
+      'head_dim',
+    )
+  ),
   unread=dict(
     norm_topk_prob=(False, None),
     routed_scaling_factor=(1, None),

@@ -7,7 +7,7 @@ fields of a mixture of experts mean beyond a name stands in experts.py.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ class Family(NamedTuple):
   tensors: dict[str, str]  # our name -> theirs
   layer: str  # prefix of a layer's tensors
   layers: dict[str, str]  # our name in a layer -> theirs
-  experts: experts.Fields | None = None  # of a mixture of experts
+  moe: experts.Fields | None = None  # of a mixture of experts
 
 
 MLP = ('gate', 'up', 'down')
@@ -128,7 +128,7 @@ SDAR_MOE = QWEN._replace(
   fields=DENSE | dict(head_dim='head_dim'),
   fixed=QWEN.fixed | dict(partial_rotary_factor=(1, None)),
   layers=QWEN.layers | EXPERTS,
-  experts=experts.SDAR_MOE,
+  moe=experts.SDAR_MOE,
 )
 LLADA_MOE = QWEN._replace(
   fields=DENSE,
@@ -137,7 +137,7 @@ LLADA_MOE = QWEN._replace(
   | EXPERTS
   | {'router/bias': 'mlp.expert_bias'}
   | {f'shared_{name}': f'shared_expert.{name}_proj' for name in MLP},
-  experts=experts.LLADA_MOE,
+  moe=experts.LLADA_MOE,
 )
 LLADA2 = Family(
   fields=DENSE | dict(head_dim='head_dim', use_qkv_bias='qkv_bias'),
@@ -154,7 +154,7 @@ LLADA2 = Family(
   | EXPERTS
   | {'router/bias': 'mlp.gate.expert_bias'}
   | {f'shared_{name}': f'mlp.shared_experts.{name}_proj' for name in MLP},
-  experts=experts.LLADA2,
+  moe=experts.LLADA2,
 )
 # As dFactory's trainer holds them: all experts of a layer in one tensor.
 STACKED = {f'experts_{name}/kernel': f'mlp.experts.{name}_proj' for name in MLP}
@@ -165,6 +165,8 @@ A2D = QWEN._replace(fields=QWEN.fields | dict(right_shift_logits='shift'))
 LLAMA = dict(eps=1e-6)  # transformers' default; LLaDA's is ModelConfig's
 QWEN2, QWEN3 = LLAMA | dict(qkv_bias=True), LLAMA | dict(qk_norm=True)
 DREAM = QWEN2 | dict(shift=True)
+ROUNDS = dict(eps=1e-5, norm_round=True)
+LLADA2_LAW = ROUNDS | dict(qk_norm=True)
 FAMILIES = {
   'llada': (LLADA, {}, 'LLaDAModelLM'),
   'Dream': (QWEN, DREAM, 'DreamModel'),
@@ -179,12 +181,10 @@ FAMILIES = {
   'a2d-llama': (A2D, LLAMA, 'A2DLlamaLMHeadModel'),
   'illada': (QWEN, LLAMA, 'ILLaDAForCausalLM'),
   'sdar_moe': (SDAR_MOE, QWEN3, 'SDARMoeForCausalLM'),
-  'lladamoe': (LLADA_MOE, dict(eps=1e-5), 'LLaDAMoEModelLM'),
-  'llada2_moe': (LLADA2, dict(eps=1e-5, qk_norm=True), 'LLaDA2MoeModelLM'),
-  'llada2_moe_veomni': (
-    LLADA2_STACKED, dict(eps=1e-5, qk_norm=True), 'LLaDA2MoeModelLM'
-  ),
-}  # fmt: skip
+  'lladamoe': (LLADA_MOE, ROUNDS, 'LLaDAMoEModelLM'),
+  'llada2_moe': (LLADA2, LLADA2_LAW, 'LLaDA2MoeModelLM'),
+  'llada2_moe_veomni': (LLADA2_STACKED, LLADA2_LAW, 'LLaDA2MoeModelLM'),
+}
 # model_type of an autoregressive model -> that of the diffusion model made of it
 CONVERTED = {'qwen2': 'a2d-qwen2', 'qwen3': 'a2d-qwen3', 'llama': 'a2d-llama'}
 # model_type -> config.json's field of the attention block, and the block where that
@@ -304,15 +304,16 @@ def entries(tree: dict, family: Family, cfg: model.ModelConfig) -> Iterator[Entr
     yield Entry(path, leaf, tuple(names), stacked, linear, rows)
 
 
-def as_held(family: Family, names: Any) -> Family:
-  """Returns the family as which the files of these names hold the experts.
+def as_held(family: Family, names: Collection[str]) -> Family:
+  """Returns the family that has the experts as the files of these tensors have them.
 
   dFactory's tool for LLaDA2 stacks and splits them, and leaves config.json as it is.
   """
-  for this, other in ((LLADA2, LLADA2_STACKED), (LLADA2_STACKED, LLADA2)):
-    if family is this and experts_of(this).isdisjoint(experts_of(other), names):
-      return other
-  return family
+  stacked = any(name.endswith('.mlp.experts.gate_proj') for name in names)
+  split = any('.mlp.experts.0.' in name for name in names)
+  if family.moe is not experts.LLADA2 or stacked == split:
+    return family
+  return LLADA2_STACKED if stacked else LLADA2
 
 
 def name_of(family: Family, name: str, part: str, collection: str) -> str:

@@ -79,6 +79,14 @@ def family_for(cfg: model.ModelConfig, folder: str) -> Family:
   return family_of(folder)[0] if folder else FAMILIES[families.kind_of(cfg)][0]
 
 
+def as_held(family: Family, folder: str) -> Family:
+  """Returns the form of a family in which a directory's files hold the experts."""
+  if not family.moe or not glob.glob(os.path.join(glob.escape(folder), '*.safe*')):
+    return family
+  with opened(folder, file_names(folder)) as readers:
+    return families.as_held(family, readers.keys())
+
+
 # --- tensors
 
 
@@ -156,9 +164,7 @@ def read_params(
   """
   tree, (family, _, raw) = {'params': families.shapes(cfg)['params']}, family_of(folder)
   names = file_names(folder)
-  with opened(folder, names) as readers:
-    family = families.as_held(family, readers)
-  wanted = list(families.entries(tree, family, cfg))
+  wanted = list(families.entries(tree, as_held(family, folder), cfg))
   added = 0
   if raw['model_type'] in families.CONVERTED:
     added = cfg.vocab - raw['vocab_size']
@@ -356,7 +362,7 @@ def read_part(
   out = np.empty([stop - start for start, stop in bounds], entry.leaf.dtype)
   names = np.asarray(entry.names, object).reshape(entry.leaf.shape[: entry.stacked])
   parts = out.reshape(-1, *out.shape[entry.stacked :])
-  for name, part in zip(names[outer].ravel(), parts, strict=True):
+  for name, part in zip(np.ravel(names[outer]), parts, strict=True):
     x = get_slice(name)[inner]
     part[...] = np.swapaxes(x, -1, -2) if entry.transposed else x
     if not np.isfinite(part).all():
