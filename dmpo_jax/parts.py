@@ -268,7 +268,9 @@ def is_adapter(path: str) -> bool:
 
 
 # Fields of ModelConfig in which a reference may differ from the policy.
-OF_THE_RUN = ('dtype', 'param_dtype', 'remat', 'head_chunk', 'attention', 'stop_ids')
+OF_THE_RUN = (
+  'dtype', 'param_dtype', 'remat', 'head_chunk', 'attention', 'stop_ids', 'load_loss',
+)  # fmt: skip
 
 
 def check_reference(c: Any, path: str, cfg: model.ModelConfig) -> None:

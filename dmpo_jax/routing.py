@@ -92,7 +92,7 @@ def first_of_step(order: Array) -> Array:
   """Returns the tokens of (..., W) that are the first one of their step."""
   place = jnp.arange(order.shape[-1])
   same = order[..., :, None] == order[..., None, :]
-  earlier = place[:, None] > place[None]
+  earlier = jnp.broadcast_to(place[:, None] > place[None], same.shape)
   return (order >= 0) & ~jnp.any(same & earlier, axis=-1)
 
 

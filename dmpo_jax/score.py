@@ -87,8 +87,8 @@ def score(
   guess = guesses(who.old, sampled, loss_key, setup) if wants.guess else None
   routes = None
   if setup.experts.measure:
-    args: Any = setup.cfg, who.old, setup.law
-    of_rows = lambda x: agreement.agreement(*args[:2], x.rollouts, args[2])
+    law: Any = setup.law
+    of_rows = lambda x: agreement.agreement(setup.cfg, who.old, x.rollouts, law)
     routes = over_rows(of_rows, sampled, setup)
   return out._replace(old=old, ref=ref, guess=guess, routes=routes)
 

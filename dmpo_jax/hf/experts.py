@@ -49,6 +49,15 @@ class Told:
     self.complain(name, 'a number > 0' + (f', at most {most:g}' if most < 1e30 else ''))
     return 1.0
 
+  def load_loss(self) -> float:
+    """Returns the factor of the load loss; the class's own where it names none."""
+    value = self.raw.get('router_aux_loss_coef')
+    if type(value) in (int, float) and 0 <= value < 1e30:
+      return float(value)
+    if value is not None:
+      self.complain('router_aux_loss_coef', 'a number >= 0')
+    return model.ModelConfig.load_loss
+
   def flag(self, name: str) -> bool:
     value = self.raw.get(name)
     if value not in (True, False, None):
@@ -84,7 +93,9 @@ def read_fields(fields: Fields, raw: dict[str, Any]) -> tuple[dict[str, Any], li
     if chosen > count:
       told.complain('num_experts_per_tok', f'at most num_experts = {count}')
     if groups > 1 and (count % groups or count < 2 * groups):
-      told.complain('n_group', f'a divisor of num_experts = {count}, at most half of it')
+      told.complain(
+        'n_group', f'a divisor of num_experts = {count}, at most half of it'
+      )
     elif kept > groups or kept * (count // groups) < chosen:
       told.complain('topk_group', f'at most {groups} groups with {chosen} experts')
   return found, told.problems
@@ -210,6 +221,7 @@ def read_sdar_moe(told: Told) -> dict[str, Any]:
     dense_layers=dense,
     mlp=dense_width(told, 'intermediate_size', dense or () if count else (0,), width),
     router_norm=told.flag('norm_topk_prob'),
+    load_loss=told.load_loss(),
   )
 
 
@@ -222,6 +234,7 @@ def write_sdar_moe(cfg: model.ModelConfig) -> dict[str, Any]:
     decoder_sparse_step=1,
     intermediate_size=cfg.mlp,
     norm_topk_prob=cfg.router_norm,
+    router_aux_loss_coef=cfg.load_loss,
   )
 
 
@@ -235,12 +248,14 @@ SOFTMAX = lambda cfg: dict(
 SDAR_MOE = Fields(
   read_sdar_moe,
   write_sdar_moe,
-  lambda cfg: SOFTMAX(cfg)
-  | dict(
-    router_bias=bool(cfg.router_bias),
-    shared_mlp=cfg.shared_mlp > 0,
-    rotary=cfg.rotary != 1,
-    qk_norm=not cfg.qk_norm,
+  lambda cfg: (
+    SOFTMAX(cfg)
+    | dict(
+      router_bias=bool(cfg.router_bias),
+      shared_mlp=cfg.shared_mlp > 0,
+      rotary=cfg.rotary != 1,
+      qk_norm=not cfg.qk_norm,
+    )
   ),
   defaults=dict(
     num_experts=128,
@@ -250,8 +265,9 @@ SDAR_MOE = Fields(
     mlp_only_layers=None,
     intermediate_size=6144,
     norm_topk_prob=False,
+    router_aux_loss_coef=1e-3,
   ),
-  unread=dict(router_aux_loss_coef=None),
+  unread={},
 )
 
 
@@ -269,7 +285,9 @@ def read_lladamoe(told: Told) -> dict[str, Any]:
   heads = told.raw.get('num_attention_heads')
   if told.raw['head_dim'] is not None and type(heads) is int:
     if told.raw['head_dim'] * heads != told.raw.get('hidden_size'):
-      told.complain('head_dim', 'hidden_size / num_attention_heads, as the class has it')
+      told.complain(
+        'head_dim', 'hidden_size / num_attention_heads, as the class has it'
+      )
   return dict(
     experts=told.whole('num_experts'),
     experts_per_token=told.whole('num_experts_per_tok'),
@@ -280,6 +298,7 @@ def read_lladamoe(told: Told) -> dict[str, Any]:
     router_bias='weight' if told.flag('moe_router_enable_expert_bias') else '',
     rotary=told.share('partial_rotary_factor', 1),
     qk_norm=told.flag('qk_layernorm'),
+    load_loss=told.load_loss(),
   )
 
 
@@ -295,17 +314,20 @@ def write_lladamoe(cfg: model.ModelConfig) -> dict[str, Any]:
     moe_router_score_function='softmax',
     partial_rotary_factor=cfg.rotary,
     qk_layernorm=cfg.qk_norm,
+    router_aux_loss_coef=cfg.load_loss,
   )
 
 
 LLADA_MOE = Fields(
   read_lladamoe,
   write_lladamoe,
-  lambda cfg: SOFTMAX(cfg)
-  | dict(
-    router_bias=cfg.router_bias == 'choice',
-    router_norm=cfg.router_norm,
-    head_dim=cfg.head_dim not in (0, cfg.width / cfg.heads),
+  lambda cfg: (
+    SOFTMAX(cfg)
+    | dict(
+      router_bias=cfg.router_bias == 'choice',
+      router_norm=cfg.router_norm,
+      head_dim=cfg.head_dim not in (0, cfg.width / cfg.heads),
+    )
   ),
   defaults=dict.fromkeys(
     (
@@ -319,6 +341,7 @@ LLADA_MOE = Fields(
       'partial_rotary_factor',
       'qk_layernorm',
       'head_dim',
+      'router_aux_loss_coef',
     )
   ),
   unread=dict(
@@ -327,7 +350,6 @@ LLADA_MOE = Fields(
     router_num_group=(1, 0, None),
     router_topk_group=(1, 0, None),
     moe_router_score_function=('softmax', None),
-    router_aux_loss_coef=None,
   ),
 )
 
@@ -343,7 +365,9 @@ def kind_of(cfg: model.ModelConfig) -> str:
   if cfg.router == 'sigmoid':
     kinds = {'llada2_moe': LLADA2}
   wrong = {
-    kind: [f'{name} = {getattr(cfg, name)!r}' for name, x in fields.misfits(cfg).items() if x]
+    kind: [
+      f'{name} = {getattr(cfg, name)!r}' for name, x in fields.misfits(cfg).items() if x
+    ]
     for kind, fields in kinds.items()
   }
   for kind, names in wrong.items():

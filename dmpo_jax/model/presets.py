@@ -58,7 +58,7 @@ class ModelConfig:
   router_groups: int = 1  # groups that the experts stand in
   # Best groups that a token may choose from; a group counts as its two best experts.
   router_groups_kept: int = 1
-  load_loss: float = 1e-3  # factor of the load loss that the checkpoint names
+  load_loss: float = 1e-3  # factor of the load loss that its training had
   expert_kernel: str = 'ragged'  # a name in moe.KERNELS
   keep_routes: bool = False  # forwards return the experts that tokens were sent to
   tied: bool = False  # the head is the embedding
