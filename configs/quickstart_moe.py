@@ -4,7 +4,7 @@ python main.py --config=configs/quickstart_moe.py
 
 The model is `quickstart_block` with eight experts in all layers but the first: a token
 goes to two of them, by a sigmoid router, and to a shared one, as in LLaDA2. A token
-meets as many weights as in the dense model.
+meets about as many weights as in the dense model.
 
 * Supervised training trains the routers, with a load loss that keeps all experts in
   use. RL leaves them as they are (routing.train = sft).

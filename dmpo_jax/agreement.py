@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dmpo_jax import logprob, model, routing
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.sampler import SampleConfig
-from dmpo_jax.types import Array, Masks, Params, Rollouts, Scalar, ViewLogp
+from dmpo_jax.types import Array, Masks, Params, Rollouts, ViewLogp
 
 
 def agreement(
@@ -63,15 +63,11 @@ def agreement(
 
 
 def compared(
-  cfg: ModelConfig,
-  rollouts: Rollouts,
-  masks: Masks,
-  routed: model.Routed,
-  first: Scalar,
+  cfg: ModelConfig, rollouts: Rollouts, masks: Masks, routed: model.Routed, first: Array
 ) -> tuple[Array, Array]:
   """Returns the recorded choices of one copy's tokens, and those `routed` lacks, (R,).
 
-  Padding does not count. The text before the copy counts in the first state alone.
+  Padding does not count. The text before the copy counts if `first`, () bool.
   """
   record, masked, valid = rollouts.routes, masks.masked, rollouts.valid
   assert record is not None and masks.sampled is not None

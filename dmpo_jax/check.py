@@ -200,7 +200,8 @@ def has_experts(c: Any) -> bool:
     return 'experts' in model.PRESETS.get(c.model.preset, {})
   with contextlib.suppress(ValueError):
     folder = hf.locate(c.model.checkpoint, False)
-    return bool(hf.read_config(folder, 0, c.model.convert).get('experts', 0))
+    block = None if c.model.attention_block < 0 else c.model.attention_block
+    return 'experts' in hf.read_config(folder, block, c.model.convert)
   return True
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import mostly_slow
 from tiny_run import interrupt, letters, run, same, same_files, stop_at, tiny, watched
 
 from dmpo_jax import (
@@ -71,7 +72,7 @@ def moved(params):
   return jax.tree_util.tree_map_with_path(turn, params)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', mostly_slow(KINDS, ('block', 'whole')))
 def test_replay_repeats_the_rollout(kind, params):
   """Log-probs are the record's; under other routers the experts are still its own."""
   cfg, hp = KINDS[kind]
@@ -174,7 +175,7 @@ def taught(params):
     optimizer = step.optim.make_optimizer(
       step.optim.Config(lr=1e-2, warmup=0, weight_decay=0.1), routers=how.trains('sft')
     )
-    setup = step.SftSetup(cfg, L, optimizer, microbatches, routing=how)
+    setup = step.SftSetup(cfg, L, optimizer, microbatches, experts=how)
     start = {'params': params['params'], **(
       {'lora': model.init(cfg, jax.random.key(3))['lora']} if cfg.lora_rank else {}
     )}  # fmt: skip
@@ -273,7 +274,8 @@ def experts(**fields):
   changes = {
     'model.preset': 'tiny_moe', 'model.layers': 2, 'objective.name': 'tracerl',
     'sampler.length': 8, 'sampler.block': 4, 'sampler.steps': 8,
-    'sampler.cache': 'block', 'eval.sampler.length': 8, 'eval.sampler.block': 4, 'eval.sampler.steps': 8,
+    'sampler.cache': 'block', 'eval.sampler.length': 8, 'eval.sampler.block': 4,
+    'eval.sampler.steps': 8,
     'sft.overlong': 'cut', 'routing.replay': True, 'model.mlp': 0,
     'routing.train': 'all', 'routing.load': 0.01,
   }  # fmt: skip
@@ -288,12 +290,14 @@ BAD = {
     'routing.replay.*sampler.cache = dual',
   ),
   'guidance': ({'sampler.guidance': 0.5}, 'sampler.guidance.*set 0'),
-  'dense': ({'model.preset': 'tiny'}, 'no experts.*routing.replay'),
+  'dense': (
+    {'model.preset': 'tiny', 'model.attention_block': 4}, 'no experts.*routing.replay'
+  ),
   'load': ({'routing.train': 'sft'}, 'routing.load.*routing.train = all'),
   'health': (
     {
-      'model.preset': 'tiny', 'routing.replay': False, 'routing.load': 0.0,
-      'health.expert_idle': 0.5,
+      'model.preset': 'tiny', 'model.attention_block': 4, 'routing.replay': False,
+      'routing.load': 0.0, 'health.expert_idle': 0.5,
     },
     'health.expert_idle.*no experts',
   ),

@@ -195,7 +195,7 @@ PRESETS = {
     rope_theta=100.0,
     qk_norm=True,
   ),
-  'tiny_moe': dict(  # blocks of four tokens; as many active weights as 'tiny'
+  'tiny_moe': dict(  # blocks of four tokens; about the active weights of 'tiny'
     width=64,
     layers=3,
     heads=2,
@@ -207,8 +207,8 @@ PRESETS = {
     block_causal=4,
     experts=8,
     experts_per_token=2,
-    expert_mlp=48,
-    shared_mlp=32,
+    expert_mlp=40,
+    shared_mlp=40,
     dense_layers=(0,),
     router='sigmoid',
     router_bias='choice',
