@@ -144,7 +144,9 @@ def route(cfg, logits_E, bias_E):
   groups = np.split(np.arange(cfg.experts), cfg.router_groups)
   worth = [sum(sorted(choice[group])[-2:]) for group in groups]
   open_ = [e for g in best(worth, cfg.router_groups_kept) for e in groups[g]]
-  chosen = [sorted(open_)[i] for i in best(choice[sorted(open_)], cfg.experts_per_token)]
+  chosen = [
+    sorted(open_)[i] for i in best(choice[sorted(open_)], cfg.experts_per_token)
+  ]
   weigh = choice if cfg.router_bias == 'weight' else scores
   total = sum(weigh[e] for e in chosen) if cfg.router_norm else 1.0
   return {e: cfg.router_scale * weigh[e] / total for e in chosen}
@@ -157,7 +159,9 @@ def experts(cfg, own, y_TxD):
     bias = own['router'].get('bias', np.zeros(cfg.experts))
     total = np.zeros_like(y)
     for e, weight in route(cfg, y @ own['router']['kernel'], bias).items():
-      gate, up, down = (own[f'experts_{x}']['kernel'][e] for x in ('gate', 'up', 'down'))
+      gate, up, down = (
+        own[f'experts_{x}']['kernel'][e] for x in ('gate', 'up', 'down')
+      )
       total += weight * (silu(y @ gate) * (y @ up)) @ down
     if cfg.shared_mlp:
       gate, up, down = (own[f'shared_{x}']['kernel'] for x in ('gate', 'up', 'down'))
