@@ -129,43 +129,9 @@ def ragged_rows(
   return chain(cfg, product, stacks, x_QxD, keys_Q)
 
 
-def grouped_dot(x_QxD: t.Array, kernel_ExDxF: t.Array, sizes_E: t.Array) -> t.Array:
-  """Is `ragged_dot` on a GPU, where XLA would multiply all rows with all kernels."""
-  from dmpo_jax.model import grouped
-
-  return grouped.grouped_dot(x_QxD, kernel_ExDxF, sizes_E)
-
-
-# (rows sorted by expert (Q, D), kernels (E, D, F), rows of each expert (E,)) -> (Q, F), by
-# platform. What becomes of rows after the last expert's is left open.
-FORMS = {'cuda': grouped_dot, 'default': jax.lax.ragged_dot}
-PRODUCT = 'expert_product'  # a scope: tools/costs.py counts what is in it by its shapes
-
-
-@jax.custom_vjp
-def ragged(x_QxD: t.Array, kernel_ExDxF: t.Array, sizes_E: t.Array) -> t.Array:
-  """Multiplies rows sorted by expert with their experts' kernels."""
-  with jax.named_scope(PRODUCT):
-    return jax.lax.platform_dependent(x_QxD, kernel_ExDxF, sizes_E, **FORMS)
-
-
-def ragged_backward(saved: tuple, dy_QxF: t.Array) -> tuple:
-  """Gives the two gradients apart, so that the one that nobody reads is not computed."""
-
-  def of(where: int) -> t.Array:
-    def gradient(form: Callable, dy: t.Array, *args: t.Array) -> t.Array:
-      one = lambda z: form(*args[:where], z, *args[where + 1 :])
-      return jax.vjp(one, args[where])[1](dy)[0]
-
-    forms = {name: partial(gradient, form) for name, form in FORMS.items()}
-    with jax.named_scope(PRODUCT):
-      return jax.lax.platform_dependent(dy_QxF, *saved, **forms)
-
-  return of(0), of(1), None
-
-
-ragged.defvjp(lambda *args: (ragged(*args), args), ragged_backward)
-PRODUCTS = {'ragged': ragged}
+# (rows sorted by expert (Q, D), kernels (E, D, F), rows of each expert (E,)) -> (Q, F).
+# What becomes of rows after the last expert's is left open.
+PRODUCTS = {'ragged': jax.lax.ragged_dot}
 KERNELS = ('dense', *PRODUCTS)
 
 
