@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dmpo_jax import types as t
 from dmpo_jax.model import exchange
+from dmpo_jax.model.grouped import grouped
 from dmpo_jax.model.presets import EXPERTS, ModelConfig
 
 
@@ -131,7 +132,7 @@ def ragged_rows(
 
 # (rows sorted by expert (Q, D), kernels (E, D, F), rows of each expert (E,)) -> (Q, F).
 # What becomes of rows after the last expert's is left open.
-PRODUCTS = {'ragged': jax.lax.ragged_dot}
+PRODUCTS = {'ragged': grouped}
 KERNELS = ('dense', *PRODUCTS)
 
 
