@@ -1,11 +1,10 @@
-"""A product of sorted rows with the kernels of their experts, for GPUs (Triton).
+"""The functions of grouped.py for GPUs, as Triton kernels.
 
-XLA has a grouped kernel for TPUs alone. On a GPU its `ragged_dot` copies the rows once
-for each expert and multiplies all of them. Here each program of the grid computes one
-tile of one expert's rows, and kernels are read in place.
+On a GPU XLA's `ragged_dot` copies the rows once for each group and multiplies all of
+them. Here each program of the grid computes one tile of one group's rows, and kernels are
+read in place. Rows after the last group's are not written.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,53 +18,28 @@ ROWS, COLUMNS, INNER = 64, 128, 64  # of a tile
 PARAMETERS = triton.CompilerParams(num_warps=4, num_stages=3)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_dot(
-  x_QxD: Array, kernel_ExDxF: Array, sizes_E: Array, interpret: bool = False
-) -> Array:
-  """Returns each row times its expert's kernel, (Q, F); sizes: rows of each expert.
-
-  Rows after the last expert's are left as they are in memory.
-  """
-  return rows_dot(x_QxD, kernel_ExDxF, sizes_E, False, interpret)
-
-
-def forward(x: Array, kernel: Array, sizes: Array, interpret: bool) -> tuple:
-  return grouped_dot(x, kernel, sizes, interpret), (x, kernel, sizes)
-
-
-def backward(interpret: bool, saved: tuple, dy_QxF: Array) -> tuple:
-  x, kernel, sizes = saved
-  dy = dy_QxF.astype(x.dtype)
-  dx = rows_dot(dy, kernel, sizes, True, interpret)
-  return dx, kernels_dot(x, dy, sizes, kernel.dtype, interpret), None
-
-
-grouped_dot.defvjp(forward, backward)
-
-
 def tiles(sizes_E: Array, rows: int) -> tuple[Array, Array, Array]:
-  """Returns expert, first row and end of each tile of the grid; a spare one is empty."""
+  """Returns group, first row and end of each tile of the grid; a spare one is empty."""
   count = -(-rows // ROWS) + sizes_E.shape[0]
   ends, laps = jnp.cumsum(sizes_E), jnp.cumsum(-(-sizes_E // ROWS))
   i = jnp.arange(count, dtype=jnp.int32)
-  expert = jnp.searchsorted(laps, i, side='right').astype(jnp.int32)
-  safe = jnp.minimum(expert, sizes_E.shape[0] - 1)
+  group = jnp.searchsorted(laps, i, side='right').astype(jnp.int32)
+  safe = jnp.minimum(group, sizes_E.shape[0] - 1)
   before = laps[safe] - -(-sizes_E[safe] // ROWS)
   first = ends[safe] - sizes_E[safe] + (i - before) * ROWS
-  end = jnp.where(expert == safe, jnp.minimum(first + ROWS, ends[safe]), first)
+  end = jnp.where(group == safe, jnp.minimum(first + ROWS, ends[safe]), first)
   return safe, first.astype(jnp.int32), end.astype(jnp.int32)
 
 
 def rows_dot(
-  x: Array, kernel: Array, sizes: Array, transposed: bool, interpret: bool
+  x: Array, kernel: Array, sizes: Array, transposed: bool = False, interpret: bool = False
 ) -> Array:
-  """Multiplies rows with their experts' kernels, or with the transposed kernels."""
+  """Multiplies rows with their groups' kernels, or with the transposed kernels."""
   rows, inner = x.shape
   features = kernel.shape[1 if transposed else 2]
   where = tiles(sizes, rows)
 
-  def program(x: Any, kernel: Any, expert: Any, first: Any, end: Any, y: Any) -> None:
+  def program(x: Any, kernel: Any, group: Any, first: Any, end: Any, y: Any) -> None:
     i = pl.program_id(0)
     own = first[i] + jnp.arange(ROWS)
     column = pl.program_id(1) * COLUMNS + jnp.arange(COLUMNS)
@@ -76,10 +50,10 @@ def rows_dot(
       seen = k < inner
       part = load(x.at[own[:, None], k[None, :]], real[:, None] & seen[None, :])
       if transposed:
-        at = kernel.at[expert[i], column[:, None], k[None, :]]
+        at = kernel.at[group[i], column[:, None], k[None, :]]
         weight = load(at, inside[:, None] & seen[None, :]).T
       else:
-        at = kernel.at[expert[i], k[:, None], column[None, :]]
+        at = kernel.at[group[i], k[:, None], column[None, :]]
         weight = load(at, seen[:, None] & inside[None, :])
       return total + pl.dot(part, weight)
 
@@ -94,9 +68,7 @@ def rows_dot(
   return call(program, grid, shape, interpret)(x, kernel, *where)
 
 
-def kernels_dot(
-  x: Array, dy: Array, sizes: Array, dtype: Any, interpret: bool
-) -> Array:
+def kernels_dot(x: Array, dy: Array, sizes: Array, interpret: bool = False) -> Array:
   """Returns the gradient of the kernels, (E, D, F), summed in float32."""
   ends = jnp.cumsum(sizes).astype(jnp.int32)
   inputs, features = x.shape[1], dy.shape[1]
@@ -120,10 +92,10 @@ def kernels_dot(
     total = jax.lax.fori_loop(0, laps, add, jnp.zeros(tile, jnp.float32))
     mask = (row < inputs)[:, None] & (column < features)[None, :]
     at = out.at[e, row[:, None], column[None, :]]
-    triton.store(at, total.astype(dtype), mask=mask)
+    triton.store(at, total.astype(x.dtype), mask=mask)
 
   grid = sizes.shape[0], pl.cdiv(inputs, ROWS), pl.cdiv(features, COLUMNS)
-  shape = jax.ShapeDtypeStruct((sizes.shape[0], inputs, features), dtype)
+  shape = jax.ShapeDtypeStruct((sizes.shape[0], inputs, features), x.dtype)
   first = ends - sizes.astype(jnp.int32)
   return call(program, grid, shape, interpret)(x, dy, first, ends)
 
