@@ -262,20 +262,20 @@ def pmap(c: Any) -> list[str]:
   """pmap samples with replicated weights."""
   return [
     f'{prefix}sampler.parallel = pmap needs replicated weights: '
-    'set mesh.fsdp = mesh.tensor = 1, or use jit'
+    'set mesh.fsdp = mesh.tensor = mesh.expert = 1, or use jit'
     for prefix, section in (('', c.sampler), ('eval.', c.eval.sampler))
-    if section.parallel == 'pmap' and c.mesh.fsdp * c.mesh.tensor > 1
+    if section.parallel == 'pmap' and c.mesh.fsdp * c.mesh.tensor * c.mesh.expert > 1
   ]
 
 
 def devices(c: Any, count: int) -> list[str]:
   """Devices form the mesh, and rows divide by them and by the microbatches."""
-  split = c.mesh.fsdp * c.mesh.tensor
+  split = c.mesh.fsdp * c.mesh.tensor * c.mesh.expert
   if count % split or (c.mesh.data and c.mesh.data * split != count):
     return [
-      f'mesh.data, mesh.fsdp, mesh.tensor = {c.mesh.data}, {c.mesh.fsdp}, '
-      f'{c.mesh.tensor} must multiply to the {count} devices (data = 0 takes what is '
-      'left)'
+      f'mesh.data, mesh.fsdp, mesh.tensor, mesh.expert = {c.mesh.data}, '
+      f'{c.mesh.fsdp}, {c.mesh.tensor}, {c.mesh.expert} must multiply to the {count} '
+      'devices (data = 0 takes what is left)'
     ]
   shards = count // c.mesh.tensor
   found, rows = [], c.train.prompts * c.train.group

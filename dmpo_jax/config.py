@@ -487,13 +487,14 @@ class Mesh(Section):
   """How devices share the work."""
 
   OWN = {
-    **dict.fromkeys(('fsdp', 'tensor', 'cpu'), least(1)),
+    **dict.fromkeys(('fsdp', 'tensor', 'expert', 'cpu'), least(1)),
     'gather': one_of('rollout', 'forward'),
   }
 
   data: int = 0  # devices that replicate weights; 0 = what the others leave
   fsdp: int = 1  # devices that split weights
   tensor: int = 1  # devices that split heads and MLP
+  expert: int = 1  # devices that split the experts of each layer
   cpu: int = 1  # devices that a CPU is split into where it is the only device
   # When devices that split weights (fsdp) gather them to sample and score: rollout
   # (once, to hold them whole for that time) | forward (each time, layer by layer).

@@ -484,7 +484,7 @@ def test_mesh_data_takes_what_the_others_leave():
   config.update(c, changes | {'mesh.data': 4, 'mesh.fsdp': 2, 'eval.batch': 8})
   assert dict(build.build(c).mesh.shape) == dict(data=4, fsdp=2, tensor=1)
   c.mesh.data = 2
-  with pytest.raises(ValueError, match='mesh.data.* = 2, 2, 1 .*8 devices'):
+  with pytest.raises(ValueError, match='mesh.data.* = 2, 2, 1, 1 .*8 devices'):
     check.config(c, 8)
 
 

@@ -58,4 +58,11 @@ from dmpo_jax.model.presets import (
   layer_runs,
 )
 from dmpo_jax.model.quantize import QUANT, dense, quantize
-from dmpo_jax.model.transformer import REMAT, Cache, Inputs, constrain, on_own_rows
+from dmpo_jax.model.transformer import (
+  REMAT,
+  Cache,
+  Inputs,
+  Kept,
+  constrain,
+  on_own_rows,
+)

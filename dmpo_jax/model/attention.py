@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from dmpo_jax import mesh
 from dmpo_jax import types as t
 from dmpo_jax.model.packed import Packed, see
 from dmpo_jax.model.presets import ModelConfig
@@ -230,14 +231,14 @@ def attend_splash(
     )
   args = q_RxHxTxC, k_RxJxSxC, v_RxJxSxC, real.astype(jnp.int32)
   local = partial(splash_local, columns=columns, interpret=interpret)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or 'fsdp' not in mesh.axis_names:
+  if not (grid := mesh.in_force()):
     return local(*args)
-  rows = PartitionSpec(('data', 'fsdp'), 'tensor', None, None)
+  split = mesh.row_axes(grid)
+  rows = PartitionSpec(split, 'tensor', None, None)
   return jax.shard_map(
     local,
-    mesh=mesh,
-    in_specs=(rows, rows, rows, PartitionSpec(('data', 'fsdp'), None)),
+    mesh=grid,
+    in_specs=(rows, rows, rows, PartitionSpec(split, None)),
     out_specs=rows,
     check_vma=False,
   )(*args)

@@ -28,10 +28,11 @@ def init(cfg: ModelConfig, key: t.KeyScalar) -> t.Params:
 
 def states(
   cfg: ModelConfig, params: t.Params, inputs: Inputs, keep: bool = False
-) -> tuple[t.FloatRTD, Cache | None]:
+) -> tuple[t.FloatRTD, Any]:
   """Returns the last hidden states as the network gives them, and its cache.
 
-  A family that shifts is not undone here. keep=False returns no cache.
+  A family that shifts is not undone here. keep=False returns None for the cache. With
+  cfg.keep_routes it is `Kept`: here, and in each function below that returns a cache.
   """
   out: Any = Transformer(cfg, keep).apply(params, inputs, method=Transformer.hidden)
   return out
@@ -45,7 +46,7 @@ def hidden(
   keep: bool = False,
   dropout_R: t.KeyR | None = None,
   routes: t.IntNRTX | None = None,
-) -> tuple[t.FloatRSD, Cache | None]:
+) -> tuple[t.FloatRSD, Any]:
   """Returns the last hidden states; index i predicts position i in every family.
 
   valid_RxS is False on padding; None means that all tokens are real. keep returns
@@ -119,7 +120,7 @@ def window_logits(
   span: int = 0,
   as_states: bool = False,
   routes: t.IntNRTX | None = None,
-) -> tuple[t.Array, Cache | None]:
+) -> tuple[t.Array, Any]:
   """Returns logits of positions [start, start + width), and the cache.
 
   The mask token has -inf: no sampler emits it. start may differ between rows
@@ -178,7 +179,7 @@ def beside_cache(
   cache: Cache,
   skip: int | t.IntScalar = 0,
   routes: t.IntNRTX | None = None,
-) -> tuple[t.FloatRTD, Cache]:
+) -> tuple[t.FloatRTD, Any]:
   """Returns states of each row's window [start, start + width), and its new cache.
 
   The cache that it returns has the window's columns alone. The window sees itself and
@@ -197,9 +198,7 @@ def beside_cache(
     past |= column >= width
   past = (valid_RxS & past)[:, None, None]
   inputs = Inputs(cut(tokens_RxS), queries, mask, cache, past, None, routes, real)
-  h, new = states(cfg, params, inputs, keep=True)
-  assert new is not None
-  return h, new
+  return states(cfg, params, inputs, keep=True)
 
 
 def with_blind_rows(

@@ -3,13 +3,22 @@
 No expert drops a token. A token's experts depend on its own state alone.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dmpo_jax import types as t
-from dmpo_jax.model.presets import ModelConfig
+from dmpo_jax.model import exchange
+from dmpo_jax.model.grouped import grouped
+from dmpo_jax.model.lora import dropout
+from dmpo_jax.model.presets import EXPERTS, ModelConfig
+
+
+PRODUCT = 'expert_product'  # names what the policy dots of remat keeps
 
 
 class Routed(NamedTuple):
@@ -100,49 +109,64 @@ def balance_loss(cfg: ModelConfig, load_NxE: t.Array, mass_NxE: t.Array) -> t.Ar
 # --- the experts
 
 
-class Dense:
-  """Every expert sees every token: the reference, and the fastest for few experts."""
-
-  def __init__(self, cfg: ModelConfig, chosen_TxX: t.Array):
-    self.experts, self.chosen = cfg.experts, chosen_TxX
-
-  def send(self, x_Tx: t.Array) -> t.Array:
-    return jnp.broadcast_to(x_Tx[None], (self.experts, *x_Tx.shape))
-
-  def expert(self, count: int) -> t.Array:
-    return jnp.broadcast_to(jnp.arange(self.experts)[:, None], (self.experts, count))
-
-  def product(self, x_ExTxD: t.Array, kernel_ExDxF: t.Array) -> t.Array:
-    return jnp.einsum('etd,edf->etf', x_ExTxD, kernel_ExDxF)
-
-  def gather(self, y_ExTxD: t.Array, weights_TxX: t.Array) -> t.Array:
-    one_hot = jax.nn.one_hot(self.chosen, self.experts, dtype=jnp.float32)
-    of_expert = jnp.sum(one_hot * weights_TxX[..., None], axis=1)
-    return jnp.sum(y_ExTxD.astype(jnp.float32) * of_expert.T[..., None], axis=0)
+def compute_dense(
+  cfg: ModelConfig, x: t.Array, choice: Any, stacks: Any, keys: Any, _pieces: int = 1
+) -> t.Array:
+  """Is an `exchange.Compute` in which every expert sees every token: the reference."""
+  chosen, weights = choice
+  count = stacks[EXPERTS[0]].kernel.shape[0]
+  one_hot = jax.nn.one_hot(chosen, count, dtype=jnp.float32)
+  of_expert = jnp.sum(one_hot * weights[..., None], axis=1)
+  product = lambda z, kernel: jnp.einsum('etd,edf->etf', z, kernel)
+  sent = jnp.broadcast_to(x[None], (count, *x.shape))
+  y = chain(cfg, product, stacks, sent, keys)
+  return jnp.sum(y.astype(jnp.float32) * of_expert.T[..., None], axis=0)
 
 
-class Ragged:
-  """Tokens sorted by expert, one `ragged_dot` for all experts."""
-
-  def __init__(self, cfg: ModelConfig, chosen_TxX: t.Array):
-    flat = chosen_TxX.reshape(-1)
-    self.order = jnp.argsort(flat, stable=True)
-    self.place = jnp.argsort(self.order)  # of a choice among the sorted ones
-    self.sorted, self.each = flat[self.order], chosen_TxX.shape[1]
-    self.sizes = jnp.bincount(flat, length=cfg.experts).astype(jnp.int32)
-
-  def send(self, x_Tx: t.Array) -> t.Array:
-    return x_Tx[self.order // self.each]
-
-  def product(self, x_YxD: t.Array, kernel_ExDxF: t.Array) -> t.Array:
-    return jax.lax.ragged_dot(x_YxD, kernel_ExDxF, self.sizes)
-
-  def gather(self, y_YxD: t.Array, weights_TxX: t.Array) -> t.Array:
-    y = y_YxD[self.place].reshape(*weights_TxX.shape, -1).astype(jnp.float32)
-    return jnp.sum(y * weights_TxX[..., None], axis=1)
+def ragged_rows(
+  cfg: ModelConfig, x_QxD: t.Array, sizes_E: t.Array, stacks: Any, keys_Q: Any
+) -> t.Array:
+  """Runs the experts on rows sorted by expert; rows that are nobody's become zeros."""
+  real = (jnp.arange(x_QxD.shape[0]) < jnp.sum(sizes_E))[:, None]
+  # A kernel need not write such rows, and what is not a number would reach a gradient.
+  product = lambda z, kernel: jnp.where(
+    real, PRODUCTS[cfg.expert_kernel](z, kernel, sizes_E), 0
+  )
+  return chain(cfg, product, stacks, x_QxD, keys_Q)
 
 
-KERNELS = {'dense': Dense, 'ragged': Ragged}
+# (rows sorted by expert (Q, D), kernels (E, D, F), rows of each expert (E,)) -> (Q, F).
+# What becomes of rows after the last expert's is left open.
+PRODUCTS = {'ragged': grouped}
+KERNELS = ('dense', *PRODUCTS)
+
+
+def chain(
+  cfg: ModelConfig, product: Callable, stacks: dict[str, Stack], x: t.Array, keys: Any
+) -> t.Array:
+  """Runs the experts' MLPs by a product of rows with the kernels of their experts.
+
+  Adapters of all experts of a token drop the same of their inputs: so neither the order
+  of the rows nor the number of an expert on its device has a part in it.
+  """
+  if keys is not None:
+    keys = jnp.broadcast_to(keys, x.shape[:-1])
+
+  def linear(name: str, z: t.Array) -> t.Array:
+    stack = stacks[name]
+    y = checkpoint_name(product(z, stack.kernel.astype(z.dtype)), PRODUCT)
+    if stack.a is None or stack.b is None:
+      return y
+    if keys is not None and cfg.lora_dropout:
+      rows = z.reshape(1, -1, z.shape[-1]), keys.reshape(1, -1)
+      z = dropout(*rows, cfg.lora_dropout, name).reshape(z.shape)
+    low = jnp.dtype(cfg.lora_dtype)
+    z = product(z.astype(low), stack.a.astype(low))
+    z = product(z, stack.b.astype(low)) * (cfg.lora_alpha / cfg.lora_rank)
+    return y + z.astype(y.dtype)
+
+  gate, up, down = EXPERTS
+  return linear(down, jax.nn.silu(linear(gate, x)) * linear(up, x))
 
 
 def experts(
@@ -157,22 +181,9 @@ def experts(
 
   stacks: by name in presets.EXPERTS. Sums in float32; the result has x's dtype.
   """
-  x, chosen, weights = (
-    z.reshape(-1, z.shape[-1]) for z in (x_RxTxD, chosen_RxTxX, weights_RxTxX)
-  )
-  form = KERNELS[cfg.expert_kernel](cfg, chosen)
-
-  def linear(name: str, z: t.Array) -> t.Array:
-    stack = stacks[name]
-    y = form.product(z, stack.kernel.astype(z.dtype))
-    if stack.a is None or stack.b is None:
-      return y
-    low = jnp.dtype(cfg.lora_dtype)
-    z = form.product(z.astype(low), stack.a.astype(low))
-    z = form.product(z, stack.b.astype(low)) * (cfg.lora_alpha / cfg.lora_rank)
-    return y + z.astype(y.dtype)
-
-  sent = form.send(x)
-  y = jax.nn.silu(linear('experts_gate', sent)) * linear('experts_up', sent)
-  y = form.gather(linear('experts_down', y), weights)
-  return y.astype(x_RxTxD.dtype).reshape(x_RxTxD.shape)
+  compute = partial(exchange.compute_sorted, partial(ragged_rows, cfg))
+  if cfg.expert_kernel == 'dense':
+    compute = partial(compute_dense, cfg)
+  choice = chosen_RxTxX, weights_RxTxX
+  y = exchange.routed(compute, x_RxTxD, choice, stacks, keys_RxT)
+  return y.astype(x_RxTxD.dtype)

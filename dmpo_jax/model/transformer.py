@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from dmpo_jax import mesh
 from dmpo_jax import types as t
 from dmpo_jax.model import moe
 from dmpo_jax.model.attention import (
@@ -34,20 +35,25 @@ from dmpo_jax.model.quantize import dense
 REMAT = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(moe.PRODUCT),
+  ),
 }
 
 
 class Cache(NamedTuple):
-  """What a forward leaves of every layer and token: keys (after RoPE) and values.
-
-  With cfg.keep_routes also where tokens were sent; keys and values are then None where
-  they were not asked for. A cache that is given to a forward has no routes.
-  """
+  """Keys (after RoPE) and values of every layer and position."""
 
   keys: t.FloatNRJSC
   values: t.FloatNRJSC
-  routed: Routed | None = None  # of the layers with experts
+
+
+class Kept(NamedTuple):
+  """What a forward returns beside its states where cfg.keep_routes is set."""
+
+  cache: Cache | None  # None where it was not asked for
+  routed: Routed | None  # None: no layer has experts
 
 
 class Inputs(NamedTuple):
@@ -171,7 +177,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self, x: t.FloatRTD, own: PerLayer, rope: Rope, inputs: Inputs
-  ) -> tuple[t.FloatRTD, Cache | None]:
+  ) -> tuple[t.FloatRTD, Kept]:
     """Runs the layer on x; `inputs` says where the tokens stand beside the cache."""
     cfg, keys = self.cfg, own.dropout
     y = Norm(cfg, name='attn_norm')(x)
@@ -180,7 +186,7 @@ class Block(nn.Module):
     if own.cache is None:
       y = ATTENTION[cfg.attention](q, k, v, inputs.mask)
     else:  # no kernel reads two arrays, and joining them would copy the cache
-      parts = (*own.cache[:2], inputs.past), (k, v, inputs.mask)
+      parts = (*own.cache, inputs.past), (k, v, inputs.mask)
       y = merged([attend_part(q, *part) for part in parts], q.dtype)
     y = jnp.swapaxes(y, 1, 2).reshape(x.shape[:2] + (-1,))
     x += Linear(cfg, cfg.width, gain=out_gain(cfg), name='o')(y, keys)
@@ -190,9 +196,7 @@ class Block(nn.Module):
     else:
       y = self.mlp(y, keys, DENSE, cfg.mlp)
     x += y
-    if not self.keep:
-      return x, routed and Cache(None, None, routed)
-    return x, Cache(k, v, routed)
+    return x, Kept(Cache(k, v) if self.keep else None, routed)
 
   def mlp(
     self, y: t.FloatRTD, keys: t.KeyRT | None, names: Sequence[str], size: int
@@ -269,8 +273,11 @@ class Transformer(nn.Module):
     if not cfg.tied:
       self.head = self.param('head', init, shape, cfg.param_dtype)
 
-  def hidden(self, inputs: Inputs) -> tuple[t.FloatRTD, Cache | None]:
-    """Returns the last hidden states, and with `keep` the new cache."""
+  def hidden(self, inputs: Inputs) -> tuple[t.FloatRTD, Any]:
+    """Returns the last hidden states, and with `keep` the new cache.
+
+    With cfg.keep_routes the second result is `Kept`.
+    """
     x = constrain(self.embedding[inputs.tokens].astype(self.cfg.dtype))
     rope, keys = rope_table(self.cfg, inputs.positions), inputs.dropout
     if keys is not None:  # by layer and place in the text: padding has no part
@@ -281,27 +288,27 @@ class Transformer(nn.Module):
       keys = jax.vmap(places, (0, None))(keys, inputs.positions)
     own = PerLayer(inputs.cache, keys, inputs.routes)
     inputs = inputs._replace(cache=None, dropout=None, routes=None)
-    x, cache = self.run_layers(x, own, rope, inputs)
-    return self.final_norm(x), cache
+    x, kept = self.run_layers(x, own, rope, inputs)
+    return self.final_norm(x), kept if self.cfg.keep_routes else kept.cache
 
   def run_layers(
     self, x: t.FloatRTD, own: PerLayer, rope: Rope, inputs: Inputs
-  ) -> tuple[t.FloatRTD, Cache | None]:
+  ) -> tuple[t.FloatRTD, Kept]:
     """Runs the layers, one scan for each run of a kind."""
     runs = layer_runs(self.cfg)
     if len(runs) == 1:
       return self.layers(x, own, rope, inputs)
-    caches, routed = [], 0  # layers with experts so far
+    found, routed = [], 0  # layers with experts so far
     for run, layers in zip(runs, self.layers, strict=True):
       cut = lambda tree, at, run=run: jax.tree.map(
         lambda z: z[at : at + run.count], tree
       )
       routes = cut(own.routes, routed) if run.experts else None
       mine = PerLayer(cut(own.cache, run.first), cut(own.dropout, run.first), routes)
-      x, cache = layers(x, mine, rope, inputs)
-      caches.append(cache)
+      x, kept = layers(x, mine, rope, inputs)
+      found.append(kept)
       routed += run.count * run.experts
-    return x, joined(caches)
+    return x, Kept(joined([z.cache for z in found]), joined([z.routed for z in found]))
 
   def logits(self, hidden: t.FloatXD) -> t.FloatXV:
     """Returns float32 logits of hidden states."""
@@ -314,17 +321,10 @@ class Transformer(nn.Module):
     return self.logits(self.hidden(inputs)[0])
 
 
-def joined(caches: list[Cache | None]) -> Cache | None:
-  """Returns the caches of runs of layers as one; dense layers have no routes."""
-  found = [cache for cache in caches if cache]
-  if not found:
-    return None
-  join = lambda *parts: jnp.concatenate(parts)
-  keys, values = None, None
-  if found[0].keys is not None:
-    keys, values = jax.tree.map(join, *(cache[:2] for cache in found))
-  routed = [cache.routed for cache in found if cache.routed]
-  return Cache(keys, values, jax.tree.map(join, *routed) if routed else None)
+def joined(parts: list) -> Any:
+  """Returns what runs of layers left as one tree; None where none left anything."""
+  parts = [part for part in parts if part is not None]
+  return jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if parts else None
 
 
 def on_own_rows(fn: Callable, axes: Sequence[int], *args: t.Array) -> t.Array:
@@ -333,16 +333,16 @@ def on_own_rows(fn: Callable, axes: Sequence[int], *args: t.Array) -> t.Array:
   axes: which axis of each argument has the rows; the result has them where the first
   has. XLA does not see that reads and writes at places of each row's own are local.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or 'fsdp' not in mesh.axis_names:
+  if not (grid := mesh.in_force()):
     return fn(*args)
-  specs = [PartitionSpec(*[None] * axis, ('data', 'fsdp')) for axis in axes]
+  split = mesh.row_axes(grid)
+  specs = [PartitionSpec(*[None] * axis, split) for axis in axes]
   run = jax.shard_map(
     fn,
-    mesh=mesh,
+    mesh=grid,
     in_specs=tuple(specs),
     out_specs=specs[0],
-    axis_names={'data', 'fsdp'},
+    axis_names=set(split),
     check_vma=False,
   )
   return run(*args)
@@ -354,8 +354,7 @@ def constrain(x_RxTxD: t.FloatRTD) -> t.FloatRTD:
   Without it XLA replicates the result of the lookup in an embedding that is
   sharded along fsdp, and computes it on every device.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or 'fsdp' not in mesh.axis_names:
+  if not (grid := mesh.in_force()):
     return x_RxTxD
-  spec = PartitionSpec(('data', 'fsdp'), None, None)
+  spec = PartitionSpec(mesh.row_axes(grid), None, None)
   return jax.lax.with_sharding_constraint(x_RxTxD, spec)

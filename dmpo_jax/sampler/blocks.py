@@ -39,7 +39,7 @@ def begin(setting: Setting, loop: Loop) -> State:
   _, cache = model.states(setting.cfg, setting.params, inputs, keep=True)
   assert cache is not None
   pad = [(0, 0)] * 3 + [(0, setting.hp.length), (0, 0)]
-  cache = jax.tree.map(lambda x: jnp.pad(x, pad), cache)
+  cache = model.Cache(*(jnp.pad(x, pad) for x in cache))
   # A family that shifts reads a block's first token off the block before it.
   done = setting.prompt - setting.cfg.block_causal * setting.cfg.shift
   return State(
