@@ -180,6 +180,32 @@ QWEN25_7B = dict(
   qkv_bias=True,
   shift=True,
 )
+# LLaDA2.x: the first layer is dense, and every other one has 256 experts and one more
+# that every token sees.
+LLADA2 = dict(
+  vocab=157184,
+  kv_heads=4,
+  head_dim=128,
+  mask_id=156895,
+  eos_id=156892,
+  pad_id=156892,
+  rope_theta=6e5,
+  rotary=0.5,
+  eps=1e-6,
+  norm_round=True,
+  positions=32768,
+  qk_norm=True,
+  block_causal=32,
+  experts=256,
+  experts_per_token=8,
+  dense_layers=(0,),
+  router='sigmoid',
+  router_bias='choice',
+  router_norm=True,
+  router_scale=2.5,
+  router_groups=8,
+  router_groups_kept=4,
+)
 # vocab and special ids of the small ones come from the tokenizer. 'tiny' is for
 # short sequences: a small RoPE base and q/k norms make it learn several times
 # faster there.
@@ -193,6 +219,22 @@ PRESETS = {
     positions=512,
     rope_theta=100.0,
     qk_norm=True,
+  ),
+  'tiny_moe': dict(  # 'tiny' with experts in all layers but the first
+    width=64,
+    layers=3,
+    heads=2,
+    kv_heads=2,
+    mlp=128,
+    positions=512,
+    rope_theta=100.0,
+    qk_norm=True,
+    experts=8,
+    experts_per_token=2,
+    expert_mlp=32,
+    shared_mlp=64,
+    dense_layers=(0,),
+    router_norm=True,
   ),
   'small': dict(width=256, layers=8, heads=8, kv_heads=8, mlp=768, positions=2048),
   'llada_8b': dict(
@@ -233,5 +275,22 @@ PRESETS = {
     stop_ids=(151643,),
     positions=32768,
     block_causal=32,
+  ),
+  'sdar_30b': dict(
+    QWEN3 | dict(kv_heads=4),
+    width=2048,
+    layers=48,
+    heads=32,
+    mlp=6144,
+    experts=128,
+    experts_per_token=8,
+    expert_mlp=768,
+    router_norm=True,
+  ),
+  'llada2_mini': dict(
+    LLADA2, width=2048, layers=20, heads=16, mlp=5120, expert_mlp=512, shared_mlp=512
+  ),
+  'llada2_flash': dict(
+    LLADA2, width=4096, layers=32, heads=32, mlp=9216, expert_mlp=1024, shared_mlp=1024
   ),
 }
