@@ -336,13 +336,15 @@ def make_sft_starts(
 
   def merge(params, lora):
     """Adds each adapter to its kernel, in its place, one at a time."""
-    layers, added = dict(params['params']['layers']), lora['lora']['layers']
-    add = functools.partial(model.merge, own)
-    for name, ab in added.items():
-      kernel = layers[name]['kernel']
-      made = Compiled(grid, add, out_shardings=kernel.sharding, donate_argnums=0)
-      layers[name] = {**layers[name], 'kernel': made(kernel, ab['a'], ab['b'])}
-    return {**params, 'params': {**params['params'], 'layers': layers}}
+    merged, add = dict(params['params']), functools.partial(model.merge, own)
+    for run, added in lora['lora'].items():  # layers, or layers_0, layers_1, ...
+      merged[run] = dict(merged[run])
+      for name, ab in added.items():
+        kernel = merged[run][name]['kernel']
+        made = Compiled(grid, add, out_shardings=kernel.sharding, donate_argnums=0)
+        kernel = made(kernel, ab['a'], ab['b'])
+        merged[run][name] = {**merged[run][name], 'kernel': kernel}
+    return {**params, 'params': merged}
 
   return init_sft, starter(parts.sft_optimizer_of(c), grid), merge
 
@@ -572,8 +574,9 @@ def quantized_shapes(params: Params, kind: str) -> Params:
   """Returns the shapes of parameters as model.quantize = kind stores them."""
 
   def of_leaf(path, x):
-    if kind == 'none' or not mesh.path_of(path).endswith('/kernel'):
-      return x
+    name = mesh.path_of(path)
+    if kind == 'none' or not name.endswith('/kernel') or '/router/' in name:
+      return x  # a router is small, and rounding it changes its choices
     return jax.eval_shape(lambda x: model.quantize(x, kind), x)
 
   return jax.tree_util.tree_map_with_path(of_leaf, params)

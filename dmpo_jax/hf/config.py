@@ -57,11 +57,11 @@ def family_of(folder: str) -> tuple[Family, dict[str, Any], dict[str, Any]]:
   if found and (found[0].moe or not mixed):
     return *found[:2], raw
   plain = lambda name: re.sub('[^a-z0-9]', '', str(name).lower())
-  same = [name for name in FAMILIES if plain(name) == plain(kind)]
+  same = [name for name in FAMILIES if plain(name) == plain(kind) and name != kind]
   why = 'is not implemented'
   if mixed and not same:
     why += ' as a mixture of experts'
-  elif same and same[0] != kind:
+  elif same:
     why = f'must be written {same[0]!r}'
   raise ValueError(
     f'{folder}/config.json: model_type = {kind!r} {why} (known are '

@@ -145,6 +145,13 @@ def read_llada2(told: Told) -> dict[str, Any]:
 
 
 def write_llada2(cfg: model.ModelConfig) -> dict[str, Any]:
+  if not cfg.experts:
+    return dict(
+      num_experts=None,
+      intermediate_size=cfg.mlp,
+      partial_rotary_factor=cfg.rotary,
+      use_qk_norm=True,
+    )
   return dict(
     num_experts=cfg.experts,
     num_experts_per_tok=cfg.experts_per_token,
@@ -168,13 +175,13 @@ LLADA2 = Fields(
   read_llada2,
   write_llada2,
   lambda cfg: dict(
-    router=cfg.router != 'sigmoid',
-    router_bias=cfg.router_bias != 'choice',
-    router_norm=cfg.router_norm != (cfg.experts_per_token > 1),
+    router=cfg.experts > 0 and cfg.router != 'sigmoid',
+    router_bias=cfg.experts > 0 and cfg.router_bias != 'choice',
+    router_norm=cfg.experts > 0 and cfg.router_norm != (cfg.experts_per_token > 1),
     qk_norm=not cfg.qk_norm,
     shift=cfg.shift,
     dense_layers=cfg.dense_layers != tuple(range(len(cfg.dense_layers))),
-    shared_mlp=cfg.shared_mlp % cfg.expert_mlp > 0,
+    shared_mlp=cfg.experts > 0 and cfg.shared_mlp % cfg.expert_mlp > 0,
   ),
   defaults=dict(
     num_experts=16,
@@ -357,21 +364,21 @@ LLADA_MOE = Fields(
 def kind_of(cfg: model.ModelConfig) -> str:
   """Returns the model_type as which a mixture of experts made here is written.
 
+  Also of a dense model whose heads rotate in part, as only these families' do.
   ValueError names the fields that keep it from being any.
   """
   kinds = {'lladamoe': LLADA_MOE, 'sdar_moe': SDAR_MOE}
   if cfg.block_causal:
     kinds = dict(reversed(kinds.items()))
-  if cfg.router == 'sigmoid':
+  if cfg.router == 'sigmoid' or not cfg.experts:
     kinds = {'llada2_moe': LLADA2}
+  said = lambda name: f'{name} = {getattr(cfg, name)!r}'
   wrong = {
-    kind: [
-      f'{name} = {getattr(cfg, name)!r}' for name, x in fields.misfits(cfg).items() if x
-    ]
+    kind: [said(name) for name, is_wrong in fields.misfits(cfg).items() if is_wrong]
     for kind, fields in kinds.items()
   }
   for kind, names in wrong.items():
     if not names:
       return kind
   reasons = '; '.join(f'{kind} has no {", ".join(x)}' for kind, x in wrong.items())
-  raise ValueError(f'no published family can hold this mixture of experts: {reasons}')
+  raise ValueError(f'no family of checkpoints can hold this model: {reasons}')

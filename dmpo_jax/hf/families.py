@@ -233,7 +233,7 @@ SERVING = re.compile(
 
 def kind_of(cfg: model.ModelConfig) -> str:
   """Returns the model_type as which a model that was made here is written."""
-  if cfg.experts:
+  if cfg.experts or cfg.rotary != 1:
     return experts.kind_of(cfg)
   if cfg.qk_norm:
     return 'sdar' if cfg.block_causal and not cfg.shift else 'a2d-qwen3'

@@ -22,6 +22,7 @@ from dmpo_jax import files, mesh, model
 from dmpo_jax.hf import peft, read
 from dmpo_jax.hf.config import is_autoregressive
 from dmpo_jax.hf.families import (
+  ASSUMED,
   BLOCKS,
   CONVERTED,
   FAMILIES,
@@ -63,8 +64,10 @@ def save_hf(
     was, converts = told, is_autoregressive(source)
     told = converted(told, cfg) if converts else told
     named: dict = dict.fromkeys({'dtype', 'torch_dtype'} & told.keys(), cfg.param_dtype)
-    if (kind := kind_in(told)) in BLOCKS:  # the block may have been said by the user
-      named[BLOCKS[kind][0]] = cfg.block_causal
+    field, block = BLOCKS.get(kind := kind_in(told), ('', cfg.block_causal))
+    # The user may have said the block.
+    if field in told or cfg.block_causal != block or kind in ASSUMED:
+      named[field] = cfg.block_causal
     if told | named != was:  # transformers would round to the source's
       write_json(folder, 'config.json', told | named)
   else:

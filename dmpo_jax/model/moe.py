@@ -9,11 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dmpo_jax import types as t
 from dmpo_jax.model import exchange
 from dmpo_jax.model.grouped import grouped
+from dmpo_jax.model.lora import dropout
 from dmpo_jax.model.presets import EXPERTS, ModelConfig
+
+PRODUCT = 'expert_product'  # names what the policy dots of remat keeps
 
 
 class Routed(NamedTuple):
@@ -59,7 +63,7 @@ def choose(
   if routes_RxTxX is not None:
     chosen = jnp.where(routes_RxTxX < 0, chosen, routes_RxTxX.astype(chosen.dtype))
   weights = jnp.take_along_axis(weigh, chosen, axis=-1)
-  if cfg.router_norm and cfg.experts_per_token > 1:
+  if cfg.router_norm:
     weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
   return chosen, weights * cfg.router_scale, scores
 
@@ -133,19 +137,27 @@ def ragged_rows(
 # (rows sorted by expert (Q, D), kernels (E, D, F), rows of each expert (E,)) -> (Q, F).
 # What becomes of rows after the last expert's is left open.
 PRODUCTS = {'ragged': grouped}
-KERNELS = ('dense', *PRODUCTS)
 
 
 def chain(
   cfg: ModelConfig, product: Callable, stacks: dict[str, Stack], x: t.Array, keys: Any
 ) -> t.Array:
-  """Runs the experts' MLPs by a product of rows with the kernels of their experts."""
+  """Runs the experts' MLPs by a product of rows with the kernels of their experts.
+
+  Adapters of all experts of a token drop the same of their inputs: so neither the order
+  of the rows nor the number of an expert on its device has a part in it.
+  """
+  if keys is not None:
+    keys = jnp.broadcast_to(keys, x.shape[:-1])
 
   def linear(name: str, z: t.Array) -> t.Array:
     stack = stacks[name]
-    y = product(z, stack.kernel.astype(z.dtype))
+    y = checkpoint_name(product(z, stack.kernel.astype(z.dtype)), PRODUCT)
     if stack.a is None or stack.b is None:
       return y
+    if keys is not None and cfg.lora_dropout:
+      rows = z.reshape(1, -1, z.shape[-1]), keys.reshape(1, -1)
+      z = dropout(*rows, cfg.lora_dropout, name).reshape(z.shape)
     low = jnp.dtype(cfg.lora_dtype)
     z = product(z.astype(low), stack.a.astype(low))
     z = product(z, stack.b.astype(low)) * (cfg.lora_alpha / cfg.lora_rank)

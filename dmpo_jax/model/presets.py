@@ -8,6 +8,9 @@ DENSE = ('gate', 'up', 'down')  # of a dense MLP
 SHARED = ('shared_gate', 'shared_up', 'shared_down')  # of the shared experts
 EXPERTS = ('experts_gate', 'experts_up', 'experts_down')  # stacked: one for each expert
 LINEARS = ('q', 'k', 'v', 'o', *DENSE, *SHARED, *EXPERTS)
+# All experts on all tokens, the reference; or on sorted tokens, in the best form of a
+# platform (grouped.py).
+EXPERT_KERNELS = ('dense', 'ragged')
 LORA_TARGETS = {
   # Attention, dense MLPs and shared experts; a layer has hundreds of the other experts.
   'all': f'^({"|".join(x for x in LINEARS if x not in EXPERTS)})$',
@@ -59,7 +62,7 @@ class ModelConfig:
   # Best groups that a token may choose from; a group counts as its two best experts.
   router_groups_kept: int = 1
   load_loss: float = 1e-3  # factor of the load loss that its training had
-  expert_kernel: str = 'ragged'  # a name in moe.KERNELS
+  expert_kernel: str = 'ragged'  # a name in EXPERT_KERNELS
   keep_routes: bool = False  # forwards return the experts that tokens were sent to
   tied: bool = False  # the head is the embedding
   shift: bool = False  # output i - 1 predicts token i (Dream)
@@ -118,6 +121,10 @@ def expert_rules(cfg: ModelConfig) -> list[tuple[bool, str]]:
     (
       cfg.router_bias not in ('', 'choice', 'weight'),
       f"router_bias = {cfg.router_bias!r}: give '', choice or weight",
+    ),
+    (
+      cfg.expert_kernel not in EXPERT_KERNELS,
+      f'expert_kernel = {cfg.expert_kernel!r}: give {", ".join(EXPERT_KERNELS)}',
     ),
     (
       groups < 1 or bool(count % max(1, groups)) or (groups > 1 and size < 2),
@@ -181,6 +188,32 @@ QWEN25_7B = dict(
   qkv_bias=True,
   shift=True,
 )
+# LLaDA2.x: the first layer is dense, and every other one has 256 experts and one more
+# that every token sees.
+LLADA2 = dict(
+  vocab=157184,
+  kv_heads=4,
+  head_dim=128,
+  mask_id=156895,
+  eos_id=156892,
+  pad_id=156892,
+  rope_theta=6e5,
+  rotary=0.5,
+  eps=1e-6,
+  norm_round=True,
+  positions=32768,
+  qk_norm=True,
+  block_causal=32,
+  experts=256,
+  experts_per_token=8,
+  dense_layers=(0,),
+  router='sigmoid',
+  router_bias='choice',
+  router_norm=True,
+  router_scale=2.5,
+  router_groups=8,
+  router_groups_kept=4,
+)
 # vocab and special ids of the small ones come from the tokenizer. 'tiny' is for
 # short sequences: a small RoPE base and q/k norms make it learn several times
 # faster there.
@@ -195,7 +228,7 @@ PRESETS = {
     rope_theta=100.0,
     qk_norm=True,
   ),
-  'tiny_moe': dict(  # blocks of four tokens; about the active weights of 'tiny'
+  'tiny_moe': dict(  # 'tiny' with experts in all layers but the first
     width=64,
     layers=3,
     heads=2,
@@ -204,7 +237,6 @@ PRESETS = {
     positions=512,
     rope_theta=100.0,
     qk_norm=True,
-    block_causal=4,
     experts=8,
     experts_per_token=2,
     expert_mlp=40,
@@ -213,7 +245,7 @@ PRESETS = {
     router='sigmoid',
     router_bias='choice',
     router_norm=True,
-    expert_kernel='dense',  # the fastest for so few
+    norm_round=True,
   ),
   'small': dict(width=256, layers=8, heads=8, kv_heads=8, mlp=768, positions=2048),
   'llada_8b': dict(
@@ -254,5 +286,22 @@ PRESETS = {
     stop_ids=(151643,),
     positions=32768,
     block_causal=32,
+  ),
+  'sdar_30b': dict(
+    QWEN3 | dict(kv_heads=4),
+    width=2048,
+    layers=48,
+    heads=32,
+    mlp=6144,
+    experts=128,
+    experts_per_token=8,
+    expert_mlp=768,
+    router_norm=True,
+  ),
+  'llada2_mini': dict(
+    LLADA2, width=2048, layers=20, heads=16, mlp=5120, expert_mlp=512, shared_mlp=512
+  ),
+  'llada2_flash': dict(
+    LLADA2, width=4096, layers=32, heads=32, mlp=9216, expert_mlp=1024, shared_mlp=1024
   ),
 }

@@ -35,7 +35,10 @@ from dmpo_jax.model.quantize import dense
 REMAT = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(moe.PRODUCT),
+  ),
 }
 
 
