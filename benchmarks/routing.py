@@ -31,7 +31,7 @@ HEAD = (
 
 def random_case(args):
   """(name, cfg, params, prompts, valid) of the preset with random weights."""
-  cfg = model.ModelConfig(**model.PRESETS['tiny_moe'], **SMALL_IDS)
+  cfg = model.ModelConfig(**model.PRESETS['tiny_moe'], **SMALL_IDS, block_causal=4)
   params = model.init(cfg, jax.random.key(0))
   return 'random tiny_moe', cfg, params, *random_prompts(cfg, args)
 

@@ -272,7 +272,8 @@ def experts(**fields):
   """The tiny run's config with experts, blocks and recorded rounds."""
   c = tiny()
   changes = {
-    'model.preset': 'tiny_moe', 'model.layers': 2, 'objective.name': 'tracerl',
+    'model.preset': 'tiny_moe', 'model.layers': 2, 'model.attention_block': 4,
+    'objective.name': 'tracerl',
     'sampler.length': 8, 'sampler.block': 4, 'sampler.steps': 8,
     'sampler.cache': 'block', 'eval.sampler.length': 8, 'eval.sampler.block': 4,
     'eval.sampler.steps': 8,
@@ -291,13 +292,13 @@ BAD = {
   ),
   'guidance': ({'sampler.guidance': 0.5}, 'sampler.guidance.*set 0'),
   'dense': (
-    {'model.preset': 'tiny', 'model.attention_block': 4}, 'no experts.*routing.replay'
+    {'model.preset': 'tiny'}, 'no experts.*routing.replay'
   ),
   'load': ({'routing.train': 'sft'}, 'routing.load.*routing.train = all'),
   'health': (
     {
-      'model.preset': 'tiny', 'model.attention_block': 4, 'routing.replay': False,
-      'routing.load': 0.0, 'health.expert_idle': 0.5,
+      'model.preset': 'tiny', 'routing.replay': False, 'routing.load': 0.0,
+      'health.expert_idle': 0.5,
     },
     'health.expert_idle.*no experts',
   ),
