@@ -195,6 +195,10 @@ def test_adapters_are_of_attention_and_shared_experts(weights):
   shared = {'shared_gate', 'shared_up', 'shared_down'}
   found = names(cfg)
   assert found == {'layers_0': own | {'gate', 'up', 'down'}, 'layers_1': own | shared}
+  assert model.linears_of(family(experts=0, dense_layers=())) == (
+    'q', 'k', 'v', 'o', 'gate', 'up', 'down',
+  )  # fmt: skip
+  assert set(model.linears_of(cfg)) == set(model.LINEARS)
   more = names(dataclasses.replace(cfg, lora_targets=model.LORA_TARGETS['experts']))
   assert more['layers_1'] == own | shared | set(EXPERTS)
 
