@@ -1,14 +1,15 @@
 """Products of rows with the kernels of their groups, in the best form of a platform.
 
 Rows are sorted by group, `sizes` says how many each group has, and rows after the last
-group's belong to none: they become zeros. A platform has three functions:
+group's belong to none: what they become is left open. A platform has three functions:
 
   forward   (x (Y, D), kernels (E, D, F), sizes (E,)) -> (Y, F)
   backward  (dy (Y, F), kernels (E, D, F), sizes (E,)) -> (Y, D), the gradient of x
   outer     (x (Y, D), dy (Y, F), sizes (E,)) -> (E, D, F), that of the kernels
 
-TPUs have a grouped kernel for `jax.lax.ragged_dot`. XLA's CPU compiler makes E products
-of all rows of it. There a loop over tiles of rows is faster, by about E.
+TPUs have a grouped kernel for `jax.lax.ragged_dot`. XLA's compilers for CPUs and GPUs make
+E products of all rows of it. On CPUs a loop over tiles of rows is faster, by about E. On
+GPUs Triton kernels do what they do on TPUs.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from dmpo_jax.types import Array
 
-# Rows of a tile: a matrix product of so many is fast, and few are lost at a group's end.
+# Rows of a tile: enough for a fast matrix product, and few are lost at a group's end.
 # It is constant, so that a row's result does not depend on the number of rows.
 TILE = 32
 
@@ -29,6 +30,8 @@ def over_tiles(sizes: Array, body: Callable, start: Array) -> Array:
 
   A tile holds rows of one expert, and after their end some of the next ones.
   """
+  # Else JAX would make `start` before the loop over layers, on other platforms as well.
+  start, sizes = jax.lax.optimization_barrier((start, sizes))
   tiles = -(-sizes // TILE)
   ends, row_ends = jnp.cumsum(tiles), jnp.cumsum(sizes)
 
@@ -90,15 +93,38 @@ def ragged_outer(x: Array, dy: Array, sizes: Array) -> Array:
   return jax.lax.ragged_dot_general(x, dy, sizes, dims)
 
 
-FORWARD = dict(cpu=partial(cpu_product, transposed=False), default=jax.lax.ragged_dot)
-BACKWARD = dict(cpu=partial(cpu_product, transposed=True), default=ragged_backward)
-OUTER = dict(cpu=cpu_outer, default=ragged_outer)
+def on_gpu(name: str, *args: Array, **options: bool) -> Array:
+  """Calls a function of triton.py, imported here: few runs need it."""
+  from dmpo_jax.model import triton
+
+  return getattr(triton, name)(*args, **options)
+
+
+FORWARD = dict(
+  cpu=partial(cpu_product, transposed=False),
+  cuda=partial(on_gpu, 'rows_dot'),
+  default=jax.lax.ragged_dot,
+)
+BACKWARD = dict(
+  cpu=partial(cpu_product, transposed=True),
+  cuda=partial(on_gpu, 'rows_dot', transposed=True),
+  default=ragged_backward,
+)
+OUTER = dict(cpu=cpu_outer, cuda=partial(on_gpu, 'kernels_dot'), default=ragged_outer)
+# The name of the calls below in a traced program: tools/costs.py counts them by shapes.
+SCOPE = 'grouped_product'
+
+
+def choose(forms: dict[str, Callable], *args: Array) -> Array:
+  """Calls the function of the platform that the program is lowered for."""
+  with jax.named_scope(SCOPE):
+    return jax.lax.platform_dependent(*args, **forms)
 
 
 @jax.custom_vjp
 def grouped(x_YxD: Array, kernel_ExDxF: Array, sizes_E: Array) -> Array:
   """Returns each row times the kernel of its group, (Y, F)."""
-  return jax.lax.platform_dependent(x_YxD, kernel_ExDxF, sizes_E, **FORWARD)
+  return choose(FORWARD, x_YxD, kernel_ExDxF, sizes_E)
 
 
 def grouped_forward(x: Array, kernel: Array, sizes: Array) -> tuple:
@@ -108,8 +134,8 @@ def grouped_forward(x: Array, kernel: Array, sizes: Array) -> tuple:
 def grouped_backward(saved: tuple, dy: Array) -> tuple:
   x, kernel, sizes = saved
   dy = dy.astype(x.dtype)
-  dx = jax.lax.platform_dependent(dy, kernel, sizes, **BACKWARD)
-  return dx, jax.lax.platform_dependent(x, dy, sizes, **OUTER), None
+  dx = choose(BACKWARD, dy, kernel, sizes)
+  return dx, choose(OUTER, x, dy, sizes), None
 
 
 grouped.defvjp(grouped_forward, grouped_backward)
