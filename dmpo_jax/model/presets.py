@@ -138,6 +138,15 @@ def expert_rules(cfg: ModelConfig) -> list[tuple[bool, str]]:
   ]
 
 
+def linears_of(cfg: ModelConfig) -> tuple[str, ...]:
+  """Returns the names in LINEARS that the model has."""
+  kinds = {run.experts for run in layer_runs(cfg)}
+  absent = set() if False in kinds else set(DENSE)
+  absent |= set() if True in kinds else set(EXPERTS)
+  absent |= set() if True in kinds and cfg.shared_mlp else set(SHARED)
+  return tuple(name for name in LINEARS if name not in absent)
+
+
 class Run(NamedTuple):
   """Consecutive layers of one kind: one scan, one stack of parameters."""
 
@@ -297,6 +306,24 @@ PRESETS = {
     experts_per_token=8,
     expert_mlp=768,
     router_norm=True,
+  ),
+  'lladamoe_7b': dict(
+    vocab=157184,
+    width=2048,
+    layers=16,
+    heads=16,
+    kv_heads=16,
+    mlp=8192,
+    mask_id=156895,
+    eos_id=156892,
+    pad_id=156892,
+    rope_theta=50000.0,
+    positions=8192,
+    norm_round=True,
+    qk_norm=True,
+    experts=64,
+    experts_per_token=8,
+    expert_mlp=1024,
   ),
   'llada2_mini': dict(
     LLADA2, width=2048, layers=20, heads=16, mlp=5120, expert_mlp=512, shared_mlp=512
