@@ -10,7 +10,16 @@ says only what differs; the command line sets any field with
 
 import ml_collections
 
-from dmpo_jax import config, control, curriculum, health, logprob, optim, sampler
+from dmpo_jax import (
+  config,
+  control,
+  curriculum,
+  health,
+  logprob,
+  optim,
+  routing,
+  sampler,
+)
 
 
 def get_config():
@@ -30,6 +39,7 @@ def get_config():
   config.choose_objective(c, 'dmpo')
   c.reference = section(config.Reference)
   c.logprob = section(logprob.LogprobConfig)  # estimates of log p_ref and log p_old
+  c.routing = section(routing.Config)  # of models with experts
   c.train = section(config.Train)
   c.curriculum = section(curriculum.Config)
   c.control = section(control.Config)

@@ -196,9 +196,11 @@ def build(c: Any, devices: Any = None) -> Built:
   tokenizer = parts.tokenizer_of(c, folder)
   cfg = parts.model_config(c, tokenizer, folder)
   parts.check_blocks(c, cfg)
+  parts.check_experts(c, cfg)
   if c.lora.path:
     hf.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
-  grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
+  m = c.mesh
+  grid = mesh.make_mesh(m.data, m.fsdp, m.tensor, devices, m.expert)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
   init, init_lora, start = make_starts(c, cfg, folder, grid)
@@ -231,9 +233,7 @@ def build(c: Any, devices: Any = None) -> Built:
     init_sft,
     start_sft,
     merge,
-    make_sample(
-      c, c.sampler, Use('sample', setup.wants.records or ()), (cfg, grid), who
-    ),
+    make_sample(c, c.sampler, Use('sample', setup.records), (cfg, grid), who),
     make_sample(c, c.eval.sampler, Use('evaluate'), (cfg, grid), who),
     lambda section: make_sample(c, section, Use('evaluate'), (cfg, grid), who),
     lambda program: make_texts(c, program, cfg, grid),
@@ -366,13 +366,15 @@ def make_sft_starts(
 
   def merge(params, lora):
     """Adds each adapter to its kernel, in its place, one at a time."""
-    layers, added = dict(params['params']['layers']), lora['lora']['layers']
-    add = functools.partial(model.merge, own)
-    for name, ab in added.items():
-      kernel = layers[name]['kernel']
-      made = Compiled(grid, add, out_shardings=kernel.sharding, donate_argnums=0)
-      layers[name] = {**layers[name], 'kernel': made(kernel, ab['a'], ab['b'])}
-    return {**params, 'params': {**params['params'], 'layers': layers}}
+    merged, add = dict(params['params']), functools.partial(model.merge, own)
+    for run, added in lora['lora'].items():  # layers, or layers_0, layers_1, ...
+      merged[run] = dict(merged[run])
+      for name, ab in added.items():
+        kernel = merged[run][name]['kernel']
+        made = Compiled(grid, add, out_shardings=kernel.sharding, donate_argnums=0)
+        kernel = made(kernel, ab['a'], ab['b'])
+        merged[run][name] = {**merged[run][name], 'kernel': kernel}
+    return {**params, 'params': merged}
 
   return init_sft, starter(parts.sft_optimizer_of(c), grid), merge
 
@@ -610,7 +612,7 @@ def pmap_rows(sample: Callable, grid: Any) -> Callable:
     if not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params)):
       raise ValueError(
         'sampler.parallel = pmap needs replicated parameters: '
-        'set mesh.fsdp = mesh.tensor = 1, or use jit'
+        'set mesh.fsdp = mesh.tensor = mesh.expert = 1, or use jit'
       )
     spread = lambda x: np.reshape(x, (len(devices), -1) + np.shape(x)[1:])[mine]
     rows = (spread(tokens), spread(valid), spread(row))
@@ -752,8 +754,9 @@ def quantized_shapes(params: Params, kind: str) -> Params:
   """Returns the shapes of parameters as model.quantize = kind stores them."""
 
   def of_leaf(path, x):
-    if kind == 'none' or not mesh.path_of(path).endswith('/kernel'):
-      return x
+    name = mesh.path_of(path)
+    if kind == 'none' or not name.endswith('/kernel') or '/router/' in name:
+      return x  # a router is small, and rounding it changes its choices
     return jax.eval_shape(lambda x: model.quantize(x, kind), x)
 
   return jax.tree_util.tree_map_with_path(of_leaf, params)
@@ -797,7 +800,7 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
   frozen, state = abstract_states(built)
   refs = abstract_references(built, frozen, state)
   prompts = abstract_prompts(built, c.train.prompts * c.train.group, prompt)
-  use = Use('sample', built.setup.wants.records or ())
+  use = Use('sample', built.setup.records)
   jit = make_sample(
     c, jit_section(c.sampler), use, (built.model, built.mesh), built.who
   )

@@ -161,7 +161,7 @@ def idle_between(c: Any) -> dict[str, str]:
   ]
   sections = (
     'objective.', 'logprob.', 'reference.', 'optim.', 'train.', 'curriculum.',
-    'control.',
+    'control.', 'routing.load', 'routing.replay', 'routing.measure',
   )  # fmt: skip
   rl = [name for name in flatten(c) if name.startswith(sections)]
   of_pairs = {x for x in rl if x.startswith(('reference.', 'optim.'))}
@@ -185,7 +185,35 @@ def idle_between(c: Any) -> dict[str, str]:
     (' '.join(sorted(of_pairs)), tunes(c), 'train.iterations > 0 or pairs.path'),
     ('log.rollouts', c.train.iterations, 'train.iterations > 0'),
     ('data.drop', c.train.iterations or solves, 'train.iterations > 0'),
+    *idle_experts(c),
   )
+
+
+def idle_experts(c: Any) -> list[tuple[str, Any, str]]:
+  """Returns rows for `without_effect` of the options of experts."""
+  experts, sft = has_experts(c), part(c, 'sft')
+  names = [f'routing.{name}' for name in vars(part(c, 'routing'))]
+  names += ['health.expert_entropy', 'health.expert_idle']
+  rl = c.train.iterations and not c.lora.rank
+  supervised = sft.trains and not sft.rank
+  base = 'whose base is trained (lora.rank = 0, sft.rank = 0)'
+  return [
+    ('routing.load', rl, f'RL {base}'),
+    ('routing.sft_load', supervised, f'supervised training {base}'),
+    ('routing.train', rl or supervised, f'training {base}'),
+    (' '.join(names), experts, 'a model with experts'),
+  ]
+
+
+def has_experts(c: Any) -> bool:
+  """Returns whether the model has experts; True where its config cannot be read."""
+  if not c.model.checkpoint:
+    return 'experts' in model.PRESETS.get(c.model.preset, {})
+  with contextlib.suppress(ValueError):
+    folder = hf.locate(c.model.checkpoint, False)
+    block = None if c.model.attention_block < 0 else c.model.attention_block
+    return 'experts' in hf.read_config(folder, block, c.model.convert)
+  return True
 
 
 def effects(c: Any, given: Container[str]) -> str:
@@ -274,20 +302,20 @@ def pmap(c: Any) -> list[str]:
   """pmap samples with replicated weights."""
   return [
     f'{prefix}sampler.parallel = pmap needs replicated weights: '
-    'set mesh.fsdp = mesh.tensor = 1, or use jit'
+    'set mesh.fsdp = mesh.tensor = mesh.expert = 1, or use jit'
     for prefix, section in (('', c.sampler), ('eval.', c.eval.sampler))
-    if section.parallel == 'pmap' and c.mesh.fsdp * c.mesh.tensor > 1
+    if section.parallel == 'pmap' and c.mesh.fsdp * c.mesh.tensor * c.mesh.expert > 1
   ]
 
 
 def devices(c: Any, count: int) -> list[str]:
   """Devices form the mesh, and rows divide by them and by the microbatches."""
-  split = c.mesh.fsdp * c.mesh.tensor
+  split = c.mesh.fsdp * c.mesh.tensor * c.mesh.expert
   if count % split or (c.mesh.data and c.mesh.data * split != count):
     return [
-      f'mesh.data, mesh.fsdp, mesh.tensor = {c.mesh.data}, {c.mesh.fsdp}, '
-      f'{c.mesh.tensor} must multiply to the {count} devices (data = 0 takes what is '
-      'left)'
+      f'mesh.data, mesh.fsdp, mesh.tensor, mesh.expert = {c.mesh.data}, '
+      f'{c.mesh.fsdp}, {c.mesh.tensor}, {c.mesh.expert} must multiply to the {count} '
+      'devices (data = 0 takes what is left)'
     ]
   shards = count // c.mesh.tensor
   found, rows = [], c.train.prompts * c.train.group
@@ -495,6 +523,33 @@ def drafts(c: Any) -> list[str]:
       "sampler's own steps, which draft.gate = exact takes from the draft: set another "
       'gate, or draft.rollouts = False'
     )
+  if c.routing.replay or c.routing.measure:
+    found.append(
+      'routing.replay and routing.measure read the experts of every step, which a draft '
+      'does not record: set both False, or draft.rollouts = False'
+    )
+  return found
+
+
+def replay(c: Any) -> list[str]:
+  """There are recorded states whose experts can be replayed."""
+  if not (c.routing.replay and c.train.iterations):
+    return []
+  found, (_, wants) = [], wanted(c)
+  scored = c.health.measure or wants.sequence
+  along = c.logprob.estimator == 'trajectory' and scored
+  if not along and wants.records is None:
+    found.append(
+      'routing.replay = True: masks that are drawn anew are no recorded state, and '
+      f'objective.name = {c.objective.name} has no others here; set '
+      'logprob.estimator = trajectory where it scores log-probs, objective.masks = '
+      'rounds (dmpo), or an objective of recorded steps, such as tracerl'
+    )
+  if c.sampler.cache in ('prefix', 'dual'):
+    found.append(
+      f'routing.replay = True: sampler.cache = {c.sampler.cache} keeps keys and values '
+      'of older states, which no pass of the trainer repeats; set none'
+    )
   return found
 
 
@@ -664,7 +719,11 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   pmap: ('mesh', 'sampler', 'eval.sampler'),
   fuse: ('logprob', 'lora', 'pairs', 'reference', 'sft'),
   trajectory: ('draft', 'logprob', 'sampler'),
-  drafts: ('control', 'data', 'draft', 'eval.sampler', 'lora', 'objective', 'sampler'),
+  drafts: (
+    'control', 'data', 'draft', 'eval.sampler', 'lora', 'objective', 'routing',
+    'sampler',
+  ),
+  replay: ('health', 'logprob', 'objective', 'routing', 'sampler', 'train'),
   rollouts: ('lora', 'sampler', 'sft', 'train'),
   supervised: ('lora', 'model', 'sft'),
   objective_sampler: ('draft', 'objective', 'sampler'),

@@ -24,7 +24,17 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import control, curriculum, health, logprob, model, optim, pairs, sampler
+from dmpo_jax import (
+  control,
+  curriculum,
+  health,
+  logprob,
+  model,
+  optim,
+  pairs,
+  routing,
+  sampler,
+)
 from dmpo_jax.data import PromptOptions
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
@@ -144,7 +154,9 @@ class Lora(Section):
 
   rank: int = 0  # rank A; 0 = no adapters, every parameter is trained
   alpha: float = 64.0  # the adapter's output is scaled by alpha / rank
-  targets: str = 'all'  # adapted linears; all | paper (q, k, v, up) | a regex
+  # Adapted linears; all (but those of experts) | experts (those as well) | paper (q, k,
+  # v, up) | a regex.
+  targets: str = 'all'
   dropout: float = 0.0  # on the adapters' input in updates; probability, 0 = none
   # Of the adapters' matrix products; float32 | bfloat16 (as PEFT under autocast, where
   # model.dtype is bfloat16). The adapters are stored in float32.
@@ -550,13 +562,14 @@ class Mesh(Section):
   """How devices share the work."""
 
   OWN = {
-    **dict.fromkeys(('fsdp', 'tensor', 'cpu'), least(1)),
+    **dict.fromkeys(('fsdp', 'tensor', 'expert', 'cpu'), least(1)),
     'gather': one_of('rollout', 'forward'),
   }
 
   data: int = 0  # devices that replicate weights; 0 = what the others leave
   fsdp: int = 1  # devices that split weights
   tensor: int = 1  # devices that split heads and MLP
+  expert: int = 1  # devices that split the experts of each layer
   cpu: int = 1  # devices that a CPU is split into where it is the only device
   # When devices that split weights (fsdp) gather them to sample and score: rollout
   # (once, to hold them whole for that time) | forward (each time, layer by layer).
@@ -581,8 +594,8 @@ SECTIONS = {
   'model': Model, 'lora': Lora, 'data': Data, 'reward': Reward, 'sft': Sft,
   'pairs': Pairs,
   'sampler': Sampler, 'reference': Reference, 'logprob': logprob.LogprobConfig,
-  'train': Train, 'curriculum': curriculum.Config, 'optim': optim.Config,
-  'control': control.Config,
+  'routing': routing.Config, 'train': Train, 'curriculum': curriculum.Config,
+  'optim': optim.Config, 'control': control.Config,
   'eval': Eval, 'eval.sampler': Sampler, 'draft': sampler.Draft,
   'checkpoint': Checkpoint, 'health': health.Config, 'mesh': Mesh, 'log': Log,
 }  # fmt: skip

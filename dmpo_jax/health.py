@@ -28,8 +28,14 @@ RULES = {
   'entropy': ('entropy', 'below'),
   'logp_token': ('logp_token', 'below'),
   'grad_norm': ('grad_norm', 'above'),
+  'expert_entropy': ('expert_entropy', 'below'),
+  'expert_idle': ('expert_idle', 'above'),
 }
-OF_UPDATES = ('grad_norm',)  # rules of an update's numbers, not of a buffer's
+OF_UPDATES = (
+  'grad_norm',
+  'expert_entropy',
+  'expert_idle',
+)  # rules of an update's numbers, not of a buffer's
 
 
 def below_zero(x: float) -> str:
@@ -65,6 +71,9 @@ class Config(rules.Section):
   entropy: float = 0.0  # smallest mean entropy of a token, nats; 0 = off
   logp_token: float = 0.0  # smallest mean log-prob of a token, nats, < 0; 0 = off
   grad_norm: float = 0.0  # largest gradient norm before clipping; 0 = off
+  # Experts: smallest entropy of their load, as a share of an even one's; 0 = off.
+  expert_entropy: float = 0.0
+  expert_idle: float = 0.0  # experts: largest share that no token chose; 0 = off
   measure: bool = False  # compute KL and ELBO drift for every objective
 
   def number(self, x: float) -> str:

@@ -12,9 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmpo_jax import model
+from dmpo_jax import model, routing
 from dmpo_jax.model import ModelConfig
-from dmpo_jax.types import Array, BoolRKL, BoolRKP, BoolRS, IntRS, KeyR, Masks, Params
+from dmpo_jax.types import (
+  Array,
+  BoolRKL,
+  BoolRKP,
+  BoolRS,
+  IntRS,
+  KeyR,
+  Masks,
+  Params,
+  Routes,
+)
 
 
 class Predictions(NamedTuple):
@@ -25,6 +35,7 @@ class Predictions(NamedTuple):
 
   hidden: Array  # (N, T, D)
   targets: Array  # (N, T) int32, the true tokens
+  routed: model.Routed | None = None  # where tokens were sent, with cfg.keep_routes
 
 
 def apply_masks(
@@ -67,12 +78,22 @@ def bidirectional(
   targets = jnp.repeat(tokens_RxS[:, -length:], draws, axis=0)
   noisy = noisy.reshape(rows * draws, -1)
   if masks.future is None:
-    h, _ = model.hidden(cfg, params, noisy, valid, dropout_R=keys)
+    routes = routes_of(cfg, masks.routes, masked)
+    h, kept = model.hidden(cfg, params, noisy, valid, dropout_R=keys, routes=routes)
   else:  # the copies of a row see the same
     seen_by = jnp.repeat(masks.future.keys, draws)
     future = masks.future._replace(keys=seen_by)
-    h = model.annealed(cfg, params, noisy, valid, keys, future)
-  return Predictions(h[:, -length:], targets)
+    h, kept = model.annealed(cfg, params, noisy, valid, keys, future)
+  return Predictions(h[:, -length:], targets, kept and kept.routed)
+
+
+def routes_of(
+  cfg: ModelConfig, routes: Routes | None, masked_RxKxL: BoolRKL
+) -> Array | None:
+  """Returns the experts that copies replay; masked: what they see as masked."""
+  if routes is None:
+    return None
+  return routing.replayed(routes, masked_RxKxL, cfg.block_causal)
 
 
 def block_causal(
@@ -110,15 +131,21 @@ def block_causal(
   if masks.sampled is not None:  # given tokens stay; a later block that was not
     masked = masked & masks.sampled[:, None]  # sampled is seen by none that was
   noisy = apply_masks(tokens_RxS, masked, cfg.mask_id)[..., -length:]
-  tokens = jnp.concatenate([tokens_RxS, noisy.reshape(len(noisy), -1)], axis=1)
-  inputs = model.Inputs(tokens, positions[:, index], mask, dropout=keys_R)
-  h, _ = model.states(cfg, params, inputs)
+  inputs = model.Inputs(
+    jnp.concatenate([tokens_RxS, noisy.reshape(len(noisy), -1)], axis=1),
+    positions[:, index],
+    mask,
+    dropout=keys_R,
+    routes=routes_of(cfg, masks.routes, masked),
+    counted=valid[:, index],
+  )
+  h, kept = model.states(cfg, params, inputs)
   where = np.arange(size, len(index))
   if cfg.shift:
     first = index[size:] % block == (size - length) % block
     where = np.maximum(np.where(first, index[size:], where) - 1, 0)
   targets = jnp.tile(tokens_RxS[:, -length:], (1, draws))
-  return Predictions(h[:, where], targets)
+  return Predictions(h[:, where], targets, kept and kept.routed)
 
 
 LAYOUTS: dict[str, Callable[..., Predictions]] = {

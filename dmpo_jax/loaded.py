@@ -246,7 +246,7 @@ class Model:
 
   def shards(self) -> int:
     """Returns in how many parts the devices split the rows of a batch."""
-    return self.built.mesh.shape['data'] * self.built.mesh.shape['fsdp']
+    return mesh.row_shards(self.built.mesh)
 
   def split(self, how: Likelihood) -> tuple[int, int]:
     """Returns (rows, copies of each) of a batch of about eval.batch rows in all."""

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import layout, masking, model, rules
+from dmpo_jax import layout, masking, model, routing, rules
 from dmpo_jax.model import ModelConfig
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.sampler import SampleConfig, orders
@@ -27,7 +27,6 @@ from dmpo_jax.types import (
   FloatRKL,
   FloatRL,
   IntR,
-  IntRL,
   IntRS,
   KeyR,
   Masks,
@@ -183,12 +182,12 @@ def view_logp(
   if masks.made is not None:
     counted = counted & masks.made[:, None]
   predict = layout.layout_of(cfg)
-  h, targets = predict(cfg, params, tokens_RxS, masks, valid_RxS, dropout_R)
+  h, targets, routed = predict(cfg, params, tokens_RxS, masks, valid_RxS, dropout_R)
   numbers = chosen_logp(cfg, params, h, targets, read)
   numbers = jax.tree.map(
     lambda x: jnp.where(counted, x.reshape(counted.shape), 0.0), numbers
   )
-  return ViewLogp(numbers.pop('logp'), numbers)
+  return ViewLogp(numbers.pop('logp'), numbers, routed)
 
 
 def chosen_logp(
@@ -284,7 +283,8 @@ def state_logp(
 
   (2, R) float32, nats: under `params`, and as the sampler recorded them. The state has
   every token masked that was unmasked at that step or later. Only the block of the
-  unmasked tokens goes through the head. policy: see `Along`.
+  unmasked tokens goes through the head. policy: see `Along`. Recorded routes are
+  replayed.
   """
   length = rollouts.order.shape[1]
   prompt = rollouts.tokens.shape[1] - length
@@ -299,7 +299,11 @@ def state_logp(
     where = *where, prompt_R, law.guidance
   else:
     where = *where, prompt, law.guidance
-  look = lambda params: model.window_logits(cfg, params, state, *where)[0]
+  replay = layout.routes_of(cfg, rollouts.routes, hidden_yet[:, None])
+
+  def look(params):
+    return model.window_logits(cfg, params, state, *where, routes=replay)[0]
+
   logits = look(params)
   window = lambda x_RxL: model.windows(x_RxL, start_R, law.block)
   logp = model.logp_of(
@@ -352,21 +356,6 @@ def passed_over(law: SampleConfig, logits: Array, judged: Array, limit: Array) -
   return orders.below(model.sampling_logits(logits, law.temperature), judged, limit)
 
 
-def rounds_of(order_RxL: IntRL, block: int) -> IntRL:
-  """Returns each token's unmasking round within its block, from 0; -1 where order < 0.
-
-  A block's round j is the j-th of the row's steps that unmasked a token of it.
-  """
-  order = order_RxL.reshape(len(order_RxL), -1, block)
-  place = jnp.arange(block)
-  same = order[..., :, None] == order[..., None, :]
-  earlier = place[:, None] > place[None]
-  first = (order >= 0) & ~jnp.any(same & earlier[None, None], axis=-1)
-  before = first[..., None, :] & (order[..., None, :] < order[..., :, None])
-  rounds = jnp.where(order >= 0, jnp.sum(before, axis=-1), -1)
-  return rounds.reshape(order_RxL.shape)
-
-
 @dataclasses.dataclass(frozen=True)
 class Along:
   """How log-probs are taken along the recorded steps."""
@@ -391,21 +380,21 @@ def packed_trajectory(
       'block-causal model: set 0, or logprob.estimator = elbo'
     )
   block, scale = cfg.block_causal, 1.0
-  rounds_RxL = rounds_of(rollouts.order, block)
+  rounds_RxL = routing.rounds_of(rollouts.order, block)
   copies = jnp.broadcast_to(jnp.arange(block), (len(rounds_RxL), block))
   states, u_R, policy = how.states, how.u_R, how.policy
   if u_R is not None and 0 < states < block:
     copies = jnp.int32((jnp.arange(states)[None] + u_R[:, None]) / states * block)
     copies, scale = jnp.minimum(copies, block - 1), block / states
   rounds_RxKxL, copies = rounds_RxL[:, None], copies[:, :, None]
-  masks = Masks(rounds_RxKxL >= copies, jnp.ones(copies.shape))
+  masks = Masks(rounds_RxKxL >= copies, jnp.ones(copies.shape), routes=rollouts.routes)
   now = rounds_RxKxL == copies
 
   def look(params):
     args = cfg, params, rollouts.tokens, masks, rollouts.valid, None
     return layout.layout_of(cfg)(*args)
 
-  h, targets = look(params)
+  h, targets, _ = look(params)
   logp = chosen_logp(cfg, params, h, targets, reader(cfg, law))['logp']
   mine = now if (made := made_of(rollouts)) is None else now & made[:, None]
   logp = jnp.where(mine, logp.reshape(now.shape), 0.0)
@@ -444,6 +433,9 @@ def trajectory_logp(
   With law.order_logp the log-probs are of tokens and positions. `params` proposes, and
   how.policy, which sampled, ranks the proposals: both laws have the same support. Under
   a rank of its own a reference could not take a step that its tokens fail by a hair.
+
+  With rollouts.routes the tokens go to the experts that the rollout chose, whatever
+  `params` would choose.
   """
   if cfg.block_causal:
     return packed_trajectory(cfg, params, rollouts, law, how)

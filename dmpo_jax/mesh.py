@@ -1,13 +1,15 @@
 """Devices, and how arrays lie on them: one mesh, one table of rules.
 
 Axes: 'data' replicates the weights; 'fsdp' splits them along their first large
-dimension; 'tensor' splits heads and the MLP. Rows are split over the first two.
+dimension; 'tensor' splits heads and the MLP; 'expert' splits the experts of a layer, and
+is there where it is larger than 1. Rows are split over all of them but 'tensor'.
 RULES is ordered: the first match decides. A leaf that matches none is an error,
 so nothing is replicated by accident.
 """
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,20 +25,27 @@ from dmpo_jax.types import Array
 
 P = PartitionSpec
 AXES = ('data', 'fsdp', 'tensor')
-ROWS = P(('data', 'fsdp'))
 
 # (regex on a leaf's path, spec). One line serves a parameter, its adapter and its
-# optimizer moments. Layers are stacked on a leading axis.
+# optimizer moments. Layers are stacked on a leading axis, then the experts of a layer.
+# Every device has a router whole, so that no mesh changes how its scores are summed.
 RULES = (
   (r'(^|/)(embedding|head)$', P('tensor', 'fsdp')),
   # A quantized kernel has two parts; its scales lie along the same axes.
-  (r'/(q|k|v|gate|up)/kernel(/qvalue|/scale)?$', P(None, 'fsdp', 'tensor')),
-  (r'/(o|down)/kernel(/qvalue|/scale)?$', P(None, 'tensor', 'fsdp')),
+  (r'/(q|k|v|(shared_)?(gate|up))/kernel(/qvalue|/scale)?$', P(None, 'fsdp', 'tensor')),
+  (r'/(o|(shared_)?down)/kernel(/qvalue|/scale)?$', P(None, 'tensor', 'fsdp')),
   (r'/(q|k|v|gate|up)/bias$', P(None, 'tensor')),
-  (r'/(q|k|v|gate|up)/a$', P(None, 'fsdp', None)),
-  (r'/(q|k|v|gate|up)/b$', P(None, None, 'tensor')),
-  (r'/(o|down)/a$', P(None, 'tensor', None)),
-  (r'/(o|down)/b$', P(None, None, 'fsdp')),
+  (r'/(q|k|v|(shared_)?(gate|up))/a$', P(None, 'fsdp', None)),
+  (r'/(q|k|v|(shared_)?(gate|up))/b$', P(None, None, 'tensor')),
+  (r'/(o|(shared_)?down)/a$', P(None, 'tensor', None)),
+  (r'/(o|(shared_)?down)/b$', P(None, None, 'fsdp')),
+  (r'/experts_(gate|up)/kernel(/qvalue|/scale)?$', P(None, 'expert', 'fsdp', 'tensor')),
+  (r'/experts_down/kernel(/qvalue|/scale)?$', P(None, 'expert', 'tensor', 'fsdp')),
+  (r'/experts_(gate|up)/a$', P(None, 'expert', 'fsdp', None)),
+  (r'/experts_(gate|up)/b$', P(None, 'expert', None, 'tensor')),
+  (r'/experts_down/a$', P(None, 'expert', 'tensor', None)),
+  (r'/experts_down/b$', P(None, 'expert', None, 'fsdp')),
+  (r'/router/(kernel|bias)$', P()),
   (r'(^|/)(scale|count|step)$', P()),
   (r'(^|/)control/\w+$', P()),  # a few numbers of the sampler's controller
 )
@@ -49,7 +58,11 @@ def warn_once(message: str) -> None:
 
 
 def make_mesh(
-  data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+  data: int = 0,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[Any] | None = None,
+  expert: int = 1,
 ) -> Mesh:
   """Makes a mesh over all devices; data = 0 takes what the others leave.
 
@@ -58,14 +71,17 @@ def make_mesh(
   """
   devices = devices or jax.devices()
   count = len(devices)
-  data = data or count // (fsdp * tensor)
-  if data * fsdp * tensor != count:
+  data = data or count // (fsdp * tensor * expert)
+  if data * fsdp * tensor * expert != count:
     raise ValueError(
-      f'mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} '
-      f'must equal the {count} devices'
+      f'mesh.data * mesh.fsdp * mesh.tensor * mesh.expert = {data} * {fsdp} * {tensor} '
+      f'* {expert} must equal the {count} devices'
     )
-  placed = arrange((data, fsdp, tensor), devices)
-  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+  shape, axes = (data, fsdp, tensor), AXES
+  if expert > 1:
+    shape, axes = (data, fsdp, expert, tensor), (*AXES[:2], 'expert', AXES[2])
+  placed = arrange(shape, devices)
+  return Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
@@ -91,7 +107,8 @@ def spec_of(path: str, leaf: Any, mesh: Mesh) -> PartitionSpec:
   """
   for pattern, spec in RULES:
     if re.search(pattern, path):
-      parts = list(spec)[: len(leaf.shape)]
+      parts = [axis if axis in mesh.shape else None for axis in spec]
+      parts = parts[: len(leaf.shape)]
       for i, axis in enumerate(parts):
         if axis and leaf.shape[i] % mesh.shape[axis]:
           parts[i] = None
@@ -126,9 +143,20 @@ def gathered(tree: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
+def row_axes(mesh: Any) -> tuple[str, ...]:
+  """Returns the axes of a mesh over which rows are split."""
+  return tuple(axis for axis in mesh.axis_names if axis != 'tensor')
+
+
+def in_force() -> Any:
+  """Returns the mesh under which a function is traced; None without one of AXES."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if 'fsdp' in mesh.axis_names else None
+
+
 def rows(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose first axis is rows."""
-  return NamedSharding(mesh, ROWS)
+  return NamedSharding(mesh, P(row_axes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -225,7 +253,7 @@ def in_microbatches(fn: Callable, rows: Any, microbatches: int) -> Any:
   return jax.tree.map(join_rows, jax.lax.map(fn, parts))
 
 
-def row_shards() -> int:
-  """Returns among how many devices rows are split, under the mesh in force."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return mesh.shape['data'] * mesh.shape['fsdp'] if 'fsdp' in mesh.axis_names else 1
+def row_shards(mesh: Any = None) -> int:
+  """Returns among how many devices rows are split; mesh: by default that in force."""
+  mesh = mesh or in_force()
+  return math.prod(mesh.shape[axis] for axis in row_axes(mesh)) if mesh else 1

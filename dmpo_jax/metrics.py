@@ -109,6 +109,14 @@ METRICS = {
   'rejected_gap': 'mean ELBO of the rejected less that of the reference; nats',
   'margin': 'chosen_gap - rejected_gap; nats',
   'pairs_right': 'share of held-out pairs with a margin above 0; 0 to 1, ties 1/2',
+  # --- experts (update, sft; routes: rl)
+  'expert_top': "tokens of a layer's busiest expert / the mean; 1 = even, 1 to E",
+  'expert_entropy': "entropy of the experts' load / that of an even one; 0 to 1",
+  'expert_idle': 'share of experts that no token of the batch chose; 0 to 1',
+  'routes_differ': "share of the rollout's experts that a pass does not choose; 0 to 1",
+  'routes_logp': 'mean |log-prob - record| of tokens that choose experts; nats',
+  'routes_replayed': 'the same of tokens that replay the record; nats',
+  'routes_most': 'largest of the first in a completion, mean over completions; nats',
   # --- held-out texts (held_out)
   'held_out_nll': 'negative ELBO of the held-out texts; nats a learned token',
   # --- the program (rl)

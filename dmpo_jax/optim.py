@@ -6,6 +6,7 @@ restored like the rest.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -59,13 +60,13 @@ class Held(NamedTuple):
 
 
 def make_optimizer(
-  hp: Any, lr: float | Scalar | None = None, hold: bool = False
+  hp: Any, lr: float | Scalar | None = None, hold: bool = False, routers: bool = True
 ) -> optax.GradientTransformation:
   """Returns the papers' optimizer.
 
   hp: a Config, or whatever has its fields. lr: replaces hp.lr and may be traced. hold:
-  keep a moving reference, which `follow` moves. Norms and biases are spared from
-  weight decay, as the Hugging Face trainer does.
+  keep a moving reference, which `follow` moves. routers: they are trained. Norms,
+  biases and routers that are not are spared from weight decay.
   """
   peak: Any = hp.lr if lr is None else lr
 
@@ -76,7 +77,9 @@ def make_optimizer(
     return rate
 
   parts = [optax.clip_by_global_norm(hp.clip)] if hp.clip else []
-  decay = dict(weight_decay=hp.weight_decay, mask=decayed)
+  decay = dict(
+    weight_decay=hp.weight_decay, mask=functools.partial(decayed, routers=routers)
+  )
   parts.append(optax.adamw(schedule, hp.b1, hp.b2, hp.eps, **decay))
   if hold:
     parts.append(
@@ -138,10 +141,14 @@ def follow(old: TrainState, new: TrainState, every: int, mix: float) -> TrainSta
   return new._replace(opt_state=optax.tree.set(new.opt_state, reference=reference))
 
 
-def decayed(params: Params) -> Params:
-  """Returns True for matrices, False for norms and biases, as a tree."""
+def decayed(params: Params, routers: bool = True) -> Params:
+  """Returns True for matrices, False for norms and biases, as a tree.
+
+  routers: whether theirs are among the matrices.
+  """
 
   def is_matrix(path, leaf):
-    return str(path[-1].key) not in ('scale', 'bias')
+    names = [str(part.key) for part in path]
+    return names[-1] not in ('scale', 'bias') and (routers or 'router' not in names)
 
   return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -23,6 +23,7 @@ from dmpo_jax import (
   masking,
   model,
   optim,
+  routing,
   sampler,
   step,
 )
@@ -153,17 +154,30 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
     )
 
 
+def check_experts(c: Any, cfg: model.ModelConfig) -> None:
+  """ValueError if options of experts do not fit the model and its sampler."""
+  how, hp = routing_of(c), check.settings(SampleConfig, c.sampler)
+  if how.records and c.train.iterations:
+    if problem := sampler.routes.problem(cfg, hp):
+      raise ValueError(problem)
+  bounded = [x for x in ('expert_entropy', 'expert_idle') if c.health[x]]
+  asked = ['routing.load'] * bool(how.load) + [f'health.{x}' for x in bounded]
+  if asked and not cfg.experts:
+    raise ValueError(f'{" and ".join(asked)}: the model has no experts; set 0')
+
+
 def check_targets(cfg: model.ModelConfig, field: str = 'lora.targets') -> None:
   """ValueError if the adapters match no linear; field: what names them."""
+  names = model.linears_of(cfg)
   try:
-    matched = any(re.search(cfg.lora_targets, name) for name in model.LINEARS)
+    matched = any(re.search(cfg.lora_targets, name) for name in names)
   except re.error as error:
     raise ValueError(
       f'{field} = {cfg.lora_targets!r} is no regular expression: {error}'
     ) from None
   if cfg.lora_rank and not matched:
     raise ValueError(
-      f'{field} = {cfg.lora_targets!r} matches none of {", ".join(model.LINEARS)}'
+      f'{field} = {cfg.lora_targets!r} matches none of {", ".join(names)}'
     )
 
 
@@ -172,7 +186,8 @@ def optimizer_of(c: Any, lr: Any = None) -> Any:
 
   lr may be traced; None = optim.lr. The controller has its own Adam beside it.
   """
-  model_ = optim.make_optimizer(c.optim, lr, hold='moving' in c.reference.of)
+  routers = routing_of(c).trains('rl')
+  model_ = optim.make_optimizer(c.optim, lr, 'moving' in c.reference.of, routers)
   if not c.control.on:
     return model_
   return optim.beside(model_, optax.adam(c.control.lr, b1=0.9, b2=0.99))
@@ -182,7 +197,13 @@ def pairs_optimizer_of(c: Any, lr: Any = None) -> Any:
   """Returns the optimizer of training on pairs: RL's, at a rate of its own."""
   own = dict(lr=c.pairs.lr, warmup=c.pairs.warmup, decay_steps=0)
   hp = dataclasses.replace(check.settings(optim.Config, c.optim), **own)
-  return optim.make_optimizer(hp, lr, hold='moving' in c.reference.of)
+  routers = routing_of(c).trains('rl')
+  return optim.make_optimizer(hp, lr, 'moving' in c.reference.of, routers)
+
+
+def routing_of(c: Any) -> routing.Config:
+  """Returns how routers of experts train."""
+  return check.settings(routing.Config, c.routing)
 
 
 def sft_config(c: Any, cfg: model.ModelConfig) -> model.ModelConfig:
@@ -204,19 +225,22 @@ def sft_optimizer_of(c: Any, factor: Any = 1.0) -> Any:
   """Returns AdamW for supervised training; factor: of its rate, may be traced."""
   sft = c.sft
   hp = optim.Config(sft.lr, sft.warmup, weight_decay=sft.weight_decay, clip=sft.clip)
-  return optim.make_optimizer(hp, None if sft.decay == 'constant' else sft.lr * factor)
+  rate = None if sft.decay == 'constant' else sft.lr * factor
+  return optim.make_optimizer(hp, rate, routers=routing_of(c).trains('sft'))
 
 
 def sft_setup_of(c: Any, cfg: model.ModelConfig, factor: Any = 1.0) -> step.SftSetup:
   """Returns what stays the same from one supervised update to the next."""
   sft = c.sft
+  own = sft_config(c, cfg)
   return step.SftSetup(
-    sft_config(c, cfg),
+    dataclasses.replace(own, keep_routes=bool(cfg.experts)),
     text_length(c, cfg),
     sft_optimizer_of(c, factor),
     sft.microbatches,
     masking.Rates(sft.law, sft.low, sft.high),
     sft.mean == 'token',
+    experts=routing_of(c),
   )
 
 
@@ -234,7 +258,7 @@ def text_length(c: Any, cfg: model.ModelConfig) -> int:
 def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup:
   """Returns what stays the same from update to update."""
   return step.Setup(
-    cfg,
+    dataclasses.replace(cfg, keep_routes=bool(cfg.experts)),
     objective,
     check.settings(objective.Config, c.objective),
     group=c.train.group,
@@ -243,6 +267,7 @@ def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup
     law=check.settings(SampleConfig, c.sampler),
     logprob=check.settings(LogprobConfig, c.logprob),
     common=check.settings(Common, c.objective),
+    experts=routing_of(c),
     measure=c.health.measure,
     weights=tuple(c.reference.weights),
     mean=c.reference.mean,
@@ -339,7 +364,9 @@ def is_adapter(path: str) -> bool:
 
 
 # Fields of ModelConfig in which a reference may differ from the policy.
-OF_THE_RUN = ('dtype', 'param_dtype', 'remat', 'head_chunk', 'attention', 'stop_ids')
+OF_THE_RUN = (
+  'dtype', 'param_dtype', 'remat', 'head_chunk', 'attention', 'stop_ids', 'load_loss',
+)  # fmt: skip
 
 
 def check_reference(c: Any, path: str, cfg: model.ModelConfig) -> None:

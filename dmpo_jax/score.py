@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import logprob, mesh, rng
+from dmpo_jax import agreement, logprob, mesh, rng
 from dmpo_jax.objectives.shared import advantages
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.step import Rows, Setup, canvas_of, draw, view
@@ -47,6 +47,7 @@ def rows_of(sampled: Sampled, setup: Setup) -> Rows:
     sampled.row,
     r.order >= 0 if partly else None,
     record,
+    r.routes if record and setup.experts.replay else None,
     logprob.made_of(r),
   )
 
@@ -87,7 +88,12 @@ def score(
   of_refs = lambda i: of_references(under, who, i, setup)
   ref = views_of(of_refs, 'ref', setup, 'ref' in wants.elbo)
   guess = guesses(who.old, sampled, loss_key, setup) if wants.guess else None
-  return out._replace(old=old, ref=ref, guess=guess)
+  routes = None
+  if setup.experts.measure:
+    law: Any = setup.law
+    of_rows = lambda x: agreement.agreement(setup.cfg, who.old, x.rollouts, law)
+    routes = over_rows(of_rows, sampled, setup)
+  return out._replace(old=old, ref=ref, guess=guess, routes=routes)
 
 
 def repeat(elbo_R: FloatR, setup: Setup) -> Array:
@@ -171,8 +177,10 @@ def along_trajectory(
 
   def fn(part):
     u_R = rng.per_row(key, part.row, jax.random.uniform) if states else None
-    how = logprob.Along(states, u_R, policy)
-    return logprob.trajectory_logp(setup.cfg, params, part.rollouts, law, how)
+    how, rollouts = logprob.Along(states, u_R, policy), part.rollouts
+    if not setup.experts.replay:
+      rollouts = rollouts._replace(routes=None)
+    return logprob.trajectory_logp(setup.cfg, params, rollouts, law, how)
 
   return over_rows(fn, sampled, setup)
 
@@ -215,7 +223,7 @@ def under_masks(
   def fn(part):
     rows = rows_of(part, setup)
     now, masks = view(setup, params, jax.random.fold_in(loss_key, i), rows)
-    return logprob.seq_elbo(now.logp, masks.weight), now
+    return logprob.seq_elbo(now.logp, masks.weight), now._replace(routed=None)
 
   return over_rows(fn, sampled, setup)
 
@@ -228,7 +236,8 @@ def views_of(under: Callable, policy: str, setup: Setup, elbo: bool) -> Views:
 
   def of_inner(i):
     elbo_R, now = under(i)
-    return Views(elbo_R if elbo else None, *(tuple(now) if wanted else ()))
+    own = (now.logp, now.reads) if wanted else ()
+    return Views(elbo_R if elbo else None, *own)
 
   views = jax.lax.map(of_inner, jnp.arange(setup.inner))
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), views)
@@ -384,4 +393,5 @@ def logp_metrics(scores: Scores) -> dict:
   metrics = {name: jnp.mean(x) for name, x in found.items() if x is not None}
   if len(metrics) == len(found):
     metrics['kl_ref'] = metrics['logp_old'] - metrics['logp_ref']
-  return metrics
+  shares = {name: jnp.mean(x) for name, x in (scores.routes or {}).items()}
+  return metrics | shares

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmpo_jax import logprob, masking, model, optim, rng
+from dmpo_jax import logprob, masking, model, optim, rng, routing
 from dmpo_jax.control import Controller
 from dmpo_jax.logprob import LogprobConfig
 from dmpo_jax.mesh import join_rows, split_rows
@@ -35,6 +35,7 @@ from dmpo_jax.types import (
   Objective,
   Params,
   Record,
+  Routes,
   Text,
   TrainBatch,
   TrainState,
@@ -56,6 +57,7 @@ class Setup:
   law: SampleConfig | None = None  # the sampler's; needed by trajectory and Wants.law
   logprob: LogprobConfig = LogprobConfig()
   common: Common = Common()
+  experts: routing.Config = routing.Config()
   # Whether all of logp_old, logp_ref and old.elbo are computed, wanted or not, and
   # updates report metrics['elbo_drift'].
   measure: bool = False
@@ -69,6 +71,11 @@ class Setup:
   @property
   def wants(self) -> Wants:
     return self.objective.wants(self.hp)
+
+  @property
+  def records(self) -> tuple[str, ...]:
+    """What rollouts record of their steps: names for `sampler.sample`."""
+    return (*(self.wants.records or ()), *['routes'] * self.experts.records)
 
   @property
   def drift(self) -> bool:
@@ -85,6 +92,7 @@ class Rows(NamedTuple):
   row: IntR
   sampled: BoolRL | None
   record: Record | None
+  routes: Routes | None
   made: BoolRL | None = None
 
 
@@ -124,7 +132,7 @@ def draw(setup: Setup, key: AnyKey, rows: Any) -> Masks:
     rows.record,
   )
   masks = setup.objective.draw(key, rows.row, text, setup.hp)
-  masks = masks._replace(sampled=rows.sampled, made=rows.made)
+  masks = masks._replace(sampled=rows.sampled, made=rows.made, routes=rows.routes)
   if rows.made is not None and masks._asdict()['counted'] is not None:
     masks = masks._replace(counted=masks.counted & rows.made[:, None])
   return masks
@@ -238,11 +246,18 @@ def train_step(
     batch = reweighed(setup, {**frozen, **state.trainable}, batch, key)
   if wants.fresh:
     key = rng.substream(key, 'fresh')
+  adapters = 'lora' in state.trainable  # routers are part of the base
+  factor = 0.0 if adapters else setup.experts.factor('rl', setup.cfg.load_loss)
 
   def loss_fn(trainable, part):
     params = {**frozen, **trainable}
+    if not setup.experts.trains('rl'):
+      params = routing.still(params)
     now, masks = view(setup, params, key, part, bool(setup.cfg.lora_dropout))
     loss, metrics = setup.objective.loss(now, masks, part, setup.hp)
+    if now.routed is not None:
+      more, load = of_load(setup.cfg, now.routed, len(part.row), factor)
+      loss, metrics = loss + more / part.total, {**metrics, LOAD: load}
     if setup.drift:
       gap = jnp.sum(logprob.seq_elbo(now.logp, masks.weight) - part.old.elbo)
       metrics = {**metrics, 'elbo_drift': gap / part.total}
@@ -255,9 +270,33 @@ def train_step(
 
   parts = split_batch(batch, setup.microbatches)
   new, metrics = update(state, loss_fn, parts, setup.optimizer)
+  metrics = with_load(metrics)
   if setup.moves:
     new = optim.follow(state, new, *setup.moves)
   return new, metrics
+
+
+LOAD = 'load'  # among the metrics of a microbatch: tokens of each expert, (N, E)
+
+
+def of_load(
+  cfg: ModelConfig, routed: model.Routed, rows: int, factor: float
+) -> tuple[Array, Array]:
+  """Returns the load loss of a pass of `rows` rows, and the tokens of each expert.
+
+  The loss is the sum over rows of the mean over layers, times `factor`. A row balances
+  its own tokens, so that microbatches add up to the batch. Its copies count as one.
+  """
+  balance = jax.vmap(lambda *x: model.balance_loss(cfg, *x), 1)
+  loss_RxN = balance(routed.load, routed.mass)
+  loss = factor * jnp.sum(jnp.mean(loss_RxN, axis=1)) * rows / len(loss_RxN)
+  return loss, jnp.sum(routed.load, axis=1)
+
+
+def with_load(metrics: dict[str, Any]) -> dict[str, Any]:
+  """Replaces the tokens of each expert by what they say of the load."""
+  count = metrics.pop(LOAD, None)
+  return metrics if count is None else metrics | routing.load_metrics(count)
 
 
 def update(
@@ -301,6 +340,7 @@ class SftSetup:
   rates: masking.Rates = masking.Rates()
   by_token: bool = False  # the mean over learned tokens, else over rows
   share: Any = None  # of the later tokens that are seen; None: the model's attention
+  experts: routing.Config = routing.Config()
 
 
 def aligned(cfg: ModelConfig, lesson: Lesson) -> Lesson:
@@ -348,12 +388,16 @@ def lesson_nll(
   lesson: Lesson,
   masks: Masks,
   dropout_R: KeyR | None = None,
-) -> FloatR:
-  """Returns the negative ELBO of the learned tokens of each row, nats."""
-  logp = logprob.view_logp(
+) -> tuple[FloatR, Any]:
+  """Returns the negative ELBO of the learned tokens of each row, nats.
+
+  Also where tokens were sent, with cfg.keep_routes (model.Routed).
+  """
+  found = logprob.view_logp(
     cfg, params, lesson.tokens, masks, lesson.valid, dropout_R=dropout_R
-  ).logp
-  return -logprob.seq_elbo(logp, masks.weight) * masks.masked.shape[1]
+  )
+  nll = -logprob.seq_elbo(found.logp, masks.weight) * masks.masked.shape[1]
+  return nll, found.routed
 
 
 def sft_step(
@@ -367,8 +411,11 @@ def sft_step(
   gradient.
   """
   cfg, rows = setup.cfg, lesson.tokens.shape[0]
+  factor = setup.experts.factor('sft', cfg.load_loss)
   if 'lora' not in state.trainable:
     cfg = dataclasses.replace(cfg, lora_rank=0)
+  else:  # routers are part of the base
+    factor = 0.0
   total = jnp.maximum(jnp.sum(lesson.learn), 1)
 
   def draw(k, canvas, row):
@@ -377,6 +424,8 @@ def sft_step(
 
   def loss_fn(trainable, part):
     params = {**frozen, **trainable}
+    if not setup.experts.trains('sft'):
+      params = routing.still(params)
     part = aligned(cfg, part)
     length = max(setup.length, part.learn.shape[2])
     masks = lesson_masks(cfg, part, length, lambda k, where: draw(k, where, part.row))
@@ -386,14 +435,20 @@ def sft_step(
     keys = None
     if cfg.lora_rank and cfg.lora_dropout:
       keys = rng.row_keys(rng.substream(key, 'dropout'), part.row)
-    nll = lesson_nll(cfg, params, part, masks, keys)
+    nll, routed = lesson_nll(cfg, params, part, masks, keys)
     if setup.by_token:
-      return jnp.sum(nll) / total, {}
-    count = jnp.maximum(jnp.sum(part.learn, axis=(1, 2)), 1)
-    return jnp.sum(nll / count) / rows, {}
+      loss = jnp.sum(nll) / total
+    else:
+      count = jnp.maximum(jnp.sum(part.learn, axis=(1, 2)), 1)
+      loss = jnp.sum(nll / count) / rows
+    if routed is None:
+      return loss, {}
+    more, load = of_load(cfg, routed, len(part.row), factor)
+    return loss + more / rows, {LOAD: load}
 
   parts = jax.tree.map(lambda x: split_rows(x, setup.microbatches), lesson)
-  return update(state, loss_fn, parts, setup.optimizer)
+  state, metrics = update(state, loss_fn, parts, setup.optimizer)
+  return state, with_load(metrics)
 
 
 def held_out(
@@ -415,7 +470,7 @@ def held_out(
       return masking.draw_blocks(at, row, canvas, 1, level=level)
 
     masks = lesson_masks(cfg, lesson, length, draw)
-    return lesson_nll(cfg, params, lesson, masks)
+    return lesson_nll(cfg, params, lesson, masks)[0]
 
   nll = jax.lax.map(of_level, (jnp.arange(levels) + 0.5) / levels)
   return jnp.sum(jnp.mean(nll, axis=0)), jnp.sum(lesson.learn)

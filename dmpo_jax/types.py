@@ -7,7 +7,7 @@ Dims, as they appear in array names (`logp_RxKxL`):
   W block (window)      K masked copies per row     I inner updates
   M microbatches        V vocabulary                D width
   N layers              H heads                     C head dim
-  F mlp width           A adapter rank
+  F mlp width           A adapter rank              E experts
 
 Rows are prompt-major: row r = b*G + g. Tokens are rows (R, S); scalars of a
 completion are groups (B, G). `to_rows` and `to_groups` are the only crossings.
@@ -72,7 +72,9 @@ FloatRTD = Float[Array, 'R T D']
 FloatRHTC = Float[Array, 'R H T C']
 FloatRJSC = Float[Array, 'R J S C']
 FloatNRJSC = Float[Array, 'N R J S C']
-FloatNDF = Float[Array, 'N D F']
+FloatNRE = Float[Array, 'N R E']
+IntRTX = Int[Array, 'R T X']
+IntNRTX = Int[Array, 'N R T X']
 BoolR1TS = Bool[Array, 'R 1 #T S']
 FloatR1TX = Float[Array, 'R 1 T X']
 IntX = Int[Array, '*X']
@@ -111,7 +113,7 @@ def _asked_for(self: tuple, name: str) -> Any:
 
 
 GIVEN = -2  # in Rollouts.order
-STOP_TOKENS = ('<|eot_id|>', '<|im_end|>')  # end a turn of a chat
+STOP_TOKENS = ('<|eot_id|>', '<|im_end|>', '<|role_end|>')  # end a turn of a chat
 
 
 class Prompts(NamedTuple):
@@ -148,6 +150,20 @@ class Drafts(NamedTuple):
   batch: IntR  # the draft's forwards of the whole batch, the same in all rows
 
 
+class Routes(NamedTuple):
+  """The experts that a rollout's passes chose, int16; -1 where no pass did.
+
+  N counts the layers with experts, X the experts of a token. The pass of a step is of
+  all S columns of a model that sees the whole text. That of a block-causal one is of a
+  block: the passes of the j-th rounds of all blocks stand side by side on the canvas.
+  """
+
+  order: IntRL  # Rollouts.order: which state a pass was of
+  steps: Array  # (R, J, S or L, N, X): at each step, or at each round
+  # (R, S, N, X), block-causal: at the pass whose keys and values the others saw.
+  text: Array | None = None
+
+
 class Rollouts(NamedTuple):
   """Completions and how the sampler unmasked them."""
 
@@ -165,6 +181,7 @@ class Rollouts(NamedTuple):
   more: dict[str, Array] | None = None
   control: Control | None = None  # None: all rows have the sampler's own number
   drafts: Drafts | None = None  # None: sampled without drafts
+  routes: Routes | None = None  # None: not recorded
 
 
 class Given(NamedTuple):
@@ -241,6 +258,8 @@ class Masks(NamedTuple):
   future: Future | None = None  # which later tokens are seen; None: all
   # False on tokens that a draft wrote: no log-prob is read there. None: it wrote none.
   made: BoolRL | None = None
+  # What the copies at recorded states replay; None: tokens choose their experts.
+  routes: Routes | None = None
 
 
 class Lesson(NamedTuple):
@@ -261,6 +280,7 @@ class ViewLogp(NamedTuple):
 
   logp: FloatRKL  # log-prob of the true token; 0 where not masked or not sampled
   reads: dict[str, Array] = {}  # (R, K, L) each, by name in logprob.READS
+  routed: Any = None  # model.Routed of the pass, with model.keep_routes
 
 
 class Views(NamedTuple):
@@ -290,6 +310,7 @@ class Scores(NamedTuple):
   ref: Views = Views()
   guess: IntRKL | None = None  # the loss's copies, completed in one step
   guess_reward: FloatRK | None = None  # their rewards, from the host; nan: no copy
+  routes: dict[str, FloatR] | None = None  # agreement.agreement, by name
 
 
 class Scored(NamedTuple):
@@ -341,6 +362,7 @@ class TrainBatch(NamedTuple):
   old: Views = Views()
   ref: Views = Views()
   control: Control | None = None  # see Rollouts.control
+  routes: Routes | None = None  # what updates replay; None: nothing
 
 
 class TrainState(NamedTuple):

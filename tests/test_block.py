@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from marks import mostly_slow
 
-from dmpo_jax import layout, logprob, masking, model, sampler
+from dmpo_jax import layout, logprob, masking, model, routing, sampler
 from dmpo_jax.types import GIVEN, Canvas, Masks
 
 W, L, K = 4, 12, 3
@@ -288,7 +288,7 @@ def test_guidance_has_a_cache_of_its_own(case):
 def test_rounds_are_counted_within_blocks():
   order = jnp.asarray([[3, 1, 1, 2, 5, 4, 4, 4], [0, 1, 2, 3, -1, -1, -1, -1]])
   want = [[2, 0, 0, 1, 1, 0, 0, 0], [0, 1, 2, 3, -1, -1, -1, -1]]
-  np.testing.assert_array_equal(logprob.rounds_of(order, 4), want)
+  np.testing.assert_array_equal(routing.rounds_of(order, 4), want)
 
 
 @pytest.mark.slow

@@ -26,7 +26,10 @@ FILES = sorted(
   if p.stem not in ('__init__', 'base', 'slices')
 )
 TRAINS = [stem for stem in FILES if stem not in ('baselines', 'compare')]
-BLOCKS = ('sdar_math', 'sdar_gsm8k', 'fast_dllm_math', 'tiny_a2d_gsm8k')
+BLOCKS = (
+  'sdar_math', 'sdar_gsm8k', 'fast_dllm_math', 'tiny_a2d_gsm8k', 'llada2_math',
+  'sdar_moe_math',
+)  # fmt: skip
 PUBLISHED = [s for s in TRAINS if s.startswith(('llada', 'dream')) or s in BLOCKS]
 NAMED = ('quickstart', 'llada_math')  # where each objective is named in turn
 CLASSES = sorted(
@@ -486,7 +489,7 @@ def test_mesh_data_takes_what_the_others_leave():
   config.update(c, changes | {'mesh.data': 4, 'mesh.fsdp': 2, 'eval.batch': 8})
   assert dict(build.build(c).mesh.shape) == dict(data=4, fsdp=2, tensor=1)
   c.mesh.data = 2
-  with pytest.raises(ValueError, match='mesh.data.* = 2, 2, 1 .*8 devices'):
+  with pytest.raises(ValueError, match='mesh.data.* = 2, 2, 1, 1 .*8 devices'):
     check.config(c, 8)
 
 

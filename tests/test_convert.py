@@ -94,7 +94,7 @@ def causal_logits(cfg, params, share=0.0, tokens=TOKENS, valid=None):
   """Logits where a share of the later tokens is seen, as the network gives them."""
   keys = jax.random.split(jax.random.key(3), len(tokens))
   future = types.Future(keys, jnp.float32(share))
-  h = model.annealed(cfg, params, tokens, valid, None, future)
+  h, _ = model.annealed(cfg, params, tokens, valid, None, future)
   return model.head(cfg, params, h)
 
 

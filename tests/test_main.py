@@ -213,10 +213,10 @@ IMPOSSIBLE = [
   ({'reference.mix': 0.0}, 'reference.mix = 0.0 must be in'),
   ({'eval.samples': 2}, 'eval.samples = 2.*eval.sampler.temperature > 0'),
   ({'seed': -1}, 'seed = -1 must be in 0'),
-  ({'mesh.fsdp': 3}, 'mesh.data, mesh.fsdp, mesh.tensor = 0, 3, 1'),
+  ({'mesh.fsdp': 3}, 'mesh.data, mesh.fsdp, mesh.tensor, mesh.expert = 0, 3, 1, 1'),
   (
     {'sampler.parallel': 'pmap', 'mesh.fsdp': 2},
-    'sampler.parallel = pmap.*mesh.fsdp = mesh.tensor = 1',
+    'sampler.parallel = pmap.*mesh.fsdp = mesh.tensor = mesh.expert = 1',
   ),
   ({'model.head_chunk': 5}, 'model.head_chunk = 5 must divide'),
   ({'model.heads': 3, 'model.kv_heads': 3}, 'model.heads = 3.*model.width = 64'),

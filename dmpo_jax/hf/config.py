@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from dmpo_jax import files, mesh, model
-from dmpo_jax.hf import families
+from dmpo_jax.hf import experts, families
 from dmpo_jax.hf.families import FAMILIES, Family
 from dmpo_jax.types import STOP_TOKENS
 
@@ -49,16 +49,18 @@ def family_of(folder: str) -> tuple[Family, dict[str, Any], dict[str, Any]]:
   raw = files.read_object(os.path.join(folder, 'config.json'))
   if not raw:
     raise ValueError(f'{folder} has no config.json: it is no Hugging Face checkpoint')
-  kind = raw.get('model_type')
-  experts = any(EXPERTS.fullmatch(name) and raw[name] not in (None, 0) for name in raw)
-  experts |= 'moe' in str(kind).lower()
-  if isinstance(kind, str) and kind in FAMILIES and not experts:
-    return *FAMILIES[kind][:2], raw
+  kind = families.kind_in(raw)
+  raw = raw | {'model_type': kind}
+  found = FAMILIES.get(kind) if isinstance(kind, str) else None
+  mixed = any(EXPERTS.fullmatch(name) and raw[name] not in (None, 0) for name in raw)
+  mixed |= 'moe' in str(kind).lower()
+  if found and (found[0].moe or not mixed):
+    return *found[:2], raw
   plain = lambda name: re.sub('[^a-z0-9]', '', str(name).lower())
-  same = [name for name in FAMILIES if plain(name) == plain(kind)]
+  same = [name for name in FAMILIES if plain(name) == plain(kind) and name != kind]
   why = 'is not implemented'
-  if experts:
-    why += ': it is a mixture of experts, which no family here is yet'
+  if mixed and not same:
+    why += ' as a mixture of experts'
   elif same:
     why = f'must be written {same[0]!r}'
   raise ValueError(
@@ -100,6 +102,9 @@ def read_config(
     if wrong := wrong_type(value, KINDS[ours]):
       problems.append(f'{theirs} = {shown(value)} must be {wrong}')
   fields: dict[str, Any] = implied | {ours: x for ours, (_, x) in found.items()}
+  if family.moe:
+    of_experts, wrong = experts.read_fields(family.moe, raw)
+    fields, problems = fields | of_experts, problems + wrong
   if not problems:
     problems += head_problems(fields)
   unknown, harmless = sort_fields(family, raw)
@@ -161,14 +166,20 @@ def block_of(
   if type(value) is not int and value is not None or (value or 0) < 0:
     return 0, [f'{field} = {shown(value)} must be a whole number >= 0']
   own = default if value is None else value
+  assumed = value is None and raw['model_type'] in families.ASSUMED
   if told is not None:
-    if own not in (None, told):
+    if own not in (None, told) and not assumed:
       mesh.warn_once(
         f'model.attention_block = {told}, but {folder} was trained with '
         + (f'blocks of {own}' if own else 'attention over the whole text')
       )
     return told, []
   if own is not None:
+    if assumed:
+      mesh.warn_once(
+        f'{folder}/config.json has no {field}: {own} is taken, as of the release. Set '
+        'model.attention_block if it was trained with another'
+      )
     return own, []
   return 0, [
     f'{field} is missing: set model.attention_block to the tokens of an attention '
@@ -203,8 +214,16 @@ def wrong_type(value: Any, kind: Any) -> str:
 def sort_fields(family: Family, raw: dict[str, Any]) -> tuple[list[str], list[str]]:
   """Returns what may change the law and is not implemented, and what is ignored."""
   problems, ignored = [], []
+  read = family.moe.defaults if family.moe else {}
+  unread = family.moe.unread if family.moe else {}
   for name, value in raw.items():
-    if name in family.fixed:
+    if name in read:
+      continue
+    if name in unread:
+      agrees = unread[name]
+      if agrees is not None and value not in agrees:
+        ignored.append(f'{name} = {shown(value)} is ignored, as by the official class')
+    elif name in family.fixed:
       if value not in family.fixed[name]:
         problems.append(
           f'{name} = {shown(value)}: only {family.fixed[name][0]!r} is implemented'
@@ -239,11 +258,11 @@ def without_nesting(raw: dict[str, Any]) -> dict[str, Any]:
   rope = {**ropes[0], **ropes[1]}
   if rope.get('rope_theta') is not None:
     raw['rope_theta'] = rope.pop('rope_theta')
-  if rope.get('partial_rotary_factor') in (1, None):
-    rope.pop('partial_rotary_factor', None)
+  share = rope.pop('partial_rotary_factor', None)
+  if share not in (1, None) or 'partial_rotary_factor' in raw and share is not None:
+    raw['partial_rotary_factor'] = share
   if rope.get('rope_type', rope.get('type')) == 'default':
-    acts = lambda name, x: name == 'partial_rotary_factor' or isinstance(x, dict | list)
-    rope = {name: x for name, x in rope.items() if acts(name, x) and not is_empty(x)}
+    rope = {k: x for k, x in rope.items() if isinstance(x, dict | list) and x}
   if rope:
     raw['rope_scaling'] = rope
   layers = raw.get('layer_types')
@@ -323,6 +342,9 @@ def special_ids(
     of_family = families.MASKS.get(raw['model_type'], vocab)
     known = [added[t] for t in MASK_TOKENS if t in added]
     ids['mask_id'] = next(iter(known), of_family if of_family < vocab else None)
+  if ids['eos_id'] is None:
+    of_family = families.ENDS.get(raw['model_type'], vocab)
+    ids['eos_id'] = of_family if of_family < vocab else None
   if ids['pad_id'] is None:
     ids['pad_id'] = ids['eos_id']
   for name, value in ids.items():

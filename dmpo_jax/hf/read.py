@@ -1,4 +1,4 @@
-"""Reads Hugging Face directories of LLaDA, Dream, Qwen3 kin, and PEFT adapters.
+"""Reads the weights of Hugging Face directories.
 
 All that is wrong with a directory is said in one error, before any weight is
 read. Then each device's slices of each tensor are read, transposed and stacked:
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from dmpo_jax import files, mesh, model
 from dmpo_jax.hf import families
-from dmpo_jax.hf.config import complain, family_of, is_empty, read_config, shown
+from dmpo_jax.hf.config import complain, family_of, read_config
 from dmpo_jax.hf.families import FAMILIES, INDEX, Entry, Family
 from dmpo_jax.types import Params
 
@@ -77,6 +77,14 @@ def locate(path: str, weights: bool = True) -> str:
 def family_for(cfg: model.ModelConfig, folder: str) -> Family:
   """Returns the Family of a directory; of '' that as which cfg is written."""
   return family_of(folder)[0] if folder else FAMILIES[families.kind_of(cfg)][0]
+
+
+def as_held(family: Family, folder: str) -> Family:
+  """Returns the form of a family in which a directory's files hold the experts."""
+  if not family.moe or not glob.glob(os.path.join(glob.escape(folder), '*.safe*')):
+    return family
+  with opened(folder, file_names(folder)) as readers:
+    return families.as_held(family, readers.keys())
 
 
 # --- tensors
@@ -155,11 +163,21 @@ def read_params(
   Tokens that a conversion adds to the vocabulary get the mean of the others' rows.
   """
   tree, (family, _, raw) = {'params': families.shapes(cfg)['params']}, family_of(folder)
-  wanted = list(families.entries(tree, family, cfg.layers))
+  names = file_names(folder)
+  wanted = list(families.entries(tree, as_held(family, folder), cfg))
   added = 0
   if raw['model_type'] in families.CONVERTED:
     added = cfg.vocab - raw['vocab_size']
-  return read_tree(folder, file_names(folder), tree, wanted, grid, added)
+
+  def prepare(readers: dict[str, Any]) -> None:
+    for entry in wanted:
+      add_zeros(folder, entry, readers)
+      if added and not entry.stacked and len(entry.leaf.shape) == 2:
+        for name in entry.names:
+          if name in readers:
+            readers[name] = WithMeans(readers[name], added)
+
+  return read_tree(folder, names, tree, wanted, grid, prepare)
 
 
 def read_tree(
@@ -168,17 +186,14 @@ def read_tree(
   tree: dict,
   wanted: list[Entry],
   grid: Mesh | None,
-  added: int = 0,
+  prepare: Callable[[dict[str, Any]], None],
 ) -> Params:
   """Reads the leaves of a tree from the named files, after a check of all of them.
 
-  added: rows of embedding and head beyond those of the files.
+  prepare: changes the readers before that, where the files have tensors in another way.
   """
   with opened(folder, names) as readers:
-    if added:
-      for name in {name for e in wanted if not e.stacked for name in e.names}:
-        if len(shape_of(readers, name)) == 2:
-          readers[name] = WithMeans(readers[name], added)
+    prepare(readers)
     complain(folder, tensor_problems(wanted, readers))
     get_slice = lambda name: readers[name].get_slice(name)
     try:
@@ -188,9 +203,30 @@ def read_tree(
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def shape_of(readers: dict[str, Any], name: str) -> tuple[int, ...]:
-  """Returns the shape of a tensor of opened files; () if they lack it."""
-  return tuple(readers[name].get_slice(name).get_shape()) if name in readers else ()
+class Held:
+  """A tensor in memory, with the methods of a reader of a file and of its slices."""
+
+  def __init__(self, value: np.ndarray):
+    self.value = value
+
+  def get_slice(self, name: str) -> 'Held':
+    return self
+
+  def get_shape(self) -> list[int]:
+    return list(self.value.shape)
+
+  def get_dtype(self) -> str:
+    return 'F32'
+
+  def __getitem__(self, at: tuple[slice, ...]) -> np.ndarray:
+    return self.value[at]
+
+
+def add_zeros(folder: str, entry: Entry, readers: dict[str, Any]) -> None:
+  """Adds a router's bias of zeros where no layer has one: the classes begin with it."""
+  if entry.path.endswith('router/bias') and not readers.keys() & set(entry.names):
+    readers |= dict.fromkeys(entry.names, Held(np.zeros(entry.shape, np.float32)))
+    mesh.warn_once(f'{folder} has no {few(entry.names)}: zeros are taken')
 
 
 class WithMeans:
@@ -232,8 +268,7 @@ def tensor_problems(wanted: list[Entry], readers: dict[str, Any]) -> list[str]:
   """
   problems, missing, known = [], [], set()
   for entry in wanted:
-    shape = entry.leaf.shape[entry.stacked :]
-    shape = shape[::-1] if entry.transposed else shape
+    shape = entry.shape
     known.update(entry.names)
     for name in entry.names:
       if name not in readers:
@@ -251,7 +286,13 @@ def tensor_problems(wanted: list[Entry], readers: dict[str, Any]) -> list[str]:
         )
   if len(problems) > 3:
     problems = [*problems[:3], f'{len(problems) - 3} more like these']
-  unexpected = [n for n in sorted(set(readers) - known) if not SPARE.fullmatch(n)]
+  missing = list(dict.fromkeys(missing))  # several of our leaves may lie in one
+  problems = list(dict.fromkeys(problems))
+  empty = lambda n: (
+    0 in readers[n].get_slice(n).get_shape()
+  )  # shared experts of width 0
+  others = [n for n in sorted(set(readers) - known) if not SPARE.fullmatch(n)]
+  unexpected = [n for n in others if not empty(n)]
   sorts = (('missing', missing), ('unexpected', unexpected))
   problems += [f'{what}: {few(names)}' for what, names in sorts if names]
   return problems + prefix_hint(missing, unexpected)
@@ -303,140 +344,39 @@ def read_leaf(
   return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
+def aligned(shape: list[int], dtype: Any) -> np.ndarray:
+  """Returns an empty array from which JAX makes a CPU's array without a copy."""
+  size = int(np.prod(shape)) * dtype.itemsize
+  memory = np.empty(size + 64, np.uint8)  # XLA asks for addresses of 64 bytes
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def read_part(
   entry: Entry, get_slice: Callable[[str], Any], at: tuple[slice, ...]
 ) -> np.ndarray:
   """Reads one device's slice of a leaf, as a host array of the leaf's dtype.
 
-  FloatingPointError names a tensor with a value that is not finite.
+  Each tensor is read into its place: there is no second copy of them. FloatingPointError
+  names a tensor with a value that is not finite.
   """
   bounds = [s.indices(n)[:2] for s, n in zip(at, entry.leaf.shape, strict=True)]
-  inner = tuple(slice(*b) for b in bounds[entry.stacked :])
-  inner = inner[::-1] if entry.transposed else inner
-  out = np.empty([stop - start for start, stop in bounds], entry.leaf.dtype)
-  names = entry.names[slice(*bounds[0])] if entry.stacked else entry.names
-  for name, part in zip(names, out if entry.stacked else [out], strict=True):
+  outer, inner = (
+    tuple(slice(*b) for b in part)
+    for part in (bounds[: entry.stacked], bounds[entry.stacked :])
+  )
+  inner = families.flipped(inner, entry.transposed)
+  if entry.rows:
+    first = entry.rows[0]
+    inner = (slice(inner[0].start + first, inner[0].stop + first), *inner[1:])
+  out = aligned([stop - start for start, stop in bounds], entry.leaf.dtype)
+  names = np.asarray(entry.names, object).reshape(entry.leaf.shape[: entry.stacked])
+  parts = out.reshape(-1, *out.shape[entry.stacked :])
+  for name, part in zip(np.ravel(names[outer]), parts, strict=True):
     x = get_slice(name)[inner]
-    part[...] = x.T if entry.transposed else x
+    part[...] = np.swapaxes(x, -1, -2) if entry.transposed else x
     if not np.isfinite(part).all():
       raise FloatingPointError(
         f'{name} holds NaN or infinity: convert or download the checkpoint again'
       )
   return out
-
-
-# --- PEFT adapters
-
-ADAPTER = 'adapter_model.safetensors'
-# Fields of adapter_config.json, with the only value that is implemented.
-PEFT_FIXED = dict(
-  peft_type='LORA',
-  bias='none',
-  use_dora=False,
-  use_rslora=False,
-  modules_to_save=None,
-  rank_pattern={},
-  alpha_pattern={},
-  fan_in_fan_out=False,
-)
-# Values of init_lora_weights that leave the base alone.
-PEFT_INIT = (True, False, None, 'gaussian', 'orthogonal', 'eva')
-# Fields without effect on a trained adapter, or seen in its rank, scale and tensors.
-PEFT_HARMLESS = re.compile(
-  r'r|lora_alpha|lora_dropout|init_lora_weights|eva_config|task_type|auto_mapping|'
-  r'base_model_name_or_path|revision|peft_version|inference_mode|target_modules|'
-  r'exclude_modules|layers_(to_transform|pattern)|megatron_core|qalora_group_size|'
-  r'runtime_config|unsloth_\w+'
-)
-
-
-def read_adapter(
-  path: str, cfg: model.ModelConfig, folder: str = '', grid: Mesh | None = None
-) -> Params:
-  """Reads {'lora': ...} of a PEFT directory, float32; `folder` is its base's.
-
-  ValueError if its kind, rank, scale, targets or base differ from cfg.
-  """
-  tree, wanted = check_adapter(path, cfg, folder)
-  return read_tree(path, [ADAPTER], tree, wanted, grid)
-
-
-def check_adapter(
-  path: str, cfg: model.ModelConfig, folder: str = '', base: str | None = None
-) -> tuple[dict[str, Any], list[Entry]]:
-  """Returns the shapes and entries of a PEFT directory, which is checked for cfg.
-
-  No weight is read. base: name of the model that it is laid on; a warning says if
-  the adapter was made for another one.
-  """
-  told = files.read_object(os.path.join(path, 'adapter_config.json'))
-  if not told:
-    raise ValueError(
-      f'lora.path = {path!r} has no adapter_config.json: it is no PEFT adapter'
-    )
-  complain(f'{path}/adapter_config.json', adapter_problems(told, cfg))
-  if not os.path.exists(os.path.join(path, ADAPTER)):
-    others = sorted(name for name in os.listdir(path) if name.startswith('adapter_m'))
-    raise ValueError(
-      f'{path} has no {ADAPTER}, but {few(others) or "no weights at all"}: save the '
-      'adapter with PEFT as one safetensors file'
-    )
-  family = family_for(cfg, folder)
-  tree = {'lora': families.shapes(cfg)['lora']}
-  wanted = list(families.entries(tree, family, cfg.layers))
-  made_for = told.get('base_model_name_or_path') or ''
-  with opened(path, [ADAPTER]) as readers:
-    if problems := tensor_problems(wanted, readers):
-      problems.append(
-        f'lora.targets = {cfg.lora_targets!r}, the adapter was made for {made_for!r}, '
-        f'targets {shown(told.get("target_modules"))}'
-      )
-    complain(path, problems)
-  plain = lambda name: os.path.basename(str(name).rstrip('/')).lower()
-  if base is not None and made_for and plain(made_for) != plain(base):
-    mesh.warn_once(
-      f'{path} was made for {made_for!r}, but model.checkpoint = {base!r}: another '
-      'base makes another model'
-    )
-  return tree, wanted
-
-
-def warn_of_base(path: str, digest: str) -> None:
-  """Warns if an adapter that was exported here says that it had another base.
-
-  digest: of the base that it is laid on, with its dtype, as write.save_adapter has it.
-  """
-  with safe_open(os.path.join(path, ADAPTER), 'numpy') as reader:
-    made_on = (reader.metadata() or {}).get('base', '')
-  same_dtype = made_on.split()[:1] == digest.split()[:1]
-  if same_dtype and made_on != digest:
-    mesh.warn_once(
-      f'{path} was trained on other weights than those of model.checkpoint: it makes '
-      'another model there'
-    )
-
-
-def adapter_problems(told: dict[str, Any], cfg: model.ModelConfig) -> list[str]:
-  """Lists where adapter_config.json differs from cfg and what is implemented."""
-  problems = []
-  for name, value in told.items():
-    if name in PEFT_FIXED:
-      if value != PEFT_FIXED[name] and not is_empty(value):
-        problems.append(
-          f'{name} = {shown(value)}: only {PEFT_FIXED[name]!r} is implemented'
-        )
-    elif not PEFT_HARMLESS.fullmatch(name) and not is_empty(value):
-      problems.append(f'{name} = {shown(value)} is an unknown field')
-  start = told.get('init_lora_weights')
-  if start not in PEFT_INIT:
-    problems.append(
-      f'init_lora_weights = {start!r} may change the base too: only '
-      f'{", ".join(map(str, PEFT_INIT))} are implemented'
-    )
-  for field, name, value in (
-    ('rank', 'r', cfg.lora_rank),
-    ('alpha', 'lora_alpha', cfg.lora_alpha),
-  ):
-    if told.get(name) != value:
-      problems.append(f'{name} = {told.get(name)!r}, but lora.{field} = {value}')
-  return problems

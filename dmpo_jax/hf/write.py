@@ -19,9 +19,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from dmpo_jax import files, mesh, model
-from dmpo_jax.hf import read
+from dmpo_jax.hf import peft, read
 from dmpo_jax.hf.config import is_autoregressive
 from dmpo_jax.hf.families import (
+  ASSUMED,
   BLOCKS,
   CONVERTED,
   FAMILIES,
@@ -29,6 +30,7 @@ from dmpo_jax.hf.families import (
   Entry,
   Family,
   entries,
+  kind_in,
   kind_of,
   shapes,
 )
@@ -57,12 +59,15 @@ def save_hf(
   family, converts = read.family_for(cfg, source), False
   if source:
     copy_small(source, str(folder))
+    family = read.as_held(family, source)
     told = files.read_object(os.path.join(source, 'config.json'))
     was, converts = told, is_autoregressive(source)
     told = converted(told, cfg) if converts else told
     named: dict = dict.fromkeys({'dtype', 'torch_dtype'} & told.keys(), cfg.param_dtype)
-    if told['model_type'] in BLOCKS:  # the block may have been said by the user
-      named[BLOCKS[told['model_type']][0]] = cfg.block_causal
+    field, block = BLOCKS.get(kind := kind_in(told), ('', cfg.block_causal))
+    # The user may have said the block.
+    if field in told or cfg.block_causal != block or kind in ASSUMED:
+      named[field] = cfg.block_causal
     if told | named != was:  # transformers would round to the source's
       write_json(folder, 'config.json', told | named)
   else:
@@ -71,58 +76,79 @@ def save_hf(
     tokenizer.save_pretrained(folder)
     if converts:
       settle_tokenizer(source, str(folder))
-  tree = {'params': shapes(cfg)['params']}
-  tensors = {
-    name: (entry, layer)
-    for entry in entries(tree, family, cfg.layers)
-    for layer, name in enumerate(entry.names)
-  }
+  tensors = tensors_of({'params': shapes(cfg)['params']}, family, cfg)
   plan = split_state_dict_into_shards_factory(
     tensors,
-    get_storage_size=lambda part: bytes_of(part[0]),
+    get_storage_size=lambda parts: sum(bytes_of(entry) for entry, _ in parts),
     filename_pattern='model{suffix}.safetensors',
     max_shard_size=shard_bytes,
   )
-  flat, moved = flatten_dict(params, sep='/'), Moved()
+  merged = Merged(cfg, flatten_dict(params, sep='/'))
   for name, theirs in plan.filename_to_tensors.items():
-    parts = {key: merged(cfg, flat, *tensors[key], moved) for key in theirs}
-    write_tensors(folder, name, parts)
+    write_tensors(folder, name, {key: merged.tensor(tensors[key]) for key in theirs})
   if plan.is_sharded:
     index = {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename}
     write_json(folder, INDEX, index)
-  return moved.kept / moved.meant if moved.meant else None
+  return merged.kept / merged.meant if merged.meant else None
 
 
-@dataclasses.dataclass
-class Moved:
-  """Counts the weights that adapters change, and those that rounding leaves changed."""
+Parts = list[tuple[Entry, int]]  # leaves of one tensor, and the number of its name
 
-  meant: int = 0
-  kept: int = 0
+
+def tensors_of(tree: dict, family: Family, cfg: model.ModelConfig) -> dict[str, Parts]:
+  """Returns {tensor: its parts, in the order of its rows}, layer by layer of a run."""
+  tensors: dict[str, Parts] = {}
+  for entry in entries(tree, family, cfg):
+    for i, name in enumerate(entry.names):
+      tensors.setdefault(name, []).append((entry, i))
+  first = lambda part: part[0].rows[0] if part[0].rows else 0
+  return {name: sorted(parts, key=first) for name, parts in tensors.items()}
 
 
 def bytes_of(entry: Entry) -> int:
-  """Returns the size of each tensor of an entry."""
+  """Returns the size of an entry's part of each of its tensors."""
   return entry.leaf.size * entry.leaf.dtype.itemsize // len(entry.names)
 
 
-def merged(
-  cfg: model.ModelConfig, flat: dict[str, Any], entry: Entry, layer: int, moved: Moved
-) -> np.ndarray:
-  """Returns one tensor on the host as torch has it, its adapter added in float32.
+class Merged:
+  """Tensors on the host as torch has them, adapters added in float32.
 
-  flat: the parameters by path; a quantized one is restored. moved: is counted up.
+  meant, kept: the weights that adapters change, and those that rounding leaves changed.
   """
-  cut = lambda x: x[layer] if entry.stacked else x
-  host = np.asarray(mesh.fetch(model.dense(jax.tree.map(cut, flat[entry.path]))))
-  stem = entry.path.removesuffix('kernel').replace('params', 'lora', 1)
-  if stem + 'a' in flat:
-    a, b = mesh.fetch((cut(flat[stem + 'a']), cut(flat[stem + 'b'])))
-    delta = (a @ b) * (cfg.lora_alpha / cfg.lora_rank)
-    alone, host = host, (host.astype(np.float32) + delta).astype(host.dtype)
-    moved.meant += int(np.count_nonzero(delta))
-    moved.kept += int(np.count_nonzero((host != alone) & (delta != 0)))
-  return np.ascontiguousarray(host.T if entry.transposed else host)
+
+  def __init__(self, cfg: model.ModelConfig, flat: dict[str, Any]):
+    self.cfg, self.flat = cfg, flat  # flat: the parameters by path
+    self.meant = self.kept = 0
+    self.at: tuple[str, int] = ('', 0)  # path and layer of `held`
+    self.held: tuple[np.ndarray, ...] = ()
+
+  def tensor(self, parts: Parts) -> np.ndarray:
+    """Returns one tensor, joined of its parts."""
+    found = [self.part(entry, number) for entry, number in parts]
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+  def part(self, entry: Entry, number: int) -> np.ndarray:
+    """Returns the part of a leaf that lies in its tensor of this number."""
+    layer, *expert = np.unravel_index(number, entry.leaf.shape[: entry.stacked] or (1,))
+    if self.at != (entry.path, layer):
+      self.held, self.at = self.layer(entry, int(layer)), (entry.path, int(layer))
+    host, *adapter = (x[tuple(expert)] for x in self.held)
+    if adapter:
+      delta = (adapter[0] @ adapter[1]) * (self.cfg.lora_alpha / self.cfg.lora_rank)
+      alone, host = host, (host.astype(np.float32) + delta).astype(host.dtype)
+      self.meant += int(np.count_nonzero(delta))
+      self.kept += int(np.count_nonzero((host != alone) & (delta != 0)))
+    narrow = host.astype(self.cfg.param_dtype)  # a router's bias is held in float32
+    host = narrow if np.array_equal(narrow, host) else host
+    return np.ascontiguousarray(np.swapaxes(host, -1, -2) if entry.transposed else host)
+
+  def layer(self, entry: Entry, layer: int) -> tuple[np.ndarray, ...]:
+    """Fetches a layer of a leaf, restored if it is quantized, and of its adapter."""
+    cut = lambda x: x[layer] if entry.stacked else x
+    host = mesh.fetch(model.dense(jax.tree.map(cut, self.flat[entry.path])))
+    stem = entry.path.removesuffix('kernel').replace('params', 'lora', 1)
+    names = [stem + part for part in 'ab' if stem + part in self.flat]
+    return (np.asarray(host), *mesh.fetch([cut(self.flat[name]) for name in names]))
 
 
 def config_of(cfg: model.ModelConfig, family: Family) -> dict[str, Any]:
@@ -135,9 +161,11 @@ def config_of(cfg: model.ModelConfig, family: Family) -> dict[str, Any]:
   for theirs, ours in family.fields.items():
     if getattr(cfg, ours) or ours in switches:
       out[theirs] = getattr(cfg, ours)
+  if family.moe:
+    out |= family.moe.write(cfg)
   if kind == 'llada':
     out['vocab_size'] = cfg.vocab
-  if cfg.qk_norm:  # without it transformers takes Qwen3's 128
+  if cfg.qk_norm and 'head_dim' in family.fields:  # else Qwen3's 128 is taken
     out['head_dim'] = cfg.head_dim or cfg.width // cfg.heads
   if kind in BLOCKS:
     out[BLOCKS[kind][0]] = cfg.block_causal
@@ -238,16 +266,17 @@ def save_adapter(
   os.makedirs(folder, exist_ok=True)
   tree = {'lora': mesh.fetch(params['lora'])}
   tensors = {
-    name: np.ascontiguousarray(entry.leaf[layer].T)
-    for entry in entries(tree, family, cfg.layers)
-    for layer, name in enumerate(entry.names)
+    name: np.ascontiguousarray(np.swapaxes(part, -1, -2))
+    for entry in entries(tree, family, cfg)
+    for name, part in zip(
+      entry.names,
+      entry.leaf.reshape(-1, *entry.leaf.shape[entry.stacked :]),
+      strict=True,
+    )
   }
-  layer = family.layer.replace('.', r'\.').format(r'\d+')
-  linears = [
-    family.layers[name].replace('.', r'\.')
-    for name in model.LINEARS
-    if name in tree['lora']['layers']
-  ]
+  pattern = lambda name: name.replace('.', r'\.').replace('{}', r'\d+')
+  named = {name for run in tree['lora'].values() for name in run}
+  linears = [pattern(family.layers[name]) for name in model.LINEARS if name in named]
   write_json(
     folder,
     'adapter_config.json',
@@ -258,7 +287,7 @@ def save_adapter(
       lora_alpha=cfg.lora_alpha,
       lora_dropout=cfg.lora_dropout,
       bias='none',
-      target_modules=f'{layer}({"|".join(linears)})',
+      target_modules=f'{pattern(family.layer)}({"|".join(dict.fromkeys(linears))})',
       inference_mode=True,
       base_model_name_or_path=base,
       fan_in_fan_out=False,
@@ -266,9 +295,11 @@ def save_adapter(
       modules_to_save=None,
       use_dora=False,
       use_rslora=False,
+      **peft.patterns_of(cfg, family),
     ),
   )
-  write_tensors(folder, read.ADAPTER, tensors, {'base': digest})
+  joined = peft.join_fused(tensors, family, cfg)
+  write_tensors(folder, peft.ADAPTER, joined, {'base': digest})
 
 
 # --- the export of a run
@@ -315,7 +346,7 @@ def export(
     digest = f'{cfg.param_dtype} {int(built.steps.digest(published))}'
     save_adapter(partial, cfg, params, c.model.checkpoint, source, digest)
     mesh.agree(False)
-    lora = read.read_adapter(partial, cfg, source, built.mesh)
+    lora = peft.read_adapter(partial, cfg, source, built.mesh)
     after = logits(cfg, {**published, **lora})
   else:
     kept = save_hf(partial, cfg, params, built.tokenizer, source)

@@ -10,6 +10,7 @@ attention over the whole text (LLaDA, Dream) or up to a token's own block (SDAR)
   packed       the mask of a text and its noisy copies in one row
   canvas       where the completion of a block-causal model begins
   lora         adapters, and products of a frozen base
+  moe          routers, and experts in place of a dense MLP
   quantize     8 and 4 bit kernels of a frozen base
   transformer  the Flax modules
   forward      hidden states and logits of whole texts and of windows
@@ -45,7 +46,24 @@ from dmpo_jax.model.forward import (
 )
 from dmpo_jax.model.law import is_stop, logp_of, sampling_logits, stops, without_mask
 from dmpo_jax.model.lora import matmul, matmul_frozen, merge
+from dmpo_jax.model.moe import Routed, balance_loss
 from dmpo_jax.model.packed import Packed
-from dmpo_jax.model.presets import LINEARS, LORA_TARGETS, PRESETS, ModelConfig
+from dmpo_jax.model.presets import (
+  EXPERTS,
+  LINEARS,
+  LORA_TARGETS,
+  PRESETS,
+  ModelConfig,
+  Run,
+  layer_runs,
+  linears_of,
+)
 from dmpo_jax.model.quantize import QUANT, dense, quantize
-from dmpo_jax.model.transformer import REMAT, Cache, Inputs, constrain, on_own_rows
+from dmpo_jax.model.transformer import (
+  REMAT,
+  Cache,
+  Inputs,
+  Kept,
+  constrain,
+  on_own_rows,
+)

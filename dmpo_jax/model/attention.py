@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from dmpo_jax import mesh
 from dmpo_jax import types as t
 from dmpo_jax.model.packed import Packed, see
 from dmpo_jax.model.presets import ModelConfig
@@ -20,7 +21,7 @@ from dmpo_jax.model.presets import ModelConfig
 Mask = t.BoolR1TS | Packed | None
 # Sums of values under exp(score - top), of the exps, and the top: (R, H, T, C or 1).
 Part = tuple[t.Array, t.Array, t.Array]
-Rope = tuple[t.FloatR1TX, t.FloatR1TX]  # cos and sin of C/2 angles
+Rope = tuple[t.FloatR1TX, t.FloatR1TX]  # cos and sin of up to C/2 angles
 
 
 def positions_of(valid_RxS: t.BoolRS) -> t.IntRS:
@@ -78,8 +79,11 @@ def annealed_mask(
 
 
 def rope_table(cfg: ModelConfig, positions_RxT: t.IntRT) -> Rope:
-  """Returns the cosines and sines of the rotary angles, in float32."""
-  dim = cfg.head_dim or cfg.width // cfg.heads
+  """Returns the cosines and sines of the rotary angles, in float32.
+
+  There are as many as pairs of dimensions that rotate: cfg.rotary of a head.
+  """
+  dim = int(cfg.rotary * (cfg.head_dim or cfg.width // cfg.heads))
   inverse = cfg.rope_theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
   if cfg.rope_llama3:  # long waves are stretched by the factor, short ones stay
     factor, low, high, trained = cfg.rope_llama3
@@ -92,10 +96,14 @@ def rope_table(cfg: ModelConfig, positions_RxT: t.IntRT) -> Rope:
 
 
 def rotate(x: t.FloatRHTC, rope: Rope, gain: float = 1.0) -> t.FloatRHTC:
-  """Applies RoPE (NeoX's rotate-half) and a factor, in float32."""
+  """Applies RoPE (NeoX's rotate-half) and a factor, in float32.
+
+  Dimensions of a head for which the table has no angle stay as they are.
+  """
   cos, sin = rope
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  half = cos.shape[-1]
+  a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+  y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
   return (y * gain).astype(x.dtype)
 
 
@@ -223,14 +231,14 @@ def attend_splash(
     )
   args = q_RxHxTxC, k_RxJxSxC, v_RxJxSxC, real.astype(jnp.int32)
   local = partial(splash_local, columns=columns, interpret=interpret)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or 'fsdp' not in mesh.axis_names:
+  if not (grid := mesh.in_force()):
     return local(*args)
-  rows = PartitionSpec(('data', 'fsdp'), 'tensor', None, None)
+  split = mesh.row_axes(grid)
+  rows = PartitionSpec(split, 'tensor', None, None)
   return jax.shard_map(
     local,
-    mesh=mesh,
-    in_specs=(rows, rows, rows, PartitionSpec(('data', 'fsdp'), None)),
+    mesh=grid,
+    in_specs=(rows, rows, rows, PartitionSpec(split, None)),
     out_specs=rows,
     check_vma=False,
   )(*args)

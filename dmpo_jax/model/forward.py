@@ -28,10 +28,11 @@ def init(cfg: ModelConfig, key: t.KeyScalar) -> t.Params:
 
 def states(
   cfg: ModelConfig, params: t.Params, inputs: Inputs, keep: bool = False
-) -> tuple[t.FloatRTD, Cache | None]:
+) -> tuple[t.FloatRTD, Any]:
   """Returns the last hidden states as the network gives them, and its cache.
 
-  A family that shifts is not undone here. keep=False returns no cache.
+  A family that shifts is not undone here. keep=False returns None for the cache. With
+  cfg.keep_routes it is `Kept`: here, and in each function below that returns a cache.
   """
   out: Any = Transformer(cfg, keep).apply(params, inputs, method=Transformer.hidden)
   return out
@@ -44,12 +45,13 @@ def hidden(
   valid_RxS: t.BoolRS | None = None,
   keep: bool = False,
   dropout_R: t.KeyR | None = None,
-) -> tuple[t.FloatRSD, Cache | None]:
+  routes: t.IntNRTX | None = None,
+) -> tuple[t.FloatRSD, Any]:
   """Returns the last hidden states; index i predicts position i in every family.
 
   valid_RxS is False on padding; None means that all tokens are real. keep returns
   the cache as well. dropout_R has a key for each row; without it cfg.lora_dropout
-  has no effect. ValueError if the shapes differ.
+  has no effect. routes: see `Inputs`. ValueError if the shapes differ.
   """
   valid = jnp.ones_like(tokens_RxS, bool) if valid_RxS is None else valid_RxS
   if valid.shape != tokens_RxS.shape:
@@ -58,7 +60,7 @@ def hidden(
     )
   positions = positions_of(valid)
   mask = attention_mask(cfg, valid_RxS, positions, positions)
-  inputs = Inputs(tokens_RxS, positions, mask, dropout=dropout_R)
+  inputs = Inputs(tokens_RxS, positions, mask, None, None, dropout_R, routes, valid)
   h, cache = states(cfg, params, inputs, keep)
   return unshift(h, valid) if cfg.shift else h, cache
 
@@ -70,13 +72,14 @@ def annealed(
   valid_RxS: t.BoolRS | None,
   dropout_R: t.KeyR | None,
   future: t.Future,
-) -> t.FloatRSD:
-  """Returns the states of `hidden`, of tokens that see a share of later ones."""
+) -> tuple[t.FloatRSD, Any]:
+  """Returns what `hidden` does, of tokens that see a share of later ones."""
   valid = jnp.ones_like(tokens_RxS, bool) if valid_RxS is None else valid_RxS
   positions = positions_of(valid)
   mask = annealed_mask(future, positions, valid[:, None, None])
-  h, _ = states(cfg, params, Inputs(tokens_RxS, positions, mask, dropout=dropout_R))
-  return unshift(h, valid) if cfg.shift else h
+  inputs = Inputs(tokens_RxS, positions, mask, dropout=dropout_R, counted=valid)
+  h, kept = states(cfg, params, inputs)
+  return unshift(h, valid) if cfg.shift else h, kept
 
 
 def unshift(h_RxSxD: t.FloatRSD, valid_RxS: t.BoolRS) -> t.FloatRSD:
@@ -117,7 +120,8 @@ def window_logits(
   cache: Cache | None = None,
   span: int = 0,
   as_states: bool = False,
-) -> tuple[t.Array, Cache | None]:
+  routes: t.IntNRTX | None = None,
+) -> tuple[t.Array, Any]:
   """Returns logits of positions [start, start + width), and the cache.
 
   The mask token has -inf: no sampler emits it. start may differ between rows
@@ -126,12 +130,12 @@ def window_logits(
   With a cache only `span` positions from start on are computed (0 = `width`), and
   the rest is read from it. Where the text ends before, they are its last `span` ones.
   Without a cache `keep` returns one, else None. as_states returns what `logits_of`
-  takes instead of the logits.
+  takes instead of the logits. routes: see `Inputs`, of the tokens that are computed.
   """
   if guidance:
     tokens_RxS, valid_RxS = with_blind_rows(cfg, tokens_RxS, valid_RxS, prompt)
   if cache is None:
-    h, cache = hidden(cfg, params, tokens_RxS, valid_RxS, keep)
+    h, cache = hidden(cfg, params, tokens_RxS, valid_RxS, keep, routes=routes)
     start_R = jnp.broadcast_to(start, (len(h) // (1 + bool(guidance)),))
     h = windows(h, jnp.repeat(start_R, 1 + bool(guidance)), width)
   else:
@@ -141,7 +145,7 @@ def window_logits(
       first, skip = jnp.minimum(first, last), jnp.maximum(first - last, 0)
     first_R = jnp.broadcast_to(jnp.int32(first), tokens_RxS.shape[:1])
     args = tokens_RxS, valid_RxS, first_R, size, cache, skip
-    h, cache = beside_cache(cfg, params, *args)
+    h, cache = beside_cache(cfg, params, *args, routes)
     h = jax.lax.dynamic_slice_in_dim(h, skip, width, 1)
   return h if as_states else logits_of(cfg, params, h, guidance), cache
 
@@ -175,13 +179,14 @@ def beside_cache(
   width: int,
   cache: Cache,
   skip: int | t.IntScalar = 0,
-) -> tuple[t.FloatRTD, Cache]:
+  routes: t.IntNRTX | None = None,
+) -> tuple[t.FloatRTD, Any]:
   """Returns states of each row's window [start, start + width), and its new cache.
 
   The cache that it returns has the window's columns alone. The window sees itself and
   the cache outside it. One of whole attention blocks sees the cache before it, and
   itself up to each token's own block. A family that shifts is not undone. The first
-  `skip` tokens of the window are seen as the cache has them.
+  `skip` tokens of the window are seen as the cache has them. routes: see `Inputs`.
   """
   cut = lambda x: windows(x, start_R, width)
   queries, real = cut(positions_of(valid_RxS)), cut(valid_RxS)
@@ -193,10 +198,8 @@ def beside_cache(
   else:
     past |= column >= width
   past = (valid_RxS & past)[:, None, None]
-  inputs = Inputs(cut(tokens_RxS), queries, mask, cache, past)
-  h, new = states(cfg, params, inputs, keep=True)
-  assert new is not None
-  return h, new
+  inputs = Inputs(cut(tokens_RxS), queries, mask, cache, past, None, routes, real)
+  return states(cfg, params, inputs, keep=True)
 
 
 def with_blind_rows(

@@ -11,22 +11,34 @@ from dmpo_jax.model.presets import ModelConfig
 from dmpo_jax.types import Array, FloatDF, FloatRTD, FloatXD, FloatXF, KeyRT
 
 
-def adapter(module: nn.Module, cfg: ModelConfig, x: FloatXD, features: int) -> FloatXF:
-  """Returns x @ a @ b · alpha / rank, in cfg.lora_dtype, of the adapter of a linear.
+def factors(
+  module: nn.Module, cfg: ModelConfig, shape: tuple[int, ...]
+) -> tuple[Array, Array]:
+  """Returns the adapter (a, b) of a kernel of this shape, (D, F) or (E, D, F).
 
   a and b are float32 variables of `module` in the collection 'lora', initialised as
   PEFT does: a by kaiming_uniform(sqrt 5), b with zeros.
   """
-  inputs, bound = x.shape[-1], x.shape[-1] ** -0.5
+  *stack, inputs, features = shape
+  bound = inputs**-0.5
   a = module.variable(
     'lora',
     'a',
     lambda: jax.random.uniform(
-      module.make_rng('lora'), (inputs, cfg.lora_rank), minval=-bound, maxval=bound
+      module.make_rng('lora'),
+      (*stack, inputs, cfg.lora_rank),
+      minval=-bound,
+      maxval=bound,
     ),
   )
-  b = module.variable('lora', 'b', jnp.zeros, (cfg.lora_rank, features))
-  x, down, up = (z.astype(cfg.lora_dtype) for z in (x, a.value, b.value))
+  b = module.variable('lora', 'b', jnp.zeros, (*stack, cfg.lora_rank, features))
+  return a.value, b.value
+
+
+def adapter(module: nn.Module, cfg: ModelConfig, x: FloatXD, features: int) -> FloatXF:
+  """Returns x @ a @ b · alpha / rank, in cfg.lora_dtype, of the adapter of a linear."""
+  ab = factors(module, cfg, (x.shape[-1], features))
+  x, down, up = (z.astype(cfg.lora_dtype) for z in (x, *ab))
   return (x @ down) @ up * (cfg.lora_alpha / cfg.lora_rank)
 
 

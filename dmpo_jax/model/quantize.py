@@ -5,7 +5,7 @@ qwix is imported where it is used: most runs quantize nothing and start faster.
 
 from typing import Any
 
-from dmpo_jax.types import Array, FloatNDF
+from dmpo_jax.types import Array
 
 # Kinds of quantized kernels: qwix's type, and the inputs that share a scale.
 QUANT = {'int8': ('int8', 0), 'nf4': ('nf4', 64)}  # 0 = all inputs of an output
@@ -21,21 +21,25 @@ def dense(kernel: Kernel) -> Array:
   return qwix.dequantize(kernel)
 
 
-def quantize(kernel_NxDxF: FloatNDF, kind: str) -> Kernel:
-  """Quantizes a kernel of all layers; `kind` is a name in QUANT.
+def quantize(kernel: Array, kind: str) -> Kernel:
+  """Quantizes a kernel of all layers, (N, D, F), or of all experts, (N, E, D, F).
 
-  int8 has one scale per output, nf4 one per 64 inputs of an output.
-  ValueError if the number of inputs is no multiple of that.
+  kind: a name in QUANT. int8 has one scale per output, nf4 one per 64 inputs of an
+  output. ValueError if the number of inputs is no multiple of that.
   """
   import qwix
 
   qtype, tile = QUANT[kind]
-  inputs = kernel_NxDxF.shape[1]
-  if tile and inputs % tile:
+  *stack, inputs, _ = range(kernel.ndim)
+  size = kernel.shape[inputs]
+  if tile and size % tile:
     raise ValueError(
       f'model.quantize = {kind} needs linears whose number of inputs is a '
-      f'multiple of {tile}; one has {inputs}'
+      f'multiple of {tile}; one has {size}'
     )
   return qwix.quantize(
-    kernel_NxDxF, qtype, channelwise_axes=(0, 2), tiled_axes={1: tile} if tile else None
+    kernel,
+    qtype,
+    channelwise_axes=(*stack, inputs + 1),
+    tiled_axes={inputs: tile} if tile else None,
   )

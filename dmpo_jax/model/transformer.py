@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from dmpo_jax import mesh
 from dmpo_jax import types as t
+from dmpo_jax.model import moe
 from dmpo_jax.model.attention import (
   ATTENTION,
   Mask,
@@ -23,8 +25,9 @@ from dmpo_jax.model.attention import (
   rope_table,
   rotate,
 )
-from dmpo_jax.model.lora import adapter, dropout, matmul, matmul_frozen
-from dmpo_jax.model.presets import ModelConfig
+from dmpo_jax.model.lora import adapter, dropout, factors, matmul, matmul_frozen
+from dmpo_jax.model.moe import Routed
+from dmpo_jax.model.presets import DENSE, EXPERTS, SHARED, ModelConfig, layer_runs
 from dmpo_jax.model.quantize import dense
 
 # What a layer's backward pass recomputes: nothing, everything, or everything
@@ -32,7 +35,10 @@ from dmpo_jax.model.quantize import dense
 REMAT = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(moe.PRODUCT),
+  ),
 }
 
 
@@ -41,6 +47,13 @@ class Cache(NamedTuple):
 
   keys: t.FloatNRJSC
   values: t.FloatNRJSC
+
+
+class Kept(NamedTuple):
+  """What a forward returns beside its states where cfg.keep_routes is set."""
+
+  cache: Cache | None  # None where it was not asked for
+  routed: Routed | None  # None: no layer has experts
 
 
 class Inputs(NamedTuple):
@@ -52,6 +65,17 @@ class Inputs(NamedTuple):
   cache: Cache | None = None  # keys and values of other tokens
   past: t.BoolR1TS | None = None  # which of the cache a token sees
   dropout: t.KeyR | None = None  # keys for lora_dropout; None = no dropout
+  # Experts that tokens are sent to, by layer with experts; -1 = by the router.
+  routes: t.IntNRTX | None = None
+  counted: t.BoolRT | None = None  # tokens in the load of experts; None = all
+
+
+class PerLayer(NamedTuple):
+  """The part of the inputs that each layer has for itself."""
+
+  cache: Cache | None
+  dropout: t.KeyRT | None
+  routes: t.IntRTX | None
 
 
 class Linear(nn.Module):
@@ -94,8 +118,53 @@ class Norm(nn.Module):
     scale = self.param('scale', ones, x.shape[-1:], self.cfg.param_dtype)
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.cfg.eps)
-    y *= jnp.broadcast_to(scale, y.shape).astype(jnp.float32)
+    if self.cfg.norm_round:
+      y = y.astype(self.cfg.dtype)
+    y *= jnp.broadcast_to(scale, y.shape).astype(y.dtype)
     return y.astype(self.cfg.dtype)
+
+
+class Router(nn.Module):
+  """Logits of the experts, in float32 whatever cfg.dtype, and their bias."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: t.FloatRTD) -> tuple[t.Array, t.Array | None]:
+    cfg, shape = self.cfg, (x.shape[-1], self.cfg.experts)
+    init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+    kernel = self.param('kernel', init, shape, cfg.param_dtype)
+    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    logits = jnp.matmul(x, kernel, precision='highest')
+    if not cfg.router_bias:
+      return logits, None
+    return logits, self.param('bias', nn.initializers.zeros, shape[1:], jnp.float32)
+
+
+class Expert(nn.Module):
+  """A linear of every expert, and the adapters where their collection is given."""
+
+  cfg: ModelConfig
+  inputs: int
+  features: int
+  gain: float
+
+  @nn.compact
+  def __call__(self) -> moe.Stack:
+    cfg, shape = self.cfg, (self.cfg.experts, self.inputs, self.features)
+    init = nn.initializers.variance_scaling(
+      self.gain, 'fan_in', 'truncated_normal', batch_axis=0
+    )
+    kernel = dense(self.param('kernel', init, shape, cfg.param_dtype))
+    adapted = cfg.lora_rank and re.search(cfg.lora_targets, str(self.name))
+    if adapted and (self.is_initializing() or self.has_variable('lora', 'a')):
+      return moe.Stack(kernel, *factors(self, cfg, shape))
+    return moe.Stack(kernel)
+
+
+def out_gain(cfg: ModelConfig) -> float:
+  """Returns the gain of what is added to the residual stream: its scale stays."""
+  return 0.5 / cfg.layers
 
 
 class Block(nn.Module):
@@ -103,33 +172,58 @@ class Block(nn.Module):
 
   cfg: ModelConfig
   keep: bool  # return this layer's keys and values
+  routed: bool  # experts in place of the dense MLP
 
   @nn.compact
   def __call__(
-    self,
-    x: t.FloatRTD,
-    per_layer: tuple[Cache | None, t.KeyRT | None],
-    rope: Rope,
-    inputs: Inputs,
-  ) -> tuple[t.FloatRTD, Cache | None]:
+    self, x: t.FloatRTD, own: PerLayer, rope: Rope, inputs: Inputs
+  ) -> tuple[t.FloatRTD, Kept]:
     """Runs the layer on x; `inputs` says where the tokens stand beside the cache."""
-    cfg, (cache, keys) = self.cfg, per_layer
-    out_gain = 0.5 / cfg.layers  # keeps the residual stream's scale at depth
+    cfg, keys = self.cfg, own.dropout
     y = Norm(cfg, name='attn_norm')(x)
     q, k, v = self.project(y, keys)
     q, k = rotate(q, rope, q.shape[-1] ** -0.5), rotate(k, rope)
-    if cache is None:
+    if own.cache is None:
       y = ATTENTION[cfg.attention](q, k, v, inputs.mask)
     else:  # no kernel reads two arrays, and joining them would copy the cache
-      parts = (*cache, inputs.past), (k, v, inputs.mask)
+      parts = (*own.cache, inputs.past), (k, v, inputs.mask)
       y = merged([attend_part(q, *part) for part in parts], q.dtype)
     y = jnp.swapaxes(y, 1, 2).reshape(x.shape[:2] + (-1,))
-    x += Linear(cfg, cfg.width, gain=out_gain, name='o')(y, keys)
-    y = Norm(cfg, name='mlp_norm')(x)
-    gate = nn.silu(Linear(cfg, cfg.mlp, name='gate')(y, keys))
-    y = gate * Linear(cfg, cfg.mlp, name='up')(y, keys)
-    x += Linear(cfg, cfg.width, gain=out_gain, name='down')(y, keys)
-    return x, Cache(k, v) if self.keep else None
+    x += Linear(cfg, cfg.width, gain=out_gain(cfg), name='o')(y, keys)
+    y, routed = Norm(cfg, name='mlp_norm')(x), None
+    if self.routed:
+      y, routed = self.experts(y, own, inputs.counted)
+    else:
+      y = self.mlp(y, keys, DENSE, cfg.mlp)
+    x += y
+    return x, Kept(Cache(k, v) if self.keep else None, routed)
+
+  def mlp(
+    self, y: t.FloatRTD, keys: t.KeyRT | None, names: Sequence[str], size: int
+  ) -> t.FloatRTD:
+    """Runs a SwiGLU whose linears have these names."""
+    cfg, (gate, up, down) = self.cfg, names
+    z = nn.silu(Linear(cfg, size, name=gate)(y, keys))
+    z *= Linear(cfg, size, name=up)(y, keys)
+    return Linear(cfg, cfg.width, gain=out_gain(cfg), name=down)(z, keys)
+
+  def experts(
+    self, y: t.FloatRTD, own: PerLayer, counted: t.BoolRT | None
+  ) -> tuple[t.FloatRTD, Routed | None]:
+    """Sends each token to its experts, and to the shared ones if there are any."""
+    cfg = self.cfg
+    logits, bias = Router(cfg, name='router')(y)
+    chosen, weights, scores = moe.choose(cfg, logits, bias, own.routes)
+    width, inner = cfg.width, cfg.expert_mlp
+    shapes = (width, inner, 1.0), (width, inner, 1.0), (inner, width, out_gain(cfg))
+    stacks = {
+      name: Expert(cfg, *shape, name=name)()
+      for name, shape in zip(EXPERTS, shapes, strict=True)
+    }
+    z = moe.experts(cfg, stacks, y, chosen, weights, own.dropout)
+    if cfg.shared_mlp:
+      z += self.mlp(y, own.dropout, SHARED, cfg.shared_mlp)
+    return z, moe.routed_of(cfg, scores, chosen, counted) if cfg.keep_routes else None
 
   def project(self, y: t.FloatRTD, keys: t.KeyRT | None) -> tuple[t.FloatRHTC, ...]:
     """Returns queries, keys and values, heads before positions."""
@@ -161,19 +255,29 @@ class Transformer(nn.Module):
     if cfg.remat != 'none':
       block = nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
     axes: Any = (0, nn.broadcast, nn.broadcast)
-    self.layers = nn.scan(
-      block,
-      variable_axes={'params': 0, 'lora': 0},
-      split_rngs={'params': True, 'lora': True},
-      in_axes=axes,
-      length=cfg.layers,
-    )(cfg, self.keep)
+
+    def scanned(experts: bool, count: int) -> nn.Module:
+      stack = nn.scan(
+        block,
+        variable_axes={'params': 0, 'lora': 0},
+        split_rngs={'params': True, 'lora': True},
+        in_axes=axes,
+        length=count,
+      )
+      return stack(cfg, self.keep, experts)
+
+    # Flax names the modules of a list layers_0, layers_1, ...
+    stacks = [scanned(run.experts, run.count) for run in layer_runs(cfg)]
+    self.layers = stacks if len(stacks) > 1 else stacks[0]
     self.final_norm = Norm(cfg)
     if not cfg.tied:
       self.head = self.param('head', init, shape, cfg.param_dtype)
 
-  def hidden(self, inputs: Inputs) -> tuple[t.FloatRTD, Cache | None]:
-    """Returns the last hidden states, and with `keep` the new cache."""
+  def hidden(self, inputs: Inputs) -> tuple[t.FloatRTD, Any]:
+    """Returns the last hidden states, and with `keep` the new cache.
+
+    With cfg.keep_routes the second result is `Kept`.
+    """
     x = constrain(self.embedding[inputs.tokens].astype(self.cfg.dtype))
     rope, keys = rope_table(self.cfg, inputs.positions), inputs.dropout
     if keys is not None:  # by layer and place in the text: padding has no part
@@ -182,10 +286,29 @@ class Transformer(nn.Module):
       places = jax.vmap(jax.vmap(fold, (None, 0)))
       keys = jax.vmap(layers, (0, None), 1)(keys, jnp.arange(self.cfg.layers))
       keys = jax.vmap(places, (0, None))(keys, inputs.positions)
-    per_layer = inputs.cache, keys
-    inputs = inputs._replace(cache=None, dropout=None)
-    x, cache = self.layers(x, per_layer, rope, inputs)
-    return self.final_norm(x), cache
+    own = PerLayer(inputs.cache, keys, inputs.routes)
+    inputs = inputs._replace(cache=None, dropout=None, routes=None)
+    x, kept = self.run_layers(x, own, rope, inputs)
+    return self.final_norm(x), kept if self.cfg.keep_routes else kept.cache
+
+  def run_layers(
+    self, x: t.FloatRTD, own: PerLayer, rope: Rope, inputs: Inputs
+  ) -> tuple[t.FloatRTD, Kept]:
+    """Runs the layers, one scan for each run of a kind."""
+    runs = layer_runs(self.cfg)
+    if len(runs) == 1:
+      return self.layers(x, own, rope, inputs)
+    found, routed = [], 0  # layers with experts so far
+    for run, layers in zip(runs, self.layers, strict=True):
+      cut = lambda tree, at, run=run: jax.tree.map(
+        lambda z: z[at : at + run.count], tree
+      )
+      routes = cut(own.routes, routed) if run.experts else None
+      mine = PerLayer(cut(own.cache, run.first), cut(own.dropout, run.first), routes)
+      x, kept = layers(x, mine, rope, inputs)
+      found.append(kept)
+      routed += run.count * run.experts
+    return x, Kept(joined([z.cache for z in found]), joined([z.routed for z in found]))
 
   def logits(self, hidden: t.FloatXD) -> t.FloatXV:
     """Returns float32 logits of hidden states."""
@@ -198,22 +321,28 @@ class Transformer(nn.Module):
     return self.logits(self.hidden(inputs)[0])
 
 
+def joined(parts: list) -> Any:
+  """Returns what runs of layers left as one tree; None where none left anything."""
+  parts = [part for part in parts if part is not None]
+  return jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if parts else None
+
+
 def on_own_rows(fn: Callable, axes: Sequence[int], *args: t.Array) -> t.Array:
   """Applies fn where each device has its own rows, so that none is sent.
 
   axes: which axis of each argument has the rows; the result has them where the first
   has. XLA does not see that reads and writes at places of each row's own are local.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or 'fsdp' not in mesh.axis_names:
+  if not (grid := mesh.in_force()):
     return fn(*args)
-  specs = [PartitionSpec(*[None] * axis, ('data', 'fsdp')) for axis in axes]
+  split = mesh.row_axes(grid)
+  specs = [PartitionSpec(*[None] * axis, split) for axis in axes]
   run = jax.shard_map(
     fn,
-    mesh=mesh,
+    mesh=grid,
     in_specs=tuple(specs),
     out_specs=specs[0],
-    axis_names={'data', 'fsdp'},
+    axis_names=set(split),
     check_vma=False,
   )
   return run(*args)
@@ -225,8 +354,7 @@ def constrain(x_RxTxD: t.FloatRTD) -> t.FloatRTD:
   Without it XLA replicates the result of the lookup in an embedding that is
   sharded along fsdp, and computes it on every device.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or 'fsdp' not in mesh.axis_names:
+  if not (grid := mesh.in_force()):
     return x_RxTxD
-  spec = PartitionSpec(('data', 'fsdp'), None, None)
+  spec = PartitionSpec(mesh.row_axes(grid), None, None)
   return jax.lax.with_sharding_constraint(x_RxTxD, spec)

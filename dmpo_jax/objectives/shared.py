@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax import logprob, masking, rng
+from dmpo_jax import logprob, masking, rng, routing
 from dmpo_jax.objectives import credit
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.rules import (
@@ -529,7 +529,7 @@ def recorded_rounds(order_RxL: IntRL, block: int, shrink: int = 1) -> tuple[IntR
   Rounds are those of a token's attention block, else (block 0) the row's steps. shrink:
   so many consecutive ones are one.
   """
-  rounds = logprob.rounds_of(order_RxL, block) if block else order_RxL
+  rounds = routing.rounds_of(order_RxL, block) if block else order_RxL
   rounds = jnp.where(rounds < 0, -1, rounds // shrink)
   return rounds, -(-(block or order_RxL.shape[1]) // shrink)
 

@@ -18,6 +18,7 @@ from dmpo_jax.sampler import (
   picks,
   records,
   rolling,
+  routes,
   speculate,
   unmask,
   wino,
@@ -45,8 +46,8 @@ from dmpo_jax.types import (
 __all__ = [
   'NAMES', 'OWN_WEIGHTS', 'PICKS', 'RECORDS', 'SAMPLERS', 'Draft', 'Drafter',
   'Recorder', 'SampleConfig', 'Sampler', 'at_once', 'closed', 'finished', 'follow',
-  'following', 'generate', 'opened', 'picks', 'sample', 'speculate', 'unbound',
-  'unmask', 'with_drafts',
+  'following', 'generate', 'opened', 'picks', 'routes', 'sample', 'speculate',
+  'unbound', 'unmask', 'with_drafts',
 ]  # fmt: skip
 
 SAMPLERS.update(
@@ -100,7 +101,8 @@ def sample(
 ) -> Rollouts:
   """Samples one completion per row; keys_R are the rows' own keys.
 
-  records: names in RECORDS, for Rollouts.more (None without names). bound_R: each
+  records: names in RECORDS, for Rollouts.more (None without names); 'routes' for
+  Rollouts.routes. bound_R: each
   row's own threshold, factor or entropy_bound, whichever the pick rule reads; None:
   that of hp. ValueError if hp has problems, if prompt and completion exceed the
   model's positions, or if the rule has no such number.
@@ -161,12 +163,19 @@ def opened(
     raise ValueError(problem)
   # The canvas: the prompt, then L masks.
   canvas, valid, given = lay_out(cfg, prompts_RxP, valid_RxP, hp.length)
-  prompt = canvas.shape[1] - hp.length
-  records = [*records, 'order_logp'] if hp.order_logp else records
+  prompt, routed = canvas.shape[1] - hp.length, 'routes' in records
+  records = [*records, *['order_logp'] * hp.order_logp]
+  records = [name for name in records if name != 'routes']
+  loop = begun(canvas, given, records)
+  cfg = dataclasses.replace(cfg, keep_routes=routed)
+  if routed:
+    if problem := routes.problem(cfg, hp):
+      raise ValueError(problem)
+    loop = loop._replace(routes=routes.blank(cfg, hp, loop.order, canvas.shape[1]))
   setting = unmask.Setting(
     cfg, params, hp, valid, prompt, keys_R, {name: RECORDS[name] for name in records}
   )
-  return setting, begun(canvas, given, records)
+  return setting, loop
 
 
 def closed(setting: unmask.Setting, loop: unmask.Loop) -> Rollouts:
@@ -178,14 +187,16 @@ def closed(setting: unmask.Setting, loop: unmask.Loop) -> Rollouts:
   completion = loop.tokens[:, prompt:]
   left = unmask.hidden(setting, loop)
   completion = jnp.where(left, setting.cfg.eos_id, completion)
+  order, record = jnp.where(left, -1, loop.order), loop.routes
   return Rollouts(
     tokens=jnp.concatenate([loop.tokens[:, :prompt], completion], axis=1),
     valid=setting.valid,
-    order=jnp.where(left, -1, loop.order),
+    order=order,
     logp=loop.logp,
     forwards=loop.forwards,
     confidence=loop.confidence,
     more=loop.more or None,
+    routes=None if record is None else record._replace(order=order),
   )
 
 

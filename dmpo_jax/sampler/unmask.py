@@ -19,7 +19,7 @@ import numpy as np
 
 from dmpo_jax import mesh, model
 from dmpo_jax import types as t
-from dmpo_jax.sampler import orders, picks
+from dmpo_jax.sampler import orders, picks, routes
 from dmpo_jax.sampler.config import SAMPLERS, SampleConfig
 from dmpo_jax.sampler.records import Recorder
 from dmpo_jax.types import Array
@@ -54,6 +54,7 @@ class Loop(NamedTuple):
   since: t.IntR  # those of them in its present block
   forwards: t.IntScalar
   more: dict[str, Array]  # (R, L) of each of Setting.records
+  routes: t.Routes | None = None  # its `order` is filled in at the end
 
 
 class Proposal(NamedTuple):
@@ -147,7 +148,7 @@ def own_blocks(setting: Setting, loop: Loop) -> tuple[t.IntR, t.BoolR]:
 def step_each_row(setting: Setting, loop: Loop) -> Loop:
   """Takes one step of every row in its own block."""
   start_R, live_R = own_blocks(setting, loop)
-  seen, _ = forward(setting, loop, start_R)
+  seen, _, loop = forward(setting, loop, start_R)
   return reveal(setting, loop, seen, start_R, live_R)
 
 
@@ -202,7 +203,7 @@ def step_block(
   setting: Setting, start: Start, loop: Loop, **cache
 ) -> tuple[Loop, model.Cache | None]:
   """Takes one step in the block that all rows share; returns `forward`'s cache, too."""
-  seen, kept = forward(setting, loop, start, **cache)
+  seen, kept, loop = forward(setting, loop, start, **cache)
   start_R = jnp.full((len(loop.tokens),), start, jnp.int32)
   live_R = jnp.any(remaining(setting, loop), axis=1)
   return reveal(setting, loop, seen, start_R, live_R), kept
@@ -228,12 +229,19 @@ def pieces(setting: Setting) -> int:
 
 def forward(
   setting: Setting, loop: Loop, start: Start | t.IntR, **cache
-) -> tuple[Array, model.Cache | None]:
-  """Returns what `reveal` takes of the windows from `start` on, and the cache."""
+) -> tuple[Array, model.Cache | None, Loop]:
+  """Returns what `reveal` takes of the windows from `start` on, and the cache.
+
+  Notes the experts of the pass in the loop that it returns.
+  """
   cache['as_states'] = pieces(setting) > 1
   s, hp = setting, setting.hp
   where = s.valid, start, hp.block, prompt_of(s, loop), hp.guidance
-  return model.window_logits(s.cfg, s.params, loop.tokens, *where, **cache)
+  seen, kept = model.window_logits(s.cfg, s.params, loop.tokens, *where, **cache)
+  kept, chosen = routes.split(kept)
+  if loop.routes is not None:
+    loop = loop._replace(routes=routes.note(s, loop, chosen, start))
+  return seen, kept, loop
 
 
 def prompt_of(setting: Setting, loop: Loop) -> int | t.IntR:
@@ -273,12 +281,12 @@ def reveal(
     return done._replace(forwards=jnp.zeros_like(start_R))
 
   h = seen.reshape(rows, -1, *seen.shape[1:])  # with guidance two for each row
-  own = loop._replace(forwards=jnp.zeros_like(start_R))  # all have a row axis
+  own = loop._replace(forwards=jnp.zeros_like(start_R), routes=None)  # rows first
   keys = jax.random.clone(setting.keys)  # each step cuts them in pieces again
   rows_ = setting.valid, keys, setting.forced, setting.bound
   parts = h, *rows_, own, start_R, live_R
   done = mesh.in_microbatches(of_piece, parts, count)
-  return done._replace(forwards=loop.forwards + 1)
+  return done._replace(forwards=loop.forwards + 1, routes=loop.routes)
 
 
 def reveal_by(
@@ -371,4 +379,5 @@ def record(
     since=jnp.where(leaves_R, 0, loop.since + busy_R),
     forwards=loop.forwards + 1,
     more=more,
+    routes=loop.routes,
   )

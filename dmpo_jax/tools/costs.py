@@ -1,7 +1,7 @@
 """Counts the cost of programs: FLOPs and bytes of matmuls, and collectives.
 
-Matmuls are counted in a traced program, recomputation included. Collectives are
-read from the text of a compiled one.
+Matmuls are counted in a traced program, recomputation included. Collectives are read
+from the text of a compiled one.
 """
 
 import math
@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from dmpo_jax.model import exchange, grouped
 from dmpo_jax.sampler import at_once
 
 KINDS = (
@@ -16,6 +17,7 @@ KINDS = (
   'all-reduce',
   'reduce-scatter',
   'all-to-all',
+  'ragged-all-to-all',
   'collective-permute',
 )
 HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -60,7 +62,7 @@ def trips_of(hp: Any, attention_block: int, rows: int, steps: float) -> tuple:
 
 
 def matmuls(
-  jaxpr: Any, trips: Sequence[float], devices: int, tensor: int = 1
+  jaxpr: Any, trips: Sequence[float], devices: int, tensor: int = 1, scope: str = ''
 ) -> tuple[float, float]:
   """Returns (FLOPs, bytes) that a device spends on the matmuls of a program.
 
@@ -68,28 +70,60 @@ def matmuls(
   often as it runs. A loop without one (unmasking steps) counts trips[0] times,
   such a loop inside it trips[1] times. The condition of a branch (lax.cond) is true
   so often as the next of trips says, at most once. Operands of two dimensions are
-  weights, which only the tensor axis splits; all devices share the others.
+  weights, which only the tensor axis splits; all devices share the others. Of experts
+  the active ones count, as if their load were even. scope: names around the program.
   """
   flops = moved = 0.0
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'dot_general':
-      (left, _), _ = eqn.params['dimension_numbers']
-      shapes = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-      inner = math.prod(shapes[0].shape[i] for i in left)
-      flops += 2 * math.prod(shapes[2].shape) * inner / devices
-      moved += sum(
-        x.size * x.dtype.itemsize / (tensor if x.ndim <= 2 else devices) for x in shapes
-      )
+    name, here = eqn.primitive.name, f'{scope}/{eqn.source_info.name_stack}'
+    if name == 'dot_general' or (name == 'cond' and grouped.SCOPE in here):
+      f, m = dense_cost(eqn, devices, tensor) if name != 'cond' else grouped_cost(eqn)
+      flops, moved = flops + f, moved + m
       continue
-    is_open, parts = eqn.primitive.name == 'while', list(inner_jaxprs(eqn.params))
+    is_open, parts = name == 'while', list(inner_jaxprs(eqn.params))
     times = [trips[0] if is_open else eqn.params.get('length', 1)] * len(parts)
-    if eqn.primitive.name == 'cond' and len(parts) == 2:
+    if name == 'cond' and len(parts) == 2:
       times = shares(trips)
     inside = trips[1:] or trips if is_open else trips
+    if exchange.PIECES in here and name in ('scan', 'cond'):
+      times = [1 / exchange.PIECE] if name == 'scan' else [0, 1]
+    spread = devices, tensor
+    if name == 'shard_map':  # shapes are those of a device, along these axes
+      own = eqn.params['newly_manual_axes']
+      within = math.prod(eqn.params['mesh'].shape[axis] for axis in own)
+      spread = devices // within, 1 if 'tensor' in own else tensor
     for often, part in zip(times, parts, strict=True):
-      f, m = matmuls(part, inside, devices, tensor)
+      f, m = matmuls(part, inside, *spread, here)
       flops, moved = flops + often * f, moved + often * m
   return flops, moved
+
+
+def dense_cost(eqn: Any, devices: int, tensor: int) -> tuple[float, float]:
+  """Returns a device's FLOPs and bytes of a matrix product."""
+  (left, _), _ = eqn.params['dimension_numbers']
+  shapes = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+  inner = math.prod(shapes[0].shape[i] for i in left)
+  flops = 2 * math.prod(shapes[2].shape) * inner / devices
+  return flops, sum(
+    x.size * x.dtype.itemsize / (tensor if x.ndim <= 2 else devices) for x in shapes
+  )
+
+
+def grouped_cost(eqn: Any) -> tuple[float, float]:
+  """Returns FLOPs and bytes of a product of sorted rows with their experts' kernels.
+
+  Each row counts for its own expert. The result has rows, or is the kernels' gradient.
+  No more experts are read than there are rows. A part that JAX has moved out of the loop
+  over layers has no kernels, and counts nothing.
+  """
+  *inputs, out = (v.aval for v in (*eqn.invars, *eqn.outvars))
+  kernels = next((x for x in (out, *inputs) if x.ndim == 3), None)
+  if kernels is None:
+    return 0.0, 0.0
+  rows = [x for x in (*inputs, out) if x.ndim == 2][-1].shape[0]
+  experts, *sizes = kernels.shape
+  read = kernels.size * min(1.0, rows / experts) + rows * sum(sizes)
+  return 2.0 * rows * math.prod(sizes), read * kernels.dtype.itemsize
 
 
 def inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:

@@ -161,7 +161,7 @@ def cache_bytes(built: build.Built, prompt: int) -> int:
   c, cfg = built.config, built.model
   if c.sampler.cache == 'none':
     return 0
-  shards = built.mesh.shape['data'] * built.mesh.shape['fsdp']
+  shards = mesh.row_shards(built.mesh)
   rows = at_once(c.sampler, c.train.prompts * c.train.group) // shards
   rows *= 2 if c.sampler.guidance else 1
   dim = cfg.head_dim or cfg.width // cfg.heads
