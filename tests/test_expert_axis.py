@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dmpo_jax import build, check, mesh, model, optim, parts, rng, step
+from dmpo_jax import build, check, mesh, model, optim, rng, step
 from dmpo_jax.model import exchange, grouped, triton
 from dmpo_jax.tools import costs
 from tests import test_mesh
@@ -88,6 +88,7 @@ def test_logits_and_gradients_on_every_mesh(shape, plain):
   assert float(np.abs(got[1]['params']['layers_1']['experts_up']['kernel']).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_padding_and_neighbours(plain):
   """A row's logits are the same beside other rows, and with other padding."""
   cfg, params, (want, _) = plain
@@ -128,6 +129,7 @@ def with_experts(built):
   return dataclasses.replace(built.setup, cfg=cfg)
 
 
+@pytest.mark.long
 def test_update_is_the_same(weights_of):
   """One DMPO update moves the moments and the weights as on one device."""
   c = settings((1, 1, 1, 8))
@@ -223,7 +225,7 @@ def test_experts_must_divide():
   """The axis needs experts that it divides, and its devices; errors name the fields."""
   c = settings((1, 1, 1, 8))
   with pytest.raises(ValueError, match='mesh.expert = 8.*number of experts, 0'):
-    parts.model_config(c, None, '')
+    build.build(c)
   c.mesh.expert = 3
   with pytest.raises(ValueError, match='mesh.expert = 1, 1, 1, 3 .* 8 devices'):
     check.config(c, 8)
@@ -242,11 +244,13 @@ def test_flops_are_those_of_active_experts():
     traced = build.Compiled(grid(*shape), fn(run)).trace(params, ids)
     return costs.matmuls(traced.jaxpr.jaxpr, (1,), 8, shape[2])[0]
 
-  for shape in ((8, 1, 1, 1), (2, 1, 2, 2)):
-    for fn, times in ((lambda f: f, 1), (jax.grad, 4)):  # recomputed once
-      more = flops(shape, 16, fn) - flops(shape, 8, fn)
-      experts = SIZES['experts_per_token']
-      assert more == pytest.approx(times * 6 * experts * R * S * 16 * 8 / 8)
+  for shape, fn, times in (
+    ((8, 1, 1, 1), lambda f: f, 1),
+    ((2, 1, 2, 2), jax.grad, 4),  # recomputed once
+  ):
+    more = flops(shape, 16, fn) - flops(shape, 8, fn)
+    experts = SIZES['experts_per_token']
+    assert more == pytest.approx(times * 6 * experts * R * S * 16 * 8 / 8)
 
 
 def test_kernels_stay_where_they_are(plain):
