@@ -26,14 +26,16 @@ def rms_norm(x, scale, eps):
   return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
 
-def rope(x_TxC, positions_T, theta):
-  """Turns the pair (x[i], x[i + C/2]) by position * theta^(-2i/C)."""
-  half = x_TxC.shape[1] // 2
+def rope(x_TxC, positions_T, theta, share=1.0):
+  """Turns the pair (x[i], x[i + C/2]) by position * theta^(-2i/C), for C the first
+  `share` of the dimensions."""
+  half = int(x_TxC.shape[1] * share) // 2
   angles = np.outer(positions_T, theta ** (-np.arange(half) / half))
-  a, b = x_TxC[:, :half], x_TxC[:, half:]
+  a, b, rest = np.split(x_TxC, (half, 2 * half), axis=1)
   return np.concatenate([
     a * np.cos(angles) - b * np.sin(angles),
     b * np.cos(angles) + a * np.sin(angles),
+    rest,
   ], axis=1)  # fmt: skip
 
 
@@ -69,23 +71,20 @@ def masked_states(cfg, params, tokens_T, positions, seen_TxT):
 def layers(cfg, params, tokens_T, positions, seen, start=0, cache=None):
   """Runs the network of `states`."""
   tree = params['params']
-  lora = params.get('lora', {}).get('layers', {})
   where = slice(start, start + len(tokens_T))
   dim = cfg.head_dim or cfg.width // cfg.heads
   x = np.asarray(tree['embedding'], np.float64)[list(tokens_T)]
   new = []
   for layer in range(cfg.layers):
-    get = lambda *path, layer=layer: np.asarray(
-      pluck(tree['layers'], path), np.float64
-    )[layer]
+    own, lora = layer_of(tree, layer), layer_of(params.get('lora', {}), layer)
+    get = lambda *path, own=own: pluck(own, path)
 
-    def linear(y, name, get=get, layer=layer):
-      z = y @ get(name, 'kernel')
-      if 'bias' in tree['layers'][name]:
-        z = z + get(name, 'bias')
+    def linear(y, name, own=own, lora=lora):
+      z = y @ own[name]['kernel']
+      if 'bias' in own[name]:
+        z = z + own[name]['bias']
       if name in lora:
-        a, b = (np.asarray(lora[name][w], np.float64)[layer] for w in 'ab')
-        z = z + y @ a @ b * (cfg.lora_alpha / cfg.lora_rank)
+        z = z + y @ lora[name]['a'] @ lora[name]['b'] * (cfg.lora_alpha / cfg.lora_rank)
       return z
 
     def heads(z, name, get=get):
@@ -95,7 +94,7 @@ def layers(cfg, params, tokens_T, positions, seen, start=0, cache=None):
         part = z[:, at : at + dim]
         if cfg.qk_norm:
           part = rms_norm(part, get(f'{name}_norm', 'scale'), cfg.eps)
-        parts.append(rope(part, positions, cfg.rope_theta))
+        parts.append(rope(part, positions, cfg.rope_theta, cfg.rotary))
       return np.concatenate(parts, axis=1)
 
     y = rms_norm(x, get('attn_norm', 'scale'), cfg.eps)
@@ -108,11 +107,67 @@ def layers(cfg, params, tokens_T, positions, seen, start=0, cache=None):
     new.append((k, v))
     x = x + linear(attend(cfg, q, k, v, seen), 'o')
     y = rms_norm(x, get('mlp_norm', 'scale'), cfg.eps)
-    gate = linear(y, 'gate')
-    gate = gate / (1 + np.exp(-gate))
-    x = x + linear(gate * linear(y, 'up'), 'down')
+    if 'router' in own:
+      x = x + experts(cfg, own, y)
+    else:
+      x = x + linear(silu(linear(y, 'gate')) * linear(y, 'up'), 'down')
   scale = np.asarray(tree['final_norm']['scale'], np.float64)
   return rms_norm(x, scale, cfg.eps), new
+
+
+def layer_of(tree, layer):
+  """Returns the parameters of one layer, from layers or layers_0, layers_1, ..."""
+  for name in sorted(name for name in tree if name.startswith('layers')):
+    stack = tree[name]
+    count = len(stack['q']['kernel' if 'kernel' in stack['q'] else 'a'])
+    if layer < count:
+      pick = lambda x, at=layer: np.asarray(x, np.float64)[at]
+      return {
+        linear: {leaf: pick(x) for leaf, x in leaves.items()}
+        for linear, leaves in stack.items()
+      }
+    layer -= count
+  return {}
+
+
+def silu(x):
+  return x / (1 + np.exp(-x))
+
+
+def route(cfg, logits_E, bias_E):
+  """Returns {expert: weight} of one token, the best first; ties go to the lower one."""
+  if cfg.router == 'sigmoid':
+    scores = 1 / (1 + np.exp(-logits_E))
+  else:
+    scores = np.exp(log_softmax(logits_E))
+  choice = scores + bias_E
+  groups = np.split(np.arange(cfg.experts), cfg.router_groups)
+  worth = [sum(sorted(choice[group])[-2:]) for group in groups]
+  open_ = [e for g in best(worth, cfg.router_groups_kept) for e in groups[g]]
+  chosen = [
+    sorted(open_)[i] for i in best(choice[sorted(open_)], cfg.experts_per_token)
+  ]
+  weigh = choice if cfg.router_bias == 'weight' else scores
+  total = sum(weigh[e] for e in chosen) if cfg.router_norm else 1.0
+  return {e: cfg.router_scale * weigh[e] / total for e in chosen}
+
+
+def experts(cfg, own, y_TxD):
+  """Returns what the experts of each token make of it, and those that see all."""
+  out = []
+  for y in y_TxD:
+    bias = own['router'].get('bias', np.zeros(cfg.experts))
+    total = np.zeros_like(y)
+    for e, weight in route(cfg, y @ own['router']['kernel'], bias).items():
+      gate, up, down = (
+        own[f'experts_{x}']['kernel'][e] for x in ('gate', 'up', 'down')
+      )
+      total += weight * (silu(y @ gate) * (y @ up)) @ down
+    if cfg.shared_mlp:
+      gate, up, down = (own[f'shared_{x}']['kernel'] for x in ('gate', 'up', 'down'))
+      total += (silu(y @ gate) * (y @ up)) @ down
+    out.append(total)
+  return np.array(out)
 
 
 def pluck(tree, path):

@@ -14,7 +14,7 @@ from dmpo_jax import mesh, model, resume
 from dmpo_jax.model.lora import dropout
 from dmpo_jax.tools.costs import inner_jaxprs
 
-# The families: LLaDA, Dream, Qwen3-like, a tied head; GQA in two of them.
+# The families: LLaDA, Dream, Qwen3-like, a tied head, experts; GQA in two of them.
 VARIANTS = {
   'llada': dict(),
   'dream': dict(heads=4, kv_heads=2, qkv_bias=True, shift=True),
@@ -22,7 +22,12 @@ VARIANTS = {
     heads=4, kv_heads=1, head_dim=6, qk_norm=True, rope_theta=1e6, eps=1e-6
   ),
   'tied': dict(tied=True, layers=3, mlp=20),
-}
+  'experts': dict(
+    layers=3, dense_layers=(1,), experts=6, experts_per_token=2, expert_mlp=12,
+    shared_mlp=8, router='sigmoid', router_bias='choice', router_norm=True,
+    router_scale=2.5, router_groups=3, router_groups_kept=2, rotary=0.5,
+  ),
+}  # fmt: skip
 PADS = (0, 1, 4)  # left padding of the rows
 SIZE = 9  # of every row, padding included
 
@@ -411,6 +416,8 @@ def test_program_does_not_grow_with_depth(tiny):
     # Half of total_size in model.safetensors.index.json: bfloat16.
     ('sdar_4b', 8822848512 // 2),
     ('fast_dllm_7b', 15231233024 // 2),
+    ('llada2_mini', 32511286784 // 2),
+    ('sdar_30b', 61064245248 // 2),
     (
       'sdar_1_7b',
       2 * 151936 * 2048

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from dmpo_jax.types import Array
 
-# Rows of a tile: a matrix product of so many is fast, and few are lost at a group's end.
+# Rows of a tile: enough for a fast matrix product, and few are lost at a group's end.
 # It is constant, so that a row's result does not depend on the number of rows.
 TILE = 32
 

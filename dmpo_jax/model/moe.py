@@ -17,7 +17,6 @@ from dmpo_jax.model.grouped import grouped
 from dmpo_jax.model.lora import dropout
 from dmpo_jax.model.presets import EXPERTS, ModelConfig
 
-
 PRODUCT = 'expert_product'  # names what the policy dots of remat keeps
 
 
@@ -64,7 +63,7 @@ def choose(
   if routes_RxTxX is not None:
     chosen = jnp.where(routes_RxTxX < 0, chosen, routes_RxTxX.astype(chosen.dtype))
   weights = jnp.take_along_axis(weigh, chosen, axis=-1)
-  if cfg.router_norm and cfg.experts_per_token > 1:
+  if cfg.router_norm:
     weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
   return chosen, weights * cfg.router_scale, scores
 
@@ -138,7 +137,6 @@ def ragged_rows(
 # (rows sorted by expert (Q, D), kernels (E, D, F), rows of each expert (E,)) -> (Q, F).
 # What becomes of rows after the last expert's is left open.
 PRODUCTS = {'ragged': grouped}
-KERNELS = ('dense', *PRODUCTS)
 
 
 def chain(

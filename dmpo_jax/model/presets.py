@@ -8,6 +8,9 @@ DENSE = ('gate', 'up', 'down')  # of a dense MLP
 SHARED = ('shared_gate', 'shared_up', 'shared_down')  # of the shared experts
 EXPERTS = ('experts_gate', 'experts_up', 'experts_down')  # stacked: one for each expert
 LINEARS = ('q', 'k', 'v', 'o', *DENSE, *SHARED, *EXPERTS)
+# All experts on all tokens, the reference; or on sorted tokens, in the best form of a
+# platform (grouped.py).
+EXPERT_KERNELS = ('dense', 'ragged')
 LORA_TARGETS = {
   # Attention, dense MLPs and shared experts; a layer has hundreds of the other experts.
   'all': f'^({"|".join(x for x in LINEARS if x not in EXPERTS)})$',
@@ -58,7 +61,7 @@ class ModelConfig:
   router_groups: int = 1  # groups that the experts stand in
   # Best groups that a token may choose from; a group counts as its two best experts.
   router_groups_kept: int = 1
-  expert_kernel: str = 'ragged'  # a name in moe.KERNELS
+  expert_kernel: str = 'ragged'  # a name in EXPERT_KERNELS
   keep_routes: bool = False  # forwards return the experts that tokens were sent to
   tied: bool = False  # the head is the embedding
   shift: bool = False  # output i - 1 predicts token i (Dream)
@@ -117,6 +120,10 @@ def expert_rules(cfg: ModelConfig) -> list[tuple[bool, str]]:
     (
       cfg.router_bias not in ('', 'choice', 'weight'),
       f"router_bias = {cfg.router_bias!r}: give '', choice or weight",
+    ),
+    (
+      cfg.expert_kernel not in EXPERT_KERNELS,
+      f'expert_kernel = {cfg.expert_kernel!r}: give {", ".join(EXPERT_KERNELS)}',
     ),
     (
       groups < 1 or bool(count % max(1, groups)) or (groups > 1 and size < 2),
@@ -234,7 +241,10 @@ PRESETS = {
     expert_mlp=32,
     shared_mlp=64,
     dense_layers=(0,),
+    router='sigmoid',
+    router_bias='choice',
     router_norm=True,
+    norm_round=True,
   ),
   'small': dict(width=256, layers=8, heads=8, kv_heads=8, mlp=768, positions=2048),
   'llada_8b': dict(
