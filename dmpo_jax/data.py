@@ -58,6 +58,13 @@ TEMPLATES = {
     '{{ message.content }}<|im_end|>\n{% endfor %}'
     '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
   ),
+  '<|role_end|>': (  # LLaDA2's
+    '<role>SYSTEM</role>detailed thinking off<|role_end|>'
+    '{% for message in messages %}<role>'
+    "{{ 'HUMAN' if message.role == 'user' else message.role | upper }}</role>"
+    '{{ message.content }}<|role_end|>{% endfor %}'
+    '{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}'
+  ),
   '<|assistant|>': CHAT,
 }
 

@@ -112,7 +112,7 @@ def _asked_for(self: tuple, name: str) -> Any:
 
 
 GIVEN = -2  # in Rollouts.order
-STOP_TOKENS = ('<|eot_id|>', '<|im_end|>')  # end a turn of a chat
+STOP_TOKENS = ('<|eot_id|>', '<|im_end|>', '<|role_end|>')  # end a turn of a chat
 
 
 class Prompts(NamedTuple):

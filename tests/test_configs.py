@@ -26,7 +26,10 @@ FILES = sorted(
   if p.stem not in ('__init__', 'base', 'slices')
 )
 TRAINS = [stem for stem in FILES if stem not in ('baselines', 'compare')]
-BLOCKS = ('sdar_math', 'sdar_gsm8k', 'fast_dllm_math', 'tiny_a2d_gsm8k')
+BLOCKS = (
+  'sdar_math', 'sdar_gsm8k', 'fast_dllm_math', 'tiny_a2d_gsm8k', 'llada2_math',
+  'sdar_moe_math',
+)  # fmt: skip
 PUBLISHED = [s for s in TRAINS if s.startswith(('llada', 'dream')) or s in BLOCKS]
 NAMED = ('quickstart', 'llada_math')  # where each objective is named in turn
 CLASSES = sorted(

@@ -3,8 +3,9 @@
 The fields are those of the releases: JetLM/SDAR-{1.7B,4B,8B,30B-A3B}-Chat and the
 copy in OpenMOSS/DiRL, Efficient-Large-Model/Fast_dLLM_v2_7B,
 Dream-org/Dream-v0-Instruct-7B,
-GSAI-ML/LLaDA-8B-Instruct in DARE's copy, inclusionAI/LLaDA2.0-mini and dFactory's,
-inclusionAI/LLaDA-MoE, and GSAI-ML/iLLaDA-8B-Base as its modelling file reads them.
+GSAI-ML/LLaDA-8B-Instruct in DARE's copy, inclusionAI/LLaDA-MoE-7B-A1B, and
+GSAI-ML/iLLaDA-8B-Base as its modelling file reads them. test_experts.py has LLaDA2.0
+and SDAR-30B-A3B.
 """
 
 import json
@@ -73,6 +74,19 @@ ILLADA = QWEN | dict(
   rope_scaling={'type': 'default', 'factor': 1.0}, tie_word_embeddings=True,
   vocab_size=155136,
 )  # fmt: skip
+LLADA_MOE = dict(
+  architectures=['LLaDAMoEModelLM'], attention_bias=False, attention_dropout=0.0,
+  clip_qkv=None, dense_intermediate_size=8192, eos_token_id=156892,
+  expert_intermediate_size=1024, hidden_act='silu', hidden_size=2048,
+  initializer_range=0.02, max_position_embeddings=8192, model_type='llada',
+  moe_layer_freq=[1] * 16, moe_router_enable_expert_bias=False,
+  moe_router_score_function='softmax', norm_topk_prob=None, num_attention_heads=16,
+  num_experts=64, num_experts_per_tok=8, num_hidden_layers=16, num_key_value_heads=16,
+  pad_token_id=156892, partial_rotary_factor=1, qk_layernorm=True, rms_norm_eps=1e-5,
+  rope_scaling=None, rope_theta=50000, routed_scaling_factor=1,
+  router_aux_loss_coef=0.01, router_num_group=None, router_topk_group=None,
+  shared_expert_intermediate_size=None, tie_word_embeddings=False, vocab_size=157184,
+)  # fmt: skip
 EXPERTS = dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
 CHAT = {'eos_token_id': [151645, 151643], 'temperature': 0.6, 'top_k': 20}
 TURNS = {'<|endoftext|>': 151643, '<|im_start|>': 151644, '<|im_end|>': 151645}
@@ -137,6 +151,11 @@ ACCEPTED = {
     dict(generation_config={'eos_token_id': 126081}),
     dict(model.PRESETS['llada_8b'], block_causal=0, stop_ids=()),
   ),
+  'LLaDA-MoE-7B-A1B-Instruct': (  # of type llada on the hub, lladamoe in dllm
+    LLADA_MOE,
+    dict(tokenizer=dict(added_tokens=[{'content': '<|role_end|>', 'id': 156900}])),
+    dict(model.PRESETS['lladamoe_7b'], block_causal=0, stop_ids=(156900,)),
+  ),
   'iLLaDA-8B-Base': (
     ILLADA,
     dict(added_tokens={'<[MASK]>': 5}),
@@ -165,11 +184,9 @@ REFUSED = {
     BLOCK,
   ),
   'A2D, mdlm or bd3lm': (A2D | {'mask_token_id': 151669}, BLOCK),
-  'SDAR-30B-A3B-Chat': (SDAR | EXPERTS | {'model_type': 'sdar_moe'}, 'experts'),
-  'LLaDA2.0-mini': (QWEN | EXPERTS | {'model_type': 'llada2_moe'}, 'experts'),
-  'dFactory': (QWEN | EXPERTS | {'model_type': 'llada2_moe_veomni'}, 'experts'),
-  'LLaDA-MoE': (QWEN | EXPERTS | {'model_type': 'lladamoe'}, 'experts'),
-  'LLaDA-MoE of type llada': (QWEN | EXPERTS | {'model_type': 'llada'}, 'experts'),
+  'Qwen3-30B-A3B': (QWEN | EXPERTS | {'model_type': 'qwen3_moe'}, 'experts'),
+  'LLaDA with experts': (LLADA | EXPERTS, 'experts'),
+  'SDAR with experts': (SDAR | EXPERTS, 'experts'),
   'Nemotron': (QWEN | {'model_type': 'nemotron_labs_diffusion'}, 'not implemented'),
   'iLLaDA with LayerNorm': (ILLADA | {'layer_norm_eps': 1e-5}, 'layer_norm_eps'),
   'a stop id from elsewhere': (SDAR | {'eos_token_id': [151643, 200000]}, '200000'),

@@ -503,8 +503,8 @@ def test_fields_without_effect_change_no_setting(change, tmp_path):
     ('lada', {}, ''),
     ('gpt2', {}, ''),
     ('qwen', {}, ''),
-    ('llada2_moe', {'num_experts': 256, 'moe_intermediate_size': 512}, 'experts'),
-    ('sdar_moe', {'num_experts': 128, 'num_experts_per_tok': 8}, 'experts'),
+    ('qwen3_moe', {'num_experts': 256, 'moe_intermediate_size': 512}, 'experts'),
+    ('mixtral', {'num_local_experts': 8, 'num_experts_per_tok': 2}, 'experts'),
     (None, {}, ''),
   ],
 )
