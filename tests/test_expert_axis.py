@@ -74,7 +74,11 @@ def plain(weights_of):
   bias = np.where(np.arange(8) < 4, 0.5, -0.5).astype(np.float32)
   bias[1] = 9
   params['params']['layers_1']['router']['bias'] = jnp.asarray(bias)[None]
-  return cfg, params, jax.jit(functools.partial(value_and_grads, cfg))(params, *tokens())
+  return (
+    cfg,
+    params,
+    jax.jit(functools.partial(value_and_grads, cfg))(params, *tokens()),
+  )
 
 
 @pytest.mark.parametrize('shape', [
@@ -85,7 +89,9 @@ def test_logits_and_gradients_on_every_mesh(shape, plain):
   cfg, params, want = plain
   got = on_mesh(shape, functools.partial(value_and_grads, cfg), params, *tokens())
   close(got, want)
-  assert float(np.abs(got[1]['params']['layers_1']['experts_up']['kernel']).max()) > 1e-3
+  assert (
+    float(np.abs(got[1]['params']['layers_1']['experts_up']['kernel']).max()) > 1e-3
+  )
 
 
 @pytest.mark.slow
@@ -184,7 +190,9 @@ def test_pieces_are_all_of_it():
   ):
     (_, want), grads = run(x, chosen, weights, stacks, 1)
     here = (chosen >= 0) & (chosen < 4)
-    products = np.einsum('md,mkdf->mkf', x, np.asarray(stacks)[np.where(here, chosen, 0)])
+    products = np.einsum(
+      'md,mkdf->mkf', x, np.asarray(stacks)[np.where(here, chosen, 0)]
+    )
     direct = np.sum(products * (np.asarray(weights) * here)[..., None], axis=1)
     np.testing.assert_allclose(want, direct, atol=1e-5)
     (_, got), more = run(x, chosen, weights, stacks, 4)
@@ -216,7 +224,9 @@ def test_experts_have_rules():
   # Without the axis the same rules hold, and rows lie on every axis but `tensor`.
   leaf = leaves_of(cfg)[f'params/{up}/kernel']
   one = mesh.make_mesh(4, 2, 1)
-  assert mesh.spec_of(f'params/{up}/kernel', leaf, one) == P(None, None, 'fsdp', 'tensor')
+  assert mesh.spec_of(f'params/{up}/kernel', leaf, one) == P(
+    None, None, 'fsdp', 'tensor'
+  )
   assert mesh.row_axes(where) == ('data', 'fsdp', 'expert')
   assert (mesh.row_shards(where), mesh.row_shards(one)) == (4, 8)
 
