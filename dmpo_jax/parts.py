@@ -111,6 +111,11 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
       f'model.kv_heads = {cfg.kv_heads} must be a multiple of '
       f'mesh.tensor = {c.mesh.tensor}, or use xla'
     )
+  if c.mesh.expert > 1 and (not cfg.experts or cfg.experts % c.mesh.expert):
+    raise ValueError(
+      f'mesh.expert = {c.mesh.expert} splits the experts of a layer: it must divide the '
+      f"model's number of experts, {cfg.experts}; set 1 for a model without"
+    )
   if tokenizer is not None and len(tokenizer) > cfg.vocab:
     raise ValueError(
       f'the tokenizer has {len(tokenizer)} tokens, the model '

@@ -59,7 +59,7 @@ def rows_dot(
       else:
         at = kernel.at[group[i], k[:, None], column[None, :]]
         weight = load(at, seen[:, None] & inside[None, :])
-      return total + pl.dot(part, weight)
+      return total + triton.dot(part, weight)
 
     laps = jnp.minimum(end[i] - first[i], 1) * pl.cdiv(inner, INNER)
     total = jax.lax.fori_loop(0, laps, add, jnp.zeros((ROWS, COLUMNS), jnp.float32))
@@ -92,7 +92,7 @@ def kernels_dot(x: Array, dy: Array, sizes: Array, interpret: bool = False) -> A
       right = load(
         dy.at[own[:, None], column[None, :]], real[:, None] & (column < features)[None]
       )
-      return total + pl.dot(left, right, trans_a=True)
+      return total + triton.dot(left, right, trans_a=True)
 
     laps = pl.cdiv(end[e] - first[e], INNER)
     total = jax.lax.fori_loop(0, laps, add, jnp.zeros(tile, jnp.float32))
