@@ -389,7 +389,7 @@ def test_adapters_round_trip(family, targets, count, tmp_path):
   assert matched == ours
 
 
-def test_an_adapter_that_peft_trained_on_the_fused_linear(tmp_path, weights_of):
+def test_an_adapter_that_peft_trained_on_the_fused_linear(tmp_path):
   """Its parts share a; rows that are no target, or another rank, are refused."""
   cfg, lora, source = with_adapter('llada2', '^(q|k|v)$', tmp_path)
   out = tmp_path / 'x'
@@ -422,7 +422,7 @@ def test_an_adapter_that_peft_trained_on_the_fused_linear(tmp_path, weights_of):
     hf.read_adapter(str(out), cfg, source)
 
 
-def test_merged_experts_and_a_quantized_base(tmp_path, weights_of):
+def test_merged_experts_and_a_quantized_base(tmp_path):
   """An adapter of experts is added to each of them; few bits are restored."""
   targets = model.LORA_TARGETS['experts']
   cfg, lora, source = with_adapter('llada2', targets, tmp_path)

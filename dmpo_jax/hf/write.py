@@ -27,6 +27,7 @@ from dmpo_jax.hf.families import (
   CONVERTED,
   FAMILIES,
   INDEX,
+  LLADA_MOE,
   Entry,
   Family,
   entries,
@@ -282,7 +283,8 @@ def save_adapter(
     'adapter_config.json',
     dict(
       peft_type='LORA',
-      task_type='CAUSAL_LM',
+      # PEFT wants generate of such a class, and LLaDA-MoE's has none.
+      task_type=None if family is LLADA_MOE else 'CAUSAL_LM',
       r=cfg.lora_rank,
       lora_alpha=cfg.lora_alpha,
       lora_dropout=cfg.lora_dropout,
