@@ -206,7 +206,6 @@ def build(c: Any, devices: Any = None) -> Built:
   init, init_lora, start = make_starts(c, cfg, folder, grid)
   init_sft, start_sft, merge = make_sft_starts(c, cfg, grid)
   read_references = parts.references(c, cfg, folder, grid, quantize)
-  who = drafting_of(c, cfg, tokenizer, grid, quantize)
   digest, read = Compiled(grid, checkpoint.digest), parts.file_digests(c)
 
   def noted(field: str, call: Callable) -> Callable:
@@ -223,8 +222,7 @@ def build(c: Any, devices: Any = None) -> Built:
 
     return reading if field else call
 
-  if who and parts.own_draft(c):
-    who = who._replace(read=functools.cache(noted('draft.of', who.read)))
+  who = drafting_of(c, cfg, tokenizer, (grid, quantize), noted)
   steps = Steps(
     noted('model.checkpoint' * bool(c.model.checkpoint), init),
     noted('lora.path' * bool(c.lora.path), init_lora),
@@ -238,7 +236,7 @@ def build(c: Any, devices: Any = None) -> Built:
     lambda section: make_sample(c, section, Use('evaluate'), (cfg, grid), who),
     lambda program: make_texts(c, program, cfg, grid),
     noted('reference.of' * (not check.only_base(c)), read_references),
-    who.read if who and parts.own_draft(c) else dict,
+    who.read if who else dict,
     make_select(grid),
     *make_training(c, grid, setup, 'mask', optimizer_of),
     *make_sft(c, cfg, grid),
@@ -246,8 +244,7 @@ def build(c: Any, devices: Any = None) -> Built:
     quantize,
     digest,
   )
-  task = grader.task_of(c)
-  return Built(c, grid, cfg, task, tokenizer, setup, steps, {}, read, who)
+  return Built(c, grid, cfg, grader.task_of(c), tokenizer, setup, steps, {}, read, who)
 
 
 def collector(built: Built, frozen: Params) -> Collector:
@@ -458,9 +455,13 @@ class Drafting(NamedTuple):
 
 
 def drafting_of(
-  c: Any, cfg: model.ModelConfig, tokenizer: Any, grid: Any, quantize: Callable
+  c: Any, cfg: model.ModelConfig, tokenizer: Any, how: tuple, noted: Callable
 ) -> Drafting | None:
-  """Returns who drafts; None: nobody. ValueError if that is impossible."""
+  """Returns who drafts; None: nobody. ValueError if that is impossible.
+
+  how: (mesh, what quantizes). noted: (field, reader) -> the same, noting a digest.
+  """
+  grid, quantize = how
   if not c.draft.of:
     return None
   drafter, gate = parts.drafter_of(c, cfg, tokenizer), None
@@ -476,7 +477,7 @@ def drafting_of(
     return sharded(quantized_shapes(tree, c.model.quantize), grid)
 
   read = lambda: quantize(hf.read_params(hf.locate(c.draft.of), drafter.cfg, grid))
-  return Drafting(drafter, read, shapes, gate)
+  return Drafting(drafter, functools.cache(noted('draft.of', read)), shapes, gate)
 
 
 class Drafted(Compiled):

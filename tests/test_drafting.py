@@ -238,7 +238,8 @@ def test_the_weights_of_a_draft(exported, base_params, tmp_path):
   meta['read']['draft.of'] += 1
   with pytest.raises(ValueError, match='draft.of'):
     resume.refuse_swapped(one, meta)
-  assert cards.source_of(one, base_params)['draft.of'] == one.read['draft.of']
+  source = cards.source_of(one, base_params)
+  assert source['weights of draft.of'] == one.read['draft.of']
 
 
 def test_drafts_of_another_family_are_refused(exported, tmp_path):

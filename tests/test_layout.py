@@ -55,8 +55,8 @@ UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 # which capability it buys. Types, sentences and checks of input are not cut to meet it.
 MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 24200, 60, 6
 # These take more: the keyword options of one pass, a window with its cache, and the
-# signature that scripts outside the project call.
-WIDE = {'view_logp', 'hidden', 'window_logits', 'beside_cache', 'sample'}
+# signature that scripts outside the project call, with its first half.
+WIDE = {'view_logp', 'hidden', 'window_logits', 'beside_cache', 'sample', 'opened'}
 
 
 def sources(root):

@@ -145,7 +145,7 @@ def source_of(built: build.Built, params: Params) -> dict[str, Any]:
   built.steps.read_draft()  # it notes its digest
   return {
     'parameters': int(built.steps.digest(params)),
-    **{name: x for name, x in built.read.items() if name.startswith('draft.')},
+    **{f'weights of {x}': built.read[x] for x in ('draft.of',) if x in built.read},
     **{name: value for name, value in fields.items() if not name.startswith(free)},
   }
 
