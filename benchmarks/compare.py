@@ -81,7 +81,7 @@ def config_of(args, task):
 
   SystemExit for a flag that is neither of this file nor of the config.
   """
-  c = compare.get_config(task)
+  c = args.study.get_config(task)
   for flag in args.overrides:
     if not flag.startswith('--config.'):
       sys.exit(f'error: {flag} is not a flag of this command')
@@ -92,6 +92,11 @@ def config_of(args, task):
   return c
 
 
+def flag_of(args, task):
+  """The flag that names a task's config; args.study is its module."""
+  return f'--config={ROOT}/configs/{args.study.__name__.rpartition(".")[2]}.py:{task}'
+
+
 def base(args, task):
   """Directory of the model that a task's runs start from, made if need be."""
   if args.checkpoint:
@@ -99,7 +104,7 @@ def base(args, task):
   workdir = args.folder / task / 'base'
   out = workdir / 'model'
   if not (out / 'config.json').exists():
-    common = (f'--config={ROOT}/configs/compare.py:{task}', *args.overrides)
+    common = (flag_of(args, task), *args.overrides)
     call(workdir, *common, '--mode=sft')
     call(workdir, *common, '--mode=export', '--of=base', f'--out={out}')
   return str(out)
@@ -118,11 +123,11 @@ def train(args, task, arm, rate, seed):
   """One run, to its end."""
   workdir = place(args, task, arm, rate, seed)
   if not done(args, task, arm, rate, seed):
-    count = compare.fields_of(arm)['train.iterations']
+    count = args.study.fields_of(arm)['train.iterations']
     call(
       workdir,
-      f'--config={ROOT}/configs/compare.py:{task}',
-      f'--sweep=objectives:{compare.ARMS.index(arm)}',
+      flag_of(args, task),
+      f'--sweep=objectives:{args.study.ARMS.index(arm)}',
       f'--config.seed={seed}',
       f'--config.optim.lr={rate}',
       f'--config.model.checkpoint={base(args, task)}',
@@ -201,9 +206,9 @@ def row_of(args, task, arm, rate, seed):
   workdir = place(args, task, arm, rate, seed)
   results = json.loads((workdir / 'results.json').read_text())
   rows = [row for row in metrics.read(workdir) if row['phase'] == 'rl']
-  sample, score, update = compare.COSTS[arm]
+  sample, score, update = args.study.COSTS[arm]
   spent = sum(row['forwards'] for row in rows) + len(rows) * (
-    score + compare.INNER * update
+    score + args.study.INNER * update
   )
   judged = workdir / 'judged.json'
   said = json.loads(judged.read_text()) if judged.exists() else {}
@@ -432,6 +437,7 @@ def main(argv=None):
   parser.add_argument('--folder', type=pathlib.Path, default='runs/compare')
   args, args.overrides = parser.parse_known_args(argv)
   args.folder, args.known = args.folder.resolve(), known(args.known)
+  args.study = compare
   tasks, arms, failed = args.task.split(','), args.arms.split(','), []
   for flag, names, there in (
     ('arms', arms, compare.ARMS),

@@ -191,7 +191,9 @@ def test_each_run_once_and_failures_alone(tmp_path, monkeypatch):
 
 def test_overrides_reach_the_final_evaluation():
   """It must build the model that was trained."""
-  args = argparse.Namespace(overrides=['--config.model.width=32'])
+  args = argparse.Namespace(
+    overrides=['--config.model.width=32'], study=compare
+  )
   assert bench.config_of(args, 'sudoku').model.width == 32
 
 
