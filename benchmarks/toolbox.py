@@ -86,7 +86,9 @@ def tables(args):
     rows.setdefault(row['arm'], []).append(row)
   names = [cell for name, _, _ in COLUMNS for cell in (name, 'less without')]
   names = ['arm', 'seeds', *names, 'equal groups', 'shared steps', 'forwards', 's']
-  arms = sorted(rows, key=lambda arm: (list(toolbox.OFF).index(toolbox.off_of(arm)), arm))
+  arms = sorted(
+    rows, key=lambda arm: (list(toolbox.OFF).index(toolbox.off_of(arm)), arm)
+  )
   text = '\n'.join(
     ['| ' + ' | '.join(names) + ' |', '|---' * len(names) + '|']
     + [line(arm, rows) for arm in arms]

@@ -19,7 +19,7 @@ SWEEPS = ('objectives',)
 BUDGET = 1600  # forwards over a buffer's rows, for a whole run
 SEEDS = compare.SEEDS
 INNER = compare.INNER
-PROBLEMS = 256
+PROBLEMS = 96
 TASKS = ('sudoku',)
 REWARD = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'whole.py'
 
@@ -27,7 +27,7 @@ REWARD = pathlib.Path(__file__).parents[1] / 'benchmarks' / 'whole.py'
 # docs/comparison.md. agrpo has fewer draws, so that it sees as many buffers, and the
 # picks of the others, so that completions share their first steps.
 OFF = {
-  'dmpo': ({**compare.DMPO['dmpo'], 'objective.name': 'dmpo'}, 2e-4),
+  'dmpo': ({**compare.DMPO['dmpo'], 'objective.name': 'dmpo'}, 7e-5),
   'diffpo': ({'objective.name': 'diffpo', 'objective.norm': 'token'}, 2e-4),
   'agrpo': (
     {
@@ -59,7 +59,9 @@ def get_config(task='sudoku'):
   c = compare.get_config(task)
   c.name = f'toolbox-{task}'
   c.data.max_blanks = 10
-  c.sft.steps = 150
+  c.sft.steps = 90
+  c.train.prompts = 8
+  c.train.microbatches = 1
   c.reward.file = f'{REWARD}:whole'
   c.reward.task = False
   return c

@@ -1,0 +1,93 @@
+"""Tests the arms of the toolbox: what they change, their costs, order and table."""
+
+import json
+
+import pytest
+from test_compare import check_costs, write_run
+
+from benchmarks import compare as runs
+from benchmarks import toolbox as bench
+from benchmarks import whole
+from configs import compare, toolbox
+from dmpo_jax import check, config
+
+
+def test_an_arm_differs_from_its_rival_in_its_tool_alone():
+  """Equal budget, rate and settings but for the tool, which is in effect."""
+  for arm, (off, tool) in toolbox.TOOLS.items():
+    mine, theirs = toolbox.fields_of(arm), toolbox.fields_of(off)
+    different = {name for name in mine if mine[name] != theirs.get(name)} - {'name'}
+    assert different == set(tool) and tool
+    assert toolbox.rates_of(arm) == toolbox.rates_of(off)
+    c = toolbox.get_config()
+    config.update(c, mine)
+    for field in tool:
+      assert field not in check.idle(c)
+
+
+@pytest.mark.parametrize('arm', ['agrpo'])
+def test_costs(arm):
+  """Those of compare.py, but for one with other draws; each spends the budget."""
+  check_costs(toolbox, arm)
+  for arm, cost in toolbox.COSTS.items():
+    off = toolbox.off_of(arm)
+    assert off == 'agrpo' or cost == compare.COSTS[off]
+    sample, score, update = cost
+    spent = toolbox.fields_of(arm)['train.iterations'] * (
+      sample + score + toolbox.INNER * update
+    )
+    assert abs(spent - toolbox.BUDGET) <= (sample + score + toolbox.INNER * update) / 2
+
+
+def test_reward_is_of_the_whole_grid():
+  grid = '1234341221434321'
+  assert whole.whole([grid, f' {grid}\n', grid[:-1], ''], [grid] * 4) == [1, 1, 0, 0]
+
+
+def test_runs_go_seed_by_seed_and_once(tmp_path, monkeypatch):
+  """A stopped comparison has whole seeds; a failure does not stop the others."""
+  ran = []
+
+  def call(workdir, *arguments):
+    ran.append(workdir.name)
+    if workdir.name == 'base':
+      (workdir / 'model').mkdir(parents=True, exist_ok=True)
+      (workdir / 'model' / 'config.json').write_text('{}')
+    elif workdir.name == 'dmpo-own-7e-05-0':
+      raise RuntimeError('dmpo-own fails')
+    else:
+      tool = 0.1 * workdir.name.startswith('dmpo-other')
+      seed = int(workdir.name[-1])
+      write_run(workdir, 0.3, [0.3, 0.4 + 0.01 * seed + tool * (1 + seed)])
+      rows = (workdir / 'metrics.jsonl').read_text().splitlines()
+      rows = [json.loads(row) | dict.fromkeys(bench.MEANS, 0.5) for row in rows]
+      (workdir / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+
+  monkeypatch.setattr(runs, 'call', call)
+  monkeypatch.setattr(runs, 'judge', lambda args, task: None)
+  command = [
+    '--arms=dmpo,dmpo-own,dmpo-other', '--seeds=2', f'--folder={tmp_path}',
+  ]  # fmt: skip
+  with pytest.raises(SystemExit, match='dmpo-own fails'):
+    bench.main(command)
+  names = [name for name in ran if name != 'base']
+  assert [name[-1] for name in names] == ['0'] * 3 + ['1'] * 3
+  lines = (tmp_path / 'sudoku.md').read_text().splitlines()[2:]
+  cells = {row.split(' | ')[0]: row.split(' | ')[1:] for row in lines}
+  assert list(cells) == ['| dmpo', '| dmpo-other', '| dmpo-own']
+  # Seeds 0 and 1 gain 0.1 and 0.2: 0.15, with Student's 12.706 for one degree.
+  assert cells['| dmpo-other'][2] == '0.150 ± 0.635'
+  assert cells['| dmpo'][2] == '' and cells['| dmpo-own'][0] == '1'
+  del ran[:]
+  with pytest.raises(SystemExit):
+    bench.main(command)
+  assert [name for name in ran if name != 'base'] == ['dmpo-own-7e-05-0']
+  # The same table from the lines alone.
+  known = [f'--known={tmp_path}/sudoku.jsonl', '--only=report']
+  bench.main([*command[:2], f'--folder={tmp_path}/again', *known])
+  assert (tmp_path / 'again' / 'sudoku.md').read_text().splitlines()[2:] == lines
+
+
+def test_unknown_names_are_refused():
+  with pytest.raises(SystemExit, match="'ppo' must be one of dmpo"):
+    bench.main(['--arms=ppo'])
