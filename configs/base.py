@@ -25,6 +25,7 @@ def get_config():
   c.data = section(config.Data)
   c.reward = section(config.Reward)
   c.sft = section(config.Sft)
+  c.pairs = section(config.Pairs)
   c.sampler = section(config.Sampler, temperature=1.0)  # rollouts
   config.choose_objective(c, 'dmpo')
   c.reference = section(config.Reference)

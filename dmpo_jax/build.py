@@ -152,6 +152,14 @@ class Steps(NamedTuple):
   update: Callable  # (state, frozen, TrainBatch, inner) -> (state, metrics)
   sft: Callable  # (state, frozen, Lesson, step, factor of the rate) -> (state, metrics)
   held_out: Callable  # (trainable, frozen, Lesson) -> (negative ELBO, tokens)
+  start_pairs: Callable  # what trains on pairs -> TrainState
+  # Of training on pairs: (prompts, valid, answers, row) -> Sampled, and then as above.
+  place_pairs: Callable
+  score_pairs: Callable
+  pack_pairs: Callable
+  update_pairs: Callable
+  # (trainable, frozen, references, Sampled) -> ELBOs of the policy and of p_ref, (R,)
+  measure_pairs: Callable
   quantize: Callable  # params -> params, kernels stored as model.quantize says
   digest: Callable  # tree -> uint32 of all its bits
 
@@ -220,8 +228,9 @@ def build(c: Any, devices: Any = None) -> Built:
     lambda program: make_texts(c, program, cfg, grid),
     noted('reference.of' * (not check.only_base(c)), read_references),
     make_select(grid),
-    *make_training(c, grid, setup),
+    *make_training(c, grid, setup, 'mask', optimizer_of),
     *make_sft(c, cfg, grid),
+    *make_pairs(c, grid, setup),
     quantize,
     digest,
   )
@@ -254,6 +263,7 @@ def collector(built: Built, frozen: Params) -> Collector:
     stops=model.stops(built.model),
     samples=c.log.samples,
     resample=hp.resample,
+    saves=c.log.rollouts,
   )
 
 
@@ -384,15 +394,15 @@ def make_sample(
   return Compiled(grid, sample, last=(seed,), by_row=(1, 2, 3), out_shardings=out)
 
 
-def sampled_shardings(grid: Any) -> Sampled:
-  """Returns how a Sampled is split.
+def sampled_shardings(grid: Any, given: bool = False) -> Sampled:
+  """Returns how a Sampled is split; given: its texts were not sampled here.
 
   It is not left to the compiler: each process reads its own rows.
   """
   by_row = mesh.rows(grid)
   rollouts = Rollouts._make([by_row] * len(Rollouts._fields))
   rollouts = rollouts._replace(forwards=mesh.replicated(grid))
-  return Sampled(rollouts, by_row, by_row, by_row)
+  return Sampled(rollouts, by_row, by_row, None if given else by_row)
 
 
 def make_select(grid: Any) -> Compiled:
@@ -480,26 +490,30 @@ def pmap_rows(sample: Callable, grid: Any) -> Callable:
 
 
 def make_training(
-  c: Any, grid: Any, setup: step.Setup
+  c: Any, grid: Any, setup: step.Setup, stream: str, optimizer: Callable
 ) -> tuple[Compiled, Compiled, Compiled]:
-  """Returns score, pack, update."""
+  """Returns score, pack, update.
+
+  stream: of the loss's masks; 'mask' is RL's, at its rate. optimizer: (config, rate) ->
+  the optimizer.
+  """
   seed = np.uint32(c.seed)
 
   whole = gather_of(c, grid)
 
   def score(trainable, frozen, references, sampled, seed):
     who = whole(scoring.policies(trainable, frozen, references))
-    keys = rng.key_for(seed, 'score'), rng.key_for(seed, 'mask')
+    keys = rng.key_for(seed, 'score'), rng.key_for(seed, stream)
     return scoring.score(who, sampled, *keys, setup)
 
   def pack(sampled, reward, scores, share=None):
     return scoring.pack(sampled, reward, scores, setup, share)
 
   def update(state, frozen, batch, inner, seed, lr):
-    now = dataclasses.replace(setup, optimizer=optimizer_of(c, lr))
-    return step.train_step(state, frozen, batch, rng.key_for(seed, 'mask'), inner, now)
+    now = dataclasses.replace(setup, optimizer=optimizer(c, lr))
+    return step.train_step(state, frozen, batch, rng.key_for(seed, stream), inner, now)
 
-  lr = np.float32(c.optim.lr)
+  lr = np.float32(c.optim.lr if stream == 'mask' else c.pairs.lr)
   return (
     Compiled(grid, score, (seed,)),
     Compiled(grid, pack),
@@ -530,6 +544,32 @@ def make_sft(c: Any, cfg: model.ModelConfig, grid: Any) -> tuple[Staged, Compile
   return (
     Staged(sft_of, lambda at: anneal.stage_of(cfg, c.sft.anneal, at), 3),
     Compiled(grid, held_out, (seed,), by_row=(2,)),
+  )
+
+
+def make_pairs(
+  c: Any, grid: Any, rl: step.Setup
+) -> tuple[Callable, Callable, Callable, Callable, Callable, Callable]:
+  """Returns start_pairs, place_pairs, score_pairs, pack_pairs, update_pairs and
+  measure_pairs."""
+  setup, seed = parts.pairs_setup_of(c, rl), np.uint32(c.seed)
+  whole = gather_of(c, grid)
+
+  def place(tokens, valid, answers, row):
+    return likelihood.as_sampled(setup.cfg, tokens, valid, answers, row)
+
+  def measure(trainable, frozen, references, sampled, seed):
+    who = whole(scoring.policies(trainable, frozen, references))
+    key = rng.substream(rng.key_for(seed, 'pairs'), 'held_out')
+    under = lambda params, i: scoring.under_masks(params, i, sampled, key, setup)
+    return under(who.old, 0)[0], scoring.of_references(under, who, 0, setup)[0]
+
+  by_row = (0, 1, 2, 3)
+  return (
+    starter(parts.pairs_optimizer_of(c), grid),
+    Compiled(grid, place, by_row=by_row, out_shardings=sampled_shardings(grid, True)),
+    *make_training(c, grid, setup, 'pairs', parts.pairs_optimizer_of),
+    Compiled(grid, measure, (seed,)),
   )
 
 
@@ -585,7 +625,7 @@ def abstract_references(built: Built, frozen: Params, state: Any) -> tuple:
 
   def of_path(path):
     if path == 'base':  # the policy that RL starts from
-      return state.trainable if check.part(c, 'sft').goes_on else {}
+      return state.trainable if check.keeps_adapters(c) else {}
     if path == 'moving':
       return optim.reference_of(state.opt_state)
     return state.trainable if is_adapter(path) else frozen
@@ -623,7 +663,7 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
   )
   sampled = jit.shapes({**frozen, **state.trainable}, *prompts)
   # Functions of their own: those in built.steps may be wrapped.
-  score, pack, *_ = make_training(c, built.mesh, built.setup)
+  score, pack, *_ = make_training(c, built.mesh, built.setup, 'mask', optimizer_of)
   scores = score.shapes(state.trainable, frozen, refs, sampled)
   if scores.guess is not None:  # the host hands in their rewards
     guess = jax.ShapeDtypeStruct(scores.guess.shape[:2], np.float32, sharding=by_row)

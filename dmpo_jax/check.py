@@ -44,7 +44,7 @@ def config(c: Any, count: int, platform: str = '') -> None:
     for rule, sections in RULES.items():
       if not wrong & set(sections):
         found += rule(c)
-    if not wrong & {'mesh', 'train', 'eval', 'sft'}:
+    if not wrong & {'mesh', 'train', 'eval', 'sft', 'pairs'}:
       found += devices(c, count)
     found += attention(c, platform or jax.default_backend())
   if found:
@@ -72,7 +72,7 @@ def training(c: Any) -> None:
   Updates must not be lost by rounding, and a right answer must be paid.
   """
   sft = part(c, 'sft')
-  whole = sft.trains and not sft.rank or c.train.iterations and not c.lora.rank
+  whole = sft.trains and not sft.rank or tunes(c) and not c.lora.rank
   if c.model.param_dtype != 'float32' and whole:
     raise ValueError(
       f'model.param_dtype = {c.model.param_dtype} rounds away a change of less than a '
@@ -86,6 +86,11 @@ def training(c: Any) -> None:
       f'not grade as right, what this prompt of data.task = {c.data.task} asks for: '
       'set data.style = chat (eval.style is free), or data.protocol = strict'
     )
+
+
+def tunes(c: Any) -> bool:
+  """Whether training goes on after the supervised one: on pairs, or RL."""
+  return bool(c.train.iterations or part(c, 'pairs').trains)
 
 
 # --- fields without effect
@@ -158,7 +163,9 @@ def idle_between(c: Any) -> dict[str, str]:
     'objective.', 'logprob.', 'reference.', 'optim.', 'train.', 'curriculum.'
   )  # fmt: skip
   rl = [name for name in flatten(c) if name.startswith(sections)]
-  rl = sorted({*rl} - {'objective.name', 'train.iterations'})
+  of_pairs = {x for x in rl if x.startswith(('reference.', 'optim.'))}
+  of_pairs -= {'optim.lr', 'optim.warmup', 'optim.decay_steps'}
+  rl = sorted({*rl} - {'objective.name', 'train.iterations'} - of_pairs)
   solves = part(c, 'sft').trains and not c.sft.path
   return without_effect(
     ('logprob.estimator logprob.tail logprob.states logprob.fuse', scored, asks),
@@ -173,6 +180,9 @@ def idle_between(c: Any) -> dict[str, str]:
     *weights,
     ('reward.sandbox reward.python reward.memory', task.ready, 'data.task = code'),
     (' '.join(rl), c.train.iterations, 'train.iterations > 0'),
+    (' '.join(sorted(of_pairs)), tunes(c), 'train.iterations > 0 or pairs.path'),
+    ('log.rollouts', c.train.iterations, 'train.iterations > 0'),
+    ('data.drop', c.train.iterations or solves, 'train.iterations > 0'),
   )
 
 
@@ -285,6 +295,12 @@ def devices(c: Any, count: int) -> list[str]:
       f'train.prompts * train.group = {rows} rows must be a multiple of '
       f'{shards} device shards * train.microbatches = {pieces}'
     )
+  pieces = shards * c.pairs.microbatches
+  if part(c, 'pairs').trains and 2 * c.pairs.batch % pieces:
+    found.append(
+      f'2 * pairs.batch = {2 * c.pairs.batch} rows must be a multiple of the {shards} '
+      f'device shards * pairs.microbatches = {pieces}'
+    )
   pieces = shards * c.sft.microbatches
   if part(c, 'sft').trains and c.sft.batch % pieces:
     found.append(
@@ -346,7 +362,7 @@ def fuse(c: Any) -> list[str]:
   if not plain_reference(c):
     found.append(
       "logprob.fuse = True knows the base alone: set reference.of = ('base',), weight "
-      '1, and sft.merge = True'
+      '1, sft.merge = True, and no pairs.path'
     )
   return found
 
@@ -497,7 +513,12 @@ def only_base(c: Any) -> bool:
 
 def plain_reference(c: Any) -> bool:
   """Whether p_ref is the frozen base, without any adapters."""
-  return only_base(c) and not part(c, 'sft').goes_on
+  return only_base(c) and not keeps_adapters(c)
+
+
+def keeps_adapters(c: Any) -> bool:
+  """Whether RL goes on with adapters that were trained before it."""
+  return part(c, 'sft').goes_on or bool(part(c, 'pairs').trains and c.lora.rank)
 
 
 def reference(c: Any) -> list[str]:
@@ -512,7 +533,8 @@ def reference(c: Any) -> list[str]:
   if only_base(c):
     return found
   name, (_, wants) = c.objective.name, wanted(c)
-  if not any('ref' in x for x in (wants.sequence, wants.elbo, wants.views)):
+  reads = any('ref' in x for x in (wants.sequence, wants.elbo, wants.views))
+  if not (reads or part(c, 'pairs').trains):
     found.append(
       f'reference.of = {r.of}: objective.name = {name} reads no log p_ref, set '
       "('base',)"
@@ -564,14 +586,14 @@ RULES: dict[Callable[[Any], list[str]], tuple[str, ...]] = {
   quantization: ('model', 'lora'),
   head_chunk: ('model', 'sampler'),
   pmap: ('mesh', 'sampler', 'eval.sampler'),
-  fuse: ('logprob', 'lora', 'reference', 'sft'),
+  fuse: ('logprob', 'lora', 'pairs', 'reference', 'sft'),
   trajectory: ('logprob', 'sampler'),
   rollouts: ('lora', 'sampler', 'sft', 'train'),
   supervised: ('lora', 'model', 'sft'),
   objective_sampler: ('objective', 'sampler'),
   resampling: ('curriculum', 'data', 'train'),
   old_policy: ('objective', 'logprob', 'lora'),
-  reference: ('objective', 'reference'),
+  reference: ('objective', 'pairs', 'reference'),
   bounds: ('objective', 'health'),
 }
 

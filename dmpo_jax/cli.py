@@ -11,11 +11,13 @@ Modes:
   export  the latest checkpoint as a Hugging Face directory or a PEFT adapter
   plan    memory, FLOPs and time of a run, before anything is loaded
   report  curves and a summary of a run; --runs compares runs, --cards results cards
+  pairs   preference pairs of a run's saved rollouts, and the problems it has solved
+  rounds  RL, then --rounds times: pairs of its rollouts, training on them, RL again
   list    the runs in runs/ or of --runs: how far they are, their last accuracy
 
 A run is a folder, the workdir. Without --workdir it is runs/NAME-HASH of the config, so
 the same --config finds it again in every mode. --workdir without --config takes the
-run's own config. Only train and sft train. FILE:espo, or
+run's own config. Only train, sft and rounds train. FILE:espo, or
 --config.objective.name=espo, trains with another objective at its own defaults.
 """
 
@@ -37,6 +39,7 @@ import jax
 from absl import app, flags, logging
 
 from dmpo_jax import (
+  buffers,
   build,
   check,
   config,
@@ -47,16 +50,22 @@ from dmpo_jax import (
   grader,
   guard,
   hf,
+  pairs,
   resume,
+  rounds,
   rules,
   runner,
   runs,
 )
+from dmpo_jax.phases import pairs as curating
 from dmpo_jax.tasks import CHOICES
 from dmpo_jax.tools import cards, plan, report, status, watch
 from dmpo_jax.types import Params, Task
 
-NAMES = ('train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report', 'list')
+NAMES = (
+  'train', 'sft', 'eval', 'sample', 'score', 'export', 'plan', 'report', 'list',
+  'pairs', 'rounds',
+)  # fmt: skip
 _text, _int, _choice = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum
 CONFIG = _text('config', '', 'config file: FILE or FILE:ARGUMENT')
 MODE = _choice('mode', 'train', NAMES, 'what to do')
@@ -81,6 +90,10 @@ PRESET = _text(
 HTML = _text('html', '', 'sample: also writes a web page to this file')
 PROFILE = _int('profile', 0, 'train: iterations of RL to trace into WORKDIR/profile')
 TOPOLOGY = _text('topology', '', 'plan: absent devices, such as v5p:4x4x4 or h100x8')
+ROUNDS = _int('rounds', 1, 'rounds: how often pairs and RL follow the first RL')
+DROP = flags.DEFINE_float(
+  'drop', 0.8, 'pairs, rounds: share of the solved problems that RL then leaves out'
+)
 RUNS = _text('runs', '', 'report, list: pattern of workdirs; list: runs/*')
 CARDS = _text('cards', '', 'report: pattern of the *.card.json to compare')
 BY = _text('by', 'objective.baseline', 'report --runs: config field to group by')
@@ -95,19 +108,21 @@ HEARTBEAT = _int('heartbeat', 100, 'seconds of silence after which a process is 
 # Flags -> the modes that read them. The others say which run is meant, in any mode.
 READ_BY = {
   'of mix': ('eval', 'sample', 'export'),
-  'out': ('export', 'eval', 'report'),
+  'out': ('export', 'eval', 'report', 'pairs'),
   'format': ('export',),
   'generations task protocol': ('score',),
   'problem prompt html': ('sample',),
   'preset': ('eval', 'sample'),
   'topology': ('plan',),
   'profile': ('train',),
+  'rounds': ('rounds',),
+  'drop': ('pairs', 'rounds'),
   'runs': ('report', 'list'),
   'cards by': ('report',),
 }
 
 
-READS_DATA = {'train', 'sft', 'eval', 'sample', 'score', 'plan'}
+READS_DATA = {'train', 'sft', 'eval', 'sample', 'score', 'plan', 'pairs', 'rounds'}
 
 
 class Command(NamedTuple):
@@ -159,10 +174,18 @@ def refuse_flags() -> None:
       for names, modes in READ_BY.items()
     ),
   )
+  if MODE.value == 'rounds' and not WORKDIR.value:
+    raise ValueError(
+      '--mode=rounds needs --workdir=DIR, which holds a run of each round'
+    )
   if MIX.value != 1 and OF.value == 'base':
     raise ValueError('--mix needs trained parameters: --of=latest or --of=best')
   if not -10 <= MIX.value <= 10:
     raise ValueError(f'--mix={MIX.value} must be in -10 to 10: 0 = the base, 1 = all')
+  if not 0 <= DROP.value <= 1:
+    raise ValueError(f'--drop={DROP.value} must be in [0, 1]: a share of the problems')
+  if ROUNDS.value < 1:
+    raise ValueError(f'--rounds={ROUNDS.value} must be >= 1')
   if PROFILE.value < 0:
     raise ValueError(f'--profile={PROFILE.value} must be >= 0 iterations')
   given = {name: need for name, need in useless.items() if flags.FLAGS[name].present}
@@ -182,19 +205,23 @@ def read_config(fields: Sequence[str]) -> Command:
     if alone:
       return Command(None, {})
     c = runs.config_of(runs.path_of('--workdir', WORKDIR.value))
-    return Command(c, config.override(c, fields, preset_fields(fields)))
+    return Command(c, config.override(c, fields, mode_fields(fields)))
   module, c = config.load(CONFIG.value)
   file, point = CONFIG.value.partition(':')[0], {}
   if SWEEP.value:
     point = config.sweep_point(module, file, SWEEP.value)
-  overrides = config.override(c, fields, point | preset_fields(fields))
+  overrides = config.override(c, fields, point | mode_fields(fields))
   return Command(c, overrides | ({'sweep': SWEEP.value} if SWEEP.value else {}))
 
 
-def preset_fields(fields: Sequence[str]) -> dict[str, Any]:
-  """Returns the fields of --preset, but for those that a flag sets."""
+def mode_fields(fields: Sequence[str]) -> dict[str, Any]:
+  """Returns the fields of --preset and of the mode, but for those that a flag sets."""
   given = {text.removeprefix('--config.').partition('=')[0] for text in fields}
   found = conventions.fields_of(PRESET.value) if PRESET.value else {}
+  if MODE.value == 'pairs' and WORKDIR.value:  # of this run's rollouts
+    found['pairs.path'] = (WORKDIR.value,)
+  if MODE.value == 'rounds':  # of the rounds', and the fields of pairs have an effect
+    found['pairs.path'] = (rounds.first(WORKDIR.value),)
   return {name: x for name, x in found.items() if name not in given}
 
 
@@ -473,6 +500,36 @@ def shown_prompt(built: build.Built) -> tuple[data.Problems, str]:
   return problem, built.task.prompt(test.examples[at], 'bare')
 
 
+def pairs_mode(command: Command) -> None:
+  """Writes the pairs of saved rollouts, and the problems that data.drop may name."""
+  c = command.config
+  if not c.pairs.path:
+    raise ValueError('--mode=pairs needs --workdir=DIR of a run with saved rollouts')
+  folders = [runs.path_of('pairs.path', path) for path in c.pairs.path]
+  out = runs.path_of('--out', OUT.value, written=True)
+  out = out or os.path.join(folders[0], buffers.FOLDER)
+  built = runner.ready(c)
+  lines, count = curating.curated(built, folders)
+  solved = curating.solved_of(built, folders, DROP.value)
+  if jax.process_index() == 0:
+    os.makedirs(out, exist_ok=True)
+    for name, rows in ((pairs.FILE, lines), (pairs.SOLVED, solved)):
+      files.replace(os.path.join(out, name), files.to_lines(rows))
+  runner.say(
+    f'{pairs.told(count)}\n{os.path.join(out, pairs.FILE)}: for pairs.path\n'
+    f'{os.path.join(out, pairs.SOLVED)}: {len(solved)} problems, for data.drop'
+  )
+
+
+def rounds_mode(command: Command) -> None:
+  """Alternates RL and training on pairs."""
+  folder = runs.workdir_of(WORKDIR.value, written=True)
+  how = ROUNDS.value, DROP.value
+  rounds.run(command.config, folder, *how, command.overrides)
+  if jax.process_index() == 0:
+    print(report.summary(os.path.join(folder, str(ROUNDS.value))))
+
+
 def score_mode(command: Command) -> None:
   """Grades saved generations as --config or --task say; the last line is JSON."""
   if not GENERATIONS.value:
@@ -558,5 +615,5 @@ MODES: dict[str, Callable[[Command], None]] = {
   'train': train_mode, 'sft': functools.partial(train_mode, only_sft=True),
   'eval': eval_mode, 'sample': sample_mode, 'score': score_mode,
   'export': export_mode, 'plan': plan_mode, 'report': report_mode,
-  'list': list_mode,
+  'list': list_mode, 'pairs': pairs_mode, 'rounds': rounds_mode,
 }  # fmt: skip

@@ -24,10 +24,11 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dmpo_jax import curriculum, health, logprob, model, optim, sampler
+from dmpo_jax import curriculum, health, logprob, model, optim, pairs, sampler
 from dmpo_jax.data import PromptOptions
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.shared import Common
+from dmpo_jax.objectives.vrpo import Preference
 from dmpo_jax.rules import (
   Section,
   above,
@@ -193,6 +194,7 @@ class Data(Section, TaskOptions, PromptOptions):
 
   def problems(self) -> list[str]:
     found = super().problems() + missing_file('data.template', self.template)
+    found += missing_file('data.drop', self.drop)
     try:
       found += nearest('data.style', self.style, find(self.task).styles)
       self.own()
@@ -363,6 +365,67 @@ class Sft(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class Pairs(Preference):
+  """Training on preference pairs, after supervised training and before RL: DPO."""
+
+  NAME = 'pairs'
+  OWN = {
+    **Preference.OWN,
+    **dict.fromkeys(('each', 'epochs', 'batch', 'microbatches'), least(1)),
+    'choose': one_of(*pairs.CHOOSE),
+    'overlong': one_of('error', 'drop'),
+    'held_out': chance,
+  }
+
+  # Files of pairs, or workdirs of runs with log.rollouts = True, from which pairs are
+  # made; () = no such training.
+  path: tuple = ()
+  each: int = 2  # workdirs: pairs of a problem at most
+  last: int = 0  # workdirs: newest buffers of each that are used; 0 = all
+  choose: str = 'longest'  # workdirs: which clean completions are chosen; or random
+  # workdirs: completions that may be rejected: wrong, and unclean (right, but cut,
+  # looped, without the format, or with another result in the reasoning).
+  classes: tuple = pairs.CLASSES
+  overlong: str = 'error'  # pairs that do not fit sampler.length; error | drop
+  epochs: int = 1  # passes over the pairs
+  batch: int = 32  # pairs per update
+  microbatches: int = 1  # microbatches of an update, for gradient accumulation
+  lr: float = 5e-7  # learning rate after warm-up; below RL's
+  warmup: int = 10  # updates of linear warm-up; 0 = none
+  beta: float = 0.1  # inverse temperature of the ELBO gap
+  held_out: float = 0.0  # share of the problems whose pairs are held out; 0 = none
+  every: int = 0  # updates between accuracies of the held-out pairs; 0 = at the end
+
+  @property
+  def trains(self) -> bool:
+    return bool(self.path)
+
+  def number(self, x: float) -> str:
+    return least(0)(x)
+
+  def idle(self) -> dict[str, str]:
+    made = self.trains and not os.path.isfile(str(self.path[0]))
+    return without_effect(
+      ('each last choose classes', made, 'a workdir in pairs.path'),
+      ('every', self.held_out, 'pairs.held_out > 0'),
+      (' '.join(set(vars(self)) - {'path'}), self.trains, 'pairs.path'),
+    )
+
+  def problems(self) -> list[str]:
+    found = super().problems()
+    if not all(isinstance(name, str) and name for name in self.path):
+      found.append(f'pairs.path = {self.path} must hold names of files or workdirs')
+    kinds = {os.path.isfile(name) for name in map(str, self.path)}
+    if len(kinds) > 1:
+      found.append(f'pairs.path = {self.path}: name files or workdirs, not both')
+    if not self.classes or set(self.classes) - set(pairs.CLASSES):
+      found.append(
+        f'pairs.classes = {self.classes} must be of {", ".join(pairs.CLASSES)}'
+      )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
 class Sampler(sampler.SampleConfig):
   """How completions are sampled (sampler.SampleConfig), and on which program."""
 
@@ -510,11 +573,13 @@ class Log(Section):
   every_seconds: float = 10.0  # seconds between log lines where there is no terminal
   wandb: str = ''  # project of Weights & Biases that gets the metrics, too; '' = none
   samples: int = 2  # completions of a buffer written to samples.jsonl; 0 = none
+  rollouts: bool = False  # True: write every buffer to rollouts/, for pairs.path
   stuck_minutes: float = 0.0  # without progress so long the run exits (76); 0 = off
 
 
 SECTIONS = {
   'model': Model, 'lora': Lora, 'data': Data, 'reward': Reward, 'sft': Sft,
+  'pairs': Pairs,
   'sampler': Sampler, 'reference': Reference, 'logprob': logprob.LogprobConfig,
   'train': Train, 'curriculum': curriculum.Config, 'optim': optim.Config,
   'eval': Eval, 'eval.sampler': Sampler, 'checkpoint': Checkpoint,

@@ -6,6 +6,7 @@ resumed run skips nothing.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +71,7 @@ class PromptOptions:
   template: str = ''  # file with {field}s of a problem; replaces style if set
   prompt_length: int = 0  # P in tokens; 0 = the longest prompt's
   overlong: str = 'error'  # prompts above prompt_length: error | drop | cut (left end)
+  drop: str = ''  # file of training problems to leave out (solved.jsonl); '' = none
   attend_padding: bool = False  # True: padding counts as real, as in the papers' code
 
 
@@ -248,6 +250,8 @@ def load_problems(
   with userfile.naming('data.task'):
     examples = list(task.load(split, options))
     check_problems(split, examples)
+    if how.drop and split == 'train':
+      examples = without(task, examples, how.drop)
     if how.template:
       show = lambda example: fill_template(how.template, [example])[0]
       texts, prefill = fill_template(how.template, examples), ''
@@ -261,6 +265,30 @@ def load_problems(
         f'{text!r}'
       )
   return encode_problems(examples, texts, tokenizer, how, prefill)._replace(show=show)
+
+
+def digest(task: Task, example: dict) -> str:
+  """Returns what tells problems apart: a hash of the prompt in its barest form."""
+  return hashlib.sha256(task.prompt(example, 'bare').encode()).hexdigest()[:16]
+
+
+def without(task: Task, examples: list[dict], path: str) -> list[dict]:
+  """Returns the problems that a file of lines {problem: digest} does not name.
+
+  ValueError if none is left, or a line names none.
+  """
+  rows = files.read(path)
+  if wrong := [at for at, row in enumerate(rows, 1) if 'problem' not in row]:
+    raise ValueError(
+      f'data.drop = {path!r}, line {wrong[0]}: it must be {{"problem": digest}}, as '
+      '--mode=pairs writes them'
+    )
+  named = {row['problem'] for row in rows}
+  kept = [example for example in examples if digest(task, example) not in named]
+  logging.info('left out %d of %d problems', len(examples) - len(kept), len(examples))
+  if not kept:
+    raise ValueError(f'data.drop = {path!r} leaves out every problem: set another')
+  return kept
 
 
 def check_problems(split: str, examples: Sequence[Any]) -> None:

@@ -300,7 +300,12 @@ class Lessons:
       yield lesson._replace(learn=learn, row=where)
 
 
-def take_out(owner: Sequence[int] | np.ndarray, share: float, seed: int) -> np.ndarray:
+def take_out(
+  owner: Sequence[int] | np.ndarray,
+  share: float,
+  seed: int,
+  field: str = 'sft.held_out',
+) -> np.ndarray:
   """Returns which rows are held out, bool: those of a share of the owners, at random.
 
   owner: the dialogue of each row, from 0. ValueError if none would be left.
@@ -310,7 +315,7 @@ def take_out(owner: Sequence[int] | np.ndarray, share: float, seed: int) -> np.n
   held = max(1, int(count * share)) if share else 0
   if held >= count:
     raise ValueError(
-      f'sft.held_out = {share} holds out all {count} texts: set 0, or add texts'
+      f'{field} = {share} holds out all {count} texts: set 0, or add texts'
     )
   chosen = np.random.default_rng([seed, count]).permutation(count)[:held]
   return np.isin(owners, chosen)

@@ -25,6 +25,7 @@ from dmpo_jax import layout, logprob, masking, model, rng, rules, sampler
 from dmpo_jax.rng import AnyKey
 from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.types import (
+  GIVEN,
   Array,
   BoolR,
   BoolRKL,
@@ -38,6 +39,8 @@ from dmpo_jax.types import (
   IntRP,
   Masks,
   Params,
+  Rollouts,
+  Sampled,
 )
 
 UNIT = 16  # lengths of canvases are multiples, so that few programs are compiled
@@ -105,6 +108,38 @@ def place(
     jnp.concatenate([found.valid[:, :-length], real], axis=1),
     own,
   )
+
+
+def as_sampled(
+  cfg: model.ModelConfig,
+  prompts_RxP: IntRP,
+  valid_RxP: BoolRP,
+  answers_RxL: IntRL,
+  row_R: IntR,
+) -> Sampled:
+  """Returns given completions as if they had been sampled, all in one step.
+
+  answers_RxL: -1 where a sampler left a mask (sampler.eos_stop). They are laid out as
+  the sampler lays out its own.
+  """
+  found = sampler.lay_out(cfg, prompts_RxP, valid_RxP, answers_RxL.shape[1])
+  length = answers_RxL.shape[1]
+  at = jnp.arange(length)[None] - jnp.sum(found.given, axis=1, keepdims=True)
+  text = jnp.take_along_axis(answers_RxL, jnp.maximum(at, 0), axis=1)
+  given = jnp.where(found.given, found.tokens[:, -length:], cfg.eos_id)
+  tail = jnp.where(found.given | (text < 0), given, text)
+  order = jnp.where(found.given, GIVEN, jnp.where(text < 0, -1, 0))
+  own, zeros = ~found.given, jnp.zeros(order.shape)
+  rollouts = Rollouts(
+    jnp.concatenate([found.tokens[:, :-length], tail], axis=1),
+    found.valid,
+    order,
+    logp=zeros,
+    forwards=jnp.int32(0),
+    confidence=zeros,
+  )
+  stop = model.is_stop(cfg, tail) & own
+  return Sampled(rollouts, masking.completion_mask(stop) & own, row_R)
 
 
 def text_logp(

@@ -89,6 +89,13 @@ METRICS = {
   'elbo_drift': 'mean ELBO of the policy less that of p_old; nats',
   'ratio_log_abs': 'mean absolute log-ratio of the policy to p_old; nats',
   'place_log_abs': 'mapg: the same for the choice of positions; nats',
+  # --- pairs (pairs, held_out_pairs)
+  'elbo_chosen': 'mean lower bound of the log-prob of the chosen completions; nats',
+  'elbo_rejected': 'the same of the rejected completions; nats',
+  'chosen_gap': 'mean ELBO of the chosen less that of the reference; nats',
+  'rejected_gap': 'mean ELBO of the rejected less that of the reference; nats',
+  'margin': 'chosen_gap - rejected_gap; nats',
+  'pairs_right': 'share of held-out pairs with a margin above 0; 0 to 1, ties 1/2',
   # --- held-out texts (held_out)
   'held_out_nll': 'negative ELBO of the held-out texts; nats a learned token',
   # --- the program (rl)

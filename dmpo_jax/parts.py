@@ -5,14 +5,16 @@ before anything is compiled. Nothing here compiles; build.py does.
 """
 
 import dataclasses
+import hashlib
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from dmpo_jax import check, config, data, hf, masking, model, optim, sampler, step
 from dmpo_jax.logprob import LogprobConfig
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, vrpo
 from dmpo_jax.objectives.shared import Common
 from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.tasks import rewards, userfile
@@ -160,6 +162,13 @@ def optimizer_of(c: Any, lr: Any = None) -> Any:
   return optim.make_optimizer(c.optim, lr, hold='moving' in c.reference.of)
 
 
+def pairs_optimizer_of(c: Any, lr: Any = None) -> Any:
+  """Returns the optimizer of training on pairs: RL's, at a rate of its own."""
+  own = dict(lr=c.pairs.lr, warmup=c.pairs.warmup, decay_steps=0)
+  hp = dataclasses.replace(check.settings(optim.Config, c.optim), **own)
+  return optim.make_optimizer(hp, lr, hold='moving' in c.reference.of)
+
+
 def sft_config(c: Any, cfg: model.ModelConfig) -> model.ModelConfig:
   """Returns the model of supervised training: with its own adapters, or with none."""
   sft = c.sft
@@ -223,6 +232,22 @@ def setup_of(c: Any, cfg: model.ModelConfig, objective: Objective) -> step.Setup
     mean=c.reference.mean,
     clip=c.reference.clip,
     moves=(c.reference.every, c.reference.mix) if 'moving' in c.reference.of else None,
+  )
+
+
+def pairs_setup_of(c: Any, setup: step.Setup) -> step.Setup:
+  """Returns what stays the same in training on pairs: DPO in groups of two."""
+  names = [field.name for field in dataclasses.fields(vrpo.Preference)]
+  hp = vrpo.Config(**{name: c.pairs[name] for name in names})
+  return dataclasses.replace(
+    setup,
+    objective=vrpo.PAIRS,
+    hp=hp,
+    group=2,
+    inner=1,
+    microbatches=c.pairs.microbatches,
+    common=Common(),
+    measure=False,
   )
 
 
@@ -307,6 +332,9 @@ def _user_files(c: Any) -> Iterator[tuple[str, str, str]]:
     yield 'data.task', userfile.digest('data.task', c.data.task), c.data.task
   for name, spec in rewards.specs(c.reward.file).items():
     yield f'reward.file {name}', userfile.digest('reward.file', spec), spec
+  if c.data.drop:
+    text = hashlib.sha256(pathlib.Path(c.data.drop).read_bytes()).hexdigest()
+    yield 'data.drop', text, c.data.drop
 
 
 def file_digests(c: Any) -> dict[str, int]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from dmpo_jax import build, check, checkpoint, files, mesh, metrics
+from dmpo_jax import build, check, checkpoint, files, mesh, metrics, optim
 from dmpo_jax.health import State
-from dmpo_jax.types import Params
+from dmpo_jax.types import Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,8 @@ def refuse_swapped(
   """
   old = meta.get('read', {})
   changed = [name for name, x in built.read.items() if old.get(name, x) != x]
-  files_ = [name for name in changed if name.startswith(('data.task', 'reward.file'))]
+  read = ('data.task', 'data.drop', 'pairs.path', 'reward.file')
+  files_ = [name for name in changed if name.startswith(read)]
   if files_:
     text = f'{" and ".join(files_)}: the file has changed since this run began'
     if not judging:
@@ -92,6 +93,32 @@ def policy_of(built: build.Built, base: Params) -> tuple[Params, Params]:
   if 'lora' in base:
     return {'lora': base['lora']}, {'params': base['params']}
   return built.steps.init_lora() or base, base
+
+
+def with_base(found: tuple, start: Params) -> tuple:
+  """Returns references with the policy that a phase starts from for the base.
+
+  found: of Steps.read_references. start: what the phase trains, if adapters were
+  trained before; {} otherwise.
+  """
+  first = {'lora': start['lora']} if 'lora' in start else {}
+  return tuple(first if tree == {} else tree for tree in found)
+
+
+def laid(references: tuple, state: TrainState) -> tuple:
+  """Returns references with the moving one, of an optimizer's state, in its place."""
+  moving = lambda tree: optim.reference_of(state.opt_state) if tree is None else tree
+  return tuple(map(moving, references))
+
+
+def after_pairs(built: build.Built, workdir: str | os.PathLike, base: Params) -> Params:
+  """Returns the parameters that training on pairs has come to; `base` without it."""
+  if not workdir or not saved_updates(workdir, 'pairs'):
+    return base
+  trainable, frozen = policy_of(built, base)
+  folder = os.path.join(workdir, 'pairs')
+  found = read_state(built, folder, lambda: built.steps.start_pairs(trainable))
+  return {**frozen, **found.trees['state'].trainable} if found else base
 
 
 def sft_start(built: build.Built) -> tuple[Params, Params]:

@@ -15,7 +15,9 @@ from dmpo_jax.types import IntR, KeyR
 
 AnyKey = Key[Any, '']
 
-STREAMS = dict(init=0, lora=1, sample=2, score=3, mask=4, sft=5, evaluate=6, adapt=7)
+STREAMS = dict(
+  init=0, lora=1, sample=2, score=3, mask=4, sft=5, evaluate=6, adapt=7, pairs=8
+)
 # Uses inside one stream and step, beside its rows.
 SUBSTREAMS = dict(
   dropout=0, anchor=1, fresh=2, prompt=3, order=4, turns=5, held_out=6, anneal=7

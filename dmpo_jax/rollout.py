@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dmpo_jax import curriculum, data, grader, health, mesh
+from dmpo_jax import buffers, curriculum, data, grader, health, mesh
 from dmpo_jax.metrics import Clock
 from dmpo_jax.types import (
   NOT_ASKED,
@@ -115,6 +115,7 @@ class Collector:
   stops: tuple[int, ...]  # tokens that end a text: model.stops
   samples: int = 0  # completions per buffer that are written down
   resample: int = 0  # rounds of other prompts for groups of equal rewards
+  saves: bool = False  # whether `finish` returns the buffer as arrays, too
 
   def choose(self, iteration: int, part: int = 0) -> curriculum.Chosen:
     """Returns the problems of a buffer; part: the round of its resampling."""
@@ -237,7 +238,8 @@ class Collector:
   ) -> tuple[TrainBatch, dict, dict]:
     """Grades a buffer on the host, weighs its groups and packs it.
 
-    Returns (TrainBatch, dict of floats, {file name: list of dicts to append}).
+    Returns (TrainBatch, dict of floats, {file name: list of dicts to append}), with the
+    whole buffer under buffers.FOLDER where it is saved.
     ValueError on a reward that is not finite.
     """
     clock = clock or Clock()
@@ -265,7 +267,7 @@ class Collector:
       reward_BxG,
       to_groups(np.asarray(graded.grades), self.group),
     )
-    ended = np.isin(host.tokens, self.stops)
+    ended = np.isin(host.tokens, self.stops) & host.completion
     metrics['cut'] = float(np.mean(~ended.any(axis=1)))
     metrics['shared_steps'] = shared_steps(host.order, host.tokens, self.group)
     metrics['policy_age'] = started.age
@@ -275,6 +277,8 @@ class Collector:
       'samples.jsonl': self.samples_of(started.iteration, drawn),
       'failed_grades.jsonl': [dict(iteration=started.iteration, **x) for x in failed],
     }
+    if self.saves:
+      files[buffers.FOLDER] = [self.arrays_of(started.iteration, drawn)]
     passes = started.passes or (self.passes_of(drawn),)
     if self.resample:
       metrics |= {
@@ -334,6 +338,27 @@ class Collector:
       )
       for i in range(min(self.samples, len(host.order)))
     ]
+
+  def arrays_of(self, iteration: int, drawn: Drawn) -> buffers.Buffer:
+    """Returns a buffer as it is saved; the caller sets the policy's update."""
+    graded, host, index = drawn.graded, drawn.host, drawn.chosen.index
+    column = lambda name: [row.get(name) for row in graded.terms]
+    names = dict.fromkeys(name for row in graded.terms for name in row)
+    number = lambda x: np.nan if x is None else x
+    return buffers.Buffer(
+      iteration,
+      0,
+      [self.problems.examples[i] for i in index],
+      np.asarray(index, np.int32),
+      self.problems.tokens[index],
+      self.problems.valid[index],
+      np.asarray(host.tokens, np.int32),
+      np.asarray(host.order, np.int32),
+      host.completion.sum(axis=1).astype(np.int32),
+      {x: np.array(list(map(number, column(x))), np.float32) for x in names},
+      np.asarray(graded.reward, np.float32),
+      np.asarray(graded.grades, np.float32),
+    )
 
 
 def joined(

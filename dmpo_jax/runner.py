@@ -33,6 +33,7 @@ from dmpo_jax import (
   runs,
 )
 from dmpo_jax import train as loop
+from dmpo_jax.phases import pairs as preferences
 from dmpo_jax.phases import texts
 from dmpo_jax.tools import provenance, speed
 from dmpo_jax.types import Params
@@ -149,12 +150,14 @@ def params_of(
   workdir: '' = no run. of: latest | best | base; '' = the latest if there are some.
   ValueError if `of` names a checkpoint that is missing.
   """
-  alone = config.part(built.config, 'sft').trains and not built.config.train.iterations
+  c = built.config
+  alone = config.part(c, 'sft').trains and not check.tunes(c)
   if workdir and alone:  # a checkpoint of supervised training
     best = {'': False, 'latest': False, 'best': True, 'base': None}[of]
     base = built.steps.quantize(resume.base_of(built, workdir, best))
     return base, base, of or 'latest'
-  saved = workdir and mesh.agree(resume.saved_updates(workdir))
+  count = lambda: any(resume.saved_updates(workdir, x) for x in ('pairs', 'rl'))
+  saved = workdir and mesh.agree(count())
   if workdir and not saved and of != 'base':
     if of:
       raise ValueError(
@@ -165,8 +168,10 @@ def params_of(
   base = built.steps.quantize(resume.base_of(built, workdir))
   if of == 'base':
     return base, base, 'base'
-  name = 'adapter' if built.config.lora.path else 'base'
-  params = resume.latest(built, workdir, base, of == 'best')
+  name = 'adapter' if c.lora.path else 'base'
+  start = resume.after_pairs(built, workdir, base)
+  best = of == 'best' and bool(c.train.iterations)
+  params = resume.latest(built, workdir, start, best)
   return params, base, (of or 'latest') if saved else name
 
 
@@ -204,6 +209,9 @@ def train(
       if not only_sft:
         fits.check(built, lambda: dog.beat('compile', 0))
       runs.claim(c, workdir)
+      if config.part(c, 'pairs').trains:  # and a bad pair, too
+        dog.beat('data, pairs', 0)
+        preferences.rows_at(built, workdir)
       dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
       run_phases(built, workdir, overrides, only_sft, (asked, dog), profile)
 
@@ -241,7 +249,8 @@ def run_phases(
     if only_sft:
       return say(f'base model in {os.path.join(workdir, "sft")}')
     base = built.steps.quantize(base)
-    tuned, rl_seconds = loop.run('rl', session, base)
+    start, pairs_seconds = loop.run('pairs', session, base)
+    tuned, rl_seconds = loop.run('rl', session, start)
   test, results = build.problems(built, 'test'), {}
 
   def beat() -> None:
@@ -260,8 +269,9 @@ def run_phases(
     return
   results['seconds'] = {
     'sft': sft_seconds,
+    'pairs': pairs_seconds,
     'rl': rl_seconds,
-    'total': sft_seconds + rl_seconds,
+    'total': sft_seconds + pairs_seconds + rl_seconds,
     'session': time.time() - begun,
   }
   results |= {

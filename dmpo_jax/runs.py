@@ -74,7 +74,7 @@ def default(c: Any) -> str:
 
 def is_begun(workdir: str) -> bool:
   """Returns whether anything was computed in a workdir."""
-  saved = any(resume.saved_updates(workdir, phase) for phase in ('sft', 'rl'))
+  saved = any(resume.saved_updates(workdir, phase) for phase in ('sft', 'pairs', 'rl'))
   return saved or is_done(workdir) or bool(metrics.read(workdir))
 
 

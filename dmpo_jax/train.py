@@ -28,15 +28,16 @@ def run(
 ) -> tuple[Params, float]:
   """Trains one phase to its end; returns (parameters, seconds of all sessions).
 
-  base: the parameters that RL starts from. Resumes from the checkpoints in
-  workdir/NAME. Raises ValueError if there are some and none can be used, and
-  FloatingPointError if a loss or gradient is not finite. Exits after SIGTERM with
-  everything saved (code 75), or if the run is unhealthy and health.action = stop (77).
+  base: the parameters that training on pairs, or RL, starts from. Resumes from the
+  checkpoints in workdir/NAME. Raises ValueError if there are some and none can be
+  used, and FloatingPointError if a loss or gradient is not finite. Exits after SIGTERM
+  with everything saved (code 75), or if the run is unhealthy and health.action = stop
+  (77).
   """
   make: Any = PHASES[name]
   phase = make(session, base)
   if not phase.updates and not phase.validates:
-    return session.built.steps.init(), 0.0
+    return (session.built.steps.init() if base is None else base), 0.0
   folder = os.path.join(session.workdir, name)
   keep, digest = phase.config.checkpoint.keep, session.built.steps.digest
   # Leaving the manager waits for the save under way, after an error too.

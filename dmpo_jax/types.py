@@ -435,6 +435,9 @@ class Task(NamedTuple):
   # are 'generated' and that are read from a 'file'; {} = not stated.
   options: dict = {}
   terms: tuple = ()  # names of the reward terms that users may scale
+  forms: tuple = ()  # those of them that pay the format alone
+  # True: reasoning ends with the result that `answer` reads of it. verify.py compares.
+  reasons: bool = False
   # Raises ValueError where this machine cannot judge; None: every one can.
   ready: Callable | None = None
   threads: bool = False  # judging waits for other processes: do many at once

@@ -21,7 +21,7 @@ def test_links_lead_to_files(page):
 def test_every_metric_is_explained():
   text, _, others = (ROOT / 'docs/metrics.md').read_text().partition('## Names in')
   explained = set(re.findall(r'^\| `([^`]+)` \|', text, re.M))
-  phases = {'sft', 'rl', 'update', 'eval', 'held_out'}
+  phases = {'sft', 'rl', 'update', 'eval', 'held_out', 'pairs', 'held_out_pairs'}
   assert explained - phases == set(metrics.METRICS)
   # The names beside those of other libraries are ours.
   ours = re.findall(r'^\| `(\w+)/([^`]+)`', others, re.M)

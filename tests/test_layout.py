@@ -20,8 +20,8 @@ FLOORS = {
   'conventions': 1,
   'mesh': 2, 'masking': 2, 'model': 2, 'tasks': 2,
   'hf': 3, 'layout': 3, 'sampler': 3, 'data': 3, 'optim': 3, 'checkpoint': 3,
-  'grader': 3, 'guard': 3, 'dialogues': 3, 'anneal': 3,
-  'logprob': 4, 'weights': 4, 'lessons': 4,
+  'grader': 3, 'guard': 3, 'dialogues': 3, 'anneal': 3, 'buffers': 3, 'verify': 3,
+  'logprob': 4, 'weights': 4, 'lessons': 4, 'pairs': 4,
   'objectives': 5,
   'config': 6, 'step': 6,
   'check': 7, 'likelihood': 7, 'score': 7, 'rollout': 7,
@@ -31,8 +31,8 @@ FLOORS = {
   'tools': 11, 'phases': 11, 'runs': 11,
   'train': 12,
   'runner': 13,
-  'cli': 14, 'loaded': 14,
-  'api': 15,
+  'rounds': 14, 'loaded': 14,
+  'cli': 15, 'api': 15,
   'harness': 16,
 }  # fmt: skip
 # Folders whose files may import each other.

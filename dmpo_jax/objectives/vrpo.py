@@ -6,6 +6,11 @@ masks that policy and reference share:
   -log sigmoid(beta (E_theta - E_ref)(w) - beta (E_theta - E_ref)(l))
   - sft_coef E_theta(w) / L
 
+smoothing = e takes a preference for wrong with that chance (conservative DPO, Mitchell
+2023): the first term becomes -(1 - e) log sigmoid(m) - e log sigmoid(-m), m the beta
+times the gap. Two outcomes then part by log((1 - e) / e) / beta nats; with e = 0 no
+finite gap is the best.
+
 variant = all: the mean over a group's pairs; best: its first best against its first
 worst. The paper's pairs are given preferences; ours are rollouts of one group, and
 groups of equal rewards have none. `reweigh` gives the derivatives by every row's ELBO,
@@ -18,14 +23,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dmpo_jax import logprob
 from dmpo_jax.objectives import shared
 from dmpo_jax.types import (
   Array,
   FloatBG,
   FloatR,
+  Masks,
   Objective,
   Scored,
   TrainBatch,
+  ViewLogp,
   Wants,
   to_groups,
   to_rows,
@@ -33,17 +41,25 @@ from dmpo_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(shared.ElboMasks):
+class Preference(shared.ElboMasks):
+  """Settings of DPO on ELBOs, wherever its pairs come from."""
+
   OWN = {
     'beta': shared.above(0),
     'sft_coef': shared.least(0),
-    'variant': shared.one_of('all', 'best'),
+    'smoothing': lambda x: '' if 0 <= x < 0.5 else 'must be in [0, 0.5)',
   }
   beta: float = 0.2  # inverse temperature of the ELBO gap
   sft_coef: float = 0.05  # factor of the winners' likelihood; 0 = off
-  variant: str = 'all'  # pairs of a group: all | best (first best and first worst)
+  smoothing: float = 0.0  # chance that a preference is wrong; 0 = none is
   masks: str = 'random'  # masks of the ELBO: stratified | random | order
   draws: int = 8  # masked copies of a completion per update
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Preference):
+  OWN = {**Preference.OWN, 'variant': shared.one_of('all', 'best')}
+  variant: str = 'all'  # pairs of a group: all | best (first best and first worst)
 
 
 def weigh(scored: Scored, hp: Config) -> tuple:
@@ -71,7 +87,8 @@ def reweigh(elbo_R: FloatR, batch: TrainBatch, group: int, hp: Config) -> FloatR
   share = pairs(to_groups(batch.own['reward'], group), hp)
   gap = to_groups(elbo_R - batch.ref.elbo, group)
   margin = hp.beta * (gap[:, :, None] - gap[:, None, :])
-  push = hp.beta * jax.nn.sigmoid(-margin) * share
+  # (1 - e) sigmoid(-m) - e sigmoid(m), since the two sigmoids add up to 1.
+  push = hp.beta * (jax.nn.sigmoid(-margin) - hp.smoothing) * share
   length = batch.completion.shape[1]
   return to_rows(
     jnp.sum(push, axis=2)
@@ -80,8 +97,27 @@ def reweigh(elbo_R: FloatR, batch: TrainBatch, group: int, hp: Config) -> FloatR
   )
 
 
+def pair_loss(now: ViewLogp, masks: Masks, batch: TrainBatch, hp: Config) -> tuple:
+  """Returns the loss of given pairs, rewards (1, 0) in groups of two, and metrics.
+
+  Both likelihoods are reported: their gap grows while both fall, too.
+  """
+  loss, _ = shared.elbo_loss(now, masks, batch, hp)
+  elbo, wins = logprob.seq_elbo(now.logp, masks.weight), batch.own['reward']
+  gap = elbo - batch.ref.elbo
+  numbers = {
+    'elbo_chosen': elbo * wins,
+    'elbo_rejected': elbo * (1 - wins),
+    'chosen_gap': gap * wins,
+    'rejected_gap': gap * (1 - wins),
+    'margin': gap * (2 * wins - 1),
+  }
+  return loss, {name: jnp.sum(x) / batch.norm for name, x in numbers.items()}
+
+
 def wants(hp: Config) -> Wants:
   return Wants(elbo=('ref',), reweigh=True)
 
 
+PAIRS = Objective(Config, wants, shared.draw_elbo, weigh, pair_loss, reweigh)
 OBJECTIVE = Objective(Config, wants, shared.draw_elbo, weigh, shared.elbo_loss, reweigh)

@@ -13,6 +13,7 @@ import jax
 from absl import logging
 
 from dmpo_jax import (
+  buffers,
   build,
   check,
   curriculum,
@@ -22,10 +23,10 @@ from dmpo_jax import (
   health,
   mesh,
   metrics,
-  optim,
   resume,
   rollout,
 )
+from dmpo_jax.buffers import Buffer
 from dmpo_jax.phases.phase import Phase, Session, Tracer
 from dmpo_jax.types import Params, TrainBatch, TrainState
 
@@ -58,11 +59,10 @@ class RL(Phase):
     self.taken = 0  # updates since the last row of phase rl
 
   def start(self) -> TrainState:
-    found = self.built.steps.read_references()
     # The base is the policy that RL starts from, with its adapters if it has any.
-    goes_on = check.part(self.config, 'sft').goes_on
-    first = {'lora': self.trainable['lora']} if goes_on else {}
-    self.references = tuple(first if tree == {} else tree for tree in found)
+    found = self.built.steps.read_references()
+    start = self.trainable if check.keeps_adapters(self.config) else {}
+    self.references = resume.with_base(found, start)
     return self.built.steps.start(self.trainable)
 
   # --- checkpoints and files
@@ -96,6 +96,8 @@ class RL(Phase):
     self.writer.rewind('update', update)
     for name in ('samples.jsonl', 'failed_grades.jsonl', curriculum.FILE):
       resume.rewind_lines(workdir, name, last)
+    if jax.process_index() == 0:
+      buffers.rewind(workdir, last)
     resume.rewind_lines(workdir, 'health.jsonl', it - (not self.overlap))
     self.best = resume.best_validation(workdir, self.inner, update)
     return self.best and self.best.update
@@ -104,13 +106,10 @@ class RL(Phase):
 
   def begin(self, state: TrainState, iteration: int, age: int) -> rollout.Started:
     """Samples a buffer with the current policy and queues its log-probs."""
-    references = [
-      optim.reference_of(state.opt_state) if tree is None else tree
-      for tree in self.references
-    ]
+    references = resume.laid(self.references, state)
     with self.clock('rollout'):
       return self.collector.start(
-        state.trainable, tuple(references), iteration, age, self.clock
+        state.trainable, references, iteration, age, self.clock
       )
 
   def finish(
@@ -119,6 +118,8 @@ class RL(Phase):
     """Grades a buffer, weighs its completions and writes its lines."""
     with self.clock('rollout'):
       batch, numbers, samples = self.collector.finish(begun, self.clock)
+    for buffer in samples.pop(buffers.FOLDER, ()):
+      self.save(buffer, begun)
     resume.append(self.session.workdir, samples)
     state = health.note(self.rules, place.health, numbers)
     if state.flat and state.flat % health.FLAT == 0:
@@ -131,6 +132,12 @@ class RL(Phase):
     self.taken = 0
     self.shown |= self.writer.write('rl', begun.iteration, numbers)
     return batch, dataclasses.replace(place, health=state)
+
+  def save(self, buffer: Buffer, begun: rollout.Started) -> None:
+    """Writes a buffer, with the update of the policy that sampled it."""
+    step = begun.iteration * self.inner - begun.age
+    if jax.process_index() == 0:
+      buffers.write(self.session.workdir, buffer._replace(step=step))
 
   def update(
     self, state: TrainState, batch: TrainBatch, inner: int

@@ -395,5 +395,6 @@ def recall(question: str, truth: object) -> dict:
 TASK = Task(
   SOURCE.load, prompt, target, reward, grade, extra, answer, record, recall,
   styles=tuple(TEMPLATES), threads=True, options={'generated': (), 'file': ()},
-  terms=('tests', 'solved', 'format'), unpaid=('bare',), ready=sandbox.ready,
+  terms=('tests', 'solved', 'format'), forms=('format',), unpaid=('bare',),
+  ready=sandbox.ready,
 )  # fmt: skip

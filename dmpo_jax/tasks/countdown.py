@@ -409,7 +409,7 @@ def recall(question: str, truth: object) -> dict:
 
 TASK = Task(
   load, prompt, target, reward, grade, extra, answer, record, recall,
-  styles=tuple(TEMPLATES), terms=('countdown',),
+  styles=tuple(TEMPLATES), terms=('countdown',), reasons=True,
   options={'generated': ('seed', 'largest'), 'file': ('numbers',)},
   unpaid=('bare', 'eval'), best=1.0,
 )  # fmt: skip

@@ -319,5 +319,5 @@ TASK = Task(
   SOURCE.load, prompt, target, reward, grade, extra, answer, record, recall,
   styles=tuple(TEMPLATES), options={'generated': (), 'file': ()},
   terms=('correctness', 'int', 'strict_format', 'soft_format', 'xmlcount'),
-  unpaid=('bare', 'eval', 'boxed'),
+  unpaid=('bare', 'eval', 'boxed'), forms=('soft_format',), reasons=True,
 )  # fmt: skip

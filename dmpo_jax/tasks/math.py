@@ -395,5 +395,5 @@ def recall(question: str, truth: object) -> dict:
 TASK = Task(
   SOURCE.load, prompt, target, reward, grade, extra, answer, record, recall,
   styles=tuple(TEMPLATES), threads=True, options={'generated': (), 'file': ()},
-  terms=('correctness', 'format'),
+  terms=('correctness', 'format'), forms=('format',), reasons=True,
 )  # fmt: skip

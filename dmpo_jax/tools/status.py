@@ -85,7 +85,7 @@ def row_of(workdir: pathlib.Path) -> tuple[str, ...]:
 
 def phases_of(rows: Sequence[dict]) -> dict[str, list[dict]]:
   """Returns the rows of each phase."""
-  names = ('sft', 'rl', 'update', 'eval')
+  names = ('sft', 'pairs', 'rl', 'update', 'eval')
   return {name: [row for row in rows if row['phase'] == name] for name in names}
 
 
@@ -119,11 +119,14 @@ def seconds_per_iteration(
 def position(config: dict, phases: dict[str, list], seconds: float | None) -> str:
   """Returns iterations and updates done, their rate, and the time left."""
   t = config['train']
-  if not phases['rl'] and config['sft']['steps']:
+  if not (phases['rl'] or phases['pairs']) and config['sft']['steps']:
     done = phases['sft'][-1]['step'] if phases['sft'] else 0
     sft = config['sft']
     whole = f'{sft["steps"]}' if sft['steps'] else f'{sft["epochs"]} epochs'
     return f'supervised step {done} of {whole}, then {t["iterations"]} iterations'
+  if phases['pairs'] and not phases['rl']:
+    done = phases['pairs'][-1]['step']
+    return f'update {done} on pairs, then {t["iterations"]} iterations'
   updates = phases['update'][-1]['step'] if phases['update'] else 0
   done = updates // t['inner']
   text = f'iteration {done} of {t["iterations"]}, update {updates}'
@@ -157,7 +160,7 @@ def last_numbers(phases: dict[str, list]) -> list[str]:
 
 def newest_checkpoint(workdir: pathlib.Path, now: float) -> str:
   """Names the newest checkpoint and its age; before RL that of the base model."""
-  for name in ('rl', 'sft'):
+  for name in ('rl', 'pairs', 'sft'):
     steps = [path for path in (workdir / name).glob('*') if path.name.isdigit()]
     if steps:
       newest = max(steps, key=lambda path: int(path.name))
