@@ -114,9 +114,14 @@ def place(args, task, arm, rate, seed):
   return args.folder / task / f'{arm}-{rate:g}-{seed}'
 
 
+def last(args, task, arm, rate, seed):
+  """Workdir that a run ends in: of --mode=rounds, that of the last round."""
+  return place(args, task, arm, rate, seed) / ('1' if arm in args.study.MODES else '')
+
+
 def done(args, *key):
   """Whether a run is in the folder, or known from before."""
-  return key in args.known or (place(args, *key) / 'results.json').exists()
+  return key in args.known or (last(args, *key) / 'results.json').exists()
 
 
 def train(args, task, arm, rate, seed):
@@ -133,6 +138,7 @@ def train(args, task, arm, rate, seed):
       f'--config.model.checkpoint={base(args, task)}',
       '--config.sft.steps=0',
       f'--config.eval.every={max(1, count // POINTS)}',
+      *args.study.MODES.get(arm, ()),
       *args.overrides,
     )
     end = row_of(args, task, arm, rate, seed)['final']
@@ -203,21 +209,21 @@ def row_of(args, task, arm, rate, seed):
   """What the tables are made of, of one finished run."""
   if (task, arm, rate, seed) in args.known:
     return args.known[task, arm, rate, seed]
-  workdir = place(args, task, arm, rate, seed)
+  key = {'task': task, 'arm': arm, 'rate': rate, 'seed': seed}
+  workdir = last(args, task, arm, rate, seed)
+  return key | said_in(workdir, args.study.COSTS[arm], args.study.INNER)
+
+
+def said_in(workdir, cost, inner):
+  """What the workdir of a finished run says; cost and inner: of an objective."""
   results = json.loads((workdir / 'results.json').read_text())
   rows = [row for row in metrics.read(workdir) if row['phase'] == 'rl']
-  sample, score, update = args.study.COSTS[arm]
-  spent = sum(row['forwards'] for row in rows) + len(rows) * (
-    score + args.study.INNER * update
-  )
+  _, score, update = cost
+  spent = sum(row['forwards'] for row in rows) + len(rows) * (score + inner * update)
   judged = workdir / 'judged.json'
   said = json.loads(judged.read_text()) if judged.exists() else {}
   share, values = curve(workdir)
   return {
-    'task': task,
-    'arm': arm,
-    'rate': rate,
-    'seed': seed,
     'base': results['base']['accuracy'],
     'final': results['final']['accuracy'],
     'area': area(share, values),
@@ -250,7 +256,8 @@ def judge(args, task):
   """
   todo = [
     path.parent
-    for path in sorted((args.folder / task).glob('*/results.json'))
+    for form in ('*/results.json', '*/1/results.json')
+    for path in sorted((args.folder / task).glob(form))
     if not (path.parent / 'judged.json').exists()
   ]
   if not todo:

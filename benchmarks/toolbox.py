@@ -15,6 +15,8 @@ import pathlib
 import statistics
 import sys
 
+import numpy as np
+
 from benchmarks import compare as runs
 from configs import toolbox
 from dmpo_jax import metrics
@@ -42,12 +44,45 @@ def row_of(args, arm, rate, seed):
   row = runs.row_of(args, TASK, arm, rate, seed)
   if all(name in row for name in MEANS):
     return row
-  lines = metrics.read(runs.place(args, TASK, arm, rate, seed))
+  workdir = runs.place(args, TASK, arm, rate, seed)
+  folders = [workdir]
+  if arm in toolbox.MODES:
+    folders = [workdir / '0', workdir / '1']
+    row |= rounds_of(folders, arm)
+  lines = [line for folder in folders for line in metrics.read(folder)]
   return row | {
     name: round(
       statistics.fmean(line[name] for line in lines if line['phase'] == 'rl'), 3
     )
     for name in MEANS
+  }
+
+
+def rounds_of(folders, arm):
+  """What two rounds say together: the curve goes on, the costs add up."""
+  one, two = (
+    runs.said_in(folder, toolbox.COSTS[arm], toolbox.INNER) for folder in folders
+  )
+  updates = sum(line['phase'] == 'pairs' for line in metrics.read(folders[1]))
+  c = json.loads((folders[1] / 'config.json').read_text())
+  rows = c['train']['prompts'] * c['train']['group']
+  paired = updates * toolbox.PAIR * 2 * c['pairs']['batch'] / rows
+  spent = one['forwards'] + paired + two['forwards']
+  share = np.concatenate(
+    [
+      np.array(said['curve'][0]) * said['forwards'] + before
+      for said, before in ((one, 0), (two, one['forwards'] + paired))
+    ]
+  )
+  values = np.array(one['curve'][1] + two['curve'][1])
+  return {
+    'base': one['base'],
+    'area': runs.area(share / spent, values),
+    'forwards': spent,
+    'curve': [np.round(share / spent, 4).tolist(), values.tolist()],
+    'ess': one['ess'] + two['ess'],
+    'pair_updates': updates,
+    'seconds': one['seconds'] + two['seconds'],
   }
 
 

@@ -46,11 +46,19 @@ TOOLS = {
   'diffpo-own': ('diffpo', {'curriculum.signal': 'objective'}),
   'diffpo-other': ('diffpo', {'curriculum.signal': 'matching'}),
   'agrpo-prefix': ('agrpo', {'objective.advantage': 'prefix'}),
+  'dmpo-pairs': (
+    'dmpo',
+    {'train.iterations': 26, 'pairs.lr': 1e-4, 'pairs.batch': 8, 'pairs.warmup': 2},
+  ),
 }
+# RL, DPO on pairs of its rollouts, and RL again, `train.iterations` each.
+MODES = {'dmpo-pairs': ('--mode=rounds', '--rounds=1')}
 ARMS = (*OFF, *TOOLS)
 # (sampling, scoring, one update), as in configs/compare.py.
 COSTS = {'dmpo': (8, 8, 6), 'diffpo': (8, 8, 6), 'agrpo': (8, 0, 12)}
 COSTS |= {arm: COSTS[off] for arm, (off, _) in TOOLS.items()}
+# An update on a pair, in forwards of its two rows: vrpo's, with one set of masks.
+PAIR = compare.COSTS['vrpo'][1] // compare.INNER + compare.COSTS['vrpo'][2]
 
 
 def get_config(task='sudoku'):
@@ -87,7 +95,7 @@ def fields_of(arm):
     'train.iterations': count,
   }
   tool = TOOLS[arm][1] if arm in TOOLS else {}
-  return {**OFF[off_of(arm)][0], **tool, **run}
+  return {**OFF[off_of(arm)][0], **run, **tool}
 
 
 def sweep(name):
