@@ -5,7 +5,7 @@ python -m benchmarks.toolbox [--arms=dmpo,dmpo-own] [--seeds=3]
 Trains the base of configs/toolbox.py, then every arm with every seed: all arms of a
 seed before the next seed. What is done is not done again, so that the same command
 goes on where it was stopped. Then the final policies are judged as those of
-benchmarks/compare.py, and FOLDER/sudoku.md and .jsonl are written, of what there is:
+benchmarks/compare.py, and FOLDER/TASK.md and .jsonl are written, of what there is:
 `--only=report` does no more. --known=docs/toolbox.jsonl takes those runs as done.
 """
 
@@ -21,7 +21,6 @@ from benchmarks import compare as runs
 from configs import toolbox
 from dmpo_jax import metrics
 
-TASK = 'sudoku'
 # Columns: (name in the table, of a run's row, digits).
 COLUMNS = (
   ('final accuracy', 'final', 3),
@@ -41,10 +40,10 @@ def keys(seeds):
 
 def row_of(args, arm, rate, seed):
   """What the table is made of, of one finished run."""
-  row = runs.row_of(args, TASK, arm, rate, seed)
+  row = runs.row_of(args, args.task, arm, rate, seed)
   if all(name in row for name in MEANS):
     return row
-  workdir = runs.place(args, TASK, arm, rate, seed)
+  workdir = runs.place(args, args.task, arm, rate, seed)
   folders = [workdir]
   if arm in toolbox.MODES:
     folders = [workdir / '0', workdir / '1']
@@ -112,9 +111,9 @@ def line(arm, rows):
 
 
 def tables(args):
-  """Writes FOLDER/sudoku.md of the arms, and .jsonl of the runs, that are done."""
+  """Writes FOLDER/TASK.md of the arms, and .jsonl of the runs, that are done."""
   found = [
-    row_of(args, *key) for key in keys(args.seeds) if runs.done(args, TASK, *key)
+    row_of(args, *key) for key in keys(args.seeds) if runs.done(args, args.task, *key)
   ]
   rows = {}
   for row in found:
@@ -129,7 +128,7 @@ def tables(args):
     + [line(arm, rows) for arm in arms]
   )
   args.folder.mkdir(parents=True, exist_ok=True)
-  out = args.folder / TASK
+  out = args.folder / args.task
   out.with_suffix('.md').write_text(text + '\n')
   with open(out.with_suffix('.jsonl'), 'w') as f:
     f.writelines(json.dumps(row) + '\n' for row in found)
@@ -143,7 +142,7 @@ def train(args, arms):
   for arm, rate, seed in keys(args.seeds):
     if arm in arms:
       try:
-        runs.train(args, TASK, arm, rate, seed)
+        runs.train(args, args.task, arm, rate, seed)
       except RuntimeError as error:
         failed.append(str(error))
   return failed
@@ -151,11 +150,12 @@ def train(args, arms):
 
 def main(argv=None):
   parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+  parser.add_argument('--task', choices=toolbox.TASKS, default=toolbox.TASKS[0])
   parser.add_argument('--arms', default=','.join(toolbox.ARMS))
   parser.add_argument('--seeds', type=int, default=len(toolbox.SEEDS))
   parser.add_argument('--only', choices=('train', 'judge', 'report'))
   parser.add_argument('--checkpoint', default='')
-  parser.add_argument('--known', default='', help='a sudoku.jsonl of before')
+  parser.add_argument('--known', default='', help='a TASK.jsonl of before')
   parser.add_argument('--folder', type=pathlib.Path, default='runs/toolbox')
   args, args.overrides = parser.parse_known_args(argv)
   args.folder, args.known = args.folder.resolve(), runs.known(args.known)
@@ -163,11 +163,11 @@ def main(argv=None):
   for name in arms:
     if name not in toolbox.ARMS:
       sys.exit(f'--arms: {name!r} must be one of {", ".join(toolbox.ARMS)}')
-  runs.config_of(args, TASK)
+  runs.config_of(args, args.task)
   if args.only in (None, 'train'):
     failed = train(args, arms)
   if args.only in (None, 'judge'):
-    runs.judge(args, TASK)
+    runs.judge(args, args.task)
   if args.only in (None, 'report'):
     tables(args)
   if failed:

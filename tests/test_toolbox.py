@@ -12,6 +12,7 @@ from benchmarks import toolbox as bench
 from benchmarks import whole
 from configs import compare, toolbox
 from dmpo_jax import check, config
+from dmpo_jax.tasks import rewards
 
 
 def test_an_arm_differs_from_its_rival_in_its_tool_alone():
@@ -45,6 +46,20 @@ def test_costs(arm):
       assert abs(spent - toolbox.BUDGET) <= buffer / 2
 
 
+def test_tasks_differ_in_the_reward_alone():
+  whole_grid, cells = map(toolbox.get_config, toolbox.TASKS)
+  a, b = (check.flatten(c) for c in (whole_grid, cells))
+  own = {'reward.file', 'reward.task', 'reward.weights.whole', 'name'}
+  assert {name for name in a if a[name] != b.get(name)} <= own
+  assert rewards_of(whole_grid) == ['whole'] and not cells.reward.file
+
+
+def rewards_of(c):
+  """Names of the functions that a config pays."""
+  assert not c.reward.task
+  return list(rewards.specs(c.reward.file))
+
+
 def test_reward_is_of_the_whole_grid():
   grid = '1234341221434321'
   assert whole.whole([grid, f' {grid}\n', grid[:-1], ''], [grid] * 4) == [1, 1, 0, 0]
@@ -61,7 +76,7 @@ def test_rounds_add_up(tmp_path):
   """Costs of both rounds and the pairs; one curve, over all that was spent."""
   arm = 'dmpo-pairs'
   key = (arm, toolbox.rates_of(arm)[0], 0)
-  args = argparse.Namespace(study=toolbox, folder=tmp_path, known={})
+  args = argparse.Namespace(study=toolbox, task='sudoku', folder=tmp_path, known={})
   workdir = runs.place(args, 'sudoku', *key)
   for number, ends in enumerate(([0.2, 0.4], [0.5, 0.6])):
     write_run(workdir / str(number), ends[0], ends)
