@@ -81,7 +81,7 @@ def config_of(args, task):
 
   SystemExit for a flag that is neither of this file nor of the config.
   """
-  c = compare.get_config(task)
+  c = args.study.get_config(task)
   for flag in args.overrides:
     if not flag.startswith('--config.'):
       sys.exit(f'error: {flag} is not a flag of this command')
@@ -92,6 +92,11 @@ def config_of(args, task):
   return c
 
 
+def flag_of(args, task):
+  """The flag that names a task's config; args.study is its module."""
+  return f'--config={ROOT}/configs/{args.study.__name__.rpartition(".")[2]}.py:{task}'
+
+
 def base(args, task):
   """Directory of the model that a task's runs start from, made if need be."""
   if args.checkpoint:
@@ -99,7 +104,7 @@ def base(args, task):
   workdir = args.folder / task / 'base'
   out = workdir / 'model'
   if not (out / 'config.json').exists():
-    common = (f'--config={ROOT}/configs/compare.py:{task}', *args.overrides)
+    common = (flag_of(args, task), *args.overrides)
     call(workdir, *common, '--mode=sft')
     call(workdir, *common, '--mode=export', '--of=base', f'--out={out}')
   return str(out)
@@ -109,25 +114,31 @@ def place(args, task, arm, rate, seed):
   return args.folder / task / f'{arm}-{rate:g}-{seed}'
 
 
+def last(args, task, arm, rate, seed):
+  """Workdir that a run ends in: of --mode=rounds, that of the last round."""
+  return place(args, task, arm, rate, seed) / ('1' if arm in args.study.MODES else '')
+
+
 def done(args, *key):
   """Whether a run is in the folder, or known from before."""
-  return key in args.known or (place(args, *key) / 'results.json').exists()
+  return key in args.known or (last(args, *key) / 'results.json').exists()
 
 
 def train(args, task, arm, rate, seed):
   """One run, to its end."""
   workdir = place(args, task, arm, rate, seed)
   if not done(args, task, arm, rate, seed):
-    count = compare.fields_of(arm)['train.iterations']
+    count = args.study.fields_of(arm)['train.iterations']
     call(
       workdir,
-      f'--config={ROOT}/configs/compare.py:{task}',
-      f'--sweep=objectives:{compare.ARMS.index(arm)}',
+      flag_of(args, task),
+      f'--sweep=objectives:{args.study.ARMS.index(arm)}',
       f'--config.seed={seed}',
       f'--config.optim.lr={rate}',
       f'--config.model.checkpoint={base(args, task)}',
       '--config.sft.steps=0',
       f'--config.eval.every={max(1, count // POINTS)}',
+      *args.study.MODES.get(arm, ()),
       *args.overrides,
     )
     end = row_of(args, task, arm, rate, seed)['final']
@@ -198,21 +209,21 @@ def row_of(args, task, arm, rate, seed):
   """What the tables are made of, of one finished run."""
   if (task, arm, rate, seed) in args.known:
     return args.known[task, arm, rate, seed]
-  workdir = place(args, task, arm, rate, seed)
+  key = {'task': task, 'arm': arm, 'rate': rate, 'seed': seed}
+  workdir = last(args, task, arm, rate, seed)
+  return key | said_in(workdir, args.study.COSTS[arm], args.study.INNER)
+
+
+def said_in(workdir, cost, inner):
+  """What the workdir of a finished run says; cost and inner: of an objective."""
   results = json.loads((workdir / 'results.json').read_text())
   rows = [row for row in metrics.read(workdir) if row['phase'] == 'rl']
-  sample, score, update = compare.COSTS[arm]
-  spent = sum(row['forwards'] for row in rows) + len(rows) * (
-    score + compare.INNER * update
-  )
+  _, score, update = cost
+  spent = sum(row['forwards'] for row in rows) + len(rows) * (score + inner * update)
   judged = workdir / 'judged.json'
   said = json.loads(judged.read_text()) if judged.exists() else {}
   share, values = curve(workdir)
   return {
-    'task': task,
-    'arm': arm,
-    'rate': rate,
-    'seed': seed,
     'base': results['base']['accuracy'],
     'final': results['final']['accuracy'],
     'area': area(share, values),
@@ -245,7 +256,8 @@ def judge(args, task):
   """
   todo = [
     path.parent
-    for path in sorted((args.folder / task).glob('*/results.json'))
+    for form in ('*/results.json', '*/1/results.json')
+    for path in sorted((args.folder / task).glob(form))
     if not (path.parent / 'judged.json').exists()
   ]
   if not todo:
@@ -432,6 +444,7 @@ def main(argv=None):
   parser.add_argument('--folder', type=pathlib.Path, default='runs/compare')
   args, args.overrides = parser.parse_known_args(argv)
   args.folder, args.known = args.folder.resolve(), known(args.known)
+  args.study = compare
   tasks, arms, failed = args.task.split(','), args.arms.split(','), []
   for flag, names, there in (
     ('arms', arms, compare.ARMS),

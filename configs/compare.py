@@ -21,6 +21,7 @@ SWEEPS = ('objectives',)
 BUDGET = 1600  # forwards over a buffer's rows, for a whole run
 RATES = (7e-5, 2e-4, 6e-4)  # learning rates that are searched
 SEEDS = (0, 1, 2, 3, 4)
+MODES = {}  # flags of main.py of arms that are not plain runs
 TASKS = {'sudoku': quickstart, 'countdown': countdown}
 LENGTH = 16  # tokens of a completion; the same for both tasks, so they cost the same
 INNER = 2  # updates per buffer
