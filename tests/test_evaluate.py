@@ -180,6 +180,7 @@ def test_cells_are_counted_together(protocol, accuracy, best, majority, monkeypa
       'problem': i // 2,
       'text': f'<answer>{text}</answer>',
       'batch_forwards': 1,
+      'forwards': 1,
       'order': [0],
     }
     for i, text in enumerate(texts)

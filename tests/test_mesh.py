@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -101,7 +102,9 @@ def every_leaf():
     qk_norm=True,
   )
   params = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+  params['control'] = {'offset': jax.ShapeDtypeStruct((), 'f4')}
   optimizer = optim.make_optimizer(optim.Config(1e-3, 5, weight_decay=0.1))
+  optimizer = optim.beside(optimizer, optax.adam(0.1))
   return jax.eval_shape(lambda p: step.init_state(p, optimizer), params)
 
 
