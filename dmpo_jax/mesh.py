@@ -1,8 +1,8 @@
 """Devices, and how arrays lie on them: one mesh, one table of rules.
 
 Axes: 'data' replicates the weights; 'fsdp' splits them along their first large
-dimension; 'tensor' splits heads and the MLP; 'expert' splits the experts of a layer, and
-is there where it is larger than 1. Rows are split over all of them but 'tensor'.
+dimension; 'tensor' splits heads and the MLP; 'expert' splits the experts of a layer,
+and is there where it is larger than 1. Rows are split over all of them but 'tensor'.
 RULES is ordered: the first match decides. A leaf that matches none is an error,
 so nothing is replicated by accident.
 """

@@ -113,8 +113,8 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
     )
   if c.mesh.expert > 1 and (not cfg.experts or cfg.experts % c.mesh.expert):
     raise ValueError(
-      f'mesh.expert = {c.mesh.expert} splits the experts of a layer: it must divide the '
-      f"model's number of experts, {cfg.experts}; set 1 for a model without"
+      f'mesh.expert = {c.mesh.expert} splits the experts of a layer: it must divide '
+      f"the model's number of experts, {cfg.experts}; set 1 for a model without"
     )
   if tokenizer is not None and len(tokenizer) > cfg.vocab:
     raise ValueError(

@@ -267,17 +267,22 @@ def test_kernels_stay_where_they_are(plain):
   """On an expert axis tokens travel, and no gather is as large as a kernel."""
   cfg, _, _ = plain
   cfg = dataclasses.replace(cfg, expert_mlp=4096)
-  where = grid(1, 1, 1, 8)
-  shapes = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-  shapes = build.sharded(shapes, where)
-  rows = (jax.ShapeDtypeStruct((R, S), np.int32, sharding=mesh.rows(where)),)
-  run = build.Compiled(where, functools.partial(model.full_logits, cfg))
-  text = run.trace(shapes, *rows).lower().compile().as_text()
-  sent = costs.collectives(text, (1,))
   kernel = 16 * 4096 * 4  # bytes of one expert
-  for kind, (count, size) in sent.items():
-    assert size < kernel, (kind, count, size)
-  assert sent['all-gather'][0] and sent['reduce-scatter'][0]
+
+  def sent(*shape):
+    where = grid(*shape)
+    shapes = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+    rows = jax.ShapeDtypeStruct((R, S), np.int32, sharding=mesh.rows(where))
+    run = build.Compiled(where, functools.partial(model.full_logits, cfg))
+    traced = run.trace(build.sharded(shapes, where), rows)
+    return costs.collectives(traced.lower().compile().as_text(), (1,))
+
+  found = sent(1, 1, 1, 8)
+  assert found['all-gather'][0] and found['reduce-scatter'][0]
+  for kind, (_, size) in found.items():
+    assert size < kernel, kind
+  # With whole weights on each device nothing is sent, for a choice of experts neither.
+  assert not sent(8, 1, 1, 1)
 
 
 def test_kernels_of_gpus():

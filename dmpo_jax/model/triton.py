@@ -1,8 +1,8 @@
 """The functions of grouped.py for GPUs, as Triton kernels.
 
 On a GPU XLA's `ragged_dot` copies the rows once for each group and multiplies all of
-them. Here each program of the grid computes one tile of one group's rows, and kernels are
-read in place. Rows after the last group's are not written.
+them. Here each program of the grid computes one tile of one group's rows, and kernels
+are read in place. Rows after the last group's are not written.
 """
 
 from typing import Any
