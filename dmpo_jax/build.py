@@ -195,12 +195,10 @@ def build(c: Any, devices: Any = None) -> Built:
   folder = c.model.checkpoint and hf.locate(c.model.checkpoint, False)
   tokenizer = parts.tokenizer_of(c, folder)
   cfg = parts.model_config(c, tokenizer, folder)
-  parts.check_blocks(c, cfg)
-  parts.check_experts(c, cfg)
+  parts.check_model(c, cfg)
   if c.lora.path:
     hf.check_adapter(c.lora.path, cfg, folder, c.model.checkpoint)
-  m = c.mesh
-  grid = mesh.make_mesh(m.data, m.fsdp, m.tensor, devices, m.expert)
+  grid = mesh.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices, c.mesh.expert)
   setup = parts.setup_of(c, cfg, OBJECTIVES[c.objective.name])
   quantize = make_quantize(c, grid)
   init, init_lora, start = make_starts(c, cfg, folder, grid)

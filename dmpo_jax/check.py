@@ -525,8 +525,8 @@ def drafts(c: Any) -> list[str]:
     )
   if c.routing.replay or c.routing.measure:
     found.append(
-      'routing.replay and routing.measure read the experts of every step, which a draft '
-      'does not record: set both False, or draft.rollouts = False'
+      'routing.replay and routing.measure read the experts of every step, which a '
+      'draft does not record: set both False, or draft.rollouts = False'
     )
   return found
 

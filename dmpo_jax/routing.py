@@ -25,7 +25,7 @@ class Config(rules.Section):
   NAME = 'routing'
   OWN = {
     'train': rules.one_of('none', 'sft', 'all'),
-    'sft_load': lambda x: '' if x == -1 else rules.least(0)(x),
+    'sft_load': lambda x: rules.finite(x) or ('' if x == -1 else rules.least(0)(x)),
   }
 
   # Phases that change routers where all parameters are trained; sft | all | none. A

@@ -441,7 +441,7 @@ def test_dropout_is_off_where_log_p_old_is_compared():
   'field, hint',
   [
     ('optim.lrr', "'optim.lr'"),
-    ('lr', "'control.lr' or 'optim.lr' or 'sft.lr'"),
+    ('lr', "'control.lr' or 'optim.lr' or 'pairs.lr'"),
     ('sampler.pik', "'sampler.pick'"),
     ('objective.alhpa', "'objective.alpha'"),
     ('eval.sampler.temprature', "'eval.sampler.temperature'"),
@@ -477,6 +477,8 @@ def test_numbers_out_of_range_are_refused(name):
       if field.name == 'attention_block':  # -1: the checkpoint's own
         wrongs = (-2,)
       if (name, field.name) == ('draft', 'temperature'):  # -1: the sampler's
+        wrongs = (-2.0, *huge)
+      if (name, field.name) == ('routing', 'sft_load'):  # -1: the checkpoint's
         wrongs = (-2.0, *huge)
       for wrong in wrongs:
         changed = dataclasses.replace(config.part(c, name), **{field.name: wrong})

@@ -316,8 +316,7 @@ def special_ids(
   names, else (the mask) from the usual names among the added tokens, else from
   the family. Where config.json lists several, the tokenizer's is taken. Mask and
   EOS must be the same in both files. Padding is never read, so there config.json's
-  is taken. stop_ids: the other EOS of config.json and of generation_config.json, and
-  a chat's end of turn.
+  is taken. stop_ids: the other EOS of both files, and a chat's end of turn.
   """
   told = files.read_object(os.path.join(folder, 'tokenizer_config.json'))
   added, ids, problems = added_tokens(folder, told), {}, []

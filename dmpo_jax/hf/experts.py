@@ -93,7 +93,9 @@ def read_fields(fields: Fields, raw: dict[str, Any]) -> tuple[dict[str, Any], li
     if chosen > count:
       told.complain('num_experts_per_tok', f'at most num_experts = {count}')
     if groups > 1 and (count % groups or count < 2 * groups):
-      told.complain('n_group', f'a divisor of num_experts = {count}, at most half of it')
+      told.complain(
+        'n_group', f'a divisor of num_experts = {count}, at most half of it'
+      )
     elif kept > groups or kept * (count // groups) < chosen:
       told.complain('topk_group', f'at most {groups} groups with {chosen} experts')
   return found, told.problems
@@ -253,12 +255,14 @@ SOFTMAX = lambda cfg: dict(
 SDAR_MOE = Fields(
   read_sdar_moe,
   write_sdar_moe,
-  lambda cfg: SOFTMAX(cfg)
-  | dict(
-    router_bias=bool(cfg.router_bias),
-    shared_mlp=cfg.shared_mlp > 0,
-    rotary=cfg.rotary != 1,
-    qk_norm=not cfg.qk_norm,
+  lambda cfg: (
+    SOFTMAX(cfg)
+    | dict(
+      router_bias=bool(cfg.router_bias),
+      shared_mlp=cfg.shared_mlp > 0,
+      rotary=cfg.rotary != 1,
+      qk_norm=not cfg.qk_norm,
+    )
   ),
   defaults=dict(
     num_experts=128,
@@ -288,7 +292,9 @@ def read_lladamoe(told: Told) -> dict[str, Any]:
   heads = told.raw.get('num_attention_heads')
   if told.raw['head_dim'] is not None and type(heads) is int:
     if told.raw['head_dim'] * heads != told.raw.get('hidden_size'):
-      told.complain('head_dim', 'hidden_size / num_attention_heads, as the class has it')
+      told.complain(
+        'head_dim', 'hidden_size / num_attention_heads, as the class has it'
+      )
   return dict(
     experts=told.whole('num_experts'),
     experts_per_token=told.whole('num_experts_per_tok'),
@@ -322,11 +328,13 @@ def write_lladamoe(cfg: model.ModelConfig) -> dict[str, Any]:
 LLADA_MOE = Fields(
   read_lladamoe,
   write_lladamoe,
-  lambda cfg: SOFTMAX(cfg)
-  | dict(
-    router_bias=cfg.router_bias == 'choice',
-    router_norm=cfg.router_norm,
-    head_dim=cfg.head_dim not in (0, cfg.width / cfg.heads),
+  lambda cfg: (
+    SOFTMAX(cfg)
+    | dict(
+      router_bias=cfg.router_bias == 'choice',
+      router_norm=cfg.router_norm,
+      head_dim=cfg.head_dim not in (0, cfg.width / cfg.heads),
+    )
   ),
   defaults=dict.fromkeys(
     (

@@ -193,7 +193,11 @@ def split_one(
   """Returns {our name: (a, b)} of one adapter, (r, in) and (out, r), and problems."""
   targets, rank, left = targets_of(cfg, names), cfg.lora_rank, b.copy()
   rows = {name: families.rows_of(family, name, 'kernel', cfg) for name in names}
-  if not targets or len(a) not in (rank, len(targets) * rank) or len(b) != rows[names[0]][1]:
+  if (
+    not targets
+    or len(a) not in (rank, len(targets) * rank)
+    or len(b) != rows[names[0]][1]
+  ):
     of = f'of rank {len(a)} on {len(b)} rows'
     return {}, [f'is {of}: lora.rank = {rank} and lora.targets mean other adapters']
   starts = [rows[name][0] for name in names] + [len(b)]

@@ -288,7 +288,9 @@ def tensor_problems(wanted: list[Entry], readers: dict[str, Any]) -> list[str]:
     problems = [*problems[:3], f'{len(problems) - 3} more like these']
   missing = list(dict.fromkeys(missing))  # several of our leaves may lie in one
   problems = list(dict.fromkeys(problems))
-  empty = lambda n: 0 in readers[n].get_slice(n).get_shape()  # shared experts of width 0
+  empty = lambda n: (
+    0 in readers[n].get_slice(n).get_shape()
+  )  # shared experts of width 0
   others = [n for n in sorted(set(readers) - known) if not SPARE.fullmatch(n)]
   unexpected = [n for n in others if not empty(n)]
   sorts = (('missing', missing), ('unexpected', unexpected))

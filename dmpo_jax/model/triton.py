@@ -32,7 +32,11 @@ def tiles(sizes_E: Array, rows: int) -> tuple[Array, Array, Array]:
 
 
 def rows_dot(
-  x: Array, kernel: Array, sizes: Array, transposed: bool = False, interpret: bool = False
+  x: Array,
+  kernel: Array,
+  sizes: Array,
+  transposed: bool = False,
+  interpret: bool = False,
 ) -> Array:
   """Multiplies rows with their groups' kernels, or with the transposed kernels."""
   rows, inner = x.shape
@@ -82,7 +86,9 @@ def kernels_dot(x: Array, dy: Array, sizes: Array, interpret: bool = False) -> A
     def add(lap: Array, total: Array) -> Array:
       own = first[e] + lap * INNER + jnp.arange(INNER)
       real = own < end[e]
-      left = load(x.at[own[:, None], row[None, :]], real[:, None] & (row < inputs)[None])
+      left = load(
+        x.at[own[:, None], row[None, :]], real[:, None] & (row < inputs)[None]
+      )
       right = load(
         dy.at[own[:, None], column[None, :]], real[:, None] & (column < features)[None]
       )
@@ -108,9 +114,5 @@ def load(at: Any, mask: Array) -> Array:
 def call(program: Any, grid: tuple, shape: Any, interpret: bool) -> Any:
   """Returns a program over a grid as a function of arrays."""
   return pl.pallas_call(
-    program,
-    grid=grid,
-    out_shape=shape,
-    compiler_params=PARAMETERS,
-    interpret=interpret,
+    program, grid=grid, out_shape=shape, compiler_params=PARAMETERS, interpret=interpret
   )
