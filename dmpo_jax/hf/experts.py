@@ -28,7 +28,8 @@ class Told:
   """
 
   def __init__(self, raw: dict[str, Any], defaults: dict[str, Any]):
-    self.raw, self.problems = defaults | raw, []
+    self.raw: dict[str, Any] = defaults | raw
+    self.problems: list[str] = []
 
   def complain(self, name: str, should: str) -> None:
     value = self.raw.get(name)
@@ -36,14 +37,14 @@ class Told:
     self.problems.append(f'{name} {is_what} must be {should}')
 
   def whole(self, name: str, least: int = 1) -> int:
-    value = self.raw.get(name)
+    value: Any = self.raw.get(name)
     if type(value) is int and least <= value < 2**31:
       return value
     self.complain(name, f'a whole number >= {least}')
     return least
 
   def share(self, name: str, most: float = 1e30) -> float:
-    value = self.raw.get(name)
+    value: Any = self.raw.get(name)
     if type(value) in (int, float) and 0 < value <= most:
       return float(value)
     self.complain(name, 'a number > 0' + (f', at most {most:g}' if most < 1e30 else ''))
@@ -56,7 +57,7 @@ class Told:
     return bool(value)
 
   def numbers(self, name: str) -> list[int]:
-    value = self.raw.get(name)
+    value: Any = self.raw.get(name)
     if isinstance(value, list) and all(type(x) is int and x >= 0 for x in value):
       return value
     self.complain(name, 'a list of whole numbers >= 0')
@@ -64,7 +65,7 @@ class Told:
 
   @property
   def layers(self) -> int:
-    count = self.raw.get('num_hidden_layers')
+    count: Any = self.raw.get('num_hidden_layers')
     return count if type(count) is int and 0 < count < 10**6 else 0
 
 
@@ -84,7 +85,9 @@ def read_fields(fields: Fields, raw: dict[str, Any]) -> tuple[dict[str, Any], li
     if chosen > count:
       told.complain('num_experts_per_tok', f'at most num_experts = {count}')
     if groups > 1 and (count % groups or count < 2 * groups):
-      told.complain('n_group', f'a divisor of num_experts = {count}, at most half of it')
+      told.complain(
+        'n_group', f'a divisor of num_experts = {count}, at most half of it'
+      )
     elif kept > groups or kept * (count // groups) < chosen:
       told.complain('topk_group', f'at most {groups} groups with {chosen} experts')
   return found, told.problems
@@ -242,12 +245,14 @@ SOFTMAX = lambda cfg: dict(
 SDAR_MOE = Fields(
   read_sdar_moe,
   write_sdar_moe,
-  lambda cfg: SOFTMAX(cfg)
-  | dict(
-    router_bias=bool(cfg.router_bias),
-    shared_mlp=cfg.shared_mlp > 0,
-    rotary=cfg.rotary != 1,
-    qk_norm=not cfg.qk_norm,
+  lambda cfg: (
+    SOFTMAX(cfg)
+    | dict(
+      router_bias=bool(cfg.router_bias),
+      shared_mlp=cfg.shared_mlp > 0,
+      rotary=cfg.rotary != 1,
+      qk_norm=not cfg.qk_norm,
+    )
   ),
   defaults=dict(
     num_experts=128,
@@ -276,7 +281,9 @@ def read_lladamoe(told: Told) -> dict[str, Any]:
   heads = told.raw.get('num_attention_heads')
   if told.raw['head_dim'] is not None and type(heads) is int:
     if told.raw['head_dim'] * heads != told.raw.get('hidden_size'):
-      told.complain('head_dim', 'hidden_size / num_attention_heads, as the class has it')
+      told.complain(
+        'head_dim', 'hidden_size / num_attention_heads, as the class has it'
+      )
   return dict(
     experts=told.whole('num_experts'),
     experts_per_token=told.whole('num_experts_per_tok'),
@@ -308,11 +315,13 @@ def write_lladamoe(cfg: model.ModelConfig) -> dict[str, Any]:
 LLADA_MOE = Fields(
   read_lladamoe,
   write_lladamoe,
-  lambda cfg: SOFTMAX(cfg)
-  | dict(
-    router_bias=cfg.router_bias == 'choice',
-    router_norm=cfg.router_norm,
-    head_dim=cfg.head_dim not in (0, cfg.width / cfg.heads),
+  lambda cfg: (
+    SOFTMAX(cfg)
+    | dict(
+      router_bias=cfg.router_bias == 'choice',
+      router_norm=cfg.router_norm,
+      head_dim=cfg.head_dim not in (0, cfg.width / cfg.heads),
+    )
   ),
   defaults=dict.fromkeys(
     (

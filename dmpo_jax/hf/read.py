@@ -288,7 +288,9 @@ def tensor_problems(wanted: list[Entry], readers: dict[str, Any]) -> list[str]:
     problems = [*problems[:3], f'{len(problems) - 3} more like these']
   missing = list(dict.fromkeys(missing))  # several of our leaves may lie in one
   problems = list(dict.fromkeys(problems))
-  empty = lambda n: 0 in readers[n].get_slice(n).get_shape()  # shared experts of width 0
+  empty = lambda n: (
+    0 in readers[n].get_slice(n).get_shape()
+  )  # shared experts of width 0
   others = [n for n in sorted(set(readers) - known) if not SPARE.fullmatch(n)]
   unexpected = [n for n in others if not empty(n)]
   sorts = (('missing', missing), ('unexpected', unexpected))
@@ -355,8 +357,8 @@ def read_part(
 ) -> np.ndarray:
   """Reads one device's slice of a leaf, as a host array of the leaf's dtype.
 
-  Each tensor is read into its place: there is no second copy of them. FloatingPointError
-  names a tensor with a value that is not finite.
+  Each tensor is read into its place, so there is no second copy of them.
+  FloatingPointError names a tensor with a value that is not finite.
   """
   bounds = [s.indices(n)[:2] for s, n in zip(at, entry.leaf.shape, strict=True)]
   outer, inner = (
