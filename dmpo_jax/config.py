@@ -143,7 +143,9 @@ class Lora(Section):
 
   rank: int = 0  # rank A; 0 = no adapters, every parameter is trained
   alpha: float = 64.0  # the adapter's output is scaled by alpha / rank
-  targets: str = 'all'  # adapted linears; all | paper (q, k, v, up) | a regex
+  # Adapted linears; all (but those of experts) | experts (those as well) | paper (q, k,
+  # v, up) | a regex.
+  targets: str = 'all'
   dropout: float = 0.0  # on the adapters' input in updates; probability, 0 = none
   # Of the adapters' matrix products; float32 | bfloat16 (as PEFT under autocast, where
   # model.dtype is bfloat16). The adapters are stored in float32.

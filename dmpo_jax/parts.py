@@ -140,15 +140,16 @@ def check_blocks(c: Any, cfg: model.ModelConfig) -> None:
 
 def check_targets(cfg: model.ModelConfig, field: str = 'lora.targets') -> None:
   """ValueError if the adapters match no linear; field: what names them."""
+  names = model.linears_of(cfg)
   try:
-    matched = any(re.search(cfg.lora_targets, name) for name in model.LINEARS)
+    matched = any(re.search(cfg.lora_targets, name) for name in names)
   except re.error as error:
     raise ValueError(
       f'{field} = {cfg.lora_targets!r} is no regular expression: {error}'
     ) from None
   if cfg.lora_rank and not matched:
     raise ValueError(
-      f'{field} = {cfg.lora_targets!r} matches none of {", ".join(model.LINEARS)}'
+      f'{field} = {cfg.lora_targets!r} matches none of {", ".join(names)}'
     )
 
 

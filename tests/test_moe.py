@@ -1,25 +1,24 @@
 """Mixture of experts: where tokens are sent, and that nothing else is changed by it.
 
 test_model.py holds a model with experts to its formulas, with padding and windows.
-routers.npz has router logits of tiny random checkpoints with the choices and weights of
-the official code: LLaDA2.0-mini and SDAR-30B-A3B-Chat as DARE 83ae8a3 holds them,
-LLaDA-MoE as dllm ca17675 does.
+Official numbers are those of test_official_moe.py.
 """
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
+import moe_models
 import numpy as np
 import pytest
 import reference
+from marks import mostly_slow
+from moe_models import GOLDEN
 
-from dmpo_jax import build, logprob, model
+from dmpo_jax import build, logprob, model, weights
 from dmpo_jax.model import grouped, moe
 from dmpo_jax.model.presets import EXPERTS
 
-OFFICIAL = np.load(pathlib.Path(__file__).with_name('routers.npz'))
 CFG = model.ModelConfig(
   vocab=24, width=32, layers=3, heads=2, kv_heads=1, mlp=48, mask_id=23, eos_id=22,
   pad_id=21, positions=64, rope_theta=100.0, qk_norm=True, block_causal=4,
@@ -54,14 +53,14 @@ def router(name):
 
 
 @pytest.fixture(scope='module')
-def case(weights):
+def case(weights_of):
   """Parameters, texts, padding, masks; a third of the tokens is sent to two experts."""
   draw = np.random.default_rng(0)
   tokens = jnp.asarray(draw.integers(0, 20, (2, 16)), jnp.int32)
   valid = jnp.ones(tokens.shape, bool).at[1, :4].set(False)
   masked = jnp.asarray(draw.random((2, 2, 8)) < 0.5)
   routes = jnp.where(jnp.arange(16)[None, None, :, None] % 3 == 0, jnp.arange(2), -1)
-  return weights(CFG), tokens, valid, masked, jnp.broadcast_to(routes, (2, 2, 16, 2))
+  return weights_of(CFG), tokens, valid, masked, jnp.broadcast_to(routes, (2, 2, 16, 2))
 
 
 # --- the router
@@ -85,15 +84,43 @@ def test_router_equals_its_formula(name):
     np.testing.assert_allclose(weights[at], own, rtol=2e-5)
 
 
-@pytest.mark.parametrize('name', ['llada2', 'sdar_moe', 'lladamoe'])
-def test_router_equals_the_official_one(name):
-  cfg = router(name)
-  get = lambda what: OFFICIAL[f'{name}_{what}']
-  for i, logits in enumerate(get('router_logits')):
-    bias = get('bias')[i] if cfg.router_bias else None
-    chosen, weights, _ = moe.choose(cfg, logits[None], bias, None)
-    np.testing.assert_array_equal(chosen[0], get('experts')[i])
-    np.testing.assert_allclose(weights[0], get('expert_weights')[i], atol=1e-6)
+@pytest.mark.parametrize(
+  'name, block',
+  mostly_slow([('llada2', '_block8'), ('sdar_moe', '_block4'), ('lladamoe', '')],
+              {('llada2', '_block8')}),
+)  # fmt: skip
+def test_model_equals_the_official_one(name, block, tmp_path):
+  """Logits, chosen experts and their gradients, on tiny random checkpoints."""
+  cfg, params = weights.load_hf(moe_models.write(tmp_path / name, name))
+  cfg = dataclasses.replace(cfg, block_causal=int(block[6:] or 0), keep_routes=True)
+  get = lambda what: GOLDEN[f'{name}/{what}']
+  tokens, labels = get('input_ids'), get('labels')
+
+  def loss(params):
+    h, (_, routed) = model.hidden(cfg, params, tokens)
+    logits = model.head(cfg, params, h)
+    logp = model.logp_of(logits, labels) * (tokens == moe_models.MASK)
+    return -jnp.sum(logp) / np.sum(tokens == moe_models.MASK), (logits, routed)
+
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (value, (logits, routed)), slopes = run(params)
+  np.testing.assert_allclose(logits[..., ::16], get(f'logits{block}'), atol=3e-4)
+  clear = get(f'router_margin{block}') > 1e-5
+  ours, theirs = (
+    np.sort(x, -1)[clear] for x in (routed.experts, get(f'experts{block}'))
+  )
+  np.testing.assert_array_equal(ours, theirs)
+  np.testing.assert_allclose(value, get('loss'), rtol=1e-5)
+  norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(slopes)))
+  np.testing.assert_allclose(norm, get('total_grad_norm'), rtol=1e-4)
+  slopes = reference.layer_of(slopes['params'], 2)
+  for theirs, ours in {
+    'gate.weight': slopes['router']['kernel'].T,
+    'experts.3.down_proj.weight': slopes['experts_down']['kernel'][3].T,
+  }.items():
+    want = get(f'grad__model.layers.2.mlp.{theirs}')
+    got = ours.ravel()[::16]
+    np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max())
 
 
 def test_given_routes_are_weighed_by_own_scores():
@@ -161,7 +188,7 @@ def assert_close(one, other, rtol=2e-5):
     np.testing.assert_allclose(a, b, atol=rtol * float(jnp.max(jnp.abs(b))) + 1e-6)
 
 
-def test_sorted_experts_equal_all_experts_on_all_tokens(case, weights):
+def test_sorted_experts_equal_all_experts_on_all_tokens(case, weights_of):
   """Values, gradients of parameters and adapters; with experts that get all tokens, and
   others that get none; under each way to keep what backward needs; with dropout, whose
   masks know no order of the rows."""
@@ -169,7 +196,7 @@ def test_sorted_experts_equal_all_experts_on_all_tokens(case, weights):
     lora_rank=2, lora_targets=model.LORA_TARGETS['experts'], lora_dropout=0.3,
     router='sigmoid', router_bias='choice',
   )  # fmt: skip
-  params, routes = weights(cfg), case[-1]
+  params, routes = weights_of(cfg), case[-1]
   keys = jax.random.split(jax.random.key(0), 2)
   plain = loss_of(dataclasses.replace(cfg, expert_kernel='dense'), case, keys)
   for remat in ('none', 'dots', 'full'):
@@ -183,7 +210,7 @@ def test_sorted_experts_equal_all_experts_on_all_tokens(case, weights):
   np.testing.assert_array_equal(moved, [True, True, False, False, False, False])
 
 
-def test_adapters_are_of_attention_and_shared_experts(weights):
+def test_adapters_are_of_attention_and_shared_experts():
   cfg = family(lora_rank=2)
   names = lambda cfg: {
     run: set(tree)
@@ -195,6 +222,10 @@ def test_adapters_are_of_attention_and_shared_experts(weights):
   shared = {'shared_gate', 'shared_up', 'shared_down'}
   found = names(cfg)
   assert found == {'layers_0': own | {'gate', 'up', 'down'}, 'layers_1': own | shared}
+  assert model.linears_of(family(experts=0, dense_layers=())) == (
+    'q', 'k', 'v', 'o', 'gate', 'up', 'down',
+  )  # fmt: skip
+  assert set(model.linears_of(cfg)) == set(model.LINEARS)
   more = names(dataclasses.replace(cfg, lora_targets=model.LORA_TARGETS['experts']))
   assert more['layers_1'] == own | shared | set(EXPERTS)
 
@@ -284,7 +315,7 @@ def test_one_packed_pass_is_the_forward_of_every_block(case):
 
   packed, blocks = both(tokens, valid, masked)
   np.testing.assert_allclose(packed, blocks, atol=2e-5)
-  alone, _ = both(tokens[1:, 4:], valid[1:, 4:], masked[1:])
+  alone = logprob.token_logp(CFG, params, tokens[1:, 4:], masked[1:], valid[1:, 4:])
   np.testing.assert_allclose(alone[0], packed[1], atol=2e-5)
 
 
@@ -324,11 +355,11 @@ def test_wrong_fields_are_refused(field, value, says):
 
 
 @pytest.mark.smoke
-def test_routers_keep_their_precision(weights):
+def test_routers_keep_their_precision(weights_of):
   """The router's products are float32 and its bias is stored so; it is not quantized.
   Experts are, with a scale for each output of each expert."""
   cfg = family(router_bias='choice', dtype='bfloat16', param_dtype='bfloat16')
-  params = weights(cfg)
+  params = weights_of(cfg)
   assert params['params']['layers_1']['router']['bias'].dtype == jnp.float32
   stored = build.quantized_shapes(params, 'int8')['params']['layers_1']
   assert isinstance(stored['router']['kernel'], jax.Array)

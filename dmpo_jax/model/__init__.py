@@ -56,6 +56,7 @@ from dmpo_jax.model.presets import (
   ModelConfig,
   Run,
   layer_runs,
+  linears_of,
 )
 from dmpo_jax.model.quantize import QUANT, dense, quantize
 from dmpo_jax.model.transformer import (

@@ -137,6 +137,15 @@ def expert_rules(cfg: ModelConfig) -> list[tuple[bool, str]]:
   ]
 
 
+def linears_of(cfg: ModelConfig) -> tuple[str, ...]:
+  """Returns the names in LINEARS that the model has."""
+  kinds = {run.experts for run in layer_runs(cfg)}
+  absent = set() if False in kinds else set(DENSE)
+  absent |= set() if True in kinds else set(EXPERTS)
+  absent |= set() if True in kinds and cfg.shared_mlp else set(SHARED)
+  return tuple(name for name in LINEARS if name not in absent)
+
+
 class Run(NamedTuple):
   """Consecutive layers of one kind: one scan, one stack of parameters."""
 
