@@ -24,7 +24,7 @@ FAMILIES = {
   'llada2': (
     COMMON
     | dict(
-      architectures=['LLaDA2MoeModelLM'], embedding_dropout=0.0, first_k_dense_replace=1,
+      architectures=['LLaDA2MoeModelLM'], first_k_dense_replace=1,
       head_dim=24, intermediate_size=160, model_type='llada2_moe',
       moe_intermediate_size=32, moe_router_enable_expert_bias=True, n_group=4,
       norm_topk_prob=True, num_shared_experts=1, partial_rotary_factor=0.5,

@@ -92,7 +92,8 @@ VARIANTS = {
     dict(model_type='llada', num_key_value_heads=4),
   ],
   'sdar_moe': [
-    {}, dict(mlp_only_layers=[1]), dict(decoder_sparse_step=2, tie_word_embeddings=True),
+    {}, dict(mlp_only_layers=[1]),
+    dict(decoder_sparse_step=2, tie_word_embeddings=True),
     dict(norm_topk_prob=False, block_size=8, head_dim=16),
   ],
 }  # fmt: skip
@@ -256,7 +257,7 @@ def test_fields_that_no_class_reads_change_nothing(family, tmp_path, caplog):
 
 REFUSED = [
   ('llada2', dict(use_bias=True), 'use_bias = True'),
-  ('llada2', dict(num_experts_per_tok=17), 'num_experts_per_tok = 17 .*num_experts = 16'),
+  ('llada2', dict(num_experts_per_tok=17), 'tok = 17 .*num_experts = 16'),
   ('llada2', dict(num_experts_per_tok=9), 'topk_group = 2 .*9 experts'),
   ('llada2', dict(n_group=3), 'n_group = 3 .*divisor'),
   ('llada2', dict(n_group=16), 'n_group = 16 .*half'),
@@ -264,7 +265,7 @@ REFUSED = [
   ('llada2', dict(num_experts='16'), "num_experts = '16' must be a whole"),
   ('llada2', dict(moe_intermediate_size=None), 'moe_intermediate_size is missing'),
   ('llada2', dict(intermediate_size=None), 'intermediate_size is missing'),
-  ('llada2', dict(partial_rotary_factor=1.5), 'partial_rotary_factor = 1.5 .*at most 1'),
+  ('llada2', dict(partial_rotary_factor=1.5), 'factor = 1.5 .*at most 1'),
   ('llada2', dict(rope_scaling={'type': 'yarn', 'factor': 4.0}), 'rope_scaling'),
   ('llada2', dict(n_shared_experts=2), 'n_shared_experts = 2 is an unknown'),
   ('llada2', dict(num_experts_per_block=48), 'num_experts_per_block = 48'),

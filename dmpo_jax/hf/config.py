@@ -338,12 +338,10 @@ def special_ids(
       )
     ids[f'{name}_id'] = named if named in several or not several else several[0]
   if ids['mask_id'] is None:
-    of_family = families.MASKS.get(raw['model_type'], vocab)
-    known = [added[t] for t in MASK_TOKENS if t in added]
-    ids['mask_id'] = next(iter(known), of_family if of_family < vocab else None)
-  if ids['eos_id'] is None:
-    of_family = families.ENDS.get(raw['model_type'], vocab)
-    ids['eos_id'] = of_family if of_family < vocab else None
+    ids['mask_id'] = next((added[t] for t in MASK_TOKENS if t in added), None)
+  for name, table in (('mask_id', families.MASKS), ('eos_id', families.ENDS)):
+    if ids[name] is None and table.get(raw['model_type'], vocab) < vocab:
+      ids[name] = table[raw['model_type']]
   if ids['pad_id'] is None:
     ids['pad_id'] = ids['eos_id']
   for name, value in ids.items():

@@ -28,7 +28,8 @@ class Told:
   """
 
   def __init__(self, raw: dict[str, Any], defaults: dict[str, Any]):
-    self.raw, self.problems = defaults | raw, []
+    self.raw: dict[str, Any] = defaults | raw
+    self.problems: list[str] = []
 
   def complain(self, name: str, should: str) -> None:
     value = self.raw.get(name)
@@ -36,14 +37,14 @@ class Told:
     self.problems.append(f'{name} {is_what} must be {should}')
 
   def whole(self, name: str, least: int = 1) -> int:
-    value = self.raw.get(name)
+    value: Any = self.raw.get(name)
     if type(value) is int and least <= value < 2**31:
       return value
     self.complain(name, f'a whole number >= {least}')
     return least
 
   def share(self, name: str, most: float = 1e30) -> float:
-    value = self.raw.get(name)
+    value: Any = self.raw.get(name)
     if type(value) in (int, float) and 0 < value <= most:
       return float(value)
     self.complain(name, 'a number > 0' + (f', at most {most:g}' if most < 1e30 else ''))
@@ -65,7 +66,7 @@ class Told:
     return bool(value)
 
   def numbers(self, name: str) -> list[int]:
-    value = self.raw.get(name)
+    value: Any = self.raw.get(name)
     if isinstance(value, list) and all(type(x) is int and x >= 0 for x in value):
       return value
     self.complain(name, 'a list of whole numbers >= 0')
@@ -73,7 +74,7 @@ class Told:
 
   @property
   def layers(self) -> int:
-    count = self.raw.get('num_hidden_layers')
+    count: Any = self.raw.get('num_hidden_layers')
     return count if type(count) is int and 0 < count < 10**6 else 0
 
 

@@ -246,7 +246,7 @@ def kind_of(cfg: model.ModelConfig) -> str:
 
 
 def kind_in(raw: dict[str, Any]) -> Any:
-  """Returns the model_type of a config.json; LLaDA-MoE's hub files say that of LLaDA."""
+  """Returns the model_type of a config.json; LLaDA-MoE's on the hub is LLaDA's."""
   kind, made_for = raw.get('model_type'), str(raw.get('architectures'))
   of_experts = 'LLaDAMoE' in made_for or 'expert_intermediate_size' in raw
   return 'lladamoe' if kind == 'llada' and of_experts else kind
@@ -285,6 +285,7 @@ def entries(tree: dict, family: Family, cfg: model.ModelConfig) -> Iterator[Entr
   ValueError if the family has no tensor for a part of the model.
   """
   runs = {run.name: run for run in model.layer_runs(cfg)}
+  together = fused(family)
   for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
     path = mesh.path_of(keys)
     collection, *parts = path.split('/')
@@ -300,7 +301,8 @@ def entries(tree: dict, family: Family, cfg: model.ModelConfig) -> Iterator[Entr
       names = [theirs.format(i) for i in numbers]
     stacked = 1 + (len(names) > run.count)
     linear = part in ('kernel', 'a', 'b')
-    rows = None if collection == 'lora' else rows_of(family, name, part, cfg)
+    shares = collection == 'params' and part in ('kernel', 'bias') and name in together
+    rows = rows_of(family, name, cfg) if shares else None
     yield Entry(path, leaf, tuple(names), stacked, linear, rows)
 
 
@@ -340,13 +342,9 @@ def fused(family: Family) -> dict[str, list[str]]:
   return {name: names for names in sharing.values() if len(names) > 1 for name in names}
 
 
-def rows_of(
-  family: Family, name: str, part: str, cfg: model.ModelConfig
-) -> tuple[int, int] | None:
-  """Returns the first row of a part that shares a tensor, and that tensor's rows."""
-  names = fused(family).get(name)
-  if names is None or part not in ('kernel', 'bias'):
-    return None
+def rows_of(family: Family, name: str, cfg: model.ModelConfig) -> tuple[int, int]:
+  """Returns the first row of a name that shares a tensor, and that tensor's rows."""
+  names = fused(family)[name]
   dim = cfg.head_dim or cfg.width // cfg.heads
   sizes = [dim * (cfg.heads if x == 'q' else cfg.kv_heads) for x in names]
   return sum(sizes[: names.index(name)]), sum(sizes)

@@ -192,7 +192,7 @@ def split_one(
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
   """Returns {our name: (a, b)} of one adapter, (r, in) and (out, r), and problems."""
   targets, rank, left = targets_of(cfg, names), cfg.lora_rank, b.copy()
-  rows = {name: families.rows_of(family, name, 'kernel', cfg) for name in names}
+  rows = {name: families.rows_of(family, name, cfg) for name in names}
   if (
     not targets
     or len(a) not in (rank, len(targets) * rank)
@@ -226,10 +226,10 @@ def join_fused(
         name: tuple(out.pop(f'{stem}{name}.lora_{part}.weight') for part in 'AB')
         for name in targets
       }
-      rank, total = cfg.lora_rank, families.rows_of(family, names[0], 'kernel', cfg)[1]
+      rank, total = cfg.lora_rank, families.rows_of(family, names[0], cfg)[1]
       b = np.zeros((total, rank * len(targets)), np.float32)
       for i, name in enumerate(targets):
-        start, part = families.rows_of(family, name, 'kernel', cfg)[0], pairs[name][1]
+        start, part = families.rows_of(family, name, cfg)[0], pairs[name][1]
         b[start : start + len(part), i * rank : (i + 1) * rank] = part
       out[f'{stem}lora_A.weight'] = np.concatenate([pairs[x][0] for x in targets])
       out[f'{stem}lora_B.weight'] = b

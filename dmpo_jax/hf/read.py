@@ -357,8 +357,8 @@ def read_part(
 ) -> np.ndarray:
   """Reads one device's slice of a leaf, as a host array of the leaf's dtype.
 
-  Each tensor is read into its place: there is no second copy of them. FloatingPointError
-  names a tensor with a value that is not finite.
+  Each tensor is read into its place, so there is no second copy of them.
+  FloatingPointError names a tensor with a value that is not finite.
   """
   bounds = [s.indices(n)[:2] for s, n in zip(at, entry.leaf.shape, strict=True)]
   outer, inner = (
