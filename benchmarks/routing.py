@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ HEAD = (
 
 def random_case(args):
   """(name, cfg, params, prompts, valid) of the preset with random weights."""
-  cfg = model.ModelConfig(**model.PRESETS['tiny_moe'], **SMALL_IDS, block_causal=4)
+  fields: Any = {**model.PRESETS['tiny_moe'], **SMALL_IDS, 'block_causal': 4}
+  cfg = model.ModelConfig(**fields)
   params = model.init(cfg, jax.random.key(0))
   return 'random tiny_moe', cfg, params, *random_prompts(cfg, args)
 
@@ -72,7 +74,7 @@ def seconds(fn, *args, repeats=3):
 def laws(cfg, args):
   """The samplers that a model is measured with."""
   block = cfg.block_causal or args.length
-  same = dict(length=args.length, block=block, rank='max', temperature=1.0)
+  same: Any = dict(length=args.length, block=block, rank='max', temperature=1.0)
   per_step = max(1, args.length // args.steps)
   steps = args.length // block * max(1, block // per_step)
   for cache in ('block', 'none') if cfg.block_causal else ('none', 'prefix', 'dual'):
@@ -121,7 +123,7 @@ def row_of(case, dtype, hp):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   parser.add_argument('--checkpoint', nargs='*', default=[], help='directories')
   parser.add_argument('--workdir', default='', help='of a run')
   parser.add_argument('--rows', type=int, default=64)

@@ -52,7 +52,7 @@ class Told:
 
   def load_loss(self) -> float:
     """Returns the factor of the load loss; ours where the file names none."""
-    value = self.raw.get('router_aux_loss_coef')
+    value: Any = self.raw.get('router_aux_loss_coef')
     if type(value) in (int, float) and 0 <= value < 1e30:
       return float(value)
     if value is not None:
