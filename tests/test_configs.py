@@ -436,7 +436,7 @@ def test_dropout_is_off_where_log_p_old_is_compared():
   'field, hint',
   [
     ('optim.lrr', "'optim.lr'"),
-    ('lr', "'optim.lr' or 'sft.lr'"),
+    ('lr', "'optim.lr' or 'pairs.lr' or 'sft.lr'"),
     ('sampler.pik', "'sampler.pick'"),
     ('objective.alhpa', "'objective.alpha'"),
     ('eval.sampler.temprature', "'eval.sampler.temperature'"),
