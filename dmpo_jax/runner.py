@@ -249,7 +249,9 @@ def run_phases(
     if only_sft:
       return say(f'base model in {os.path.join(workdir, "sft")}')
     base = built.steps.quantize(base)
-    start, pairs_seconds = loop.run('pairs', session, base)
+    start, pairs_seconds = base, 0.0
+    if config.part(c, 'pairs').trains:
+      start, pairs_seconds = loop.run('pairs', session, base)
     tuned, rl_seconds = loop.run('rl', session, start)
   test, results = build.problems(built, 'test'), {}
 

@@ -37,7 +37,7 @@ def run(
   make: Any = PHASES[name]
   phase = make(session, base)
   if not phase.updates and not phase.validates:
-    return (session.built.steps.init() if base is None else base), 0.0
+    return session.built.steps.init(), 0.0
   folder = os.path.join(session.workdir, name)
   keep, digest = phase.config.checkpoint.keep, session.built.steps.digest
   # Leaving the manager waits for the save under way, after an error too.

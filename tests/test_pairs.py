@@ -460,8 +460,8 @@ def test_no_pair_has_a_problem_of_the_test(source, tmp_path, monkeypatch):
 
 
 def test_training_on_pairs(source, tmp_path):
-  """It raises the margin of held-out pairs; killed anywhere, it ends in the same bits;
-  microbatches do not matter; nor does the source, once pairs are written."""
+  """It raises the margin of held-out pairs; killed anywhere, it ends in the same bits.
+  The source is not needed once its pairs are written."""
   _, workdir, base = source
   copy = tmp_path / 'source'
   shutil.copytree(workdir / 'rollouts', copy / 'rollouts')

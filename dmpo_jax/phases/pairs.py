@@ -38,14 +38,12 @@ class Pairs(Phase):
   """pairs.epochs passes over the pairs, each update on pairs.batch of them."""
 
   name, rows, lr_field = 'pairs', 'pairs', 'pairs.lr'
-  iterations, inner = 0, 1
+  inner = 1
 
   def __init__(self, session: Session, base: Params):
     super().__init__(session)
     self.hp = check.part(self.config, 'pairs')
     self.refuse = resume.refuse(self.config, check.FREE)
-    if not self.hp.trains:
-      return
     self.pairs = rows_at(self.built, session.workdir)
     held = lessons.take_out(
       self.pairs.owner, self.hp.held_out, self.config.seed, 'pairs.held_out'
