@@ -109,7 +109,7 @@ def test_padding_and_neighbours(plain):
     np.testing.assert_allclose(row[valid[at]], want[at][valid[at]], atol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('more', [
   {'lora_rank': 4, 'lora_targets': 'experts|^q$'}, {'remat': 'full', 'tied': True},
   {'expert_kernel': 'dense', 'router': 'softmax', 'router_bias': 'weight'},
