@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from tests import test_mesh
 # data, fsdp, tensor, expert. The last two are mixed.
 MESHES = ((1, 1, 1, 8), (8, 1, 1, 1), (1, 2, 1, 4), (2, 1, 2, 2), (1, 2, 2, 2))
 R, S = 8, 10
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
   vocab=11, width=16, layers=2, heads=2, kv_heads=2, mlp=24, mask_id=10, eos_id=9,
   pad_id=8, experts=8, experts_per_token=3, expert_mlp=8, shared_mlp=8,
   dense_layers=(0,), router='sigmoid', router_bias='choice', router_norm=True,
@@ -108,7 +109,7 @@ def test_padding_and_neighbours(plain):
     np.testing.assert_allclose(row[valid[at]], want[at][valid[at]], atol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('more', [
   {'lora_rank': 4, 'lora_targets': 'experts|^q$'}, {'remat': 'full', 'tied': True},
   {'expert_kernel': 'dense', 'router': 'softmax', 'router_bias': 'weight'},
@@ -120,9 +121,9 @@ def test_other_models_on_a_mesh(more, weights_of):
   close(on_mesh((1, 1, 2, 4), run, params, *tokens()), jax.jit(run)(params, *tokens()))
 
 
-def settings(shape, **fields):
+def settings(shape, **fields) -> Any:
   """Returns the config of test_mesh with experts, on a mesh."""
-  c = test_mesh.settings(shape[:3])
+  c: Any = test_mesh.settings(shape[:3])
   c.update_from_flattened_dict({'mesh.expert': shape[3], **fields})
   return c
 
