@@ -1,8 +1,8 @@
 """Devices, and how arrays lie on them: one mesh, one table of rules.
 
 Axes: 'data' replicates the weights; 'fsdp' splits them along their first large
-dimension; 'tensor' splits heads and the MLP; 'expert' splits the experts of a layer, and
-is there where it is larger than 1. Rows are split over all of them but 'tensor'.
+dimension; 'tensor' splits heads and the MLP; 'expert' splits the experts of a layer,
+and is there where it is larger than 1. Rows are split over all of them but 'tensor'.
 RULES is ordered: the first match decides. A leaf that matches none is an error,
 so nothing is replicated by accident.
 """
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmpo_jax.types import Array
 
@@ -98,7 +98,7 @@ def path_of(path: Sequence[Any]) -> str:
   return '/'.join(str(getattr(p, 'key', getattr(p, 'name', p))) for p in path)
 
 
-def spec_of(path: str, leaf: Any, mesh: Mesh) -> PartitionSpec:
+def spec_of(path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
   """Returns the spec of the first rule that matches a leaf's path.
 
   An axis of the mesh that does not divide its dimension is left out, with a

@@ -89,18 +89,28 @@ def model_config(c: Any, tokenizer: Any, folder: str = '') -> model.ModelConfig:
       f'{cfg.width} and be a multiple of model.kv_heads = '
       f'{cfg.kv_heads}'
     )
-  if c.model.attention == 'splash' and cfg.kv_heads % c.mesh.tensor:
-    raise ValueError(
-      f'model.attention = splash splits the K/V heads: '
-      f'model.kv_heads = {cfg.kv_heads} must be a multiple of '
-      f'mesh.tensor = {c.mesh.tensor}, or use xla'
-    )
+  check_splits(c, cfg)
   if tokenizer is not None and len(tokenizer) > cfg.vocab:
     raise ValueError(
       f'the tokenizer has {len(tokenizer)} tokens, the model '
       f"{cfg.vocab}: data.tokenizer is not this model's"
     )
   return cfg
+
+
+def check_splits(c: Any, cfg: model.ModelConfig) -> None:
+  """ValueError if the mesh does not divide what it splits of the model."""
+  if c.model.attention == 'splash' and cfg.kv_heads % c.mesh.tensor:
+    raise ValueError(
+      f'model.attention = splash splits the K/V heads: '
+      f'model.kv_heads = {cfg.kv_heads} must be a multiple of '
+      f'mesh.tensor = {c.mesh.tensor}, or use xla'
+    )
+  if c.mesh.expert > 1 and (not cfg.experts or cfg.experts % c.mesh.expert):
+    raise ValueError(
+      f'mesh.expert = {c.mesh.expert} splits the experts of a layer: it must divide '
+      f"the model's number of experts, {cfg.experts}; set 1 for a model without"
+    )
 
 
 def check_blocks(c: Any, cfg: model.ModelConfig) -> None:

@@ -294,7 +294,7 @@ CLEAN = {
 FAULTS = {
   'upward': ('types.py', 'from dmpo_jax import rollout\n', 'imports rollout'),
   'sideways': ('evaluate.py', 'import dmpo_jax.resume\n', 'imports resume'),
-  'sideways_relative': ('masking.py', 'from . import mesh\n', 'imports mesh'),
+  'sideways_relative': ('masking.py', 'from . import model\n', 'imports model'),
   'self': ('mesh.py', 'from dmpo_jax.mesh import f\n', 'imports mesh'),
   'across_plugins': (
     'tasks/sudoku.py', 'from dmpo_jax import objectives\n',

@@ -26,8 +26,8 @@ from dmpo_jax import types as t
 PIECES = 'expert_pieces'
 PIECE = 1.25  # rows of a piece, as a share of what a device computes on average
 
-# (x_MxD, chosen_Mxk, weights_Mxk, stacks, keys_M, pieces) -> (M, D) float32: the weighted
-# sums over each token's choices. Ids outside the stacks' experts add nothing.
+# (x_MxD, (chosen_Mxk, weights_Mxk), stacks, keys_M, pieces) -> (M, D) float32: the
+# weighted sums over each token's choices. Ids outside the stacks' experts add nothing.
 Compute = Callable[..., t.Array]
 
 
@@ -65,6 +65,17 @@ def routed(
   return jnp.sum(parts, axis=0)  # over the parts of the experts' inner size
 
 
+def on_own_rows(fn: Callable, x_Rx: t.Array) -> t.Array:
+  """Applies fn where each device has its own rows: XLA gathers them all for a top_k."""
+  grid = mesh.in_force()
+  if grid is None or x_Rx.shape[0] % mesh.row_shards(grid):
+    return fn(x_Rx)
+  by_row = PartitionSpec(mesh.row_axes(grid))
+  return jax.shard_map(
+    fn, mesh=grid, in_specs=by_row, out_specs=by_row, check_vma=False
+  )(x_Rx)
+
+
 def on_own_experts(
   compute: Compute, count: int, x: t.Array, choice: Any, stacks: Any, keys: Any
 ) -> t.Array:
@@ -87,7 +98,7 @@ def of_tokens(
 
 
 def used_spec(grid: Any, path: tuple, leaf: t.Array) -> PartitionSpec:
-  """Returns how a layer's leaf lies while it is used: as it is stored, fsdp gathered."""
+  """Returns how a layer's leaf lies in use: as it is stored, but whole along fsdp."""
   stored = jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
   spec = mesh.spec_of(f'layers/{mesh.path_of(path)}', stored, grid)
   return PartitionSpec(*(None if axis == 'fsdp' else axis for axis in spec[1:]))
@@ -171,9 +182,9 @@ def compute_sorted(
 ) -> t.Array:
   """Is a `Compute` of experts that read sorted rows.
 
-  rows: (rows of choices (Q, D), sizes (E,), stacks, keys (Q,)) -> (Q, D). pieces > 1: on
-  average this share of the choices is here. They are computed in pieces of PIECE of it,
-  and a piece without any is skipped: an uneven load takes time, not memory.
+  rows: (rows of choices (Q, D), sizes (E,), stacks, keys (Q,)) -> (Q, D). pieces > 1:
+  on average this share of the choices is here. They are computed in pieces of PIECE of
+  it, and a piece without any is skipped: an uneven load takes time, not memory.
   """
   chosen, weights = choice
   tokens, k = chosen.shape

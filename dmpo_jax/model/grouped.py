@@ -7,9 +7,9 @@ group's belong to none: what they become is left open. A platform has three func
   backward  (dy (Y, F), kernels (E, D, F), sizes (E,)) -> (Y, D), the gradient of x
   outer     (x (Y, D), dy (Y, F), sizes (E,)) -> (E, D, F), that of the kernels
 
-TPUs have a grouped kernel for `jax.lax.ragged_dot`. XLA's compilers for CPUs and GPUs make
-E products of all rows of it. On CPUs a loop over tiles of rows is faster, by about E. On
-GPUs Triton kernels do what they do on TPUs.
+TPUs have a grouped kernel for `jax.lax.ragged_dot`. XLA's compilers for CPUs and GPUs
+make E products of all rows of it. On CPUs a loop over tiles of rows is faster, by about
+E. GPUs have Triton kernels (triton.py).
 """
 
 from collections.abc import Callable

@@ -59,7 +59,8 @@ def choose(
     scores = jax.nn.softmax(logits_RxTxE, axis=-1)
   choice = scores if bias_E is None else scores + bias_E[None, None]
   weigh = choice if cfg.router_bias == 'weight' else scores
-  _, chosen = jax.lax.top_k(best_groups(cfg, choice), cfg.experts_per_token)
+  best = lambda x: jax.lax.top_k(best_groups(cfg, x), cfg.experts_per_token)[1]
+  chosen = exchange.on_own_rows(best, jax.lax.stop_gradient(choice))
   if routes_RxTxX is not None:
     chosen = jnp.where(routes_RxTxX < 0, chosen, routes_RxTxX.astype(chosen.dtype))
   weights = jnp.take_along_axis(weigh, chosen, axis=-1)

@@ -1,8 +1,8 @@
 """The functions of grouped.py for GPUs, as Triton kernels.
 
 On a GPU XLA's `ragged_dot` copies the rows once for each group and multiplies all of
-them. Here each program of the grid computes one tile of one group's rows, and kernels are
-read in place. Rows after the last group's are not written.
+them. Here each program of the grid computes one tile of one group's rows, and kernels
+are read in place. Rows after the last group's are not written.
 """
 
 from typing import Any
@@ -32,7 +32,11 @@ def tiles(sizes_E: Array, rows: int) -> tuple[Array, Array, Array]:
 
 
 def rows_dot(
-  x: Array, kernel: Array, sizes: Array, transposed: bool = False, interpret: bool = False
+  x: Array,
+  kernel: Array,
+  sizes: Array,
+  transposed: bool = False,
+  interpret: bool = False,
 ) -> Array:
   """Multiplies rows with their groups' kernels, or with the transposed kernels."""
   rows, inner = x.shape
@@ -55,7 +59,7 @@ def rows_dot(
       else:
         at = kernel.at[group[i], k[:, None], column[None, :]]
         weight = load(at, seen[:, None] & inside[None, :])
-      return total + pl.dot(part, weight)
+      return total + triton.dot(part, weight)
 
     laps = jnp.minimum(end[i] - first[i], 1) * pl.cdiv(inner, INNER)
     total = jax.lax.fori_loop(0, laps, add, jnp.zeros((ROWS, COLUMNS), jnp.float32))
@@ -82,11 +86,13 @@ def kernels_dot(x: Array, dy: Array, sizes: Array, interpret: bool = False) -> A
     def add(lap: Array, total: Array) -> Array:
       own = first[e] + lap * INNER + jnp.arange(INNER)
       real = own < end[e]
-      left = load(x.at[own[:, None], row[None, :]], real[:, None] & (row < inputs)[None])
+      left = load(
+        x.at[own[:, None], row[None, :]], real[:, None] & (row < inputs)[None]
+      )
       right = load(
         dy.at[own[:, None], column[None, :]], real[:, None] & (column < features)[None]
       )
-      return total + pl.dot(left, right, trans_a=True)
+      return total + triton.dot(left, right, trans_a=True)
 
     laps = pl.cdiv(end[e] - first[e], INNER)
     total = jax.lax.fori_loop(0, laps, add, jnp.zeros(tile, jnp.float32))
@@ -108,9 +114,5 @@ def load(at: Any, mask: Array) -> Array:
 def call(program: Any, grid: tuple, shape: Any, interpret: bool) -> Any:
   """Returns a program over a grid as a function of arrays."""
   return pl.pallas_call(
-    program,
-    grid=grid,
-    out_shape=shape,
-    compiler_params=PARAMETERS,
-    interpret=interpret,
+    program, grid=grid, out_shape=shape, compiler_params=PARAMETERS, interpret=interpret
   )

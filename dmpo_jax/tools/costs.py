@@ -113,8 +113,8 @@ def grouped_cost(eqn: Any) -> tuple[float, float]:
   """Returns FLOPs and bytes of a product of sorted rows with their experts' kernels.
 
   Each row counts for its own expert. The result has rows, or is the kernels' gradient.
-  No more experts are read than there are rows. A part that JAX has moved out of the loop
-  over layers has no kernels, and counts nothing.
+  No more experts are read than there are rows. A part that JAX has moved out of the
+  loop over layers has no kernels, and counts nothing.
   """
   *inputs, out = (v.aval for v in (*eqn.invars, *eqn.outvars))
   kernels = next((x for x in (out, *inputs) if x.ndim == 3), None)
