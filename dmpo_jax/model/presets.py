@@ -223,29 +223,23 @@ LLADA2 = dict(
   router_groups=8,
   router_groups_kept=4,
 )
+TINY = dict(
+  width=64,
+  layers=3,
+  heads=2,
+  kv_heads=2,
+  mlp=128,
+  positions=512,
+  rope_theta=100.0,
+  qk_norm=True,
+)
 # vocab and special ids of the small ones come from the tokenizer. 'tiny' is for
 # short sequences: a small RoPE base and q/k norms make it learn several times
 # faster there.
 PRESETS = {
-  'tiny': dict(
-    width=64,
-    layers=3,
-    heads=2,
-    kv_heads=2,
-    mlp=128,
-    positions=512,
-    rope_theta=100.0,
-    qk_norm=True,
-  ),
-  'tiny_moe': dict(  # 'tiny' with experts in all layers but the first
-    width=64,
-    layers=3,
-    heads=2,
-    kv_heads=2,
-    mlp=128,
-    positions=512,
-    rope_theta=100.0,
-    qk_norm=True,
+  'tiny': TINY,
+  'tiny_moe': dict(  # with experts in all layers but the first
+    TINY,
     experts=8,
     experts_per_token=2,
     expert_mlp=40,

@@ -268,7 +268,7 @@ class Transformer(nn.Module):
 
     # Flax names the modules of a list layers_0, layers_1, ...
     stacks: Any = [scanned(run.experts, run.count) for run in layer_runs(cfg)]
-    self.layers = stacks if len(stacks) > 1 else stacks[0]
+    self.layers: Any = stacks if len(stacks) > 1 else stacks[0]
     self.final_norm = Norm(cfg)
     if not cfg.tied:
       self.head = self.param('head', init, shape, cfg.param_dtype)
