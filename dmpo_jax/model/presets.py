@@ -92,10 +92,10 @@ def expert_rules(cfg: ModelConfig) -> list[tuple[bool, str]]:
   """Returns (whether it is broken, what is wrong) of each rule on the experts."""
   count, chosen, groups = cfg.experts, cfg.experts_per_token, cfg.router_groups
   kept, dim = cfg.router_groups_kept, cfg.head_dim or cfg.width // max(1, cfg.heads)
-  turned = cfg.rotary * dim
+  turned, uneven = cfg.rotary * dim, not cfg.head_dim and cfg.width % max(1, cfg.heads)
   rules = [
-    (
-      not 0 < cfg.rotary <= 1 or turned != int(turned) or bool(turned % 2),
+    (  # heads that do not divide the width are another error
+      not (0 < cfg.rotary <= 1 and (uneven or turned % 2 == 0)),
       f'rotary = {cfg.rotary}: an even number of the {dim} of a head must rotate',
     )
   ]
