@@ -267,7 +267,7 @@ def test_presets_are_possible(name):
   assert hp.problems() == [] and conventions.PRESETS[name].source
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_runs(plain_saves, tmp_path, monkeypatch, capsys):
   """As a script: it uses no magic of notebooks, and keeps no output."""
   shrink(monkeypatch, tmp_path)

@@ -498,7 +498,7 @@ def test_masks_do_not_depend_on_the_batch():
 @pytest.mark.parametrize(
   'fields',
   [
-    pytest.param(dict(pick='confidence', rank='max'), marks=pytest.mark.slow),
+    pytest.param(dict(pick='confidence', rank='max'), marks=pytest.mark.long),
     dict(pick='confidence', **ORDER),
     dict(pick='dynamic', threshold=0.45, temperature=0.8, **ORDER),
   ],
@@ -538,6 +538,7 @@ def test_a_sampled_law_sums_to_one(fields, weights):
 # --- where a text ends
 
 
+@pytest.mark.long
 def test_the_block_of_a_stop_is_sampled_to_its_end(case):
   """With eos_stop a row ends at the block with a stop; the rest is EOS of no step."""
   params, tokens, _, _ = case

@@ -345,7 +345,9 @@ OWN = [
 QUICK = [('threshold', 'none', 0), ('factor', 'block', 0)]
 
 
-@pytest.mark.parametrize('pick, cache, slots', mostly_slow(OWN, QUICK))
+@pytest.mark.parametrize(
+  'pick, cache, slots', mostly_slow(OWN, QUICK, pytest.mark.long)
+)
 def test_rows_take_their_own_numbers(pick, cache, slots, tiny, weights):
   """Each row's tokens and order are those that all rows would have with its number;
   log-probs along the record do not need the number."""

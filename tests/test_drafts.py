@@ -243,7 +243,7 @@ def test_law_of_the_exact_gate(name, policies):
   assert abs(law.sum() - 1) < 0.01
   chi_square([text.count(x) for x in names], law / law.sum())
   ratio = np.exp(other - recorded)
-  assert abs(ratio.mean() - 1) < 4 * ratio.std() / ROWS**0.5 < 0.2
+  assert abs(ratio.mean() - 1) < 4 * ratio.std() / ROWS**0.5 < 0.3
   assert not out.more  # each token has the model's law
   rate = out.drafts.kept.sum() / out.drafts.offered.sum()
   assert 0.2 < rate < 0.98

@@ -238,7 +238,7 @@ UNREAD = {  # values that would change the law, were they read by the official c
     norm_topk_prob=True, routed_scaling_factor=2.5, router_num_group=4,
     router_topk_group=2, moe_router_score_function='sigmoid',
   ),
-  'sdar_moe': dict(router_aux_loss_coef=0.5, max_window_layers=1),
+  'sdar_moe': dict(max_window_layers=1),
 }  # fmt: skip
 
 

@@ -20,12 +20,14 @@ from moe_models import GOLDEN
 
 from dmpo_jax import sampler, weights
 
-# One of each kind and prompt length is run by default, the others as slow tests.
+# One of each kind and prompt length is run by default, the others as long tests.
 QUICK = {
   'llada2/p11_b8_s8_t0.5', 'llada2/p5_eos64_early0', 'sdar_moe/p8_dynamic_b4_s4_t0.3',
 }  # fmt: skip
 CASES = mostly_slow(
-  [name for name in GOLDEN.files if re.match(r'\w+/p\d+_[^/]*$', name)], QUICK
+  [name for name in GOLDEN.files if re.match(r'\w+/p\d+_[^/]*$', name)],
+  QUICK,
+  pytest.mark.long,
 )
 
 

@@ -212,7 +212,9 @@ def gradient(name, tokens, weight, record=None, copies=1, credit=None, **hp):
       jax.random.key(3), jnp.arange(rows), text_of(rows, record), hp
     )
     before = view(old, tokens, masks)
-    views = Views(logprob.seq_elbo(before.logp, masks.weight), *before)
+    views = Views(
+      logprob.seq_elbo(before.logp, masks.weight), before.logp, before.reads
+    )
     batch = batch_of(rows, weight, copies, record=record, old=views, ref=views)
     batch = batch._replace(own={**batch.own, **own})
     return objective.loss(view(theta, tokens, masks), masks, batch, hp)[0]
