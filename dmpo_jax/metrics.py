@@ -64,8 +64,8 @@ METRICS = {
   'tokens_per_forward/': 'share of forwards that reveal so many tokens; 0 to 1',
   'confidence': 'mean probability of a token when it is revealed; 0 to 1',
   'confidence_low': '10 % quantile of the probability of revealed tokens; 0 to 1',
-  'draft/': 'acceptance: share of drafts that stay, (target_)forwards: of a row, by the '
-  'draft and the model; 0 to 1, count',
+  'draft/': 'acceptance: share of drafts that stay, (target_)forwards: of a row, by '
+  'the draft and the model; 0 to 1, count',
   'shared_steps': 'first steps that another completion of the group takes too; steps',
   'entropy': "mean entropy of a token's law when it is revealed; nats",
   'logp_token': "mean log-prob of a completion's tokens when they are revealed; nats",

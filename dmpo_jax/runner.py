@@ -253,6 +253,7 @@ def run_phases(
     if config.part(c, 'pairs').trains:
       start, pairs_seconds = loop.run('pairs', session, base)
     tuned, rl_seconds = loop.run('rl', session, start)
+  spent = {'sft': sft_seconds, 'pairs': pairs_seconds, 'rl': rl_seconds}
   test, results = build.problems(built, 'test'), {}
 
   def beat() -> None:
@@ -269,13 +270,8 @@ def run_phases(
       files.replace(path, files.to_lines(samples))
   if not first:
     return
-  results['seconds'] = {
-    'sft': sft_seconds,
-    'pairs': pairs_seconds,
-    'rl': rl_seconds,
-    'total': sft_seconds + pairs_seconds + rl_seconds,
-    'session': time.time() - begun,
-  }
+  more = {'total': sum(spent.values()), 'session': time.time() - begun}
+  results['seconds'] = spent | more
   results |= {
     'seed': c.seed,
     'config': c.name,

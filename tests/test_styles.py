@@ -160,7 +160,9 @@ def test_the_prefill_is_counted_once(built, monkeypatch):
   assert terms['strict_format'] == terms['soft_format'] == terms['xmlcount'] == 0.5
   (doubled,) = collector.judge(['<reasoning>' + text], [example], [0]).terms
   assert doubled['xmlcount'] < 0.5 and not doubled['soft_format']
-  rows = [{'problem': 0, 'text': text, 'batch_forwards': 1, 'forwards': 1}]
+  rows = [
+    {'problem': 0, 'text': text, 'batch_forwards': 1, 'forwards': 1, 'order': [0]}
+  ]
   monkeypatch.setattr(evaluate, 'generate', lambda *_: rows)
   test = build.problems(built, 'test')._replace(examples=[example])
   mean, samples = evaluate.accuracy(built, {}, test)
