@@ -236,7 +236,7 @@ def build(c: Any, devices: Any = None) -> Built:
     noted('reference.of' * (not check.only_base(c)), read_references),
     who.read if who else dict,
     make_select(grid),
-    *make_training(c, grid, setup, 'mask', optimizer_of),
+    *make_training(c, grid, setup, RL),
     *make_sft(c, cfg, grid),
     *make_pairs(c, grid, setup),
     quantize,
@@ -628,31 +628,38 @@ def pmap_rows(sample: Callable, grid: Any) -> Callable:
 # --- training
 
 
+class Learning(NamedTuple):
+  """What differs between RL and training on pairs."""
+
+  stream: str  # random numbers of the loss's masks
+  section: Callable  # config -> the section with its learning rate
+  optimizer: Callable  # (config, rate) -> the optimizer
+
+
+RL = Learning('mask', lambda c: c.optim, optimizer_of)
+PAIRS = Learning('pairs', lambda c: c.pairs, parts.pairs_optimizer_of)
+
+
 def make_training(
-  c: Any, grid: Any, setup: step.Setup, stream: str, optimizer: Callable
+  c: Any, grid: Any, setup: step.Setup, learning: Learning
 ) -> tuple[Compiled, Compiled, Compiled]:
-  """Returns score, pack, update.
-
-  stream: of the loss's masks; 'mask' is RL's, at its rate. optimizer: (config, rate) ->
-  the optimizer.
-  """
-  seed = np.uint32(c.seed)
-
-  whole = gather_of(c, grid)
+  """Returns score, pack, update."""
+  seed, whole = np.uint32(c.seed), gather_of(c, grid)
 
   def score(trainable, frozen, references, sampled, seed):
     who = whole(scoring.policies(trainable, frozen, references))
-    keys = rng.key_for(seed, 'score'), rng.key_for(seed, stream)
+    keys = rng.key_for(seed, 'score'), rng.key_for(seed, learning.stream)
     return scoring.score(who, sampled, *keys, setup)
 
   def pack(sampled, reward, scores, share=None):
     return scoring.pack(sampled, reward, scores, setup, share)
 
   def update(state, frozen, batch, inner, seed, lr):
-    now = dataclasses.replace(setup, optimizer=optimizer(c, lr))
-    return step.train_step(state, frozen, batch, rng.key_for(seed, stream), inner, now)
+    now = dataclasses.replace(setup, optimizer=learning.optimizer(c, lr))
+    key = rng.key_for(seed, learning.stream)
+    return step.train_step(state, frozen, batch, key, inner, now)
 
-  lr = np.float32(c.optim.lr if stream == 'mask' else c.pairs.lr)
+  lr = np.float32(learning.section(c).lr)
   return (
     Compiled(grid, score, (seed,)),
     Compiled(grid, pack),
@@ -707,7 +714,7 @@ def make_pairs(
   return (
     starter(parts.pairs_optimizer_of(c), grid),
     Compiled(grid, place, by_row=by_row, out_shardings=sampled_shardings(grid, True)),
-    *make_training(c, grid, setup, 'pairs', parts.pairs_optimizer_of),
+    *make_training(c, grid, setup, PAIRS),
     Compiled(grid, measure, (seed,)),
   )
 
@@ -805,7 +812,7 @@ def abstract_buffer(built: Built, prompt: int) -> Abstract:
   )
   sampled = jit.shapes({**frozen, **state.trainable}, *prompts)
   # Functions of their own: those in built.steps may be wrapped.
-  score, pack, *_ = make_training(c, built.mesh, built.setup, 'mask', optimizer_of)
+  score, pack, *_ = make_training(c, built.mesh, built.setup, RL)
   scores = score.shapes(state.trainable, frozen, refs, sampled)
   if scores.guess is not None:  # the host hands in their rewards
     guess = jax.ShapeDtypeStruct(scores.guess.shape[:2], np.float32, sharding=by_row)

@@ -509,8 +509,9 @@ def pairs_mode(command: Command) -> None:
   out = runs.path_of('--out', OUT.value, written=True)
   out = out or os.path.join(folders[0], buffers.FOLDER)
   built = runner.ready(c)
-  lines, count = curating.curated(built, folders)
-  solved = curating.solved_of(built, folders, DROP.value)
+  completions = curating.judged(built, folders)
+  lines, count = curating.pairs_among(built, completions)
+  solved = pairs.solved(completions, DROP.value, c.seed)
   if jax.process_index() == 0:
     os.makedirs(out, exist_ok=True)
     for name, rows in ((pairs.FILE, lines), (pairs.SOLVED, solved)):

@@ -66,12 +66,12 @@ def run_sft(built, workdir, **session):
     return train.run('sft', given)[0]
 
 
-def run(built, workdir, base_params, kill=False, **session):
-  """Runs RL; `kill` leaves the writer as a killed process would."""
+def run(built, workdir, base_params, kill=False, phase='rl', **session):
+  """Runs RL, or another phase; `kill` leaves the writer as a killed process would."""
   writer = metrics.Writer(workdir)
   given = train.Session(built, str(workdir), writer, **session)
   try:
-    params, _ = train.run('rl', given, base_params)
+    params, _ = train.run(phase, given, base_params)
   except BaseException:
     if not kill:
       writer.close()

@@ -6,7 +6,7 @@ Layers are scanned, so the program's size does not grow with their number.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -267,7 +267,7 @@ class Transformer(nn.Module):
       return stack(cfg, self.keep, experts)
 
     # Flax names the modules of a list layers_0, layers_1, ...
-    stacks: Any = [scanned(run.experts, run.count) for run in layer_runs(cfg)]
+    stacks = [scanned(run.experts, run.count) for run in layer_runs(cfg)]
     self.layers: Any = stacks if len(stacks) > 1 else stacks[0]
     self.final_norm = Norm(cfg)
     if not cfg.tied:
@@ -295,11 +295,11 @@ class Transformer(nn.Module):
     self, x: t.FloatRTD, own: PerLayer, rope: Rope, inputs: Inputs
   ) -> tuple[t.FloatRTD, Kept]:
     """Runs the layers, one scan for each run of a kind."""
-    runs, stacks = layer_runs(self.cfg), cast(Any, self.layers)
+    runs = layer_runs(self.cfg)
     if len(runs) == 1:
-      return stacks(x, own, rope, inputs)
+      return self.layers(x, own, rope, inputs)
     found, routed = [], 0  # layers with experts so far
-    for run, layers in zip(runs, stacks, strict=True):
+    for run, layers in zip(runs, self.layers, strict=True):
       cut = lambda tree, at, run=run: jax.tree.map(
         lambda z: z[at : at + run.count], tree
       )

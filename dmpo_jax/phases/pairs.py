@@ -200,17 +200,21 @@ def judged(built: build.Built, folders: Sequence[str]) -> list[pairs.Completion]
 def curated(
   built: build.Built, folders: Sequence[str]
 ) -> tuple[list[dict], Counter[str]]:
-  """Returns the pairs of some runs' rollouts, and what they were made from.
+  """Returns the pairs of some runs' rollouts, and what they were made from."""
+  return pairs_among(built, judged(built, folders))
 
-  None is of a problem of validation or test.
-  """
+
+def pairs_among(
+  built: build.Built, completions: Sequence[pairs.Completion]
+) -> tuple[list[dict], Counter[str]]:
+  """Returns the pairs of completions; none is of a problem of validation or test."""
   held = {
     data.digest(built.task, example)
     for split in ('validation', 'test')
     for example in build.problems(built, split).examples
   }
   hp = check.part(built.config, 'pairs')
-  return pairs.curate(judged(built, folders), hp, built.config.seed, held)
+  return pairs.curate(completions, hp, built.config.seed, held)
 
 
 def solved_of(
