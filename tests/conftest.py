@@ -8,6 +8,7 @@ later runs share. Delete the folder to start cold. JAX_COMPILATION_CACHE_DIR nam
 another one. DMPO_TYPECHECK=0 turns the checks of annotations off.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -42,6 +43,10 @@ from dmpo_jax import model  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
+
+# Tracing makes many short-lived objects. With Python's own thresholds a seventh of the
+# time of a test goes to looking for cycles among them, which are few.
+gc.set_threshold(100_000)
 
 
 @pytest.fixture
