@@ -1,15 +1,17 @@
 """Every objective from the same bases at equal network forwards: who wins.
 
 python -m benchmarks.compare [--task=sudoku] [--arms=dmpo,wd1] [--workers=2]
+python -m benchmarks.compare --study=apart [--arms=switches,baselines]
 
-For each task of configs/compare.py: a supervised base, then of every arm one
-run at each of three rates with the first seed, and the other seeds at the rate
+For each task of a study, configs/compare.py or another: a supervised base, then of
+every arm one run at each rate with the first seed, and the other seeds at the rate
 whose validation curve has the largest area. All runs are `main.py`'s own; what
 is done is not done again, so that the same command goes on where it was
 stopped. Then every final policy is judged by one sampler (KL along its
 trajectories, right answers and how many different ones), and FOLDER/TASK.md,
 .png and .jsonl are written, of what there is: `--only=report` does no more.
 
+--arms takes names of arms and of a study's families of arms, each of which has a table.
 --known=FILE takes the runs in a TASK.jsonl (or several, one after the other) as
 done; docs/comparison.jsonl is one. --checkpoint=DIR starts from a model of your
 own in place of the base.
@@ -31,7 +33,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import kills
-from configs import compare
+from configs import apart, compare
 from dmpo_jax import build, checkpoint, config, metrics
 from dmpo_jax.tools import report
 
@@ -42,6 +44,7 @@ GROUP = 8
 SHARE = 0.8  # of the best arm's gain: forwards to reach it
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
+STUDIES = {'compare': compare, 'apart': apart}
 CORES = queue.Queue()  # shares that no run has: sets of cores
 
 # --- runs
@@ -150,11 +153,12 @@ def chain(args, task, arm):
 
   Returns what failed, as text; the other arms go on.
   """
-  first, *others = compare.SEEDS[: args.seeds]
+  first, *others = args.study.SEEDS[: args.seeds]
+  rates = args.study.RATES
   try:
-    for rate in compare.RATES:
+    for rate in rates:
       train(args, task, arm, rate, first)
-    rate = best_rate([row_of(args, task, arm, rate, first) for rate in compare.RATES])
+    rate = best_rate(args, [row_of(args, task, arm, rate, first) for rate in rates])
     for seed in others:
       train(args, task, arm, rate, seed)
   except RuntimeError as error:
@@ -162,13 +166,14 @@ def chain(args, task, arm):
   return ''
 
 
-def best_rate(rows):
+def best_rate(args, rows):
   """Of the largest area under validation, by an arm's rows of the first seed;
   None if some rate is not among them."""
-  areas = {row['rate']: row['area'] for row in rows if row['seed'] == compare.SEEDS[0]}
-  if len(areas) < len(compare.RATES):
+  first, rates = args.study.SEEDS[0], args.study.RATES
+  areas = {row['rate']: row['area'] for row in rows if row['seed'] == first}
+  if len(areas) < len(rates):
     return None
-  return max(compare.RATES, key=lambda rate: areas[rate])
+  return max(rates, key=lambda rate: areas[rate])
 
 
 # --- what a run says
@@ -211,7 +216,7 @@ def row_of(args, task, arm, rate, seed):
     return args.known[task, arm, rate, seed]
   key = {'task': task, 'arm': arm, 'rate': rate, 'seed': seed}
   workdir = last(args, task, arm, rate, seed)
-  return key | said_in(workdir, args.study.COSTS[arm], args.study.INNER)
+  return key | said_in(workdir, args.study.COSTS[arm], args.study.inner_of(arm))
 
 
 def said_in(workdir, cost, inner):
@@ -345,7 +350,7 @@ def line(arm, runs, against, target):
 
 
 HEADER = (
-  '| arm | rate | seeds | final accuracy | less dmpo-paper | area | '
+  '| arm | rate | seeds | final accuracy | less {} | area | '
   'forwards to {:.2f} (runs) | sampled | distinct right of {} | '
   'KL, nats | forwards | s |\n' + '|---' * 12 + '|'
 )
@@ -353,44 +358,56 @@ HEADER = (
 
 def tables(args, task):
   """FOLDER/TASK.md and .png of the arms whose search is done, and .jsonl of
-  all runs that are."""
+  all runs that are; a table and a picture of each family of arms."""
+  study, texts = args.study, []
   rows = [
     row_of(args, task, *key)
-    for key in itertools.product(compare.ARMS, compare.RATES, compare.SEEDS)
+    for key in itertools.product(study.ARMS, study.RATES, study.SEEDS)
     if done(args, task, *key)
   ]
   arms = {}
-  for arm in compare.ARMS:
+  for arm in study.ARMS:
     mine = [row for row in rows if row['arm'] == arm]
-    rate = best_rate(mine)
+    rate = best_rate(args, mine)
     if rate is not None:
       arms[arm] = [row for row in mine if row['rate'] == rate]
-  if not arms:
-    return
-  against = arms.get('dmpo-paper', [])
-  ranked = sorted(
-    arms.items(), key=lambda item: -statistics.fmean(run['final'] for run in item[1])
-  )
-  target = target_of(arms)
-  text = (
-    '\n'.join(
-      [
-        HEADER.format(target, GROUP),
-        *(line(arm, runs, against, target) for arm, runs in ranked),
-      ]
-    )
-    + '\n'
-  )
   args.folder.mkdir(parents=True, exist_ok=True)
   out = args.folder / task
-  out.with_suffix('.md').write_text(text)
   with open(out.with_suffix('.jsonl'), 'w') as f:
     f.writelines(json.dumps(row) + '\n' for row in rows)
-  picture(ranked, task, out.with_suffix('.png'))
-  print(f'{task}\n{text}')
+  for family, names in families_of(study).items():
+    found = {arm: arms[arm] for arm in names if arm in arms}
+    if found:
+      title = f'{task}: {family}' if family else task
+      texts.append(f'## {family}\n\n' * bool(family) + table(study, found))
+      name = f'{task}_{family}.png' if family else f'{task}.png'
+      picture(study, by_end(found), title, args.folder / name)
+  if texts:
+    out.with_suffix('.md').write_text('\n'.join(texts))
+    print(task, *texts, sep='\n')
 
 
-def picture(ranked, task, path):
+def families_of(study):
+  """{family: its arms}; a study without families has one, ''."""
+  return getattr(study, 'OF_FAMILY', {'': study.ARMS})
+
+
+def by_end(arms):
+  """[(arm, runs)], the best final accuracy first."""
+  return sorted(
+    arms.items(), key=lambda item: -statistics.fmean(run['final'] for run in item[1])
+  )
+
+
+def table(study, arms):
+  """Markdown of some arms: {arm: runs}."""
+  target, against = target_of(arms), arms.get(study.AGAINST, [])
+  lines = [HEADER.format(study.AGAINST, target, GROUP)]
+  lines += [line(arm, runs, against, target) for arm, runs in by_end(arms)]
+  return '\n'.join(lines) + '\n'
+
+
+def picture(study, ranked, title, path):
   """Mean validation accuracy and ESS over the budget; the final intervals."""
   figure = Figure(figsize=(14, 5), layout='constrained')
   left, middle, right = figure.subplots(1, 3)
@@ -402,15 +419,15 @@ def picture(ranked, task, path):
       'ls': ('-', '--', ':', '-.')[i // len(report.CYCLE) % 4],
     }
     mean = np.mean([np.interp(grid, *run['curve']) for run in runs], axis=0)
-    left.plot(grid * compare.BUDGET, mean, label=arm, **look)
-    if arm in compare.DMPO and all(run['ess'] for run in runs):
-      middle.plot(*ess_of(runs), **look)
+    left.plot(grid * study.BUDGET, mean, label=arm, **look)
+    if arm in study.DMPO and all(run['ess'] for run in runs):
+      middle.plot(*ess_of(study, runs), **look)
     mean, half = interval([run['final'] for run in runs])
     right.errorbar(
       [mean], [-i], xerr=[[half]] * 2, color=look['color'], marker='o', ms=4, capsize=3
     )
   unit = 'network forwards of a buffer'
-  report.style(left, f'{task}: validation accuracy', unit)
+  report.style(left, f'{title}: validation accuracy', unit)
   report.style(middle, "effective size of a group's weights / G", unit)
   report.style(right, 'final accuracy, 95 % interval', '')
   right.set_yticks(
@@ -420,18 +437,28 @@ def picture(ranked, task, path):
   report.save(figure, path)
 
 
-def ess_of(runs):
+def ess_of(study, runs):
   """(forwards, ESS): means over an eighth of the budget and the runs."""
   parts = [
     [np.mean(part) for part in np.array_split(run['ess'], POINTS)] for run in runs
   ]
-  return (np.arange(POINTS) + 0.5) / POINTS * compare.BUDGET, np.mean(parts, axis=0)
+  return (np.arange(POINTS) + 0.5) / POINTS * study.BUDGET, np.mean(parts, axis=0)
+
+
+def chosen(flag, text, there):
+  """What the names in a flag stand for, once each; SystemExit for an unknown one."""
+  names = text.split(',') if text else list(there)
+  for name in names:
+    if name not in there:
+      sys.exit(f'--{flag}: {name!r} must be one of {", ".join(filter(None, there))}')
+  return list(dict.fromkeys(itertools.chain(*(there[name] for name in names))))
 
 
 def main(argv=None):
   parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-  parser.add_argument('--task', default=','.join(compare.TASKS))
-  parser.add_argument('--arms', default=','.join(compare.ARMS))
+  parser.add_argument('--study', choices=STUDIES, default='compare')
+  parser.add_argument('--task', default='', help="comma-separated; '' = all")
+  parser.add_argument('--arms', default='', help="comma-separated; '' = all")
   parser.add_argument('--seeds', type=int, default=len(compare.SEEDS))
   parser.add_argument('--workers', type=int, default=2, help='runs at once')
   parser.add_argument('--checkpoint', default='')
@@ -441,18 +468,13 @@ def main(argv=None):
     help='one of the three, of what there is',
   )
   parser.add_argument('--known', default='', help='a TASK.jsonl of before')
-  parser.add_argument('--folder', type=pathlib.Path, default='runs/compare')
+  parser.add_argument('--folder', type=pathlib.Path, help='default: runs/STUDY')
   args, args.overrides = parser.parse_known_args(argv)
-  args.folder, args.known = args.folder.resolve(), known(args.known)
-  args.study = compare
-  tasks, arms, failed = args.task.split(','), args.arms.split(','), []
-  for flag, names, there in (
-    ('arms', arms, compare.ARMS),
-    ('task', tasks, compare.TASKS),
-  ):
-    for name in names:
-      if name not in there:
-        sys.exit(f'--{flag}: {name!r} must be one of {", ".join(there)}')
+  args.folder = (args.folder or pathlib.Path('runs') / args.study).resolve()
+  args.known, args.study = known(args.known), STUDIES[args.study]
+  study, families, failed = args.study, families_of(args.study), []
+  tasks = chosen('task', args.task, {task: [task] for task in study.TASKS})
+  arms = chosen('arms', args.arms, {arm: [arm] for arm in study.ARMS} | families)
   for task in tasks:
     config_of(args, task)
   if args.only in (None, 'train'):

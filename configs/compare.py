@@ -51,6 +51,7 @@ DMPO = {
   'dmpo-elbo': {**PAPER, **OURS},
 }
 ARMS = (*DMPO, *(name for name in OBJECTIVES if name != 'dmpo'))
+AGAINST = 'dmpo-paper'  # the arm that the tables compare with
 
 # Forwards over a buffer's rows: (sampling, scoring, one update). tests/test_compare.py
 # counts them in the traced programs, without those that remat repeats.
@@ -102,6 +103,11 @@ def get_config(task='sudoku'):
   c.checkpoint.every = 1000
   c.mesh.cpu = 1
   return c
+
+
+def inner_of(arm):
+  """Returns the updates on a buffer: the same for all."""
+  return INNER
 
 
 def fields_of(arm):

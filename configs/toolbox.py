@@ -18,7 +18,7 @@ from configs import compare
 SWEEPS = ('objectives',)
 BUDGET = 1600  # forwards over a buffer's rows, for a whole run
 SEEDS = compare.SEEDS
-INNER = compare.INNER
+INNER, inner_of = compare.INNER, compare.inner_of
 PROBLEMS = 96
 # Both on sudoku: paid for a right grid, or for the share of right cells (quickstart).
 TASKS = ('sudoku', 'cells')

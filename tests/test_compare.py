@@ -1,6 +1,7 @@
 """Tests the comparison: its stated costs, its tables and the order of its runs."""
 
 import argparse
+import itertools
 import json
 import math
 
@@ -9,8 +10,8 @@ import pytest
 from marks import mostly_slow
 
 from benchmarks import compare as bench
-from configs import compare
-from dmpo_jax import build, config
+from configs import apart, compare
+from dmpo_jax import build, check, config
 from dmpo_jax.tools import costs, plan
 
 DIFFERENT = [
@@ -50,13 +51,38 @@ def test_costs_are_those_of_the_programs(arm):
   check_costs(compare, arm)
 
 
-def test_budget():
+@pytest.mark.parametrize(
+  'arm', mostly_slow(['random8', 'order2', 'rounds2', 'model-inner4'], ('rounds2',))
+)
+def test_costs_of_what_dmpo_is_made_of(arm):
+  check_costs(apart, arm)
+
+
+@pytest.mark.parametrize('study', [compare, apart])
+def test_budget(study):
   """Each arm spends the budget, to within half the cost of a buffer."""
-  for point, arm in zip(compare.sweep('objectives'), compare.ARMS, strict=True):
-    sample, score, update = compare.COSTS[arm]
-    cost = sample + score + compare.INNER * update
+  for point, arm in zip(study.sweep('objectives'), study.ARMS, strict=True):
+    sample, score, update = study.COSTS[arm]
+    cost = sample + score + study.inner_of(arm) * update
     spent = point['train.iterations'] * cost
-    assert abs(spent - compare.BUDGET) <= cost / 2
+    assert abs(spent - study.BUDGET) <= cost / 2
+
+
+def test_each_arm_of_dmpo_sets_what_has_an_effect():
+  """Families share arms of equal settings, rows of a buffer are equal in all."""
+  start = apart.fields_of(apart.AGAINST)
+  seen = [{**apart.ARMS[arm]} for arm in apart.ARMS]
+  assert all(seen.count(fields) == 1 for fields in seen)
+  assert set(itertools.chain(*apart.OF_FAMILY.values())) == set(apart.ARMS)
+  assert apart.AGAINST in apart.OF_FAMILY['baselines']
+  for arm in apart.ARMS:
+    fields = apart.fields_of(arm)
+    assert fields['train.group'] * fields['train.prompts'] == apart.ROWS
+    c = apart.get_config()
+    config.update(c, fields)
+    check.config(c, 1)  # raises for a bad one
+    changed = {name for name in fields if fields[name] != start[name]}
+    assert not changed & set(check.idle(c))
 
 
 def test_area_and_target():
@@ -142,6 +168,22 @@ def test_tables_of_finished_runs(tmp_path, capsys):
   )
   for name in ('sudoku.md', 'sudoku.jsonl'):
     assert (tmp_path / 'again' / name).read_text() == (tmp_path / name).read_text()
+
+
+def test_a_family_has_a_table_and_its_arms_a_name(tmp_path):
+  for arm in apart.OF_FAMILY['switches'][:2]:
+    for rate in apart.RATES:
+      write_run(tmp_path / 'sudoku' / f'{arm}-{rate:g}-0', 0.3, [0.3, 0.5])
+  command = ['--study=apart', '--task=sudoku', '--only=report', f'--folder={tmp_path}']
+  bench.main(command)
+  text = (tmp_path / 'sudoku.md').read_text()
+  # The arm that others are compared with is in two families.
+  assert text.count('## ') == 2 and text.count('| plain |') == 2
+  assert text.count('| strength |') == 1 and 'less plain' in text
+  assert (tmp_path / 'sudoku_switches.png').exists()
+  there = {'a': ['a'], 'b': ['b'], 'both': ['a', 'b']}
+  assert bench.chosen('arms', 'b,both', there) == ['b', 'a']
+  assert bench.chosen('arms', '', there) == ['a', 'b']
 
 
 def test_each_run_once_and_failures_alone(tmp_path, monkeypatch):
