@@ -119,13 +119,13 @@ def arms():
   return found, families
 
 
-ARMS, OF_FAMILY = arms()
-DMPO = ARMS
+DMPO, OF_FAMILY = arms()
+ARMS = tuple(DMPO)
 
 
 def cost_of(arm):
   """(sampling, scoring, one update) in forwards over a buffer's rows."""
-  fields = ARMS[arm]
+  fields = DMPO[arm]
   # The baseline 'model' takes log p_old under the masks of every update, and trains it.
   draws = fields['objective.draws']
   own = draws * (fields['objective.baseline'] == 'model')
@@ -137,7 +137,7 @@ COSTS = {arm: cost_of(arm) for arm in ARMS}
 
 def inner_of(arm):
   """Returns the updates on a buffer."""
-  return ARMS[arm]['train.inner']
+  return DMPO[arm]['train.inner']
 
 
 def get_config(task='sudoku'):
@@ -150,7 +150,7 @@ def fields_of(arm):
   """Returns {config field: value} of an arm, for config.update."""
   sample, score, update = COSTS[arm]
   count = max(1, round(BUDGET / (sample + score + inner_of(arm) * update)))
-  return ARMS[arm] | {'name': 'apart', 'train.iterations': count}
+  return DMPO[arm] | {'name': 'apart', 'train.iterations': count}
 
 
 def sweep(name):

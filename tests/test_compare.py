@@ -71,7 +71,7 @@ def test_budget(study):
 def test_each_arm_of_dmpo_sets_what_has_an_effect():
   """Families share arms of equal settings, rows of a buffer are equal in all."""
   start = apart.fields_of(apart.AGAINST)
-  seen = [{**apart.ARMS[arm]} for arm in apart.ARMS]
+  seen = [apart.DMPO[arm] for arm in apart.ARMS]
   assert all(seen.count(fields) == 1 for fields in seen)
   assert set(itertools.chain(*apart.OF_FAMILY.values())) == set(apart.ARMS)
   assert apart.AGAINST in apart.OF_FAMILY['baselines']
@@ -234,6 +234,26 @@ def test_each_run_once_and_failures_alone(tmp_path, monkeypatch):
   with pytest.raises(SystemExit):
     bench.main(command)
   assert {name for name, _ in calls} == {f'spg-{compare.RATES[0]:g}-0'}
+
+
+def test_another_study_runs_its_own_arms(tmp_path, monkeypatch):
+  ran = {}
+
+  def call(workdir, *arguments):
+    ran[workdir.name] = arguments
+    write_run(workdir, 0.3, [0.3, 0.5])
+
+  monkeypatch.setattr(bench, 'call', call)
+  bench.main(
+    [
+      '--study=apart', '--task=sudoku', '--arms=copies', '--only=train', '--seeds=1',
+      f'--folder={tmp_path}', '--checkpoint=there',
+    ]
+  )  # fmt: skip
+  assert set(ran) == {f'copies-{rate:g}-0' for rate in apart.RATES}
+  (sweep,) = (x for x in ran['copies-7e-05-0'] if x.startswith('--sweep='))
+  point = apart.sweep('objectives')[int(sweep.rpartition(':')[2])]
+  assert point == apart.fields_of('copies') and point['objective.draws'] == 2
 
 
 def test_overrides_reach_the_final_evaluation():
