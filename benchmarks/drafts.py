@@ -6,9 +6,9 @@ Trains the quickstart's network and a smaller one on solved puzzles (supervised)
 the smaller one as a Hugging Face directory, and answers the test problems in blocks of
 4 tokens, a row of the grid each. A seed changes the training and the sampling, not the
 problems. A line of Markdown for each way, with means over the seeds and 95 % intervals:
-accuracy, how much that is above the model alone, share of the drafts that stay, forwards
-of a row and of a batch, of the model and of the draft. Begun again in the same workdir,
-it goes on: SEED/numbers.json has what is done.
+accuracy, how much that is above the model alone, share of the drafts that stay,
+forwards of a row and of a batch, of the model and of the draft. Begun again in the same
+workdir, it goes on: SEED/numbers.json has what is done.
 """
 
 import argparse
