@@ -45,27 +45,26 @@ class Fetched(NamedTuple):
   entropy: Array | None = None  # (R, L) float32; None: not measured
   bound: Array | None = None  # (R,) float32: see types.Control; None: the sampler's own
   drafts: Any = None  # types.Drafts; None: nobody drafts
+  drafted: Array | None = None  # (R, L) bool, tokens that a draft wrote; None: none
+
+
+# What stands in them behind a completion.
+FILL = dict(order=-1, completion=False, confidence=0.0, entropy=0.0, drafted=False)
 
 
 def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
   """Fetches a buffer, and cuts its completions out."""
   r, done = sampled.rollouts, sampled.completion
-  both = r.confidence, sampled.entropy
-  rest = sampled.row, guess, r.control.bound if r.control else None, r.drafts
-  found = mesh.fetch((r.tokens, r.order, r.forwards, done, *both, *rest))
-  tokens, order, forwards, completion, confidence, entropy, row, guess, *more = found
-  cut = lambda x, fill: data.after_given(order, x, fill)
-  return Fetched(
-    cut(tokens[:, -order.shape[1] :], eos_id),
-    cut(order, -1),
-    forwards,
-    cut(completion, False),
-    cut(confidence, 0.0),
-    row,
-    guess,
-    entropy if entropy is None else cut(entropy, 0.0),
-    *more,
-  )
+  bound, drafted = r.control and r.control.bound, (r.more or {}).get('drafted')
+  own = r.confidence, sampled.row, guess, sampled.entropy, bound, r.drafts, drafted
+  found = mesh.fetch(Fetched(r.tokens, r.order, r.forwards, done, *own))
+  found = found._replace(tokens=found.tokens[:, -found.order.shape[1] :])
+  cut = {
+    name: data.after_given(found.order, getattr(found, name), fill)
+    for name, fill in {'tokens': eos_id, **FILL}.items()
+    if getattr(found, name) is not None
+  }
+  return found._replace(**cut)
 
 
 class Drawn(NamedTuple):
@@ -364,6 +363,7 @@ class Collector:
       {x: np.array(list(map(number, column(x))), np.float32) for x in names},
       np.asarray(graded.reward, np.float32),
       np.asarray(graded.grades, np.float32),
+      host.drafted,
     )
 
 

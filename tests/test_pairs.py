@@ -379,6 +379,7 @@ def test_rollouts_are_saved_and_rewound(source, tmp_path):
   rl = rows(workdir)['rl']
   for buffer, row in zip(found, rl, strict=True):
     assert buffer.group == 4 and buffer.tokens.shape == (8, 16)
+    assert buffer.drafted is None  # nobody drafts
     assert buffer.reward.mean() == pytest.approx(row['reward'], rel=1e-6)
     assert buffer.terms['letters'].mean() == pytest.approx(row['reward/letters'])
     assert buffer.grade.mean() == pytest.approx(row['accuracy'], rel=1e-6)
