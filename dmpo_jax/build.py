@@ -786,6 +786,12 @@ def abstract_references(built: Built, frozen: Params, state: Any) -> tuple:
   return tuple(map(of_path, c.reference.of))
 
 
+def kept_references(built: Built, references: tuple) -> list[Params]:
+  """Returns those that a device holds beside the state, of `abstract_references`."""
+  named = zip(built.config.reference.of, references, strict=False)
+  return [tree for path, tree in named if path != 'moving']
+
+
 class Abstract(NamedTuple):
   """The data of one buffer as shapes."""
 
@@ -858,9 +864,18 @@ def programs(built: Built, prompt: int, held_out: int) -> list[tuple[str, Any, t
   ]
 
 
-def sft_program(built: Built, lesson: Lesson) -> tuple[Any, Any, Any]:
-  """Returns the state and the frozen parameters of supervised training as shapes, and
-  its update, traced for rows as large as these."""
+# --- what comes before RL
+
+
+class Phase(NamedTuple):
+  """A phase before RL, as shapes."""
+
+  held: Any  # of model, references and optimizer
+  programs: list[tuple[str, Any, tuple]]  # as `programs` returns them
+
+
+def sft_phase(built: Built, lesson: Lesson) -> Phase:
+  """Returns supervised training on rows as large as these."""
   c, cfg, by_row = built.config, built.model, mesh.rows(built.mesh)
   own = parts.sft_config(c, cfg)
   goes_on = bool(own.lora_rank) and check.part(c, 'sft').goes_on
@@ -871,8 +886,32 @@ def sft_program(built: Built, lesson: Lesson) -> tuple[Any, Any, Any]:
   number = lambda kind: jax.ShapeDtypeStruct((), kind)
   update = built.steps.sft.make(anneal.stage_of(cfg, c.sft.anneal, c.sft.anneal))
   rows = jax.tree.map(shape, lesson)
-  return (
-    state,
-    frozen,
-    update.trace(state, frozen, rows, number(np.int32), number(np.float32)),
+  args = state, frozen, rows, number(np.int32), number(np.float32)
+  return Phase((state, frozen), [('sft', update, args)])
+
+
+def pairs_phase(built: Built, prompt: int) -> Phase:
+  """Returns training on pairs whose prompts have `prompt` tokens."""
+  c, steps, rows = built.config, built.steps, 2 * built.config.pairs.batch
+  optimizer = parts.pairs_optimizer_of(c)
+  frozen, state = state_shapes(built, built.model, c.model.quantize, optimizer)
+  refs = abstract_references(built, frozen, state)
+  answers = abstract_prompts(built, rows, c.sampler.length)[0]
+  tokens, valid, row = abstract_prompts(built, rows, prompt)
+  sampled = steps.place_pairs.shapes(tokens, valid, answers, row)
+  score_args = state.trainable, frozen, refs, sampled
+  scores = steps.score_pairs.shapes(*score_args)
+  reward = jax.ShapeDtypeStruct((c.pairs.batch, 2), np.float32)
+  batch, _ = steps.pack_pairs.shapes(sampled, reward, scores)
+  inner = jax.ShapeDtypeStruct((), np.int32)
+  update_args = state, frozen, batch, inner
+  return Phase(
+    (state, frozen, kept_references(built, refs)),
+    [
+      ('score_pairs', steps.score_pairs, score_args),
+      ('update_pairs', steps.update_pairs, update_args),
+    ],
   )
+
+
+PHASES = {'sft': sft_phase, 'pairs': pairs_phase}

@@ -477,7 +477,7 @@ def test_training_on_pairs(source, tmp_path):
     shutil.copytree(workdir / 'rollouts', copy / 'rollouts', dirs_exist_ok=True)
 
     def update(*args):
-      calls.append(0)  # noqa: B023
+      calls.append(args)  # noqa: B023
       if len(calls) == call:  # noqa: B023
         interrupt()
       return made.steps.update_pairs(*args)
@@ -491,6 +491,14 @@ def test_training_on_pairs(source, tmp_path):
     part.encoded.pop('pairs', None)
     same(learn(part, at, base), want)
     assert rows(at) == found
+  shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+  phase_ = build.pairs_phase(made, made.encoded['pairs'].prompt.shape[1])
+  _, (name, _, planned) = phase_.programs
+  assert name == 'update_pairs'
+  for mine, theirs in zip(planned[:2], calls[0][:2], strict=True):
+    assert shape(mine) == shape(theirs)  # state and frozen parameters
+  size = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert size(planned[2]) == size(calls[0][2])  # the batch
   other = files.read(at / pairs.FILE)[1:]
   files.replace(at / pairs.FILE, files.to_lines(other))
   made.encoded.pop('pairs', None)
