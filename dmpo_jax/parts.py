@@ -490,7 +490,8 @@ def problems(built: Any, split: str) -> data.Problems:
   """Returns the problems of a split of build.Built, loaded and encoded once.
 
   ValueError if this machine cannot judge the task, if prompt and completion exceed the
-  positions of the model or its draft, or if their length does not fit the attention kernel.
+  positions of the model or its draft, or if the attention kernel does not take their
+  length.
   """
   c = built.config
   if split not in built.encoded:

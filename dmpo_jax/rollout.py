@@ -28,6 +28,7 @@ from dmpo_jax.types import (
   Scores,
   Task,
   TrainBatch,
+  forwards_of,
   to_groups,
 )
 
@@ -409,7 +410,7 @@ def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
     'grades_failed': len(graded.failed),
     'length': float(np.mean(host.completion.sum(axis=1))),
     'forwards': int(host.forwards),
-    'row_forwards': float(np.mean(host.order.max(axis=1) + 1)),
+    'row_forwards': float(np.mean(forwards_of(host.order))),
     **unmasking_metrics(host.order, host.confidence),
     **token_metrics(host),
     **draft_metrics(host.drafts),
@@ -437,7 +438,7 @@ def shared_steps(order_RxL: IntRL, tokens_RxL: IntRL, group: int) -> float:
   tokens = to_groups(tokens_RxL, group)
   pair = lambda x: (x[:, :, None], x[:, None])
   differ = np.not_equal(*pair(at)) | np.not_equal(*pair(tokens))
-  steps = to_groups(order_RxL.max(axis=1) + 1, group)[..., None]
+  steps = to_groups(forwards_of(order_RxL), group)[..., None]
   parting = np.where(differ, np.minimum(*pair(at)), never).min(axis=-1)
   parting = np.where(np.eye(group, dtype=bool), 0, np.minimum(parting, steps))
   return float(parting.max(axis=2).mean())
@@ -463,7 +464,7 @@ BINS = {'0': 0, '1': 1, '2': 2, '3-4': 4, '5-8': 8, '9+': 1 << 30}
 
 def unmasking_metrics(order_RxL: IntRL, confidence_RxL: FloatRL) -> dict[str, float]:
   """Returns tokens per forward, with the shares of BINS, and token probabilities."""
-  steps_R = order_RxL.max(axis=1) + 1
+  steps_R = forwards_of(order_RxL)
   most = int(steps_R.max())
   unmasked = order_RxL >= 0
   row, _ = np.nonzero(unmasked)

@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_run import fail_at, interrupt, letters, rows, run, same, tiny, vary
 
@@ -19,10 +20,14 @@ from dmpo_jax import (
   files,
   hf,
   mesh,
+  model,
   pairs,
+  parts,
   resume,
+  rng,
   rounds,
   runner,
+  step,
   types,
 )
 from dmpo_jax.objectives import vrpo
@@ -491,7 +496,8 @@ def test_training_on_pairs(source, tmp_path):
     part.encoded.pop('pairs', None)
     same(learn(part, at, base), want)
     assert rows(at) == found
-  shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+  shard = lambda x: (x.dtype, x.shape, x.sharding.shard_shape(x.shape))
+  shape = lambda tree: jax.tree.map(shard, tree)
   phase_ = build.pairs_phase(made, made.encoded['pairs'].prompt.shape[1])
   _, (name, _, planned) = phase_.programs
   assert name == 'update_pairs'
@@ -504,6 +510,81 @@ def test_training_on_pairs(source, tmp_path):
   made.encoded.pop('pairs', None)
   with pytest.raises(ValueError, match='pairs.path: the file has changed'):
     learn(made, at, base)
+
+
+def dpo_of(made, batch, masks):
+  """Returns (loss, ELBOs) as a function of parameters and the reference's ELBOs.
+
+  Each attention block of each masked copy is read by a plain forward of its own, after
+  the clean blocks before it.
+  """
+  cfg, length, size = made.model, 16, 4
+  tokens, block = batch.tokens, jnp.arange(length)[None] // size
+
+  def elbo(params):
+    total = 0.0
+    for k in range(masks.masked.shape[1]):
+      for b in range(length // size):
+        hidden = masks.masked[:, k] & (block == b)
+        canvas = jnp.where(hidden, cfg.mask_id, tokens[:, -length:])
+        text = jnp.concatenate([tokens[:, :-length], canvas], axis=1)
+        logits = model.full_logits(cfg, params, text, batch.valid)[:, -length:]
+        logp = model.logp_of(logits, tokens[:, -length:])
+        total += jnp.sum(jnp.where(hidden, logp, 0) * masks.weight[:, k], axis=1)
+    return total / masks.masked.shape[1]
+
+  def loss(params, ref):
+    own, c = elbo(params), made.config.pairs
+    gap = (own - ref).reshape(-1, 2)
+    margin = c.beta * (gap[:, 0] - gap[:, 1])
+    value = -jax.nn.log_sigmoid(margin) - c.sft_coef / length * own[::2]
+    return jnp.mean(value), own
+
+  return loss
+
+
+@pytest.mark.slow
+def test_an_update_on_pairs_of_a_block_model(base_params, tmp_path):
+  """Its numbers and its gradient are those of DPO on ELBOs by plain forwards."""
+  draw, file = np.random.default_rng(0), tmp_path / 'pairs.jsonl'
+  ids = lambda low, high: draw.integers(5, 30, draw.integers(low, high)).tolist()
+  lines = [
+    {'prompt': ids(3, 9), 'chosen': ids(2, 12), 'rejected': ids(2, 12)}
+    for _ in range(4)
+  ]
+  file.write_text(files.to_lines(lines))
+  blocks = ('model.attention_block', 'sampler.block', 'eval.sampler.block')
+  own = {'pairs.epochs': 2, 'pairs.held_out': 0.0, 'pairs.draws': 2}
+  made = pairs_of(file, **dict.fromkeys(blocks, 4), **own)
+  seen = []
+
+  def update(state, frozen, batch, inner):
+    seen.append((mesh.fetch(state.trainable), batch))
+    return made.steps.update_pairs(state, frozen, batch, inner)
+
+  part = made._replace(steps=made.steps._replace(update_pairs=update))
+  learn(part, tmp_path / 'run', base_params)
+  first, last = rows(tmp_path / 'run')['pairs']
+  assert first['margin'] == pytest.approx(0, abs=1e-5) and len(seen) == 2
+  policy, batch = seen[1]
+  setup = parts.pairs_setup_of(made.config, made.setup)
+  key = jax.random.fold_in(rng.key_for(made.config.seed, 'pairs'), 0)
+  batch = mesh.fetch(batch)
+  masks = step.draw(setup, key, batch)
+  assert (batch.sampled.sum(1) < 16).any()  # prompts that end inside a block
+  loss = jax.jit(jax.value_and_grad(dpo_of(made, batch, masks), has_aux=True))
+  (_, ref), _ = loss(mesh.fetch(base_params), jnp.zeros(8))
+  np.testing.assert_allclose(ref, batch.ref.elbo[:, 0], rtol=1e-4)
+  (_, elbo), grad = loss(policy, ref)
+  gap = np.asarray(elbo - ref).reshape(-1, 2)
+  assert np.abs(gap).min() > 0.01
+  want = {
+    'elbo_chosen': elbo[::2].mean(), 'elbo_rejected': elbo[1::2].mean(),
+    'chosen_gap': gap[:, 0].mean(), 'rejected_gap': gap[:, 1].mean(),
+    'margin': (gap[:, 0] - gap[:, 1]).mean(), 'grad_norm': optax.tree.norm(grad),
+  }  # fmt: skip
+  for name, value in want.items():
+    assert last[name] == pytest.approx(float(value), rel=1e-3), name
 
 
 # --- rounds
