@@ -870,6 +870,8 @@ def programs(built: Built, prompt: int, held_out: int) -> list[tuple[str, Any, t
 class Phase(NamedTuple):
   """A phase before RL, as shapes."""
 
+  what: str
+  rows: int  # of an update
   held: Any  # of model, references and optimizer
   programs: list[tuple[str, Any, tuple]]  # as `programs` returns them
 
@@ -887,31 +889,30 @@ def sft_phase(built: Built, lesson: Lesson) -> Phase:
   update = built.steps.sft.make(anneal.stage_of(cfg, c.sft.anneal, c.sft.anneal))
   rows = jax.tree.map(shape, lesson)
   args = state, frozen, rows, number(np.int32), number(np.float32)
-  return Phase((state, frozen), [('sft', update, args)])
+  count, tokens = lesson.tokens.shape
+  what = f'supervised training on {count} rows of {tokens} tokens'
+  return Phase(what, count, (state, frozen), [('sft', update, args)])
 
 
 def pairs_phase(built: Built, prompt: int) -> Phase:
   """Returns training on pairs whose prompts have `prompt` tokens."""
-  c, steps, rows = built.config, built.steps, 2 * built.config.pairs.batch
-  optimizer = parts.pairs_optimizer_of(c)
+  c, steps, length = built.config, built.steps, built.config.sampler.length
+  count, optimizer = c.pairs.batch, parts.pairs_optimizer_of(c)
   frozen, state = state_shapes(built, built.model, c.model.quantize, optimizer)
   refs = abstract_references(built, frozen, state)
-  answers = abstract_prompts(built, rows, c.sampler.length)[0]
-  tokens, valid, row = abstract_prompts(built, rows, prompt)
+  tokens, valid, row = abstract_prompts(built, 2 * count, prompt)
+  answers, *_ = abstract_prompts(built, 2 * count, length)
   sampled = steps.place_pairs.shapes(tokens, valid, answers, row)
-  score_args = state.trainable, frozen, refs, sampled
-  scores = steps.score_pairs.shapes(*score_args)
-  reward = jax.ShapeDtypeStruct((c.pairs.batch, 2), np.float32)
-  batch, _ = steps.pack_pairs.shapes(sampled, reward, scores)
-  inner = jax.ShapeDtypeStruct((), np.int32)
-  update_args = state, frozen, batch, inner
-  return Phase(
-    (state, frozen, kept_references(built, refs)),
-    [
-      ('score_pairs', steps.score_pairs, score_args),
-      ('update_pairs', steps.update_pairs, update_args),
-    ],
-  )
+  scored = state.trainable, frozen, refs, sampled
+  scores = steps.score_pairs.shapes(*scored)
+  shape = jax.ShapeDtypeStruct
+  batch, _ = steps.pack_pairs.shapes(sampled, shape((count, 2), np.float32), scores)
+  updated = state, frozen, batch, shape((), np.int32)
+  listed = [('score_pairs', steps.score_pairs, scored)]
+  listed += [('update_pairs', steps.update_pairs, updated)]
+  held = state, frozen, kept_references(built, refs)
+  what = f'training on {count} pairs of {prompt} + {length} tokens'
+  return Phase(what, 2 * count, held, listed)
 
 
 PHASES = {'sft': sft_phase, 'pairs': pairs_phase}

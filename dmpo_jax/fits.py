@@ -276,31 +276,14 @@ def check(built: build.Built, beat: Callable[[], Any] = lambda: None) -> None:
 
 # --- what comes before RL
 
-# Of each phase: rows of an update, what their size is called, and settings by which an
-# update needs less if no number of microbatches fits.
-PHASES = {
-  'sft': (
-    lambda c: c.sft.batch,
-    lambda c, lesson: f'a supervised update on rows of {lesson.tokens.shape[1]} tokens',
-    'set sft.rank > 0 with model.param_dtype = bfloat16, model.remat = full, a shorter '
-    'sft.length, or mesh.fsdp',
-  ),
-  'pairs': (
-    lambda c: 2 * c.pairs.batch,
-    lambda c, prompt: f'an update on pairs of {prompt} + {c.sampler.length} tokens',
-    'set lora.rank > 0 with model.param_dtype = bfloat16, model.remat = full, or '
-    'mesh.fsdp',
-  ),
-}
-
 
 def check_phase(
   built: build.Built, name: str, rows: Any, beat: Callable[[], Any] = lambda: None
 ) -> None:
   """Compiles the programs of a phase before RL; ValueError if one is too large.
 
-  rows: the largest; of build.PHASES[name]. Does nothing on devices that do not say how
-  much memory they have.
+  rows: the largest, as build.PHASES[name] takes them. Does nothing on devices that do
+  not say how much memory they have.
   """
   target = Target(limit(built.mesh.local_devices[0]), beat=beat)
   if target.memory and (said := phase_verdict(built, name, rows, target)):
@@ -309,29 +292,29 @@ def check_phase(
 
 def phase_verdict(built: build.Built, name: str, rows: Any, target: Target) -> str:
   """Returns why an update on such rows does not fit, and what would; '' if it does."""
-  c, left = built.config, (1 - SPARE) * target.memory
-  count, what, other_ways = PHASES[name]
+  left, phase = (1 - SPARE) * target.memory, build.PHASES[name](built, rows)
 
   def needs(microbatches: int) -> int:
     logging.info('compiling %s with %d microbatches', name, microbatches)
     other = changed(built, {f'{name}.microbatches': microbatches})
-    held, programs = build.PHASES[name](other, rows)
-    traced = ((job, program.trace(*args)) for job, program, args in programs)
-    return per_device(held) + max(compiled(*job, target).size for job in traced)
+    own = build.PHASES[name](other, rows)
+    traced = ((job, program.trace(*args)) for job, program, args in own.programs)
+    return per_device(own.held) + max(compiled(*job, target).size for job in traced)
 
-  now = c[name].microbatches
+  now = built.config[name].microbatches
   if (size_now := needs(now)) <= left:
     return ''
   shards = built.mesh.devices.size // built.mesh.shape['tensor']
-  more = [n for n in divisors(count(c) // shards) if n > now]
+  more = [n for n in divisors(phase.rows // shards) if n > now]
   found = first(more, lambda n: needs(n) <= left)
+  rank = {'sft': 'sft.rank', 'pairs': 'lora.rank'}[name]
   return (
     f'JAX may take {size(target.memory)} of a '
-    f'{built.mesh.devices.flat[0].device_kind}, {what(c, rows)} needs '
-    f'{size(size_now)}. '
+    f'{built.mesh.devices.flat[0].device_kind}, {phase.what} needs {size(size_now)}. '
     + (
       f'It fits with {settings({f"{name}.microbatches": found})}'
       if found
-      else f'No {name}.microbatches fits: {other_ways}'
+      else f'No {name}.microbatches fits: set {rank} > 0 with model.param_dtype = '
+      'bfloat16, model.remat = full, shorter rows, or mesh.fsdp'
     )
   )

@@ -226,7 +226,8 @@ def test_training_on_pairs_that_does_not_fit_names_microbatches(monkeypatch):
     pieces = built.config.pairs.microbatches
     sizes = {name: 2**10 * count // pieces for name, count in rows.items()}
     listed = [(name, Sized(size), ()) for name, size in sizes.items()]
-    return build.Phase(jax.ShapeDtypeStruct((250,), 'float32'), listed)
+    held = jax.ShapeDtypeStruct((250,), 'float32')
+    return build.Phase('pairs of 20 + 16 tokens', 2 * 32, held, listed)
 
   compiled = lambda name, program, _: fits.Use(name, program.size, 0, 0, None, None)
   monkeypatch.setitem(build.PHASES, 'pairs', phase)

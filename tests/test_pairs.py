@@ -29,6 +29,7 @@ from dmpo_jax import (
   runner,
   step,
   types,
+  weights,
 )
 from dmpo_jax.objectives import vrpo
 from dmpo_jax.phases import pairs as phase
@@ -499,6 +500,7 @@ def test_training_on_pairs(source, tmp_path):
   shard = lambda x: (x.dtype, x.shape, x.sharding.shard_shape(x.shape))
   shape = lambda tree: jax.tree.map(shard, tree)
   phase_ = build.pairs_phase(made, made.encoded['pairs'].prompt.shape[1])
+  assert phase_.rows == 8
   _, (name, _, planned) = phase_.programs
   assert name == 'update_pairs'
   for mine, theirs in zip(planned[:2], calls[0][:2], strict=True):
@@ -683,14 +685,17 @@ def test_rounds_refuse(tmp_path):
 
 
 @pytest.mark.long
-def test_a_round_of_runs(tmp_path, monkeypatch):
-  """RL, export, pairs, RL: killed in the pairs and in the last RL, the same bits."""
+@pytest.mark.parametrize('rank', [0, 2])
+def test_a_round_of_runs(rank, tmp_path, monkeypatch):
+  """RL, export, pairs, RL: killed in the pairs and in the last RL, the same bits.
+  Adapters that were trained on pairs go on, over the merged model before."""
 
   real = runner.ready
   monkeypatch.setattr(runner, 'ready', lambda c: graded(real(c)))
 
   def end(folder, kill=''):
     c = rounds_config(folder)
+    c.lora.rank = rank
     if kill:
       stop = lambda built: built._replace(
         steps=built.steps._replace(**{kill: lambda *_: interrupt()})
@@ -712,10 +717,19 @@ def test_a_round_of_runs(tmp_path, monkeypatch):
   assert set(rows(tmp_path / 'a' / '1')) >= {'pairs', 'rl', 'update'}
   pair = files.read(tmp_path / 'a' / '1' / pairs.FILE)
   assert pair
-  after = resume.after_pairs(built, str(tmp_path / 'a' / '1'), base)
+  after = mesh.fetch(resume.after_pairs(built, str(tmp_path / 'a' / '1'), base))
+  if rank:
+    same(after['params'], base['params'])
+    same(want['params'], base['params'])
+    _, merged = weights.load_hf(str(tmp_path / 'a' / '0' / rounds.MODEL))
+    same(mesh.fetch(merged)['params'], base['params'])
+    base, after, want_ = built.steps.init_lora(), after['lora'], want['lora']
+    base = mesh.fetch(base)['lora']
+  else:
+    want_ = want
   leaves = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-  start = leaves(mesh.fetch(after))
-  assert (start != leaves(base)).any() and (leaves(want) != start).any()
+  start = leaves(after)
+  assert (start != leaves(base)).any() and (leaves(want_) != start).any()
   for kill in ('update_pairs', 'update'):
     # The paths of the folders are in the configs, so each way has its own.
     got, _, _ = end(tmp_path / kill, kill)

@@ -280,10 +280,10 @@ def test_a_plan_of_the_phases_before_rl():
   built = build.build(c)
   (one, two), misfit = plan.of_phases(built, 20, None, fits.Target(0))
   tokens = c.sampler.length
-  assert f'8 rows of {20 + tokens} tokens, peak' in one and misfit == ''
-  assert f'4 pairs of 20 + {tokens} tokens, peak' in two
+  assert f'training on 8 rows of {20 + tokens} tokens, peak' in one and misfit == ''
+  assert f'training on 4 pairs of 20 + {tokens} tokens, peak' in two
   _, misfit = plan.of_phases(built, 20, None, fits.Target(1000))
-  assert 'a supervised update' in misfit and 'sft.microbatches' in misfit
+  assert 'supervised training on' in misfit and 'sft.microbatches' in misfit
 
 
 def test_a_plan():

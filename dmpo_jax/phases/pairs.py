@@ -136,7 +136,8 @@ def rows_at(built: build.Built, workdir: str) -> pairs.Rows:
   """
   if 'pairs' in built.encoded:
     return built.encoded['pairs']
-  c, said = built.config, None  # type: Any, Any
+  c = built.config
+  said: Any = None
   if jax.process_index() == 0:
     try:
       said = lines_of(built, workdir)

@@ -222,10 +222,9 @@ def counted(
   )
 
 
-def phases(built: build.Built, prompt: int) -> list[tuple[str, Any, str]]:
-  """Returns (name, its rows as build.PHASES takes them, what it does) of each phase
-  before RL."""
-  c, by_row, found = built.config, mesh.rows(built.mesh), []
+def phases(built: build.Built, prompt: int) -> dict[str, Any]:
+  """Returns the rows of each phase before RL, as build.PHASES takes them."""
+  c, by_row, found = built.config, mesh.rows(built.mesh), {}
   if config.part(c, 'sft').trains:
     learned = parts.text_length(c, built.model)
     columns = learned + (0 if c.sft.path or c.sft.length else prompt)
@@ -233,15 +232,12 @@ def phases(built: build.Built, prompt: int) -> list[tuple[str, Any, str]]:
       (c.sft.batch, *dims), kind, sharding=by_row
     )
     numbers, flags = np.int32, np.bool_
-    lesson = Lesson(
+    found['sft'] = Lesson(
       shape(numbers, columns), shape(flags, columns), shape(flags, 1, learned),
       shape(numbers),
     )  # fmt: skip
-    what = f'supervised training: {c.sft.batch} rows of {columns} tokens'
-    found.append(('sft', lesson, what))
   if config.part(c, 'pairs').trains:
-    what = f'{c.pairs.batch} pairs of {prompt} + {c.sampler.length} tokens'
-    found.append(('pairs', prompt, f'training on pairs: {what}'))
+    found['pairs'] = prompt
   return found
 
 
@@ -253,12 +249,15 @@ def of_phases(
   Pairs are taken to have prompts as long as the run's.
   """
   lines, misfit = [], ''
-  for name, rows, what in phases(built, prompt):
-    held, programs = build.PHASES[name](built, rows)
-    traced = [(job, program.trace(*args), (1,)) for job, program, args in programs]
-    counts = [counted(built, chip, target, job) for job in traced]
-    total = fits.per_device(held) + max(use.size for use, _ in counts)
-    line, seconds = f'{what}, peak {size(total)}', sum(x.seconds for _, x in counts)
+  for name, rows in phases(built, prompt).items():
+    phase = build.PHASES[name](built, rows)
+    jobs = [(job, program.trace(*args), (1,)) for job, program, args in phase.programs]
+    counts = [counted(built, chip, target, job) for job in jobs]
+    total = fits.per_device(phase.held) + max(use.size for use, _ in counts)
+    line, seconds = (
+      f'{phase.what}, peak {size(total)}',
+      sum(x.seconds for _, x in counts),
+    )
     if not math.isnan(seconds):
       line += f', an update at least {duration(seconds)}'
     lines.append(line)
