@@ -512,6 +512,9 @@ def test_training_on_pairs(source, tmp_path):
   made.encoded.pop('pairs', None)
   with pytest.raises(ValueError, match='pairs.path: the file has changed'):
     learn(made, at, base)
+  files.replace(tmp_path / pairs.FILE, files.to_lines(other))
+  with pytest.raises(ValueError, match='no such file'):  # of no run that has begun
+    phase.lines_of(made, str(tmp_path))
 
 
 def dpo_of(made, batch, masks):

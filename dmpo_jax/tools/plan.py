@@ -254,10 +254,8 @@ def of_phases(
     jobs = [(job, program.trace(*args), (1,)) for job, program, args in phase.programs]
     counts = [counted(built, chip, target, job) for job in jobs]
     total = fits.per_device(phase.held) + max(use.size for use, _ in counts)
-    line, seconds = (
-      f'{phase.what}, peak {size(total)}',
-      sum(x.seconds for _, x in counts),
-    )
+    line = f'{phase.what}, peak {size(total)}'
+    seconds = sum(program.seconds for _, program in counts)
     if not math.isnan(seconds):
       line += f', an update at least {duration(seconds)}'
     lines.append(line)
