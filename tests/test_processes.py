@@ -4,6 +4,7 @@ The tests run real commands under jax.distributed with gloo. XLA_FLAGS splits th
 each process, so that they always have a mesh of the same four devices.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -255,12 +256,21 @@ def lines(path):
 
 @pytest.fixture(scope='module')
 def parameters():
-  """Returns workdir -> final parameters, on the host."""
-  c = base.get_config()
-  c.update_from_flattened_dict({**SETTINGS, 'mesh.fsdp': 8, 'eval.batch': 8})
-  built = build.build(c)
-  start = built.steps.init()
-  return lambda workdir: mesh.fetch(resume.latest(built, workdir, start))
+  """Returns (workdir, fields beside SETTINGS) -> final parameters, on the host."""
+
+  @functools.cache
+  def parts(*fields):
+    c = base.get_config()
+    here = {'mesh.fsdp': 8, 'eval.batch': 8}
+    c.update_from_flattened_dict({**SETTINGS, **here, **dict(fields)})
+    built = build.build(c)
+    return built, built.steps.init()
+
+  def final(workdir, **fields):
+    built, start = parts(*fields.items())
+    return mesh.fetch(resume.latest(built, workdir, start))
+
+  return final
 
 
 def close(a, b, rtol=1e-4, atol=2e-5):
@@ -307,14 +317,13 @@ def test_processes_compute_what_one_computes(name, one, request, parameters):
 def test_two_processes_train_on_the_pairs_of_one(folder, one, parameters):
   """The same pairs of saved rollouts, and the same numbers up to rounding, if one of
   them is killed, too."""
-  args = [
-    f'--config.pairs.{name}={value}'
-    for name, value in {
-      'path': '("one",)', 'each': 4, 'epochs': 3, 'batch': 4, 'lr': 0.01, 'warmup': 0,
-      'held_out': 0.3, 'every': 2, 'draws': 2, 'microbatches': 2,
-    }.items()
-  ]  # fmt: skip
-  args += ['--config.train.iterations=1', '--config.sft.steps=0']
+  own = {
+    'path': ('one',), 'each': 4, 'epochs': 3, 'batch': 4, 'lr': 0.01, 'warmup': 0,
+    'held_out': 0.3, 'every': 2, 'draws': 2, 'microbatches': 1,
+  }  # fmt: skip
+  fields = {f'pairs.{name}': value for name, value in own.items()}
+  fields |= {'train.iterations': 1, 'sft.steps': 0}
+  args = [f'--config.{name}={value}' for name, value in fields.items()]
   alone = Job(folder, 'pairs_one', 1, *args).done().workdir
   job = Job(folder, 'pairs_two', 2, '--heartbeat=10', *args)
   job.when('pairs', 2, signal.SIGKILL, 1).codes()
@@ -326,7 +335,7 @@ def test_two_processes_train_on_the_pairs_of_one(folder, one, parameters):
   assert {('pairs', 3), ('held_out_pairs', 2), ('rl', 0)} <= set(want)
   assert want['held_out_pairs', 2]['margin'] != 0
   close(got, want)
-  close(parameters(again.workdir), parameters(alone), atol=1e-5)
+  close(*(parameters(x, **fields) for x in (again.workdir, alone)), atol=1e-5)
 
 
 @SLOW
