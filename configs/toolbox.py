@@ -44,6 +44,11 @@ OFF = {
 TOOLS = {
   'dmpo-own': ('dmpo', {'curriculum.signal': 'objective'}),
   'dmpo-other': ('dmpo', {'curriculum.signal': 'policy_gradient'}),
+  'dmpo-correct': (
+    'dmpo',
+    {'curriculum.signal': 'objective', 'curriculum.correct': True},
+  ),
+  'dmpo-resample': ('dmpo', {'curriculum.resample': 1}),
   'diffpo-own': ('diffpo', {'curriculum.signal': 'objective'}),
   'diffpo-other': ('diffpo', {'curriculum.signal': 'matching'}),
   'agrpo-prefix': ('agrpo', {'objective.advantage': 'prefix'}),
@@ -58,6 +63,7 @@ ARMS = (*OFF, *TOOLS)
 # (sampling, scoring, one update), as in configs/compare.py.
 COSTS = {'dmpo': (8, 8, 6), 'diffpo': (8, 8, 6), 'agrpo': (8, 0, 12)}
 COSTS |= {arm: COSTS[off] for arm, (off, _) in TOOLS.items()}
+COSTS['dmpo-resample'] = (16, 8, 6)  # some group has equal rewards in every buffer
 # An update on a pair, in forwards of its two rows: vrpo's, with one set of masks.
 PAIR = compare.COSTS['vrpo'][1] // compare.INNER + compare.COSTS['vrpo'][2]
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dmpo_jax import files
-from dmpo_jax.types import BoolBP, FloatR, IntB, IntBP, IntR, IntRL
+from dmpo_jax.types import BoolBP, BoolRL, FloatR, IntB, IntBP, IntR, IntRL
 
 FOLDER = 'rollouts'
 TERM = 'term/'  # before the names of reward terms in a file
@@ -36,6 +36,7 @@ class Buffer(NamedTuple):
   terms: dict[str, FloatR]  # reward terms before their weights; nan: not judged
   reward: FloatR
   grade: FloatR
+  drafted: BoolRL | None = None  # tokens that a draft wrote; None: there are none
 
   @property
   def group(self) -> int:
@@ -49,7 +50,7 @@ def path_of(workdir: files.Path, iteration: int) -> str:
 
 def write(workdir: files.Path, buffer: Buffer) -> None:
   """Writes a buffer, in one step."""
-  arrays = buffer._asdict()
+  arrays = {name: x for name, x in buffer._asdict().items() if x is not None}
   terms, examples = arrays.pop('terms'), json.dumps(arrays.pop('examples'))
   arrays |= {f'{TERM}{name}': x for name, x in terms.items()}
   content = io.BytesIO()

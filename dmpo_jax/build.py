@@ -786,6 +786,12 @@ def abstract_references(built: Built, frozen: Params, state: Any) -> tuple:
   return tuple(map(of_path, c.reference.of))
 
 
+def kept_references(built: Built, references: tuple) -> list[Params]:
+  """Returns those that a device holds beside the state, of `abstract_references`."""
+  named = zip(built.config.reference.of, references, strict=False)
+  return [tree for path, tree in named if path != 'moving']
+
+
 class Abstract(NamedTuple):
   """The data of one buffer as shapes."""
 
@@ -858,9 +864,20 @@ def programs(built: Built, prompt: int, held_out: int) -> list[tuple[str, Any, t
   ]
 
 
-def sft_program(built: Built, lesson: Lesson) -> tuple[Any, Any, Any]:
-  """Returns the state and the frozen parameters of supervised training as shapes, and
-  its update, traced for rows as large as these."""
+# --- what comes before RL
+
+
+class Phase(NamedTuple):
+  """A phase before RL, as shapes."""
+
+  what: str
+  rows: int  # of an update
+  held: Any  # of model, references and optimizer
+  programs: list[tuple[str, Any, tuple]]  # as `programs` returns them
+
+
+def sft_phase(built: Built, lesson: Lesson) -> Phase:
+  """Returns supervised training on rows as large as these."""
   c, cfg, by_row = built.config, built.model, mesh.rows(built.mesh)
   own = parts.sft_config(c, cfg)
   goes_on = bool(own.lora_rank) and check.part(c, 'sft').goes_on
@@ -871,8 +888,31 @@ def sft_program(built: Built, lesson: Lesson) -> tuple[Any, Any, Any]:
   number = lambda kind: jax.ShapeDtypeStruct((), kind)
   update = built.steps.sft.make(anneal.stage_of(cfg, c.sft.anneal, c.sft.anneal))
   rows = jax.tree.map(shape, lesson)
-  return (
-    state,
-    frozen,
-    update.trace(state, frozen, rows, number(np.int32), number(np.float32)),
-  )
+  args = state, frozen, rows, number(np.int32), number(np.float32)
+  count, tokens = lesson.tokens.shape
+  what = f'supervised training on {count} rows of {tokens} tokens'
+  return Phase(what, count, (state, frozen), [('sft', update, args)])
+
+
+def pairs_phase(built: Built, prompt: int) -> Phase:
+  """Returns training on pairs whose prompts have `prompt` tokens."""
+  c, steps, length = built.config, built.steps, built.config.sampler.length
+  count, optimizer = c.pairs.batch, parts.pairs_optimizer_of(c)
+  frozen, state = state_shapes(built, built.model, c.model.quantize, optimizer)
+  refs = abstract_references(built, frozen, state)
+  tokens, valid, row = abstract_prompts(built, 2 * count, prompt)
+  answers, *_ = abstract_prompts(built, 2 * count, length)
+  sampled = steps.place_pairs.shapes(tokens, valid, answers, row)
+  scored = state.trainable, frozen, refs, sampled
+  scores = steps.score_pairs.shapes(*scored)
+  shape = jax.ShapeDtypeStruct
+  batch, _ = steps.pack_pairs.shapes(sampled, shape((count, 2), np.float32), scores)
+  updated = state, frozen, batch, shape((), np.int32)
+  listed = [('score_pairs', steps.score_pairs, scored)]
+  listed += [('update_pairs', steps.update_pairs, updated)]
+  held = state, frozen, kept_references(built, refs)
+  what = f'training on {count} pairs of {prompt} + {length} tokens'
+  return Phase(what, 2 * count, held, listed)
+
+
+PHASES = {'sft': sft_phase, 'pairs': pairs_phase}

@@ -51,6 +51,7 @@ from dmpo_jax import (
   guard,
   hf,
   pairs,
+  parts,
   resume,
   rounds,
   rules,
@@ -488,7 +489,7 @@ def shown_prompt(built: build.Built) -> tuple[data.Problems, str]:
   if PROMPT.value:
     problem = data.encode_problems([{}], [PROMPT.value], built.tokenizer)
     length = {'eval.sampler.length': built.config.eval.sampler.length}
-    data.check_positions(problem, length, built.model.positions)
+    data.check_positions(problem, length, *parts.limit_of(built, False))
     return problem, PROMPT.value
   test, at = build.problems(built, 'test'), PROBLEM.value
   if not 0 <= at < len(test.examples):

@@ -37,11 +37,11 @@ from dmpo_jax.types import (
   Control,
   FloatR,
   FloatRD,
-  IntR,
   IntRL,
   IntRP,
   KeyR,
   Params,
+  forwards_of,
 )
 
 LEARN = ('gradient', 'matching', 'joint')
@@ -209,11 +209,6 @@ class Controller:
     """
     field = sampler.SAMPLERS[self.law.pick].bound
     return section.pick == self.law.pick and section[field] == own[field]
-
-
-def forwards_of(order_RxL: IntRL) -> IntR:
-  """Returns the forwards that each row has used: its own steps."""
-  return jnp.max(order_RxL, axis=1) + 1
 
 
 def features(

@@ -423,18 +423,18 @@ def encode_problems(
 
 
 def check_positions(
-  problems: Problems, lengths: Mapping[str, int], positions: int
+  problems: Problems, lengths: Mapping[str, int], positions: int, whose: str = 'model'
 ) -> None:
-  """Raises ValueError if prompt and completion exceed the model's positions.
+  """Raises ValueError if prompt and completion exceed the positions of a model.
 
-  lengths: config field -> its number of completion tokens.
+  lengths: config field -> its number of completion tokens. whose: model | draft.
   """
   prompt = problems.tokens.shape[1]
   for field, length in lengths.items():
     if prompt + length > positions:
       raise ValueError(
         f'the longest prompt ({prompt} tokens) and {field} = {length} exceed the '
-        f"model's {positions} positions: lower {field} or data.prompt_length"
+        f"{whose}'s {positions} positions: lower {field} or data.prompt_length"
       )
 
 

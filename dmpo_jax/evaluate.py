@@ -12,7 +12,7 @@ import numpy as np
 
 from dmpo_jax import data, drafting, grader, mesh, model, rollout
 from dmpo_jax.build import Built
-from dmpo_jax.types import BoolBP, IntB, IntBP, Params, Task
+from dmpo_jax.types import BoolBP, IntB, IntBP, Params, Task, forwards_of
 
 
 def accuracy(
@@ -134,6 +134,7 @@ def complete(
   sampled = sample(params, *prompts, row)
   host = rollout.fetched(sampled, built.tokenizer.eos_token_id)
   own, order = mesh.my_rows(sampled.completion), host.order
+  steps = forwards_of(order)
   decoded = data.decode(built.tokenizer, host.tokens[own], stop)
   pairs = list(zip(own.tolist(), decoded, strict=True))
   texts = dict(itertools.chain(*mesh.gather(pairs)))
@@ -146,7 +147,7 @@ def complete(
       tokens=int(host.completion[i].sum()),
       batch_forwards=int(host.forwards),
       **({} if host.bound is None else {'bound': float(host.bound[i])}),
-      **{'forwards': int(order[i].max()) + 1, **drafts_of(host.drafts, i)},
+      **{'forwards': int(steps[i]), **drafts_of(host.drafts, i)},
     )
     for i in range(len(row))
   ]

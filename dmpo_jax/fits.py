@@ -15,7 +15,6 @@ import numpy as np
 from absl import logging
 
 from dmpo_jax import build, data, metrics
-from dmpo_jax.types import Lesson
 
 GIB = 2**30
 REMATS = ('none', 'dots', 'full')  # values of model.remat, from the fastest
@@ -86,11 +85,7 @@ def per_device(tree: Any) -> int:
 def held(built: build.Built) -> Held:
   """Returns what a device holds. The moving reference is part of the optimizer."""
   frozen, state = build.abstract_states(built)
-  references = zip(
-    built.config.reference.of,
-    build.abstract_references(built, frozen, state),
-    strict=False,
-  )
+  references = build.abstract_references(built, frozen, state)
   parameters = per_device({**frozen, **state.trainable})
   draft = per_device(built.who.shapes()) if built.who else 0
   return Held(
@@ -100,7 +95,7 @@ def held(built: build.Built) -> Held:
     + per_device(state)
     - per_device(state.opt_state)
     - parameters
-    + sum(per_device(tree) for path, tree in references if path != 'moving'),
+    + per_device(build.kept_references(built, references)),
     per_device(state.opt_state),
   )
 
@@ -279,44 +274,47 @@ def check(built: build.Built, beat: Callable[[], Any] = lambda: None) -> None:
     raise ValueError(f'this run does not fit: {said}')
 
 
-def check_sft(
-  built: build.Built, lesson: Lesson, beat: Callable[[], Any] = lambda: None
-) -> None:
-  """Compiles the supervised update of the largest rows; ValueError if it is too large.
+# --- what comes before RL
 
-  Does nothing on devices that do not say how much memory they have.
+
+def check_phase(
+  built: build.Built, name: str, rows: Any, beat: Callable[[], Any] = lambda: None
+) -> None:
+  """Compiles the programs of a phase before RL; ValueError if one is too large.
+
+  rows: the largest, as build.PHASES[name] takes them. Does nothing on devices that do
+  not say how much memory they have.
   """
   target = Target(limit(built.mesh.local_devices[0]), beat=beat)
-  if target.memory and (said := sft_verdict(built, lesson, target)):
+  if target.memory and (said := phase_verdict(built, name, rows, target)):
     raise ValueError(f'this run does not fit: {said}')
 
 
-def sft_verdict(built: build.Built, lesson: Lesson, target: Target) -> str:
+def phase_verdict(built: build.Built, name: str, rows: Any, target: Target) -> str:
   """Returns why an update on such rows does not fit, and what would; '' if it does."""
-  c, left = built.config, (1 - SPARE) * target.memory
+  left, phase = (1 - SPARE) * target.memory, build.PHASES[name](built, rows)
 
   def needs(microbatches: int) -> int:
-    logging.info('compiling sft with %d microbatches', microbatches)
-    other = changed(built, {'sft.microbatches': microbatches})
-    state, frozen, traced = build.sft_program(other, lesson)
-    kept = per_device(state) + per_device(frozen)
-    return kept + compiled('sft', traced, target).size
+    logging.info('compiling %s with %d microbatches', name, microbatches)
+    other = changed(built, {f'{name}.microbatches': microbatches})
+    own = build.PHASES[name](other, rows)
+    traced = ((job, program.trace(*args)) for job, program, args in own.programs)
+    return per_device(own.held) + max(compiled(*job, target).size for job in traced)
 
-  now = c.sft.microbatches
+  now = built.config[name].microbatches
   if (size_now := needs(now)) <= left:
     return ''
   shards = built.mesh.devices.size // built.mesh.shape['tensor']
-  more = [n for n in divisors(c.sft.batch // shards) if n > now]
+  more = [n for n in divisors(phase.rows // shards) if n > now]
   found = first(more, lambda n: needs(n) <= left)
-  rows = f'rows of {lesson.tokens.shape[1]} tokens'
+  rank = {'sft': 'sft.rank', 'pairs': 'lora.rank'}[name]
   return (
     f'JAX may take {size(target.memory)} of a '
-    f'{built.mesh.devices.flat[0].device_kind}, a supervised update on {rows} needs '
-    f'{size(size_now)}. '
+    f'{built.mesh.devices.flat[0].device_kind}, {phase.what} needs {size(size_now)}. '
     + (
-      f'It fits with {settings({"sft.microbatches": found})}'
+      f'It fits with {settings({f"{name}.microbatches": found})}'
       if found
-      else 'No sft.microbatches fits: set sft.rank > 0 with model.param_dtype = '
-      'bfloat16, model.remat = full, a shorter sft.length, or mesh.fsdp'
+      else f'No {name}.microbatches fits: set {rank} > 0 with model.param_dtype = '
+      'bfloat16, model.remat = full, shorter rows, or mesh.fsdp'
     )
   )

@@ -25,6 +25,7 @@ from dmpo_jax import (
   likelihood,
   mesh,
   metrics,
+  parts,
   rng,
   runner,
   runs,
@@ -124,8 +125,9 @@ class Model:
     prompts beside it. Short prompts are sampled first.
     """
     ids = [encode(self.built.tokenizer, text, chat) for text in prompts]
-    room = self.built.model.positions - hp.length
-    self.check_room(ids, room, f'sampler.length = {hp.length}')
+    positions, whose = parts.limit_of(self.built, False)
+    room = positions - hp.length
+    self.check_room(ids, room, f'sampler.length = {hp.length}', whose)
     sample = self.seeded(('sample', hp), lambda: self.sampler(hp), seed)
     todo = [
       (len(ids[i]), i * samples + j) for i in range(len(ids)) for j in range(samples)
@@ -278,13 +280,15 @@ class Model:
     width = min(-(-longest // BUCKET) * BUCKET, max(room, longest))
     return data.left_pad(ids, width, self.built.tokenizer.pad_token_id)
 
-  def check_room(self, ids: Sequence[list[int]], room: int, what: str) -> None:
+  def check_room(
+    self, ids: Sequence[list[int]], room: int, what: str, whose: str = 'model'
+  ) -> None:
     """Raises ValueError if a prompt leaves no room for what follows it."""
     for number, row in enumerate(ids):
       if len(row) > room:
         raise ValueError(
-          f'prompt {number} has {len(row)} tokens, which with {what} is more than the '
-          f"model's {self.built.model.positions} positions: shorten it"
+          f"prompt {number} has {len(row)} tokens, but the {whose}'s positions leave "
+          f'{room} before {what}: shorten it'
         )
 
 

@@ -366,6 +366,15 @@ def drafter_of(c: Any, cfg: model.ModelConfig, tokenizer: Any) -> sampler.Drafte
   return sampler.Drafter(draft_config(c, cfg, tokenizer), how)
 
 
+def limit_of(built: Any, training: bool) -> tuple[int, str]:
+  """Returns the tokens of prompt and completion that are sampled at most, and which
+  network says so: the model or its draft."""
+  own = built.model.positions, 'model'
+  if not built.who or not drafts_with(built.config, training):
+    return own
+  return min(own, (built.who.drafter.cfg.positions, 'draft'), key=lambda x: x[0])
+
+
 def own_draft(c: Any) -> bool:
   """Returns whether the draft has weights that are read from files."""
   return c.draft.of not in sampler.OWN_WEIGHTS
@@ -481,7 +490,8 @@ def problems(built: Any, split: str) -> data.Problems:
   """Returns the problems of a split of build.Built, loaded and encoded once.
 
   ValueError if this machine cannot judge the task, if prompt and completion exceed the
-  model's positions, or if their length does not fit the attention kernel.
+  positions of the model or its draft, or if the attention kernel does not take their
+  length.
   """
   c = built.config
   if split not in built.encoded:
@@ -494,11 +504,9 @@ def problems(built: Any, split: str) -> data.Problems:
       built.task, split, built.tokenizer, check.settings(TaskOptions, c.data), how
     )
   loaded = built.encoded[split]
-  lengths = {
-    'sampler.length': c.sampler.length,
-    'eval.sampler.length': c.eval.sampler.length,
-  }
-  data.check_positions(loaded, lengths, built.model.positions)
+  for name, section in (('sampler', c.sampler), ('eval.sampler', c.eval.sampler)):
+    limit = limit_of(built, name == 'sampler' or split == 'train')
+    data.check_positions(loaded, {f'{name}.length': section.length}, *limit)
   if split == 'train' and c.curriculum.signal != 'none' and c.train.iterations:
     if (count := len(loaded.examples)) < c.train.prompts:
       raise ValueError(

@@ -28,6 +28,7 @@ from dmpo_jax.types import (
   Scores,
   Task,
   TrainBatch,
+  forwards_of,
   to_groups,
 )
 
@@ -45,27 +46,26 @@ class Fetched(NamedTuple):
   entropy: Array | None = None  # (R, L) float32; None: not measured
   bound: Array | None = None  # (R,) float32: see types.Control; None: the sampler's own
   drafts: Any = None  # types.Drafts; None: nobody drafts
+  drafted: Array | None = None  # (R, L) bool, tokens that a draft wrote; None: none
+
+
+# What stands in them behind a completion.
+FILL = dict(order=-1, completion=False, confidence=0.0, entropy=0.0, drafted=False)
 
 
 def fetched(sampled: Sampled, eos_id: int, guess: Any = None) -> Fetched:
   """Fetches a buffer, and cuts its completions out."""
   r, done = sampled.rollouts, sampled.completion
-  both = r.confidence, sampled.entropy
-  rest = sampled.row, guess, r.control.bound if r.control else None, r.drafts
-  found = mesh.fetch((r.tokens, r.order, r.forwards, done, *both, *rest))
-  tokens, order, forwards, completion, confidence, entropy, row, guess, *more = found
-  cut = lambda x, fill: data.after_given(order, x, fill)
-  return Fetched(
-    cut(tokens[:, -order.shape[1] :], eos_id),
-    cut(order, -1),
-    forwards,
-    cut(completion, False),
-    cut(confidence, 0.0),
-    row,
-    guess,
-    entropy if entropy is None else cut(entropy, 0.0),
-    *more,
-  )
+  bound, drafted = r.control and r.control.bound, (r.more or {}).get('drafted')
+  own = r.confidence, sampled.row, guess, sampled.entropy, bound, r.drafts, drafted
+  found = mesh.fetch(Fetched(r.tokens, r.order, r.forwards, done, *own))
+  found = found._replace(tokens=found.tokens[:, -found.order.shape[1] :])
+  cut = {
+    name: data.after_given(found.order, getattr(found, name), fill)
+    for name, fill in {'tokens': eos_id, **FILL}.items()
+    if getattr(found, name) is not None
+  }
+  return found._replace(**cut)
 
 
 class Drawn(NamedTuple):
@@ -364,6 +364,7 @@ class Collector:
       {x: np.array(list(map(number, column(x))), np.float32) for x in names},
       np.asarray(graded.reward, np.float32),
       np.asarray(graded.grades, np.float32),
+      host.drafted,
     )
 
 
@@ -409,7 +410,7 @@ def reward_metrics(graded: grader.Graded, host: Fetched) -> dict[str, float]:
     'grades_failed': len(graded.failed),
     'length': float(np.mean(host.completion.sum(axis=1))),
     'forwards': int(host.forwards),
-    'row_forwards': float(np.mean(host.order.max(axis=1) + 1)),
+    'row_forwards': float(np.mean(forwards_of(host.order))),
     **unmasking_metrics(host.order, host.confidence),
     **token_metrics(host),
     **draft_metrics(host.drafts),
@@ -437,7 +438,7 @@ def shared_steps(order_RxL: IntRL, tokens_RxL: IntRL, group: int) -> float:
   tokens = to_groups(tokens_RxL, group)
   pair = lambda x: (x[:, :, None], x[:, None])
   differ = np.not_equal(*pair(at)) | np.not_equal(*pair(tokens))
-  steps = to_groups(order_RxL.max(axis=1) + 1, group)[..., None]
+  steps = to_groups(forwards_of(order_RxL), group)[..., None]
   parting = np.where(differ, np.minimum(*pair(at)), never).min(axis=-1)
   parting = np.where(np.eye(group, dtype=bool), 0, np.minimum(parting, steps))
   return float(parting.max(axis=2).mean())
@@ -463,7 +464,7 @@ BINS = {'0': 0, '1': 1, '2': 2, '3-4': 4, '5-8': 8, '9+': 1 << 30}
 
 def unmasking_metrics(order_RxL: IntRL, confidence_RxL: FloatRL) -> dict[str, float]:
   """Returns tokens per forward, with the shares of BINS, and token probabilities."""
-  steps_R = order_RxL.max(axis=1) + 1
+  steps_R = forwards_of(order_RxL)
   most = int(steps_R.max())
   unmasked = order_RxL >= 0
   row, _ = np.nonzero(unmasked)

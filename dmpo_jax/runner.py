@@ -192,6 +192,7 @@ def train(
   check.training(c)
   grader.ready(built.task)
   with watched(c) as (asked, dog):
+    compiling = lambda: dog.beat('compile', 0)
     for split in ('train', 'validation', 'test'):  # a bad file is refused now
       dog.beat(f'data, {split}', 0)
       build.problems(built, split)
@@ -205,13 +206,15 @@ def train(
     with files.naming(workdir), guard.alone(workdir):
       # Refuse a run that does not fit before weights are loaded.
       if taught and mesh.agree(unfinished(c, learned, workdir)):
-        fits.check_sft(built, learned.largest(), lambda: dog.beat('compile', 0))
+        fits.check_phase(built, 'sft', learned.largest(), compiling)
       if not only_sft:
-        fits.check(built, lambda: dog.beat('compile', 0))
+        fits.check(built, compiling)
       runs.claim(c, workdir)
       if config.part(c, 'pairs').trains:  # and a bad pair, too
         dog.beat('data, pairs', 0)
-        preferences.rows_at(built, workdir)
+        prompt = preferences.rows_at(built, workdir).prompt.shape[1]
+        if not only_sft and mesh.agree(not resume.saved_updates(workdir, 'rl')):
+          fits.check_phase(built, 'pairs', prompt, compiling)
       dog.path = os.path.join(workdir, f'stuck_{jax.process_index()}.txt')
       run_phases(built, workdir, overrides, only_sft, (asked, dog), profile)
 

@@ -91,6 +91,11 @@ def to_rows(x_BxG: Array) -> Array:
   return x_BxG.reshape((-1,) + x_BxG.shape[2:])
 
 
+def forwards_of(order_RxL: IntRL) -> IntR:
+  """Returns the forwards that each row has used: its own steps."""
+  return order_RxL.max(axis=1) + 1
+
+
 def to_groups(x_R: Array, group: int) -> Array:
   """Returns (R / G, G, ...) of (R, ...); inverts `to_rows`."""
   return x_R.reshape((-1, group) + x_R.shape[1:])

@@ -48,7 +48,15 @@ from dmpo_jax import (
 from dmpo_jax.objectives import OBJECTIVES, dmpo, espo
 from dmpo_jax.sampler import SampleConfig
 from dmpo_jax.tools import cards
-from dmpo_jax.types import Control, Rollouts, Sampled, Scored, Scores, TrainBatch
+from dmpo_jax.types import (
+  Control,
+  Rollouts,
+  Sampled,
+  Scored,
+  Scores,
+  TrainBatch,
+  forwards_of,
+)
 
 pytest_plugins = ('tiny_run',)
 pytestmark = pytest.mark.usefixtures('plain_saves')
@@ -376,7 +384,7 @@ def test_rows_take_their_own_numbers(pick, cache, slots, tiny, weights):
   np.testing.assert_array_equal(out.tokens[3], want.tokens[3])
   np.testing.assert_array_equal(out.order[3], want.order[3])
   assert len(set(np.asarray(out.order).max(1).tolist())) > 2
-  assert control.forwards_of(out.order)[0] == int(out.order[0].max()) + 1
+  assert forwards_of(out.order)[0] == int(out.order[0].max()) + 1
   if cache in ('none', 'block') and not slots:
     now, recorded = logprob.trajectory_logp(cfg, params, out, hp)
     np.testing.assert_allclose(now, recorded, atol=5e-5)

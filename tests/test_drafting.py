@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,19 @@ import tiny_run
 from tiny_run import interrupt, run, same_run, stop_at
 
 from configs import base
-from dmpo_jax import build, check, config, evaluate, fits, hf, mesh, resume, step
+from dmpo_jax import (
+  buffers,
+  build,
+  check,
+  config,
+  evaluate,
+  fits,
+  hf,
+  loaded,
+  mesh,
+  resume,
+  step,
+)
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.sampler import Draft
 from dmpo_jax.tasks import TASKS, answers
@@ -108,6 +121,7 @@ def test_drafts_in_training(gate, base_params, tmp_path, plain_saves):
   fields = {'draft.of': 'same', 'draft.rollouts': True, 'draft.gate': gate}
   fields |= {'logprob.estimator': 'trajectory', 'sampler.pick': 'threshold'}
   fields |= {'sampler.threshold': 0.02, 'draft.threshold': 0.01, 'train.inner': 2}
+  fields |= {'log.rollouts': True}
   if gate == 'reward':
     value = 'sum(map(ord, text)) % 2'
     fields |= judge(tmp_path, value) | {'reward.process': 'trainer'}
@@ -127,6 +141,13 @@ def test_drafts_in_training(gate, base_params, tmp_path, plain_saves):
   else:
     assert 0 < np.mean(made) < 1
     check_loss(built, base_params, seen[0])
+  saved = buffers.read(tmp_path / 'whole')
+  drafted, order = saved[0].drafted, saved[0].order
+  if made is None:
+    assert drafted is None
+  else:
+    np.testing.assert_array_equal(drafted, ~np.asarray(made).reshape(order.shape))
+    assert (order[drafted] >= 0).all()  # and so they are tokens of a pair
   watch = watched_updates(built, stop_at('update', 2, interrupt))
   with pytest.raises(KeyboardInterrupt):
     run(watch, tmp_path / 'cut', base_params, kill=True)
@@ -253,6 +274,34 @@ def test_drafts_of_another_family_are_refused(exported, tmp_path):
     (folder / 'config.json').write_text(json.dumps({**fields, field: value}))
     with pytest.raises(ValueError, match=f'draft.of = {folder}'):
       build.build(settings(**{'draft.of': str(folder)}))
+
+
+def test_drafts_of_a_shorter_model_are_refused(exported, tmp_path):
+  """Where they are drafted: prompt and completion must fit the draft, too."""
+  fields = json.loads((exported / 'config.json').read_text())
+  shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+  least = 16 + build.problems(build.build(settings()), 'test').tokens.shape[1]
+  built = {}
+  for room in (least - 1, least):
+    config_json = json.dumps({**fields, 'max_position_embeddings': room})
+    (tmp_path / 'config.json').write_text(config_json)
+    built[room] = build.build(settings(**{'draft.of': str(tmp_path)}))
+  build.problems(built[least], 'test')
+  short = built[least - 1]
+  build.problems(short, 'train')  # nobody drafts in rollouts
+  for call in (
+    lambda: build.problems(short, 'test'),
+    lambda: cards.sections_of(short),
+    lambda: loaded.Model(short, {}, {}, '').generate(['1' * least], seed=0),
+  ):
+    with pytest.raises(ValueError, match="the draft('s .*positions| has)"):
+      call()
+  both = {'draft.of': str(tmp_path), 'draft.rollouts': True}
+  (tmp_path / 'config.json').write_text(
+    json.dumps({**fields, 'max_position_embeddings': least - 1})
+  )
+  with pytest.raises(ValueError, match=f'sampler.length = 16 .*draft.* {least - 1}'):
+    build.problems(build.build(settings(**both)), 'train')
 
 
 # --- what is refused

@@ -185,7 +185,7 @@ def test_supervised_training_that_does_not_fit_names_microbatches(monkeypatch):
   c = settings(**{'sft.steps': 2, 'sft.batch': 32, 'sampler.length': 64})
   built = build.build(c)
   lesson = texts.lessons_of(built).largest()
-  fits.check_sft(built, lesson)  # a CPU does not say what it has
+  fits.check_phase(built, 'sft', lesson)  # a CPU does not say what it has
   changed, compiled, made, asked = fits.changed, fits.compiled, {}, []
 
   def noted(built, fields):
@@ -199,13 +199,47 @@ def test_supervised_training_that_does_not_fit_names_microbatches(monkeypatch):
   monkeypatch.setattr(fits, 'compiled', once)
   monkeypatch.setattr(fits, 'limit', lambda _: 1)
   with pytest.raises(ValueError, match='does not fit: .*No sft.microbatches.*sft.rank'):
-    fits.check_sft(built, lesson)
+    fits.check_phase(built, 'sft', lesson)
   assert asked == [1, 4]
-  state, frozen, _ = build.sft_program(built, lesson)
-  held = fits.per_device(state) + fits.per_device(frozen)
+  held = fits.per_device(build.sft_phase(built, lesson).held)
   assert made[1].size > made[4].size
   limit = int((held + made[4].size) / (1 - fits.SPARE)) + 1
   monkeypatch.setattr(fits, 'limit', lambda _: limit)
   with pytest.raises(ValueError, match='does not fit: .*--config.sft.microbatches=4$'):
-    fits.check_sft(built, lesson)
+    fits.check_phase(built, 'sft', lesson)
   assert asked[2:] == [1, 4, 2] and made[2].size > made[4].size
+
+
+def test_training_on_pairs_that_does_not_fit_names_microbatches(monkeypatch):
+  """The larger one of its two programs counts, in rows: two for each pair."""
+  rows = {'score_pairs': 40, 'update_pairs': 64}
+
+  class Sized:
+    def __init__(self, size):
+      self.size = size
+
+    def trace(self):
+      return self
+
+  def phase(built, prompt):
+    assert prompt == 20
+    pieces = built.config.pairs.microbatches
+    sizes = {name: 2**10 * count // pieces for name, count in rows.items()}
+    listed = [(name, Sized(size), ()) for name, size in sizes.items()]
+    held = jax.ShapeDtypeStruct((250,), 'float32')
+    return build.Phase('pairs of 20 + 16 tokens', 2 * 32, held, listed)
+
+  compiled = lambda name, program, _: fits.Use(name, program.size, 0, 0, None, None)
+  monkeypatch.setitem(build.PHASES, 'pairs', phase)
+  monkeypatch.setattr(fits, 'compiled', compiled)
+  built = build.build(settings(**{'pairs.path': ('x',), 'pairs.batch': 32}))
+  said = lambda size: fits.phase_verdict(
+    built, 'pairs', 20, fits.Target(memory_for(size))
+  )
+  assert said(2**16) == ''
+  assert '20 + 16 tokens' in said(2**14)
+  assert said(2**14).endswith('It fits with --config.pairs.microbatches=4')
+  # With eight rows on a device there are eight pieces at most.
+  assert said(2**13).endswith('=8') and 'lora.rank > 0' in said(2**13 - 1)
+  rows['score_pairs'] = 128
+  assert said(2**14).endswith('=8')

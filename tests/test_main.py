@@ -612,11 +612,37 @@ def test_run_that_does_not_fit_is_refused_first(
   assert not (tmp_path / 'run' / 'config.json').exists()
 
 
+def test_pairs_that_do_not_fit_are_refused_first(
+  command, phases, monkeypatch, tmp_path
+):
+  """With the prompts of their own file, until RL has a checkpoint."""
+  asked, file = [], tmp_path / 'p.jsonl'
+  line = {'prompt': [5] * 9, 'chosen': '1', 'rejected': '2'}
+  file.write_text(json.dumps(line) + '\n')
+
+  def verdict(built, name, prompt, target):
+    asked.append((name, prompt))
+    return 'too large'
+
+  monkeypatch.setattr(fits, 'check', lambda *_: None)
+  monkeypatch.setattr(fits, 'limit', lambda _: 2**40)
+  monkeypatch.setattr(fits, 'phase_verdict', verdict)
+  phases(sft=lambda _: pytest.fail('weights are loaded'))
+  args = '--workdir=run', '--config.sft.steps=0', f'--config.pairs.path=("{file}",)'
+  with pytest.raises(SystemExit, match='error: this run does not fit: too large'):
+    command(*args)
+  assert asked == [('pairs', 9)]
+  pathlib.Path('run/rl/1').mkdir(parents=True)
+  with pytest.raises(pytest.fail.Exception, match='weights are loaded'):
+    command(*args)
+  assert asked == [('pairs', 9)]
+
+
 def test_supervised_update_is_compiled_until_the_phase_is_done(
   command, phases, monkeypatch
 ):
   compiled = []
-  monkeypatch.setattr(fits, 'check_sft', lambda *_: compiled.append(True))
+  monkeypatch.setattr(fits, 'check_phase', lambda *_: compiled.append(True))
   phases(sft=lambda _: ({}, 2.0))
   args = '--workdir=run', '--mode=sft', '--config.sft.steps=30'
   for update, wanted in (0, 1), (29, 2), (30, 2):

@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_run import fail_at, interrupt, letters, rows, run, same, tiny, vary
 
@@ -19,11 +20,16 @@ from dmpo_jax import (
   files,
   hf,
   mesh,
+  model,
   pairs,
+  parts,
   resume,
+  rng,
   rounds,
   runner,
+  step,
   types,
+  weights,
 )
 from dmpo_jax.objectives import vrpo
 from dmpo_jax.phases import pairs as phase
@@ -379,6 +385,7 @@ def test_rollouts_are_saved_and_rewound(source, tmp_path):
   rl = rows(workdir)['rl']
   for buffer, row in zip(found, rl, strict=True):
     assert buffer.group == 4 and buffer.tokens.shape == (8, 16)
+    assert buffer.drafted is None  # nobody drafts
     assert buffer.reward.mean() == pytest.approx(row['reward'], rel=1e-6)
     assert buffer.terms['letters'].mean() == pytest.approx(row['reward/letters'])
     assert buffer.grade.mean() == pytest.approx(row['accuracy'], rel=1e-6)
@@ -476,7 +483,7 @@ def test_training_on_pairs(source, tmp_path):
     shutil.copytree(workdir / 'rollouts', copy / 'rollouts', dirs_exist_ok=True)
 
     def update(*args):
-      calls.append(0)  # noqa: B023
+      calls.append(args)  # noqa: B023
       if len(calls) == call:  # noqa: B023
         interrupt()
       return made.steps.update_pairs(*args)
@@ -490,11 +497,99 @@ def test_training_on_pairs(source, tmp_path):
     part.encoded.pop('pairs', None)
     same(learn(part, at, base), want)
     assert rows(at) == found
+  shard = lambda x: (x.dtype, x.shape, x.sharding.shard_shape(x.shape))
+  shape = lambda tree: jax.tree.map(shard, tree)
+  phase_ = build.pairs_phase(made, made.encoded['pairs'].prompt.shape[1])
+  assert phase_.rows == 8
+  _, (name, _, planned) = phase_.programs
+  assert name == 'update_pairs'
+  for mine, theirs in zip(planned[:2], calls[0][:2], strict=True):
+    assert shape(mine) == shape(theirs)  # state and frozen parameters
+  size = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert size(planned[2]) == size(calls[0][2])  # the batch
   other = files.read(at / pairs.FILE)[1:]
   files.replace(at / pairs.FILE, files.to_lines(other))
   made.encoded.pop('pairs', None)
   with pytest.raises(ValueError, match='pairs.path: the file has changed'):
     learn(made, at, base)
+  files.replace(tmp_path / pairs.FILE, files.to_lines(other))
+  with pytest.raises(ValueError, match='no such file'):  # of no run that has begun
+    phase.lines_of(made, str(tmp_path))
+
+
+def dpo_of(made, batch, masks):
+  """Returns (loss, ELBOs) as a function of parameters and the reference's ELBOs.
+
+  Each attention block of each masked copy is read by a plain forward of its own, after
+  the clean blocks before it.
+  """
+  cfg, length, size = made.model, 16, 4
+  tokens, block = batch.tokens, jnp.arange(length)[None] // size
+
+  def elbo(params):
+    total = 0.0
+    for k in range(masks.masked.shape[1]):
+      for b in range(length // size):
+        hidden = masks.masked[:, k] & (block == b)
+        canvas = jnp.where(hidden, cfg.mask_id, tokens[:, -length:])
+        text = jnp.concatenate([tokens[:, :-length], canvas], axis=1)
+        logits = model.full_logits(cfg, params, text, batch.valid)[:, -length:]
+        logp = model.logp_of(logits, tokens[:, -length:])
+        total += jnp.sum(jnp.where(hidden, logp, 0) * masks.weight[:, k], axis=1)
+    return total / masks.masked.shape[1]
+
+  def loss(params, ref):
+    own, c = elbo(params), made.config.pairs
+    gap = (own - ref).reshape(-1, 2)
+    margin = c.beta * (gap[:, 0] - gap[:, 1])
+    value = -jax.nn.log_sigmoid(margin) - c.sft_coef / length * own[::2]
+    return jnp.mean(value), own
+
+  return loss
+
+
+@pytest.mark.slow
+def test_an_update_on_pairs_of_a_block_model(base_params, tmp_path):
+  """Its numbers and its gradient are those of DPO on ELBOs by plain forwards."""
+  draw, file = np.random.default_rng(0), tmp_path / 'pairs.jsonl'
+  ids = lambda low, high: draw.integers(5, 30, draw.integers(low, high)).tolist()
+  lines = [
+    {'prompt': ids(3, 9), 'chosen': ids(2, 12), 'rejected': ids(2, 12)}
+    for _ in range(4)
+  ]
+  file.write_text(files.to_lines(lines))
+  blocks = ('model.attention_block', 'sampler.block', 'eval.sampler.block')
+  own = {'pairs.epochs': 2, 'pairs.held_out': 0.0, 'pairs.draws': 2}
+  made = pairs_of(file, **dict.fromkeys(blocks, 4), **own)
+  seen = []
+
+  def update(state, frozen, batch, inner):
+    seen.append((mesh.fetch(state.trainable), batch))
+    return made.steps.update_pairs(state, frozen, batch, inner)
+
+  part = made._replace(steps=made.steps._replace(update_pairs=update))
+  learn(part, tmp_path / 'run', base_params)
+  first, last = rows(tmp_path / 'run')['pairs']
+  assert first['margin'] == pytest.approx(0, abs=1e-5) and len(seen) == 2
+  policy, batch = seen[1]
+  setup = parts.pairs_setup_of(made.config, made.setup)
+  key = jax.random.fold_in(rng.key_for(made.config.seed, 'pairs'), 0)
+  batch = mesh.fetch(batch)
+  masks = step.draw(setup, key, batch)
+  assert (batch.sampled.sum(1) < 16).any()  # prompts that end inside a block
+  loss = jax.jit(jax.value_and_grad(dpo_of(made, batch, masks), has_aux=True))
+  (_, ref), _ = loss(mesh.fetch(base_params), jnp.zeros(8))
+  np.testing.assert_allclose(ref, batch.ref.elbo[:, 0], rtol=1e-4)
+  (_, elbo), grad = loss(policy, ref)
+  gap = np.asarray(elbo - ref).reshape(-1, 2)
+  assert np.abs(gap).min() > 0.01
+  want = {
+    'elbo_chosen': elbo[::2].mean(), 'elbo_rejected': elbo[1::2].mean(),
+    'chosen_gap': gap[:, 0].mean(), 'rejected_gap': gap[:, 1].mean(),
+    'margin': (gap[:, 0] - gap[:, 1]).mean(), 'grad_norm': optax.tree.norm(grad),
+  }  # fmt: skip
+  for name, value in want.items():
+    assert last[name] == pytest.approx(float(value), rel=1e-3), name
 
 
 # --- rounds
@@ -593,14 +688,17 @@ def test_rounds_refuse(tmp_path):
 
 
 @pytest.mark.long
-def test_a_round_of_runs(tmp_path, monkeypatch):
-  """RL, export, pairs, RL: killed in the pairs and in the last RL, the same bits."""
+@pytest.mark.parametrize('rank', [0, 2])
+def test_a_round_of_runs(rank, tmp_path, monkeypatch):
+  """RL, export, pairs, RL: killed in the pairs and in the last RL, the same bits.
+  Adapters that were trained on pairs go on, over the merged model before."""
 
   real = runner.ready
   monkeypatch.setattr(runner, 'ready', lambda c: graded(real(c)))
 
   def end(folder, kill=''):
     c = rounds_config(folder)
+    c.lora.rank = rank
     if kill:
       stop = lambda built: built._replace(
         steps=built.steps._replace(**{kill: lambda *_: interrupt()})
@@ -622,10 +720,19 @@ def test_a_round_of_runs(tmp_path, monkeypatch):
   assert set(rows(tmp_path / 'a' / '1')) >= {'pairs', 'rl', 'update'}
   pair = files.read(tmp_path / 'a' / '1' / pairs.FILE)
   assert pair
-  after = resume.after_pairs(built, str(tmp_path / 'a' / '1'), base)
+  after = mesh.fetch(resume.after_pairs(built, str(tmp_path / 'a' / '1'), base))
+  if rank:
+    same(after['params'], base['params'])
+    same(want['params'], base['params'])
+    _, merged = weights.load_hf(str(tmp_path / 'a' / '0' / rounds.MODEL))
+    same(mesh.fetch(merged)['params'], base['params'])
+    base, after, want_ = built.steps.init_lora(), after['lora'], want['lora']
+    base = mesh.fetch(base)['lora']
+  else:
+    want_ = want
   leaves = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-  start = leaves(mesh.fetch(after))
-  assert (start != leaves(base)).any() and (leaves(want) != start).any()
+  start = leaves(after)
+  assert (start != leaves(base)).any() and (leaves(want_) != start).any()
   for kill in ('update_pairs', 'update'):
     # The paths of the folders are in the configs, so each way has its own.
     got, _, _ = end(tmp_path / kill, kill)

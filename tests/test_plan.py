@@ -265,7 +265,7 @@ def test_supervised_training_has_the_bytes_of_the_real_run(rank):
   c = small(**{'sft.steps': 2, 'sft.batch': 8, 'sft.rank': rank})
   built = build.build(c)
   lesson = texts.lessons_of(built).largest()
-  state, frozen, _ = build.sft_program(built, lesson)
+  state, frozen = build.sft_phase(built, lesson).held
   trainable, real_frozen = resume.sft_start(built)
   real = built.steps.start_sft(trainable)
   for planned, allocated in ((state, real), (frozen, real_frozen)):
@@ -275,13 +275,15 @@ def test_supervised_training_has_the_bytes_of_the_real_run(rank):
 
 
 @pytest.mark.slow
-def test_a_plan_of_supervised_training():
-  c = small(**{'sft.steps': 2, 'sft.batch': 8})
+def test_a_plan_of_the_phases_before_rl():
+  c = small(**{'sft.steps': 2, 'sft.batch': 8, 'pairs.path': ('x',), 'pairs.batch': 4})
   built = build.build(c)
-  said, misfit = plan.of_sft(built, 20, None, fits.Target(0))
-  assert f'8 rows of {20 + c.sampler.length} tokens, peak' in said and misfit == ''
-  _, misfit = plan.of_sft(built, 20, None, fits.Target(1000))
-  assert 'a supervised update' in misfit and 'sft.microbatches' in misfit
+  (one, two), misfit = plan.of_phases(built, 20, None, fits.Target(0))
+  tokens = c.sampler.length
+  assert f'training on 8 rows of {20 + tokens} tokens, peak' in one and misfit == ''
+  assert f'training on 4 pairs of 20 + {tokens} tokens, peak' in two
+  _, misfit = plan.of_phases(built, 20, None, fits.Target(1000))
+  assert 'supervised training on' in misfit and 'sft.microbatches' in misfit
 
 
 def test_a_plan():
@@ -297,7 +299,7 @@ def test_a_plan():
   # The same network and lengths, but more rows, without a cache.
   assert evaluate.flops > sample.flops * c.eval.batch / made.rows
   assert made.cache == 2 * 2 * 8 * 36 * 16 * 4  # k and v, N, rows, S, D, f32
-  assert made.supervised == ''
+  assert made.before == []
   assert update.collectives and math.isnan(update.seconds)
   text = plan.show(made, c)
   assert '20 + 16 tokens' in text and 'at least' not in text and 'nan' not in text

@@ -4,6 +4,7 @@ The tests run real commands under jax.distributed with gloo. XLA_FLAGS splits th
 each process, so that they always have a mesh of the same four devices.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -23,7 +24,18 @@ from absl.testing import flagsaver
 from jax.experimental import multihost_utils
 
 from configs import base
-from dmpo_jax import build, checkpoint, guard, mesh, metrics, resume, weights
+from dmpo_jax import (
+  buffers,
+  build,
+  checkpoint,
+  curriculum,
+  guard,
+  mesh,
+  metrics,
+  pairs,
+  resume,
+  weights,
+)
 from dmpo_jax import cli as main
 from dmpo_jax.types import TrainState
 
@@ -44,6 +56,8 @@ SETTINGS = {
   'eval.sampler.pick': 'threshold',
   'eval.sampler.threshold': 0.1,
   'control.on': True,
+  'curriculum.signal': 'objective',
+  'curriculum.correct': True,
   'eval.batch': 4,
   'eval.every': 1,
   'sft.steps': 2,
@@ -61,6 +75,7 @@ SETTINGS = {
   'checkpoint.every': 1,
   'checkpoint.keep': 9,
   'log.samples': 8,
+  'log.rollouts': True,
 }
 CONFIG = f"""
 from configs import base
@@ -88,7 +103,7 @@ def letters(text, example, protocol):
 
 
 TASKS['sudoku'] = TASKS['sudoku']._replace(
-    reward=letters, grade=lambda text, *_: sum(map(str.isupper, text)) / 16)
+    reward=letters, grade=lambda text, *_: float(sum(map(str.isalpha, text)) >= 8))
 atexit.register(lambda: print('judged', len(judged), flush=True))
 jax.config.config_with_absl()
 app.run(main.start, flags_parser=main.parse)
@@ -241,12 +256,21 @@ def lines(path):
 
 @pytest.fixture(scope='module')
 def parameters():
-  """Returns workdir -> final parameters, on the host."""
-  c = base.get_config()
-  c.update_from_flattened_dict({**SETTINGS, 'mesh.fsdp': 8, 'eval.batch': 8})
-  built = build.build(c)
-  start = built.steps.init()
-  return lambda workdir: mesh.fetch(resume.latest(built, workdir, start))
+  """Returns (workdir, fields beside SETTINGS) -> final parameters, on the host."""
+
+  @functools.cache
+  def parts(*fields):
+    c = base.get_config()
+    here = {'mesh.fsdp': 8, 'eval.batch': 8}
+    c.update_from_flattened_dict({**SETTINGS, **here, **dict(fields)})
+    built = build.build(c)
+    return built, built.steps.init()
+
+  def final(workdir, **fields):
+    built, start = parts(*fields.items())
+    return mesh.fetch(resume.latest(built, workdir, start))
+
+  return final
 
 
 def close(a, b, rtol=1e-4, atol=2e-5):
@@ -264,9 +288,13 @@ def close(a, b, rtol=1e-4, atol=2e-5):
 def test_processes_compute_what_one_computes(name, one, request, parameters):
   """Completions, rewards and grades are equal; numbers are up to rounding."""
   many = request.getfixturevalue(name)
-  for file in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl'):
+  for file in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl', curriculum.FILE):
     assert lines(many.workdir / file) == lines(one.workdir / file)
   assert len(lines(one.workdir / 'samples.jsonl')) == 3 * 8
+  drawn = lines(one.workdir / curriculum.FILE)  # by what the lines before say
+  assert len(drawn) == 3 and sum(sum(line['passes']) for line in drawn) > 0
+  saved = buffers.read(many.workdir), buffers.read(one.workdir)
+  jax.tree.map(np.testing.assert_array_equal, *saved)
   got, want = rows(many.workdir), rows(one.workdir)
   assert {('sft', 2), ('rl', 2), ('update', UPDATES), ('eval', 3)} <= set(want)
   close(got, want)
@@ -283,6 +311,31 @@ def test_processes_compute_what_one_computes(name, one, request, parameters):
         assert got[phase, step].get(number) == want[phase, step].get(number)
   assert len({row['reward'] for row in want.values() if 'reward' in row}) > 1
   close(parameters(many.workdir), parameters(one.workdir), atol=1e-5)
+
+
+@pytest.mark.long
+def test_two_processes_train_on_the_pairs_of_one(folder, one, parameters):
+  """The same pairs of saved rollouts, and the same numbers up to rounding, if one of
+  them is killed, too."""
+  own = {
+    'path': ('one',), 'each': 4, 'epochs': 3, 'batch': 4, 'lr': 0.01, 'warmup': 0,
+    'held_out': 0.3, 'every': 2, 'draws': 2, 'microbatches': 1,
+  }  # fmt: skip
+  fields = {f'pairs.{name}': value for name, value in own.items()}
+  fields |= {'train.iterations': 1, 'sft.steps': 0}
+  args = [f'--config.{name}={value}' for name, value in fields.items()]
+  alone = Job(folder, 'pairs_one', 1, *args).done().workdir
+  job = Job(folder, 'pairs_two', 2, '--heartbeat=10', *args)
+  job.when('pairs', 2, signal.SIGKILL, 1).codes()
+  again = Job(folder, 'pairs_two', 2, *args).done()
+  assert 'pairs of saved rollouts' not in again.output()  # they are read
+  for file in (pairs.FILE, 'samples.jsonl', 'test_final.jsonl'):
+    assert lines(again.workdir / file) == lines(alone / file) != []
+  got, want = rows(again.workdir), rows(alone)
+  assert {('pairs', 3), ('held_out_pairs', 2), ('rl', 0)} <= set(want)
+  assert want['held_out_pairs', 2]['margin'] != 0
+  close(got, want)
+  close(*(parameters(x, **fields) for x in (again.workdir, alone)), atol=1e-5)
 
 
 @SLOW

@@ -1,4 +1,4 @@
-"""Tests the arms of the toolbox: what they change, their costs, order and table."""
+"""Tests the arms of the toolbox, and the tables of drafts and of the controller."""
 
 import argparse
 import json
@@ -8,8 +8,8 @@ import pytest
 from test_compare import check_costs, write_run
 
 from benchmarks import compare as runs
+from benchmarks import control, drafts, whole
 from benchmarks import toolbox as bench
-from benchmarks import whole
 from configs import compare, toolbox
 from dmpo_jax import check, config
 from dmpo_jax.tasks import rewards
@@ -20,6 +20,8 @@ def test_an_arm_differs_from_its_rival_in_its_tool_alone():
   for arm, (off, tool) in toolbox.TOOLS.items():
     mine, theirs = toolbox.fields_of(arm), toolbox.fields_of(off)
     different = {name for name in mine if mine[name] != theirs.get(name)} - {'name'}
+    if toolbox.COSTS[arm] != toolbox.COSTS[off]:  # fewer buffers for as many forwards
+      different.remove('train.iterations')
     assert different == set(tool) and tool
     assert toolbox.rates_of(arm) == toolbox.rates_of(off)
     c = toolbox.get_config()
@@ -36,8 +38,9 @@ def test_costs(arm):
   check_costs(toolbox, arm)
   for arm, cost in toolbox.COSTS.items():
     off = toolbox.off_of(arm)
-    assert off == 'agrpo' or cost == compare.COSTS[off]
     sample, score, update = cost
+    rounds = 1 + toolbox.fields_of(arm).get('curriculum.resample', 0)
+    assert off == 'agrpo' or (sample / rounds, score, update) == compare.COSTS[off]
     buffer = sample + score + toolbox.INNER * update
     spent = toolbox.fields_of(arm)['train.iterations'] * buffer
     if arm in toolbox.MODES:  # two rounds of RL, and a tenth for the pairs
@@ -142,3 +145,44 @@ def test_runs_go_seed_by_seed_and_once(tmp_path, monkeypatch):
 def test_unknown_names_are_refused():
   with pytest.raises(SystemExit, match="'ppo' must be one of dmpo"):
     bench.main(['--arms=ppo'])
+
+
+def test_drafts_are_judged_once_and_compared_seed_by_seed(tmp_path, monkeypatch):
+  """What a file has is not judged again; what it has of other settings is refused."""
+  args = argparse.Namespace(workdir=str(tmp_path), steps=1, problems=4, batch=2)
+  ran, gains = [], {'bold draft, exact': (0.1, 0.2)}
+
+  def judged(args, seed, name, nets):
+    ran.append((seed, name))
+    if len(ran) == 10:
+      raise RuntimeError('stopped')  # in the middle of a seed
+    above = gains.get(name, (0, 0))[seed]
+    return {'accuracy': 0.5 + 0.1 * seed + above, 'forwards': 4.0 + seed}
+
+  def networks(args, seed):
+    (tmp_path / str(seed)).mkdir(exist_ok=True)
+    return 'trained'
+
+  monkeypatch.setattr(drafts, 'networks', networks)
+  monkeypatch.setattr(drafts, 'judged', judged)
+  with pytest.raises(RuntimeError, match='stopped'):
+    drafts.rows_of(args, 0)
+  seeds = [drafts.rows_of(args, seed) for seed in (0, 1)]
+  assert len(ran) == 2 * len(drafts.WAYS) + 1
+  assert [drafts.rows_of(args, seed) for seed in (0, 1)] == seeds
+  assert len(ran) == 2 * len(drafts.WAYS) + 1
+  # Gains of 10 and 20 points: 15, with Student's 12.706 for one degree of freedom.
+  cells = drafts.line('bold draft, exact', seeds).split(' | ')
+  assert cells[2] == '15.0 ± 63.5' and cells[4] == '4.5 ± 6.4'
+  assert drafts.line('the model alone', seeds).split(' | ')[2] == ''
+  args.steps = 2
+  with pytest.raises(SystemExit, match='--workdir'):
+    drafts.rows_of(args, 0)
+
+
+def test_controller_is_compared_at_its_own_forwards(capsys):
+  fixed = {'a': {'row': 2.0, 'accuracy': 0.4}, 'b': {'row': 4.0, 'accuracy': 0.6}}
+  own = [{'controller': {'row': 3.0, 'accuracy': 0.5 + x}} for x in (0.1, 0.2)]
+  control.gains({'fixed': [fixed, fixed], 'controller': own})
+  said = capsys.readouterr().out
+  assert '0.500 (+0.100), 0.500 (+0.200)' in said and '0.150 ± 0.635' in said

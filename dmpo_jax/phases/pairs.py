@@ -27,6 +27,7 @@ from dmpo_jax import (
   model,
   pairs,
   resume,
+  runs,
 )
 from dmpo_jax.phases.phase import Phase, Session
 from dmpo_jax.rollout import rows_of
@@ -135,11 +136,11 @@ def rows_at(built: build.Built, workdir: str) -> pairs.Rows:
   """
   if 'pairs' in built.encoded:
     return built.encoded['pairs']
-  c, path = built.config, os.path.join(workdir, pairs.FILE)
+  c = built.config
   said: Any = None
   if jax.process_index() == 0:
     try:
-      said = lines_of(built, path)
+      said = lines_of(built, workdir)
     except ValueError as error:
       said = str(error)
   said = mesh.gather(said)[0]
@@ -168,10 +169,13 @@ def rows_at(built: build.Built, workdir: str) -> pairs.Rows:
   return rows
 
 
-def lines_of(built: build.Built, path: str) -> list[dict]:
-  """Returns the lines of pairs.path; of workdirs they are made, and kept in a file."""
-  sources = built.config.pairs.path
-  if os.path.exists(path):
+def lines_of(built: build.Built, workdir: str) -> list[dict]:
+  """Returns the lines of pairs.path; of workdirs they are made, and kept in a file.
+
+  A file in a workdir where nothing was computed may be of another config.
+  """
+  sources, path = built.config.pairs.path, os.path.join(workdir, pairs.FILE)
+  if os.path.exists(path) and runs.is_begun(workdir):
     return pairs.read([path])
   if gone := [name for name in sources if not os.path.exists(name)]:
     raise ValueError(f'pairs.path: {gone[0]}: no such file or workdir')

@@ -21,7 +21,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmpo_jax import build, check, config, data, evaluate, files, grader, mesh, metrics
+from dmpo_jax import (
+  build,
+  check,
+  config,
+  data,
+  evaluate,
+  files,
+  grader,
+  mesh,
+  metrics,
+  parts,
+)
 from dmpo_jax.sampler import SampleConfig, block_problem
 from dmpo_jax.tasks import find
 from dmpo_jax.tools import provenance, saved
@@ -99,10 +110,11 @@ def sections_of(built: build.Built) -> list:
     if problem := block_problem(built.model, hp):
       raise ValueError(f'eval.lengths = {lengths}: eval.{problem}')
   prompt = build.problems(built, 'test').tokens.shape[1]
-  room = built.model.positions - prompt
+  positions, whose = parts.limit_of(built, False)
+  room = positions - prompt
   if max(lengths) > room:
     raise ValueError(
-      f'eval.lengths = {lengths}: after prompts of {prompt} tokens the model has '
+      f'eval.lengths = {lengths}: after prompts of {prompt} tokens the {whose} has '
       f'{room} positions, set no length above'
     )
   return sections

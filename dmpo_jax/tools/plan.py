@@ -51,7 +51,7 @@ class Plan(NamedTuple):
   total: int  # bytes at the peak
   memory: int  # bytes of the chip that JAX may take; 0 = unknown
   misfit: str  # why it does not fit, and with which settings it would; '' = it fits
-  supervised: str  # a line about supervised training; '' = there is none
+  before: list[str]  # a line about each phase before RL
   faster: str  # a setting that fits too and makes rollouts faster; '' = none known
   seconds: dict  # of rollout, update, validation and run; nan = unknown
 
@@ -78,7 +78,7 @@ def make(c: Any, topology: str = '') -> Plan:
     programs.append(program)
   held = fits.held(built)
   misfit = fits.verdict(built, (prompt, prompt), target, uses)
-  supervised, too_large = of_sft(built, prompt, chip, target)
+  before, too_large = of_phases(built, prompt, chip, target)
   misfit = misfit or too_large
   return Plan(
     devices=f'{built.mesh.devices.size} {device.device_kind}',
@@ -91,7 +91,7 @@ def make(c: Any, topology: str = '') -> Plan:
     total=sum(held) + max(use.size for use in uses),
     memory=target.memory,
     misfit=misfit,
-    supervised=supervised,
+    before=before,
     faster='' if misfit else gather_once(built, chip, target, programs),
     seconds=times(c, {program.name: program.seconds for program in programs}),
   )
@@ -222,34 +222,46 @@ def counted(
   )
 
 
-def of_sft(
+def phases(built: build.Built, prompt: int) -> dict[str, Any]:
+  """Returns the rows of each phase before RL, as build.PHASES takes them."""
+  c, by_row, found = built.config, mesh.rows(built.mesh), {}
+  if config.part(c, 'sft').trains:
+    learned = parts.text_length(c, built.model)
+    columns = learned + (0 if c.sft.path or c.sft.length else prompt)
+    shape = lambda kind, *dims: jax.ShapeDtypeStruct(
+      (c.sft.batch, *dims), kind, sharding=by_row
+    )
+    numbers, flags = np.int32, np.bool_
+    found['sft'] = Lesson(
+      shape(numbers, columns), shape(flags, columns), shape(flags, 1, learned),
+      shape(numbers),
+    )  # fmt: skip
+  if config.part(c, 'pairs').trains:
+    found['pairs'] = prompt
+  return found
+
+
+def of_phases(
   built: build.Built, prompt: int, chip: Chip | None, target: fits.Target
-) -> tuple[str, str]:
-  """Returns a line about an update of supervised training, and why it does not fit."""
-  c, by_row = built.config, mesh.rows(built.mesh)
-  if not config.part(c, 'sft').trains:
-    return '', ''
-  learned = parts.text_length(c, built.model)
-  columns = learned + (0 if c.sft.path or c.sft.length else prompt)
-  shape = lambda kind, *dims: jax.ShapeDtypeStruct(
-    (c.sft.batch, *dims), kind, sharding=by_row
-  )
-  numbers, flags = np.int32, np.bool_
-  lesson = Lesson(
-    shape(numbers, columns), shape(flags, columns), shape(flags, 1, learned),
-    shape(numbers),
-  )  # fmt: skip
-  state, frozen, traced = build.sft_program(built, lesson)
-  use, program = counted(built, chip, target, ('sft', traced, (1,)))
-  total = fits.per_device(state) + fits.per_device(frozen) + use.size
-  line = (
-    f'supervised training: {c.sft.batch} rows of {columns} tokens, peak {size(total)}'
-  )
-  if not math.isnan(program.seconds):
-    line += f', an update at least {duration(program.seconds)}'
-  if not target.memory or total <= (1 - fits.SPARE) * target.memory:
-    return line, ''
-  return line, fits.sft_verdict(built, lesson, target)
+) -> tuple[list[str], str]:
+  """Returns a line about an update of each phase before RL, and why one does not fit.
+
+  Pairs are taken to have prompts as long as the run's.
+  """
+  lines, misfit = [], ''
+  for name, rows in phases(built, prompt).items():
+    phase = build.PHASES[name](built, rows)
+    jobs = [(job, program.trace(*args), (1,)) for job, program, args in phase.programs]
+    counts = [counted(built, chip, target, job) for job in jobs]
+    total = fits.per_device(phase.held) + max(use.size for use, _ in counts)
+    line = f'{phase.what}, peak {size(total)}'
+    seconds = sum(program.seconds for _, program in counts)
+    if not math.isnan(seconds):
+      line += f', an update at least {duration(seconds)}'
+    lines.append(line)
+    if target.memory and total > (1 - fits.SPARE) * target.memory:
+      misfit = misfit or fits.phase_verdict(built, name, rows, target)
+  return lines, misfit
 
 
 def hlo_text(lowered: Any, done: Any) -> str:
@@ -298,9 +310,7 @@ def show(plan: Plan, c: Any) -> str:
       + (f'{duration(p.seconds):>11}' if timed else '')
       + f'{p.compile_seconds:7.0f} s  {sent(p)}'
     )
-  lines.append('')
-  if plan.supervised:
-    lines.append(plan.supervised)
+  lines += ['', *plan.before]
   if timed:
     spans = (f'{name} at least {duration(s)}' for name, s in plan.seconds.items())
     lines.append(', '.join(spans))
