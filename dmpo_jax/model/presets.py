@@ -238,12 +238,13 @@ TINY = dict(
 # faster there.
 PRESETS = {
   'tiny': TINY,
-  'tiny_moe': dict(  # with experts in all layers but the first
+  # A small LLaDA2. A token meets as many weights as in 'tiny'.
+  'tiny_moe': dict(
     TINY,
     experts=8,
     experts_per_token=2,
-    expert_mlp=40,
-    shared_mlp=40,
+    expert_mlp=32,
+    shared_mlp=64,
     dense_layers=(0,),
     router='sigmoid',
     router_bias='choice',
