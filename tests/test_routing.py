@@ -386,7 +386,9 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, plain_saves):
   assert all(row['routes_replayed'] < 1e-5 for row in lines['rl'])
   out = str(tmp_path / 'out')
   assert not hf.export(built, whole, base, out, 'merged')['max_logit_difference']
-  other = build.build(experts(**{'model.checkpoint': out, 'model.attention_block': -1}))
+  own = dict.fromkeys(('width', 'layers', 'heads', 'kv_heads'), 0)
+  own |= {'checkpoint': out, 'attention_block': -1}
+  other = build.build(experts(**{f'model.{name}': x for name, x in own.items()}))
   found = other.steps.init()
   same(mesh.fetch(found), whole)
   tokens = build.problems(built, 'test')
