@@ -337,16 +337,17 @@ def test_runs_of_layers():
 @pytest.mark.parametrize(
   'field, value, says',
   [
+    ('experts', 2**15, '0 to 32767'),
     ('experts_per_token', 7, 'experts = 6'),
     ('expert_mlp', 0, 'size of an expert'),
-    ('dense_layers', (3,), '0 to 2'),
-    ('dense_layers', (0, 1, 2), 'experts = 0'),
+    ('dense_layers', (3,), '0 to layers - 1 = 2'),
+    ('dense_layers', (0, 1, 2), 'more layers.*experts = 0'),
     ('router', 'tanh', 'softmax or sigmoid'),
     ('router_bias', 'yes', 'choice or weight'),
     ('router_groups', 4, 'experts = 6'),
     ('router_groups_kept', 2, 'router_groups = 1'),
     ('expert_kernel', 'fast', 'dense, ragged'),
-    ('rotary', 0.3, 'even number'),
+    ('rotary', 0.3, 'width / heads.*even number'),
   ],
 )
 def test_wrong_fields_are_refused(field, value, says):

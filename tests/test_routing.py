@@ -1,26 +1,42 @@
 """Routers in training, and the rollout's choice of experts: recorded and replayed."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from marks import mostly_slow
-from tiny_run import interrupt, letters, run, same, same_files, stop_at, tiny, watched
+from tiny_run import (
+  interrupt,
+  letters,
+  rows,
+  run,
+  same,
+  same_files,
+  stop_at,
+  tiny,
+  watched,
+)
 
 from dmpo_jax import (
   agreement,
   build,
   check,
   config,
+  data,
+  hf,
   layout,
   logprob,
+  mesh,
   model,
+  parts,
   rng,
   routing,
   sampler,
   step,
+  weights,
 )
 from dmpo_jax.types import Lesson, Masks
 
@@ -330,20 +346,52 @@ def test_options_without_effect_are_named():
     check.effects(c, ('routing.train',))
 
 
+def test_the_preset_is_a_small_llada2(tmp_path, weights_of):
+  """A token meets the weights of the dense preset; files hold the model to the bit."""
+  preset, tokenizer = model.PRESETS['tiny_moe'], data.char_tokenizer()
+  met = preset['experts_per_token'] * preset['expert_mlp'] + preset['shared_mlp']
+  assert met == model.PRESETS['tiny']['mlp']
+  cfg = parts.model_config(experts(), tokenizer)
+  params = weights_of(cfg)
+  hf.save_hf(tmp_path, cfg, params, tokenizer)
+  again, found = weights.load_hf(str(tmp_path))
+  assert again == dataclasses.replace(cfg, head_dim=cfg.width // cfg.heads)
+  same(found, params)
+  logits = jax.jit(
+    lambda c, p: model.full_logits(c, p, hf.write.probe(cfg)), static_argnums=0
+  )
+  same(logits(cfg, params), logits(again, found))
+  told = json.loads((tmp_path / 'config.json').read_text())
+  assert told['architectures'] == ['LLaDA2MoeModelLM']
+  assert told['num_shared_experts'] * told['moe_intermediate_size'] == cfg.shared_mlp
+
+
 @pytest.mark.long
 def test_interrupted_run_ends_with_the_same_bits(tmp_path, plain_saves):
-  """Routes are a part of the saved buffer; a run reports load and agreement."""
-  parts = build.build(experts(**{'routing.measure': True}))
-  parts = parts._replace(task=parts.task._replace(reward=letters))
-  base = parts.steps.init()
-  whole = run(parts, tmp_path / 'whole', base)
+  """Routes are a part of the saved buffer; a run reports load and agreement.
+
+  Its export is a LLaDA2 that gives the same logits and completions.
+  """
+  built = build.build(experts(**{'routing.measure': True}))
+  built = built._replace(task=built.task._replace(reward=letters))
+  base = built.steps.init()
+  whole = run(built, tmp_path / 'whole', base)
   watch = stop_at('update', 3, interrupt)
   with pytest.raises(KeyboardInterrupt):
-    run(watched(parts, watch), tmp_path / 'cut', base, kill=True)
-  same(run(parts, tmp_path / 'cut', base), whole)
+    run(watched(built, watch), tmp_path / 'cut', base, kill=True)
+  same(run(built, tmp_path / 'cut', base), whole)
   same_files(tmp_path / 'cut', tmp_path / 'whole')
-  from tiny_run import rows
-
   lines = rows(tmp_path / 'whole')
   assert all(0 < row['expert_entropy'] <= 1 for row in lines['update'])
   assert all(row['routes_replayed'] < 1e-5 for row in lines['rl'])
+  out = str(tmp_path / 'out')
+  assert not hf.export(built, whole, base, out, 'merged')['max_logit_difference']
+  own = dict.fromkeys(('width', 'layers', 'heads', 'kv_heads'), 0)
+  own |= {'checkpoint': out, 'attention_block': -1}
+  other = build.build(experts(**{f'model.{name}': x for name, x in own.items()}))
+  found = other.steps.init()
+  same(mesh.fetch(found), whole)
+  tokens = build.problems(built, 'test')
+  args = tokens.tokens, tokens.valid, np.arange(8, dtype=np.int32)
+  same(*(mesh.fetch(x.steps.sample_eval(p, *args)) for x, p in
+         ((built, whole), (other, found))))  # fmt: skip

@@ -96,7 +96,8 @@ def expert_rules(cfg: ModelConfig) -> list[tuple[bool, str]]:
   rules = [
     (  # heads that do not divide the width are another error
       not (0 < cfg.rotary <= 1 and (uneven or turned % 2 == 0)),
-      f'rotary = {cfg.rotary}: an even number of the {dim} of a head must rotate',
+      f'rotary = {cfg.rotary}: of the {dim} dimensions of a head (head_dim, or width / '
+      'heads) an even number must rotate',
     )
   ]
   if not count:
@@ -104,6 +105,10 @@ def expert_rules(cfg: ModelConfig) -> list[tuple[bool, str]]:
   size = count // max(1, groups)
   return [
     *rules,
+    (  # the record of a rollout's choice is int16
+      not 0 < count < 2**15,
+      f'experts = {count}: give 0 to {2**15 - 1}',
+    ),
     (
       not 0 < chosen <= count,
       f'experts_per_token = {chosen}: give 1 to experts = {count}',
@@ -111,8 +116,8 @@ def expert_rules(cfg: ModelConfig) -> list[tuple[bool, str]]:
     (cfg.expert_mlp < 1, f'expert_mlp = {cfg.expert_mlp}: give the size of an expert'),
     (
       not set(cfg.dense_layers) < set(range(cfg.layers)),
-      f'dense_layers = {cfg.dense_layers}: give some of the layers 0 to '
-      f'{cfg.layers - 1}; for all of them set experts = 0',
+      f'dense_layers = {cfg.dense_layers}: give some of 0 to layers - 1 = '
+      f'{cfg.layers - 1}, or more layers; for all of them set experts = 0',
     ),
     (
       cfg.router not in ('softmax', 'sigmoid'),
@@ -238,12 +243,13 @@ TINY = dict(
 # faster there.
 PRESETS = {
   'tiny': TINY,
-  'tiny_moe': dict(  # with experts in all layers but the first
+  # A small LLaDA2. A token meets as many weights as in 'tiny'.
+  'tiny_moe': dict(
     TINY,
     experts=8,
     experts_per_token=2,
-    expert_mlp=40,
-    shared_mlp=40,
+    expert_mlp=32,
+    shared_mlp=64,
     dense_layers=(0,),
     router='sigmoid',
     router_bias='choice',
