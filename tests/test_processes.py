@@ -4,6 +4,7 @@ The tests run real commands under jax.distributed with gloo. XLA_FLAGS splits th
 each process, so that they always have a mesh of the same four devices.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -23,7 +24,19 @@ from absl.testing import flagsaver
 from jax.experimental import multihost_utils
 
 from configs import base
-from dmpo_jax import build, checkpoint, config, guard, mesh, metrics, resume, weights
+from dmpo_jax import (
+  buffers,
+  build,
+  checkpoint,
+  config,
+  curriculum,
+  guard,
+  mesh,
+  metrics,
+  pairs,
+  resume,
+  weights,
+)
 from dmpo_jax import cli as main
 from dmpo_jax.types import TrainState
 
@@ -44,6 +57,8 @@ SETTINGS = {
   'eval.sampler.pick': 'threshold',
   'eval.sampler.threshold': 0.1,
   'control.on': True,
+  'curriculum.signal': 'objective',
+  'curriculum.correct': True,
   'eval.batch': 4,
   'eval.every': 1,
   'sft.steps': 2,
@@ -61,28 +76,15 @@ SETTINGS = {
   'checkpoint.every': 1,
   'checkpoint.keep': 9,
   'log.samples': 8,
+  'log.rollouts': True,
 }
-# Experts on all devices; their choice is recorded, measured and replayed.
-EXPERTS = {
-  'model.preset': 'tiny_moe', 'model.layers': 2, 'model.mlp': 0,
-  'model.attention_block': 4, 'objective.name': 'tracerl', 'mesh.fsdp': 1,
-  'mesh.expert': 4, 'routing.replay': True, 'routing.measure': True,
-  'routing.train': 'all', 'routing.load': 0.01, 'control.on': False,
-  'sft.overlong': 'cut',
-  **{
-    f'{name}.{field}': x
-    for name in ('sampler', 'eval.sampler')
-    for field, x in dict(length=8, block=4, steps=8, cache='block').items()
-  },
-}  # fmt: skip
-CONFIG = """
+CONFIG = f"""
 from configs import base
-from dmpo_jax import config
 
 
 def get_config():
   c = base.get_config()
-  config.update(c, {0})
+  c.update_from_flattened_dict({SETTINGS})
   return c
 """
 # main.py with a reward that an untrained model earns; it prints how many it judged.
@@ -102,7 +104,7 @@ def letters(text, example, protocol):
 
 
 TASKS['sudoku'] = TASKS['sudoku']._replace(
-    reward=letters, grade=lambda text, *_: sum(map(str.isupper, text)) / 16)
+    reward=letters, grade=lambda text, *_: float(sum(map(str.isalpha, text)) >= 8))
 atexit.register(lambda: print('judged', len(judged), flush=True))
 jax.config.config_with_absl()
 app.run(main.start, flags_parser=main.parse)
@@ -198,13 +200,9 @@ class Job:
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('jobs')
-  prepare(folder, SETTINGS)
-  return folder
-
-
-def prepare(folder, settings):
-  (folder / 'config.py').write_text(CONFIG.format(settings))
+  (folder / 'config.py').write_text(CONFIG)
   (folder / 'command.py').write_text(COMMAND)
+  return folder
 
 
 @pytest.fixture(scope='module')
@@ -259,16 +257,21 @@ def lines(path):
 
 @pytest.fixture(scope='module')
 def parameters():
-  """Returns workdir -> final parameters, on the host."""
-  return reader({**SETTINGS, 'mesh.fsdp': 8, 'eval.batch': 8})
+  """Returns (workdir, fields beside SETTINGS) -> final parameters, on the host."""
 
+  @functools.cache
+  def parts(*fields):
+    c = base.get_config()
+    here = {'mesh.fsdp': 8, 'eval.batch': 8}
+    config.update(c, {**SETTINGS, **here, **dict(fields)})
+    built = build.build(c)
+    return built, built.steps.init()
 
-def reader(settings):
-  c = base.get_config()
-  config.update(c, settings)
-  built = build.build(c)
-  start = built.steps.init()
-  return lambda workdir: mesh.fetch(resume.latest(built, workdir, start))
+  def final(workdir, **fields):
+    built, start = parts(*fields.items())
+    return mesh.fetch(resume.latest(built, workdir, start))
+
+  return final
 
 
 def close(a, b, rtol=1e-4, atol=2e-5):
@@ -285,26 +288,14 @@ def close(a, b, rtol=1e-4, atol=2e-5):
 @pytest.mark.parametrize('name', ['two', pytest.param('moved', marks=pytest.mark.long)])
 def test_processes_compute_what_one_computes(name, one, request, parameters):
   """Completions, rewards and grades are equal; numbers are up to rounding."""
-  same_run(request.getfixturevalue(name), one, parameters)
-
-
-@pytest.mark.long
-def test_experts_on_two_processes_are_those_of_one(tmp_path):
-  """Experts of all devices, the record of their choice, and its replay."""
-  prepare(tmp_path, SETTINGS | EXPERTS)
-  one, two = (Job(tmp_path, str(count), count).done() for count in (1, 2))
-  own = {'mesh.expert': 8, 'eval.batch': 8}
-  same_run(two, one, reader(SETTINGS | EXPERTS | own))
-  found = rows(two.workdir)
-  assert all(found['update', i]['expert_entropy'] > 0 for i in range(1, UPDATES + 1))
-  assert all(found['rl', i]['routes_replayed'] < 1e-5 for i in range(3))
-
-
-def same_run(many, one, parameters):
-  """Asserts that two jobs computed the same."""
-  for file in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl'):
+  many = request.getfixturevalue(name)
+  for file in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl', curriculum.FILE):
     assert lines(many.workdir / file) == lines(one.workdir / file)
   assert len(lines(one.workdir / 'samples.jsonl')) == 3 * 8
+  drawn = lines(one.workdir / curriculum.FILE)  # by what the lines before say
+  assert len(drawn) == 3 and sum(sum(line['passes']) for line in drawn) > 0
+  saved = buffers.read(many.workdir), buffers.read(one.workdir)
+  jax.tree.map(np.testing.assert_array_equal, *saved)
   got, want = rows(many.workdir), rows(one.workdir)
   assert {('sft', 2), ('rl', 2), ('update', UPDATES), ('eval', 3)} <= set(want)
   close(got, want)
@@ -321,6 +312,59 @@ def same_run(many, one, parameters):
         assert got[phase, step].get(number) == want[phase, step].get(number)
   assert len({row['reward'] for row in want.values() if 'reward' in row}) > 1
   close(parameters(many.workdir), parameters(one.workdir), atol=1e-5)
+
+
+@pytest.mark.long
+def test_two_processes_train_on_the_pairs_of_one(folder, one, parameters):
+  """The same pairs of saved rollouts, and the same numbers up to rounding, if one of
+  them is killed, too."""
+  own = {
+    'path': ('one',), 'each': 4, 'epochs': 3, 'batch': 4, 'lr': 0.01, 'warmup': 0,
+    'held_out': 0.3, 'every': 2, 'draws': 2, 'microbatches': 1,
+  }  # fmt: skip
+  fields = {f'pairs.{name}': value for name, value in own.items()}
+  fields |= {'train.iterations': 1, 'sft.steps': 0}
+  args = [f'--config.{name}={value}' for name, value in fields.items()]
+  alone = Job(folder, 'pairs_one', 1, *args).done().workdir
+  job = Job(folder, 'pairs_two', 2, '--heartbeat=10', *args)
+  job.when('pairs', 2, signal.SIGKILL, 1).codes()
+  again = Job(folder, 'pairs_two', 2, *args).done()
+  assert 'pairs of saved rollouts' not in again.output()  # they are read
+  for file in (pairs.FILE, 'samples.jsonl', 'test_final.jsonl'):
+    assert lines(again.workdir / file) == lines(alone / file) != []
+  got, want = rows(again.workdir), rows(alone)
+  assert {('pairs', 3), ('held_out_pairs', 2), ('rl', 0)} <= set(want)
+  assert want['held_out_pairs', 2]['margin'] != 0
+  close(got, want)
+  close(*(parameters(x, **fields) for x in (again.workdir, alone)), atol=1e-5)
+
+
+@pytest.mark.long
+def test_experts_on_two_processes_are_those_of_one(folder, parameters):
+  """Experts of all devices; the record of their choice, its measure and its replay."""
+  fields = {
+    'model.preset': 'tiny_moe', 'model.layers': 2, 'model.mlp': 0,
+    'model.attention_block': 4, 'objective.name': 'tracerl', 'mesh.fsdp': 1,
+    'routing.replay': True, 'routing.measure': True, 'routing.train': 'all',
+    'routing.load': 0.01, 'sft.overlong': 'cut', 'control.on': False,
+    'curriculum.signal': 'none', 'curriculum.correct': False,
+    **{
+      f'{name}.{field}': value
+      for name in ('sampler', 'eval.sampler')
+      for field, value in dict(length=8, block=4, steps=8, cache='block').items()
+    },
+  }  # fmt: skip
+  args = [f'--config.{name}={value}' for name, value in fields.items()]
+  args += ['--config.mesh.expert=4']
+  jobs = [Job(folder, f'experts_{n}', n, *args).done().workdir for n in (1, 2)]
+  for file in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl'):
+    assert lines(jobs[0] / file) == lines(jobs[1] / file) != []
+  got, want = map(rows, jobs)
+  close(got, want)
+  assert all(got['update', i]['expert_entropy'] > 0 for i in range(1, UPDATES + 1))
+  assert all(got['rl', i]['routes_replayed'] < 1e-5 for i in range(3))
+  fields['mesh.expert'] = 8
+  close(*(parameters(workdir, **fields) for workdir in jobs), atol=1e-5)
 
 
 @SLOW
@@ -388,7 +432,7 @@ def test_evaluation_and_export(folder, one, two, parameters):
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
   """Returns main.cluster() for a command line."""
-  (tmp_path / 'config.py').write_text(CONFIG.format(SETTINGS))
+  (tmp_path / 'config.py').write_text(CONFIG)
 
   def call(*args):
     saved = flagsaver.save_flag_values()
