@@ -78,13 +78,27 @@ SETTINGS = {
   'log.samples': 8,
   'log.rollouts': True,
 }
-CONFIG = f"""
+# Experts on all devices; their choice is recorded, measured and replayed.
+EXPERTS = {
+  'model.preset': 'tiny_moe', 'model.layers': 2, 'model.mlp': 0,
+  'model.attention_block': 4, 'objective.name': 'tracerl', 'mesh.fsdp': 1,
+  'mesh.expert': 4, 'routing.replay': True, 'routing.measure': True,
+  'routing.train': 'all', 'routing.load': 0.01, 'control.on': False,
+  'sft.overlong': 'cut',
+  **{
+    f'{name}.{field}': x
+    for name in ('sampler', 'eval.sampler')
+    for field, x in dict(length=8, block=4, steps=8, cache='block').items()
+  },
+}  # fmt: skip
+CONFIG = """
 from configs import base
+from dmpo_jax import config
 
 
 def get_config():
   c = base.get_config()
-  c.update_from_flattened_dict({SETTINGS})
+  config.update(c, {0})
   return c
 """
 # main.py with a reward that an untrained model earns; it prints how many it judged.
@@ -200,9 +214,13 @@ class Job:
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('jobs')
-  (folder / 'config.py').write_text(CONFIG)
-  (folder / 'command.py').write_text(COMMAND)
+  prepare(folder, SETTINGS)
   return folder
+
+
+def prepare(folder, settings):
+  (folder / 'config.py').write_text(CONFIG.format(settings))
+  (folder / 'command.py').write_text(COMMAND)
 
 
 @pytest.fixture(scope='module')
@@ -262,8 +280,7 @@ def parameters():
   @functools.cache
   def parts(*fields):
     c = base.get_config()
-    here = {'mesh.fsdp': 8, 'eval.batch': 8}
-    config.update(c, {**SETTINGS, **here, **dict(fields)})
+    config.update(c, {**SETTINGS, 'mesh.fsdp': 8, 'eval.batch': 8, **dict(fields)})
     built = build.build(c)
     return built, built.steps.init()
 
@@ -288,7 +305,23 @@ def close(a, b, rtol=1e-4, atol=2e-5):
 @pytest.mark.parametrize('name', ['two', pytest.param('moved', marks=pytest.mark.long)])
 def test_processes_compute_what_one_computes(name, one, request, parameters):
   """Completions, rewards and grades are equal; numbers are up to rounding."""
-  many = request.getfixturevalue(name)
+  same_run(request.getfixturevalue(name), one, parameters)
+
+
+@pytest.mark.long
+def test_experts_on_two_processes_are_those_of_one(tmp_path, parameters):
+  """Experts of all devices, the record of their choice, and its replay."""
+  prepare(tmp_path, SETTINGS | EXPERTS)
+  one, two = (Job(tmp_path, str(count), count).done() for count in (1, 2))
+  own = EXPERTS | {'mesh.expert': 8, 'eval.batch': 8}
+  same_run(two, one, lambda workdir: parameters(workdir, **own))
+  found = rows(two.workdir)
+  assert all(found['update', i]['expert_entropy'] > 0 for i in range(1, UPDATES + 1))
+  assert all(found['rl', i]['routes_replayed'] < 1e-5 for i in range(3))
+
+
+def same_run(many, one, parameters):
+  """Asserts that two jobs computed the same."""
   for file in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl', curriculum.FILE):
     assert lines(many.workdir / file) == lines(one.workdir / file)
   assert len(lines(one.workdir / 'samples.jsonl')) == 3 * 8
@@ -337,34 +370,6 @@ def test_two_processes_train_on_the_pairs_of_one(folder, one, parameters):
   assert want['held_out_pairs', 2]['margin'] != 0
   close(got, want)
   close(*(parameters(x, **fields) for x in (again.workdir, alone)), atol=1e-5)
-
-
-@pytest.mark.long
-def test_experts_on_two_processes_are_those_of_one(folder, parameters):
-  """Experts of all devices; the record of their choice, its measure and its replay."""
-  fields = {
-    'model.preset': 'tiny_moe', 'model.layers': 2, 'model.mlp': 0,
-    'model.attention_block': 4, 'objective.name': 'tracerl', 'mesh.fsdp': 1,
-    'routing.replay': True, 'routing.measure': True, 'routing.train': 'all',
-    'routing.load': 0.01, 'sft.overlong': 'cut', 'control.on': False,
-    'curriculum.signal': 'none', 'curriculum.correct': False,
-    **{
-      f'{name}.{field}': value
-      for name in ('sampler', 'eval.sampler')
-      for field, value in dict(length=8, block=4, steps=8, cache='block').items()
-    },
-  }  # fmt: skip
-  args = [f'--config.{name}={value}' for name, value in fields.items()]
-  args += ['--config.mesh.expert=4']
-  jobs = [Job(folder, f'experts_{n}', n, *args).done().workdir for n in (1, 2)]
-  for file in ('samples.jsonl', 'test_base.jsonl', 'test_final.jsonl'):
-    assert lines(jobs[0] / file) == lines(jobs[1] / file) != []
-  got, want = map(rows, jobs)
-  close(got, want)
-  assert all(got['update', i]['expert_entropy'] > 0 for i in range(1, UPDATES + 1))
-  assert all(got['rl', i]['routes_replayed'] < 1e-5 for i in range(3))
-  fields['mesh.expert'] = 8
-  close(*(parameters(workdir, **fields) for workdir in jobs), atol=1e-5)
 
 
 @SLOW
@@ -432,7 +437,7 @@ def test_evaluation_and_export(folder, one, two, parameters):
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
   """Returns main.cluster() for a command line."""
-  (tmp_path / 'config.py').write_text(CONFIG)
+  (tmp_path / 'config.py').write_text(CONFIG.format(SETTINGS))
 
   def call(*args):
     saved = flagsaver.save_flag_values()
