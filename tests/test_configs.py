@@ -25,7 +25,8 @@ FILES = sorted(
   for p in (ROOT / 'configs').glob('*.py')
   if p.stem not in ('__init__', 'base', 'slices')
 )
-TRAINS = [stem for stem in FILES if stem not in ('baselines', 'compare', 'toolbox')]
+STUDIES = 'apart', 'baselines', 'compare', 'toolbox'
+TRAINS = [stem for stem in FILES if stem not in STUDIES]
 BLOCKS = (
   'sdar_math', 'sdar_gsm8k', 'fast_dllm_math', 'tiny_a2d_gsm8k', 'llada2_math',
   'sdar_moe_math',
@@ -115,6 +116,7 @@ def test_configs_of_block_models(stem):
     ('sdar_math', 'l40s', 'slice l40s .* model.preset = sdar_4b: h100.* have'),
     ('compare', 'chess', 'sudoku or countdown'),
     ('toolbox', 'chess', 'sudoku'),
+    ('apart', 'chess', 'sudoku or countdown'),
     ('quickstart', 'esp', "did you mean 'espo'"),
     ('baselines', 'espo', 'nothing after the colon'),
   ],

@@ -28,12 +28,13 @@ FLOORS = {
   'parts': 8,
   'build': 9,
   'evaluate': 10, 'resume': 10, 'fits': 10,
-  'tools': 11, 'phases': 11, 'runs': 11,
-  'train': 12,
-  'runner': 13,
-  'rounds': 14, 'loaded': 14,
-  'cli': 15, 'api': 15,
-  'harness': 16,
+  'tools': 11, 'runs': 11,
+  'phases': 12,
+  'train': 13,
+  'runner': 14,
+  'rounds': 15, 'loaded': 15,
+  'cli': 16, 'api': 16,
+  'harness': 17,
 }  # fmt: skip
 # Folders whose files may import each other.
 PLUGINS = ('tasks', 'objectives', 'model', 'hf', 'sampler', 'tools', 'phases')
@@ -53,7 +54,7 @@ UNSAFE_WORDS = ('allow_pickle', 'trust_remote_code', 'shell')
 UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 # The ceiling of the package without tools/. It only falls, but for a commit that says
 # which capability it buys. Types, sentences and checks of input are not cut to meet it.
-MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 29700, 60, 6
+MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 29850, 60, 6
 # These take more: the keyword options of one pass, a window with its cache, and the
 # signature that scripts outside the project call, with its first half.
 WIDE = {'view_logp', 'hidden', 'window_logits', 'beside_cache', 'sample', 'opened'}
