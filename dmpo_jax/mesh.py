@@ -121,6 +121,13 @@ def spec_of(path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
   raise ValueError(f'no sharding rule matches {path!r}: add one to mesh.RULES')
 
 
+def used_spec(path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """Returns how a layer's leaf lies in use: as it is stored, but whole along fsdp."""
+  stored = jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
+  spec = spec_of(f'layers/{path}', stored, mesh)
+  return P(*(None if axis == 'fsdp' else axis for axis in spec[1:]))
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
   """Returns NamedShardings for a tree of arrays or shapes, by RULES."""
   return jax.tree_util.tree_map_with_path(
