@@ -112,6 +112,8 @@ def spec_of(path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
       for i, axis in enumerate(parts):
         if axis and leaf.shape[i] % mesh.shape[axis]:
           parts[i] = None
+          if leaf.shape[i] == 1:  # scales of quantized kernels
+            continue
           name = '/'.join(path.split('/')[-2:])  # that of its moments, too
           warn_once(
             f'{name} {leaf.shape}: mesh.{axis} = {mesh.shape[axis]} does not divide '
