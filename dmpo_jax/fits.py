@@ -265,10 +265,14 @@ def verdict(
   )
   if left < 0:
     less = smaller(built, (1 - SPARE) * target.memory)
-    return said + 'The model is too large: ' + (
-      f'a device holds a part of it that fits with {less}'
-      if less
-      else 'use more devices, with mesh.fsdp or mesh.expert, or model.quantize'
+    return (
+      said
+      + 'The model is too large: '
+      + (
+        f'a device holds a part of it that fits with {less}'
+        if less
+        else 'use more devices, with mesh.fsdp or mesh.expert, or model.quantize'
+      )
     )
   fields = remedy(built, prompts, target, made)
   if fields is None:

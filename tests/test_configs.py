@@ -150,7 +150,13 @@ def test_slice_changes_how_a_run_is_computed(stem, name):
   check.config(c, where.devices, 'tpu' if name.startswith('v') else 'gpu')
   before, after = check.flatten(plain), check.flatten(c)
   free = {'train.microbatches', 'model.remat', 'model.quantize', 'eval.batch'}
-  free |= {'sampler.slots', 'mesh.fsdp', 'mesh.expert', 'mesh.gather', 'sft.microbatches'}
+  free |= {
+    'sampler.slots',
+    'mesh.fsdp',
+    'mesh.expert',
+    'mesh.gather',
+    'sft.microbatches',
+  }
   assert {field for field in before if before[field] != after[field]} <= free
   rows = c.train.prompts * c.train.group
   piece = rows // where.devices // c.train.microbatches
