@@ -7,6 +7,7 @@ pip install -e '.[cuda]'. A plan takes a minute for GPUs and some minutes for TP
 """
 
 import argparse
+import ast
 from typing import Any
 
 import jax
@@ -23,6 +24,9 @@ CONFIGS = (
   'sdar_math',
   'sdar_gsm8k',
   'tiny_a2d_gsm8k',
+  'llada2_math',
+  'sdar_moe_math',
+  'llada2_flash_math',
 )
 # All parameters in float32 with Adam's moments, and a second copy as the reference.
 FULL = {'lora.rank': 0, 'lora.dropout': 0.0, 'model.param_dtype': 'float32'}
@@ -41,16 +45,21 @@ def row(name, stem, c, made):
       ('model.remat', c.model.remat),
       ('model.quantize', c.model.quantize),
       ('mesh.fsdp', c.mesh.fsdp),
+      ('mesh.expert', c.mesh.expert),
+      ('mesh.gather', c.mesh.gather.replace('forward', 'none')),
     )
     if value not in ('none', 0, 1)
   ]
+  if not c.lora.rank:
+    settings.append('all parameters')
   times = [plan.duration(made.seconds[x]) for x in ('rollout', 'update', 'run')]
   verdict = 'no' if made.misfit else 'yes'
+  compiling = ' + '.join(f'{p.compile_seconds:.0f}' for p in made.programs)
   return (
     f'| {name} | {stem} | {", ".join(settings)} | {gib(sum(made.held))} | '
     f'{largest.name} {gib(largest.temporaries + largest.output)} | '
     f'{gib(made.total)} of {gib(made.memory)}: {verdict} | {" | ".join(times)} | '
-    f'{plan.sent(update)} |'
+    f'{plan.sent(update)} | {compiling} |'
   )
 
 
@@ -80,10 +89,15 @@ def main():
   parser.add_argument('--slices', default=','.join(slices.SLICES))
   parser.add_argument('--configs', default=','.join(CONFIGS))
   parser.add_argument('--full', action='store_true', help='train all parameters')
+  parser.add_argument(
+    '--set', default='', help='fields of all: mesh.expert=8,model.quantize="int8"'
+  )
   args = parser.parse_args()
+  pairs = (pair.split('=') for pair in args.set.split(',') if pair)
+  fields = {name: ast.literal_eval(value) for name, value in pairs}
   print(
     '| slice | config | settings | held | largest program | peak, GiB | rollout | '
-    'update | run | collectives of an update |\n|' + '---|' * 10
+    'update | run | collectives of an update | compile, s |\n|' + '---|' * 11
   )
   for name in args.slices.split(','):
     for stem in args.configs.split(','):
@@ -92,8 +106,11 @@ def main():
       if preset not in where.models:
         continue
       _, c = config.load(f'configs/{stem}.py:{name}')
-      c.update_from_flattened_dict(FULL if args.full else {})
-      print(row(name, stem, c, plan.make(c, where.topology)), flush=True)
+      c.update_from_flattened_dict((FULL if args.full else {}) | fields)
+      made = plan.make(c, where.topology)
+      print(row(name, stem, c, made), flush=True)
+      if made.misfit or made.faster:
+        print(f'\n{made.misfit or made.faster}\n', flush=True)
   quantized()
 
 

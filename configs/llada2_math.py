@@ -6,9 +6,8 @@ python main.py --config=configs/llada2_math.py \
 The data is that of llada_math.py; sdar_math.py explains the settings. 16B weights, of
 which a token meets 1.4B: a sigmoid router sends it to 8 of 256 experts, in 4 of 8
 groups, beside one that every token meets. The model attends in blocks of 32, which no
-file of the release says; LLaDA2.1-mini loads in the same way. LLaDA2.0-flash (100B):
---config.model.checkpoint=inclusionAI/LLaDA2.0-flash --config.model.preset=llada2_flash.
-The checkpoint that dFactory's tool merges loads as it is.
+file of the release says; LLaDA2.1-mini loads in the same way. LLaDA2.0-flash (100B) has
+llada2_flash_math.py. The checkpoint that dFactory's tool merges loads as it is.
 
 Adapters lie on attention, dense MLP and shared experts; lora.targets = experts adds the
 others: 768 linears a layer, and 87 times as many weights of adapters.
@@ -24,9 +23,9 @@ from configs.llada_math import get_config as llada_math
 from configs.sdar_math import blocks
 
 
-def get_config(recipe='ours'):
-  c = blocks(llada_math('paper'), 'llada2_mini', length=2048, block=32)
-  c.name = 'llada2_math'
+def get_config(recipe='ours', preset='llada2_mini', name='llada2_math'):
+  c = blocks(llada_math('paper'), preset, length=2048, block=32)
+  c.name = name
   for s in (c.sampler, c.eval.sampler):
     s.pick = 'dynamic'
     s.threshold = 0.95

@@ -214,6 +214,28 @@ def changed(built: build.Built, fields: dict[str, Any]) -> build.Built:
   return build.build(c, list(built.mesh.devices.flat))
 
 
+def smaller(built: build.Built, most: float) -> str:
+  """Returns how a device would hold at most so many bytes, each by one field alone."""
+  c, experts = built.config, built.model.experts
+  spread = divisors(built.mesh.devices.size // built.mesh.shape['tensor'])
+  options = [
+    ('mesh.expert', [n for n in spread if experts and experts % n == 0]),
+    ('mesh.fsdp', [n for n in spread if n % c.mesh.fsdp == 0]),
+    ('model.quantize', ['int8'] if c.lora.rank and c.model.quantize == 'none' else []),
+  ]
+  alone = {'mesh.data': 0, 'mesh.expert': 1, 'mesh.fsdp': 1}
+
+  def held_by(fields: dict[str, Any]) -> float:
+    return sum(held(changed(built, fields)))
+
+  found = []
+  for name, values in options:
+    kept = alone if name.startswith('mesh') else {}
+    value = first(values, lambda x: held_by({**kept, name: x}) <= most)  # noqa: B023
+    found += [] if value is None else [settings({name: value})]
+  return ' or '.join(found)
+
+
 def settings(fields: dict[str, Any]) -> str:
   """Returns fields as the command line sets them."""
   return ' '.join(f'--config.{name}={value}' for name, value in fields.items())
@@ -237,13 +259,24 @@ def verdict(
     f'{size(always)}, and with what they compute: {needs}. '
   )
   if left < 0:
-    return said + 'The model is too large: set mesh.fsdp or model.quantize'
+    less = smaller(built, (1 - SPARE) * target.memory)
+    return (
+      said
+      + 'The model is too large: '
+      + (
+        f'a device holds a part of it that fits with {less}'
+        if less
+        else 'use more devices, with mesh.fsdp or mesh.expert, or model.quantize'
+      )
+    )
   fields = remedy(built, prompts, target, made)
   if fields is None:
+    less = smaller(built, left + always - max(use.size for use in large))
     return said + (
       f'No train.microbatches from {built.config.train.microbatches} on fits, with any '
-      'model.remat, and the sampler without a cache: use more devices (mesh.fsdp), '
-      'model.quantize, or fewer train.prompts'
+      'model.remat, and the sampler without a cache: '
+      + (f'set {less}' if less else 'use more devices (mesh.fsdp), model.quantize')
+      + ', or fewer train.prompts'
     )
   return f'{said}It fits with {settings(fields)}'
 

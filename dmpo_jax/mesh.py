@@ -112,6 +112,8 @@ def spec_of(path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
       for i, axis in enumerate(parts):
         if axis and leaf.shape[i] % mesh.shape[axis]:
           parts[i] = None
+          if leaf.shape[i] == 1:  # scales of quantized kernels
+            continue
           name = '/'.join(path.split('/')[-2:])  # that of its moments, too
           warn_once(
             f'{name} {leaf.shape}: mesh.{axis} = {mesh.shape[axis]} does not divide '
@@ -119,6 +121,13 @@ def spec_of(path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
           )
       return P(*parts)
   raise ValueError(f'no sharding rule matches {path!r}: add one to mesh.RULES')
+
+
+def used_spec(path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """Returns how a layer's leaf lies in use: as it is stored, but whole along fsdp."""
+  stored = jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
+  spec = spec_of(f'layers/{path}', stored, mesh)
+  return P(*(None if axis == 'fsdp' else axis for axis in spec[1:]))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -10,11 +10,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from configs import base
 from dmpo_jax import build, checkpoint, data, hf, mesh, model, weights
 from dmpo_jax.hf import write
+from dmpo_jax.tools import costs
 
 KINDS = {
   'llada': dict(),
@@ -481,6 +484,25 @@ def test_adapters_train_on_a_quantized_base(tiny, weights_of):
     tiny.mlp // 2,
   )
   np.testing.assert_array_equal(stored['params']['head'], params['params']['head'])
+  # What is gathered is one byte a number.
+  with jax.set_mesh(grid):
+    use = jax.jit(lambda x, kernel: x @ model.dense(kernel, 'up'))
+    one = jax.ShapeDtypeStruct(
+      up.qvalue.shape[1:], np.int8, sharding=NamedSharding(grid, P('fsdp', 'tensor'))
+    )
+    scale = jax.ShapeDtypeStruct(
+      up.scale.shape[1:],
+      up.scale.dtype,
+      sharding=NamedSharding(grid, P(None, 'tensor')),
+    )
+    x = jax.ShapeDtypeStruct(
+      (8, tiny.width), np.float32, sharding=NamedSharding(grid, P('fsdp'))
+    )
+    kernel = dataclasses.replace(up, qvalue=one, scale=scale)
+    text = use.lower(x, kernel).compile().as_text()
+  assert costs.collectives(text, (1,)) == {
+    'all-gather': (1, tiny.width * tiny.mlp // 2)
+  }
   tokens = write.probe(cfg)
 
   def total(lora, frozen):

@@ -111,14 +111,28 @@ def test_values_of_remat_are_known():
   assert {*fits.REMATS} == {*model.REMAT}
 
 
-def test_what_cannot_fit_names_other_ways(sized):
+def test_what_cannot_fit_names_other_ways(sized, monkeypatch):
   said, fields = refusal(settings(), 900)
-  assert fields is None and 'mesh.fsdp or model.quantize' in said
+  assert fields is None and 'mesh.fsdp or mesh.expert' in said
   assert sized == [*ALL]  # nothing else was tried
   said, fields = refusal(settings(), memory_for(100))
   assert fields is None and 'train.prompts' in said and 'mesh.fsdp' in said
   assert refusal(settings(), 0)[0] == ''  # unknown
   assert refusal(settings(), 2**40)[0] == ''
+
+  def held(built):  # 600 of 1,000 bytes are experts
+    c, shape = built.config, built.mesh.shape
+    stored = 0.5 if c.model.quantize == 'int8' else 1.0
+    part = 600 / shape.get('expert', 1) + 360
+    return fits.Held(part / shape['fsdp'] * stored, 0, 40)
+
+  monkeypatch.setattr(fits, 'held', held)
+  experts = {'model.preset': 'tiny_moe', 'model.layers': 2, 'lora.rank': 2}
+  said, _ = refusal(settings(**experts), 640)
+  assert 'mesh.expert=4 or --config.mesh.fsdp=2 or --config.model.quantize=int8' in said
+  said, _ = refusal(settings(), 640)
+  assert 'fits with --config.mesh.fsdp=2' in said
+  assert 'mesh.expert' not in said and 'int8' not in said  # all parameters train
 
 
 def test_check_asks_the_device(sized, monkeypatch, tmp_path, no_program_cache):

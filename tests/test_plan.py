@@ -175,8 +175,25 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
+# shard_map's collectives: one channel, at three places.
+MANUAL = """
+%layer (p: f32[8]) -> f32[8] {
+  %g = f32[64]{0} all-gather(%p), channel_id=1, metadata={op_name="jit(f)/while/gather"}
+  %h = f32[16]{0} all-gather(%q), channel_id=1, metadata={op_name="jit(f)/while/gather"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = f32[8] while(%a), condition=%c, body=%layer, backend_config={"known_trip_count":{"n":"5"}}
+  %k = f32[64]{0} all-gather(%a), channel_id=1, metadata={op_name="jit(f)/gather"}
+}
+"""  # noqa: E501
+
+
 def test_collectives_of_a_text():
   """Trip counts are known, in the condition, or given; async pairs count once."""
+  assert costs.collectives(MANUAL, trips=(1,)) == {
+    'all-gather': (11, 5 * 4 * (64 + 16) + 4 * 64)
+  }
   assert costs.collectives(HLO, trips=(9,)) == {
     'all-gather': (5, 5 * 64 * 4),
     'all-reduce': (9 + 3, 12 * 6 * 2),  # of the open loop, and of the known one

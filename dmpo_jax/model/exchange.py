@@ -44,7 +44,9 @@ def routed(
   if grid is None or x_RxTxD.shape[0] % mesh.row_shards(grid):
     return of_tokens(compute, x_RxTxD, choice, stacks, keys_RxT)
   split = mesh.row_axes(grid)
-  specs = jax.tree_util.tree_map_with_path(partial(used_spec, grid), stacks)
+  specs = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: mesh.used_spec(mesh.path_of(path), leaf, grid), stacks
+  )
   leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
   parted = 'tensor' if any('tensor' in spec for spec in leaves) else None
   local = compute
@@ -95,13 +97,6 @@ def of_tokens(
   merge = partial(jax.tree.map, lambda z: z.reshape(-1, *z.shape[2:]))
   y = compute(merge(x), merge(choice), stacks, merge(keys))
   return y.reshape(*x.shape[:2], -1)
-
-
-def used_spec(grid: Any, path: tuple, leaf: t.Array) -> PartitionSpec:
-  """Returns how a layer's leaf lies in use: as it is stored, but whole along fsdp."""
-  stored = jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
-  spec = mesh.spec_of(f'layers/{mesh.path_of(path)}', stored, grid)
-  return PartitionSpec(*(None if axis == 'fsdp' else axis for axis in spec[1:]))
 
 
 # --- sorted choices

@@ -16,6 +16,7 @@ from dmpo_jax.model import exchange
 from dmpo_jax.model.grouped import grouped
 from dmpo_jax.model.lora import dropout
 from dmpo_jax.model.presets import EXPERTS, ModelConfig
+from dmpo_jax.model.quantize import Kernel, dense
 
 PRODUCT = 'expert_product'  # names what the policy dots of remat keeps
 
@@ -33,7 +34,7 @@ class Routed(NamedTuple):
 class Stack(NamedTuple):
   """A linear of every expert, and its adapter."""
 
-  kernel: t.Array  # (E, D, F)
+  kernel: Kernel  # (E, D, F); quantized ones travel as they are stored
   a: t.Array | None = None  # (E, D, A)
   b: t.Array | None = None  # (E, A, F)
 
@@ -114,7 +115,7 @@ def compute_dense(
 ) -> t.Array:
   """Is an `exchange.Compute` in which every expert sees every token: the reference."""
   chosen, weights = choice
-  count = stacks[EXPERTS[0]].kernel.shape[0]
+  count = jax.tree.leaves(stacks)[0].shape[0]
   one_hot = jax.nn.one_hot(chosen, count, dtype=jnp.float32)
   of_expert = jnp.sum(one_hot * weights[..., None], axis=1)
   product = lambda z, kernel: jnp.einsum('etd,edf->etf', z, kernel)
@@ -153,7 +154,7 @@ def chain(
 
   def linear(name: str, z: t.Array) -> t.Array:
     stack = stacks[name]
-    y = checkpoint_name(product(z, stack.kernel.astype(z.dtype)), PRODUCT)
+    y = checkpoint_name(product(z, dense(stack.kernel).astype(z.dtype)), PRODUCT)
     if stack.a is None or stack.b is None:
       return y
     if keys is not None and cfg.lora_dropout:

@@ -5,6 +5,9 @@ qwix is imported where it is used: most runs quantize nothing and start faster.
 
 from typing import Any
 
+import jax
+
+from dmpo_jax import mesh
 from dmpo_jax.types import Array
 
 # Kinds of quantized kernels: qwix's type, and the inputs that share a scale.
@@ -12,12 +15,23 @@ QUANT = {'int8': ('int8', 0), 'nf4': ('nf4', 64)}  # 0 = all inputs of an output
 Kernel = Any  # an array, or the qwix.QArray that `quantize` makes
 
 
-def dense(kernel: Kernel) -> Array:
-  """Returns a kernel as matmuls take it, restored if `quantize` made it."""
+def dense(kernel: Kernel, name: str = '') -> Array:
+  """Returns a kernel as matmuls take it, restored if `quantize` made it.
+
+  name: of its linear in a layer. Under a mesh its codes are then gathered along fsdp:
+  XLA would restore a device's part, and gather that.
+  """
   if not hasattr(kernel, 'qvalue'):
     return kernel
   import qwix
 
+  if name and (grid := mesh.in_force()):
+
+    def whole(path: Any, leaf: Array) -> Array:
+      spec = mesh.used_spec(f'{name}/kernel/{mesh.path_of(path)}', leaf, grid)
+      return jax.lax.with_sharding_constraint(leaf, spec)
+
+    kernel = jax.tree_util.tree_map_with_path(whole, kernel)
   return qwix.dequantize(kernel)
 
 

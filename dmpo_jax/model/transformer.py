@@ -94,7 +94,7 @@ class Linear(nn.Module):
     kernel = self.param('kernel', init, shape, cfg.param_dtype)
     # A base under adapters takes no gradient of its kernels.
     product: Any = jnp.matmul if cfg.lora_rank else matmul
-    y = product(x, dense(kernel).astype(dtype))
+    y = product(x, dense(kernel, name).astype(dtype))
     if self.bias:
       zeros = nn.initializers.zeros
       bias = self.param('bias', zeros, shape[1:], cfg.param_dtype)
@@ -155,7 +155,7 @@ class Expert(nn.Module):
     init = nn.initializers.variance_scaling(
       self.gain, 'fan_in', 'truncated_normal', batch_axis=0
     )
-    kernel = dense(self.param('kernel', init, shape, cfg.param_dtype))
+    kernel = self.param('kernel', init, shape, cfg.param_dtype)
     adapted = cfg.lora_rank and re.search(cfg.lora_targets, str(self.name))
     if adapted and (self.is_initializing() or self.has_variable('lora', 'a')):
       return moe.Stack(kernel, *factors(self, cfg, shape))

@@ -212,13 +212,24 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     if base in KINDS or calls:
       operand = re.match(r'%?([\w.\-]+)', rest)
       size = max(sizes[result], sizes.get(operand[1], 0) if operand else 0)
-      channel = re.search(r'channel_id=(\d+)', rest)
-      channel = channel[1] if channel else f'{name}/{result}'
+      channel = channel_of(rest, size) or f'{name}/{result}'
       here.found.append((base if base in KINDS else '', size, channel, calls))
   for calls, around, result in loops:
     times = laps(computations, around, result)
     calls[:] = [(callee, times) for callee, _ in calls]
   return {name: c.found for name, c in computations.items()}, entry
+
+
+def channel_of(rest: str, size: int) -> str:
+  """Returns what the parts of one collective share; '' if it stands alone.
+
+  JAX gives all collectives of shard_map the channel 1: their places and sizes differ.
+  """
+  channel = re.search(r'channel_id=(\d+)', rest)
+  place = re.search(r'op_name="([^"]*)"', rest)
+  if channel and channel[1] == '1' and place:
+    return f'1 {place[1]} {size}'
+  return channel[1] if channel else ''
 
 
 def laps(
