@@ -202,6 +202,10 @@ def test_prompts_contain_the_problem():
   assert countdown.target(COUNTDOWN, 'bare') == '7+3*5'
   assert countdown.prompt(COUNTDOWN, 'steps') == ' 3, 5, 7=22:'
   assert countdown.target(COUNTDOWN, 'steps') == ' 3* 5=15; 7+15=22'
+  fractions = {'numbers': [3, 3, 8, 8], 'target': 24}
+  assert (
+    countdown.target(fractions, 'steps') == ' 8/ 3=(8/3); 3-(8/3)=(1/3); 8/(1/3)=24'
+  )
 
 
 @pytest.mark.parametrize('name', TASKS)
@@ -621,6 +625,8 @@ def test_sudoku_grade_finds_what_the_five_patterns_find():
     ('3*5=16;6+16=22', 0, 0, 0),  # a false step
     ('3*5=15;7+015=22', 0, 0, 0),
     ('5/0=5;7+15=22', 0, 0, 0),
+    ('3/5=(3/5);7*(3/5)=(21/5)', 0, 0.1, 1),
+    ('3/5=(3/0);7*(3/0)=22', 0, 0, 0),
     ('3*5=15;7+15', 0, 0, 0),
     (A('3*5=15;7+15=22'), 0.1, 1, 1),
     (A('7+3+5'), 0.1, 0.1, 1),  # wrong value

@@ -70,7 +70,8 @@ Numbers: {numbers}
 Target: {target}"""
 STEPS = '{padded}={target:2}:'  # ' 3, 5,12=27:'
 TEMPLATES = {'bare': '{written}={target}', 'chat': CHAT, 'eval': EVAL, 'steps': STEPS}
-STEP = re.compile(' *([0-9]{1,9}) *([-+*/]) *([0-9]{1,9}) *= *([0-9]{1,9}) *')  # 3*5=15
+_TERM = r' *([0-9]{1,9}|\([0-9]{1,9}/[0-9]{1,9}\)) *'
+STEP = re.compile(f'{_TERM}([-+*/]){_TERM}={_TERM}')  # 3*5=15, 8/3=(8/3)
 
 LATEX = tuple(
   (re.compile(latex), plain)
@@ -88,9 +89,7 @@ _AFTER_EQUALS = '0123456789. '
 # ---- problems
 
 
-def split_of(
-  numbers: Sequence[int], target_value: int, held: str = 'problem'
-) -> str:
+def split_of(numbers: Sequence[int], target_value: int, held: str = 'problem') -> str:
   """Returns the split that owns a problem, by a fixed hash of the problem.
 
   held: 'numbers' hashes the numbers alone, so all their targets share a split.
@@ -293,21 +292,25 @@ def _search(numbers: Numbers, goal: Value) -> Written | None:
   return None
 
 
-def chain(numbers: Numbers, goal: int) -> list[str] | None:
-  """Returns steps such as ' 3* 5=15' and ' 7+15=22', or None; results are natural.
+def chain(values: tuple[Value, ...], goal: int, whole: bool = True) -> list[str] | None:
+  """Returns steps such as ' 3* 5=15' and ' 7+15=22'; None if there are none.
 
-  Numbers have two places, so that a small model finds each at its own position.
+  whole: results are natural numbers; else they are 0 and fractions, too. Integers have
+  two places, so that a small model finds each at its own position.
   """
-  if len(numbers) == 1:
-    return [] if numbers[0] == goal else None
-  for i, j in itertools.permutations(range(len(numbers)), 2):
-    rest = tuple(n for at, n in enumerate(numbers) if at not in (i, j))
-    for value, operator, swapped in _combine((numbers[i], 1), (numbers[j], 1)):
-      if swapped or value[1] != 1 or value[0] < 1 or (operator in '+*' and i > j):
+  if len(values) == 1:
+    return [] if values[0] == (goal, 1) else None
+  for i, j in itertools.permutations(range(len(values)), 2):
+    rest = tuple(x for at, x in enumerate(values) if at not in (i, j))
+    for made, operator, swapped in _combine(values[i], values[j]):
+      twice = swapped or (operator in '+*' and i > j)
+      if twice or made[0] < whole or (whole and made[1] != 1):
         continue
-      more = chain((*rest, value[0]), goal)
-      if more is not None:
-        return [f'{numbers[i]:2}{operator}{numbers[j]:2}={value[0]:2}', *more]
+      if (more := chain((*rest, made), goal, whole)) is not None:
+        x, y, z = (
+          f'{n:2}' if d == 1 else f'({n}/{d})' for n, d in (values[i], values[j], made)
+        )
+        return [f'{x}{operator}{y}={z}', *more]
   return None
 
 
@@ -324,7 +327,7 @@ def _composed(text: str) -> str:
     parts = [made[x].pop() if made.get(x) else x for x in (left, right)]
     written = f'({parts[0]}{operator}{parts[1]})'
     try:
-      if arithmetic.evaluate(left + operator + right) != int(value):
+      if arithmetic.evaluate(left + operator + right) != arithmetic.evaluate(value):
         return ''
     except arithmetic.Refused:
       return ''
@@ -350,8 +353,9 @@ def target(example: dict, style: str) -> str:
   """Returns a correct completion; ValueError if unsolvable or the style is unknown."""
   answers.choose('style', style, TEMPLATES)
   if style == 'steps':
-    steps = chain(tuple(sorted(example['numbers'])), example['target'])
-    if steps is None:
+    values = tuple((n, 1) for n in sorted(example['numbers']))
+    goal = example['target']
+    if not (steps := chain(values, goal) or chain(values, goal, whole=False)):
       raise ValueError(f'no steps from {example["numbers"]} make {example["target"]}')
     return ';'.join(steps)
   written = example.get('expression') or solve(example['numbers'], example['target'])
