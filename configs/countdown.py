@@ -1,6 +1,15 @@
-"""DMPO from random weights on countdown with three numbers, on a laptop.
+"""DMPO from random weights on countdown with three numbers: an unfinished recipe.
 
 python main.py --config=configs/countdown.py
+
+The model shows its operations (data.style=steps), attends in blocks of four tokens, and
+is judged on sets of numbers that training never shows (data.held=numbers). The numbers
+go to 9. The base has 11 % right on validation (sampled, on the training sets: 21 %).
+
+RL does not take off yet; docs/countdown.md has the numbers. At a learning rate of 4e-4
+with the quickstart's baseline (strength 0.3) right samples fall from 0.22 to 0.13 in 40
+buffers. Hence the lower rate, and no baseline. `:espo` after the file name chooses
+another objective, as in quickstart.py.
 """
 
 from configs import quickstart
@@ -36,8 +45,8 @@ def get_config(objective=''):
   c.train.group = 16
   c.train.inner = 2
   c.train.microbatches = 2
-  c.optim.lr = 4e-4
-  c.mesh.cpu = 2
+  c.objective.strength = 0.0
+  c.optim.lr = 1.5e-4
   if objective:
     config.choose_objective(c, objective)
   return c

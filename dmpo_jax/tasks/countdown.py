@@ -18,8 +18,8 @@ differ, on purpose:
   Its helper returns the whole text there, so its <answer> branch runs only for a
   \boxed that never closes.
 'strict' wants the bare expression, or one in the \boxed that style 'eval' asks for, or
-the steps of style 'steps', 3*5=15; 7+15=22: each is true, and no number or result is used
-twice. It gives 0.1 only if it uses the numbers. In a \boxed the operators may be
+the steps of style 'steps', 3*5=15; 7+15=22: each is true, and no number or result is
+used twice. It gives 0.1 only if it uses the numbers. In a \boxed the operators may be
 LaTeX's, and '= target' may follow.
 """
 
