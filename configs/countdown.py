@@ -8,7 +8,8 @@ go to 9. The base has 11 % right on validation (sampled, on the training sets: 2
 
 RL does not take off yet; docs/countdown.md has the numbers. At a learning rate of 4e-4
 with the quickstart's baseline (strength 0.3) right samples fall from 0.22 to 0.13 in 40
-buffers. Hence the lower rate, and no baseline. `:espo` after the file name chooses
+buffers. Hence the lower rate, and no baseline: then they stay at 0.22 for 46 buffers,
+which is as far as it was run. `:espo` after the file name chooses
 another objective, as in quickstart.py.
 """
 
