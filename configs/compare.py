@@ -14,7 +14,8 @@ probable positions first), except where an objective needs another sampler. The 
 rate is constant after its warm-up, so a run is the beginning of a longer one.
 """
 
-from configs import countdown, quickstart
+from configs import quickstart
+from dmpo_jax import config
 from dmpo_jax.objectives import OBJECTIVES
 
 SWEEPS = ('objectives',)
@@ -22,7 +23,7 @@ BUDGET = 1600  # forwards over a buffer's rows, for a whole run
 RATES = (7e-5, 2e-4, 6e-4)  # learning rates that are searched
 SEEDS = (0, 1, 2, 3, 4)
 MODES = {}  # flags of main.py of arms that are not plain runs
-TASKS = {'sudoku': quickstart, 'countdown': countdown}
+TASKS = {'sudoku': (4000, 100), 'countdown': (6500, 4000)}  # problems, supervised steps
 LENGTH = 16  # tokens of a completion; the same for both tasks, so they cost the same
 INNER = 2  # updates per buffer
 
@@ -83,11 +84,12 @@ COSTS = {
 def get_config(task='sudoku'):
   if task not in TASKS:
     raise ValueError(f'{task!r} after the colon must be {" or ".join(TASKS)}')
-  c = TASKS[task].get_config()
+  c = quickstart.get_config()
   c.name = f'compare-{task}'
-  c.data.train_size, c.sft.steps = {'sudoku': (4000, 100), 'countdown': (6500, 4000)}[
-    task
-  ]
+  if task == 'countdown':  # a bare expression, at its own rate
+    c.data = config.section(config.Data, task=task, test_size=512, largest=15)
+    c.optim.lr = 2e-4
+  c.data.train_size, c.sft.steps = TASKS[task]
   c.model.remat = 'dots'  # faster on a CPU: fewer arrays to write and read
   c.train.prompts = 16
   c.train.group = 8

@@ -180,6 +180,7 @@ class Data(Section, TaskOptions, PromptOptions):
   OWN = {
     'protocol': one_of('strict', 'paper'),
     'overlong': one_of('error', 'drop', 'cut'),
+    'held': one_of('problem', 'numbers'),
   }
 
   # A name in tasks.TASKS, prompts:VERIFIER, gym:NAME, or FILE.py:NAME of your own.

@@ -445,6 +445,7 @@ class TaskOptions:
   min_blanks: int = 4  # sudoku: fewest empty cells
   max_blanks: int = 10  # sudoku: most empty cells
   largest: int = 99  # countdown: largest of the generated numbers
+  held: str = 'problem'  # countdown: what the splits share none of; problem | numbers
   numbers: int = 0  # countdown files: of so many numbers alone; 0 = 2 to 6
   prompt_column: str = ''  # prompts: column of the prompt; '' = by its usual names
   answer_column: str = ''  # prompts: column of the answer; '' = by its usual names

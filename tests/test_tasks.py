@@ -129,6 +129,24 @@ def test_countdown_splits_share_no_problem():
   ]
 
 
+def test_countdown_holds_out_sets_of_numbers(tmp_path):
+  """With held = numbers all targets of a set are in one split, also of a file."""
+  options = dataclasses.replace(SMALL, held='numbers', train_size=400, largest=9)
+  path = tmp_path / 'all.jsonl'
+  lines = [{'nums': [a, b, 1], 'target': a + b} for a in range(1, 9) for b in (2, 3)]
+  path.write_text('\n'.join(map(json.dumps, lines)))
+  for given in (options, dataclasses.replace(options, path=str(path))):
+    sets = {}
+    for split in SPLITS:
+      for e in countdown.load(split, given):
+        assert sets.setdefault((*sorted(e['numbers']),), split) == split
+    assert set(sets.values()) == set(SPLITS)
+  assert [countdown.split_of(n, 1, 'numbers') for n in ([7, 3, 5], [1, 2, 3])] == [
+    countdown.split_of([3, 5, 7], 99, 'numbers'),
+    'train',
+  ]
+
+
 @pytest.mark.parametrize('name', GENERATED)
 def test_loading_is_a_function_of_seed_and_split(name):
   task = TASKS[name]
@@ -160,7 +178,8 @@ def test_countdown_generates_only_smaller_numbers():
 def test_targets_get_the_full_reward(name, protocol):
   task = TASKS[name]
   for e in task.load('validation', SMALL):
-    styles = ('chat',) if protocol == 'paper' else ('chat', 'bare')
+    more = () if protocol == 'paper' else ('bare', 'steps')
+    styles = [style for style in ('chat', *more) if style in task.styles]
     for style in styles:  # the paper's rewards need the <answer> tags
       text = task.target(e, style)
       assert task.reward(text, e, protocol) == {name: 1.0}
@@ -181,6 +200,12 @@ def test_prompts_contain_the_problem():
   assert countdown.prompt(COUNTDOWN, 'bare') == '7,3,5=22'
   assert 'Numbers: [7, 3, 5]\nTarget: 22' in countdown.prompt(COUNTDOWN, 'chat')
   assert countdown.target(COUNTDOWN, 'bare') == '7+3*5'
+  assert countdown.prompt(COUNTDOWN, 'steps') == ' 3, 5, 7=22:'
+  assert countdown.target(COUNTDOWN, 'steps') == ' 3* 5=15; 7+15=22'
+  fractions = {'numbers': [3, 3, 8, 8], 'target': 24}
+  assert (
+    countdown.target(fractions, 'steps') == ' 8/ 3=(8/3); 3-(8/3)=(1/3); 8/(1/3)=24'
+  )
 
 
 @pytest.mark.parametrize('name', TASKS)
@@ -590,6 +615,20 @@ def test_sudoku_grade_finds_what_the_five_patterns_find():
     ('7+3*5', 0, 1, 1),
     (A('\n 5 * 3 + 7 \n'), 1, 1, 1),
     (A('(7)+((3*5))'), 1, 1, 1),
+    # Steps, as style steps writes them.
+    ('3*5=15;7+15=22', 0, 1, 1),
+    (' 3* 5=15; 7+15=22', 0, 1, 1),
+    ('7+3=10;10+5=15', 0, 0.1, 1),  # wrong value
+    ('3*5=15;15+15=30', 0, 0, 1),  # a result twice
+    ('3*5=15;15+5=20', 0, 0, 1),  # a number twice
+    ('3*5=15;7+3=10', 0, 0, 0),  # a result that nothing uses
+    ('3*5=16;6+16=22', 0, 0, 0),  # a false step
+    ('3*5=15;7+015=22', 0, 0, 0),
+    ('5/0=5;7+15=22', 0, 0, 0),
+    ('3/5=(3/5);7*(3/5)=(21/5)', 0, 0.1, 1),
+    ('3/5=(3/0);7*(3/0)=22', 0, 0, 0),
+    ('3*5=15;7+15', 0, 0, 0),
+    (A('3*5=15;7+15=22'), 0.1, 1, 1),
     (A('7+3+5'), 0.1, 0.1, 1),  # wrong value
     (A('7+5*3-0'), 0.1, 0, 1),  # a number too many
     (A('7+15'), 0.1, 0, 1),

@@ -3,10 +3,10 @@ r"""Countdown: reach a target with + - * / and each given number once.
 Generated problems have three numbers and at least one solution. A problem is
 its sorted numbers and its target. A hash of these puts it in a split (80 % train,
 10 % validation, 10 % test), so splits share no problem, whatever the file or the
-seed. Files have the field's columns: `input` and `output`, or `nums` (or
-`numbers`) and `target`. Problems with fewer than 2 or more than 6 numbers are left
-out. With `TaskOptions.numbers` (the field's value: 3) only problems with that many
-numbers stay.
+seed. With `TaskOptions.held` = 'numbers' the hash is of the numbers alone. Files have
+the field's columns: `input` and `output`, or `nums` (or `numbers`) and `target`.
+Problems with fewer than 2 or more than 6 numbers are left out. With
+`TaskOptions.numbers` (the field's value: 3) only problems with that many numbers stay.
 
 'paper' follows DMPO reward_func.py:96-180 for the reward and DMPO
 eval/parse_and_get_acc.py:158-266 for the grade, without their `eval`. Where we
@@ -17,9 +17,10 @@ differ, on purpose:
 * Without a \boxed the grade reads the first <answer>, which the reference intends.
   Its helper returns the whole text there, so its <answer> branch runs only for a
   \boxed that never closes.
-'strict' wants the bare expression, or one in the \boxed that style 'eval' asks for, and
-gives 0.1 only if it uses the numbers. In a \boxed the operators may be LaTeX's, and
-'= target' may follow.
+'strict' wants the bare expression, or one in the \boxed that style 'eval' asks for, or
+the steps of style 'steps', 3*5=15; 7+15=22: each is true, and no number or result is
+used twice. It gives 0.1 only if it uses the numbers. In a \boxed the operators may be
+LaTeX's, and '= target' may follow.
 """
 
 import collections
@@ -67,7 +68,10 @@ your reasoning
 
 Numbers: {numbers}
 Target: {target}"""
-TEMPLATES = {'bare': '{written}={target}', 'chat': CHAT, 'eval': EVAL}
+STEPS = '{padded}={target:2}:'  # ' 3, 5,12=27:'
+TEMPLATES = {'bare': '{written}={target}', 'chat': CHAT, 'eval': EVAL, 'steps': STEPS}
+_TERM = r' *([0-9]{1,9}|\([0-9]{1,9}/[0-9]{1,9}\)) *'
+STEP = re.compile(f'{_TERM}([-+*/]){_TERM}={_TERM}')  # 3*5=15, 8/3=(8/3)
 
 LATEX = tuple(
   (re.compile(latex), plain)
@@ -85,9 +89,14 @@ _AFTER_EQUALS = '0123456789. '
 # ---- problems
 
 
-def split_of(numbers: Sequence[int], target_value: int) -> str:
-  """Returns the split that owns a problem, by a fixed hash of the problem."""
-  key = f'{",".join(map(str, sorted(numbers)))}={target_value}'
+def split_of(numbers: Sequence[int], target_value: int, held: str = 'problem') -> str:
+  """Returns the split that owns a problem, by a fixed hash of the problem.
+
+  held: 'numbers' hashes the numbers alone, so all their targets share a split.
+  """
+  key = ','.join(map(str, sorted(numbers)))
+  if held == 'problem':
+    key += f'={target_value}'
   bucket = zlib.crc32(key.encode()) % 10
   return 'train' if bucket < 8 else datasets.SPLITS[bucket - 7]
 
@@ -106,7 +115,7 @@ def load(split: str, options: TaskOptions) -> list[dict]:
       'huggingface.co/datasets/Jiayi-Pan/Countdown-Tasks-3to4 (train.jsonl), and '
       'countdown_cd3_test.jsonl of github.com/dllm-reasoning/d1 (test.jsonl)',
       _read,
-      lambda e: split_of(e['numbers'], e['target']),
+      lambda e: split_of(e['numbers'], e['target'], options.held),
       lambda e: (*sorted(e['numbers']), e['target']),
       lambda e: count in (0, len(e['numbers'])),
       {'test': 'countdown_cd3_test.jsonl'},
@@ -139,7 +148,7 @@ def _generate(split: str, size: int, options: TaskOptions) -> list[dict]:
     expressions = {
       n: written
       for (n, d), (written, _) in _table(tuple(numbers)).items()
-      if d == 1 and 1 <= n <= LARGEST and split_of(numbers, n) == split
+      if d == 1 and 1 <= n <= LARGEST and split_of(numbers, n, options.held) == split
     }
     if not expressions:
       continue
@@ -283,6 +292,49 @@ def _search(numbers: Numbers, goal: Value) -> Written | None:
   return None
 
 
+def chain(values: tuple[Value, ...], goal: int, whole: bool = True) -> list[str] | None:
+  """Returns steps such as ' 3* 5=15' and ' 7+15=22'; None if there are none.
+
+  whole: results are natural numbers; else they are 0 and fractions, too. Integers have
+  two places, so that a small model finds each at its own position.
+  """
+  if len(values) == 1:
+    return [] if values[0] == (goal, 1) else None
+  for i, j in itertools.permutations(range(len(values)), 2):
+    rest = tuple(x for at, x in enumerate(values) if at not in (i, j))
+    for made, operator, swapped in _combine(values[i], values[j]):
+      twice = swapped or (operator in '+*' and i > j)
+      if twice or made[0] < whole or (whole and made[1] != 1):
+        continue
+      if (more := chain((*rest, made), goal, whole)) is not None:
+        x, y, z = (
+          f'{n:2}' if d == 1 else f'({n}/{d})' for n, d in (values[i], values[j], made)
+        )
+        return [f'{x}{operator}{y}={z}', *more]
+  return None
+
+
+def _composed(text: str) -> str:
+  """Returns the expression that steps build, '' if one is false or leads nowhere.
+
+  Text that is no steps is returned as it is.
+  """
+  steps = [STEP.fullmatch(step) for step in text.split(';')]
+  if not all(steps):
+    return text
+  made, written = {}, ''  # result -> expressions that no later step has used
+  for left, operator, right, value in (step.groups() for step in steps):
+    parts = [made[x].pop() if made.get(x) else x for x in (left, right)]
+    written = f'({parts[0]}{operator}{parts[1]})'
+    try:
+      if arithmetic.evaluate(left + operator + right) != arithmetic.evaluate(value):
+        return ''
+    except arithmetic.Refused:
+      return ''
+    made.setdefault(value, []).append(written)
+  return written if sum(map(len, made.values())) == 1 else ''
+
+
 # ---- prompts and rewards
 
 
@@ -290,13 +342,22 @@ def prompt(example: dict, style: str) -> str:
   """Returns the user's message; ValueError for an unknown style."""
   numbers = list(example['numbers'])
   return answers.choose('style', style, TEMPLATES).format(
-    numbers=numbers, target=example['target'], written=','.join(map(str, numbers))
+    numbers=numbers,
+    target=example['target'],
+    written=','.join(map(str, numbers)),
+    padded=','.join(f'{n:2}' for n in sorted(numbers)),
   )
 
 
 def target(example: dict, style: str) -> str:
   """Returns a correct completion; ValueError if unsolvable or the style is unknown."""
   answers.choose('style', style, TEMPLATES)
+  if style == 'steps':
+    values = tuple((n, 1) for n in sorted(example['numbers']))
+    goal = example['target']
+    if not (steps := chain(values, goal) or chain(values, goal, whole=False)):
+      raise ValueError(f'no steps from {example["numbers"]} make {example["target"]}')
+    return ';'.join(steps)
   written = example.get('expression') or solve(example['numbers'], example['target'])
   if not written:
     raise ValueError(f'no expression of {example["numbers"]} makes {example["target"]}')
@@ -350,7 +411,7 @@ def _strict_answer(text: str, example: dict) -> str:
   text = answers.answer_or_text(text)
   boxed = answers.last_boxed(text, strict=True)
   if boxed is None:
-    return text
+    return _composed(text)
   for latex, plain in LATEX:
     boxed = latex.sub(plain, boxed)
   left, equals, right = boxed.partition('=')
@@ -410,6 +471,6 @@ def recall(question: str, truth: object) -> dict:
 TASK = Task(
   load, prompt, target, reward, grade, extra, answer, record, recall,
   styles=tuple(TEMPLATES), terms=('countdown',), reasons=True,
-  options={'generated': ('seed', 'largest'), 'file': ('numbers',)},
-  unpaid=('bare', 'eval'), best=1.0,
+  options={'generated': ('seed', 'largest', 'held'), 'file': ('numbers', 'held')},
+  unpaid=('bare', 'steps', 'eval'), best=1.0,
 )  # fmt: skip
