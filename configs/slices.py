@@ -65,7 +65,7 @@ SLICES = {
     },
   ),
   'v5p64': Slice('v5p:2x4x4', 32, {'llada_8b': (4, DOTS), 'dream_7b': (4, DOTS)}),
-  # Not planned: the programs take long to compile (docs/plans.md).
+  # Planned for llada2_mini alone: the programs take long to compile (docs/plans.md).
   'v5p16': Slice('v5p:2x2x2', 8, {'llada2_mini': (1, {}), 'sdar_30b': (1, {})}),
   'v5p256': Slice('v5p:4x4x8', 128, {'llada2_flash': (1, {'mesh.expert': 8})}),
 }

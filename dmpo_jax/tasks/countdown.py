@@ -319,13 +319,14 @@ def _composed(text: str) -> str:
 
   Text that is no steps is returned as it is.
   """
-  steps = [STEP.fullmatch(step) for step in text.split(';')]
-  if not all(steps):
+  parts = text.split(';')
+  steps = [found for part in parts if (found := STEP.fullmatch(part))]
+  if len(steps) < len(parts):
     return text
   made, written = {}, ''  # result -> expressions that no later step has used
   for left, operator, right, value in (step.groups() for step in steps):
-    parts = [made[x].pop() if made.get(x) else x for x in (left, right)]
-    written = f'({parts[0]}{operator}{parts[1]})'
+    a, b = (made[x].pop() if made.get(x) else x for x in (left, right))
+    written = f'({a}{operator}{b})'
     try:
       if arithmetic.evaluate(left + operator + right) != arithmetic.evaluate(value):
         return ''
