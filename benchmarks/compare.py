@@ -371,20 +371,21 @@ def tables(args, task):
     rate = best_rate(args, mine)
     if rate is not None:
       arms[arm] = [row for row in mine if row['rate'] == rate]
+  if not arms:
+    return
   args.folder.mkdir(parents=True, exist_ok=True)
   out = args.folder / task
   with open(out.with_suffix('.jsonl'), 'w') as f:
     f.writelines(json.dumps(row) + '\n' for row in rows)
   for family, names in families_of(study).items():
-    found = {arm: arms[arm] for arm in names if arm in arms}
-    if found:
+    ranked = by_end({arm: arms[arm] for arm in names if arm in arms})
+    if ranked:
       title = f'{task}: {family}' if family else task
-      texts.append(f'## {family}\n\n' * bool(family) + table(study, found))
+      texts.append(f'## {family}\n\n' * bool(family) + table(study, ranked))
       name = f'{task}_{family}.png' if family else f'{task}.png'
-      picture(study, by_end(found), title, args.folder / name)
-  if texts:
-    out.with_suffix('.md').write_text('\n'.join(texts))
-    print(task, *texts, sep='\n')
+      picture(study, ranked, title, args.folder / name)
+  out.with_suffix('.md').write_text('\n'.join(texts))
+  print(task, *texts, sep='\n')
 
 
 def families_of(study):
@@ -399,11 +400,12 @@ def by_end(arms):
   )
 
 
-def table(study, arms):
-  """Markdown of some arms: {arm: runs}."""
+def table(study, ranked):
+  """Markdown of some arms: [(arm, runs)]."""
+  arms = dict(ranked)
   target, against = target_of(arms), arms.get(study.AGAINST, [])
   lines = [HEADER.format(study.AGAINST, target, GROUP)]
-  lines += [line(arm, runs, against, target) for arm, runs in by_end(arms)]
+  lines += [line(arm, runs, against, target) for arm, runs in ranked]
   return '\n'.join(lines) + '\n'
 
 

@@ -1,13 +1,12 @@
 """The tables of docs/plans.md: real models on GPUs and TPU slices, planned, not run.
 
-JAX_PLATFORMS=cpu python -m benchmarks.plans --slices=h100,v5e16
+JAX_PLATFORMS=cpu python -m benchmarks.plans --slices=h100,v5e16 [--config.FIELD=VALUE]
 
 Needs no such device, but the plugin that compiles for it: pip install libtpu, or
 pip install -e '.[cuda]'. A plan takes a minute for GPUs and some minutes for TPUs.
 """
 
 import argparse
-import ast
 from typing import Any
 
 import jax
@@ -89,12 +88,7 @@ def main():
   parser.add_argument('--slices', default=','.join(slices.SLICES))
   parser.add_argument('--configs', default=','.join(CONFIGS))
   parser.add_argument('--full', action='store_true', help='train all parameters')
-  parser.add_argument(
-    '--set', default='', help='fields of all: mesh.expert=8,model.quantize="int8"'
-  )
-  args = parser.parse_args()
-  pairs = (pair.split('=') for pair in args.set.split(',') if pair)
-  fields = {name: ast.literal_eval(value) for name, value in pairs}
+  args, overrides = parser.parse_known_args()
   print(
     '| slice | config | settings | held | largest program | peak, GiB | rollout | '
     'update | run | collectives of an update | compile, s |\n|' + '---|' * 11
@@ -106,7 +100,8 @@ def main():
       if preset not in where.models:
         continue
       _, c = config.load(f'configs/{stem}.py:{name}')
-      c.update_from_flattened_dict((FULL if args.full else {}) | fields)
+      c.update_from_flattened_dict(FULL if args.full else {})
+      config.override(c, overrides)
       made = plan.make(c, where.topology)
       print(row(name, stem, c, made), flush=True)
       if made.misfit or made.faster:

@@ -151,7 +151,7 @@ def train(args, arms):
 def main(argv=None):
   parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
   parser.add_argument('--task', choices=toolbox.TASKS, default=toolbox.TASKS[0])
-  parser.add_argument('--arms', default=','.join(toolbox.ARMS))
+  parser.add_argument('--arms', default='', help="comma-separated; '' = all")
   parser.add_argument('--seeds', type=int, default=len(toolbox.SEEDS))
   parser.add_argument('--only', choices=('train', 'judge', 'report'))
   parser.add_argument('--checkpoint', default='')
@@ -159,10 +159,8 @@ def main(argv=None):
   parser.add_argument('--folder', type=pathlib.Path, default='runs/toolbox')
   args, args.overrides = parser.parse_known_args(argv)
   args.folder, args.known = args.folder.resolve(), runs.known(args.known)
-  args.study, arms, failed = toolbox, args.arms.split(','), []
-  for name in arms:
-    if name not in toolbox.ARMS:
-      sys.exit(f'--arms: {name!r} must be one of {", ".join(toolbox.ARMS)}')
+  args.study, failed = toolbox, []
+  arms = runs.chosen('arms', args.arms, {arm: [arm] for arm in toolbox.ARMS})
   runs.config_of(args, args.task)
   if args.only in (None, 'train'):
     failed = train(args, arms)

@@ -37,22 +37,20 @@ START = {
   'train.prompts': ROWS // 8,
   'train.inner': compare.INNER,
 }
+OURS = START | compare.OURS
 SWITCHES = {
-  'strength': {'objective.strength': 0.3},
-  'best': {'objective.best': 1.0},
-  'copies': {'objective.draws': 2},
+  'strength': 'objective.strength',
+  'best': 'objective.best',
+  'copies': 'objective.draws',
 }
-OURS = START | SWITCHES['strength'] | SWITCHES['best'] | SWITCHES['copies']
 
 
 def switches():
   """Yields each of our three settings alone, in pairs, and all of them."""
   for count in range(len(SWITCHES) + 1):
     for names in itertools.combinations(SWITCHES, count):
-      fields = dict(START)
-      for name in names:
-        fields |= SWITCHES[name]
-      yield '+'.join(names) or AGAINST, fields
+      fields = {SWITCHES[name]: OURS[SWITCHES[name]] for name in names}
+      yield '+'.join(names) or AGAINST, START | fields
 
 
 def targets():
@@ -148,8 +146,7 @@ def get_config(task='sudoku'):
 
 def fields_of(arm):
   """Returns {config field: value} of an arm, for config.update."""
-  sample, score, update = COSTS[arm]
-  count = max(1, round(BUDGET / (sample + score + inner_of(arm) * update)))
+  count = compare.buffers_of(COSTS[arm], inner_of(arm))
   return DMPO[arm] | {'name': 'apart', 'train.iterations': count}
 
 

@@ -14,8 +14,7 @@ probable positions first), except where an objective needs another sampler. The 
 rate is constant after its warm-up, so a run is the beginning of a longer one.
 """
 
-from configs import quickstart
-from dmpo_jax import config
+from configs import countdown, quickstart
 from dmpo_jax.objectives import OBJECTIVES
 
 SWEEPS = ('objectives',)
@@ -23,7 +22,7 @@ BUDGET = 1600  # forwards over a buffer's rows, for a whole run
 RATES = (7e-5, 2e-4, 6e-4)  # learning rates that are searched
 SEEDS = (0, 1, 2, 3, 4)
 MODES = {}  # flags of main.py of arms that are not plain runs
-TASKS = {'sudoku': (4000, 100), 'countdown': (6500, 4000)}  # problems, supervised steps
+TASKS = {'sudoku': quickstart, 'countdown': countdown}
 LENGTH = 16  # tokens of a completion; the same for both tasks, so they cost the same
 INNER = 2  # updates per buffer
 
@@ -84,12 +83,11 @@ COSTS = {
 def get_config(task='sudoku'):
   if task not in TASKS:
     raise ValueError(f'{task!r} after the colon must be {" or ".join(TASKS)}')
-  c = quickstart.get_config()
+  c = TASKS[task].get_config()
   c.name = f'compare-{task}'
-  if task == 'countdown':  # a bare expression, at its own rate
-    c.data = config.section(config.Data, task=task, test_size=512, largest=15)
-    c.optim.lr = 2e-4
-  c.data.train_size, c.sft.steps = TASKS[task]
+  c.data.train_size, c.sft.steps = {'sudoku': (4000, 100), 'countdown': (6500, 4000)}[
+    task
+  ]
   c.model.remat = 'dots'  # faster on a CPU: fewer arrays to write and read
   c.train.prompts = 16
   c.train.group = 8
@@ -112,11 +110,16 @@ def inner_of(arm):
   return INNER
 
 
+def buffers_of(cost, inner):
+  """Returns how many buffers of this cost, as in COSTS, the budget pays for."""
+  sample, score, update = cost
+  return max(1, round(BUDGET / (sample + score + inner * update)))
+
+
 def fields_of(arm):
   """Returns {config field: value} of an arm, for config.update."""
   name = 'dmpo' if arm in DMPO else arm
-  sample, score, update = COSTS[arm]
-  count = max(1, round(BUDGET / (sample + score + INNER * update)))
+  count = buffers_of(COSTS[arm], INNER)
   run = {'name': f'compare-{arm}', 'train.iterations': count}
   return {'objective.name': name, **DMPO.get(arm, {}), **run}
 

@@ -16,7 +16,7 @@ import pathlib
 from configs import compare
 
 SWEEPS = ('objectives',)
-BUDGET = 1600  # forwards over a buffer's rows, for a whole run
+BUDGET = compare.BUDGET
 SEEDS = compare.SEEDS
 INNER, inner_of = compare.INNER, compare.inner_of
 PROBLEMS = 96
@@ -95,8 +95,7 @@ def off_of(arm):
 
 def fields_of(arm):
   """Returns {config field: value} of an arm, for config.update."""
-  sample, score, update = COSTS[arm]
-  count = round(BUDGET / (sample + score + INNER * update))
+  count = compare.buffers_of(COSTS[arm], INNER)
   run = {
     'name': f'toolbox-{arm}',
     'data.train_size': PROBLEMS,
