@@ -176,7 +176,8 @@ class Check:
     out = jax.block_until_ready(done(params, prompts, keys))  # warm
     spent = timed(lambda: done(params, prompts, keys), repeats)
     seconds, forwards = statistics.median(spent), int(out.forwards)
-    flops = plan.matmuls(traced.jaxpr.jaxpr, common.trips_of(a, hp, forwards), 1)[0]
+    trips = common.trips_of(argparse.Namespace(rows=rows), hp, forwards)
+    flops = plan.matmuls(traced.jaxpr.jaxpr, trips, 1)[0]
     memory: Any = done.memory_analysis()
     want = a.length // 2 if pick == 'confidence' else forwards
     figures = dict(

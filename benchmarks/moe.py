@@ -4,7 +4,8 @@ python -m benchmarks.moe [--width=256] [--tokens=256,1024,4096] [--experts=8,32,
 
 Prints a Markdown table: the time of the MLP, forward and with the gradient of its
 parameters and input, and as factors of it those of the experts with their router. `all`
-is every expert on every token, and `ragged_dot` XLA's own product of sorted rows.
+is every expert on every token, and `ragged_dot` XLA's own product of sorted rows. In
+brackets: how far values and gradients are from those of `sorted`, relative.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def config(args, experts):
   return model.ModelConfig(
     vocab=8, width=args.width, layers=1, heads=1, kv_heads=1, mlp=args.inner,
     mask_id=7, eos_id=6, pad_id=6, experts=experts, experts_per_token=args.chosen,
-    expert_mlp=size, router_norm=True,
+    expert_mlp=size, router_norm=True, dtype=args.dtype, param_dtype=args.dtype,
   )  # fmt: skip
 
 
@@ -53,24 +54,31 @@ def routed(cfg, form, params, x):
 
 
 def times(args, fn, params, x):
-  """Returns the least seconds of a forward, and of one with its gradient."""
+  """Returns the least seconds of a forward and of its gradient, and both results."""
   slope = jax.grad(lambda params, x: jnp.sum(jnp.sin(fn(params, x))), (0, 1))
-  return [
-    common.measure(jax.jit(run), args.repeats, params, x)[0]['min']
-    for run in (fn, slope)
-  ]
+  found = [common.measure(jax.jit(f), args.repeats, params, x) for f in (fn, slope)]
+  return [seconds['min'] for seconds, _ in found], [out for _, out in found]
+
+
+def far(ours, others):
+  """Returns the largest relative difference of two trees' leaves, by their norms."""
+  length = lambda x: jnp.linalg.norm(x.astype(jnp.float32).ravel())
+  apart = lambda a, b: length(a.astype(jnp.float32) - b) / length(b)
+  return max(map(float, jax.tree.leaves(jax.tree.map(apart, ours, others))))
 
 
 def numbers(args):
   """Yields (tokens, experts, times of the MLP, {form: times})."""
   for tokens in args.tokens:
     key = jax.random.key(0)
-    draw = lambda *shape, key=key: jax.random.normal(key, shape) * shape[-2] ** -0.5
-    x = jax.random.normal(jax.random.key(1), (1, tokens, args.width))
+    draw = lambda *shape, key=key: (
+      jax.random.normal(key, shape, args.dtype) * (shape[-2] ** -0.5)
+    )
+    x = jax.random.normal(jax.random.key(1), (1, tokens, args.width), args.dtype)
     shapes = [(args.width, args.inner)] * 2 + [(args.inner, args.width)]
-    plain = times(args, mlp, [draw(*shape) for shape in shapes], x)
+    plain, _ = times(args, mlp, [draw(*shape) for shape in shapes], x)
     for experts in args.experts:
-      cfg, found = config(args, experts), {}
+      cfg, found, first = config(args, experts), {}, None
       size = (args.width, cfg.expert_mlp)
       stacks = {
         name: moe.Stack(draw(experts, *(size[::-1] if 'down' in name else size)))
@@ -82,7 +90,10 @@ def numbers(args):
         kernel = 'dense' if form == 'dense' else 'ragged'
         own = dataclasses.replace(cfg, expert_kernel=kernel)
         fn = functools.partial(routed, own, form)
-        found[name] = times(args, fn, (draw(args.width, experts), stacks), x)
+        router = draw(args.width, experts).astype(jnp.float32)
+        spent, out = times(args, fn, (router, stacks), x)
+        first = first or out
+        found[name] = spent, far(out, first)
       yield tokens, experts, plain, found
 
 
@@ -95,6 +106,7 @@ def main():
   parser.add_argument('--tokens', type=many, default=[256, 1024, 4096])
   parser.add_argument('--experts', type=many, default=[8, 32, 128])
   parser.add_argument('--repeats', type=int, default=7)
+  parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
   parser.add_argument(
     '--most', type=int, default=40000, help='tokens times experts of the slow forms'
   )
@@ -103,7 +115,8 @@ def main():
   print('|---|---|---|' + '---|' * len(FORMS))
   for tokens, experts, plain, found in numbers(args):
     cells = [
-      ' / '.join(f'{a / b:.1f}' for a, b in zip(found[name], plain, strict=True))
+      ' / '.join(f'{a / b:.1f}' for a, b in zip(found[name][0], plain, strict=True))
+      + ('' if name == 'sorted' else f' ({found[name][1]:.0e})')
       if name in found
       else '–'
       for name in FORMS

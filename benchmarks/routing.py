@@ -1,6 +1,7 @@
 """Experts that the rollout and the trainer choose: agreement, and the cost of replay.
 
 python -m benchmarks.routing                         random weights, tiny_moe
+python -m benchmarks.routing --preset=llada2_mini    the same of a published size
 python -m benchmarks.routing --checkpoint=DIR ...    checkpoints, random prompts
 python -m benchmarks.routing --workdir=RUN           a run, its training prompts
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import SMALL_IDS
+from benchmarks.planned import filled
 from dmpo_jax import agreement, build, logprob, model, rng, sampler, weights
 
 HEAD = (
@@ -36,6 +38,14 @@ def random_case(args):
   cfg = model.ModelConfig(**fields)
   params = model.init(cfg, jax.random.key(0))
   return 'random tiny_moe', cfg, params, *random_prompts(cfg, args)
+
+
+def preset_case(args):
+  """The same of a published size, with weights in bfloat16."""
+  cfg = model.ModelConfig(**model.PRESETS[args.preset], param_dtype='bfloat16')
+  key = jax.random.key(0)
+  shapes = jax.eval_shape(lambda: model.init(cfg, key))
+  return f'random {args.preset}', cfg, filled(shapes, key), *random_prompts(cfg, args)
 
 
 def random_prompts(cfg, args):
@@ -126,6 +136,8 @@ def main():
   parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   parser.add_argument('--checkpoint', nargs='*', default=[], help='directories')
   parser.add_argument('--workdir', default='', help='of a run')
+  parser.add_argument('--preset', default='', help='random weights of this size')
+  parser.add_argument('--dtypes', default='float32,bfloat16')
   parser.add_argument('--rows', type=int, default=64)
   parser.add_argument('--prompt', type=int, default=24, help='tokens')
   parser.add_argument('--length', type=int, default=32, help='tokens')
@@ -133,11 +145,12 @@ def main():
   args = parser.parse_args()
   cases = [checkpoint_case(path, args) for path in args.checkpoint]
   cases += [run_case(args)] if args.workdir else []
+  cases += [preset_case(args)] if args.preset else []
   line = lambda cells: print('| ' + ' | '.join(cells) + ' |', flush=True)
   line(HEAD)
   line(['---'] * len(HEAD))
   for case in cases or [random_case(args)]:
-    for dtype in ('float32', 'bfloat16'):
+    for dtype in args.dtypes.split(','):
       for hp in laws(case[1], args):
         line(row_of(case, dtype, hp))
 

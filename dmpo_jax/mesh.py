@@ -124,10 +124,19 @@ def spec_of(path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 
 def used_spec(path: str, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-  """Returns how a layer's leaf lies in use: as it is stored, but whole along fsdp."""
-  stored = jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
-  spec = spec_of(f'layers/{path}', stored, mesh)
-  return P(*(None if axis == 'fsdp' else axis for axis in spec[1:]))
+  """Returns how a layer's leaf lies in use: as it is stored, but whole along fsdp.
+
+  A path that ends with layers or number is that of a part of grouped.OfLayer.
+  """
+  kernel, _, part = path.rpartition('/')
+  if part == 'number':
+    return P()
+  whole = part == 'layers'
+  shape = leaf.shape if whole else (1, *leaf.shape)
+  stored = jax.ShapeDtypeStruct(shape, leaf.dtype)
+  spec = spec_of(f'layers/{kernel if whole else path}', stored, mesh)
+  used = [None if axis == 'fsdp' else axis for axis in spec]
+  return P(*(used if whole else used[1:]))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -298,5 +298,10 @@ def test_kernels_of_gpus():
         grouped.FORWARD['default'](x, kernels, sizes)[:135])  # fmt: skip
   close(run(triton.rows_dot)(dy, kernels, sizes, True, True)[:135],
         grouped.BACKWARD['default'](dy, kernels, sizes)[:135])  # fmt: skip
+  of_layer = grouped.OfLayer(jnp.stack([-kernels, kernels]), jnp.int32(1))
+  np.testing.assert_array_equal(
+    run(triton.rows_dot)(x, of_layer, sizes, False, True)[:135],
+    run(triton.rows_dot)(x, kernels, sizes, False, True)[:135],
+  )
   got = jax.jit(triton.kernels_dot, static_argnums=3)(x, dy, sizes, True)
   close(got, grouped.OUTER['default'](x, dy, sizes))

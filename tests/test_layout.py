@@ -54,7 +54,7 @@ UNSAFE_WORDS = ('allow_pickle', 'trust_remote_code', 'shell')
 UNFINISHED = r'\b(TODO|FIXME|XXX|NotImplementedError)\b'
 # The ceiling of the package without tools/. It only falls, but for a commit that says
 # which capability it buys. Types, sentences and checks of input are not cut to meet it.
-MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 29850, 60, 6
+MAX_LINES, MAX_FUNCTION, MAX_ARGUMENTS = 29900, 60, 6
 # These take more: the keyword options of one pass, a window with its cache, and the
 # signature that scripts outside the project call, with its first half.
 WIDE = {'view_logp', 'hidden', 'window_logits', 'beside_cache', 'sample', 'opened'}

@@ -170,6 +170,15 @@ def test_product_of_sorted_rows(platform):
     np.testing.assert_allclose(backward(dy, kernel, sizes), dx, atol=1e-5)
     dkernel = np.stack([(of(i) * x).T @ dy for i in range(3)])
     np.testing.assert_allclose(outer(x, dy, sizes), dkernel, atol=3e-5)
+    # The same kernels in the array of all layers.
+    layers = np.stack([kernel + 1, kernel, kernel - 1])
+    of_layer = grouped.OfLayer(layers, jnp.int32(1))
+    np.testing.assert_array_equal(
+      forward(x, of_layer, sizes), forward(x, kernel, sizes)
+    )
+    np.testing.assert_array_equal(
+      backward(dy, of_layer, sizes), backward(dy, kernel, sizes)
+    )
 
 
 def loss_of(cfg, case, dropout=None):
@@ -208,6 +217,25 @@ def test_sorted_experts_equal_all_experts_on_all_tokens(remat, case, weights_of)
   down = expected['params']['layers_1']['experts_down']['kernel']
   moved = np.abs(down).max((0, 2, 3)) > 0
   np.testing.assert_array_equal(moved, [True, True, False, False, False, False])
+
+
+def test_frozen_kernels_are_read_where_they_lie(case, weights_of):
+  """Under adapters and beside a cache no layer's kernels are cut out of all layers'.
+
+  A GPU would copy them in every step: a slice of them takes no part in a fusion.
+  """
+  cfg = family(lora_rank=2, layers=3, dense_layers=(0,))
+  params, (_, tokens, valid, _, routes) = weights_of(cfg), case
+  kernel = (cfg.experts, cfg.width, cfg.expert_mlp)
+
+  def slices(cfg, params):
+    run = lambda params: model.hidden(cfg, params, tokens, valid, routes=None)[0]
+    text = jax.jit(run).trace(params).lower(lowering_platforms=('cuda',)).as_text()
+    return text.count(f'-> tensor<1x{"x".join(map(str, kernel))}xf32>')
+
+  assert slices(cfg, params) == 0
+  trained = dataclasses.replace(cfg, lora_rank=0)
+  assert slices(trained, {'params': params['params']}) > 0
 
 
 def test_adapters_are_of_attention_and_shared_experts():

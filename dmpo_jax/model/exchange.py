@@ -82,7 +82,7 @@ def on_own_experts(
   compute: Compute, count: int, x: t.Array, choice: Any, stacks: Any, keys: Any
 ) -> t.Array:
   """Computes M tokens of each of `count` devices, which have the stacks' parts."""
-  here = jax.tree.leaves(stacks)[0].shape[0]
+  here = jax.tree.leaves(stacks)[0].shape[-3]
   gather = partial(jax.lax.all_gather, axis_name='expert', tiled=True)
   x, (chosen, weights), keys = jax.tree.map(gather, (x, choice, keys))
   chosen = chosen.astype(jnp.int32) - here * jax.lax.axis_index('expert')
@@ -183,7 +183,7 @@ def compute_sorted(
   """
   chosen, weights = choice
   tokens, k = chosen.shape
-  experts = jax.tree.leaves(stacks)[0].shape[0]
+  experts = jax.tree.leaves(stacks)[0].shape[-3]
   whole = by_expert(chosen, experts)
   most, total = tokens * min(k, experts), jnp.sum(whole.sizes)
   size = most if pieces == 1 else min(most, int(-(-PIECE * tokens * k // pieces)))

@@ -3,8 +3,8 @@
 Rows are sorted by group, `sizes` says how many each group has, and rows after the last
 group's belong to none: what they become is left open. A platform has three functions:
 
-  forward   (x (Y, D), kernels (E, D, F), sizes (E,)) -> (Y, F)
-  backward  (dy (Y, F), kernels (E, D, F), sizes (E,)) -> (Y, D), the gradient of x
+  forward   (x (Y, D), kernels (E, D, F) or OfLayer, sizes (E,)) -> (Y, F)
+  backward  (dy (Y, F), kernels, sizes (E,)) -> (Y, D), the gradient of x
   outer     (x (Y, D), dy (Y, F), sizes (E,)) -> (E, D, F), that of the kernels
 
 TPUs have a grouped kernel for `jax.lax.ragged_dot`. XLA's compilers for CPUs and GPUs
@@ -14,6 +14,7 @@ E. GPUs have Triton kernels (triton.py).
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,27 @@ from dmpo_jax.types import Array
 # Rows of a tile: enough for a fast matrix product, and few are lost at a group's end.
 # It is constant, so that a row's result does not depend on the number of rows.
 TILE = 32
+
+
+class OfLayer(NamedTuple):
+  """A layer's kernels in the array of all layers, from where they are read.
+
+  A GPU would copy a slice of them in every step. Their gradient is as large as all
+  layers, so it is for kernels that take none.
+  """
+
+  layers: Array  # (N, E, D, F)
+  number: Array  # () int32
+
+
+Kernels = Array | OfLayer
+
+
+def kernel_of(kernels: Kernels, *expert: Array) -> Array:
+  """Returns the kernels of a layer as one array, or that of an expert."""
+  if isinstance(kernels, OfLayer):
+    return kernels.layers[(kernels.number, *expert)]
+  return kernels[expert] if expert else kernels
 
 
 def over_tiles(sizes: Array, body: Callable, start: Array) -> Array:
@@ -53,7 +75,7 @@ def padded(x: Array) -> Array:
   return jnp.pad(x, ((0, TILE), (0, 0)))
 
 
-def cpu_product(x: Array, kernels: Array, sizes: Array, transposed: bool) -> Array:
+def cpu_product(x: Array, kernels: Kernels, sizes: Array, transposed: bool) -> Array:
   """Multiplies each row with its group's kernel, or with that kernel transposed."""
   rows, axis = padded(x), 1 if transposed else 0
 
@@ -61,10 +83,10 @@ def cpu_product(x: Array, kernels: Array, sizes: Array, transposed: bool) -> Arr
     # What a tile computes after its expert's end is overwritten: tiles are in order.
     real = (first + jnp.arange(TILE) < end)[:, None]
     dims = ((1,), (axis,)), ((), ())
-    y = jax.lax.dot_general(tile_of(rows, first), kernels[expert], dims)
+    y = jax.lax.dot_general(tile_of(rows, first), kernel_of(kernels, expert), dims)
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(real, y, 0), first, 0)
 
-  width = kernels.shape[2 - axis]
+  width = jax.tree.leaves(kernels)[0].shape[-1 - axis]
   return over_tiles(sizes, body, jnp.zeros((len(rows), width), x.dtype))[: len(x)]
 
 
@@ -82,9 +104,13 @@ def cpu_outer(x: Array, dy: Array, sizes: Array) -> Array:
   return over_tiles(sizes, body, jnp.zeros(shape, jnp.float32)).astype(x.dtype)
 
 
-def ragged_backward(dy: Array, kernels: Array, sizes: Array) -> Array:
+def ragged_forward(x: Array, kernels: Kernels, sizes: Array) -> Array:
+  return jax.lax.ragged_dot(x, kernel_of(kernels), sizes)
+
+
+def ragged_backward(dy: Array, kernels: Kernels, sizes: Array) -> Array:
   """Returns dx of `jax.lax.ragged_dot`."""
-  return jax.lax.ragged_dot(dy, jnp.swapaxes(kernels, 1, 2), sizes)
+  return jax.lax.ragged_dot(dy, jnp.swapaxes(kernel_of(kernels), 1, 2), sizes)
 
 
 def ragged_outer(x: Array, dy: Array, sizes: Array) -> Array:
@@ -93,7 +119,7 @@ def ragged_outer(x: Array, dy: Array, sizes: Array) -> Array:
   return jax.lax.ragged_dot_general(x, dy, sizes, dims)
 
 
-def on_gpu(name: str, *args: Array, **options: bool) -> Array:
+def on_gpu(name: str, *args: Kernels, **options: bool) -> Array:
   """Calls a function of triton.py, imported here: few runs need it."""
   from dmpo_jax.model import triton
 
@@ -103,7 +129,7 @@ def on_gpu(name: str, *args: Array, **options: bool) -> Array:
 FORWARD = dict(
   cpu=partial(cpu_product, transposed=False),
   cuda=partial(on_gpu, 'rows_dot'),
-  default=jax.lax.ragged_dot,
+  default=ragged_forward,
 )
 BACKWARD = dict(
   cpu=partial(cpu_product, transposed=True),
@@ -115,27 +141,30 @@ OUTER = dict(cpu=cpu_outer, cuda=partial(on_gpu, 'kernels_dot'), default=ragged_
 SCOPE = 'grouped_product'
 
 
-def choose(forms: dict[str, Callable], *args: Array) -> Array:
+def choose(forms: dict[str, Callable], *args: Kernels) -> Array:
   """Calls the function of the platform that the program is lowered for."""
   with jax.named_scope(SCOPE):
     return jax.lax.platform_dependent(*args, **forms)
 
 
 @jax.custom_vjp
-def grouped(x_YxD: Array, kernel_ExDxF: Array, sizes_E: Array) -> Array:
+def grouped(x_YxD: Array, kernels_ExDxF: Kernels, sizes_E: Array) -> Array:
   """Returns each row times the kernel of its group, (Y, F)."""
-  return choose(FORWARD, x_YxD, kernel_ExDxF, sizes_E)
+  return choose(FORWARD, x_YxD, kernels_ExDxF, sizes_E)
 
 
-def grouped_forward(x: Array, kernel: Array, sizes: Array) -> tuple:
-  return grouped(x, kernel, sizes), (x, kernel, sizes)
+def grouped_forward(x: Array, kernels: Kernels, sizes: Array) -> tuple:
+  return grouped(x, kernels, sizes), (x, kernels, sizes)
 
 
 def grouped_backward(saved: tuple, dy: Array) -> tuple:
-  x, kernel, sizes = saved
+  x, kernels, sizes = saved
   dy = dy.astype(x.dtype)
-  dx = choose(BACKWARD, dy, kernel, sizes)
-  return dx, choose(OUTER, x, dy, sizes), None
+  dx, slope = choose(BACKWARD, dy, kernels, sizes), choose(OUTER, x, dy, sizes)
+  if isinstance(kernels, OfLayer):
+    nothing = jnp.zeros_like(kernels.layers)
+    return dx, OfLayer(nothing.at[kernels.number].set(slope), None), None  # pyright: ignore
+  return dx, slope, None
 
 
 grouped.defvjp(grouped_forward, grouped_backward)

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dmpo_jax import types as t
 from dmpo_jax.model import exchange
-from dmpo_jax.model.grouped import grouped
+from dmpo_jax.model.grouped import OfLayer, grouped
 from dmpo_jax.model.lora import dropout
 from dmpo_jax.model.presets import EXPERTS, ModelConfig
 from dmpo_jax.model.quantize import Kernel, dense
@@ -34,7 +34,7 @@ class Routed(NamedTuple):
 class Stack(NamedTuple):
   """A linear of every expert, and its adapter."""
 
-  kernel: Kernel  # (E, D, F); quantized ones travel as they are stored
+  kernel: Kernel | OfLayer  # (E, D, F); quantized ones travel as they are stored
   a: t.Array | None = None  # (E, D, A)
   b: t.Array | None = None  # (E, A, F)
 
@@ -153,8 +153,10 @@ def chain(
     keys = jnp.broadcast_to(keys, x.shape[:-1])
 
   def linear(name: str, z: t.Array) -> t.Array:
-    stack = stacks[name]
-    y = checkpoint_name(product(z, dense(stack.kernel).astype(z.dtype)), PRODUCT)
+    stack, kernel = stacks[name], stacks[name].kernel
+    if not isinstance(kernel, OfLayer):
+      kernel = dense(kernel).astype(z.dtype)
+    y = checkpoint_name(product(z, kernel), PRODUCT)
     if stack.a is None or stack.b is None:
       return y
     if keys is not None and cfg.lora_dropout:

@@ -25,9 +25,10 @@ from dmpo_jax.model.attention import (
   rope_table,
   rotate,
 )
+from dmpo_jax.model.grouped import OfLayer
 from dmpo_jax.model.lora import adapter, dropout, factors, matmul, matmul_frozen
 from dmpo_jax.model.moe import Routed
-from dmpo_jax.model.presets import DENSE, EXPERTS, SHARED, ModelConfig, layer_runs
+from dmpo_jax.model.presets import DENSE, EXPERTS, SHARED, ModelConfig, Run, layer_runs
 from dmpo_jax.model.quantize import dense
 
 # What a layer's backward pass recomputes: nothing, everything, or everything
@@ -68,6 +69,8 @@ class Inputs(NamedTuple):
   # Experts that tokens are sent to, by layer with experts; -1 = by the router.
   routes: t.IntNRTX | None = None
   counted: t.BoolRT | None = None  # tokens in the load of experts; None = all
+  # Kernels of the experts of all layers, by name: see Transformer.unsliced.
+  kernels: Any = None
 
 
 class PerLayer(NamedTuple):
@@ -76,6 +79,7 @@ class PerLayer(NamedTuple):
   cache: Cache | None
   dropout: t.KeyRT | None
   routes: t.IntRTX | None
+  number: t.IntScalar | None = None  # of the layer among those with Inputs.kernels
 
 
 class Linear(nn.Module):
@@ -192,7 +196,7 @@ class Block(nn.Module):
     x += Linear(cfg, cfg.width, gain=out_gain(cfg), name='o')(y, keys)
     y, routed = Norm(cfg, name='mlp_norm')(x), None
     if self.routed:
-      y, routed = self.experts(y, own, inputs.counted)
+      y, routed = self.experts(y, own, inputs)
     else:
       y = self.mlp(y, keys, DENSE, cfg.mlp)
     x += y
@@ -208,7 +212,7 @@ class Block(nn.Module):
     return Linear(cfg, cfg.width, gain=out_gain(cfg), name=down)(z, keys)
 
   def experts(
-    self, y: t.FloatRTD, own: PerLayer, counted: t.BoolRT | None
+    self, y: t.FloatRTD, own: PerLayer, inputs: Inputs
   ) -> tuple[t.FloatRTD, Routed | None]:
     """Sends each token to its experts, and to the shared ones if there are any."""
     cfg = self.cfg
@@ -220,10 +224,14 @@ class Block(nn.Module):
       name: Expert(cfg, *shape, name=name)()
       for name, shape in zip(EXPERTS, shapes, strict=True)
     }
+    for name, kernels in (inputs.kernels or {}).items():
+      stacks[name] = stacks[name]._replace(kernel=OfLayer(kernels, own.number))
     z = moe.experts(cfg, stacks, y, chosen, weights, own.dropout)
     if cfg.shared_mlp:
       z += self.mlp(y, own.dropout, SHARED, cfg.shared_mlp)
-    return z, moe.routed_of(cfg, scores, chosen, counted) if cfg.keep_routes else None
+    if not cfg.keep_routes:
+      return z, None
+    return z, moe.routed_of(cfg, scores, chosen, inputs.counted)
 
   def project(self, y: t.FloatRTD, keys: t.KeyRT | None) -> tuple[t.FloatRHTC, ...]:
     """Returns queries, keys and values, heads before positions."""
@@ -297,6 +305,7 @@ class Transformer(nn.Module):
     """Runs the layers, one scan for each run of a kind."""
     runs = layer_runs(self.cfg)
     if len(runs) == 1:
+      own, inputs = self.unsliced(runs[0], own, inputs)
       return self.layers(x, own, rope, inputs)
     found, routed = [], 0  # layers with experts so far
     for run, layers in zip(runs, self.layers, strict=True):
@@ -305,10 +314,37 @@ class Transformer(nn.Module):
       )
       routes = cut(own.routes, routed) if run.experts else None
       mine = PerLayer(cut(own.cache, run.first), cut(own.dropout, run.first), routes)
-      x, kept = layers(x, mine, rope, inputs)
+      mine, seen = self.unsliced(run, mine, inputs)
+      x, kept = layers(x, mine, rope, seen)
       found.append(kept)
       routed += run.count * run.experts
     return x, Kept(joined([z.cache for z in found]), joined([z.routed for z in found]))
+
+  def unsliced(
+    self, run: Run, own: PerLayer, inputs: Inputs
+  ) -> tuple[PerLayer, Inputs]:
+    """Lets the products of experts read the arrays of all layers, where they can.
+
+    They cannot where the kernels take a gradient, are to be gathered or are stored in
+    another dtype. Beside a cache nothing is trained.
+    """
+    cfg, grid = self.cfg, mesh.in_force()
+    trained = not cfg.lora_rank and own.cache is None
+    if (
+      not run.experts
+      or trained
+      or cfg.expert_kernel != 'ragged'
+      or self.is_initializing()
+      or (grid and grid.shape['fsdp'] > 1)
+    ):
+      return own, inputs
+    stored = self.variables['params'][run.name]
+    kernels = {name: stored[name]['kernel'] for name in EXPERTS}
+    as_used = lambda x: isinstance(x, jax.Array) and x.dtype == cfg.dtype
+    if not all(map(as_used, kernels.values())):
+      return own, inputs
+    number = jnp.arange(run.count, dtype=jnp.int32)
+    return own._replace(number=number), inputs._replace(kernels=kernels)
 
   def logits(self, hidden: t.FloatXD) -> t.FloatXV:
     """Returns float32 logits of hidden states."""

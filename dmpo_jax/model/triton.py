@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from dmpo_jax.model.grouped import Kernels, OfLayer
 from dmpo_jax.types import Array
 
 ROWS, COLUMNS, INNER = 64, 128, 64  # of a tile
@@ -33,18 +34,21 @@ def tiles(sizes_E: Array, rows: int) -> tuple[Array, Array, Array]:
 
 def rows_dot(
   x: Array,
-  kernel: Array,
+  kernels: Kernels,
   sizes: Array,
   transposed: bool = False,
   interpret: bool = False,
 ) -> Array:
   """Multiplies rows with their groups' kernels, or with the transposed kernels."""
+  if not isinstance(kernels, OfLayer):
+    kernels = OfLayer(kernels[None], jnp.int32(0))
   rows, inner = x.shape
-  features = kernel.shape[1 if transposed else 2]
-  where = tiles(sizes, rows)
+  features = kernels.layers.shape[2 if transposed else 3]
+  where = *tiles(sizes, rows), kernels.number.reshape(1)
 
-  def program(x: Any, kernel: Any, group: Any, first: Any, end: Any, y: Any) -> None:
-    i = pl.program_id(0)
+  def program(x: Any, kernel: Any, *refs: Any) -> None:
+    group, first, end, layer, y = refs
+    i, layer = pl.program_id(0), layer[0]
     own = first[i] + jnp.arange(ROWS)
     column = pl.program_id(1) * COLUMNS + jnp.arange(COLUMNS)
     real, inside = own < end[i], column < features
@@ -54,10 +58,10 @@ def rows_dot(
       seen = k < inner
       part = load(x.at[own[:, None], k[None, :]], real[:, None] & seen[None, :])
       if transposed:
-        at = kernel.at[group[i], column[:, None], k[None, :]]
+        at = kernel.at[layer, group[i], column[:, None], k[None, :]]
         weight = load(at, inside[:, None] & seen[None, :]).T
       else:
-        at = kernel.at[group[i], k[:, None], column[None, :]]
+        at = kernel.at[layer, group[i], k[:, None], column[None, :]]
         weight = load(at, seen[:, None] & inside[None, :])
       return total + triton.dot(part, weight)
 
@@ -69,7 +73,7 @@ def rows_dot(
 
   grid = where[0].size, pl.cdiv(features, COLUMNS)
   shape = jax.ShapeDtypeStruct((rows, features), x.dtype)
-  return call(program, grid, shape, interpret)(x, kernel, *where)
+  return call(program, grid, shape, interpret)(x, kernels.layers, *where)
 
 
 def kernels_dot(x: Array, dy: Array, sizes: Array, interpret: bool = False) -> Array:

@@ -117,12 +117,12 @@ def grouped_cost(eqn: Any) -> tuple[float, float]:
   loop over layers has no kernels, and counts nothing.
   """
   *inputs, out = (v.aval for v in (*eqn.invars, *eqn.outvars))
-  kernels = next((x for x in (out, *inputs) if x.ndim == 3), None)
+  kernels = next((x for x in (out, *inputs) if x.ndim in (3, 4)), None)
   if kernels is None:
     return 0.0, 0.0
   rows = [x for x in (*inputs, out) if x.ndim == 2][-1].shape[0]
-  experts, *sizes = kernels.shape
-  read = kernels.size * min(1.0, rows / experts) + rows * sum(sizes)
+  experts, *sizes = kernels.shape[-3:]  # where there are four axes, of one layer
+  read = min(experts, rows) * math.prod(sizes) + rows * sum(sizes)
   return 2.0 * rows * math.prod(sizes), read * kernels.dtype.itemsize
 
 
