@@ -225,7 +225,7 @@ def test_frozen_kernels_are_read_where_they_lie(case, weights_of):
   A GPU would copy them in every step: a slice of them takes no part in a fusion.
   """
   cfg = family(lora_rank=2, layers=3, dense_layers=(0,))
-  params, (_, tokens, valid, _, routes) = weights_of(cfg), case
+  params, (_, tokens, valid, *_) = weights_of(cfg), case
   kernel = (cfg.experts, cfg.width, cfg.expert_mlp)
 
   def slices(cfg, params):
