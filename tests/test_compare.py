@@ -10,7 +10,7 @@ import pytest
 from marks import mostly_slow
 
 from benchmarks import compare as bench
-from configs import apart, compare
+from configs import apart, collapse, compare
 from dmpo_jax import build, check, config
 from dmpo_jax.tools import costs, plan
 
@@ -83,6 +83,19 @@ def test_each_arm_of_dmpo_sets_what_has_an_effect():
     check.config(c, 1)  # raises for a bad one
     changed = {name for name in fields if fields[name] != start[name]}
     assert not changed & set(check.idle(c))
+
+
+def test_arms_that_collapse_change_one_setting_each():
+  starts = {name: collapse.fields_of(name) for name in ('diffu_grpo', 'coupled_grpo')}
+  for arm in collapse.ARMS:
+    fields = collapse.fields_of(arm)
+    c = collapse.get_config()
+    config.update(c, fields)
+    check.config(c, 1)  # raises for a bad one
+    assert not set(fields) & set(check.idle(c))
+    if start := starts.get(arm.partition('+')[0]):
+      changed = [name for name in fields if fields[name] != start[name]]
+      assert len(set(changed) - {'name'}) == ('+' in arm)
 
 
 def test_area_and_target():

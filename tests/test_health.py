@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.collapse import broken_at
 from configs import base
 from dmpo_jax import build, check, health
 
@@ -212,3 +213,43 @@ def test_run_without_any_spread_says_so_every_ten_buffers():
   assert counts == [*range(1, 11), 0, *range(1, 22)]
   again = health.State(**json.loads(json.dumps(dataclasses.asdict(state))))
   assert health.note(hp, again, {'grad_norm': 1.0}).flat == 21  # an update's numbers
+
+
+# Of two runs of benchmarks/collapse.py, diffu_grpo with seed 1: without a penalty, and
+# with d1's. Nats of a completion, and the mean reward of a buffer.
+COLLAPSED = (
+  [
+    0.0, 0.1, 0.9, 0.9, 1.6, 2.4, 2.4, 1.4, 1.9, 2.0, 2.1, 2.6, 4.6, 3.2, 4.6, 5.8, 5.2,
+    2.7, 4.6, 3.3, 4.9, 4.4, 4.6, 5.4, 6.1, 3.8, 4.7, 8.3, 11.8, 12.6, 11.1, 15.3, 12.6,
+  ],
+  [
+    0.68, 0.72, 0.82, 0.7, 0.76, 0.84, 0.82, 0.8, 0.74, 0.85, 0.71, 0.78, 0.69, 0.79,
+    0.51, 0.6, 0.65, 0.72, 0.67, 0.65, 0.56, 0.48, 0.62, 0.51, 0.54, 0.64, 0.48, 0.4,
+    0.26, 0.23, 0.19, 0.24, 0.11,
+  ],
+)  # fmt: skip
+HELD = (
+  [
+    0.0, 0.1, 0.9, 1.2, 0.7, 0.7, 0.8, 0.6, 1.1, 1.2, 1.2, 1.3, 0.9, 0.6, 0.9, 1.0, 0.3,
+    0.8, 1.1, 0.4, 0.7, 0.6, 0.8, 1.0, 1.0, 1.1, 0.4, 1.1, 1.0, 0.6, 0.8, 1.2, 0.8,
+  ],
+  [
+    0.68, 0.73, 0.79, 0.75, 0.76, 0.67, 0.66, 0.7, 0.81, 0.82, 0.75, 0.82, 0.81, 0.62,
+    0.83, 0.73, 0.72, 0.78, 0.58, 0.6, 0.52, 0.59, 0.71, 0.67, 0.71, 0.64, 0.66, 0.63,
+    0.72, 0.71, 0.59, 0.67, 0.77,
+  ],
+)  # fmt: skip
+
+
+def test_kl_sees_a_collapse_ten_buffers_before_the_reward_does():
+  """The base has 1.5 nats to go to its right answers: twice that is the bound."""
+  rows = lambda series: [
+    {'step': i, 'kl_ref': kl, 'reward': reward}
+    for i, (kl, reward) in enumerate(zip(*series, strict=True))
+  ]
+  seen = broken_at(rows(COLLAPSED), 'kl', 3.0, 5)
+  fallen = broken_at(rows(COLLAPSED), 'reward', 0.5, 5)
+  assert seen is not None and fallen is not None
+  assert fallen - seen >= 10
+  assert broken_at(rows(HELD), 'kl', 3.0, 5) is None
+  assert broken_at(rows(HELD), 'reward', 0.5, 5) is None
