@@ -33,7 +33,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import kills
-from configs import apart, collapse, compare
+from configs import apart, attention, collapse, compare
 from dmpo_jax import build, checkpoint, config, metrics
 from dmpo_jax.tools import report
 
@@ -44,7 +44,12 @@ GROUP = 8
 SHARE = 0.8  # of the best arm's gain: forwards to reach it
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
-STUDIES = {'compare': compare, 'apart': apart, 'collapse': collapse}
+STUDIES = {
+  'compare': compare,
+  'apart': apart,
+  'attention': attention,
+  'collapse': collapse,
+}
 CORES = queue.Queue()  # shares that no run has: sets of cores
 
 # --- runs

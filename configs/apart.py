@@ -5,7 +5,7 @@ python main.py --config=configs/apart.py:sudoku --sweep=objectives:0
 This is one run, with a base model of its own. `python -m benchmarks.compare
 --study=apart` does them all: the model, the problems, the sampler, the budget and the
 search of the rate are those of configs/compare.py, with a fourth rate. FAMILIES has the
-questions, and the arms that answer each. The study is not run yet.
+questions, and the arms that answer each. docs/apart.md has the results.
 
 An arm's name says what it sets: `best+copies`, `group-inner4`. Two arms of the same
 settings are one run, under the name of the first.
