@@ -96,8 +96,20 @@ def masks():
     yield f'{name}{draws}', OURS | {'objective.masks': name, 'objective.draws': draws}
 
 
+def cheap():
+  """Yields buffers that cost less: fewer scored states, fewer updates.
+
+  Two states of eight estimate log p_ref - log p_old without bias.
+  """
+  changes = {'states2': {'logprob.states': 2}, 'once': {'train.inner': 1}}
+  for names in ((), ('states2',), ('once',), ('states2', 'once')):
+    fields = {k: v for name in names for k, v in changes[name].items()}
+    yield '+'.join(names) or 'ours', OURS | fields
+
+
 FAMILIES = {
   'switches': switches,
+  'cheap': cheap,
   'baselines': baselines,
   'proximal': proximal,
   'masks': masks,
@@ -127,7 +139,8 @@ def cost_of(arm):
   # The baseline 'model' takes log p_old under the masks of every update, and trains it.
   draws = fields['objective.draws']
   own = draws * (fields['objective.baseline'] == 'model')
-  return 8, 8 + fields['train.inner'] * own, 3 * draws + own
+  scored = fields['logprob.states'] or 8  # 0 = all
+  return 8, scored + fields['train.inner'] * own, 3 * draws + own
 
 
 COSTS = {arm: cost_of(arm) for arm in ARMS}

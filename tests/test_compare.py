@@ -52,7 +52,10 @@ def test_costs_are_those_of_the_programs(arm):
 
 
 @pytest.mark.parametrize(
-  'arm', mostly_slow(['random8', 'order2', 'rounds2', 'model-inner4'], ('rounds2',))
+  'arm',
+  mostly_slow(
+    ['random8', 'order2', 'rounds2', 'model-inner4', 'states2'], ('rounds2',)
+  ),
 )
 def test_costs_of_what_dmpo_is_made_of(arm):
   check_costs(apart, arm)
