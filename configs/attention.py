@@ -5,10 +5,10 @@ python main.py --config=configs/attention.py:blocks --sweep=objectives:0
 `python -m benchmarks.compare --study=attention` makes all runs: DMPO with our settings
 on the sudokus of configs/compare.py, two tokens a step, exact log-ratios. The part
 after the colon is the attention: `whole`, or `blocks` of four tokens, sampled from left
-to right with an exact cache. Each has a base of its own. The supervised steps are chosen
-so that both bases have about as many puzzles right: after 100 steps one in blocks has 83 %.
-Both take BUFFERS buffers at a constant learning rate, so a curve may be read at any
-number of forwards or tokens. docs/comparison.md has the results.
+to right with an exact cache. Each has a base of its own, with supervised steps so
+chosen that both have about as many puzzles right. Both take BUFFERS buffers at a
+constant learning rate, so a curve may be read at any number of forwards or tokens.
+docs/comparison.md has the results.
 """
 
 from configs import compare
