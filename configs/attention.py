@@ -14,7 +14,7 @@ docs/comparison.md has the results.
 from configs import compare
 
 SWEEPS = ('objectives',)
-RATES = (7e-5, 2e-4)
+RATES = compare.RATES
 SEEDS = (0, 1, 2)
 MODES = {}
 BLOCK = 4

@@ -25,7 +25,7 @@ FILES = sorted(
   for p in (ROOT / 'configs').glob('*.py')
   if p.stem not in ('__init__', 'base', 'slices')
 )
-STUDIES = 'apart', 'baselines', 'compare', 'toolbox'
+STUDIES = 'apart', 'attention', 'baselines', 'collapse', 'compare', 'toolbox'
 TRAINS = [stem for stem in FILES if stem not in STUDIES]
 BLOCKS = (
   'sdar_math', 'sdar_gsm8k', 'fast_dllm_math', 'tiny_a2d_gsm8k', 'llada2_math',
