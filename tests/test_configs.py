@@ -117,6 +117,7 @@ def test_configs_of_block_models(stem):
     ('compare', 'chess', 'sudoku or countdown'),
     ('toolbox', 'chess', 'sudoku'),
     ('apart', 'chess', 'sudoku or countdown'),
+    ('attention', 'chess', 'whole or blocks'),
     ('quickstart', 'esp', "did you mean 'espo'"),
     ('baselines', 'espo', 'nothing after the colon'),
   ],
