@@ -138,7 +138,7 @@ def test_missing_config_file_is_refused_with_the_nearest_name():
 
 PLACED = [
   (stem, name)
-  for stem in (*PUBLISHED, *BLOCKS)
+  for stem in PUBLISHED
   for name, where in slices.SLICES.items()
   if file_of(stem).get_config().model.preset in where.models
   and (stem, name) != ('llada_s1k', 'v5p64')  # d1's 16 rows on 32 devices
