@@ -24,7 +24,7 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):
   FLAGS += ('--xla_cpu_use_fusion_emitters=false',)
 os.environ['XLA_FLAGS'] = ' '.join((os.environ.get('XLA_FLAGS', ''),) + FLAGS)
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Where a program's operations stand in the source: 4 % of a test's time, read by nobody.
+# Where operations stand in the source: 4 % of a test's time, and nobody reads it.
 os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')
 CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
