@@ -113,8 +113,9 @@ class Compiled:
     """Returns the results as ShapeDtypeStructs, split by rows; scalars are whole."""
 
     def shape(x):
-      where = mesh.rows if x.shape else mesh.replicated
-      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(self.grid))
+      where = (mesh.rows if x.shape else mesh.replicated)(self.grid)
+      weak = x.weak_type  # with others it is another program
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=weak)
 
     return jax.tree.map(shape, self.trace(*args).out_info)
 

@@ -1,6 +1,7 @@
 """A run that does not fit is refused with settings that do."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import base
@@ -169,6 +170,21 @@ def test_programs_of_pmap_are_left_out(sized, monkeypatch):
   ]
   monkeypatch.setattr(build, 'programs', lambda *_: listed)
   assert [x.name for x in fits.uses(built, (8, 8), fits.Target(0))] == ['update']
+
+
+def test_the_checked_score_is_the_program_that_runs():
+  """Else it is compiled again at its first call; weak types make it another one."""
+  built = build.build(settings(**{'train.prompts': 4, 'train.group': 2}))
+  steps, shapes = built.steps, build.abstract_buffer(built, 6)
+  tokens, valid, row = (jnp.zeros(x.shape, x.dtype) for x in shapes.prompts)
+  drawn = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.state.trainable)
+  params = {
+    **jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.frozen),
+    **drawn,
+  }
+  sampled = steps.sample(params, tokens, ~valid, row)
+  weak = lambda tree: [bool(x.weak_type) for x in jax.tree.leaves(tree)]
+  assert weak(shapes.sampled) == weak(sampled)
 
 
 def test_an_update_needs_less_in_more_microbatches():
